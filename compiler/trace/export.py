@@ -1,0 +1,165 @@
+"""Traces a Hugging Face causal language model into an ONNX graph, without loading its weights.
+
+The model is built with fake parameters (shape and dtype, no storage), its known modules are
+intercepted, and `torch.export` followed by `torch.onnx` writes what is left. The graph has the inputs
+input_ids [1, T] and position_ids [1, T], no KV cache and no mask: the passes add the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from llmc.compiler.trace import probes
+from llmc.compiler.trace.intercept import ATTENTION, intercept
+from llmc.compiler.trace.onnx_ops import translation_table
+from llmc.runtime.errors import LlmcError, UnsupportedError
+
+OPSET = 23
+_EXAMPLE_TOKENS = 7  # any length but 1; the graph is symbolic in it
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced model: the graph, and what its parameters are called in the checkpoint.
+
+    `parameters`: name in the checkpoint -> shape, without the names that are tied to another.
+    `tied`: name of a tied parameter -> the name it shares its data with.
+    `replaced`: intercepted operator -> number of modules.
+    """
+
+    model: ir.Model
+    parameters: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    replaced: dict[str, int]
+
+
+def trace(config: PreTrainedConfig, dtype: torch.dtype, max_seq_len: int) -> Trace:
+    """Traces the causal language model that `config` describes, computing in `dtype`.
+
+    Raises UnsupportedError, naming the module, where the model does something llmc cannot express.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model = _fake_model(config, dtype, fake)
+    tied = {alias: name for alias, name in model.all_tied_weights_keys.items() if alias != name}
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
+    with intercept(model, max_seq_len) as interception, _quiet():
+        graph = _export(model, fake)
+        probes.attention(interception.attention_calls)
+    return Trace(graph, parameters, tied, dict(interception.replaced))
+
+
+def _fake_model(config: PreTrainedConfig, dtype: torch.dtype, fake: FakeTensorMode) -> PreTrainedModel:
+    """The model with parameters that have no storage. Buffers (rotary frequencies) stay real and fp32."""
+    register = nn.Module.register_parameter
+
+    def register_fake(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not isinstance(param, FakeTensor):
+            with fake:
+                param = nn.Parameter(torch.empty(param.shape, dtype=param.dtype), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_fake  # type: ignore[method-assign,assignment]
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
+    except ValueError as error:
+        raise UnsupportedError(
+            f"transformers has no causal language model for model_type {config.model_type!r}",
+            "llmc compiles text-only causal language models",
+        ) from error
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    return model.eval()
+
+
+class _Logits(nn.Module):
+    """(input_ids [1, T], position_ids [1, T]) -> logits [1, T, vocab], without a KV cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+
+def _export(model: PreTrainedModel, fake: FakeTensorMode) -> ir.Model:
+    tokens = torch.export.Dim("T", min=2)
+    with fake:
+        ids = torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64)
+        positions = torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64)
+    try:
+        with torch.no_grad(), fake:
+            exported = torch.export.export(
+                _Logits(model),
+                (ids, positions),
+                dynamic_shapes={"input_ids": {1: tokens}, "position_ids": {1: tokens}},
+                strict=False,
+            )
+        program = torch.onnx.export(
+            exported,
+            (),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            custom_translation_table=translation_table(),
+        )
+    except LlmcError:
+        raise
+    except Exception as error:  # torch raises many kinds; the cause is what the user needs
+        cause = str(error.__cause__ or error).strip().splitlines()
+        raise UnsupportedError(
+            f"tracing {type(model).__name__} failed: {cause[0] if cause else type(error).__name__}",
+            "set LLMC_TRACEBACK=1 to see where; `llmc zoo list` shows the families that are known to work",
+        ) from error
+    assert program is not None
+    graph = program.model
+    _rename_parameters(graph, model.all_tied_weights_keys)
+    onnxscript.optimizer.optimize_ir(graph, should_fold=_fold_only_small)
+    return graph
+
+
+def _rename_parameters(graph: ir.Model, tied: dict[str, str]) -> None:
+    """Initializers get the checkpoint's names (without the wrapper's prefix); fake data is dropped."""
+    for value in list(graph.graph.initializers.values()):
+        tensor = value.const_value
+        if value.name and value.name.startswith("model."):
+            name = value.name.removeprefix("model.")
+            value.name = tied.get(name, name)
+        if isinstance(getattr(tensor, "raw", None), FakeTensor):
+            value.const_value = None
+
+
+def _fold_only_small(node: ir.Node) -> bool | None:
+    """Constant folding must neither touch weights (their data is not here) nor write tables twice."""
+    for value in node.inputs:
+        if value is not None and value.is_initializer():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes > 1 << 16:
+                return False
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints and warns about its own internals; none of it is for our user."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)

@@ -1,0 +1,170 @@
+"""Replaces, while a model is traced, the modules whose meaning llmc knows by one operator each.
+
+Nothing is assumed from a class name alone: every replacement is probed with random numbers
+against the code it replaces, and refused when the two disagree (`probes.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from llmc.compiler.trace import ops as ops  # registers torch.ops.llmc
+from llmc.compiler.trace import probes
+from llmc.runtime.errors import UnsupportedError
+
+ATTENTION = "llmc"  # the name of our attention implementation in transformers' registry
+
+
+@dataclass
+class Interception:
+    """What was replaced: operator name -> how many modules, and the attention calls seen in the trace."""
+
+    replaced: Counter[str] = field(default_factory=Counter)
+    attention_calls: list[probes.AttentionCall] = field(default_factory=list)
+    _restore: list[Callable[[], None]] = field(default_factory=list)
+
+    def set_forward(self, module: nn.Module, forward: Callable[..., Any], name: str) -> None:
+        module.__dict__["forward"] = forward
+        self._restore.append(lambda: module.__dict__.pop("forward"))
+        self.replaced[name] += 1
+
+    def set_attribute(self, owner: ModuleType, name: str, value: object) -> None:
+        original = getattr(owner, name)
+        setattr(owner, name, value)
+        self._restore.append(lambda: setattr(owner, name, original))
+
+    def undo(self) -> None:
+        while self._restore:
+            self._restore.pop()()
+
+
+_active: list[Interception] = []
+
+
+@contextmanager
+def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception]:
+    """Within the context, `model` computes with the operators of `ops.py`.
+
+    The model must have been made with `attn_implementation=ATTENTION`; `max_seq_len` is the number of
+    positions for which rotary tables are made. Raises UnsupportedError, naming the module, where a
+    probe fails.
+    """
+    interception = Interception()
+    _active.append(interception)
+    try:
+        has_rotary = False
+        for name, module in model.named_modules():
+            kind = type(module).__name__
+            if type(module) is nn.Linear:
+                interception.set_forward(module, _linear(module), "linear")
+            elif kind.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
+                epsilon, offset = probes.rms_norm(name, module)
+                interception.set_forward(module, _rms_norm(module, epsilon, offset), "rms_norm")
+            elif kind.endswith("RotaryEmbedding"):
+                tables = probes.rotary_tables(name, module, max_seq_len)
+                interception.set_forward(module, _rotary(module, tables), "rotary")
+                has_rotary = True
+        if has_rotary:
+            _intercept_apply_rotary(model, interception)
+        yield interception
+    finally:
+        _active.remove(interception)
+        interception.undo()
+
+
+def _linear(module: nn.Linear) -> Callable[..., torch.Tensor]:
+    # Reads the module's parameters at call time: a captured tensor would lose its checkpoint name.
+    return lambda x: torch.ops.llmc.linear(x, module.weight, module.bias)
+
+
+def _rms_norm(module: nn.Module, epsilon: float, offset: float) -> Callable[..., torch.Tensor]:
+    return lambda x: torch.ops.llmc.rms_norm(x, module.weight, epsilon, offset)
+
+
+def _rotary(module: nn.Module, tables: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., Any]:
+    for kind, (cos, sin) in tables.items():
+        module.register_buffer(f"cos_table{kind}", cos, persistent=False)
+        module.register_buffer(f"sin_table{kind}", sin, persistent=False)
+
+    def forward(x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
+        suffix = f"_{layer_type}" if layer_type else ""
+        cos = nn.functional.embedding(position_ids, getattr(module, f"cos_table{suffix}"))
+        sin = nn.functional.embedding(position_ids, getattr(module, f"sin_table{suffix}"))
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+    return forward
+
+
+def _intercept_apply_rotary(model: PreTrainedModel, interception: Interception) -> None:
+    """Replaces `apply_rotary_pos_emb` in the Python module that defines the model's attention."""
+    owners = {sys.modules[type(m).__module__] for m in model.modules() if type(m).__module__ != "torch.nn"}
+    owners = {owner for owner in owners if hasattr(owner, "apply_rotary_pos_emb")}
+    if not owners:
+        raise UnsupportedError(
+            f"{type(model).__name__} has rotary embeddings but no function `apply_rotary_pos_emb`",
+            "this architecture applies its positions in a way llmc does not know yet",
+        )
+    for owner in owners:
+        interleaved = probes.apply_rotary(owner)
+
+        def apply(
+            q: torch.Tensor,
+            k: torch.Tensor,
+            cos: torch.Tensor,
+            sin: torch.Tensor,
+            unsqueeze_dim: int = 1,
+            interleaved: bool = interleaved,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if unsqueeze_dim != 1:
+                raise UnsupportedError(
+                    f"apply_rotary_pos_emb is called with unsqueeze_dim={unsqueeze_dim}",
+                    "llmc knows the layout [batch, heads, tokens, head_dim] only",
+                )
+            rope = torch.ops.llmc.rope
+            return rope(q, cos, sin, interleaved), rope(k, cos, sin, interleaved)
+
+        interception.set_attribute(owner, "apply_rotary_pos_emb", apply)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: q, k, v [1, heads, T, head_dim] -> [1, T, heads, head_dim]."""
+    where = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
+    refusals = {
+        "a mask of its own": attention_mask is not None,
+        "attention sinks": kwargs.get("s_aux") is not None,
+        "attention that is not causal": not kwargs.get("is_causal", getattr(module, "is_causal", True)),
+        "attention in chunks": "chunked" in str(getattr(module, "layer_type", "")),
+    }
+    for what, refused in refusals.items():
+        if refused:
+            raise UnsupportedError(f"{where} uses {what}", "llmc cannot express this in its paged graph yet")
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    call = probes.AttentionCall(module, scale, float(softcap or 0.0), int(sliding_window or 0))
+    _active[-1].attention_calls.append(call)
+    layer = int(module.layer_idx)
+    return torch.ops.llmc.attention(query, key, value, call.scale, call.softcap, call.window, layer), None
+
+
+# transformers skips its masks for a name that is in the attention registry but not in the mask registry.
+AttentionInterface.register(ATTENTION, _attention)

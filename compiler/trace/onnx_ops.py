@@ -1,0 +1,73 @@
+"""How the exporter writes the operators of `ops.py` into ONNX: one node of domain `llmc` each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx.defs
+import onnxscript
+import torch
+
+DOMAIN = "llmc"
+# Names no standard operator has: onnxscript refuses two operators of one name, whatever their domains.
+SIGNATURES: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
+    # operator: (inputs, optional inputs, attributes and their types)
+    "TracedLinear": (["x", "weight"], ["bias"], {}),
+    "TracedRMSNorm": (["x", "weight"], [], {"epsilon": "FLOAT", "offset": "FLOAT"}),
+    "TracedRope": (["x", "cos", "sin"], [], {"interleaved": "INT"}),
+    "TracedAttention": (
+        ["query", "key", "value"],
+        [],
+        {"scale": "FLOAT", "softcap": "FLOAT", "window": "INT", "layer": "INT"},
+    ),
+}
+
+
+def _register_schemas() -> None:
+    for name, (inputs, optional, attributes) in SIGNATURES.items():
+        if onnx.defs.has(name, DOMAIN):
+            continue
+        formal = onnx.defs.OpSchema.FormalParameter
+        option = onnx.defs.OpSchema.FormalParameterOption
+        schema = onnx.defs.OpSchema(
+            name,
+            DOMAIN,
+            1,
+            inputs=[formal(i, "T") for i in inputs]
+            + [formal(i, "T", param_option=option.Optional) for i in optional],
+            outputs=[formal("y", "T")],
+            type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
+            attributes=[
+                onnx.defs.OpSchema.Attribute(key, getattr(onnx.defs.OpSchema.AttrType, kind))
+                for key, kind in attributes.items()
+            ],
+        )
+        onnx.defs.register_schema(schema)
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The `custom_translation_table` for `torch.onnx.export`."""
+    _register_schemas()
+    op = onnxscript.values.Opset(DOMAIN, 1)
+
+    def linear(x, weight, bias=None):  # type: ignore[no-untyped-def]
+        return op.TracedLinear(x, weight, bias)
+
+    def rms_norm(x, weight, epsilon: float, offset: float):  # type: ignore[no-untyped-def]
+        return op.TracedRMSNorm(x, weight, epsilon=epsilon, offset=offset)
+
+    def rope(x, cos, sin, interleaved: bool):  # type: ignore[no-untyped-def]
+        return op.TracedRope(x, cos, sin, interleaved=int(interleaved))
+
+    def attention(query, key, value, scale: float, softcap: float, window: int, layer: int):  # type: ignore[no-untyped-def]
+        return op.TracedAttention(
+            query, key, value, scale=scale, softcap=softcap, window=window, layer=layer
+        )
+
+    return {
+        torch.ops.llmc.linear.default: linear,
+        torch.ops.llmc.rms_norm.default: rms_norm,
+        torch.ops.llmc.rope.default: rope,
+        torch.ops.llmc.attention.default: attention,
+    }

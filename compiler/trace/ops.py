@@ -1,0 +1,91 @@
+"""The torch operators that a trace records in place of a model's own modules.
+
+Each is one opaque node in the exported program and one node of domain `llmc` in ONNX.
+The Python bodies are their meaning: the probes run them against the modules they replace.
+"""
+
+from __future__ import annotations
+
+import torch
+
+Tensor = torch.Tensor
+
+
+@torch.library.custom_op("llmc::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y[..., N] = x[..., K] @ weight[N, K]^T + bias[N]."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("llmc::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
+    """y = x / sqrt(mean(x^2) + epsilon) * (weight + offset), over the last axis, statistics in fp32.
+
+    Zhang and Sennrich 2019, arXiv:1910.07467. `offset` is 1 for the Gemma families, else 0.
+    """
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (wide * (weight.float() + offset)).to(x.dtype)
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("llmc::rope", mutates_args=())
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) on the first 2*R features of x.
+
+    x [1, H, T, D]; cos and sin [1, T, R]. A pair is (i, i + R), or (2i, 2i + 1) when interleaved.
+    """
+    half = cos.shape[-1]
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if interleaved:
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
+        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = rotated[..., :half], rotated[..., half:]
+        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((rotated, rest), dim=-1)
+
+
+@rope.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("llmc::attention", mutates_args=())
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int, layer: int
+) -> Tensor:
+    """Causal grouped-query attention of one sequence with itself.
+
+    query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, Dv] -> [1, T, Hq, Dv].
+    `window` > 0: a token sees itself and the window-1 tokens before it. `softcap` > 0: scores become
+    softcap * tanh(scores / softcap) before the mask (Gemma 2, arXiv:2408.00118).
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap > 0:
+        scores = torch.tanh(scores / softcap) * softcap
+    length = query.shape[2]
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    visible = (distance >= 0) & (distance < window) if window > 0 else distance >= 0
+    scores = scores.masked_fill(~visible, float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+@attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int, layer: int
+) -> Tensor:
+    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))

@@ -1,0 +1,154 @@
+"""Numeric probes: does a module really compute what the operator that replaces it computes?
+
+Each probe runs the model's own code in fp32 on random numbers beside the operator of `ops.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from llmc.runtime.errors import UnsupportedError
+
+TOLERANCE = 1e-5  # fp32, values of order 1
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool((a.float() - b.float()).abs().max() <= TOLERANCE)
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def rms_norm(name: str, module: nn.Module) -> tuple[float, float]:
+    """The (epsilon, offset) with which `ops.rms_norm` equals `module`.
+
+    Raises UnsupportedError if neither y*w nor y*(1+w) does.
+    """
+    width = module.weight.shape[0]  # type: ignore[union-attr,index]
+    real = copy.copy(module)
+    real._parameters = {"weight": nn.Parameter(_random(int(width)), requires_grad=False)}
+    x = _random(3, int(width))
+    with torch.no_grad():
+        expected = type(module).forward(real, x)
+        for attribute in ("variance_epsilon", "eps", "epsilon"):
+            epsilon = getattr(module, attribute, None)
+            if not isinstance(epsilon, float):
+                continue
+            for offset in (0.0, 1.0):
+                if _close(torch.ops.llmc.rms_norm(x, real.weight, epsilon, offset), expected):  # type: ignore[arg-type]
+                    return epsilon, offset
+    raise UnsupportedError(
+        f"module {name} ({type(module).__name__}) is named like an RMSNorm but computes something else",
+        "llmc knows x/rms(x)*w and x/rms(x)*(1+w); this architecture needs a recipe of its own",
+    )
+
+
+def rotary_tables(
+    name: str, module: nn.Module, max_seq_len: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """cos and sin tables [max_seq_len, R] in fp32, keyed by the suffix of the layer type ('' if only one).
+
+    Raises UnsupportedError if the angles of a position depend on the length of the sequence
+    (dynamic NTK; LongRoPE beyond its original context).
+    """
+    takes_type = "layer_type" in inspect.signature(type(module).forward).parameters
+    kinds: list[str | None] = list(module.layer_types) if takes_type else [None]  # type: ignore[arg-type]
+    tables = {}
+    for kind in kinds:
+        extra = {"layer_type": kind} if kind else {}
+        x = torch.zeros(1, 1, 1)
+        with torch.no_grad():
+            short = type(module).forward(module, x, torch.arange(min(8, max_seq_len))[None], **extra)
+            cos, sin = type(module).forward(module, x, torch.arange(max_seq_len)[None], **extra)
+        if not (_close(cos[:, : short[0].shape[1]], short[0]) and _close(sin[:, : short[1].shape[1]], short[1])):
+            rope = getattr(module, "rope_type", "this")
+            config = getattr(module, "config", None)
+            original = (getattr(config, "rope_parameters", None) or {}).get("original_max_position_embeddings")
+            raise UnsupportedError(
+                f"module {name}: with {rope} rope the angles depend on the length of the sequence, "
+                f"which a KV cache cannot follow at {max_seq_len} positions",
+                f"build with --max-seq-len {original or 'the original context length'} or less",
+            )
+        half = cos.shape[-1] // 2
+        if _close(cos[..., :half], cos[..., half:]) and _close(sin[..., :half], sin[..., half:]):
+            cos, sin = cos[..., :half], sin[..., :half]
+        elif _close(cos[..., 0::2], cos[..., 1::2]) and _close(sin[..., 0::2], sin[..., 1::2]):
+            cos, sin = cos[..., 0::2], sin[..., 0::2]
+        else:
+            raise UnsupportedError(
+                f"module {name} ({type(module).__name__}) does not return each angle twice",
+                "this architecture's rotary embedding needs a recipe of its own",
+            )
+        tables[f"_{kind}" if kind else ""] = (cos[0].contiguous(), sin[0].contiguous())
+    return tables
+
+
+def apply_rotary(owner: ModuleType) -> bool:
+    """Whether `owner.apply_rotary_pos_emb` rotates interleaved pairs (2i, 2i+1) rather than (i, i+R).
+
+    Probed with all features rotated, and with half of them where the function supports it.
+    """
+    tokens, half = 5, 4
+    angle = _random(1, tokens, half)
+    for interleaved in (False, True):
+        repeat = (lambda t: t.repeat_interleave(2, -1)) if interleaved else (lambda t: torch.cat((t, t), -1))
+        q, k = _random(1, 3, tokens, 2 * half), _random(1, 2, tokens, 2 * half)
+        got = owner.apply_rotary_pos_emb(q, k, repeat(angle.cos()), repeat(angle.sin()))
+        if all(
+            _close(torch.ops.llmc.rope(x, angle.cos(), angle.sin(), interleaved), y)
+            for x, y in zip((q, k), got, strict=True)
+        ):
+            return interleaved
+    raise UnsupportedError(
+        f"{owner.__name__}.apply_rotary_pos_emb is neither of the two known rotations",
+        "this architecture's rotary embedding needs a recipe of its own",
+    )
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention interface during the trace."""
+
+    module: nn.Module
+    scale: float
+    softcap: float
+    window: int
+
+
+def attention(calls: list[AttentionCall]) -> None:
+    """Compares `ops.attention` with the model's own eager attention, once per kind of call."""
+    seen = set()
+    for call in calls:
+        kind = (type(call.module), call.scale, call.softcap, call.window)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        eager = getattr(sys.modules[type(call.module).__module__], "eager_attention_forward", None)
+        if eager is None:
+            raise UnsupportedError(
+                f"{type(call.module).__name__} has no eager attention to compare with",
+                "this architecture needs a recipe of its own",
+            )
+        groups = int(getattr(call.module, "num_key_value_groups", 1))
+        length = call.window + 4 if 0 < call.window <= 64 else 9
+        q, k, v = _random(1, 2 * groups, length, 8), _random(1, 2, length, 8), _random(1, 2, length, 8) * 2
+        distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+        hidden = (distance < 0) | (distance >= call.window) if call.window else distance < 0
+        mask = torch.zeros(1, 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
+        expected, _ = eager(
+            call.module, q, k, v, mask, scaling=call.scale, dropout=0.0, softcap=call.softcap or None
+        )
+        got = torch.ops.llmc.attention(q, k, v, call.scale, call.softcap, call.window, 0)
+        if not _close(got, expected):
+            raise UnsupportedError(
+                f"{type(call.module).__name__} attends in a way llmc does not know",
+                "this architecture needs a recipe of its own",
+            )

@@ -1,0 +1,81 @@
+"""The contract of a pass, and the runner that holds every pass to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import onnx_ir as ir
+
+from llmc.passes import spec
+from llmc.runtime.errors import BuildError, UnsupportedError
+
+
+@dataclass
+class Matches:
+    """What one pass found: how many places it rewrote, and where it nearly did and why not."""
+
+    count: int = 0
+    near_misses: list[str] = field(default_factory=list)
+
+
+class Pass(Protocol):
+    """A rewrite of the graph in place.
+
+    `requires` and `ensures` name stages of `spec.py`; the runner checks `ensures` after the pass.
+    Running a pass on its own result changes nothing: it returns 0 matches.
+    """
+
+    name: str
+    requires: spec.Stage
+    ensures: spec.Stage
+
+    def __call__(self, model: ir.Model) -> Matches: ...
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One line of the build report."""
+
+    name: str
+    matches: int
+    near_misses: tuple[str, ...]
+    seconds: float
+
+
+def run(
+    model: ir.Model,
+    pipeline: Sequence[Pass],
+    expected: Mapping[str, int],
+    on_pass: Callable[[str], None] = lambda name: None,
+) -> list[PassReport]:
+    """Runs `pipeline` over `model` in order and checks every stage.
+
+    `expected`: pass name -> the number of matches that the model's recipe demands.
+    Raises BuildError when a count differs or a stage's spec is violated.
+    """
+    reports: list[PassReport] = []
+    for one in pipeline:
+        on_pass(one.name)
+        start = time.perf_counter()
+        matches = one(model)
+        seconds = time.perf_counter() - start
+        report = PassReport(one.name, matches.count, tuple(matches.near_misses), seconds)
+        reports.append(report)
+        want = expected.get(one.name)
+        if want is not None and want != matches.count:
+            missed = f"; first near miss: {matches.near_misses[0]}" if matches.near_misses else ""
+            raise UnsupportedError(
+                f"pass {one.name} rewrote {matches.count} of {want} places{missed}",
+                "the model differs from its family's recipe; please report it with its config.json",
+            )
+        violations = spec.check(model, one.ensures)
+        if violations:
+            raise BuildError(
+                f"after pass {one.name} the graph is not {one.ensures.value}: {violations[0]}"
+                + (f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""),
+                "this architecture uses something llmc cannot lower yet",
+            )
+    return reports

@@ -1,0 +1,64 @@
+"""GatherLogits: logits are computed for the wanted rows only.
+
+before  hidden [T, K] -> norm -> lm_head -> logits [T, V]
+after   hidden -> Gather(logits_index [N]) -> norm -> lm_head -> logits [N, V]
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from llmc.passes import edit
+from llmc.passes.contract import Matches
+from llmc.passes.spec import ELEMENTWISE, Stage
+from llmc.runtime.errors import UnsupportedError
+
+INDEX = "logits_index"
+ROWS = "N"
+
+
+class GatherLogits:
+    """See the module's docstring. Counts 1 when the rows are gathered."""
+
+    name = "gather-logits"
+    requires = Stage.PACKED
+    ensures = Stage.CANONICAL
+
+    def __call__(self, model: ir.Model) -> Matches:
+        graph = model.graph
+        if any(value.name == INDEX for value in graph.inputs):
+            return Matches(0)
+        logits = graph.outputs[0]
+        chain = _rowwise_chain(logits)
+        first = chain[-1]
+        hidden = first.inputs[0]
+        assert hidden is not None and hidden.shape is not None
+        index = ir.Value(name=INDEX, shape=ir.Shape([ROWS]), type=ir.TensorType(ir.DataType.INT32))
+        graph.inputs.append(index)
+        shape = [ROWS, *hidden.shape[1:]]
+        rows = edit.insert(first, "Gather", [hidden, index], {"axis": 0}, "hidden_rows", shape, hidden.dtype)  # type: ignore[list-item]
+        first.replace_input_with(0, rows)
+        for node in chain:
+            output = node.outputs[0]
+            assert output.shape is not None
+            output.shape = ir.Shape([ROWS, *output.shape[1:]])
+        logits.name = "logits"
+        return Matches(1)
+
+
+def _rowwise_chain(logits: ir.Value) -> list[ir.Node]:
+    """The nodes from `logits` back to the norm before the lm_head, each with one activation as input 0."""
+    chain: list[ir.Node] = []
+    node = logits.producer()
+    while node is not None and node.op_type in ELEMENTWISE:
+        chain.append(node)
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if node is None or node.op_type != "Gemm":
+        raise UnsupportedError(
+            "the model does not end in a linear layer over the vocabulary", "llmc compiles causal language models"
+        )
+    chain.append(node)
+    before = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if before is not None and before.op_type == "RMSNormalization":
+        chain.append(before)
+    return chain

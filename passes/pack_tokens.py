@@ -1,0 +1,107 @@
+"""PackTokens: removes the batch axis, so that T can be the tokens of many sequences end to end.
+
+before  every activation [1, T, ...]
+after   every activation [T, ...]; input_ids and position_ids are [T], int32
+
+Sound because, once attention is paged, every remaining operator treats each token by itself. One rule an
+operator; an operator without a rule is refused by name.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.passes import edit
+from llmc.passes.contract import Matches
+from llmc.passes.spec import ELEMENTWISE, Stage, module_of
+from llmc.runtime.errors import UnsupportedError
+
+_ROWWISE = {"TracedLinear", "TracedRMSNorm", "Gather", "RotaryEmbedding", "PagedAttention"}
+_AXIS = {"Concat", "Split", "Softmax"}
+
+
+class PackTokens:
+    """See the module's docstring. Counts 1, or 0 if there is no batch axis."""
+
+    name = "pack-tokens"
+    requires = Stage.PAGED
+    ensures = Stage.PACKED
+
+    def __call__(self, model: ir.Model) -> Matches:
+        graph = model.graph
+        ids = [value for value in graph.inputs if value.name in ("input_ids", "position_ids")]
+        if all(value.shape is not None and len(value.shape) == 1 for value in ids):
+            return Matches(0)
+        for value in ids:
+            value.shape = ir.Shape([edit.TOKENS])
+            value.type = ir.TensorType(ir.DataType.INT32)
+        for node in list(graph):
+            _pack(graph, node)
+        edit.remove_unused(model)
+        return Matches(1)
+
+
+def _pack(graph: ir.Graph, node: ir.Node) -> None:
+    batched = [value for value in node.outputs if _has_batch(value)]
+    if not batched:
+        return
+    if node.op_type == "Reshape":
+        shape = batched[0].shape
+        assert shape is not None
+        target = [dim if isinstance(dim, int) else -1 for dim in shape[1:]]
+        name = "shape_" + "_".join(str(dim) for dim in target)
+        node.replace_input_with(1, edit.constant(graph, np.array(target, np.int64), name))
+    elif node.op_type in ELEMENTWISE:
+        _squeeze_constants(graph, node, len(batched[0].shape))  # type: ignore[arg-type]
+    elif node.op_type in _AXIS:
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        _require(axis != 0, node, f"works along the batch axis (axis={axis})")
+        if axis > 0:
+            node.attributes["axis"] = ir.AttrInt64("axis", axis - 1)
+    elif node.op_type == "Slice":
+        _shift_axes(graph, node, 3)
+    elif node.op_type == "Transpose":
+        perm = list(node.attributes["perm"].as_ints())
+        _require(perm[0] == 0, node, f"moves the batch axis (perm={perm})")
+        node.attributes["perm"] = ir.AttrInt64s("perm", [axis - 1 for axis in perm[1:]])
+    else:
+        _require(node.op_type in _ROWWISE, node, "has no rule for packed tokens")
+    for value in batched:
+        assert value.shape is not None
+        value.shape = ir.Shape([d if isinstance(d, int) else edit.TOKENS for d in value.shape[1:]])
+
+
+def _has_batch(value: ir.Value) -> bool:
+    shape = value.shape
+    return shape is not None and len(shape) >= 2 and shape[0] == 1 and not isinstance(shape[1], int)
+
+
+def _squeeze_constants(graph: ir.Graph, node: ir.Node, rank: int) -> None:
+    """A constant of full rank would broadcast the batch axis back in."""
+    for index, value in enumerate(node.inputs):
+        if value is None or not value.is_initializer() or value.shape is None or len(value.shape) < rank:
+            continue
+        _require(value.const_value is not None and value.shape[0] == 1, node, "adds a weight per batch entry")
+        assert value.const_value is not None
+        array = value.const_value.numpy()[0]
+        node.replace_input_with(index, edit.constant(graph, array, f"{value.name}_packed"))
+
+
+def _shift_axes(graph: ir.Graph, node: ir.Node, index: int) -> None:
+    axes = node.inputs[index] if len(node.inputs) > index else None
+    _require(axes is not None and axes.const_value is not None, node, "slices along axes that are not constant")
+    assert axes is not None and axes.const_value is not None
+    values = axes.const_value.numpy()
+    _require(bool((values != 0).all()), node, "slices the batch axis")
+    shifted = np.where(values > 0, values - 1, values).astype(np.int64)
+    name = "axes_" + "_".join(str(v) for v in shifted)
+    node.replace_input_with(index, edit.constant(graph, shifted, name))
+
+
+def _require(condition: bool, node: ir.Node, what: str) -> None:
+    if not condition:
+        raise UnsupportedError(
+            f"operator {node.op_type} of module {module_of(node)} {what}",
+            "llmc compiles models that treat every token alike outside attention",
+        )

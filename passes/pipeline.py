@@ -1,0 +1,30 @@
+"""THE pipeline: every graph pass of a build, in order."""
+
+from __future__ import annotations
+
+from llmc.passes.contract import Pass
+from llmc.passes.fold_reshapes import FoldReshapes
+from llmc.passes.gather_logits import GatherLogits
+from llmc.passes.lower_layers import LowerLinear, LowerRMSNorm
+from llmc.passes.lower_rope import LowerRope
+from llmc.passes.pack_tokens import PackTokens
+from llmc.passes.page_attention import PageAttention
+from llmc.passes.sink_transposes import SinkTransposes
+
+
+def pipeline() -> list[Pass]:
+    """The passes from a traced graph to the canonical one."""
+    return [
+        # 1. Attention: from one sequence without a cache to packed sequences with a paged one.
+        SinkTransposes(),  # first: leaves one order of norm and transpose to recognize
+        LowerRope(),  # before paging: it moves the rotation in front of the transposes that paging consumes
+        PageAttention(),
+        # 2. Tokens: only attention mixes them, so the batch axis can go once attention is paged.
+        PackTokens(),
+        FoldReshapes(),  # the rewrites above leave pairs of reshapes around attention
+        # 3. Layers: standard operators, now that activations are [T, features].
+        LowerLinear(),
+        LowerRMSNorm(),
+        # 4. Output: needs the lm_head as a Gemm.
+        GatherLogits(),
+    ]

@@ -1,0 +1,124 @@
+"""What `llmc.PagedAttention` means, as an ONNX function body of standard operators (opset 23).
+
+Any ONNX runtime can execute a graph that carries this function: it is the reference that builds are
+proven against, and the executor for graphs that OpenVINO's attention cannot express. It scores every
+token of a step against every cached token of the step and masks the other sequences out, in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript
+from onnxscript import opset23 as op
+
+from llmc.plugins.paged_attention.spec import ABI_VERSION, DOMAIN
+
+_INT64, _FLOAT = 7, 1  # TensorProto.DataType
+
+
+# mypy: disable-error-code="no-untyped-def,name-defined"
+@onnxscript.script(onnxscript.values.Opset(DOMAIN, ABI_VERSION), default_opset=op)
+def PagedAttention(  # noqa: N802
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    query_start,
+    past_lengths,
+    block_indices,
+    block_begins,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+):
+    zero = op.Constant(value_int=0)
+    one = op.Constant(value_int=1)
+    block_size = op.Constant(value_int=32)
+    first = op.Constant(value_ints=[0])
+    second = op.Constant(value_ints=[1])
+    last = op.Constant(value_ints=[-1])
+    end = op.Constant(value_ints=[9223372036854775807])
+    starts = op.Cast(query_start, to=7)
+    blocks = op.Cast(block_indices, to=7)
+    begins = op.Cast(block_begins, to=7)
+    kv_heads = op.Constant(value_int=num_kv_heads)
+    kv_heads_1 = op.Unsqueeze(kv_heads, first)
+    heads_1 = op.Unsqueeze(op.Constant(value_int=num_heads), first)
+    group_1 = op.Div(heads_1, kv_heads_1)
+
+    # The sequence and the position of each token.
+    tokens_1 = op.Shape(query, start=0, end=1)
+    token = op.Range(zero, op.Squeeze(tokens_1, first), one)
+    ends = op.Unsqueeze(op.Slice(starts, second, end, first), first)
+    ended = op.Cast(op.LessOrEqual(ends, op.Unsqueeze(token, second)), to=7)
+    token_sequence = op.ReduceSum(ended, second, keepdims=0)
+    past = op.Gather(op.Cast(past_lengths, to=7), token_sequence)
+    position = op.Add(past, op.Sub(token, op.Gather(starts, token_sequence)))
+
+    # New keys and values go to (block, head, offset).
+    entry = op.Add(op.Gather(begins, token_sequence), op.Div(position, block_size))
+    shape = op.Concat(tokens_1, kv_heads_1, axis=0)
+    block_place = op.Expand(op.Unsqueeze(op.Gather(blocks, entry), second), shape)
+    head_place = op.Expand(op.Unsqueeze(op.Range(zero, kv_heads, one), first), shape)
+    offset_place = op.Expand(op.Unsqueeze(op.Mod(position, block_size), second), shape)
+    place = op.Concat(
+        op.Unsqueeze(block_place, last), op.Unsqueeze(head_place, last), op.Unsqueeze(offset_place, last), axis=-1
+    )
+    new_shape = op.Concat(tokens_1, kv_heads_1, last, axis=0)
+    key_cache_out = op.ScatterND(key_cache, place, op.Reshape(key, new_shape))
+    value_cache_out = op.ScatterND(value_cache, place, op.Reshape(value, new_shape))
+
+    # All cached keys and values of the step, [num_kv_heads, L, D], with L = 32 * blocks of the step.
+    key_shape = op.Concat(kv_heads_1, last, op.Shape(key_cache, start=3, end=4), axis=0)
+    value_shape = op.Concat(kv_heads_1, last, op.Shape(value_cache, start=3, end=4), axis=0)
+    step_keys = op.Reshape(op.Transpose(op.Gather(key_cache_out, blocks), perm=[1, 0, 2, 3]), key_shape)
+    step_values = op.Reshape(op.Transpose(op.Gather(value_cache_out, blocks), perm=[1, 0, 2, 3]), value_shape)
+
+    # Their sequences and positions.
+    slot = op.Range(zero, op.Mul(op.Squeeze(op.Shape(block_indices), first), block_size), one)
+    slot_entry = op.Div(slot, block_size)
+    slot_ends = op.Unsqueeze(op.Slice(begins, second, end, first), first)
+    slot_ended = op.Cast(op.LessOrEqual(slot_ends, op.Unsqueeze(slot_entry, second)), to=7)
+    slot_sequence = op.ReduceSum(slot_ended, second, keepdims=0)
+    slot_position = op.Sub(slot, op.Mul(op.Gather(begins, slot_sequence), block_size))
+
+    # Scores [num_kv_heads, group, T, L].
+    grouped = op.Reshape(query, op.Concat(tokens_1, kv_heads_1, group_1, last, axis=0))
+    heads_first = op.Transpose(op.Cast(grouped, to=1), perm=[1, 2, 0, 3])
+    flat = op.Reshape(heads_first, op.Concat(kv_heads_1, last, op.Shape(key_cache, start=3, end=4), axis=0))
+    keys_last = op.Transpose(op.Cast(step_keys, to=1), perm=[0, 2, 1])
+    raw = op.Mul(op.MatMul(flat, keys_last), op.Constant(value_float=scale))
+    scored = op.Reshape(raw, op.Concat(kv_heads_1, group_1, tokens_1, last, axis=0))
+    cap = op.Constant(value_float=softcap)
+    no_cap = op.Constant(value_float=0.0)
+    if cap > no_cap:
+        scores = op.Mul(op.Tanh(op.Div(scored, cap)), cap)
+    else:
+        scores = op.Identity(scored)
+
+    # A token sees its own sequence, not the future, not what its window has left behind.
+    distance = op.Sub(op.Unsqueeze(position, second), op.Unsqueeze(slot_position, first))
+    own = op.Equal(op.Unsqueeze(token_sequence, second), op.Unsqueeze(slot_sequence, first))
+    width = op.Constant(value_int=window)
+    near = op.Or(op.LessOrEqual(width, zero), op.Less(distance, width))
+    visible = op.And(op.And(own, op.GreaterOrEqual(distance, zero)), near)
+    hidden = op.Constant(value_float=-3.0e38)
+    weights = op.Softmax(op.Where(visible, scores, hidden), axis=-1)
+
+    weights_flat = op.Reshape(weights, op.Concat(kv_heads_1, last, op.Shape(slot), axis=0))
+    mixed = op.MatMul(weights_flat, op.Cast(step_values, to=1))
+    split = op.Reshape(mixed, op.Concat(kv_heads_1, group_1, tokens_1, last, axis=0))
+    merged = op.Reshape(op.Transpose(split, perm=[2, 0, 1, 3]), op.Concat(tokens_1, last, axis=0))
+    output = op.CastLike(merged, query)
+    return output, key_cache_out, value_cache_out
+
+
+def function() -> ir.Function:
+    """The function body as an `onnx_ir.Function`, to be stored in a model that uses the operator."""
+    body: Any = PagedAttention
+    return ir.serde.deserialize_function(body.to_function_proto())

@@ -1,0 +1,60 @@
+"""The meaning of `llmc.PagedAttention` in numpy, one sequence and one head at a time.
+
+Slow and obvious on purpose: every implementation is compared with this one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE
+
+
+def paged_attention(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    key_cache: np.ndarray,
+    value_cache: np.ndarray,
+    query_start: np.ndarray,
+    past_lengths: np.ndarray,
+    block_indices: np.ndarray,
+    block_begins: np.ndarray,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> np.ndarray:
+    """Writes the new keys and values into the caches in place and returns the output.
+
+    Shapes as in `spec.py`; computes in float64; returns [T, num_heads*Dv] in the query's dtype.
+    """
+    tokens = query.shape[0]
+    queries = query.reshape(tokens, num_heads, -1).astype(np.float64)
+    keys = key.reshape(tokens, num_kv_heads, -1)
+    values = value.reshape(tokens, num_kv_heads, -1)
+    output = np.zeros((tokens, num_heads, values.shape[-1]))
+    for s, past in enumerate(past_lengths):
+        table = block_indices[block_begins[s] : block_begins[s + 1]]
+        start, end = query_start[s], query_start[s + 1]
+        for t in range(start, end):
+            position = past + t - start
+            block, offset = table[position // BLOCK_SIZE], position % BLOCK_SIZE
+            key_cache[block, :, offset] = keys[t]
+            value_cache[block, :, offset] = values[t]
+        length = past + end - start
+        all_keys = np.concatenate([key_cache[b] for b in table], axis=1)[:, :length].astype(np.float64)
+        all_values = np.concatenate([value_cache[b] for b in table], axis=1)[:, :length].astype(np.float64)
+        for t in range(start, end):
+            position = past + t - start
+            first = max(0, position - window + 1) if window > 0 else 0
+            for h in range(num_heads):
+                g = h // (num_heads // num_kv_heads)
+                scores = all_keys[g, first : position + 1] @ queries[t, h] * scale
+                if softcap > 0:
+                    scores = softcap * np.tanh(scores / softcap)
+                weights = np.exp(scores - scores.max())
+                output[t, h] = weights @ all_values[g, first : position + 1] / weights.sum()
+    return output.reshape(tokens, -1).astype(query.dtype)

@@ -1,0 +1,82 @@
+"""Runs a bundle's graph with OpenVINO on the CPU. The KV cache is ours; the graph writes it in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from llmc.runtime.backends import openvino_attention
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from llmc.runtime.batch import Batch
+from llmc.runtime.errors import BackendError
+
+_INPUTS = (
+    "input_ids",
+    "position_ids",
+    "query_start",
+    "past_lengths",
+    "block_indices",
+    "block_begins",
+    "logits_index",
+)
+
+
+class OpenVinoBackend:
+    """A compiled graph and its paged KV cache of `num_blocks` blocks of 32 tokens."""
+
+    name = "openvino"
+    block_size = openvino_attention.BLOCK_SIZE
+
+    def __init__(self, engine: Path, num_blocks: int, threads: int | None = None) -> None:
+        """Compiles `engine` (ONNX, weights beside it) and allocates the cache.
+
+        Raises BackendError if this OpenVINO is not the one the graph was made for.
+        """
+        if not ov.__version__.startswith(openvino_attention.SUPPORTED_VERSION):
+            raise BackendError(
+                f"OpenVINO {ov.__version__} is installed, the engine needs {openvino_attention.SUPPORTED_VERSION}",
+                f"pip install 'openvino=={openvino_attention.SUPPORTED_VERSION}.*'",
+            )
+        core = ov.Core()
+        core.add_extension(openvino_attention.extension())
+        config: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+            "KV_CACHE_PRECISION": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        }
+        if threads:
+            config["INFERENCE_NUM_THREADS"] = threads
+        openvino_attention.self_test(core, config)
+        model = core.read_model(engine)
+        logits = [result for result in model.get_results() if "logits" in result.output(0).get_names() or "logits" in result.input_value(0).get_names()]
+        model = ov.Model(logits, model.get_parameters(), "llmc")
+        compiled = core.compile_model(model, "CPU", config)
+        self.num_blocks = num_blocks
+        self._request = compiled.create_infer_request()
+        self._caches: list[ov.Tensor] = []
+        self._ports = {}
+        for port in compiled.inputs:
+            name = port.get_any_name()
+            if name in _INPUTS:
+                self._ports[name] = port
+                continue
+            shape = [num_blocks, *(dim.get_length() for dim in list(port.get_partial_shape())[1:])]
+            cache = ov.Tensor(port.get_element_type(), ov.Shape(shape))
+            cache.data[:] = 0
+            self._caches.append(cache)
+            self._request.set_tensor(port, cache)
+        self._logits = compiled.outputs[0]
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Logits float32 [N, vocab] of the rows in `batch.logits_index`; valid until the next call."""
+        tensors = {}
+        for name, port in self._ports.items():
+            tensors[name] = ov.Tensor(getattr(batch, name), shared_memory=True)
+            self._request.set_tensor(port, tensors[name])
+        self._request.infer()
+        return self._request.get_tensor(self._logits).data

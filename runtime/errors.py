@@ -1,0 +1,53 @@
+"""Every error llmc raises on purpose, and nothing else.
+
+LlmcError
+├── CheckpointError     the checkpoint cannot be read or contradicts itself
+├── UnsupportedError    valid input that llmc does not support (yet)
+├── BuildError          a step of the build failed
+│   └── VerificationError   the built graph does not reproduce the checkpoint
+├── BundleError         the bundle is damaged, too new, or not a bundle
+├── RequestError        a generation request or an option that cannot be served
+└── BackendError        an engine backend failed its self-test or its call
+
+Each carries a message (the fact: what, where) and a hint (the way out). The
+command line prints them as one `error:` and one `hint:` line and exits with 1.
+"""
+
+from __future__ import annotations
+
+
+class LlmcError(Exception):
+    """Base class. `message` states the fact in one line, `hint` says what to do about it."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class CheckpointError(LlmcError):
+    """The checkpoint cannot be read or contradicts itself."""
+
+
+class UnsupportedError(LlmcError):
+    """Valid input that llmc does not support."""
+
+
+class BuildError(LlmcError):
+    """A step of the build failed."""
+
+
+class VerificationError(BuildError):
+    """The built graph does not reproduce the checkpoint within its tolerance."""
+
+
+class BundleError(LlmcError):
+    """The bundle is damaged, written by a newer llmc, or not a bundle."""
+
+
+class RequestError(LlmcError):
+    """A request or an option that cannot be served."""
+
+
+class BackendError(LlmcError):
+    """A backend failed its self-test or its call."""
