@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-
 from llmc.runtime.batch import Batch
 
 

@@ -58,7 +58,7 @@ class OpenVinoBackend:
         compiled = core.compile_model(model, "CPU", config)
         self.num_blocks = num_blocks
         self._request = compiled.create_infer_request()
-        self._caches: list[ov.Tensor] = []
+        self._caches: list[np.ndarray] = []
         self._ports = {}
         for port in compiled.inputs:
             name = port.get_any_name()
@@ -66,10 +66,9 @@ class OpenVinoBackend:
                 self._ports[name] = port
                 continue
             shape = [num_blocks, *(dim.get_length() for dim in list(port.get_partial_shape())[1:])]
-            cache = ov.Tensor(port.get_element_type(), ov.Shape(shape))
-            cache.data[:] = 0
-            self._caches.append(cache)
-            self._request.set_tensor(port, cache)
+            memory = np.zeros(shape, np.float32)  # zero pages: memory is taken when a block is first written
+            self._caches.append(memory)  # ov.Tensor does not keep the array alive
+            self._request.set_tensor(port, ov.Tensor(memory, shared_memory=True))
         self._logits = compiled.outputs[0]
 
     def forward(self, batch: Batch) -> np.ndarray:

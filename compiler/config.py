@@ -1,0 +1,73 @@
+"""The model's configuration as transformers understands it."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from llmc.compiler.checkpoint import Checkpoint
+from llmc.compiler.recipe import known_families
+from llmc.runtime.errors import BuildError, CheckpointError, UnsupportedError
+
+
+def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """transformers' config object for a checkpoint.
+
+    Raises UnsupportedError for what llmc cannot compile and CheckpointError for values that
+    transformers refuses. Code that ships with a checkpoint is never run.
+    """
+    raw = dict(checkpoint.config)
+    families = ", ".join(known_families())
+    if "quantization_config" in raw:
+        method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+        raise UnsupportedError(
+            f"the checkpoint is quantized ({method}), which llmc cannot read yet",
+            "build from the original, unquantized weights",
+        )
+    if checkpoint.model_type not in _known_model_types():
+        remote = " with code of its own (auto_map)" if "auto_map" in raw else ""
+        raise UnsupportedError(
+            f"transformers does not know the architecture {checkpoint.model_type!r}{remote}",
+            f"families that llmc is tested with: {families}",
+        )
+    try:
+        config = AutoConfig.for_model(**raw)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"transformers refuses {checkpoint.path / 'config.json'}: {str(error).splitlines()[0]}",
+            "compare it with the config.json of the original model",
+        ) from error
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UnsupportedError(
+            "the model attends in both directions (use_bidirectional_attention)",
+            "llmc compiles causal language models",
+        )
+    if not hasattr(config, "num_hidden_layers"):
+        raise UnsupportedError(
+            f"model_type {checkpoint.model_type!r} is not a text-only language model",
+            f"families that llmc is tested with: {families}",
+        )
+    return config
+
+
+def _known_model_types() -> set[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return set(CONFIG_MAPPING_NAMES)
+
+
+def context_length(config: PreTrainedConfig, wanted: int | None) -> int:
+    """The bundle's context in tokens: `wanted`, or all that the model was made for.
+
+    Raises BuildError if `wanted` is more than the model's own context.
+    """
+    own = getattr(config, "max_position_embeddings", None)
+    if wanted is None:
+        if own is None:
+            raise BuildError("config.json has no max_position_embeddings", "give --max-seq-len")
+        return int(own)
+    if own is not None and wanted > own:
+        raise BuildError(
+            f"--max-seq-len {wanted} is more than the model's context of {own} tokens",
+            f"give at most {own}",
+        )
+    return wanted

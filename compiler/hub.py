@@ -1,0 +1,94 @@
+"""Turns what the user typed into a checkpoint directory: a local path, or a Hugging Face hub id.
+
+A hub id is downloaded into huggingface_hub's own cache (HF_HOME), so that what transformers or
+vLLM fetched before is found, and HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llmc.runtime.errors import CheckpointError
+
+# Pickle (.bin, .pt), ONNX, GGUF and code are never downloaded, nor anything in a subdirectory.
+DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model")
+NOT_DOWNLOADED = ("*/*", "consolidated*.safetensors", "adapter_*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve(checkpoint: str | Path, revision: str | None = None) -> Path:
+    """The directory of `checkpoint`: itself when it exists, else the downloaded hub repository.
+
+    `revision` is a branch, tag or commit of a hub id. Raises CheckpointError when there is no such
+    directory or repository, when access is denied, and when the hub cannot be reached.
+    """
+    name = str(checkpoint)
+    local = Path(checkpoint).expanduser()
+    if name and local.exists():
+        if revision is not None:
+            raise CheckpointError(
+                f"{local} is a local directory and has no revision {revision!r}",
+                hint="drop the revision, or run from elsewhere if you mean the hub repository of that name",
+            )
+        return local
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(
+            f"there is no directory {name}",
+            hint="check the path; a checkpoint is a directory with config.json and safetensors files",
+        )
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+
+    try:
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)
+        )
+    except (errors.HTTPError, errors.HFValidationError, OSError, RuntimeError) as error:  # the last: hf_xet
+        raise CheckpointError(*_explain(name, revision, error)) from error
+    if not any(Path(found).glob("*.safetensors")):
+        if constants.is_offline_mode():
+            raise CheckpointError(
+                f"{name} has no safetensors weights in the download cache", hint="unset HF_HUB_OFFLINE"
+            )
+        raise CheckpointError(
+            f"{name} has no safetensors weights",
+            hint="choose a repository that has them; llmc never loads pickled weights",
+        )
+    return Path(found)
+
+
+def _explain(name: str, revision: str | None, error: Exception) -> tuple[str, str]:
+    """Message and hint for what `snapshot_download` raised."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{name}"
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    where = f"{name} at revision {revision}" if revision else name
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return f"access to the hub repository {name} is gated", f"ask for access at {page}, then {log_in}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the hub repository {name} has no revision {revision!r}", f"see {page}/tree/main"
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
+        return (
+            f"{name} is neither a directory nor a public hub repository",
+            f"check the spelling; if the repository is private, {log_in}",
+        )
+    if isinstance(error, errors.HFValidationError):
+        return f"there is no directory {name}, and it is not a valid hub id", "hub ids look like org/name"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        fact = f"{where} is no directory and not wholly in the download cache, and "
+        if constants.is_offline_mode():
+            return f"{fact}HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE, or give a checkpoint directory"
+        cause = error.__cause__
+        answer = f"answers {cause.response.status_code}" if isinstance(cause, errors.HfHubHTTPError) else ""
+        return (
+            f"{fact}the hub ({constants.ENDPOINT}) {answer or 'cannot be reached'}",
+            "check the connection, or give a checkpoint directory",
+        )
+    reason = next(iter(str(error).split("\n")), "") or type(error).__name__
+    return f"downloading {where} failed: {reason}", "run it again: a download resumes where it stopped"

@@ -1,0 +1,31 @@
+"""How a build says what it is doing. The command line draws it; tests and libraries need not."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called from the thread that builds."""
+
+    def phase(self, name: str) -> None:
+        """A new phase begins; the one before is complete."""
+
+    def bar(self, done: int, total: int) -> None:
+        """How far the current phase is, in any unit."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know and need not act on."""
+
+
+class Silent:
+    """Says nothing."""
+
+    def phase(self, name: str) -> None:
+        del name
+
+    def bar(self, done: int, total: int) -> None:
+        del done, total
+
+    def note(self, text: str) -> None:
+        del text

@@ -1,0 +1,56 @@
+"""What llmc knows about a model family: `model_zoo/<model_type>/recipe.toml`.
+
+    architecture = "LlamaForCausalLM"
+    [matches]                            # pass -> places it must rewrite
+    lower-rope = { per_layer = 2 }
+    lower-linear = { per_layer = 7, model = 1 }
+    [verify]
+    logit_tolerance = 1e-4               # fp32; absolute, for logits of order 10
+
+A family without a recipe is tried all the same; then only the verification speaks for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`matches`: pass name -> (places per layer, places per model)."""
+
+    model_type: str
+    known: bool = False
+    matches: dict[str, tuple[int, int]] = field(default_factory=dict)
+    logit_tolerance: float = DEFAULT_TOLERANCE
+
+    def expected(self, num_layers: int) -> dict[str, int]:
+        """Pass name -> the number of places it must rewrite in a model of `num_layers` layers."""
+        return {name: layer * num_layers + model for name, (layer, model) in self.matches.items()}
+
+
+def load(model_type: str) -> Recipe:
+    """The recipe of a family, or an empty one that is not `known`."""
+    file = resources.files("llmc.model_zoo") / model_type / "recipe.toml"
+    if not model_type.isidentifier() or not file.is_file():
+        return Recipe(model_type)
+    data: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
+    matches = {name: (row.get("per_layer", 0), row.get("model", 0)) for name, row in data["matches"].items()}
+    tolerance = data.get("verify", {}).get("logit_tolerance", DEFAULT_TOLERANCE)
+    return Recipe(model_type, True, matches, tolerance)
+
+
+def known_families() -> list[str]:
+    """Every family with a recipe."""
+    root = resources.files("llmc.model_zoo")
+    return sorted(entry.name for entry in root.iterdir() if (entry / "recipe.toml").is_file())

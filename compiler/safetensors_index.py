@@ -1,0 +1,204 @@
+"""Reads safetensors files lazily: the header is checked in full, tensor data only when asked for.
+
+Format (https://github.com/huggingface/safetensors#format): 8 bytes, little-endian, the length N of
+the header; N bytes of JSON, `{"name": {"dtype", "shape", "data_offsets": [begin, end]}, ...}` with
+an optional `__metadata__` of strings, padded with spaces; then the data, little-endian, row-major,
+which `data_offsets` (relative to its start) must cover without overlap or hole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from llmc.runtime.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MAX_RANK = 32  # numpy 1's
+LFS_MARK = b"version https://git-lfs"
+
+# Bits per element, and the numpy dtype of what `read` returns. Types narrower than a byte are
+# returned as their packed bytes.
+DTYPES: dict[str, tuple[int, Any]] = {
+    "BOOL": (8, np.bool_),
+    "U8": (8, np.uint8),
+    "I8": (8, np.int8),
+    "U16": (16, np.uint16),
+    "I16": (16, np.int16),
+    "U32": (32, np.uint32),
+    "I32": (32, np.int32),
+    "U64": (64, np.uint64),
+    "I64": (64, np.int64),
+    "F16": (16, np.float16),
+    "F32": (32, np.float32),
+    "F64": (64, np.float64),
+    "C64": (64, np.complex64),
+    "BF16": (16, ml_dtypes.bfloat16),
+    "F8_E4M3": (8, ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": (8, ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": (8, ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": (8, ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": (8, ml_dtypes.float8_e8m0fnu),
+    "F6_E2M3": (6, None),
+    "F6_E3M2": (6, None),
+    "F4": (4, None),
+}
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where one tensor lies. `offset` is the absolute byte position in `file`."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self, rows: slice | None = None) -> np.ndarray:
+        """The tensor, or the rows `rows` (step 1) of its first axis; only those bytes are read.
+
+        BF16 and F8 come as `ml_dtypes` types (bfloat16, float8_e4m3fn, ...). F4 and F6 come as
+        uint8, still packed: the last axis then counts bytes.
+        Raises CheckpointError when the file has become shorter or unreadable.
+        """
+        bits, numpy_dtype = DTYPES[self.dtype]
+        shape, begin, nbytes = self.shape, self.offset, self.nbytes
+        if rows is not None:
+            if not shape or rows.step not in (None, 1):
+                raise ValueError(f"{self.name} of shape {list(shape)} has no rows {rows}")
+            first, stop, _ = rows.indices(shape[0])
+            row_bytes = nbytes // shape[0] if shape[0] else 0
+            shape = (max(stop - first, 0), *shape[1:])
+            begin, nbytes = begin + first * row_bytes, shape[0] * row_bytes
+        if numpy_dtype is None:
+            if not shape or (shape[-1] * bits) % 8:
+                raise CheckpointError(
+                    f"{self.file}: rows of {self.name!r} ({self.dtype}, shape {list(self.shape)}) "
+                    "do not end on a byte",
+                    hint="store it as packed U8",
+                )
+            shape, numpy_dtype = (*shape[:-1], shape[-1] * bits // 8), np.uint8
+        try:
+            data = np.fromfile(self.file, dtype=np.uint8, count=nbytes, offset=begin)
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: cannot read {self.name!r}: {error}") from error
+        if data.size != nbytes:
+            raise CheckpointError(
+                f"{self.file}: {self.name!r} ends after {data.size} of {nbytes} bytes",
+                hint="the file changed while it was read; download it again",
+            )
+        return data.view(numpy_dtype).reshape(shape)
+
+    def iter_chunks(self, max_bytes: int) -> Iterator[np.ndarray]:
+        """Consecutive blocks of rows, in order, each of at most `max_bytes` (but at least one row)."""
+        if not self.shape or not self.nbytes:
+            yield self.read()
+            return
+        step = max(1, max_bytes * self.shape[0] // self.nbytes)
+        for first in range(0, self.shape[0], step):
+            yield self.read(slice(first, first + step))
+
+
+def read_header(path: Path | str) -> dict[str, TensorRef]:
+    """Every tensor of one safetensors file, by name. Raises CheckpointError for anything malformed."""
+    file = Path(path)
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            head = stream.read(8)
+            refuse_lfs_pointer(file, head + stream.read(len(LFS_MARK)))
+            length = int.from_bytes(head, "little")
+            if len(head) < 8 or length > size - 8:
+                raise _damaged(file, f"{size} bytes cannot hold its header: truncated, or not safetensors")
+            if length > MAX_HEADER_BYTES:
+                raise _damaged(file, f"a header of {length} bytes is over the limit of {MAX_HEADER_BYTES}")
+            stream.seek(8)
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    header = _parse(file, text)
+    data_start = 8 + length
+    refs = [
+        _tensor(file, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"
+    ]
+    position = data_start
+    for ref in sorted(refs, key=lambda ref: (ref.offset, ref.nbytes)):
+        if ref.offset != position:
+            fault = "overlaps the tensor before it" if ref.offset < position else "leaves a hole before it"
+            raise _damaged(file, f"tensor {ref.name!r} {fault}")
+        position += ref.nbytes
+        if position > size:
+            over = position - size
+            raise _damaged(file, f"truncated: tensor {ref.name!r} ends {over} bytes after the file does")
+    if position != size:
+        raise _damaged(file, f"{size - position} bytes after the last tensor belong to none")
+    return {ref.name: ref for ref in refs}
+
+
+def refuse_lfs_pointer(file: Path, start: bytes) -> None:
+    """Raise CheckpointError when `start`, the first bytes of `file`, are those of a git-LFS pointer."""
+    if start.startswith(LFS_MARK):
+        raise CheckpointError(
+            f"{file} is a git-LFS pointer, not the file itself",
+            hint="run `git lfs pull` in the checkpoint's directory",
+        )
+
+
+def _damaged(file: Path, fact: str) -> CheckpointError:
+    return CheckpointError(f"{file}: {fact}", hint="the file is damaged; download or write it again")
+
+
+def _parse(file: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) != len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise _damaged(file, f"the header has the key {twice!r} twice")
+        for key in keys:
+            key.encode()  # lone surrogates: a UnicodeEncodeError, hence a ValueError
+        return keys
+
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, f"the header is not valid JSON ({str(error)[:80]})") from error
+    if not isinstance(header, dict):
+        raise _damaged(file, "the header is not a JSON object")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(file, "__metadata__ is not a map of strings")
+    return header
+
+
+def _tensor(file: Path, name: str, entry: Any, data_start: int) -> TensorRef:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise _damaged(file, f"tensor {name!r} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}",
+            hint=f"known: {', '.join(DTYPES)}",
+        )
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > MAX_RANK:
+        raise _damaged(file, f"tensor {name!r} has a malformed shape or data_offsets")
+    begin, end = offsets
+    if begin > end:
+        raise _damaged(file, f"tensor {name!r} ends at {end}, before it begins at {begin}")
+    needed = math.prod(shape) * DTYPES[dtype][0]
+    if needed != 8 * (end - begin) or math.prod(size or 1 for size in shape) >= 2**63:
+        raise _damaged(file, f"tensor {name!r} has {end - begin} bytes, {dtype} {shape} needs {needed // 8}")
+    return TensorRef(name, file, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)

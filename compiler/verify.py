@@ -1,0 +1,150 @@
+"""Proves an engine against its checkpoint: the same tokens through transformers and through the engine.
+
+Runs in a process of its own (`verify_child.py`), one model after the other, so that a build's own memory
+stays small and a crash of an engine is a message. What is compared: the logits of every position of
+several texts, fed to the engine as ragged prefill chunks and mixed steps; and greedy continuations.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from llmc.compiler.progress import Progress
+from llmc.runtime.bundle.manifest import Verification
+from llmc.runtime.errors import BuildError, VerificationError
+
+_BASE_BYTES = 900 << 20  # torch, transformers and an engine, without weights
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the child is asked to compare. `tolerance`: see `recipe.Recipe`."""
+
+    checkpoint: str
+    engine: str
+    backend: str
+    max_seq_len: int
+    vocab_size: int
+    windows: list[int]
+    tolerance: float
+    needed_bytes: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the child measured.
+
+    max_logit_error: absolute, over all positions and the whole vocabulary; tolerance: scaled to the
+    logits; top1_agreement: share of positions where the engine's best token is the reference's, or as
+    good as it within the tolerance; greedy: pairs of continuations as token ids.
+    """
+
+    max_logit_error: float
+    tolerance: float
+    top1_agreement: float
+    positions: int
+    greedy_equal: bool
+    greedy_tokens: int
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def memory_needed(weight_bytes: int) -> int:
+    """Bytes that verification needs: fp32 weights once (transformers), then once more, packed, plus slack.
+
+    The two never live at the same time; the engine's copy comes on top of pages of its file, which the
+    kernel may drop.
+    """
+    return _BASE_BYTES + int(weight_bytes * 1.25)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be used without swapping, or None where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) << 10
+    except OSError:
+        return None
+    return None
+
+
+def run(job: Job, progress: Progress) -> Verification:
+    """Runs the comparison and returns its record for the manifest.
+
+    Raises VerificationError when the engine does not reproduce the checkpoint, and BuildError when the
+    comparison itself breaks. A model too large for this machine is recorded as not verified.
+    """
+    available = available_memory()
+    need = f"{job.needed_bytes / 2**30:.1f} GiB"
+    if available is not None and job.needed_bytes > available:
+        reason = f"verification needs about {need} of memory, {available / 2**30:.1f} GiB were available"
+        progress.note(f"not verified: {reason}")
+        return Verification(status="skipped", reason=f"verification needs about {need} of memory")
+    progress.note(f"verification needs about {need} of memory")
+    findings = _run_child(job, progress)
+    if findings.max_logit_error > findings.tolerance or findings.top1_agreement < 1 or not findings.greedy_equal:
+        raise VerificationError(
+            f"the engine does not reproduce the checkpoint: max logit error {findings.max_logit_error:.2e} "
+            f"(tolerance {findings.tolerance:.2e}), top-1 agreement {findings.top1_agreement:.4f}, "
+            f"greedy text {'equal' if findings.greedy_equal else 'different'}",
+            "please report this with the model's config.json; no bundle was written",
+        )
+    import transformers
+
+    return Verification(
+        status="passed",
+        reference=f"transformers {transformers.__version__}, eager attention, fp32",
+        max_logit_error=findings.max_logit_error,
+        tolerance=findings.tolerance,
+        top1_agreement=findings.top1_agreement,
+        greedy_tokens_equal=findings.greedy_equal,
+        tokens_compared=findings.positions,
+        details={"greedy_tokens": findings.greedy_tokens, **findings.details},
+    )
+
+
+def _run_child(job: Job, progress: Progress) -> Findings:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "llmc.compiler.verify_child"]
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+    result: dict[str, Any] | None = None
+    try:
+        child.stdin.write(json.dumps(asdict(job)))
+        child.stdin.close()
+        for line in child.stdout:
+            message = json.loads(line)
+            if "done" in message:
+                progress.bar(message["done"], message["total"])
+            else:
+                result = message
+        complaint = child.stderr.read().strip().splitlines()
+        code = child.wait()
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        child.stderr.close()
+    if code != 0 or result is None:
+        how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
+        last = complaint[-1] if complaint else "no message"
+        raise BuildError(
+            f"the verification process {how}: {last}",
+            "it may have run out of memory; --no-verify builds without the proof"
+            if code == -9
+            else "no bundle was written; please report this",
+        )
+    return Findings(**result)

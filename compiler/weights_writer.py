@@ -1,0 +1,131 @@
+"""Streams tensors into a safetensors file: bounded memory, one pass, hashed on the way.
+
+Every tensor starts at a multiple of 64 bytes (a cache line, and the widest vector load), so that an
+engine can map the file and use it in place. safetensors allows no holes, so a gap of up to 63 bytes
+is itself a tensor, `__pad_N` (N: where it starts), of zero U8. Sorting instead of padding was rejected: it aligns nothing
+after the first odd size, and it loses the caller's order, the one in which the engine reads. Weight
+matrices are multiples of 64 bytes nearly always, so most files hold no pad at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from llmc.runtime.errors import BuildError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+ALIGNMENT = 64
+MAX_HEADER_BYTES = 100_000_000  # the safetensors reader refuses more
+MAX_CHUNK_BYTES = 64 * 2**20
+_PAD = "__pad_"
+
+# fmt: off
+DTYPE_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F16": 16, "BF16": 16, "U16": 16, "I16": 16,
+    "F32": 32, "U32": 32, "I32": 32, "F64": 64, "U64": 64, "I64": 64, "C64": 64,
+}
+# fmt: on
+
+Entry = tuple[str, str, Sequence[int]]  # name, safetensors dtype, shape
+Span = tuple[int, int]  # offset from the start of the file, bytes
+
+
+def write_safetensors(
+    path: Path, entries: Iterable[Entry], producer: Callable[[str], Iterable[Buffer]]
+) -> tuple[str, int, dict[str, Span]]:
+    """Writes `entries` in their order; returns the file's sha256, its size, and where each tensor lies.
+
+    `producer(name)` yields the little-endian bytes of one tensor, in any number of C-contiguous
+    buffers; it is called once per entry, in order, and its buffers are not kept. (An `ml_dtypes`
+    array is not a plain buffer: pass `array.view(numpy.uint8)`.) The offsets are those that ONNX
+    external data wants.
+
+    Raises BuildError if the entries do not make a valid file, or if a producer yields too many or
+    too few bytes; OSError from writing is passed on.
+    """
+    tensors = list(entries)
+    header, sizes = _header(tensors)
+    digest, spans, position = hashlib.sha256(), {}, len(header)
+    with open(path, "xb", buffering=0) as file:
+        _write(file, digest, header)
+        for name, _, _ in tensors:
+            pad = -position % ALIGNMENT
+            _write(file, digest, bytes(pad))
+            spans[name] = (position + pad, sizes[name])
+            position += pad + sizes[name]
+            _write_tensor(file, digest, name, sizes[name], producer(name))
+    return digest.hexdigest(), position, spans
+
+
+def _header(tensors: list[Entry]) -> tuple[bytes, dict[str, int]]:
+    """The header with its length prefix, padded with spaces to the alignment; and each tensor's size."""
+    layout: dict[str, dict[str, object]] = {}
+    sizes: dict[str, int] = {}
+    end = 0
+
+    def place(name: str, dtype: str, shape: Sequence[int], nbytes: int) -> None:
+        nonlocal end
+        layout[name] = {"dtype": dtype, "shape": [int(size) for size in shape], "data_offsets": [end, end + nbytes]}
+        end += nbytes
+
+    for name, dtype, shape in tensors:
+        if name in sizes or name.startswith(_PAD) or name in ("", "__metadata__"):
+            raise BuildError(f"tensor {name!r}: the name is {'used twice' if name in sizes else 'reserved'}")
+        sizes[name] = _nbytes(name, dtype, shape)
+        if pad := -end % ALIGNMENT:
+            place(f"{_PAD}{end}", "U8", [pad], pad)
+        place(name, dtype, shape, sizes[name])
+    text = json.dumps(layout, separators=(",", ":")).encode("ascii")
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        hint = "spread the tensors over several files"
+        raise BuildError(
+            f"{len(sizes)} tensors need a safetensors header over {MAX_HEADER_BYTES} bytes", hint
+        )
+    return len(text).to_bytes(8, "little") + text, sizes
+
+
+def _nbytes(name: str, dtype: str, shape: Sequence[int]) -> int:
+    if dtype not in DTYPE_BITS:
+        raise BuildError(f"tensor {name!r}: dtype {dtype!r} is none of {', '.join(DTYPE_BITS)}")
+    if any(size < 0 for size in shape):
+        raise BuildError(f"tensor {name!r}: negative size in shape {list(shape)}")
+    nbits = math.prod(shape) * DTYPE_BITS[dtype]
+    if nbits % 8:
+        raise BuildError(f"tensor {name!r}: {dtype} {list(shape)} does not fill whole bytes")
+    return nbits // 8
+
+
+def _write_tensor(
+    file: BinaryIO, digest: hashlib._Hash, name: str, nbytes: int, buffers: Iterable[Buffer]
+) -> None:
+    written = 0
+    for buffer in buffers:
+        view = memoryview(buffer)
+        if not view.nbytes:
+            continue
+        written += view.nbytes
+        if written > nbytes:
+            break
+        view = view.cast("B")
+        for start in range(0, len(view), MAX_CHUNK_BYTES):
+            _write(file, digest, view[start : start + MAX_CHUNK_BYTES])
+    if written != nbytes:
+        relation = "more than" if written > nbytes else f"{written} of"
+        raise BuildError(f"tensor {name!r}: its producer yielded {relation} {nbytes} bytes")
+
+
+def _write(file: BinaryIO, digest: hashlib._Hash, data: bytes | memoryview) -> None:
+    digest.update(data)
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]  # one write may take less than all, never nothing

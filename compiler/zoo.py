@@ -1,0 +1,273 @@
+"""Random-weight checkpoints for the geometries in `model_zoo/`, for tests, benchmarks and bug reports.
+
+`make` writes a directory that transformers loads like any other: config.json (a copy of the zoo's
+file), generation_config.json, a byte-level BPE tokenizer with a chat template, and safetensors
+shards. Weights are drawn tensor by tensor, a few megabytes at a time, so that the size of the
+model is bounded by the disk and not by memory.
+
+The same name and seed give the same bytes: every value is exact integer arithmetic on raw PCG64
+output, whose stream numpy guarantees across versions (NEP 19; the normal sampler's is not).
+
+Token ids: 0-255 are the bytes, 256-259 the special tokens, then a few English merges. The ids
+from there up to `vocab_size` have no token, as in most published checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.runtime.errors import CheckpointError, UnsupportedError
+
+SHARD_BYTES = 2_000_000_000
+SPECIAL_TOKENS = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258, "<|pad|>": 259}
+_CHUNK = 1 << 20  # values drawn at a time: 8 MB of raw bits
+_MERGES = (
+    "t h,th e,a n,an d,i n,in g,e d,e r,o n,r e,a t,e n,o r,e s,i s,i t,a l,s t,o u,l l,a s,a r,"
+    "\u0120 the,\u0120 and,\u0120 a,\u0120 o,\u0120o f,\u0120 t,\u0120t o,\u0120 in,\u0120 w,\u0120w as,"
+    "\u0120 h,\u0120h e,\u0120 s,\u0120 b,\u0120 c,\u0120 is,\u0120 it,\u0120 on,o m,l e,v er,l y,i c,en t"
+)
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One model that `make` can write. `parameters` counts tied weights once."""
+
+    name: str
+    model_type: str
+    description: str
+    parameters: int
+    config: str  # file name in model_zoo/<model_type>/
+    prepends_bos: bool  # whether encoding a text puts the BOS token first
+
+
+_ENTRIES = (
+    ZooEntry("llama-tiny", "llama", "llama3 rope scaling, tied embeddings", 110_912, "tiny.json", True),
+    ZooEntry("llama-tiny-plain", "llama", "plain rope, untied embeddings", 123_200, "tiny-plain.json", True),
+    ZooEntry("mistral-tiny", "mistral", "sliding window of 24 in every layer", 135_488, "tiny.json", True),
+    ZooEntry("qwen2-tiny", "qwen2", "q/k/v biases, window in 2 of 4 layers", 197_696, "tiny.json", False),
+    ZooEntry("qwen3-tiny", "qwen3", "q/k norms, heads wider than hidden, tied", 135_616, "tiny.json", False),
+    ZooEntry("phi3-tiny", "phi3", "fused qkv and gate/up, half-rotary heads", 123_200, "tiny.json", False),
+    ZooEntry("gemma2-tiny", "gemma2", "soft caps, alternating window, 4 norms", 222_272, "tiny.json", True),
+    ZooEntry("gemma3-tiny", "gemma3_text", "local and global rope, q/k norms", 222_528, "tiny.json", True),
+    ZooEntry(
+        "qwen3-0.6b-shape", "qwen3", "Qwen3-0.6B with vocabulary 32000", 473_235_456, "0.6b-shape.json", False
+    ),
+)
+
+
+def list_zoo() -> list[ZooEntry]:
+    """Every name that `make` knows, in a fixed order. Imports nothing heavy."""
+    return list(_ENTRIES)
+
+
+def zoo_config(name: str) -> dict[str, Any]:
+    """The config.json of a zoo model. Raises UnsupportedError for an unknown name."""
+    return json.loads(_config_text(_entry(name)))
+
+
+def make(name: str, directory: str | Path, seed: int = 0) -> Path:
+    """Write the random checkpoint `name` to `directory`, which must not exist or be empty.
+
+    It is written to a temporary directory beside it and renamed when whole. Returns the directory.
+    Raises UnsupportedError for an unknown name and CheckpointError for an occupied directory.
+    """
+    entry = _entry(name)
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(
+            f"{target} exists and is not an empty directory",
+            hint="name a new directory, or remove this one first",
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} cannot be written: {error.strerror or error}", hint="name a directory you may write to"
+        ) from error
+    try:
+        (staging / "config.json").write_text(_config_text(entry), encoding="utf-8")
+        config = zoo_config(name)
+        generation = {key: config[key] for key in ("bos_token_id", "pad_token_id")}
+        generation["eos_token_id"] = [config["eos_token_id"], SPECIAL_TOKENS["<|endoftext|>"]]
+        _write_json(staging / "generation_config.json", generation)
+        _write_tokenizer(staging, entry, config)
+        write_weights(staging, _weights(staging), config["dtype"], seed)
+        staging.chmod(0o755)
+        os.rename(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return target
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor to draw: `center` + `std` * (a bell-shaped value within 3.5 deviations)."""
+
+    shape: tuple[int, ...]
+    center: float
+    std: float
+
+
+def _entry(name: str) -> ZooEntry:
+    for entry in _ENTRIES:
+        if entry.name == name:
+            return entry
+    known = ", ".join(entry.name for entry in _ENTRIES)
+    raise UnsupportedError(f"the model zoo has no model named {name!r}", hint=f"known names: {known}")
+
+
+def _config_text(entry: ZooEntry) -> str:
+    folder = resources.files("llmc.model_zoo").joinpath(entry.model_type)
+    return folder.joinpath(entry.config).read_text(encoding="utf-8")
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _weights(directory: Path) -> dict[str, Weight]:
+    """Name, shape and scale of every tensor transformers would save for the config in `directory`.
+
+    Linear weights get std 1/sqrt(fan_in), which keeps activations at unit scale, so that the output
+    depends on the input through every layer. Embeddings and the head get twice that, so that logits
+    spread (std about 2) and the first choice is clear of the second. Gemma multiplies embeddings by
+    sqrt(hidden); with the gain there every token would predict itself, so its last norm carries it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    tied = set(model.all_tied_weights_keys)
+    head = model.get_output_embeddings()
+    gemma = model.config.model_type.startswith("gemma")
+    weights: dict[str, Weight] = {}
+    for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
+        shape = tuple(tensor.shape)
+        module = model.get_submodule(name.rpartition(".")[0])
+        kind = type(module).__name__
+        if name.endswith(".bias"):
+            weights[name] = Weight(shape, 0.0, 0.1)
+        elif kind.endswith("Norm"):  # Gemma's multiply by 1 + weight
+            center = float(name == "model.norm.weight") if gemma else 1.0
+            weights[name] = Weight(shape, center, 0.1)
+        else:
+            outer = module is head or isinstance(module, torch.nn.Embedding)
+            weights[name] = Weight(shape, 0.0, (2.0 if outer and not gemma else 1.0) / math.sqrt(shape[-1]))
+    return weights
+
+
+def write_weights(
+    directory: Path, weights: Mapping[str, Weight], dtype: str, seed: int, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Draw `weights` into model.safetensors, or into shards with an index above `shard_bytes`.
+
+    Format: https://github.com/huggingface/safetensors#format. `dtype` is a config.json name.
+    """
+    import ml_dtypes
+
+    np_dtype, st_name = {
+        "float32": (np.dtype(np.float32), "F32"),
+        "float16": (np.dtype(np.float16), "F16"),
+        "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16"),
+    }[dtype]
+    sizes = {name: math.prod(weights[name].shape) * np_dtype.itemsize for name in sorted(weights)}
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = directory / f"model{suffix}.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            begin, end = end, end + sizes[name]
+            header[name] = {
+                "dtype": st_name,
+                "shape": list(weights[name].shape),
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with file.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                for values in _draw(weights[name], seed, name):
+                    out.write(values.astype(np_dtype).tobytes())
+        weight_map |= dict.fromkeys(names, file.name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _draw(weight: Weight, seed: int, name: str) -> Iterator[np.ndarray]:
+    """float32 chunks of one tensor. A value is the sum of four 16-bit uniforms: mean 131070, variance
+    4 * (2**32 - 1) / 12, near enough to a normal one, and exact on every machine."""
+    generator = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
+    scale = np.float32(weight.std / math.sqrt((2**32 - 1) / 3))
+    left = math.prod(weight.shape)
+    while left > 0:
+        count = min(left, _CHUNK)
+        bits = generator.random_raw(count)
+        pairs = (bits & 0x0000FFFF0000FFFF) + ((bits >> np.uint64(16)) & 0x0000FFFF0000FFFF)
+        sums = ((pairs & 0xFFFFFFFF) + (pairs >> np.uint64(32))).astype(np.float32)
+        yield (sums - np.float32(131070)) * scale + np.float32(weight.center)
+        left -= count
+
+
+def _write_tokenizer(directory: Path, entry: ZooEntry, config: Mapping[str, Any]) -> None:
+    """tokenizer.json (byte-level BPE, see the module's docstring) and tokenizer_config.json."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    shifted = iter(range(0x100, 0x200))  # GPT-2's byte alphabet: other bytes move to U+0100 and up
+    vocab = {chr(byte if byte in printable else next(shifted)): byte for byte in range(256)}
+    merges = [(left, right) for left, right in (pair.split() for pair in _MERGES.split(","))]
+    vocab |= {left + right: 260 + rank for rank, (left, right) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab | SPECIAL_TOKENS, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    text_of = {number: token for token, number in SPECIAL_TOKENS.items()}
+    bos = text_of[config["bos_token_id"]]
+    if entry.prepends_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, config["bos_token_id"])]
+        )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "bos_token": bos if entry.prepends_bos else None,
+        "eos_token": text_of[config["eos_token_id"]],
+        "pad_token": text_of[config["pad_token_id"]],
+        "chat_template": ("{{ bos_token }}" if entry.prepends_bos else "") + _CHAT_TEMPLATE,
+    }
+    _write_json(directory / "tokenizer_config.json", settings)

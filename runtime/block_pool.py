@@ -1,0 +1,143 @@
+"""Who owns which KV cache block: reference counts, and a prefix cache of full blocks.
+
+A block is used (somebody holds a reference), cached (nobody does, but its content is known under a
+hash and may be taken up again), or empty. Cached blocks count as free: allocation takes empty
+blocks first and then evicts the cached block that was released longest ago.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+
+def hash_block(previous: bytes, token_ids: Sequence[int]) -> bytes:
+    """The name of a full block: 32 bytes over its own tokens and, through `previous`, all before them.
+
+    Cryptographic, because a collision would show one user's context to another.
+    """
+    return hashlib.blake2b(previous + array("i", token_ids).tobytes(), digest_size=32).digest()
+
+
+class BlockPool:
+    """Hands out the block numbers 0 .. num_blocks-1 of a KV cache of `block_size` tokens a block."""
+
+    def __init__(self, num_blocks: int, block_size: int = 32, prefix_cache: bool = True) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool of {num_blocks} blocks of {block_size} tokens")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_cache = prefix_cache
+        self._references = [0] * num_blocks
+        self._empty = list(range(num_blocks - 1, -1, -1))  # a stack: low numbers first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # released longest ago first
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` could hand out now, evicting cached ones where needed."""
+        return len(self._empty) + len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that somebody holds."""
+        return self.num_blocks - self.num_free
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens of one sequence."""
+        return -(-num_tokens // self.block_size)
+
+    def references(self, block: int) -> int:
+        """How many hold `block`."""
+        return self._references[block]
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks of undefined content, each held once. Raises ValueError if there are fewer."""
+        if count > self.num_free:
+            raise ValueError(f"{count} blocks wanted, {self.num_free} of {self.num_blocks} are free")
+        blocks = []
+        for _ in range(count):
+            if self._empty:
+                block = self._empty.pop()
+            else:
+                block, _ = self._cached.popitem(last=False)
+                del self._block_of[self._hash_of.pop(block)]
+            self._references[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Holds each block once more; a cached one becomes used again."""
+        for block in blocks:
+            if self._references[block] == 0:
+                if block not in self._cached:
+                    raise ValueError(f"block {block} is empty, there is nothing to share")
+                del self._cached[block]
+            self._references[block] += 1
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Lets go of each block of a sequence's table once.
+
+        Backwards, so that the end of a prefix is evicted before its beginning, without which it is useless.
+        """
+        for block in reversed(blocks):
+            if self._references[block] == 0:
+                raise ValueError(f"block {block} is freed, but nobody holds it")
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                if block in self._hash_of:
+                    self._cached[block] = None
+                else:
+                    self._empty.append(block)
+
+    def remember(self, block: int, digest: bytes) -> None:
+        """Puts a used block, full and computed, into the prefix cache. The first of two equals wins."""
+        if self.prefix_cache and digest not in self._block_of and block not in self._hash_of:
+            self._block_of[digest] = block
+            self._hash_of[block] = digest
+
+    def match(self, digests: Iterable[bytes]) -> list[int]:
+        """The longest run of remembered blocks for a prefix, in order, each now held once more."""
+        blocks = []
+        for digest in digests:
+            block = self._block_of.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        self.share(blocks)
+        return blocks
+
+    def forget(self) -> None:
+        """Empties the prefix cache; blocks in use stay in use, under no hash."""
+        self._empty.extend(self._cached)
+        self._cached.clear()
+        self._block_of.clear()
+        self._hash_of.clear()
+
+    def check(self) -> None:
+        """Raises AssertionError, with a sentence, unless every invariant of the pool holds."""
+        empty, cached = set(self._empty), set(self._cached)
+        invariant(len(empty) == len(self._empty), f"an empty block is listed twice: {self._empty}")
+        invariant(not empty & cached, f"blocks both empty and cached: {empty & cached}")
+        for block, count in enumerate(self._references):
+            free = block in empty or block in cached
+            invariant(count >= 0, f"block {block} has {count} references")
+            invariant(free == (count == 0), f"block {block} has {count} references, free: {free}")
+        for digest, block in self._block_of.items():
+            invariant(self._hash_of.get(block) == digest, f"the hash of block {block} leads nowhere")
+        invariant(len(self._hash_of) == len(self._block_of), "two blocks are cached under one hash")
+        for block in cached:
+            invariant(block in self._hash_of, f"cached block {block} has no hash")
+        for block in empty:
+            invariant(block not in self._hash_of, f"empty block {block} has a hash")
+        invariant(self.prefix_cache or not self._hash_of, "a pool without prefix cache remembers blocks")
+        invariant(self.num_free + self.num_used == self.num_blocks, "free and used do not add up")
+
+
+def invariant(holds: bool, message: str) -> None:
+    """Raises AssertionError(message) unless it holds; unlike `assert`, under python -O too."""
+    if not holds:
+        raise AssertionError(message)

@@ -1,0 +1,449 @@
+"""The manifest of a bundle, format 1: frozen dataclasses, a strict reader and a deterministic writer.
+
+The dataclasses below ARE the schema: `_decode` walks their type hints, so a field is stated once.
+FORMAT.md says what each field means. Every rule holds in both directions: `to_json` refuses to
+write what `from_json` would refuse to read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Final, Literal, NoReturn
+
+from llmc.runtime.errors import BundleError
+
+FORMAT_VERSION: Final = 1
+MANIFEST_NAME = "manifest.json"
+SEAL = "manifest_sha256"  # the one field that is not in the dataclasses
+MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_TEXT = 4096  # characters in one string
+MAX_DEPTH = 32  # nesting of the open fields (`quantization`, `verification.details`)
+MAX_INT = 2**63 - 1
+
+_DAMAGED = "the bundle is damaged: copy it again, or rebuild it with `llmc build`"
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_PART = r"[A-Za-z0-9_+@=-](?:[A-Za-z0-9_.+@=-]{0,126}[A-Za-z0-9_+@=-])?"
+_PATH = re.compile(rf"{_PART}(?:/{_PART})*")
+
+
+# A check takes a value of the right type and returns what is wrong with it, or "".
+def _at_least(minimum: int) -> Callable[[Any], str]:
+    return lambda value: "" if value >= minimum else f"must be at least {minimum}"
+
+
+def _matches(pattern: str, meaning: str) -> Callable[[Any], str]:
+    compiled = re.compile(pattern)
+    return lambda value: "" if compiled.fullmatch(value) else f"must be {meaning}"
+
+
+def path_fault(path: str) -> str:
+    """What makes `path` unfit to name a file in a bundle, or "".
+
+    Allowed: relative, `/`-separated parts of ASCII letters, digits and `_.+@=-`, none of which
+    starts or ends with a dot. That rules out `..`, absolute paths, drives, backslashes, hidden
+    files and spellings that differ between file systems, in one rule.
+    """
+    plain = len(path) <= 512 and _PATH.fullmatch(path)
+    return "" if plain else "must be a relative path of plain names inside the bundle"
+
+
+Count = Annotated[int, _at_least(0)]
+Positive = Annotated[int, _at_least(1)]
+Magnitude = Annotated[float, _at_least(0)]
+Fraction = Annotated[float, lambda value: "" if 0 <= value <= 1 else "must be between 0 and 1"]
+Name = Annotated[str, _matches(r"\S(?:.*\S)?", "a name without blanks around it")]
+Sha256 = Annotated[str, _matches(r"[0-9a-f]{64}", "64 lowercase hexadecimal digits")]
+FilePath = Annotated[str, path_fault]
+SourceName = Annotated[
+    str, _matches(r"(?![/~\\])(?![A-Za-z]:)\S(?:.*\S)?", "a name: not empty, not an absolute path")
+]
+
+
+@dataclass(frozen=True)
+class Producer:
+    """Who built the bundle: versions only, because a build must repeat byte for byte."""
+
+    llmc: Name
+    libraries: Mapping[Name, Name]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint. `files` maps each file that was read to its sha256."""
+
+    name: SourceName
+    model_type: Name
+    architecture: Name
+    config_sha256: Sha256
+    dtype: Name
+    files: Mapping[SourceName, Sha256]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer. `window` is in tokens: 0 for a full layer, at least 1 for a sliding one."""
+
+    kind: Literal["full", "sliding"]
+    window: Count
+    num_kv_heads: Positive
+    head_dim: Positive
+    v_head_dim: Positive
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the runtime sizes its buffers by. `block_size` is in tokens per KV block."""
+
+    num_layers: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    v_head_dim: Positive
+    hidden_size: Positive
+    vocab_size: Positive
+    layers: tuple[Layer, ...]
+    block_size: Positive = 32
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Build-time limits. `max_seq_len` is in tokens: prompt and answer together."""
+
+    max_seq_len: Positive
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Arithmetic and KV-cache element types."""
+
+    dtype: Literal["fp32", "fp16", "bf16"]
+    kv_dtype: Literal["fp32", "fp16", "bf16", "u8"]
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Format 1 holds one rank; the fields are here so that it says so."""
+
+    tp: Literal[1] = 1
+    pp: Literal[1] = 1
+    ep: Literal[1] = 1
+    world_size: Literal[1] = 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the engine runs. `reason` says why this engine; `requires` maps library to version."""
+
+    name: Literal["cpu"]
+    engine: Literal["openvino", "onnxruntime"]
+    reason: str
+    requires: Mapping[Name, Name]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An `llmc` operator in the engine: the runtime must provide this name at this ABI."""
+
+    name: Name
+    abi: Positive
+    count: Positive
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Ids that begin a prompt (None: nothing does) and that end an answer."""
+
+    bos: Count | None
+    eos: tuple[Count, ...]
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """How often one pass applied, and how often it nearly did."""
+
+    name: Name
+    matches: Count
+    near_misses: Count
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How the engine compares with the checkpoint. `details` is informative: nothing may depend on it."""
+
+    status: Literal["passed", "skipped"]
+    reason: Name | None = None
+    reference: Name | None = None
+    max_logit_error: Magnitude | None = None
+    tolerance: Magnitude | None = None
+    top1_agreement: Fraction | None = None
+    greedy_tokens_equal: bool | None = None
+    tokens_compared: Count | None = None
+    details: Mapping[Name, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The engine file of one rank."""
+
+    rank: Count
+    file: FilePath
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weight files; `bytes` is the sum of their sizes on disk."""
+
+    files: tuple[FilePath, ...]
+    bytes: Count
+    dtype: Name
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    bytes: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a bundle says about itself. `files` lists every file but the manifest."""
+
+    producer: Producer
+    source: Source
+    geometry: Geometry
+    limits: Limits
+    precision: Precision
+    target: Target
+    operators: tuple[Operator, ...]
+    tokens: Tokens
+    passes: tuple[PassRecord, ...]
+    verification: Verification
+    engines: tuple[Engine, ...]
+    weights: Weights
+    quantization: Mapping[Name, Any] | None = None
+    parallel: Parallel = Parallel()
+    files: Mapping[FilePath, FileRecord] = field(default_factory=dict)
+    format_version: Literal[1] = FORMAT_VERSION
+
+    @staticmethod
+    def from_json(data: bytes) -> Manifest:
+        """Reads a manifest. Raises BundleError, naming the field, for anything but a valid one."""
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{MANIFEST_NAME}: more than {MAX_MANIFEST_BYTES} bytes", _DAMAGED)
+        try:
+            tree = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+        except ValueError as error:  # also bad UTF-8 and integers beyond Python's digit limit
+            raise BundleError(f"{MANIFEST_NAME}: not JSON: {ascii(str(error))[1:-1]}", _DAMAGED) from error
+        except RecursionError as error:
+            raise BundleError(f"{MANIFEST_NAME}: nested too deeply", _DAMAGED) from error
+        _refuse_newer(tree)
+        seal = tree.pop(SEAL, None) if isinstance(tree, dict) else None
+        manifest = typing.cast("Manifest", _decode(Manifest, tree, ""))
+        _check_consistent(manifest)
+        if seal is None or _sealed(tree) != data:
+            _bad(SEAL, "does not fit the rest: the manifest was edited or damaged")
+        return manifest
+
+    def to_json(self) -> bytes:
+        """The one spelling of this manifest: sorted keys, indent 1, ASCII, a newline at the end."""
+        manifest = typing.cast("Manifest", _decode(Manifest, _plain(self), ""))
+        _check_consistent(manifest)
+        data = _sealed(_plain(manifest))
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{MANIFEST_NAME}: more than {MAX_MANIFEST_BYTES} bytes")
+        return data
+
+
+def _sealed(tree: dict[str, Any]) -> bytes:
+    """The JSON of `tree` with its own sha256 in it, so that a changed byte of the manifest shows."""
+    seal = hashlib.sha256(_json(tree)).hexdigest()
+    return _json({**tree, SEAL: seal})
+
+
+def _json(tree: dict[str, Any]) -> bytes:
+    return json.dumps(tree, sort_keys=True, indent=1, allow_nan=False).encode("ascii") + b"\n"
+
+
+def _bad(path: str, complaint: str) -> NoReturn:
+    raise BundleError(f"{MANIFEST_NAME}: {path or 'the whole'}: {complaint}", _DAMAGED)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        _bad(_shown(name), "the key appears twice in one object")
+    return result
+
+
+def _constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _refuse_newer(tree: Any) -> None:
+    """Every format, present or future, keeps `format_version` and `producer.llmc` in their places."""
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version <= FORMAT_VERSION:
+        return  # `_decode` has the words for these
+    producer = tree.get("producer")
+    needed = producer.get("llmc") if isinstance(producer, dict) else None
+    if isinstance(needed, str) and re.fullmatch(r"[0-9A-Za-z.+-]{1,64}", needed):
+        message, hint = f"needs llmc >= {needed}", f"pip install 'llmc>={needed}'"
+    else:
+        message, hint = "needs a newer llmc", "pip install --upgrade llmc"
+    known = f"this llmc reads formats 1 to {FORMAT_VERSION}"
+    raise BundleError(f"bundle format {_shown(version)} {message}; {known}", hint)
+
+
+def _shown(value: Any) -> str:
+    """`value` in at most about 60 printable characters, whatever it is."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, str):
+        return ascii(value[:48])
+    if isinstance(value, int) and abs(value) > MAX_INT:
+        return "a huge integer"
+    return ascii(value)[:60]
+
+
+@functools.cache
+def _fields(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def _decode(kind: Any, value: Any, path: str, depth: int = 0) -> Any:
+    """`value` (plain JSON) as `kind` (a type hint); complains with the path of the first fault."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        value = _decode(arguments[0], value, path)
+        if complaint := arguments[1](value):
+            _bad(path, f"{complaint}, got {_shown(value)}")
+        return value
+    if origin in (typing.Union, types.UnionType):  # only ever `X | None`
+        return None if value is None else _decode(arguments[0], value, path)
+    if origin is Literal:
+        if not any(type(value) is type(choice) and value == choice for choice in arguments):
+            _bad(path, f"must be {' or '.join(map(repr, arguments))}, got {_shown(value)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            _bad(path, f"must be a list, got {_shown(value)}")
+        return tuple(_decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            _bad(path, f"must be an object, got {_shown(value)}")
+        inner = {name: f"{path}[{_shown(name)}]" for name in value}
+        return {
+            _decode(arguments[0], name, inner[name]): _decode(arguments[1], item, inner[name])
+            for name, item in value.items()
+        }
+    if dataclasses.is_dataclass(kind):
+        return _decode_record(kind, value, path)
+    if kind is Any:
+        return _decode_open(value, path, depth)
+    return _decode_scalar(kind, value, path)
+
+
+def _decode_record(kind: Any, value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        _bad(path, f"must be an object, got {_shown(value)}")
+    hints, prefix = _fields(kind), f"{path}." if path else ""
+    for name in hints:
+        if name not in value:
+            _bad(prefix + name, "the field is missing")
+    for name in value:
+        if name not in hints:
+            _bad(prefix + _shown(name)[1:-1], f"unknown field in bundle format {FORMAT_VERSION}")
+    return kind(**{name: _decode(hint, value[name], prefix + name) for name, hint in hints.items()})
+
+
+def _decode_open(value: Any, path: str, depth: int) -> Any:
+    """Any JSON, within limits: the fields whose inside this format leaves open."""
+    if depth > MAX_DEPTH:
+        _bad(path, f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, dict):
+        for name in value:
+            _decode_scalar(str, name, f"{path}[{_shown(name)}]")
+        return {
+            name: _decode(Any, item, f"{path}[{_shown(name)}]", depth + 1) for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_decode(Any, item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
+    if value is None or isinstance(value, bool):
+        return value
+    return _decode_scalar(type(value), value, path)
+
+
+def _decode_scalar(kind: type, value: Any, path: str) -> Any:
+    if kind is float and type(value) is int and abs(value) <= MAX_INT:
+        value = float(value)  # JSON has one kind of number
+    if kind not in (bool, int, float, str) or type(value) is not kind:
+        words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+        wanted = words.get(kind, "plain JSON")
+        _bad(path, f"must be {wanted}, got {_shown(value)}")
+    if isinstance(value, int) and abs(value) > MAX_INT:
+        _bad(path, "the integer does not fit 64 bits")
+    if isinstance(value, float) and not math.isfinite(value):
+        _bad(path, "must be finite")
+    if isinstance(value, str) and (len(value) > MAX_TEXT or _UNPRINTABLE.search(value)):
+        _bad(path, f"must be one printable line of at most {MAX_TEXT} characters")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, tuples and mappings as the dicts and lists that JSON knows."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _check_consistent(manifest: Manifest) -> None:
+    """The rules that join two fields."""
+    geometry, verification, weights = manifest.geometry, manifest.verification, manifest.weights
+    if len(geometry.layers) != geometry.num_layers:
+        _bad("geometry.layers", f"has {len(geometry.layers)} layers, num_layers is {geometry.num_layers}")
+    for i, layer in enumerate(geometry.layers):
+        if (layer.kind == "sliding") != (layer.window > 0):
+            _bad(f"geometry.layers[{i}].window", f"{layer.window} does not fit a {layer.kind} layer")
+    if len({operator.name for operator in manifest.operators}) != len(manifest.operators):
+        _bad("operators", "an operator is listed twice")
+    if [engine.rank for engine in manifest.engines] != list(range(manifest.parallel.world_size)):
+        _bad("engines", f"must list ranks 0 to {manifest.parallel.world_size - 1} in order")
+    if verification.status == "skipped" and not verification.reason:
+        _bad("verification.reason", "a skipped verification must say why")
+    for name in ("reference", "max_logit_error", "tolerance", "tokens_compared"):
+        if verification.status == "passed" and getattr(verification, name) is None:
+            _bad(f"verification.{name}", "a passed verification must state it")
+    if verification.status == "passed" and verification.max_logit_error > verification.tolerance:  # type: ignore[operator]
+        _bad("verification", "passed, but max_logit_error is above the tolerance")
+    for path in [engine.file for engine in manifest.engines] + list(weights.files):
+        if path not in manifest.files:
+            _bad("files", f"{path!r} is not listed")
+    if len(set(weights.files)) != len(weights.files):
+        _bad("weights.files", "a file is listed twice")
+    if sum(manifest.files[path].bytes for path in weights.files) != weights.bytes:
+        _bad("weights.bytes", "is not the sum of the sizes of weights.files")
+    seen = {MANIFEST_NAME: MANIFEST_NAME}
+    for path in manifest.files:
+        key = path.lower()  # paths are ASCII
+        if key in seen:
+            _bad("files", f"{seen[key]!r} and {path!r} are one file on some systems")
+        seen[key] = path

@@ -1,0 +1,225 @@
+"""Opens a bundle: nothing in it is used before its manifest, its list of files and their bytes are checked.
+
+Hashing gigabytes at every start would cost seconds, so a file that was hashed once is remembered by
+its identity (device, inode, size, mtime, ctime) and hashed again only when that changes.
+FORMAT.md, "What opening guarantees", says what this finds and what it cannot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.runtime.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from llmc.runtime.errors import BundleError
+
+Identity = list[int]  # device, inode, size, mtime_ns, ctime_ns
+
+_CHUNK = 2**20
+_HASH_THREADS = 8
+_TICK_NS = 2 * 10**9  # the coarsest timestamps in use (FAT); most file systems have milliseconds
+_SAFE_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no links, no waiting on pipes
+_COPY_AGAIN = "copy the bundle again, or rebuild it with `llmc build --force`"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An open bundle. `path` is absolute and free of symbolic links."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify_hashes: bool = True) -> Bundle:
+        """Opens and checks the bundle at `path`; every fault is a BundleError that names the file.
+
+        The manifest, the set of files and their sizes are always checked. With `verify_hashes`
+        so is the sha256 of every file that has changed since it was last hashed here.
+        """
+        root = Path(path)
+        data = _read_manifest(root)
+        root = root.resolve()
+        bundle = cls(root, Manifest.from_json(data))
+        found = bundle._check_files()
+        if verify_hashes:
+            bundle._check_hashes(found, _load_stamps(root))
+        return bundle
+
+    def verify(self) -> None:
+        """Hashes every byte of every file now, whatever was remembered. Raises BundleError."""
+        self._check_hashes(self._check_files(), {})
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(".llmc")
+
+    def engine_path(self, rank: int = 0) -> Path:
+        """The engine file of `rank`. Raises BundleError if the bundle has none."""
+        for engine in self.manifest.engines:
+            if engine.rank == rank:
+                return self.path / engine.file
+        raise BundleError(f"{self.path}: no engine for rank {rank}, it has {len(self.manifest.engines)}")
+
+    @property
+    def weights_dir(self) -> Path:
+        return self.path / "weights"
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """None if the bundle was built without a tokenizer."""
+        has_one = any(name.startswith("tokenizer/") for name in self.manifest.files)
+        return self.path / "tokenizer" if has_one else None
+
+    def _check_files(self) -> dict[str, Identity]:
+        """The identity of each listed file, after checking that exactly those exist at their sizes."""
+        listed = self.manifest.files
+        directories = {"", *(str(parent) for name in listed for parent in _parents(name))}
+        found = {}
+        for name, entry in _walk(self.path, directories):
+            if stat.S_ISLNK(entry.st_mode):
+                hint = "copy the bundle with `cp -rL`, which follows links"
+                raise BundleError(f"{self.path}: {name!a} is a symbolic link", hint)
+            if name not in listed:
+                raise BundleError(f"{self.path}: {name!a} is not in the manifest", "remove it")
+            if not stat.S_ISREG(entry.st_mode):
+                raise BundleError(f"{self.path}: {name!r} is not a regular file", _COPY_AGAIN)
+            if entry.st_size != listed[name].bytes:
+                sizes = f"{entry.st_size} bytes, the manifest says {listed[name].bytes}"
+                raise BundleError(f"{self.path}: {name!r} has {sizes}", _COPY_AGAIN)
+            found[name] = _identity(entry)
+        for name in listed:
+            if name not in found:
+                raise BundleError(f"{self.path}: {name!r} is missing", _COPY_AGAIN)
+        return found
+
+    def _check_hashes(self, found: dict[str, Identity], known: dict[str, object]) -> None:
+        stamps = {name: [*identity, self.manifest.files[name].sha256] for name, identity in found.items()}
+        changed = {name for name, stamp in stamps.items() if known.get(name) != stamp}
+        if not changed:
+            return
+        started = time.time_ns()
+        _hash_all(self, sorted(changed, key=lambda name: (-found[name][2], name)), found)
+        # A file written in the tick in which it was hashed could be written again without a trace.
+        fresh = {name for name in changed if max(found[name][3:5]) + _TICK_NS >= started}
+        _save_stamps(self.path, {name: stamp for name, stamp in stamps.items() if name not in fresh})
+
+
+def sha256_of_file(path: Path, identity: Identity | None = None, stop: threading.Event | None = None) -> str:
+    """The sha256 of a file, in bounded memory. Raises BundleError if `identity` is given and not its own."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with open(path, "rb", buffering=0, opener=lambda name, _: os.open(name, _SAFE_OPEN)) as file:
+        before = os.fstat(file.fileno())
+        while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
+            digest.update(buffer[:count])
+        if identity and not identity == _identity(before) == _identity(os.fstat(file.fileno())):
+            raise BundleError(f"{path} changed while it was read", "wait until nothing writes to the bundle")
+    return digest.hexdigest()
+
+
+def _hash_all(bundle: Bundle, names: list[str], found: dict[str, Identity]) -> None:
+    from concurrent.futures import ThreadPoolExecutor, as_completed  # a warm start does without
+
+    stop = threading.Event()
+    with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
+        jobs = {pool.submit(sha256_of_file, bundle.path / name, found[name], stop): name for name in names}
+        try:
+            for job in as_completed(jobs):
+                name = jobs[job]
+                wanted, got = bundle.manifest.files[name].sha256, job.result()
+                if got != wanted:
+                    contents = f"sha256 {got[:12]}..., the manifest says {wanted[:12]}..."
+                    raise BundleError(f"{bundle.path}: {name!r} is damaged: {contents}", _COPY_AGAIN)
+        except OSError as error:
+            raise BundleError(
+                f"{bundle.path}: cannot read {name!r}: {error.strerror}", _COPY_AGAIN
+            ) from error
+        finally:
+            stop.set()  # after a fault or Ctrl-C: the rest need not be read
+            for job in jobs:
+                job.cancel()
+
+
+def _read_manifest(root: Path) -> bytes:
+    hint = "`llmc build CHECKPOINT -o NAME.llmc` makes one"
+    if not root.is_dir():
+        fact = "is not a directory" if os.path.lexists(root) else "does not exist"
+        aside = sorted(root.absolute().parent.glob(f".{glob.escape(root.name)}.old-*")) if root.name else []
+        if aside:
+            hint = f"a build was killed while replacing it: mv {aside[0]} {root}"
+        raise BundleError(f"not a bundle: {root} {fact}", hint)
+    try:
+        with open(root / MANIFEST_NAME, "rb", opener=lambda name, _: os.open(name, _SAFE_OPEN)) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read(MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        if (root / "config.json").exists():
+            hint = f"it looks like a checkpoint: compile it with `llmc build {root} -o NAME.llmc`"
+        raise BundleError(f"not a bundle: {root} has no {MANIFEST_NAME}", hint) from None
+    except OSError as error:
+        raise BundleError(f"{root}: cannot read {MANIFEST_NAME}: {error.strerror}", _COPY_AGAIN) from error
+    raise BundleError(f"{root}: {MANIFEST_NAME} is not a regular file", _COPY_AGAIN)
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _walk(root: Path, directories: set[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """Everything under `root` but the manifest and `directories`; enters only those, follows no link."""
+    pending = [""]
+    try:
+        while pending:
+            prefix = pending.pop()
+            with os.scandir(root / prefix) as entries:
+                for entry in entries:
+                    name = f"{prefix}/{entry.name}" if prefix else entry.name
+                    if entry.is_dir(follow_symlinks=False) and name in directories:
+                        pending.append(name)
+                    elif name != MANIFEST_NAME:
+                        yield name, entry.stat(follow_symlinks=False)
+    except OSError as error:
+        raise BundleError(f"{root}: cannot read {prefix or root}: {error.strerror}", _COPY_AGAIN) from error
+
+
+def _identity(entry: os.stat_result) -> Identity:
+    return [entry.st_dev, entry.st_ino, entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns]
+
+
+def _stamp_file(root: Path) -> Path | None:
+    """Where the identities of this bundle's files are remembered; None without a home directory."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.expanduser("~/.cache")
+    key = hashlib.sha256(os.fsencode(root)).hexdigest()
+    return Path(base, "llmc", "verified", f"{key}.json") if os.path.isabs(base) else None
+
+
+def _load_stamps(root: Path) -> dict[str, object]:
+    """File name -> [*identity, sha256]; empty if there is none, or none that can be read."""
+    path = _stamp_file(root)
+    try:
+        stamps = json.loads(path.read_bytes()) if path else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return stamps if isinstance(stamps, dict) else {}
+
+
+def _save_stamps(root: Path, stamps: Mapping[str, object]) -> None:
+    path = _stamp_file(root)
+    if path is None:
+        return
+    with contextlib.suppress(OSError):  # a read-only home costs time at the next start, nothing else
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        draft = path.with_suffix(f".tmp-{os.getpid()}-{threading.get_ident()}")
+        draft.write_text(json.dumps(stamps))
+        os.replace(draft, path)

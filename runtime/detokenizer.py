@@ -1,0 +1,147 @@
+"""From token ids to text while the tokens are still coming.
+
+A token is bytes, not text: one character may be spread over several tokens, and a stop string over
+several characters. What is not certain yet is held back, and comes with a later token or at the end.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+import tokenizers
+
+
+class TokenBytes:
+    """The UTF-8 bytes each token of a vocabulary contributes to a text; one table for all requests.
+
+    The tokenizer's own decoder renders each token once, behind a letter or at the start of a text
+    (where SentencePiece drops a space). Only tokens that are no valid UTF-8 by themselves are looked
+    into: byte-fallback tokens such as <0xE2>, and byte-level BPE pieces.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._byte_level = self._render(["Ġ"]) == " "
+        self._table: dict[tuple[int, bool], bytes] = {}
+
+    def __call__(self, token_id: int, at_start: bool) -> bytes:
+        """The bytes of a token; none for special tokens and for ids the tokenizer does not know."""
+        known = self._table.get((token_id, at_start))
+        if known is None:
+            known = self._table[token_id, at_start] = self._look_up(token_id, at_start)
+        return known
+
+    def _look_up(self, token_id: int, at_start: bool) -> bytes:
+        piece = self._tokenizer.id_to_token(token_id)
+        if piece is None or token_id in self.special:
+            return b""
+        text = self._render([piece]) if at_start else self._render(["a", piece]).removeprefix("a")
+        if "\ufffd" not in text:
+            return text.encode()
+        if self._byte_level and all(char in _BYTE_OF_CHAR for char in piece):
+            return bytes(_BYTE_OF_CHAR[char] for char in piece)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return text.encode()
+
+    def _render(self, pieces: list[str]) -> str:
+        decoder = self._tokenizer.decoder
+        return decoder.decode(pieces) if decoder is not None else " ".join(pieces)
+
+
+class Detokenizer:
+    """One output's text, a token at a time. Constant work per token.
+
+    `previous` is the last token of the prompt. The output continues the prompt's text: its first
+    word keeps its leading space. After a special token (a chat template ends with one), or with no
+    prompt, the output is a text of its own and starts as the tokenizer's `decode` would start it.
+    """
+
+    def __init__(self, token_bytes: TokenBytes, previous: int | None = None) -> None:
+        self._token_bytes = token_bytes
+        self._at_start = previous is None or previous in token_bytes.special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The characters that `token_id` completes; the bytes of an unfinished one are held back."""
+        data = self._token_bytes(token_id, self._at_start)
+        if token_id not in self._token_bytes.special:
+            self._at_start = False
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """What was held back, as U+FFFD, since no more bytes will complete it."""
+        return self._utf8.decode(b"", final=True)
+
+
+class StopChecker:
+    """Ends a text before the first of the `stop` strings.
+
+    The first is the one that is complete first, so the result does not depend on how the text is
+    cut into pieces. Text that may turn out to be the beginning of a stop string is held back.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stopped = False
+        self._stop = tuple(stop)
+        self._longest = max(map(len, self._stop), default=0)
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that is certain to be output and was not returned before."""
+        if not self._stop or self.stopped:
+            return "" if self.stopped else text
+        text = self._held + text
+        found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        keep = min(self._longest - 1, len(text))
+        while keep and not any(stop.startswith(text[len(text) - keep :]) for stop in self._stop):
+            keep -= 1
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back and, as the text ends here, is no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+class TextStream:
+    """A request's output text: detokenizer, then stop strings."""
+
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str]) -> None:
+        self._detokenizer = detokenizer
+        self._checker = StopChecker(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was found: the text has ended."""
+        return self._checker.stopped
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` makes certain."""
+        return self._checker.push(self._detokenizer.push(token_id))
+
+    def finish(self) -> str:
+        """All that was held back."""
+        return self._checker.push(self._detokenizer.finish()) + self._checker.finish()
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that byte-level BPE (GPT-2) writes for each byte.
+
+    Printable Latin-1 bytes stand for themselves, the other 68 for U+0100, U+0101, ... in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(0x100 + place): byte for place, byte in enumerate(others)})
+    return alphabet
+
+
+_BYTE_OF_CHAR = _byte_level_alphabet()

@@ -1,0 +1,278 @@
+"""The serving loop: schedule, run, sample, commit."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from llmc.runtime.backends.base import Backend
+from llmc.runtime.batch import Batch, build_batch
+from llmc.runtime.block_pool import BlockPool
+from llmc.runtime.detokenizer import TextStream
+from llmc.runtime.errors import RequestError
+from llmc.runtime.sampling import SamplingParams, sample
+from llmc.runtime.scheduler import Scheduler
+from llmc.runtime.sequence import FinishReason
+from llmc.runtime.sequence import Sequence as TokenSequence
+from llmc.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request after one of its steps.
+
+    new_text: what this step adds to the text; text: all of it, the prompt not included.
+    token_ids: all tokens generated, an end-of-sequence token included.
+    prompt_tokens: length of the prompt.
+    finish_reason: None while it goes on; "stop" (end of sequence, or a stop string), "length"
+        (max_tokens or the context is reached) or "abort".
+    """
+
+    request_id: str
+    new_text: str
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class EngineStats:
+    """Sums since the engine started; times in seconds. step_seconds - backend_seconds is our own cost."""
+
+    steps: int = 0
+    step_seconds: float = 0.0
+    backend_seconds: float = 0.0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass
+class _Request:
+    sequence: TokenSequence
+    text_stream: TextStream | None
+    text: str = ""
+    output_ids: list[int] = field(default_factory=list)
+    inbox: deque[RequestOutput] | None = None  # a `stream` reads here, whoever made the step
+
+
+class Engine:
+    """Serves requests with one backend. Not thread-safe: one thread adds, steps and aborts."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: Collection[int],
+        max_seq_len: int,
+        max_batch_tokens: int = 512,
+        max_sequences: int = 64,
+        *,
+        vocab_size: int | None = None,
+        prefix_cache: bool = True,
+    ) -> None:
+        """Without a tokenizer, prompts are token ids and no text comes out.
+
+        max_seq_len: tokens of prompt and output together; max_batch_tokens: tokens of a step;
+        max_sequences: sequences running at once; vocab_size: rows of the model's embedding table,
+        the tokenizer's size if not given.
+        """
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.stats = EngineStats()
+        pool = BlockPool(backend.num_blocks, backend.block_size, prefix_cache)
+        self.scheduler = Scheduler(pool, max_batch_tokens, max_sequences, max_seq_len)
+        self._eos = frozenset(eos_token_ids)
+        self._vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else 2**31)
+        self._requests: dict[str, _Request] = {}
+        self._num_requests = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        """A request waits or runs, so `step` has something to do."""
+        return bool(self._requests)
+
+    def add_request(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, request_id: str | None = None
+    ) -> str:
+        """Queues a request and returns its id.
+
+        Raises RequestError if the prompt is empty, too long or not of this vocabulary, if prompt and
+        max_tokens could never fit the cache, or if a request of this id is unfinished.
+        """
+        return self._queue(self._accept(prompt, params or SamplingParams(), request_id))
+
+    def step(self) -> list[RequestOutput]:
+        """Computes one batch. Returns an output for every request that got a token.
+
+        When the backend fails, its error passes through; the requests stay queued, to be computed
+        again from the start by the next step, unless the caller aborts them.
+        """
+        started = time.perf_counter()
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        try:
+            batch, sampled = build_batch(chunks)
+            logits = self._forward(batch)
+            rows = zip(logits, sampled, strict=True)
+            tokens = [sample(row, s.params, s.token_ids, s.rng) for row, s in rows]
+        except BaseException:
+            self.scheduler.rollback()
+            raise
+        self.scheduler.commit(chunks)
+        outputs = [self._append(s, token) for s, token in zip(sampled, tokens, strict=True)]
+        self._count(batch, time.perf_counter() - started)
+        return outputs
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Ends a request and frees its blocks; None if it is unknown or has finished already."""
+        request = self._requests.get(request_id)
+        return self._report(request, "", "abort") if request else None
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Runs all prompts to their end and returns the finished outputs in the order of the prompts.
+
+        `params` is for all of them, or a list with one each. Requests added elsewhere advance too.
+        """
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts but {len(each)} sampling parameters", "give one each")
+        requests = [self._accept(prompt, one, None) for prompt, one in zip(prompts, each, strict=True)]
+        ids = [request.sequence.request_id for request in requests]
+        finished: dict[str, RequestOutput] = {}
+        try:
+            for request in requests:
+                self._queue(request)
+            while any(request_id in self._requests for request_id in ids):
+                finished.update((o.request_id, o) for o in self.step() if o.finish_reason)
+        finally:
+            for request_id in ids:  # after an error none of them is left behind
+                self.abort(request_id)
+        return [finished[request_id] for request_id in ids]
+
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Yields the request's output after each of its tokens; closing the iterator aborts it.
+
+        Several streams may be read in turns: each advances all of them, and none loses an output.
+        Raises RequestError at once, not at the first token.
+        """
+        return self._stream(self._accept(prompt, params or SamplingParams(), None))
+
+    def _stream(self, request: _Request) -> Iterator[RequestOutput]:
+        inbox = request.inbox = deque()
+        request_id = self._queue(request)
+        try:
+            while True:
+                while inbox:
+                    yield (output := inbox.popleft())
+                    if output.finish_reason:
+                        return
+                self.step()
+        finally:
+            self.abort(request_id)
+
+    def _accept(
+        self, prompt: str | Sequence[int], params: SamplingParams, request_id: str | None
+    ) -> _Request:
+        """A valid request that is not queued yet."""
+        token_ids = self._token_ids(prompt)
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and the engine has none", "leave `stop` empty")
+        sequence = TokenSequence(request_id or self._new_id(), token_ids, params)
+        self.scheduler.check_fits(sequence)
+        if self.tokenizer is None:
+            return _Request(sequence, None)
+        return _Request(sequence, TextStream(self.tokenizer.detokenizer(token_ids), params.stop))
+
+    def _new_id(self) -> str:
+        while True:
+            self._num_requests += 1
+            if (request_id := f"request-{self._num_requests}") not in self._requests:
+                return request_id
+
+    def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            tokens = prompt
+        elif self.tokenizer is None:
+            raise RequestError("the engine has no tokenizer", "give the prompt as token ids")
+        else:
+            tokens = self.tokenizer.encode(prompt) if prompt else []
+        if not len(tokens):
+            raise RequestError("the prompt is empty", "give at least one token, such as the model's BOS id")
+        try:
+            token_ids = [operator.index(token) for token in tokens]
+        except TypeError as error:
+            raise RequestError(
+                f"the prompt is not a list of token ids: {error}", "token ids are whole numbers"
+            ) from error
+        if not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+            wrong = next(token for token in token_ids if not 0 <= token < self._vocab_size)
+            raise RequestError(
+                f"token id {wrong} is outside the vocabulary",
+                f"token ids go from 0 to {self._vocab_size - 1}: is this the tokenizer of this model?",
+            )
+        return token_ids
+
+    def _queue(self, request: _Request) -> str:
+        request_id = request.sequence.request_id
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use", "choose another, or leave it out")
+        self.scheduler.add(request.sequence)
+        self._requests[request_id] = request
+        return request_id
+
+    def _forward(self, batch: Batch) -> np.ndarray:
+        started = time.perf_counter()
+        logits = self.backend.forward(batch)
+        self.stats.backend_seconds += time.perf_counter() - started
+        return logits
+
+    def _append(self, sequence: TokenSequence, token: int) -> RequestOutput:
+        """Gives a sequence its next token and ends it if that was the last."""
+        request, params = self._requests[sequence.request_id], sequence.params
+        sequence.token_ids.append(token)
+        request.output_ids.append(token)
+        if token in self._eos and not params.ignore_eos:
+            return self._report(request, "", "stop")
+        new_text = request.text_stream.push(token) if request.text_stream else ""
+        if request.text_stream and request.text_stream.stopped:
+            return self._report(request, new_text, "stop")
+        full = len(sequence.token_ids) == self.scheduler.max_seq_len
+        full = full or sequence.num_output == params.max_tokens
+        return self._report(request, new_text, "length" if full else None)
+
+    def _report(self, request: _Request, new_text: str, reason: FinishReason | None) -> RequestOutput:
+        sequence = request.sequence
+        if reason:
+            if request.text_stream:
+                new_text += request.text_stream.finish()
+            self.scheduler.finish(sequence, reason)
+            del self._requests[sequence.request_id]
+        request.text += new_text
+        ids, prompt_tokens = tuple(request.output_ids), sequence.prompt_tokens
+        output = RequestOutput(sequence.request_id, new_text, request.text, ids, prompt_tokens, reason)
+        if request.inbox is not None:
+            request.inbox.append(output)
+        return output
+
+    def _count(self, batch: Batch, seconds: float) -> None:
+        stats = self.stats
+        stats.steps += 1
+        stats.step_seconds += seconds
+        stats.computed_tokens += len(batch.input_ids)
+        stats.generated_tokens += len(batch.logits_index)
+        stats.cached_tokens = self.scheduler.num_cached_tokens
+        stats.preemptions = self.scheduler.num_preemptions

@@ -1,0 +1,75 @@
+"""From a bundle on disk to a serving engine: `load_engine(path)`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llmc.runtime.backends import load_backend
+from llmc.runtime.bundle.manifest import Geometry
+from llmc.runtime.bundle.reader import Bundle
+from llmc.runtime.engine import Engine
+from llmc.runtime.errors import RequestError
+from llmc.runtime.tokenizer import Tokenizer
+
+_KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "u8": 1}
+_DEFAULT_SHARE = 0.25  # of the memory that is available now
+_DEFAULT_LIMIT = 4 << 30
+
+
+def load_engine(
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    kv_memory: int | None = None,
+    max_batch_tokens: int = 512,
+    max_sequences: int = 64,
+    threads: int | None = None,
+    prefix_cache: bool = True,
+) -> Engine:
+    """Opens a bundle (checking it) and loads its engine.
+
+    kv_memory: bytes for the KV cache; by default what `max_sequences` full contexts could use, within a
+        quarter of the free memory and 4 GiB. Pages are taken from the system when first written.
+    max_batch_tokens: tokens computed in one step at most; longer prompts are prefilled in chunks.
+    threads: CPU threads, by default one for each physical core that the process may use.
+    Raises BundleError, BackendError, RequestError.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    manifest = opened.manifest
+    geometry, limits = manifest.geometry, manifest.limits
+    block = block_bytes(geometry, manifest.precision.kv_dtype)
+    useful = max_sequences * -(-limits.max_seq_len // geometry.block_size)
+    budget = kv_memory if kv_memory is not None else _default_kv_memory()
+    num_blocks = min(useful, budget // block)
+    if num_blocks < 1:
+        raise RequestError(
+            f"{budget} bytes of KV cache hold no block of {geometry.block_size} tokens ({block} bytes)",
+            f"give at least {block} bytes with --kv-memory",
+        )
+    backend = load_backend(manifest.target.engine, opened.engine_path(), num_blocks, threads)
+    directory = opened.tokenizer_dir
+    tokenizer = Tokenizer.load(directory) if directory and (directory / "tokenizer.json").is_file() else None
+    return Engine(
+        backend,
+        tokenizer,
+        manifest.tokens.eos,
+        limits.max_seq_len,
+        max_batch_tokens,
+        min(max_sequences, max_batch_tokens),
+        vocab_size=geometry.vocab_size,
+        prefix_cache=prefix_cache,
+    )
+
+
+def block_bytes(geometry: Geometry, kv_dtype: str) -> int:
+    """Bytes of one KV block over all layers, keys and values."""
+    elements = sum(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in geometry.layers)
+    return elements * geometry.block_size * _KV_BYTES[kv_dtype]
+
+
+def _default_kv_memory() -> int:
+    memory = Path("/proc/meminfo")
+    if not memory.is_file():
+        return _DEFAULT_LIMIT
+    line = next(line for line in memory.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return min(_DEFAULT_LIMIT, int((int(line.split()[1]) << 10) * _DEFAULT_SHARE))

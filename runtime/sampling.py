@@ -1,0 +1,154 @@
+"""How the next token is chosen: the same filters, in the same order, as transformers' `generate`.
+
+Repetition penalty, temperature, top-k, top-p, min-p. Greedy decoding (temperature 0) applies the
+repetition penalty too and nothing else. Every filter only ever removes tokens, so after top-k the
+others work on the few survivors instead of on the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from llmc.runtime.errors import BackendError, RequestError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What one request asks of the sampler. Every value is checked here, once.
+
+    max_tokens: tokens to generate at most, at least 1.
+    temperature: divides the logits; 0 is greedy decoding.
+    top_k: keep the k most likely tokens (and all that tie with the last of them); 0 keeps all.
+    top_p: keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps all.
+    min_p: keep tokens at least min_p times as likely as the most likely one; 0 keeps all.
+    repetition_penalty: divides positive and multiplies negative logits of tokens already seen; 1 is off.
+    seed: makes the draws of this request reproducible, whatever runs beside it.
+    stop: strings that end the output; the output stops before them.
+    ignore_eos: go on after an end-of-sequence token.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind, allowed, hint = _LIMITS[field.name]
+            wrong_kind = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+            if wrong_kind or not allowed(value):
+                raise RequestError(f"{field.name} is {value!r}", f"{field.name} must be {hint}")
+
+
+# For every field: the type it must have, which values are allowed, and that in words.
+_LIMITS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "max_tokens": (int, lambda v: v >= 1, "a whole number of at least 1"),
+    "temperature": ((int, float), lambda v: 0 <= v < math.inf, "0 (greedy) or a positive number"),
+    "top_k": (int, lambda v: v >= 0, "a whole number; 0 turns it off"),
+    "top_p": ((int, float), lambda v: 0 <= v <= 1, "between 0 and 1; 1 turns it off"),
+    "min_p": ((int, float), lambda v: 0 <= v <= 1, "between 0 and 1; 0 turns it off"),
+    "repetition_penalty": ((int, float), lambda v: 0 < v < math.inf, "a positive number; 1 turns it off"),
+    "seed": ((int, type(None)), lambda v: v is None or v >= 0, "a whole number of at least 0, or none"),
+    "stop": (
+        tuple,
+        lambda v: all(isinstance(text, str) and text for text in v),
+        'a tuple of non-empty strings, such as ("\\n\\n",)',
+    ),
+    "ignore_eos": (bool, lambda v: True, "true or false"),
+}
+
+
+def sample(
+    logits: np.ndarray, params: SamplingParams, token_ids: Sequence[int], rng: np.random.Generator
+) -> int:
+    """The next token for float32 `logits[V]`, which are left as they are.
+
+    `token_ids` are all tokens so far, prompt and output: the repetition penalty looks at them.
+    Sampling takes exactly one number from `rng`, greedy decoding none.
+    Raises BackendError when the logits hold no usable maximum (NaN, or infinite).
+    """
+    if params.repetition_penalty != 1.0:
+        logits = penalize_repetition(logits, params.repetition_penalty, token_ids)
+    if params.temperature == 0.0:
+        best = int(logits.argmax())
+        _check_finite(logits[best])
+        return best
+    ids, weights = candidates(logits, params)
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    index = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+    index = min(index, len(weights) - 1)  # the product may round up to the last sum
+    return index if ids is None else int(ids[index])
+
+
+def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
+    """The tokens that temperature, top-k, top-p and min-p leave, and their weights.
+
+    Returns token ids (int64 [C], None standing for all of them in order) and float32 weights [C]:
+    probabilities up to one common factor, the largest of them 1.
+    """
+    top = logits.max()
+    _check_finite(top)
+    ids: np.ndarray | None = None
+    if 0 < params.top_k < len(logits):
+        smallest_kept = np.partition(logits, len(logits) - params.top_k)[-params.top_k]
+        ids = np.flatnonzero(logits >= smallest_kept)
+        logits = logits[ids]
+    # Subtracting the maximum first keeps a tiny temperature from overflowing.
+    with np.errstate(over="ignore"):
+        weights = np.exp((logits - top) / np.float32(max(params.temperature, 1e-30)))
+    if params.top_p < 1.0:
+        ids, weights = _keep(ids, weights, _nucleus(weights, params.top_p))
+    if params.min_p > 0.0:
+        ids, weights = _keep(ids, weights, np.flatnonzero(weights >= params.min_p))
+    return ids, weights
+
+
+def penalize_repetition(logits: np.ndarray, penalty: float, token_ids: Sequence[int]) -> np.ndarray:
+    """A copy of float32 `logits[V]` with those of `token_ids` made less likely (penalty > 1), each once."""
+    seen = np.array(token_ids, np.int64)
+    seen = seen[seen < len(logits)]  # an embedding table may have more rows than there are logits
+    scores = logits[seen]
+    penalized = logits.copy()
+    penalized[seen] = np.where(scores < 0, scores * np.float32(penalty), scores / np.float32(penalty))
+    return penalized
+
+
+def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """Indices into `weights`, ascending, of the tokens top-p keeps: at least the most likely one.
+
+    A token goes when it and all less likely ones together reach at most 1 - top_p.
+    """
+    total = float(weights.sum(dtype=np.float64))
+    outside = (1.0 - top_p) * total
+    # Tokens below outside / V cannot reach `outside` even together: no need to sort that long tail.
+    head = np.flatnonzero(weights >= min(1.0, outside / len(weights)))
+    values = weights[head].astype(np.float64)
+    order = np.argsort(values, kind="stable")
+    tail = total - float(values.sum())
+    kept = order[tail + np.cumsum(values[order]) > outside]
+    return np.sort(head[kept]) if len(kept) else head[order[-1:]]
+
+
+def _keep(
+    ids: np.ndarray | None, weights: np.ndarray, kept: np.ndarray
+) -> tuple[np.ndarray | None, np.ndarray]:
+    return (kept if ids is None else ids[kept]), weights[kept]
+
+
+def _check_finite(top: np.floating) -> None:
+    """A NaN anywhere makes NaN the maximum, so one look at the maximum is enough."""
+    if not math.isfinite(top):
+        raise BackendError(
+            f"the engine computed logits whose maximum is {top}",
+            "its numbers overflowed: rebuild with a wider dtype (bfloat16 or float32)",
+        )

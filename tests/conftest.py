@@ -1,0 +1,49 @@
+"""Fixtures that several test files share: zoo checkpoints and bundles, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """zoo name -> directory of a random checkpoint."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def get(name: str) -> Path:
+        from llmc.compiler import zoo
+
+        return root / name if (root / name).exists() else zoo.make(name, root / name)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """zoo name -> its bundle for the CPU, built once, without the verification step."""
+    root = tmp_path_factory.mktemp("bundles")
+
+    def get(name: str) -> Path:
+        from llmc.compiler.driver import compile_model
+        from llmc.compiler.request import BuildRequest
+
+        path = root / f"{name}.llmc"
+        if not path.exists():
+            compile_model(BuildRequest(str(checkpoint(name)), path, verify=False))
+        return path
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A real trained checkpoint, where the machine has one."""
+    path = SHARED / "checkpoints" / "stories260K"
+    if not path.is_dir():
+        pytest.skip("the trained checkpoint stories260K is not on this machine")
+    return path
