@@ -11,12 +11,9 @@ Layout: https://huggingface.co/docs/transformers/main/en/main_classes/model (sav
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +34,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-# Tensors that old checkpoints carry although models compute them.
-IGNORED_EXTRAS = (r".*rotary_emb\.inv_freq", r".*\.attn\.(masked_)?bias")
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BLOCK = 1 << 24
 _CONVERT = (
@@ -189,70 +184,6 @@ class Checkpoint:
                     digest.update(block)
             hashes[file.name] = digest.hexdigest()
         return hashes
-
-
-def compare_names(
-    expected: Mapping[str, Sequence[int]], tensors: Mapping[str, TensorRef], ignore: Iterable[str] = ()
-) -> None:
-    """Check that `tensors` are those the model `expected` (name -> shape; tied names once).
-
-    Extra tensors are allowed when a pattern of IGNORED_EXTRAS or `ignore` matches the whole name,
-    and `lm_head.weight` when the model, having it tied, does not expect it.
-    Raises CheckpointError with a short difference: layers are collapsed, names paired with the
-    nearest one.
-    """
-    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in (*IGNORED_EXTRAS, *ignore)))
-    missing = _collapse(name for name in expected if name not in tensors)
-    extra = _collapse(
-        name
-        for name in tensors
-        if name not in expected and name != "lm_head.weight" and not ignored.fullmatch(name)
-    )
-    shapes: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
-    for name in expected:
-        if name in tensors and tuple(expected[name]) != tensors[name].shape:
-            shapes[str(list(tensors[name].shape)), str(list(expected[name]))].append(name)
-    facts: list[str] = []
-    for name in missing:
-        near = difflib.get_close_matches(name, extra, n=1, cutoff=0.8)
-        facts.append(f"no {name}" + (f" (it has {near[0]})" if near else ""))
-        extra = [other for other in extra if other not in near]
-    facts += [
-        f"{name} is {got}, not {want}" for (got, want), names in shapes.items() for name in _collapse(names)
-    ]
-    facts += [f"unexpected {name}" for name in extra]
-    if facts:
-        more = [f"and {len(facts) - 6} more differences"] if len(facts) > 6 else []
-        raise CheckpointError(
-            "the checkpoint does not fit its config.json: " + "; ".join(facts[:6] + more),
-            hint="config.json and the weights are of different models or versions; get both from one place",
-        )
-
-
-def _collapse(names: Iterable[str]) -> list[str]:
-    """Names that differ in numbers only become one: `model.layers.{0-27}.mlp.gate_proj.weight`."""
-    groups: defaultdict[str, list[list[int]]] = defaultdict(list)
-    for name in names:
-        parts = name.split(".")
-        numbers = [int(part) for part in parts if part.isdecimal()]
-        groups[".".join("#" if part.isdecimal() else part for part in parts)].append(numbers)
-    collapsed = []
-    for template, rows in groups.items():
-        pieces = template.split("#")
-        ranges = [_ranges(sorted(set(column))) for column in zip(*rows, strict=True)]
-        collapsed.append("".join(a + b for a, b in zip(pieces, [*ranges, ""], strict=True)))
-    return collapsed
-
-
-def _ranges(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    text = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs[:4]) + (",..." if len(runs) > 4 else "")
-    return text if len(numbers) == 1 else "{" + text + "}"
 
 
 def _read_json(file: Path) -> dict[str, Any]:

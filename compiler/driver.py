@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.compiler import hub, recipe, verify
-from llmc.compiler.checkpoint import Checkpoint, compare_names
+from llmc.compiler.checkpoint import Checkpoint
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.progress import Progress, Silent
 from llmc.compiler.request import BuildRequest
+from llmc.compiler.weight_names import compare_names
 from llmc.runtime.bundle.manifest import (
     Engine,
     Geometry,
@@ -74,7 +74,7 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
     Raises LlmcError (CheckpointError, UnsupportedError, BuildError, VerificationError), each with a hint.
     Nothing carries the output's name unless the build succeeded.
     """
-    from llmc.compiler import weights
+    from llmc.compiler import tokenizer, weights
     from llmc.compiler.targets import cpu
 
     progress = progress or Silent()
@@ -83,12 +83,14 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
         plan = plan_build(request, progress, clock)
         with clock.phase("write weights"):
             weights.write_weights(
-                plan.model, plan.checkpoint.tensors, writer, lambda done: progress.bar(done, plan.weight_bytes)
+                plan.model,
+                plan.checkpoint.tensors,
+                writer,
+                lambda done: progress.bar(done, plan.weight_bytes),
             )
         with clock.phase("write graph"):
             writer.path(cpu.ENGINE_FILE).write_bytes(cpu.serialize(plan.model))
-            for file in plan.checkpoint.tokenizer_files:
-                shutil.copyfile(file, writer.path(f"tokenizer/{file.name}"))
+            tokenizer.save(plan.checkpoint, writer)
         with clock.phase("hash the checkpoint"):
             files = plan.checkpoint.file_hashes()
         with clock.phase("verify"):

@@ -1,4 +1,4 @@
-"""The process that `verify.py` starts: a Job as JSON on stdin, progress and Findings as JSON lines on stdout."""
+"""The process that `verify.py` starts: a Job as JSON on stdin, Findings as a JSON line on stdout."""
 
 from __future__ import annotations
 
@@ -56,12 +56,14 @@ def _sequences(job: Job) -> list[list[int]]:
         ]
     window = min(job.windows, default=0)
     long = min(window + 40, job.max_seq_len)
-    if 0 < window and len(sequences[0]) < long <= 1100:
+    if window > 0 and len(sequences[0]) < long <= 1100:
         sequences[0] = (sequences[0] * (long // len(sequences[0]) + 1))[:long]
     return sequences
 
 
-def _reference(job: Job, sequences: list[list[int]], prompts: list[list[int]]) -> tuple[list[np.ndarray], list[list[int]]]:
+def _reference(
+    job: Job, sequences: list[list[int]], prompts: list[list[int]]
+) -> tuple[list[np.ndarray], list[list[int]]]:
     """transformers' fp32 logits [len, vocab] of each sequence, and its greedy continuations."""
     import torch
     import transformers
@@ -116,7 +118,11 @@ def _engine_logits(backend: Backend, sequences: list[list[int]]) -> list[np.ndar
 
 
 def _batch(
-    sequences: list[list[int]], past: list[int], tables: list[list[int]], chunks: list[tuple[int, int]], size: int
+    sequences: list[list[int]],
+    past: list[int],
+    tables: list[list[int]],
+    chunks: list[tuple[int, int]],
+    size: int,
 ) -> Batch:
     ids = [token for s, count in chunks for token in sequences[s][past[s] : past[s] + count]]
     positions = [p for s, count in chunks for p in range(past[s], past[s] + count)]

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.safetensors_index import TensorRef
 from llmc.compiler.weights_writer import write_safetensors
+from llmc.passes import edit
 from llmc.runtime.errors import BuildError
 
 WEIGHTS_FILE = "weights/model.safetensors"
@@ -39,11 +40,11 @@ def write_weights(
     writer.check_disk_space(sum(int(np.prod(shape)) * 4 for _, _, shape in entries))
     done = 0
 
-    def produce(name: str) -> Iterator[np.ndarray]:
+    def produce(name: str) -> Iterator[memoryview]:
         nonlocal done
         for chunk in _chunks(by_name[name], tensors.get(name)):
             done += chunk.nbytes
-            yield chunk
+            yield chunk.data
             on_bytes(done)
 
     path = writer.path(WEIGHTS_FILE)
@@ -66,14 +67,14 @@ def write_weights(
 def weight_bytes(model: ir.Model) -> int:
     """Bytes that `write_weights` will write, without the header."""
     return sum(
-        int(np.prod(_shape(value))) * _dtype(value).itemsize
+        int(np.prod(_shape(value)) * _dtype(value).itemsize)
         for value in model.graph.initializers.values()
         if not _is_inline(value)
     )
 
 
 def _is_inline(value: ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.nbytes <= _INLINE_BYTES
+    return value.const_value is not None and int(value.const_value.nbytes) <= _INLINE_BYTES
 
 
 def _dtype(value: ir.Value) -> ir.DataType:
@@ -82,8 +83,7 @@ def _dtype(value: ir.Value) -> ir.DataType:
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:
-    assert value.shape is not None
-    return tuple(int(dim) for dim in value.shape)  # type: ignore[arg-type]
+    return tuple(edit.dims(value))
 
 
 def _chunks(value: ir.Value, ref: TensorRef | None) -> Iterator[np.ndarray]:

@@ -2,9 +2,9 @@
 
 Every tensor starts at a multiple of 64 bytes (a cache line, and the widest vector load), so that an
 engine can map the file and use it in place. safetensors allows no holes, so a gap of up to 63 bytes
-is itself a tensor, `__pad_N` (N: where it starts), of zero U8. Sorting instead of padding was rejected: it aligns nothing
-after the first odd size, and it loses the caller's order, the one in which the engine reads. Weight
-matrices are multiples of 64 bytes nearly always, so most files hold no pad at all.
+is itself a tensor, `__pad_N` (N: where it starts), of zero U8. Sorting instead was rejected: it aligns
+nothing after the first odd size, and it loses the caller's order, the one in which the engine reads.
+Weight matrices are multiples of 64 bytes nearly always, so most files hold no pad at all.
 """
 
 from __future__ import annotations
@@ -74,7 +74,11 @@ def _header(tensors: list[Entry]) -> tuple[bytes, dict[str, int]]:
 
     def place(name: str, dtype: str, shape: Sequence[int], nbytes: int) -> None:
         nonlocal end
-        layout[name] = {"dtype": dtype, "shape": [int(size) for size in shape], "data_offsets": [end, end + nbytes]}
+        layout[name] = {
+            "dtype": dtype,
+            "shape": [int(size) for size in shape],
+            "data_offsets": [end, end + nbytes],
+        }
         end += nbytes
 
     for name, dtype, shape in tensors:

@@ -24,7 +24,7 @@ class Matches:
 class Pass(Protocol):
     """A rewrite of the graph in place.
 
-    `requires` and `ensures` name stages of `spec.py`; the runner checks `ensures` after the pass.
+    `requires` and `ensures` name stages of `spec.py`; the runner checks both.
     Running a pass on its own result changes nothing: it returns 0 matches.
     """
 
@@ -59,6 +59,11 @@ def run(
     reports: list[PassReport] = []
     for one in pipeline:
         on_pass(one.name)
+        if problems := spec.check(model, one.requires):
+            raise BuildError(
+                f"pass {one.name} requires a {one.requires.value} graph: {problems[0]}",
+                "the pipeline is in the wrong order; please report this",
+            )
         start = time.perf_counter()
         matches = one(model)
         seconds = time.perf_counter() - start

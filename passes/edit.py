@@ -1,17 +1,40 @@
-"""The few graph edits that the passes share."""
+"""The few graph reads and edits that the passes share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common
 
 TOKENS = "T"  # the symbolic number of tokens in a step
 
+Dim = int | str | ir.SymbolicDim
+
+
+def operand(node: ir.Node, index: int) -> ir.Value:
+    """Input `index` of `node`, which must be there."""
+    value = node.inputs[index]
+    assert value is not None, f"{node.op_type} lacks input {index}"
+    return value
+
+
+def dims(value: ir.Value) -> list[int]:
+    """The shape of `value`, with -1 for the number of tokens."""
+    assert value.shape is not None, f"{value.name} has no shape"
+    return [dim if isinstance(dim, int) else -1 for dim in value.shape]
+
+
+def attribute(node: ir.Node, name: str) -> int | float:
+    """A number attribute of `node`."""
+    value = node.attributes[name].value
+    assert isinstance(value, int | float), f"{node.op_type}.{name} is not a number"
+    return value
+
 
 def constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
-    """An initializer with the content of `array`, shared with an equal one of the same `name`."""
+    """An initializer with the content of `array`; one name always means one content."""
     existing = graph.initializers.get(name)
     if existing is not None:
         return existing
@@ -25,38 +48,43 @@ def constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
     return value
 
 
-def reshape(before: ir.Node, x: ir.Value, shape: Sequence[int], name: str) -> ir.Value:
-    """Inserts Reshape(x, shape) before a node; -1 stands for the axis of the tokens."""
-    graph = before.graph
-    assert isinstance(graph, ir.Graph)
-    target = constant(graph, np.array(shape, np.int64), "shape_" + "_".join(str(d) for d in shape))
-    dims = [TOKENS if dim == -1 else dim for dim in shape]
-    return insert(before, "Reshape", [x, target], {}, name, dims, x.dtype)
-
-
 def insert(
     before: ir.Node,
     op: str,
     inputs: Sequence[ir.Value | None],
-    attributes: dict[str, object],
+    attributes: Mapping[str, object],
     name: str,
-    shape: Sequence[int | str | ir.SymbolicDim],
-    dtype: ir.DataType | None,
+    shape: Sequence[Dim],
     domain: str = "",
 ) -> ir.Value:
-    """Inserts a node with one output before another, keeping the trail to the checkpoint's module."""
-    output = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype) if dtype else None)
-    node = ir.node(op, list(inputs), attributes, domain=domain, outputs=[output], name=name)
+    """Inserts a node with one output before another, keeping the trail to the checkpoint's module.
+
+    The output has the dtype of the first input; -1 in `shape` is the axis of the tokens.
+    """
+    dtype = inputs[0].dtype if inputs[0] is not None else None
+    symbolic = ir.Shape([TOKENS if dim == -1 else dim for dim in shape])
+    output = ir.Value(name=name, shape=symbolic, type=ir.TensorType(dtype) if dtype else None)
+    node = ir.node(op, list(inputs), dict(attributes), domain=domain, outputs=[output], name=name)
     node.metadata_props.update(before.metadata_props)
     assert before.graph is not None
     before.graph.insert_before(before, node)
     return output
 
 
+def reshape(before: ir.Node, x: ir.Value, shape: Sequence[int], name: str) -> ir.Value:
+    """Inserts Reshape(x, shape) before a node."""
+    assert isinstance(before.graph, ir.Graph)
+    return insert(before, "Reshape", [x, shape_constant(before.graph, shape)], {}, name, shape)
+
+
+def shape_constant(graph: ir.Graph, shape: Sequence[int]) -> ir.Value:
+    """A reshape target as an initializer."""
+    return constant(graph, np.array(shape, np.int64), "shape_" + "_".join(str(dim) for dim in shape))
+
+
 def replace(old: ir.Node, new: ir.Value) -> None:
     """Lets everything that used `old`'s only output use `new`, and removes `old`."""
-    output = old.outputs[0]
-    graph = old.graph
+    output, graph = old.outputs[0], old.graph
     assert isinstance(graph, ir.Graph)
     for index, value in enumerate(graph.outputs):
         if value is output:
@@ -66,15 +94,6 @@ def replace(old: ir.Node, new: ir.Value) -> None:
     graph.remove(old, safe=True)
 
 
-def attribute(node: ir.Node, name: str) -> int | float:
-    """A number attribute of `node`."""
-    value = node.attributes[name].value
-    assert isinstance(value, int | float)
-    return value
-
-
 def remove_unused(model: ir.Model) -> None:
     """Removes nodes and initializers that no output needs."""
-    import onnx_ir.passes.common as common
-
-    common.RemoveUnusedNodesPass()(model)
+    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)

@@ -24,14 +24,14 @@ class FoldReshapes:
         for node in list(model.graph):
             if node.op_type != "Reshape":
                 continue
-            source = node.inputs[0]
-            producer = source.producer() if source is not None else None
+            source = edit.operand(node, 0)
+            producer = source.producer()
             if producer is not None and producer.op_type == "Reshape":
-                source = producer.inputs[0]
+                source = edit.operand(producer, 0)
                 node.replace_input_with(0, source)
                 matches.count += 1
             output = node.outputs[0]
-            if source is not None and source.shape == output.shape and output not in model.graph.outputs:
+            if source.shape == output.shape and output not in model.graph.outputs:
                 edit.replace(node, source)
                 matches.count += 1
         edit.remove_unused(model)

@@ -31,17 +31,15 @@ class GatherLogits:
         logits = graph.outputs[0]
         chain = _rowwise_chain(logits)
         first = chain[-1]
-        hidden = first.inputs[0]
-        assert hidden is not None and hidden.shape is not None
+        hidden = edit.operand(first, 0)
         index = ir.Value(name=INDEX, shape=ir.Shape([ROWS]), type=ir.TensorType(ir.DataType.INT32))
         graph.inputs.append(index)
-        shape = [ROWS, *hidden.shape[1:]]
-        rows = edit.insert(first, "Gather", [hidden, index], {"axis": 0}, "hidden_rows", shape, hidden.dtype)  # type: ignore[list-item]
+        shape: list[edit.Dim] = [ROWS, *edit.dims(hidden)[1:]]
+        rows = edit.insert(first, "Gather", [hidden, index], {"axis": 0}, "hidden_rows", shape)
         first.replace_input_with(0, rows)
         for node in chain:
             output = node.outputs[0]
-            assert output.shape is not None
-            output.shape = ir.Shape([ROWS, *output.shape[1:]])
+            output.shape = ir.Shape([ROWS, *edit.dims(output)[1:]])
         logits.name = "logits"
         return Matches(1)
 
@@ -52,13 +50,14 @@ def _rowwise_chain(logits: ir.Value) -> list[ir.Node]:
     node = logits.producer()
     while node is not None and node.op_type in ELEMENTWISE:
         chain.append(node)
-        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+        node = edit.operand(node, 0).producer()
     if node is None or node.op_type != "Gemm":
         raise UnsupportedError(
-            "the model does not end in a linear layer over the vocabulary", "llmc compiles causal language models"
+            "the model does not end in a linear layer over the vocabulary",
+            "llmc compiles causal language models",
         )
     chain.append(node)
-    before = node.inputs[0].producer() if node.inputs[0] is not None else None
+    before = edit.operand(node, 0).producer()
     if before is not None and before.op_type == "RMSNormalization":
         chain.append(before)
     return chain

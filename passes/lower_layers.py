@@ -25,16 +25,15 @@ class LowerLinear:
     def __call__(self, model: ir.Model) -> Matches:
         nodes = [node for node in model.graph if node.op_type == "TracedLinear"]
         for node in nodes:
-            x, output = node.inputs[0], node.outputs[0]
-            assert x is not None and x.shape is not None and output.shape is not None
-            if len(x.shape) != 2:
+            axes = len(edit.dims(edit.operand(node, 0)))
+            if axes != 2:
                 raise UnsupportedError(
-                    f"module {module_of(node)} is a Linear over {len(x.shape)} axes", "llmc expects [tokens, features]"
+                    f"module {module_of(node)} is a Linear over {axes} axes",
+                    "llmc expects [tokens, features]",
                 )
             inputs = [value for value in node.inputs if value is not None]
-            name = module_of(node)
-            shape = list(output.shape)
-            edit.replace(node, edit.insert(node, "Gemm", inputs, {"transB": 1}, name, shape, output.dtype))  # type: ignore[arg-type]
+            shape = edit.dims(node.outputs[0])
+            edit.replace(node, edit.insert(node, "Gemm", inputs, {"transB": 1}, module_of(node), shape))
         return Matches(len(nodes))
 
 
@@ -48,19 +47,14 @@ class LowerRMSNorm:
     def __call__(self, model: ir.Model) -> Matches:
         nodes = [node for node in model.graph if node.op_type == "TracedRMSNorm"]
         for node in nodes:
-            x, weight = node.inputs
-            output = node.outputs[0]
-            assert x is not None and weight is not None and weight.shape is not None and output.shape is not None
-            name = module_of(node)
+            name, weight = module_of(node), edit.operand(node, 1)
             offset = float(edit.attribute(node, "offset"))
             if offset:
                 assert weight.dtype is not None
-                one = edit.constant(model.graph, np.array(offset, weight.dtype.numpy()), f"offset_{weight.dtype.name}")
-                shape = [int(dim) for dim in weight.shape]  # type: ignore[arg-type]
-                weight = edit.insert(node, "Add", [weight, one], {}, f"{name}.scale", shape, weight.dtype)
-            attributes = {"axis": -1, "epsilon": float(edit.attribute(node, "epsilon"))}
-            result = edit.insert(
-                node, "RMSNormalization", [x, weight], attributes, name, list(output.shape), output.dtype  # type: ignore[arg-type]
-            )
-            edit.replace(node, result)
+                one = np.array(offset, weight.dtype.numpy())
+                added = edit.constant(model.graph, one, f"offset_{weight.dtype.name}")
+                weight = edit.insert(node, "Add", [weight, added], {}, f"{name}.scale", edit.dims(weight))
+            settings = {"axis": -1, "epsilon": float(edit.attribute(node, "epsilon"))}
+            inputs, shape = [edit.operand(node, 0), weight], edit.dims(node.outputs[0])
+            edit.replace(node, edit.insert(node, "RMSNormalization", inputs, settings, name, shape))
         return Matches(len(nodes))

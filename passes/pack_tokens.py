@@ -31,7 +31,7 @@ class PackTokens:
     def __call__(self, model: ir.Model) -> Matches:
         graph = model.graph
         ids = [value for value in graph.inputs if value.name in ("input_ids", "position_ids")]
-        if all(value.shape is not None and len(value.shape) == 1 for value in ids):
+        if all(len(edit.dims(value)) == 1 for value in ids):
             return Matches(0)
         for value in ids:
             value.shape = ir.Shape([edit.TOKENS])
@@ -46,21 +46,18 @@ def _pack(graph: ir.Graph, node: ir.Node) -> None:
     batched = [value for value in node.outputs if _has_batch(value)]
     if not batched:
         return
+    shape = edit.dims(batched[0])
     if node.op_type == "Reshape":
-        shape = batched[0].shape
-        assert shape is not None
-        target = [dim if isinstance(dim, int) else -1 for dim in shape[1:]]
-        name = "shape_" + "_".join(str(dim) for dim in target)
-        node.replace_input_with(1, edit.constant(graph, np.array(target, np.int64), name))
+        node.replace_input_with(1, edit.shape_constant(graph, shape[1:]))
     elif node.op_type in ELEMENTWISE:
-        _squeeze_constants(graph, node, len(batched[0].shape))  # type: ignore[arg-type]
+        _squeeze_constants(graph, node, len(shape))
     elif node.op_type in _AXIS:
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
         _require(axis != 0, node, f"works along the batch axis (axis={axis})")
         if axis > 0:
             node.attributes["axis"] = ir.AttrInt64("axis", axis - 1)
     elif node.op_type == "Slice":
-        _shift_axes(graph, node, 3)
+        _shift_axes(graph, node)
     elif node.op_type == "Transpose":
         perm = list(node.attributes["perm"].as_ints())
         _require(perm[0] == 0, node, f"moves the batch axis (perm={perm})")
@@ -68,35 +65,34 @@ def _pack(graph: ir.Graph, node: ir.Node) -> None:
     else:
         _require(node.op_type in _ROWWISE, node, "has no rule for packed tokens")
     for value in batched:
-        assert value.shape is not None
-        value.shape = ir.Shape([d if isinstance(d, int) else edit.TOKENS for d in value.shape[1:]])
+        value.shape = ir.Shape([edit.TOKENS if dim == -1 else dim for dim in edit.dims(value)[1:]])
 
 
 def _has_batch(value: ir.Value) -> bool:
-    shape = value.shape
-    return shape is not None and len(shape) >= 2 and shape[0] == 1 and not isinstance(shape[1], int)
+    return value.shape is not None and len(value.shape) >= 2 and edit.dims(value)[:2] == [1, -1]
 
 
 def _squeeze_constants(graph: ir.Graph, node: ir.Node, rank: int) -> None:
     """A constant of full rank would broadcast the batch axis back in."""
     for index, value in enumerate(node.inputs):
-        if value is None or not value.is_initializer() or value.shape is None or len(value.shape) < rank:
+        if value is None or not value.is_initializer() or len(edit.dims(value)) < rank:
             continue
-        _require(value.const_value is not None and value.shape[0] == 1, node, "adds a weight per batch entry")
+        _require(value.const_value is not None and edit.dims(value)[0] == 1, node, "is per batch entry")
         assert value.const_value is not None
         array = value.const_value.numpy()[0]
         node.replace_input_with(index, edit.constant(graph, array, f"{value.name}_packed"))
 
 
-def _shift_axes(graph: ir.Graph, node: ir.Node, index: int) -> None:
-    axes = node.inputs[index] if len(node.inputs) > index else None
-    _require(axes is not None and axes.const_value is not None, node, "slices along axes that are not constant")
-    assert axes is not None and axes.const_value is not None
-    values = axes.const_value.numpy()
+def _shift_axes(graph: ir.Graph, node: ir.Node) -> None:
+    axes = node.inputs[3] if len(node.inputs) > 3 else None
+    constant = axes.const_value if axes is not None else None
+    _require(constant is not None, node, "slices along axes that are not constant")
+    assert constant is not None
+    values = constant.numpy()
     _require(bool((values != 0).all()), node, "slices the batch axis")
     shifted = np.where(values > 0, values - 1, values).astype(np.int64)
-    name = "axes_" + "_".join(str(v) for v in shifted)
-    node.replace_input_with(index, edit.constant(graph, shifted, name))
+    name = "axes_" + "_".join(str(value) for value in shifted)
+    node.replace_input_with(3, edit.constant(graph, shifted, name))
 
 
 def _require(condition: bool, node: ir.Node, what: str) -> None:

@@ -28,7 +28,7 @@ class PageAttention:
     def __call__(self, model: ir.Model) -> Matches:
         nodes = [node for node in model.graph if node.op_type == "TracedAttention"]
         if nodes:
-            step = _add_step_inputs(model.graph)
+            step = [_input(model.graph, name, [size]) for name, size in operator.STEP_INPUTS.items()]
             for node in sorted(nodes, key=lambda n: edit.attribute(n, "layer")):
                 _page(model.graph, node, step)
             model.opset_imports[operator.DOMAIN] = operator.ABI_VERSION
@@ -36,39 +36,31 @@ class PageAttention:
         return Matches(len(nodes))
 
 
-def _add_step_inputs(graph: ir.Graph) -> list[ir.Value]:
-    values = []
-    for name, length in operator.STEP_INPUTS.items():
-        value = ir.Value(name=name, shape=ir.Shape([length]), type=ir.TensorType(ir.DataType.INT32))
-        graph.inputs.append(value)
-        values.append(value)
-    return values
+def _input(
+    graph: ir.Graph, name: str, shape: list[int | str], dtype: ir.DataType = ir.DataType.INT32
+) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    graph.inputs.append(value)
+    return value
 
 
 def _page(graph: ir.Graph, node: ir.Node, step: list[ir.Value]) -> None:
-    layer = int(edit.attribute(node, "layer"))
-    flat, dims = [], []
-    for x, role in zip(node.inputs, ("query", "key", "value"), strict=True):
-        assert x is not None and x.shape is not None
-        heads, width = x.shape[1], x.shape[3]
-        assert isinstance(heads, int) and isinstance(width, int)
-        source = token_major(node, x)
-        flat.append(edit.reshape(node, source, [-1, heads * width], f"{module_of(node)}.{role}"))
-        dims.append((heads, width))
-    (heads, _), (kv_heads, width), (_, value_width) = dims
+    module, layer = module_of(node), int(edit.attribute(node, "layer"))
+    flat = []
+    for index, role in enumerate(("query", "key", "value")):
+        x = edit.operand(node, index)
+        _, heads, _, width = edit.dims(x)
+        flat.append(edit.reshape(node, token_major(node, x), [-1, heads * width], f"{module}.{role}"))
+    _, heads, _, width = edit.dims(edit.operand(node, 0))
+    _, kv_heads, _, value_width = edit.dims(edit.operand(node, 2))
     dtype = flat[0].dtype
     assert dtype is not None
-    caches = []
-    for role, size in (("key", width), ("value", value_width)):
-        cache = ir.Value(
-            name=f"{role}_cache.{layer}",
-            shape=ir.Shape(["blocks", kv_heads, operator.BLOCK_SIZE, size]),
-            type=ir.TensorType(dtype),
-        )
-        graph.inputs.append(cache)
-        caches.append(cache)
+    caches = [
+        _input(graph, f"{role}_cache.{layer}", ["blocks", kv_heads, operator.BLOCK_SIZE, size], dtype)
+        for role, size in (("key", width), ("value", value_width))
+    ]
     outputs = [
-        ir.Value(name=f"{module_of(node)}.attention", shape=ir.Shape([edit.TOKENS, heads * value_width])),
+        ir.Value(name=f"{module}.attention", shape=ir.Shape([edit.TOKENS, heads * value_width])),
         ir.Value(name=f"key_cache_out.{layer}", shape=caches[0].shape),
         ir.Value(name=f"value_cache_out.{layer}", shape=caches[1].shape),
     ]
@@ -86,10 +78,9 @@ def _page(graph: ir.Graph, node: ir.Node, step: list[ir.Value]) -> None:
         },
         domain=operator.DOMAIN,
         outputs=outputs,
-        name=f"{module_of(node)}.paged_attention",
+        name=f"{module}.paged_attention",
     )
     paged.metadata_props.update(node.metadata_props)
     graph.insert_before(node, paged)
     graph.outputs.extend(outputs[1:])
-    back = edit.reshape(node, outputs[0], [1, -1, heads, value_width], f"{module_of(node)}.attention.heads")
-    edit.replace(node, back)
+    edit.replace(node, edit.reshape(node, outputs[0], [1, -1, heads, value_width], f"{module}.attended"))

@@ -25,23 +25,23 @@ class SinkTransposes:
     ensures = Stage.TRACED
 
     def __call__(self, model: ir.Model) -> Matches:
-        matches = Matches()
-        for node in list(model.graph):
-            x = node.inputs[0] if node.inputs else None
-            producer = x.producer() if x is not None else None
-            if node.op_type != "TracedRMSNorm" or producer is None or not is_head_transpose(producer):
-                continue
-            source, output = producer.inputs[0], node.outputs[0]
-            assert source is not None and source.shape is not None and output.shape is not None
-            attributes = {key: value.value for key, value in node.attributes.items()}
-            name = f"{output.name}.tokens"
-            inputs = [source, *node.inputs[1:]]
-            shape = list(source.shape)
-            norm = edit.insert(node, "TracedRMSNorm", inputs, attributes, name, shape, output.dtype, "llmc")
-            heads = edit.insert(
-                node, "Transpose", [norm], {"perm": HEADS_FIRST}, f"{output.name}.heads", list(output.shape), output.dtype
+        nodes = [
+            node
+            for node in model.graph
+            if node.op_type == "TracedRMSNorm" and is_head_transpose(edit.operand(node, 0).producer())
+        ]
+        for node in nodes:
+            transpose = edit.operand(node, 0).producer()
+            assert transpose is not None
+            source, output = edit.operand(transpose, 0), node.outputs[0]
+            inputs = [source, edit.operand(node, 1)]
+            settings = {name: edit.attribute(node, name) for name in ("epsilon", "offset")}
+            shape = edit.dims(source)
+            norm = edit.insert(
+                node, "TracedRMSNorm", inputs, settings, f"{output.name}.tokens", shape, "llmc"
             )
-            edit.replace(node, heads)
-            matches.count += 1
+            perm = {"perm": HEADS_FIRST}
+            name = f"{output.name}.heads"
+            edit.replace(node, edit.insert(node, "Transpose", [norm], perm, name, edit.dims(output)))
         edit.remove_unused(model)
-        return matches
+        return Matches(len(nodes))

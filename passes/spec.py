@@ -12,6 +12,8 @@ import enum
 
 import onnx_ir as ir
 
+from llmc.plugins.paged_attention.spec import STEP_INPUTS
+
 
 class Stage(enum.Enum):
     """How far the graph has come. Each stage includes the demands of those before it."""
@@ -22,11 +24,15 @@ class Stage(enum.Enum):
     CANONICAL = "canonical"
 
 
-ELEMENTWISE = frozenset(
-    "Add Sub Mul Div Neg Sqrt Reciprocal Pow Tanh Sigmoid Gelu Relu Erf Exp Cast Min Max Clip Identity "
-    "HardSigmoid Softplus Abs Elu Silu Swish".split()
-)
-STRUCTURAL = frozenset("Gather Reshape Concat Slice Split Transpose Unsqueeze Squeeze Expand".split())
+# fmt: off
+ELEMENTWISE = frozenset((
+    "Abs", "Add", "Cast", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "Identity", "Max", "Min",
+    "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Swish", "Tanh",
+))
+STRUCTURAL = frozenset((
+    "Concat", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+))
+# fmt: on
 _CANONICAL = ELEMENTWISE | STRUCTURAL | {"Gemm", "MatMul", "RMSNormalization", "RotaryEmbedding", "Softmax"}
 _TRACED = {"TracedLinear", "TracedRMSNorm", "TracedRope", "TracedAttention"}
 _GONE = {
@@ -35,7 +41,7 @@ _GONE = {
     Stage.PACKED: {"TracedRope", "TracedAttention"},
     Stage.CANONICAL: _TRACED,
 }
-_PACKED_INPUTS = "input_ids position_ids query_start past_lengths block_indices block_begins".split()
+_PACKED_INPUTS = ("input_ids", "position_ids", *STEP_INPUTS)
 
 
 def module_of(node: ir.Node) -> str:

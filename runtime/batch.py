@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass
 
 import numpy as np
+
 from llmc.runtime.scheduler import ScheduledChunk
 from llmc.runtime.sequence import Sequence
 

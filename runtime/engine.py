@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from llmc.runtime.backends.base import Backend
 from llmc.runtime.batch import Batch, build_batch
 from llmc.runtime.block_pool import BlockPool

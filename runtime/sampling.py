@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+
 from llmc.runtime.errors import BackendError, RequestError
 
 
@@ -84,9 +85,7 @@ def sample(
         _check_finite(logits[best])
         return best
     ids, weights = candidates(logits, params)
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    index = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-    index = min(index, len(weights) - 1)  # the product may round up to the last sum
+    index = _draw(weights, rng.random())
     return index if ids is None else int(ids[index])
 
 
@@ -96,13 +95,12 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray |
     Returns token ids (int64 [C], None standing for all of them in order) and float32 weights [C]:
     probabilities up to one common factor, the largest of them 1.
     """
-    top = logits.max()
-    _check_finite(top)
     ids: np.ndarray | None = None
     if 0 < params.top_k < len(logits):
-        smallest_kept = np.partition(logits, len(logits) - params.top_k)[-params.top_k]
-        ids = np.flatnonzero(logits >= smallest_kept)
+        ids = _largest(logits, params.top_k)
         logits = logits[ids]
+    top = logits.max()
+    _check_finite(top)
     # Subtracting the maximum first keeps a tiny temperature from overflowing.
     with np.errstate(over="ignore"):
         weights = np.exp((logits - top) / np.float32(max(params.temperature, 1e-30)))
@@ -123,6 +121,25 @@ def penalize_repetition(logits: np.ndarray, penalty: float, token_ids: Sequence[
     return penalized
 
 
+def _largest(logits: np.ndarray, count: int) -> np.ndarray:
+    """Indices, ascending, of the `count` largest and of all that tie with the least of them."""
+    # Column maxima of the logits, laid out in 64 rows, bound it from below, and only columns that
+    # reach the bound matter: 0.05 ms for 150,000 logits, where a partition of them all takes 2 ms.
+    columns = len(logits) // 64
+    if count <= columns:
+        rest = 64 * columns
+        peaks = logits[:rest].reshape(64, columns).max(axis=0)
+        _check_finite(peaks.max())  # the comparison below would silently drop a NaN
+        reached = np.flatnonzero(peaks >= np.partition(peaks, -count)[-count])
+        near = (reached + columns * np.arange(64)[:, None]).ravel()
+        near = np.concatenate([near, np.arange(rest, len(logits))])
+    else:
+        near = np.arange(len(logits))
+    values = logits[near]
+    _check_finite(values.max())
+    return np.sort(near[values >= np.partition(values, -count)[-count]])
+
+
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     """Indices into `weights`, ascending, of the tokens top-p keeps: at least the most likely one.
 
@@ -132,11 +149,32 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     outside = (1.0 - top_p) * total
     # Tokens below outside / V cannot reach `outside` even together: no need to sort that long tail.
     head = np.flatnonzero(weights >= min(1.0, outside / len(weights)))
-    values = weights[head].astype(np.float64)
-    order = np.argsort(values, kind="stable")
-    tail = total - float(values.sum())
-    kept = order[tail + np.cumsum(values[order]) > outside]
-    return np.sort(head[kept]) if len(kept) else head[order[-1:]]
+    values = weights[head]
+    ordered = np.sort(values)
+    tail = total - float(ordered.sum(dtype=np.float64))
+    reached = tail + np.cumsum(ordered, dtype=np.float64)
+    gone = min(int(np.searchsorted(reached, outside, side="right")), len(ordered) - 1)
+    kept = np.flatnonzero(values >= ordered[gone])
+    tied = len(kept) - (len(ordered) - gone)  # kept ones that equal the last one gone
+    if tied:
+        kept = np.setdiff1d(kept, np.flatnonzero(values == ordered[gone])[:tied])
+    return head[kept]
+
+
+def _draw(weights: np.ndarray, uniform: float) -> int:
+    """The index that `uniform` from [0, 1) falls on when every index is as wide as its weight."""
+    # Sums of short pieces first: adding up 150,000 weights one by one takes 4 ms, this 0.1 ms.
+    pieces = np.add.reduceat(weights, np.arange(0, len(weights), 256), dtype=np.float64).cumsum()
+    target = uniform * pieces[-1]
+    piece = _first_above(pieces, target)
+    start = piece * 256
+    within = np.cumsum(weights[start : start + 256], dtype=np.float64)
+    return start + _first_above(within, target - (pieces[piece - 1] if piece else 0.0))
+
+
+def _first_above(cumulative: np.ndarray, target: float) -> int:
+    """The first index whose cumulative weight exceeds `target`; rounding never leads past the last."""
+    return int(np.searchsorted(cumulative, min(target, np.nextafter(cumulative[-1], 0.0)), side="right"))
 
 
 def _keep(

@@ -1,10 +1,10 @@
 """Continuous batching: which tokens of which sequences the next step computes.
 
 Sequences run first come, first served. Running ones decode first; what is left of the step's token
-budget prefills prompts, in chunks. When blocks run out, the youngest running sequence gives its
-blocks back and waits, at the head of the queue, to be computed again (its full blocks usually come
-back from the prefix cache). The oldest sequence can thus always take what it needs, and since no
-request is accepted that the whole pool could not hold, every request is finished in the end.
+budget prefills the prompts of the next ones, in chunks. When blocks run out, the youngest running
+sequence gives its blocks back and waits, at the head of the queue, to be computed again (its full
+blocks usually come back from the prefix cache). The oldest sequence can thus always take what it
+needs, and since no request is accepted that the whole pool could not hold, every one is finished.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
-        self.num_cached_tokens = 0  # prompt tokens taken from the prefix cache instead of computed
+        self.num_cached_tokens = 0  # tokens taken from the prefix cache instead of computed
         self._arrivals = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -80,34 +80,34 @@ class Scheduler:
 
         Call `commit` when they are computed, or `rollback` when that failed.
         """
-        planned: dict[Sequence, int] = {}
+        chunks: list[ScheduledChunk] = []
         budget = self.max_batch_tokens
         short_of_blocks = False
-        # Decodes cost one token each and somebody is reading along: they never wait for a prefill.
-        for sequence in sorted(self.running, key=lambda s: s.num_pending > 1):
+        # Oldest first. Only the youngest can still be prefilling, so no decode waits for a prefill.
+        for sequence in list(self.running):
             if sequence.state is not SequenceState.RUNNING:
-                continue  # preempted a moment ago, for an older one
+                break  # it and all younger ones were preempted a moment ago
             count = min(sequence.num_pending, budget)
             while count and not self._grow(sequence, count):
                 short_of_blocks = True
-                youngest = self.running[-1]
-                if youngest is sequence:
+                if self.running[-1] is sequence:
                     count = 0  # nobody to take blocks from: pause, with its blocks, until there are some
                 else:
-                    budget += planned.pop(youngest, 0)
                     self._preempt_youngest()
                     self.num_preemptions += 1
             if count:
-                planned[sequence] = count
+                chunks.append(ScheduledChunk(sequence, count))
                 budget -= count
+        # Who is short of blocks goes first: a small newcomer would only be preempted for it.
         while budget and not short_of_blocks and self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break
-            planned[sequence] = min(sequence.num_pending, budget)
-            budget -= planned[sequence]
-            self._grow(sequence, planned[sequence])
-        return [ScheduledChunk(sequence, count) for sequence, count in planned.items()]
+            count = min(sequence.num_pending, budget)
+            self._grow(sequence, count)
+            chunks.append(ScheduledChunk(sequence, count))
+            budget -= count
+        return chunks
 
     def commit(self, chunks: list[ScheduledChunk]) -> None:
         """Records that the chunks are in the cache; their full blocks become shareable."""
@@ -180,6 +180,8 @@ class Scheduler:
         arrivals = [sequence.arrival for sequence in (*self.running, *self.waiting)]
         invariant(arrivals == sorted(set(arrivals)), f"not in the order of arrival: {arrivals}")
         invariant(len(self.running) <= self.max_sequences, f"{len(self.running)} sequences run")
+        prefilling = [sequence.num_pending > 1 for sequence in self.running[:-1]]
+        invariant(not any(prefilling), "a sequence that is not the youngest is still prefilling")
         held: dict[int, int] = {}
         for sequence in self.running:
             table, computed = sequence.block_table, sequence.num_computed

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Literal
 
 import numpy as np
+
 from llmc.runtime.block_pool import hash_block
 from llmc.runtime.sampling import SamplingParams
 

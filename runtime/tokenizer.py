@@ -16,6 +16,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
 from llmc.runtime.detokenizer import Detokenizer, TokenBytes
 from llmc.runtime.errors import BundleError, RequestError
 

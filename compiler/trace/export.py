@@ -45,6 +45,11 @@ class Trace:
     replaced: dict[str, int]
 
 
+def trace_fp32(config: PreTrainedConfig, max_seq_len: int) -> Trace:
+    """`trace`, computing in fp32 whatever dtype the checkpoint is stored in."""
+    return trace(config, torch.float32, max_seq_len)
+
+
 def trace(config: PreTrainedConfig, dtype: torch.dtype, max_seq_len: int) -> Trace:
     """Traces the causal language model that `config` describes, computing in `dtype`.
 
@@ -77,6 +82,11 @@ def _fake_model(config: PreTrainedConfig, dtype: torch.dtype, fake: FakeTensorMo
         raise UnsupportedError(
             f"transformers has no causal language model for model_type {config.model_type!r}",
             "llmc compiles text-only causal language models",
+        ) from error
+    except Exception as error:  # model code; an old one knows the attention functions of its own file only
+        raise UnsupportedError(
+            f"transformers cannot make a {config.model_type} model with llmc's attention: {error!r}",
+            "`llmc zoo list` shows the families that are known to work",
         ) from error
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
@@ -120,6 +130,8 @@ def _export(model: PreTrainedModel, fake: FakeTensorMode) -> ir.Model:
         raise
     except Exception as error:  # torch raises many kinds; the cause is what the user needs
         cause = str(error.__cause__ or error).strip().splitlines()
+        if "specialized it to be a constant" in str(error):
+            cause = ["its code depends on the number of tokens, as that of recurrent models does"]
         raise UnsupportedError(
             f"tracing {type(model).__name__} failed: {cause[0] if cause else type(error).__name__}",
             "set LLMC_TRACEBACK=1 to see where; `llmc zoo list` shows the families that are known to work",

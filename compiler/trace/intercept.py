@@ -74,6 +74,13 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
                 tables = probes.rotary_tables(name, module, max_seq_len)
                 interception.set_forward(module, _rotary(module, tables), "rotary")
                 has_rotary = True
+            elif isinstance(module, nn.Conv1d):
+                owner = name.rpartition(".")[0]
+                raise UnsupportedError(
+                    f"module {owner} ({type(model.get_submodule(owner)).__name__}) is not attention, but mixes "
+                    f"tokens: {name} convolves over them",
+                    "llmc has a cache for attention only, and none for state-space and other recurrent layers",
+                )
         if has_rotary:
             _intercept_apply_rotary(model, interception)
         yield interception
@@ -162,7 +169,7 @@ def _attention(
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     call = probes.AttentionCall(module, scale, float(softcap or 0.0), int(sliding_window or 0))
     _active[-1].attention_calls.append(call)
-    layer = int(module.layer_idx)
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
     return torch.ops.llmc.attention(query, key, value, call.scale, call.softcap, call.window, layer), None
 
 

@@ -61,9 +61,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.TracedRope(x, cos, sin, interleaved=int(interleaved))
 
     def attention(query, key, value, scale: float, softcap: float, window: int, layer: int):  # type: ignore[no-untyped-def]
-        return op.TracedAttention(
-            query, key, value, scale=scale, softcap=softcap, window=window, layer=layer
-        )
+        return op.TracedAttention(query, key, value, scale=scale, softcap=softcap, window=window, layer=layer)
 
     return {
         torch.ops.llmc.linear.default: linear,

@@ -32,7 +32,7 @@ def rms_norm(name: str, module: nn.Module) -> tuple[float, float]:
 
     Raises UnsupportedError if neither y*w nor y*(1+w) does.
     """
-    width = module.weight.shape[0]  # type: ignore[union-attr,index]
+    width = module.weight.shape[0]  # type: ignore[index]
     real = copy.copy(module)
     real._parameters = {"weight": nn.Parameter(_random(int(width)), requires_grad=False)}
     x = _random(3, int(width))
@@ -43,7 +43,7 @@ def rms_norm(name: str, module: nn.Module) -> tuple[float, float]:
             if not isinstance(epsilon, float):
                 continue
             for offset in (0.0, 1.0):
-                if _close(torch.ops.llmc.rms_norm(x, real.weight, epsilon, offset), expected):  # type: ignore[arg-type]
+                if _close(torch.ops.llmc.rms_norm(x, real.weight, epsilon, offset), expected):
                     return epsilon, offset
     raise UnsupportedError(
         f"module {name} ({type(module).__name__}) is named like an RMSNorm but computes something else",
@@ -68,10 +68,14 @@ def rotary_tables(
         with torch.no_grad():
             short = type(module).forward(module, x, torch.arange(min(8, max_seq_len))[None], **extra)
             cos, sin = type(module).forward(module, x, torch.arange(max_seq_len)[None], **extra)
-        if not (_close(cos[:, : short[0].shape[1]], short[0]) and _close(sin[:, : short[1].shape[1]], short[1])):
+        if not (
+            _close(cos[:, : short[0].shape[1]], short[0]) and _close(sin[:, : short[1].shape[1]], short[1])
+        ):
             rope = getattr(module, "rope_type", "this")
             config = getattr(module, "config", None)
-            original = (getattr(config, "rope_parameters", None) or {}).get("original_max_position_embeddings")
+            original = (getattr(config, "rope_parameters", None) or {}).get(
+                "original_max_position_embeddings"
+            )
             raise UnsupportedError(
                 f"module {name}: with {rope} rope the angles depend on the length of the sequence, "
                 f"which a KV cache cannot follow at {max_seq_len} positions",

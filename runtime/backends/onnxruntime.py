@@ -6,26 +6,16 @@ Used for graphs that OpenVINO cannot take (attention softcap), and as the refere
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
 
+from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BackendError
 
-if TYPE_CHECKING:
-    from llmc.runtime.batch import Batch
-
-_INPUTS = (
-    "input_ids",
-    "position_ids",
-    "query_start",
-    "past_lengths",
-    "block_indices",
-    "block_begins",
-    "logits_index",
-)
+_INPUTS = tuple(field.name for field in fields(Batch))  # every other input of the graph is a cache
 
 
 class OnnxRuntimeBackend:

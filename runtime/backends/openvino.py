@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,34 @@ import numpy as np
 import openvino as ov
 
 from llmc.runtime.backends import openvino_attention
-from typing import TYPE_CHECKING
-if TYPE_CHECKING:
-    from llmc.runtime.batch import Batch
+from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BackendError
 
-_INPUTS = (
-    "input_ids",
-    "position_ids",
-    "query_start",
-    "past_lengths",
-    "block_indices",
-    "block_begins",
-    "logits_index",
-)
+_INPUTS = tuple(field.name for field in fields(Batch))  # every other input of the graph is a cache
+
+
+def tested_core(threads: int | None = None) -> tuple[ov.Core, dict[str, Any]]:
+    """OpenVINO, ready to read engines, and the settings to compile them with.
+
+    Raises BackendError if this OpenVINO is not the one the engines are made for, or fails the self-test.
+    """
+    if not ov.__version__.startswith(openvino_attention.SUPPORTED_VERSION):
+        raise BackendError(
+            f"OpenVINO {ov.__version__} is installed, the engine needs {openvino_attention.SUPPORTED_VERSION}",
+            f"pip install 'openvino=={openvino_attention.SUPPORTED_VERSION}.*'",
+        )
+    core = ov.Core()
+    core.add_extension(openvino_attention.extension())
+    config: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+    }
+    if threads:
+        config["INFERENCE_NUM_THREADS"] = threads
+    openvino_attention.self_test(core, config)
+    return core, config
 
 
 class OpenVinoBackend:
@@ -36,25 +51,10 @@ class OpenVinoBackend:
 
         Raises BackendError if this OpenVINO is not the one the graph was made for.
         """
-        if not ov.__version__.startswith(openvino_attention.SUPPORTED_VERSION):
-            raise BackendError(
-                f"OpenVINO {ov.__version__} is installed, the engine needs {openvino_attention.SUPPORTED_VERSION}",
-                f"pip install 'openvino=={openvino_attention.SUPPORTED_VERSION}.*'",
-            )
-        core = ov.Core()
-        core.add_extension(openvino_attention.extension())
-        config: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-            "KV_CACHE_PRECISION": "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-        }
-        if threads:
-            config["INFERENCE_NUM_THREADS"] = threads
-        openvino_attention.self_test(core, config)
+        core, config = tested_core(threads)
         model = core.read_model(engine)
-        logits = [result for result in model.get_results() if "logits" in result.output(0).get_names() or "logits" in result.input_value(0).get_names()]
-        model = ov.Model(logits, model.get_parameters(), "llmc")
+        # Only the logits: the caches are written in place, their outputs would copy them.
+        model = ov.Model([model.output("logits")], model.get_parameters(), "llmc")
         compiled = core.compile_model(model, "CPU", config)
         self.num_blocks = num_blocks
         self._request = compiled.create_infer_request()

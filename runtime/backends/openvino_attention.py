@@ -36,8 +36,8 @@ def _convert(node: Any) -> list[ov.Output]:
         scale=float(node.get_attribute("scale")),
         window=int(node.get_attribute("window")),
     )
-    # The caches are written in place: their outputs are not computed, and the backend drops them.
-    return [output, inputs[3], inputs[4]]
+    # The caches are written in place; the node's outputs for them only have to exist until they are dropped.
+    return [output, *(ops.shape_of(cache).output(0) for cache in inputs[3:5])]
 
 
 def paged_attention(
@@ -108,7 +108,9 @@ def _max_context(query_start: ov.Output, past_lengths: ov.Output) -> ov.Output:
     one = ops.constant(np.array([1], np.int32))
     end = ops.constant(np.array([np.iinfo(np.int32).max], np.int32))
     minus = ops.constant(np.array([-1], np.int32))
-    new = ops.subtract(ops.slice(query_start, one, end, one, first), ops.slice(query_start, first, minus, one, first))
+    new = ops.subtract(
+        ops.slice(query_start, one, end, one, first), ops.slice(query_start, first, minus, one, first)
+    )
     return ops.reduce_max(ops.add(past_lengths, new), first, keep_dims=False).output(0)
 
 
@@ -120,7 +122,9 @@ def self_test(core: ov.Core, config: dict[str, Any]) -> None:
     heads, kv_heads, size, blocks = 2, 1, 32, 3
     dims = {"query": heads * size, "key": kv_heads * size, "value": kv_heads * size}
     parameters = [Parameter(ov.Type.f32, ov.PartialShape([-1, dim])) for dim in dims.values()]
-    parameters += [Parameter(ov.Type.f32, ov.PartialShape([-1, kv_heads, BLOCK_SIZE, size])) for _ in range(2)]
+    parameters += [
+        Parameter(ov.Type.f32, ov.PartialShape([-1, kv_heads, BLOCK_SIZE, size])) for _ in range(2)
+    ]
     parameters += [Parameter(ov.Type.i32, ov.PartialShape([-1])) for _ in range(4)]
     output = paged_attention(*(p.output(0) for p in parameters), num_kv_heads=kv_heads, scale=0.25, window=0)
     model = ov.Model([ops.result(output)], parameters, "self_test")
@@ -149,16 +153,18 @@ def self_test(core: ov.Core, config: dict[str, Any]) -> None:
 
 
 def _expected(
-    arrays: list[np.ndarray], caches: list[np.ndarray], past: list[int], new: list[int], tables: list[list[int]]
+    arrays: list[np.ndarray],
+    caches: list[np.ndarray],
+    past: list[int],
+    new: list[int],
+    tables: list[list[int]],
 ) -> np.ndarray:
     query, key, value = arrays
     heads = query.shape[1] // key.shape[1]
     rows, start = [], 0
     for before, count, table in zip(past, new, tables, strict=True):
         span = slice(start, start + count)
-        keys, values = (
-            np.concatenate([*(cache[block, 0] for block in table)])[:before] for cache in caches
-        )
+        keys, values = (np.concatenate([*(cache[block, 0] for block in table)])[:before] for cache in caches)
         keys, values = np.concatenate([keys, key[span]]), np.concatenate([values, value[span]])
         for row in range(count):
             visible = before + row + 1

@@ -1,0 +1,31 @@
+# Everything lives in a project-local .venv; `make demo` and `make test` need only Python 3.10+ and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check format bench clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## builds the bundled checkpoint for the CPU and generates from it
+	$(BIN)/llmc build model_zoo/llama/tales --output tales.llmc --force
+	$(BIN)/llmc run tales.llmc "Once upon a time there was a" --max-tokens 120 --temperature 0.7 --top-k 40 --seed 7
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)  ## what CI runs: format, lint, types, import layers, tests
+	.ci/checks $(BIN)
+	$(BIN)/python -m pytest -q
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) tales.llmc build *.egg-info .mypy_tree .pytest_cache .ruff_cache .mypy_cache .hypothesis

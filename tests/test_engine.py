@@ -1,0 +1,422 @@
+"""The engine: every request gets the tokens it would get alone, whatever runs beside it."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tokenizers import decoders, models, pre_tokenizers
+
+from llmc.runtime.backends.base import Backend
+from llmc.runtime.batch import Batch
+from llmc.runtime.engine import Engine, RequestOutput
+from llmc.runtime.errors import BackendError, RequestError
+from llmc.runtime.sampling import SamplingParams, sample
+from llmc.runtime.tokenizer import Tokenizer
+
+VOCAB = 13
+EOS = 0
+
+
+def logits_after(context: np.ndarray, vocab: int = VOCAB) -> np.ndarray:
+    """Logits that depend on every token so far and on its position. context: int64 [tokens], `entry`s."""
+    return np.random.default_rng(zlib.crc32(context.tobytes())).normal(0, 2, vocab).astype(np.float32)
+
+
+def entry(token: Any, position: Any) -> Any:
+    """What the cache holds of a token in place of keys and values."""
+    return token * 4096 + position
+
+
+class HashBackend:
+    """Keeps a paged cache and reads all past tokens back from it through the block tables.
+
+    Any mistake in tables, positions, lengths, caching or preemption changes the next token.
+    """
+
+    name = "hash"
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, vocab: int = VOCAB) -> None:
+        self.num_blocks, self.block_size, self.vocab = num_blocks, block_size, vocab
+        self.cache = np.full((num_blocks, block_size), -1, np.int64)
+        self.fail = False
+        self.calls = 0
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        self.calls += 1
+        assert all(array.dtype == np.int32 and array.ndim == 1 for array in vars(batch).values())
+        assert len(batch.input_ids) == len(batch.position_ids) == batch.query_start[-1]
+        assert len(batch.block_indices) == batch.block_begins[-1]
+        contexts, written = {}, []
+        for s, past in enumerate(batch.past_lengths):
+            first, last = batch.query_start[s], batch.query_start[s + 1]
+            table = batch.block_indices[batch.block_begins[s] : batch.block_begins[s + 1]]
+            places = np.arange(past, past + last - first)
+            assert len(table) == -(-(past + last - first) // self.block_size)
+            blocks = table[places // self.block_size]
+            values = entry(batch.input_ids[first:last].astype(np.int64), batch.position_ids[first:last])
+            self.cache[blocks, places % self.block_size] = values
+            written += set(blocks)
+            contexts.update({row: (table, past + row - first + 1) for row in range(first, last)})
+        assert len(set(written)) == len(written), "two sequences write one block"
+        if self.fail:
+            self.cache[:] = -2  # a failed call may have destroyed anything
+            raise BackendError("the device is gone")
+        rows = [contexts[row] for row in batch.logits_index]
+        logits = [logits_after(self.cache[table].reshape(-1)[:length], self.vocab) for table, length in rows]
+        return np.array(logits, np.float32).reshape(len(rows), self.vocab)
+
+
+def alone(
+    prompt: list[int], params: SamplingParams, max_seq_len: int = 64, vocab: int = VOCAB
+) -> tuple[list[int], str]:
+    """Output tokens and finish reason of a request by itself, without any cache."""
+    tokens, rng = list(prompt), np.random.default_rng(params.seed)
+    while True:
+        context = entry(np.array(tokens, np.int64), np.arange(len(tokens)))
+        tokens.append(sample(logits_after(context, vocab), params, tokens, rng))
+        if tokens[-1] == EOS and not params.ignore_eos:
+            return tokens[len(prompt) :], "stop"
+        if len(tokens) - len(prompt) == params.max_tokens or len(tokens) == max_seq_len:
+            return tokens[len(prompt) :], "length"
+
+
+def engine(backend: Backend | None = None, tokenizer: Tokenizer | None = None, **options: Any) -> Engine:
+    options = {"max_seq_len": 64, "vocab_size": VOCAB, **options}
+    return Engine(backend or HashBackend(), tokenizer, {EOS}, **options)
+
+
+def letters() -> Tokenizer:
+    """One token a byte, as byte-level BPE without merges; id 0 is never in a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = models.BPE(vocab={letter: index for index, letter in enumerate(["<s>", *alphabet])}, merges=[])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>"])
+    return Tokenizer(tokenizer)
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, VOCAB, rng.integers(1, 30)).tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("max_batch_tokens", [4, 7, 512])
+@pytest.mark.parametrize("num_blocks", [16, 64])
+def test_tokens_do_not_depend_on_neighbours_chunks_preemption_or_cache(
+    prefix_cache: bool, max_batch_tokens: int, num_blocks: int
+) -> None:
+    it = engine(
+        HashBackend(num_blocks),
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=min(8, max_batch_tokens),
+        prefix_cache=prefix_cache,
+    )
+    wanted = [
+        (prompt, SamplingParams(max_tokens=20, ignore_eos=index % 2 == 0, temperature=index % 3, seed=index))
+        for index, prompt in enumerate(prompts(12) + prompts(3))
+    ]
+    outputs = it.generate([prompt for prompt, _ in wanted], [params for _, params in wanted])
+    assert [(list(o.token_ids), o.finish_reason) for o in outputs] == [alone(*request) for request in wanted]
+    assert it.scheduler.pool.num_used == 0
+    assert not it.has_unfinished
+    if num_blocks == 16 and max_batch_tokens > 4:
+        assert it.stats.preemptions
+    assert bool(it.stats.cached_tokens) == prefix_cache
+
+
+def test_an_equal_prompt_is_computed_once() -> None:
+    it, prompt = engine(), list(range(1, 12))
+    first = it.generate([prompt])[0]
+    computed = it.stats.computed_tokens
+    second = it.generate([prompt])[0]
+    assert second.token_ids == first.token_ids
+    assert it.stats.cached_tokens == 8
+    assert it.stats.computed_tokens - computed == computed - 8
+
+
+def test_the_context_ends_a_request() -> None:
+    it = engine(max_seq_len=10)
+    (output,) = it.generate([[1, 2, 3]], SamplingParams(max_tokens=100, ignore_eos=True))
+    assert len(output.token_ids) == 7
+    assert output.finish_reason == "length"
+
+
+def test_end_of_sequence_ends_a_request_unless_ignored() -> None:
+    seeds = (SamplingParams(max_tokens=40, temperature=1.0, seed=seed) for seed in range(100))
+    params = next(params for params in seeds if alone([1], params)[1] == "stop")
+    assert engine().generate([[1]], params)[0].token_ids[-1] == EOS
+    going_on = SamplingParams(max_tokens=40, temperature=1.0, seed=params.seed, ignore_eos=True)
+    assert len(engine().generate([[1]], going_on)[0].token_ids) == 40
+
+
+def test_one_seed_gives_one_result_and_no_seed_different_ones() -> None:
+    seeded = SamplingParams(temperature=1.0, seed=4, ignore_eos=True, max_tokens=16)
+    outputs = engine().generate([[1, 2]] * 3, seeded)
+    assert len({output.token_ids for output in outputs}) == 1
+    free = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=16)
+    assert len({output.token_ids for output in engine().generate([[1, 2]] * 3, free)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        ("", {}, "the prompt is empty"),
+        ([VOCAB], {}, f"token id {VOCAB} is outside the vocabulary"),
+        ([1, -1], {}, "token id -1 is outside"),
+        ([1] * 64, {}, "the prompt has 64 tokens, the context 64"),
+        ([1] * 20, {"max_tokens": 30}, "need 13 cache blocks of 4 tokens, the engine has 8"),
+        ([1.5], {}, "not a list of token ids"),
+        ([1], {"stop": ("x",)}, "stop strings need a tokenizer"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused_and_leaves_nothing(
+    prompt: Any, params: dict[str, Any], message: str
+) -> None:
+    tokenizer = letters() if prompt == "" else None
+    it = engine(HashBackend(8), tokenizer)
+    wanted, small = SamplingParams(**{"max_tokens": 2, **params}), SamplingParams(max_tokens=2)
+    for start in (
+        lambda: it.add_request(prompt, wanted),
+        lambda: it.stream(prompt, wanted),
+        lambda: it.generate([[1], prompt], [small, wanted]),
+    ):
+        with pytest.raises(RequestError, match=message):
+            start()
+    assert not it.has_unfinished
+
+
+def test_a_text_prompt_needs_a_tokenizer() -> None:
+    with pytest.raises(RequestError, match="no tokenizer") as caught:
+        engine().add_request("hello")
+    assert caught.value.hint
+
+
+def test_an_id_in_use_is_refused_and_a_finished_one_is_free_again() -> None:
+    it = engine()
+    assert it.add_request([1], request_id="mine") == "mine"
+    with pytest.raises(RequestError, match="'mine' is in use"):
+        it.add_request([1], request_id="mine")
+    it.abort("mine")
+    assert it.add_request([1], request_id="mine") == "mine"
+
+
+def test_chosen_ids_do_not_collide_with_given_ones() -> None:
+    it = engine()
+    names = {it.add_request([1], request_id="request-2")} | {it.add_request([1]) for _ in range(3)}
+    assert len(names) == 4
+
+
+def test_abort_reports_what_there_is_and_frees_the_blocks() -> None:
+    it = engine()
+    name = it.add_request([1, 2, 3], SamplingParams(ignore_eos=True))
+    it.step()
+    output = it.abort(name)
+    assert output is not None
+    assert (len(output.token_ids), output.finish_reason) == (1, "abort")
+    assert it.abort(name) is None
+    assert it.scheduler.pool.num_used == 0
+    assert it.step() == []
+
+
+def test_a_failing_backend_leaves_all_requests_whole() -> None:
+    backend = HashBackend()
+    it, params = engine(backend), SamplingParams(max_tokens=12, temperature=1.0, seed=5, ignore_eos=True)
+    for prompt in prompts(4):
+        it.add_request(prompt, params)
+    finished: list[RequestOutput] = []
+    for step in range(100):
+        backend.fail = step % 3 == 2
+        if backend.fail and it.has_unfinished:
+            with pytest.raises(BackendError, match="the device is gone"):
+                it.step()
+            assert it.scheduler.pool.num_used == 0
+        else:
+            finished += [output for output in it.step() if output.finish_reason]
+        it.scheduler.check()
+    finished.sort(key=lambda output: output.request_id)
+    assert [list(output.token_ids) for output in finished] == [alone(p, params)[0] for p in prompts(4)]
+
+
+def test_logits_that_are_not_a_number_fail_the_step_and_leave_all_requests_whole() -> None:
+    class Broken(HashBackend):
+        def forward(self, batch: Batch) -> np.ndarray:
+            return super().forward(batch) * np.nan
+
+    it = engine(Broken())
+    it.add_request([1, 2])
+    with pytest.raises(BackendError, match="maximum is nan"):
+        it.step()
+    it.scheduler.check()
+    assert it.scheduler.pool.num_used == 0
+
+
+def test_a_failing_backend_ends_generate_without_leftovers() -> None:
+    backend = HashBackend()
+    backend.fail = True
+    it = engine(backend)
+    with pytest.raises(BackendError):
+        it.generate([[1], [2]])
+    with pytest.raises(BackendError):
+        list(it.stream([1]))
+    assert not it.has_unfinished
+
+
+def test_streams_read_in_turns_lose_no_output() -> None:
+    it, params = engine(), SamplingParams(max_tokens=9, ignore_eos=True)
+    streams = [it.stream(prompt, params) for prompt in prompts(3)]
+    outputs: list[list[RequestOutput]] = [[], [], []]
+    for _ in range(9):
+        for stream, collected in zip(streams, outputs, strict=True):
+            collected.append(next(stream))
+    for stream, collected, prompt in zip(streams, outputs, prompts(3), strict=True):
+        assert next(stream, None) is None
+        assert [len(output.token_ids) for output in collected] == list(range(1, 10))
+        assert list(collected[-1].token_ids) == alone(prompt, params)[0]
+        assert collected[-1].finish_reason == "length"
+
+
+def test_closing_a_stream_aborts_its_request_and_no_other() -> None:
+    it = engine()
+    other = it.add_request([3], SamplingParams(max_tokens=5, ignore_eos=True))
+    stream = it.stream([1, 2])
+    next(stream)
+    stream.close()
+    assert list(it._requests) == [other]
+    it.scheduler.check()
+
+
+def test_a_stream_ends_when_its_request_is_aborted() -> None:
+    it = engine()
+    stream = it.stream([1, 2], SamplingParams(ignore_eos=True))
+    name = next(stream).request_id
+    it.abort(name)
+    assert [output.finish_reason for output in stream] == ["abort"]
+
+
+def test_generate_lets_other_streams_go_on() -> None:
+    it, params = engine(), SamplingParams(max_tokens=6, ignore_eos=True)
+    stream = it.stream([4], params)
+    first = next(stream)
+    it.generate([[1]], params)
+    assert list([first, *stream][-1].token_ids) == alone([4], params)[0]
+
+
+def test_new_texts_add_up_to_the_text_and_hold_no_stop_string() -> None:
+    tokenizer = letters()
+    it = engine(HashBackend(vocab=tokenizer.vocab_size), tokenizer, vocab_size=None)
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=1, ignore_eos=True)
+    outputs = list(it.stream("a🙂", params))
+    ids, reason = alone(tokenizer.encode("a🙂"), params, vocab=tokenizer.vocab_size)
+    text = tokenizer.decode(ids)
+    assert (list(outputs[-1].token_ids), outputs[-1].finish_reason) == (ids, reason)
+    assert "".join(output.new_text for output in outputs) == outputs[-1].text == text
+    assert outputs[-1].prompt_tokens == 5
+
+    held = SamplingParams(max_tokens=30, temperature=1.0, seed=1, ignore_eos=True, stop=(text[-3:] + "x",))
+    outputs = list(it.stream("a🙂", held))
+    assert outputs[-2].text == text[:-3][: len(outputs[-2].text)]
+    assert outputs[-1].text == text == "".join(output.new_text for output in outputs)
+
+    stop = text[5:8]
+    stopped = SamplingParams(max_tokens=30, temperature=1.0, seed=1, ignore_eos=True, stop=(stop,))
+    outputs = list(it.stream("a🙂", stopped))
+    assert outputs[-1].text == text[: text.index(stop)] == "".join(output.new_text for output in outputs)
+    assert outputs[-1].finish_reason == "stop"
+    assert len(outputs[-1].token_ids) < 30
+
+
+def test_the_statistics_add_up() -> None:
+    it = engine(max_batch_tokens=8, max_sequences=8)
+    outputs = it.generate(prompts(4), SamplingParams(max_tokens=6, ignore_eos=True))
+    stats = it.stats
+    assert stats.generated_tokens == sum(len(output.token_ids) for output in outputs) == 24
+    assert stats.computed_tokens + stats.cached_tokens == sum(map(len, prompts(4))) + 4 * 5
+    assert 0 < stats.backend_seconds < stats.step_seconds
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Random requests, steps, failures and aborts on a tiny pool; every result equals that of `alone`."""
+
+    @initialize(
+        blocks=st.integers(3, 9), size=st.integers(1, 4), tokens=st.integers(1, 9), cache=st.booleans(),
+        sequences=st.integers(1, 4),
+    )  # fmt: skip
+    def start(self, blocks: int, size: int, tokens: int, cache: bool, sequences: int) -> None:
+        self.backend = HashBackend(blocks, size)
+        self.it = engine(
+            self.backend,
+            max_batch_tokens=tokens,
+            max_sequences=min(sequences, tokens),
+            max_seq_len=20,
+            prefix_cache=cache,
+        )
+        self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
+
+    @rule(
+        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=14),
+        max_tokens=st.integers(1, 12),
+        temperature=st.sampled_from([0.0, 1.0]),
+        seed=st.integers(0, 3),
+        ignore_eos=st.booleans(),
+    )
+    def add(self, prompt: list[int], **options: Any) -> None:
+        params = SamplingParams(**options, repetition_penalty=1.1)
+        try:
+            self.requests[self.it.add_request(prompt, params)] = prompt, params
+        except RequestError:
+            needed = min(len(prompt) + params.max_tokens, 20) - 1
+            assert needed > self.backend.num_blocks * self.backend.block_size
+
+    @rule(fails=st.integers(0, 9))
+    def step(self, fails: int) -> None:
+        self.backend.fail = fails == 0
+        try:
+            outputs = self.it.step()
+        except BackendError:
+            return
+        assert len({output.request_id for output in outputs}) == len(outputs)
+        for output in outputs:
+            prompt, params = self.requests[output.request_id]
+            expected, reason = alone(prompt, params, 20)
+            assert list(output.token_ids) == expected[: len(output.token_ids)]
+            if output.finish_reason:
+                assert (list(output.token_ids), output.finish_reason) == (expected, reason)
+                del self.requests[output.request_id]
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.requests)))
+        del self.requests[name]
+        assert self.it.abort(name) is not None
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "it"):
+            self.it.scheduler.check()
+            assert self.it.has_unfinished == bool(self.requests)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "it"):
+            return
+        for _ in range(3000):
+            if not self.it.has_unfinished:
+                break
+            self.step(fails=1)
+            self.holds()
+        assert not self.requests, "not finished after 3000 steps"
+        assert self.it.scheduler.pool.num_used == 0
+
+
+TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
