@@ -1,1 +1,1 @@
-"""llmc."""
+"""The command line: one file a command."""

@@ -1,1 +1,1 @@
-"""llmc."""
+"""From a checkpoint to a verified bundle: start at driver.py."""

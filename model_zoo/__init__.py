@@ -1,1 +1,1 @@
-"""llmc."""
+"""Model families as data: recipes, tiny configurations, a small trained model."""

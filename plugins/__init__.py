@@ -1,1 +1,1 @@
-"""llmc."""
+"""The operators of llmc's own, one folder each."""

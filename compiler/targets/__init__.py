@@ -1,1 +1,1 @@
-"""llmc."""
+"""What each target needs of the canonical graph."""

@@ -1,1 +1,1 @@
-"""llmc."""
+"""llmc.PagedAttention: spec.py is its contract."""

@@ -1,1 +1,1 @@
-"""llmc."""
+"""The bundle format: FORMAT.md."""

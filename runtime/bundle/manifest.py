@@ -1,37 +1,28 @@
 """The manifest of a bundle, format 1: frozen dataclasses, a strict reader and a deterministic writer.
 
-The dataclasses below ARE the schema: `_decode` walks their type hints, so a field is stated once.
+The dataclasses below ARE the schema: `strict_json.decode` walks their type hints, so a field is stated once.
 FORMAT.md says what each field means. Every rule holds in both directions: `to_json` refuses to
 write what `from_json` would refuse to read.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
 import json
-import math
 import re
-import types
 import typing
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Final, Literal, NoReturn
+from typing import Annotated, Any, Final, Literal
 
+from llmc.runtime.bundle.strict_json import DAMAGED, bad, decode, no_constants, plain, shown, unique_keys
 from llmc.runtime.errors import BundleError
 
 FORMAT_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
 SEAL = "manifest_sha256"  # the one field that is not in the dataclasses
 MAX_MANIFEST_BYTES = 16 * 2**20
-MAX_TEXT = 4096  # characters in one string
-MAX_DEPTH = 32  # nesting of the open fields (`quantization`, `verification.details`)
-MAX_INT = 2**63 - 1
 
-_DAMAGED = "the bundle is damaged: copy it again, or rebuild it with `llmc build`"
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _PART = r"[A-Za-z0-9_+@=-](?:[A-Za-z0-9_.+@=-]{0,126}[A-Za-z0-9_+@=-])?"
 _PATH = re.compile(rf"{_PART}(?:/{_PART})*")
@@ -241,26 +232,28 @@ class Manifest:
     def from_json(data: bytes) -> Manifest:
         """Reads a manifest. Raises BundleError, naming the field, for anything but a valid one."""
         if len(data) > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{MANIFEST_NAME}: more than {MAX_MANIFEST_BYTES} bytes", _DAMAGED)
+            raise BundleError(f"{MANIFEST_NAME}: more than {MAX_MANIFEST_BYTES} bytes", DAMAGED)
         try:
-            tree = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+            tree = json.loads(
+                data.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=no_constants
+            )
         except ValueError as error:  # also bad UTF-8 and integers beyond Python's digit limit
-            raise BundleError(f"{MANIFEST_NAME}: not JSON: {ascii(str(error))[1:-1]}", _DAMAGED) from error
+            raise BundleError(f"{MANIFEST_NAME}: not JSON: {ascii(str(error))[1:-1]}", DAMAGED) from error
         except RecursionError as error:
-            raise BundleError(f"{MANIFEST_NAME}: nested too deeply", _DAMAGED) from error
+            raise BundleError(f"{MANIFEST_NAME}: nested too deeply", DAMAGED) from error
         _refuse_newer(tree)
         seal = tree.pop(SEAL, None) if isinstance(tree, dict) else None
-        manifest = typing.cast("Manifest", _decode(Manifest, tree, ""))
+        manifest = typing.cast("Manifest", decode(Manifest, tree, ""))
         _check_consistent(manifest)
         if seal is None or _sealed(tree) != data:
-            _bad(SEAL, "does not fit the rest: the manifest was edited or damaged")
+            bad(SEAL, "does not fit the rest: the manifest was edited or damaged")
         return manifest
 
     def to_json(self) -> bytes:
         """The one spelling of this manifest: sorted keys, indent 1, ASCII, a newline at the end."""
-        manifest = typing.cast("Manifest", _decode(Manifest, _plain(self), ""))
+        manifest = typing.cast("Manifest", decode(Manifest, plain(self), ""))
         _check_consistent(manifest)
-        data = _sealed(_plain(manifest))
+        data = _sealed(plain(manifest))
         if len(data) > MAX_MANIFEST_BYTES:
             raise BundleError(f"{MANIFEST_NAME}: more than {MAX_MANIFEST_BYTES} bytes")
         return data
@@ -276,27 +269,11 @@ def _json(tree: dict[str, Any]) -> bytes:
     return json.dumps(tree, sort_keys=True, indent=1, allow_nan=False).encode("ascii") + b"\n"
 
 
-def _bad(path: str, complaint: str) -> NoReturn:
-    raise BundleError(f"{MANIFEST_NAME}: {path or 'the whole'}: {complaint}", _DAMAGED)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        _bad(_shown(name), "the key appears twice in one object")
-    return result
-
-
-def _constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a JSON number")
-
-
 def _refuse_newer(tree: Any) -> None:
     """Every format, present or future, keeps `format_version` and `producer.llmc` in their places."""
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version <= FORMAT_VERSION:
-        return  # `_decode` has the words for these
+        return  # `decode` has the words for these
     producer = tree.get("producer")
     needed = producer.get("llmc") if isinstance(producer, dict) else None
     if isinstance(needed, str) and re.fullmatch(r"[0-9A-Za-z.+-]{1,64}", needed):
@@ -304,146 +281,38 @@ def _refuse_newer(tree: Any) -> None:
     else:
         message, hint = "needs a newer llmc", "pip install --upgrade llmc"
     known = f"this llmc reads formats 1 to {FORMAT_VERSION}"
-    raise BundleError(f"bundle format {_shown(version)} {message}; {known}", hint)
-
-
-def _shown(value: Any) -> str:
-    """`value` in at most about 60 printable characters, whatever it is."""
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, list):
-        return "a list"
-    if isinstance(value, str):
-        return ascii(value[:48])
-    if isinstance(value, int) and abs(value) > MAX_INT:
-        return "a huge integer"
-    return ascii(value)[:60]
-
-
-@functools.cache
-def _fields(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
-
-
-def _decode(kind: Any, value: Any, path: str, depth: int = 0) -> Any:
-    """`value` (plain JSON) as `kind` (a type hint); complains with the path of the first fault."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        value = _decode(arguments[0], value, path)
-        if complaint := arguments[1](value):
-            _bad(path, f"{complaint}, got {_shown(value)}")
-        return value
-    if origin in (typing.Union, types.UnionType):  # only ever `X | None`
-        return None if value is None else _decode(arguments[0], value, path)
-    if origin is Literal:
-        if not any(type(value) is type(choice) and value == choice for choice in arguments):
-            _bad(path, f"must be {' or '.join(map(repr, arguments))}, got {_shown(value)}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            _bad(path, f"must be a list, got {_shown(value)}")
-        return tuple(_decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is Mapping:
-        if not isinstance(value, dict):
-            _bad(path, f"must be an object, got {_shown(value)}")
-        inner = {name: f"{path}[{_shown(name)}]" for name in value}
-        return {
-            _decode(arguments[0], name, inner[name]): _decode(arguments[1], item, inner[name])
-            for name, item in value.items()
-        }
-    if dataclasses.is_dataclass(kind):
-        return _decode_record(kind, value, path)
-    if kind is Any:
-        return _decode_open(value, path, depth)
-    return _decode_scalar(kind, value, path)
-
-
-def _decode_record(kind: Any, value: Any, path: str) -> Any:
-    if not isinstance(value, dict):
-        _bad(path, f"must be an object, got {_shown(value)}")
-    hints, prefix = _fields(kind), f"{path}." if path else ""
-    for name in hints:
-        if name not in value:
-            _bad(prefix + name, "the field is missing")
-    for name in value:
-        if name not in hints:
-            _bad(prefix + _shown(name)[1:-1], f"unknown field in bundle format {FORMAT_VERSION}")
-    return kind(**{name: _decode(hint, value[name], prefix + name) for name, hint in hints.items()})
-
-
-def _decode_open(value: Any, path: str, depth: int) -> Any:
-    """Any JSON, within limits: the fields whose inside this format leaves open."""
-    if depth > MAX_DEPTH:
-        _bad(path, f"nested more than {MAX_DEPTH} deep")
-    if isinstance(value, dict):
-        for name in value:
-            _decode_scalar(str, name, f"{path}[{_shown(name)}]")
-        return {
-            name: _decode(Any, item, f"{path}[{_shown(name)}]", depth + 1) for name, item in value.items()
-        }
-    if isinstance(value, list):
-        return [_decode(Any, item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
-    if value is None or isinstance(value, bool):
-        return value
-    return _decode_scalar(type(value), value, path)
-
-
-def _decode_scalar(kind: type, value: Any, path: str) -> Any:
-    if kind is float and type(value) is int and abs(value) <= MAX_INT:
-        value = float(value)  # JSON has one kind of number
-    if kind not in (bool, int, float, str) or type(value) is not kind:
-        words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-        wanted = words.get(kind, "plain JSON")
-        _bad(path, f"must be {wanted}, got {_shown(value)}")
-    if isinstance(value, int) and abs(value) > MAX_INT:
-        _bad(path, "the integer does not fit 64 bits")
-    if isinstance(value, float) and not math.isfinite(value):
-        _bad(path, "must be finite")
-    if isinstance(value, str) and (len(value) > MAX_TEXT or _UNPRINTABLE.search(value)):
-        _bad(path, f"must be one printable line of at most {MAX_TEXT} characters")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as the dicts and lists that JSON knows."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+    raise BundleError(f"bundle format {shown(version)} {message}; {known}", hint)
 
 
 def _check_consistent(manifest: Manifest) -> None:
     """The rules that join two fields."""
     geometry, verification, weights = manifest.geometry, manifest.verification, manifest.weights
     if len(geometry.layers) != geometry.num_layers:
-        _bad("geometry.layers", f"has {len(geometry.layers)} layers, num_layers is {geometry.num_layers}")
+        bad("geometry.layers", f"has {len(geometry.layers)} layers, num_layers is {geometry.num_layers}")
     for i, layer in enumerate(geometry.layers):
         if (layer.kind == "sliding") != (layer.window > 0):
-            _bad(f"geometry.layers[{i}].window", f"{layer.window} does not fit a {layer.kind} layer")
+            bad(f"geometry.layers[{i}].window", f"{layer.window} does not fit a {layer.kind} layer")
     if len({operator.name for operator in manifest.operators}) != len(manifest.operators):
-        _bad("operators", "an operator is listed twice")
+        bad("operators", "an operator is listed twice")
     if [engine.rank for engine in manifest.engines] != list(range(manifest.parallel.world_size)):
-        _bad("engines", f"must list ranks 0 to {manifest.parallel.world_size - 1} in order")
+        bad("engines", f"must list ranks 0 to {manifest.parallel.world_size - 1} in order")
     if verification.status == "skipped" and not verification.reason:
-        _bad("verification.reason", "a skipped verification must say why")
+        bad("verification.reason", "a skipped verification must say why")
     for name in ("reference", "max_logit_error", "tolerance", "tokens_compared"):
         if verification.status == "passed" and getattr(verification, name) is None:
-            _bad(f"verification.{name}", "a passed verification must state it")
+            bad(f"verification.{name}", "a passed verification must state it")
     if verification.status == "passed" and verification.max_logit_error > verification.tolerance:  # type: ignore[operator]
-        _bad("verification", "passed, but max_logit_error is above the tolerance")
+        bad("verification", "passed, but max_logit_error is above the tolerance")
     for path in [engine.file for engine in manifest.engines] + list(weights.files):
         if path not in manifest.files:
-            _bad("files", f"{path!r} is not listed")
+            bad("files", f"{path!r} is not listed")
     if len(set(weights.files)) != len(weights.files):
-        _bad("weights.files", "a file is listed twice")
+        bad("weights.files", "a file is listed twice")
     if sum(manifest.files[path].bytes for path in weights.files) != weights.bytes:
-        _bad("weights.bytes", "is not the sum of the sizes of weights.files")
+        bad("weights.bytes", "is not the sum of the sizes of weights.files")
     seen = {MANIFEST_NAME: MANIFEST_NAME}
     for path in manifest.files:
         key = path.lower()  # paths are ASCII
         if key in seen:
-            _bad("files", f"{seen[key]!r} and {path!r} are one file on some systems")
+            bad("files", f"{seen[key]!r} and {path!r} are one file on some systems")
         seen[key] = path
