@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from llmc.compiler.checkpoint import Checkpoint
@@ -31,9 +32,10 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         )
     try:
         config = AutoConfig.for_model(**raw)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines())
         raise CheckpointError(
-            f"transformers refuses {checkpoint.path / 'config.json'}: {str(error).splitlines()[0]}",
+            f"transformers refuses {checkpoint.path / 'config.json'}: {reason}",
             "compare it with the config.json of the original model",
         ) from error
     if getattr(config, "use_bidirectional_attention", None):

@@ -54,8 +54,14 @@ def run(
     """Runs `pipeline` over `model` in order and checks every stage.
 
     `expected`: pass name -> the number of matches that the model's recipe demands.
-    Raises BuildError when a count differs or a stage's spec is violated.
+    Raises UnsupportedError for a model that llmc cannot lower or that differs from its recipe, and BuildError
+    when a pass leaves a graph that violates its stage.
     """
+    if problems := spec.check(model, spec.Stage.TRACED):
+        raise UnsupportedError(
+            f"{problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""),
+            "llmc cannot lower this architecture yet; `llmc zoo list` shows the families it knows",
+        )
     reports: list[PassReport] = []
     for one in pipeline:
         on_pass(one.name)

@@ -18,7 +18,7 @@ from llmc.passes.spec import ELEMENTWISE, Stage, module_of
 from llmc.runtime.errors import UnsupportedError
 
 _ROWWISE = {"TracedLinear", "TracedRMSNorm", "Gather", "RotaryEmbedding", "PagedAttention"}
-_AXIS = {"Concat", "Split", "Softmax"}
+_AXIS = {"Concat", "LayerNormalization", "Softmax", "Split"}
 
 
 class PackTokens:

@@ -33,7 +33,18 @@ STRUCTURAL = frozenset((
     "Concat", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 ))
 # fmt: on
-_CANONICAL = ELEMENTWISE | STRUCTURAL | {"Gemm", "MatMul", "RMSNormalization", "RotaryEmbedding", "Softmax"}
+_CANONICAL = (
+    ELEMENTWISE
+    | STRUCTURAL
+    | {
+        "Gemm",
+        "LayerNormalization",
+        "MatMul",
+        "RMSNormalization",
+        "RotaryEmbedding",
+        "Softmax",
+    }
+)
 _TRACED = {"TracedLinear", "TracedRMSNorm", "TracedRope", "TracedAttention"}
 _GONE = {
     Stage.TRACED: set(),

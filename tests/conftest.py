@@ -24,7 +24,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def bundle(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """zoo name -> its bundle for the CPU, built once, without the verification step."""
     root = tmp_path_factory.mktemp("bundles")
 
@@ -47,3 +49,12 @@ def stories() -> Path:
     if not path.is_dir():
         pytest.skip("the trained checkpoint stories260K is not on this machine")
     return path
+
+
+@pytest.fixture(scope="session")
+def stories_bundle(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from llmc.compiler.driver import compile_model
+    from llmc.compiler.request import BuildRequest
+
+    path = tmp_path_factory.mktemp("bundles") / "stories.llmc"
+    return compile_model(BuildRequest(str(stories), path, verify=False)).path

@@ -150,7 +150,7 @@ def test_attention_that_computes_something_else_is_refused(monkeypatch: pytest.M
     [
         (
             {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16},
-            "sinks",
+            "GptOssRotaryEmbedding",
         ),
         ({"model_type": "mamba", "state_size": 4, "num_hidden_layers": 1}, "Mamba"),
     ],

@@ -62,7 +62,7 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
     interception = Interception()
     _active.append(interception)
     try:
-        has_rotary = False
+        repeats = set()
         for name, module in model.named_modules():
             kind = type(module).__name__
             if type(module) is nn.Linear:
@@ -73,7 +73,7 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
             elif kind.endswith("RotaryEmbedding"):
                 tables = probes.rotary_tables(name, module, max_seq_len)
                 interception.set_forward(module, _rotary(module, tables), "rotary")
-                has_rotary = True
+                repeats |= {table.repeat for table in tables.values()}
             elif isinstance(module, nn.Conv1d):
                 owner = name.rpartition(".")[0]
                 raise UnsupportedError(
@@ -81,8 +81,8 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
                     f"tokens: {name} convolves over them",
                     "llmc has a cache for attention only, and none for state-space and other recurrent layers",
                 )
-        if has_rotary:
-            _intercept_apply_rotary(model, interception)
+        for repeat in repeats:
+            _intercept_apply_rotary(model, interception, repeat)
         yield interception
     finally:
         _active.remove(interception)
@@ -98,21 +98,24 @@ def _rms_norm(module: nn.Module, epsilon: float, offset: float) -> Callable[...,
     return lambda x: torch.ops.llmc.rms_norm(x, module.weight, epsilon, offset)
 
 
-def _rotary(module: nn.Module, tables: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., Any]:
-    for kind, (cos, sin) in tables.items():
-        module.register_buffer(f"cos_table{kind}", cos, persistent=False)
-        module.register_buffer(f"sin_table{kind}", sin, persistent=False)
+def _rotary(module: nn.Module, tables: dict[str, probes.RotaryTable]) -> Callable[..., Any]:
+    for kind, table in tables.items():
+        module.register_buffer(f"cos_table{kind}", table.cos, persistent=False)
+        module.register_buffer(f"sin_table{kind}", table.sin, persistent=False)
 
     def forward(x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
         suffix = f"_{layer_type}" if layer_type else ""
-        cos = nn.functional.embedding(position_ids, getattr(module, f"cos_table{suffix}"))
-        sin = nn.functional.embedding(position_ids, getattr(module, f"sin_table{suffix}"))
+        rows = nn.functional.embedding  # row p of a table holds the angles of position p
+        cos = rows(position_ids, getattr(module, f"cos_table{suffix}"))
+        sin = rows(position_ids, getattr(module, f"sin_table{suffix}"))
         return cos.to(x.dtype), sin.to(x.dtype)
 
     return forward
 
 
-def _intercept_apply_rotary(model: PreTrainedModel, interception: Interception) -> None:
+def _intercept_apply_rotary(
+    model: PreTrainedModel, interception: Interception, repeat: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     """Replaces `apply_rotary_pos_emb` in the Python module that defines the model's attention."""
     owners = {sys.modules[type(m).__module__] for m in model.modules() if type(m).__module__ != "torch.nn"}
     owners = {owner for owner in owners if hasattr(owner, "apply_rotary_pos_emb")}
@@ -122,7 +125,7 @@ def _intercept_apply_rotary(model: PreTrainedModel, interception: Interception) 
             "this architecture applies its positions in a way llmc does not know yet",
         )
     for owner in owners:
-        interleaved = probes.apply_rotary(owner)
+        interleaved = probes.apply_rotary(owner, repeat)
 
         def apply(
             q: torch.Tensor,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -51,10 +52,8 @@ def rms_norm(name: str, module: nn.Module) -> tuple[float, float]:
     )
 
 
-def rotary_tables(
-    name: str, module: nn.Module, max_seq_len: int
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """cos and sin tables [max_seq_len, R] in fp32, keyed by the suffix of the layer type ('' if only one).
+def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, RotaryTable]:
+    """The tables of a rotary embedding, keyed by the suffix of the layer type ('' if there is only one).
 
     Raises UnsupportedError if the angles of a position depend on the length of the sequence
     (dynamic NTK; LongRoPE beyond its original context).
@@ -81,35 +80,55 @@ def rotary_tables(
                 f"which a KV cache cannot follow at {max_seq_len} positions",
                 f"build with --max-seq-len {original or 'the original context length'} or less",
             )
-        half = cos.shape[-1] // 2
-        if _close(cos[..., :half], cos[..., half:]) and _close(sin[..., :half], sin[..., half:]):
-            cos, sin = cos[..., :half], sin[..., :half]
-        elif _close(cos[..., 0::2], cos[..., 1::2]) and _close(sin[..., 0::2], sin[..., 1::2]):
-            cos, sin = cos[..., 0::2], sin[..., 0::2]
+        for repeat in (_halves, _pairs):
+            once = [
+                angle[..., ::2] if repeat is _pairs else angle[..., : angle.shape[-1] // 2]
+                for angle in (cos, sin)
+            ]
+            if all(_close(repeat(one), angle) for one, angle in zip(once, (cos, sin), strict=True)):
+                break
         else:
             raise UnsupportedError(
                 f"module {name} ({type(module).__name__}) does not return each angle twice",
                 "this architecture's rotary embedding needs a recipe of its own",
             )
-        tables[f"_{kind}" if kind else ""] = (cos[0].contiguous(), sin[0].contiguous())
+        tables[f"_{kind}" if kind else ""] = RotaryTable(
+            once[0][0].contiguous(), once[1][0].contiguous(), repeat
+        )
     return tables
 
 
-def apply_rotary(owner: ModuleType) -> bool:
+def _halves(angle: torch.Tensor) -> torch.Tensor:
+    """a b -> a b a b"""
+    return torch.cat((angle, angle), -1)
+
+
+def _pairs(angle: torch.Tensor) -> torch.Tensor:
+    """a b -> a a b b"""
+    return angle.repeat_interleave(2, -1)
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """cos and sin [positions, R] in fp32; `repeat` makes of R angles the 2*R that the model hands around."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    repeat: Callable[[torch.Tensor], torch.Tensor]
+
+
+def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     """Whether `owner.apply_rotary_pos_emb` rotates interleaved pairs (2i, 2i+1) rather than (i, i+R).
 
-    Probed with all features rotated, and with half of them where the function supports it.
+    `repeat` is how the model's rotary embedding repeats its angles.
     """
     tokens, half = 5, 4
     angle = _random(1, tokens, half)
+    q, k = _random(1, 3, tokens, 2 * half), _random(1, 2, tokens, 2 * half)
+    got = owner.apply_rotary_pos_emb(q, k, repeat(angle.cos()), repeat(angle.sin()))
     for interleaved in (False, True):
-        repeat = (lambda t: t.repeat_interleave(2, -1)) if interleaved else (lambda t: torch.cat((t, t), -1))
-        q, k = _random(1, 3, tokens, 2 * half), _random(1, 2, tokens, 2 * half)
-        got = owner.apply_rotary_pos_emb(q, k, repeat(angle.cos()), repeat(angle.sin()))
-        if all(
-            _close(torch.ops.llmc.rope(x, angle.cos(), angle.sin(), interleaved), y)
-            for x, y in zip((q, k), got, strict=True)
-        ):
+        ours = (torch.ops.llmc.rope(x, angle.cos(), angle.sin(), interleaved) for x in (q, k))
+        if all(_close(x, y) for x, y in zip(ours, got, strict=True)):
             return interleaved
     raise UnsupportedError(
         f"{owner.__name__}.apply_rotary_pos_emb is neither of the two known rotations",

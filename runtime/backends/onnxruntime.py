@@ -15,7 +15,7 @@ import onnxruntime as ort
 from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BackendError
 
-_INPUTS = tuple(field.name for field in fields(Batch))  # every other input of the graph is a cache
+_INPUTS = tuple(field.name for field in fields(Batch))  # other inputs are caches
 
 
 class OnnxRuntimeBackend:

@@ -13,7 +13,7 @@ from llmc.runtime.backends import openvino_attention
 from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BackendError
 
-_INPUTS = tuple(field.name for field in fields(Batch))  # every other input of the graph is a cache
+_INPUTS = tuple(field.name for field in fields(Batch))  # other inputs are caches
 
 
 def tested_core(threads: int | None = None) -> tuple[ov.Core, dict[str, Any]]:
@@ -52,10 +52,17 @@ class OpenVinoBackend:
         Raises BackendError if this OpenVINO is not the one the graph was made for.
         """
         core, config = tested_core(threads)
-        model = core.read_model(engine)
-        # Only the logits: the caches are written in place, their outputs would copy them.
-        model = ov.Model([model.output("logits")], model.get_parameters(), "llmc")
-        compiled = core.compile_model(model, "CPU", config)
+        try:
+            model = core.read_model(engine)
+            # Only the logits: the caches are written in place, their outputs would copy them.
+            model = ov.Model([model.output("logits")], model.get_parameters(), "llmc")
+            compiled = core.compile_model(model, "CPU", config)
+        except RuntimeError as error:  # OpenVINO's only kind
+            reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+            raise BackendError(
+                f"OpenVINO {ov.__version__} cannot load {engine.name}: {reason}",
+                "set LLMC_TRACEBACK=1 for all that it says",
+            ) from error
         self.num_blocks = num_blocks
         self._request = compiled.create_infer_request()
         self._caches: list[np.ndarray] = []

@@ -1,0 +1,58 @@
+"""Makes the frozen bundle of the current format; run once per format version, then never again.
+
+    python tests/golden/make.py tests/golden/format-1
+
+Writes DIR.llmc and DIR.json: the tokens that transformers generates greedily from a prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from llmc.compiler import zoo
+from llmc.compiler.driver import compile_model
+from llmc.compiler.request import BuildRequest
+
+PROMPT = [65, 32, 104, 101, 110]
+NEW_TOKENS = 40
+
+
+def main(name: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=320,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=256,
+        eos_token_id=258,
+        pad_token_id=259,
+        architectures=["LlamaForCausalLM"],
+        dtype="float32",
+    )
+    with TemporaryDirectory() as directory:
+        source = Path(directory) / "golden"
+        config.save_pretrained(source)
+        zoo.write_weights(source, zoo._weights(source), "float32", seed=1)
+        zoo._write_tokenizer(source, zoo._entry("llama-tiny"), json.loads((source / "config.json").read_text()))
+        compile_model(BuildRequest(str(source), name.with_suffix(".llmc")))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        tokens = model.generate(
+            torch.tensor([PROMPT]), do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS
+        )
+    expected = {"prompt": PROMPT, "tokens": tokens[0, len(PROMPT) :].tolist()}
+    name.with_suffix(".json").write_text(json.dumps(expected) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
