@@ -48,6 +48,12 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             f"model_type {checkpoint.model_type!r} is not a text-only language model",
             f"families that llmc is tested with: {families}",
         )
+    heads, kv_heads = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if heads and kv_heads and heads % kv_heads:
+        raise CheckpointError(
+            f"config.json has {heads} attention heads, which {kv_heads} key/value heads cannot share evenly",
+            "compare it with the config.json of the original model",
+        )
     return config
 
 
@@ -63,6 +69,7 @@ def context_length(config: PreTrainedConfig, wanted: int | None) -> int:
     Raises BuildError if `wanted` is more than the model's own context.
     """
     own = getattr(config, "max_position_embeddings", None)
+    own = own if own and own > 0 else None  # some families write -1 for "no limit"
     if wanted is None:
         if own is None:
             raise BuildError("config.json has no max_position_embeddings", "give --max-seq-len")

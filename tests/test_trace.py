@@ -152,6 +152,7 @@ def test_attention_that_computes_something_else_is_refused(monkeypatch: pytest.M
             {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16},
             "GptOssRotaryEmbedding",
         ),
+        ({"model_type": "mixtral", "num_local_experts": 4}, "mixture of experts"),
         ({"model_type": "mamba", "state_size": 4, "num_hidden_layers": 1}, "Mamba"),
     ],
 )
@@ -167,5 +168,5 @@ def test_rotary_tables_are_those_of_transformers(checkpoint: Callable[[str], Pat
     config = AutoConfig.from_pretrained(checkpoint("llama-tiny"))
     rotary = modeling_llama.LlamaRotaryEmbedding(config)
     cos, _ = rotary(torch.zeros(1, 1, 1), torch.tensor([[0, 5, 100]]))
-    table = probes.rotary_tables("rotary_emb", rotary, 128)[""][0]
+    table = probes.rotary_tables("rotary_emb", rotary, 128)[""].cos
     assert np.allclose(table[[0, 5, 100]], cos[0, :, : table.shape[1]])

@@ -74,6 +74,10 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
                 tables = probes.rotary_tables(name, module, max_seq_len)
                 interception.set_forward(module, _rotary(module, tables), "rotary")
                 repeats |= {table.repeat for table in tables.values()}
+            elif kind.endswith("Experts"):
+                raise UnsupportedError(
+                    f"module {name} ({kind}) is a mixture of experts", "llmc compiles dense models so far"
+                )
             elif isinstance(module, nn.Conv1d):
                 owner = name.rpartition(".")[0]
                 raise UnsupportedError(

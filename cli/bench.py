@@ -1,0 +1,146 @@
+"""`llmc bench`: how fast a bundle is on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmc.cli.machine import Machine
+from llmc.cli.text import print_json, size, table
+from llmc.runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from llmc.runtime.engine import Engine
+
+RUNS = 3
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run: `concurrency` prompts at once, from their arrival to the last token.
+
+    first_token_seconds: until the mean prompt has its first token.
+    prefill_tokens_per_second: prompt tokens until the last prompt has its first token.
+    decode_tokens_per_second: tokens of all prompts after that moment.
+    """
+
+    seconds: float
+    first_token_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
+def bench(
+    bundle: Annotated[Path, typer.Argument(metavar="NAME.llmc", help="The bundle to measure.")],
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to generate for each.")] = 64,
+    concurrency: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts served at once.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="CPU threads (default: one for each core).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Measure time to first token, prefill and decode speed.
+
+    Random prompts, greedy decoding, no prefix cache; one run to warm up, then the median of three.
+    """
+    from llmc.runtime.bundle.reader import Bundle
+    from llmc.runtime.llm import load_engine
+
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    limit = manifest.limits.max_seq_len
+    if prompt_tokens + new_tokens > limit:
+        raise RequestError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the context of {limit}",
+            "lower --prompt-tokens or --new-tokens",
+        )
+    started = time.perf_counter()
+    engine = load_engine(opened, threads=threads, max_sequences=concurrency, prefix_cache=False)
+    loaded = time.perf_counter() - started
+    vocabulary = manifest.geometry.vocab_size
+    measure(engine, vocabulary, prompt_tokens, new_tokens, concurrency)
+    runs = [measure(engine, vocabulary, prompt_tokens, new_tokens, concurrency) for _ in range(RUNS)]
+    median = Measurement(*(statistics.median(column) for column in zip(*map(_row, runs), strict=True)))
+    machine = Machine.this()
+    if as_json:
+        print_json(
+            {
+                "bundle": str(opened.path),
+                "source": manifest.source.name,
+                "engine": manifest.target.engine,
+                "precision": asdict(manifest.precision),
+                "prompt_tokens": prompt_tokens,
+                "new_tokens": new_tokens,
+                "concurrency": concurrency,
+                "threads": threads,
+                "load_seconds": loaded,
+                "preemptions": engine.stats.preemptions,
+                "median": asdict(median),
+                "runs": [asdict(one) for one in runs],
+                "machine": asdict(machine),
+            }
+        )
+        return
+    each = f"{concurrency} x " if concurrency > 1 else ""
+    facts = [
+        ("bundle", f"{opened.name}: {manifest.target.engine}, {manifest.precision.dtype}"),
+        ("machine", f"{machine.cpu}, {machine.cores} cores, {threads or 'default'} threads"),
+        ("memory", f"{size(machine.memory)}" if machine.memory else "unknown"),
+        ("load", f"{loaded:.2f} s"),
+        ("workload", f"{each}{prompt_tokens} prompt tokens, {new_tokens} new ones; median of {RUNS} runs"),
+        ("first token", f"{median.first_token_seconds * 1e3:.1f} ms"),
+        ("prefill", f"{median.prefill_tokens_per_second:,.0f} tok/s"),
+        ("decode", f"{median.decode_tokens_per_second:,.1f} tok/s"),
+        ("whole run", f"{median.seconds:.3f} s{_spread([one.seconds for one in runs])}"),
+    ]
+    if engine.stats.preemptions:
+        facts.append(("preemptions", f"{engine.stats.preemptions}: the KV cache is too small for this load"))
+    print(table(facts))
+
+
+def measure(
+    engine: Engine, vocab_size: int, prompt_tokens: int, new_tokens: int, concurrency: int
+) -> Measurement:
+    """Serves `concurrency` random prompts at once and times them."""
+    import numpy as np
+
+    from llmc.runtime.sampling import SamplingParams
+
+    rng = np.random.default_rng(0)
+    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    prompts = [rng.integers(0, vocab_size, prompt_tokens).tolist() for _ in range(concurrency)]
+    started = time.perf_counter()
+    for prompt in prompts:
+        engine.add_request(prompt, params)
+    first: dict[str, float] = {}
+    generated = last_first = 0.0
+    tokens_at_last_first = 0.0
+    while engine.has_unfinished:
+        outputs = engine.step()
+        now = time.perf_counter() - started
+        generated += len(outputs)
+        for output in outputs:
+            if output.request_id not in first:
+                first[output.request_id] = last_first = now
+                tokens_at_last_first = generated
+    seconds = time.perf_counter() - started
+    return Measurement(
+        seconds=seconds,
+        first_token_seconds=statistics.fmean(first.values()),
+        prefill_tokens_per_second=prompt_tokens * concurrency / last_first,
+        decode_tokens_per_second=(generated - tokens_at_last_first) / (seconds - last_first),
+    )
+
+
+def _row(one: Measurement) -> tuple[float, ...]:
+    return tuple(asdict(one).values())
+
+
+def _spread(values: list[float]) -> str:
+    return f" ({min(values):.3f} to {max(values):.3f})"

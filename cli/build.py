@@ -1,0 +1,241 @@
+"""`llmc build`: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmc.cli.text import print_json, size, table
+from llmc.runtime.errors import BuildError
+
+if TYPE_CHECKING:
+    from llmc.compiler.driver import BuildResult, Plan
+    from llmc.compiler.request import BuildRequest
+    from llmc.runtime.bundle.manifest import Geometry, Verification
+
+# What the extra `build` installs, by the names to import.
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "ml_dtypes",
+    "safetensors",
+    "huggingface_hub",
+)
+
+
+def build(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory, or a Hugging Face hub id.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="NAME.llmc",
+            help="The bundle to write (default: the checkpoint's name).",
+        ),
+    ] = None,
+    target: Annotated[str, typer.Option(help="What the engine runs on: cpu.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="What it computes in: auto or fp32.")] = "auto",
+    max_seq_len: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Tokens of prompt and answer together (default: the model's context)."
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="R", help="Branch, tag or commit of a hub id.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the engine with the checkpoint.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Compile a checkpoint into a verified bundle.
+
+    The engine is compared with the checkpoint at the end. Nothing carries the output's name unless
+    all of it succeeded.
+    """
+    _require_build_libraries()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about what does not concern a build
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from llmc.cli.progress import shown
+    from llmc.compiler.driver import compile_model, plan_build
+    from llmc.compiler.request import BuildRequest
+
+    request = BuildRequest(
+        checkpoint=checkpoint,
+        output=output or default_output(checkpoint),
+        target=target,
+        dtype=dtype,  # type: ignore[arg-type]  # the request checks it
+        max_seq_len=max_seq_len,
+        revision=revision,
+        verify=verify,
+        force=force,
+    )
+    with shown() as progress:
+        if dry_run:
+            plan = plan_build(request, progress)
+        else:
+            result = compile_model(request, progress)
+    if dry_run:
+        print_json(_plan_record(plan)) if as_json else print(_plan_text(plan))
+    else:
+        print_json(_result_record(result)) if as_json else print(_result_text(result, request))
+
+
+def _require_build_libraries() -> None:
+    """Before a download, and not after it, is the time to miss them."""
+    from importlib.util import find_spec
+
+    for name in LIBRARIES:
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"no module named {name}", name=name)
+
+
+def default_output(checkpoint: str) -> Path:
+    """`<name of the checkpoint>.llmc` in the current directory."""
+    path = Path(checkpoint).expanduser()
+    name = path.resolve().name if path.exists() else checkpoint.rstrip("/").rpartition("/")[2]
+    if not name:
+        raise BuildError(f"{checkpoint!r} has no name to call the bundle by", "give one with `--output`")
+    return Path(f"{name}.llmc")
+
+
+def describe_geometry(geometry: Geometry) -> str:
+    """One line on the shape of a model."""
+    heads = f"{geometry.num_heads} heads, {geometry.num_kv_heads} KV heads of {geometry.head_dim}"
+    if geometry.v_head_dim != geometry.head_dim:
+        heads += f" (values {geometry.v_head_dim})"
+    windows = sorted({layer.window for layer in geometry.layers if layer.window})
+    sliding = sum(layer.kind == "sliding" for layer in geometry.layers)
+    if sliding:
+        heads += f", {sliding} layers with a window of {' or '.join(map(str, windows))}"
+    return (
+        f"{geometry.num_layers} layers, hidden size {geometry.hidden_size}, {heads}, "
+        f"vocabulary {geometry.vocab_size}"
+    )
+
+
+def describe_verification(record: Verification) -> str:
+    """One line on how far the engine can be trusted."""
+    if record.status == "skipped":
+        return f"not verified: {record.reason}"
+    agreement = "" if record.top1_agreement is None else f", top-1 agreement {record.top1_agreement:.4f}"
+    greedy = {True: ", greedy text equal", False: ", greedy text different", None: ""}
+    return (
+        f"verified against {record.reference}: max logit error {record.max_logit_error:.1e} "
+        f"(tolerance {record.tolerance:.1e}){agreement}{greedy[record.greedy_tokens_equal]}"
+    )
+
+
+def _result_text(result: BuildResult, request: BuildRequest) -> str:
+    manifest = result.manifest
+    facts = (
+        size(_total_bytes(result)),
+        f"{manifest.target.engine} on {manifest.target.name}",
+        manifest.precision.dtype,
+        f"{manifest.limits.max_seq_len} tokens of context",
+        f"built in {sum(result.seconds.values()):.1f} s",
+    )
+    return f"{request.output}: {', '.join(facts)}\n{describe_verification(manifest.verification)}"
+
+
+def _total_bytes(result: BuildResult) -> int:
+    manifest = (result.path / "manifest.json").stat().st_size
+    return manifest + sum(file.bytes for file in result.manifest.files.values())
+
+
+def _result_record(result: BuildResult) -> dict[str, Any]:
+    manifest = result.manifest
+    return {
+        "path": str(result.path),
+        "bytes": {"total": _total_bytes(result), "weights": manifest.weights.bytes},
+        "seconds": result.seconds,
+        "target": asdict(manifest.target),
+        "precision": asdict(manifest.precision),
+        "max_seq_len": manifest.limits.max_seq_len,
+        "geometry": asdict(manifest.geometry),
+        "passes": [asdict(one) for one in manifest.passes],
+        "verification": asdict(manifest.verification),
+    }
+
+
+def _plan_record(plan: Plan) -> dict[str, Any]:
+    expected = plan.recipe.expected(plan.geometry.num_layers)
+    return {
+        "checkpoint": str(plan.checkpoint.path),
+        "model_type": plan.checkpoint.model_type,
+        "known_family": plan.recipe.known,
+        "output": str(plan.request.output),
+        "output_exists": os.path.lexists(plan.request.output),
+        "target": asdict(plan.target),
+        "precision": {"dtype": "fp32", "kv_dtype": "fp32"},
+        "max_seq_len": plan.max_seq_len,
+        "geometry": asdict(plan.geometry),
+        "bytes": {"weights": plan.weight_bytes, "verification_memory": plan.verification_bytes},
+        "verify": plan.request.verify,
+        "passes": [
+            {
+                "name": report.name,
+                "matches": report.matches,
+                "expected": expected.get(report.name),
+                "near_misses": list(report.near_misses),
+                "seconds": report.seconds,
+            }
+            for report in plan.reports
+        ],
+    }
+
+
+def _plan_text(plan: Plan) -> str:
+    from llmc.compiler.verify import available_memory
+
+    checkpoint, request = plan.checkpoint, plan.request
+    family = (
+        "a family with a recipe" if plan.recipe.known else "no recipe: only the verification speaks for it"
+    )
+    output = str(request.output)
+    if os.path.lexists(request.output):
+        output += " (exists, to be replaced)" if request.force else " (exists: the build will need `--force`)"
+    verification = "switched off with --no-verify"
+    if request.verify:
+        available = available_memory()
+        verification = f"needs about {size(plan.verification_bytes)} of memory" + (
+            f", {size(available)} are available" if available is not None else ""
+        )
+    facts = [
+        ("checkpoint", f"{checkpoint.path} ({size(checkpoint.total_bytes)}, {checkpoint.dtype})"),
+        ("family", f"{checkpoint.model_type}: {family}"),
+        ("model", describe_geometry(plan.geometry)),
+        ("context", f"{plan.max_seq_len} tokens"),
+        ("engine", f"{plan.target.engine} on {plan.target.name}, fp32: {plan.target.reason}"),
+        ("output", output),
+        ("weights", f"{size(plan.weight_bytes)} to write ({plan.weight_bytes:,} bytes)"),
+        ("verification", verification),
+    ]
+    return f"{table(facts)}\n\n{_pass_table(plan)}"
+
+
+def _pass_table(plan: Plan) -> str:
+    """What each pass rewrote, what the family's recipe demands, and where a pass nearly matched."""
+    expected = plan.recipe.expected(plan.geometry.num_layers)
+    rows = [("pass", "matches", "expected", "near misses")]
+    rows += [
+        (report.name, str(report.matches), str(expected.get(report.name, "-")), str(len(report.near_misses)))
+        for report in plan.reports
+    ]
+    misses = [f"near miss of {report.name}: {miss}" for report in plan.reports for miss in report.near_misses]
+    return "\n".join([table(rows, right=(1, 2, 3)), *misses])

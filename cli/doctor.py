@@ -1,0 +1,153 @@
+"""`llmc doctor`: whether this machine has what llmc needs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import typer
+
+from llmc.cli.machine import Machine
+from llmc.cli.text import print_json, size, table
+from llmc.runtime.errors import BackendError, LlmcError
+
+_REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*([^;]*?)\s*(?:;\s*(.*))?")
+_EXTRAS = {"": "pip install --upgrade llmc", "build": "pip install 'llmc[build]'"}
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that llmc wants.
+
+    extra: "" if `llmc run` needs it, "build" if only `llmc build` does; version: None if it is missing.
+    """
+
+    name: str
+    extra: str
+    wanted: str
+    version: str | None
+
+    @property
+    def fits(self) -> bool:
+        return self.version is not None and satisfies(self.version, self.wanted)
+
+    @property
+    def remark(self) -> str:
+        if self.fits:
+            return ""
+        return f"{'missing' if self.version is None else 'the wrong version'}: {_EXTRAS[self.extra]}"
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Check whether this machine has what llmc needs.
+
+    Fails if `llmc run` cannot work here; what only `llmc build` needs may be missing.
+    """
+    from importlib.metadata import version
+
+    machine = Machine.this()
+    found = libraries()
+    fault = attention_fault()
+    broken = [library for library in found if library.extra == "" and not library.fits]
+    if as_json:
+        print_json(
+            {
+                "llmc": version("llmc"),
+                "machine": asdict(machine),
+                "libraries": [{**asdict(library), "fits": library.fits} for library in found],
+                "openvino_attention": {"passed": fault is None, "fault": fault.message if fault else None},
+                "run": not broken and fault is None,
+                "build": all(library.fits for library in found),
+            }
+        )
+    else:
+        facts = [
+            ("llmc", version("llmc")),
+            ("python", machine.python),
+            ("system", machine.system),
+            ("processor", f"{machine.cpu}, {machine.cores} cores for this process"),
+            ("memory", _memory(machine)),
+            ("attention", fault.message if fault else "OpenVINO's agrees with the reference"),
+        ]
+        rows = [("LIBRARY", "FOR", "WANTED", "INSTALLED", "")]
+        rows += [
+            (lib.name, "llmc build" if lib.extra else "llmc run", lib.wanted, lib.version or "-", lib.remark)
+            for lib in found
+        ]
+        print(f"{table(facts)}\n\n{table(rows)}")
+    if broken:
+        raise BackendError(
+            f"`llmc run` cannot work here: {broken[0].name} is {broken[0].remark}", _EXTRAS[""]
+        )
+    if fault:
+        raise fault
+
+
+def libraries() -> list[Library]:
+    """What the installed llmc declares to need, and what is there."""
+    from importlib.metadata import requires
+
+    found = []
+    for line in requires("llmc") or []:
+        match = _REQUIREMENT.fullmatch(line)
+        assert match is not None, line
+        name, wanted, marker = match[1], match[2], match[3] or ""
+        extra = re.search(r"extra == ['\"](.+?)['\"]", marker)
+        if (extra is None and marker) or (extra and extra[1] not in _EXTRAS):
+            continue  # for another Python, or for developers
+        found.append(Library(name, extra[1] if extra else "", wanted, _installed(name)))
+    return found
+
+
+def satisfies(version: str, wanted: str) -> bool:
+    """Whether `version` fits `wanted`, of which only `>=` and `==` (with or without `.*`) are used here."""
+    for clause in filter(None, wanted.replace(" ", "").split(",")):
+        operator, number = clause[:2], clause[2:]
+        prefix = number.endswith(".*")
+        asked = _numbers(number.removesuffix(".*"))
+        got = _numbers(version)
+        if operator == "==" and (got[: len(asked)] if prefix else got) != asked:
+            return False
+        if operator == ">=" and got < asked:
+            return False
+    return True
+
+
+def attention_fault() -> LlmcError | None:
+    """Runs the start-up test of the OpenVINO backend; what is wrong with it, or None."""
+    try:
+        from llmc.runtime.backends.openvino import tested_core
+
+        tested_core()
+    except ImportError as error:
+        return BackendError(f"OpenVINO cannot be imported: {error}", _EXTRAS[""])
+    except LlmcError as error:
+        return error
+    except Exception as error:  # the operator is private: another OpenVINO may refuse it in any way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return BackendError(f"OpenVINO refuses its own attention: {reason}", _EXTRAS[""])
+    return None
+
+
+def _installed(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> list[int]:
+    """ "2.13.0+cpu" -> [2, 13, 0]"""
+    match = re.match(r"[0-9]+(\.[0-9]+)*", version)
+    return [int(part) for part in match[0].split(".")] if match else []
+
+
+def _memory(machine: Machine) -> str:
+    if machine.memory is None or machine.available_memory is None:
+        return "unknown"
+    return f"{size(machine.memory)}, {size(machine.available_memory)} of it available"

@@ -1,0 +1,75 @@
+"""`llmc inspect`: what a bundle says about itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmc.cli.build import describe_geometry, describe_verification
+from llmc.cli.text import print_json, size, table
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(metavar="NAME.llmc", help="The bundle to look into.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every byte of every file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Show what is inside a bundle.
+
+    The manifest, the list of files and their sizes are always checked.
+    """
+    import json
+
+    from llmc.runtime.bundle.manifest import MANIFEST_NAME
+    from llmc.runtime.bundle.reader import Bundle
+    from llmc.runtime.llm import block_bytes
+
+    opened = Bundle.open(bundle, verify_hashes=False)
+    if verify:
+        opened.verify()
+    manifest = opened.manifest
+    geometry, source, tokens = manifest.geometry, manifest.source, manifest.tokens
+    total = sum(file.bytes for file in manifest.files.values()) + (opened.path / MANIFEST_NAME).stat().st_size
+    kv_bytes = block_bytes(geometry, manifest.precision.kv_dtype) // geometry.block_size
+    if as_json:
+        print_json(
+            {
+                "path": str(opened.path),
+                "bytes": total,
+                "kv_bytes_per_token": kv_bytes,
+                "hashes_verified": verify,
+                "manifest": json.loads(manifest.to_json()),
+            }
+        )
+        return
+    requires = ", ".join(f"{name} {version}" for name, version in manifest.target.requires.items())
+    libraries = [f"{name} {version}" for name, version in manifest.producer.libraries.items()]
+    kinds = Counter(
+        f"sliding with a window of {layer.window}" if layer.window else "full" for layer in geometry.layers
+    )
+    facts = [
+        ("name", opened.name),
+        ("format", str(manifest.format_version)),
+        ("source", f"{source.name} ({source.model_type}, {source.architecture}, {source.dtype})"),
+        ("engine", f"{manifest.target.engine} on {manifest.target.name}: {manifest.target.reason}"),
+        ("requires", requires or "nothing"),
+        ("precision", f"{manifest.precision.dtype}, KV cache {manifest.precision.kv_dtype}"),
+        ("model", describe_geometry(geometry)),
+        ("attention", ", ".join(f"{count} {kind}" for kind, count in kinds.items())),
+        ("context", f"{manifest.limits.max_seq_len} tokens of prompt and answer together"),
+        ("KV cache", f"{size(kv_bytes)} a token"),
+        ("operators", ", ".join(f"{o.count} {o.name} (ABI {o.abi})" for o in manifest.operators) or "none"),
+        ("tokens", f"begin {tokens.bos}, end {', '.join(map(str, tokens.eos)) or 'none'}"),
+        ("fidelity", describe_verification(manifest.verification)),
+        ("passes", ", ".join(f"{one.name} {one.matches}" for one in manifest.passes) or "none"),
+        ("built by", ", ".join([f"llmc {manifest.producer.llmc}", *libraries])),
+        ("integrity", "every byte verified" if verify else "sizes verified; --verify hashes every byte"),
+        ("size", f"{size(total)} in {len(manifest.files) + 1} files"),
+    ]
+    files = [(name, f"{record.bytes:,}", record.sha256[:12]) for name, record in manifest.files.items()]
+    print(table(facts))
+    print()
+    print(table([("FILE", "BYTES", "SHA256"), *files], right=(1,)))

@@ -1,0 +1,35 @@
+"""Plain text for people: sizes, tables, JSON. No colour and nothing that depends on the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+def size(nbytes: int) -> str:
+    """1536 -> "1.5 KiB"."""
+    value = float(nbytes)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1000:
+            return f"{nbytes} {unit}" if unit == "bytes" else f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:,.3g} TiB" if value < 1000 else f"{value:,.0f} TiB"
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "", right: Sequence[int] = ()) -> str:
+    """Rows in aligned columns, two blanks apart; the columns in `right` are right-aligned."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append((indent + "  ".join(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value in one line of ASCII on stdout."""
+    print(json.dumps(value), flush=True)

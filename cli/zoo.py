@@ -1,0 +1,51 @@
+"""`llmc zoo`: small random checkpoints, to try llmc without a download."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmc.cli.text import print_json, size, table
+
+app = typer.Typer(
+    help="Small random checkpoints, to try llmc without a download.",
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+
+@app.command("list")
+def list_models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """List the models that `llmc zoo make` can write."""
+    from llmc.compiler.zoo import list_zoo
+
+    entries = list_zoo()
+    if as_json:
+        print_json({"models": [asdict(entry) for entry in entries]})
+        return
+    rows = [("NAME", "FAMILY", "PARAMETERS", "WHAT IT HAS")]
+    rows += [(e.name, e.model_type, f"{e.parameters:,}", e.description) for e in entries]
+    print(table(rows, right=(2,)))
+
+
+@app.command()
+def make(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `llmc zoo list`.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write; new or empty.")],
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Other seeds give other weights.")] = 0,
+) -> None:
+    """Write a checkpoint with random weights.
+
+    The same name and seed give the same bytes.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from llmc.compiler import zoo
+
+    path = zoo.make(name, directory, seed)
+    print(f"{path}: {size(sum(file.stat().st_size for file in path.iterdir()))}")
