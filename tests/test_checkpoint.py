@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 
 from llmc.compiler.checkpoint import Checkpoint
-from llmc.compiler.weight_names import compare_names
 from llmc.compiler.safetensors_index import TensorRef
+from llmc.compiler.weight_names import compare_names
 from llmc.runtime.errors import CheckpointError
 
 TENSORS = {

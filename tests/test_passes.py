@@ -49,15 +49,15 @@ g (int64[1,T] input_ids, int64[1,T] position_ids) => (float[1,T,5] out)
   z = llmc.TracedRMSNorm <epsilon = 1e-5, offset = 0.0> (y, norm)
   out = llmc.TracedLinear (z, head)
 }"""
-SHAPES: dict[str, list[int | str]] = {
-    **dict.fromkeys(("x", "n", "q0", "a1", "a2", "y", "z"), [1, "T", 8]),
-    **dict.fromkeys(("cos", "sin"), [1, "T", 2]),
-    **dict.fromkeys(("k0", "v0"), [1, "T", 4]),
-    **dict.fromkeys(("q1", "a"), [1, "T", 2, 4]),
-    **dict.fromkeys(("k1", "v1"), [1, "T", 1, 4]),
-    **dict.fromkeys(("q2", "q3", "q"), [1, 2, "T", 4]),
-    **dict.fromkeys(("k2", "k", "v"), [1, 1, "T", 4]),
-    "out": [1, "T", 5],
+SHAPES: dict[str, tuple[int | str, ...]] = {
+    **dict.fromkeys(("x", "n", "q0", "a1", "a2", "y", "z"), (1, "T", 8)),
+    **dict.fromkeys(("cos", "sin"), (1, "T", 2)),
+    **dict.fromkeys(("k0", "v0"), (1, "T", 4)),
+    **dict.fromkeys(("q1", "a"), (1, "T", 2, 4)),
+    **dict.fromkeys(("k1", "v1"), (1, "T", 1, 4)),
+    **dict.fromkeys(("q2", "q3", "q"), (1, 2, "T", 4)),
+    **dict.fromkeys(("k2", "k", "v"), (1, 1, "T", 4)),
+    "out": (1, "T", 5),
 }
 BEFORE: list[Pass] = [SinkTransposes(), LowerRope(), PageAttention()]
 
@@ -68,7 +68,7 @@ def traced(text: str = TRACED) -> ir.Model:
     for node in model.graph:
         for value in node.outputs:
             value.dtype = ir.DataType.FLOAT
-            value.shape = ir.Shape(SHAPES.get(str(value.name), [1, "T", 8]))
+            value.shape = ir.Shape(SHAPES.get(str(value.name), (1, "T", 8)))
     return model
 
 

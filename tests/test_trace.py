@@ -150,7 +150,7 @@ def test_attention_that_computes_something_else_is_refused(monkeypatch: pytest.M
     [
         (
             {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16},
-            "GptOssRotaryEmbedding",
+            "module model.layers.0.mlp.experts",
         ),
         ({"model_type": "mixtral", "num_local_experts": 4}, "mixture of experts"),
         ({"model_type": "mamba", "state_size": 4, "num_hidden_layers": 1}, "Mamba"),

@@ -74,23 +74,30 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
                 tables = probes.rotary_tables(name, module, max_seq_len)
                 interception.set_forward(module, _rotary(module, tables), "rotary")
                 repeats |= {table.repeat for table in tables.values()}
-            elif kind.endswith("Experts"):
-                raise UnsupportedError(
-                    f"module {name} ({kind}) is a mixture of experts", "llmc compiles dense models so far"
-                )
-            elif isinstance(module, nn.Conv1d):
-                owner = name.rpartition(".")[0]
-                raise UnsupportedError(
-                    f"module {owner} ({type(model.get_submodule(owner)).__name__}) is not attention, but mixes "
-                    f"tokens: {name} convolves over them",
-                    "llmc has a cache for attention only, and none for state-space and other recurrent layers",
-                )
+            else:
+                _refuse(name, module, model)
         for repeat in repeats:
             _intercept_apply_rotary(model, interception, repeat)
         yield interception
     finally:
         _active.remove(interception)
         interception.undo()
+
+
+def _refuse(name: str, module: nn.Module, model: PreTrainedModel) -> None:
+    """Raises UnsupportedError for a module that the paged graph has no place for yet."""
+    kind = type(module).__name__
+    if kind.endswith("Experts"):
+        raise UnsupportedError(
+            f"module {name} ({kind}) is a mixture of experts", "llmc compiles dense models so far"
+        )
+    if isinstance(module, nn.Conv1d):
+        owner = name.rpartition(".")[0]
+        mixer = type(model.get_submodule(owner)).__name__
+        raise UnsupportedError(
+            f"module {owner} ({mixer}) is not attention, but mixes tokens: {name} convolves over them",
+            "llmc has a cache for attention only, none for state-space and other recurrent layers",
+        )
 
 
 def _linear(module: nn.Linear) -> Callable[..., torch.Tensor]:

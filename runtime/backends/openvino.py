@@ -22,9 +22,10 @@ def tested_core(threads: int | None = None) -> tuple[ov.Core, dict[str, Any]]:
     Raises BackendError if this OpenVINO is not the one the engines are made for, or fails the self-test.
     """
     if not ov.__version__.startswith(openvino_attention.SUPPORTED_VERSION):
+        wanted = openvino_attention.SUPPORTED_VERSION
         raise BackendError(
-            f"OpenVINO {ov.__version__} is installed, the engine needs {openvino_attention.SUPPORTED_VERSION}",
-            f"pip install 'openvino=={openvino_attention.SUPPORTED_VERSION}.*'",
+            f"OpenVINO {ov.__version__} is installed, the engine needs {wanted}",
+            f"pip install 'openvino=={wanted}.*'",
         )
     core = ov.Core()
     core.add_extension(openvino_attention.extension())

@@ -44,7 +44,8 @@ def main(name: Path) -> None:
         source = Path(directory) / "golden"
         config.save_pretrained(source)
         zoo.write_weights(source, zoo._weights(source), "float32", seed=1)
-        zoo._write_tokenizer(source, zoo._entry("llama-tiny"), json.loads((source / "config.json").read_text()))
+        settings = json.loads((source / "config.json").read_text())
+        zoo._write_tokenizer(source, zoo._entry("llama-tiny"), settings)
         compile_model(BuildRequest(str(source), name.with_suffix(".llmc")))
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         tokens = model.generate(
