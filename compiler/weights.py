@@ -15,6 +15,7 @@ from llmc.compiler.package import BundleWriter
 from llmc.compiler.safetensors_index import TensorRef
 from llmc.compiler.weights_writer import write_safetensors
 from llmc.passes import edit
+from llmc.passes.fuse_linears import JOIN
 from llmc.runtime.errors import BuildError
 
 WEIGHTS_FILE = "weights/model.safetensors"
@@ -31,7 +32,8 @@ def write_weights(
 ) -> int:
     """Streams every large initializer of `model` to the bundle and points the graph at it.
 
-    Parameters (initializers without data) come from `tensors` by name. Returns the bytes written.
+    Parameters (initializers without data) come from `tensors` by name, those of fused layers by the names of
+    their parts. Returns the bytes written.
     Raises BuildError if a tensor cannot be converted to the dtype that the graph wants.
     """
     values = [value for value in model.graph.initializers.values() if not _is_inline(value)]
@@ -42,7 +44,7 @@ def write_weights(
 
     def produce(name: str) -> Iterator[memoryview]:
         nonlocal done
-        for chunk in _chunks(by_name[name], tensors.get(name)):
+        for chunk in _chunks(by_name[name], tensors):
             done += chunk.nbytes
             yield chunk.data
             on_bytes(done)
@@ -86,17 +88,19 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
     return tuple(edit.dims(value))
 
 
-def _chunks(value: ir.Value, ref: TensorRef | None) -> Iterator[np.ndarray]:
+def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.ndarray]:
     dtype = _dtype(value).numpy()
     if value.const_value is not None:
         yield np.ascontiguousarray(value.const_value.numpy().astype(dtype, copy=False))
         return
-    if ref is None:
-        raise BuildError(f"the graph needs {value.name}, which the checkpoint lacks")
-    if ref.dtype not in ("F32", "F16", "BF16", "F64"):
-        raise BuildError(
-            f"tensor {value.name} is {ref.dtype}, which llmc cannot convert to {dtype}",
-            "quantized checkpoints are not supported yet; build from the original weights",
-        )
-    for chunk in ref.iter_chunks(_CHUNK_BYTES):
-        yield np.ascontiguousarray(chunk.astype(dtype, copy=False))
+    for name in str(value.name).split(JOIN):  # fused layers: one tensor after the other
+        ref = tensors.get(name)
+        if ref is None:
+            raise BuildError(f"the graph needs {name}, which the checkpoint lacks")
+        if ref.dtype not in ("F32", "F16", "BF16", "F64"):
+            raise BuildError(
+                f"tensor {name} is {ref.dtype}, which llmc cannot convert to {dtype}",
+                "quantized checkpoints are not supported yet; build from the original weights",
+            )
+        for chunk in ref.iter_chunks(_CHUNK_BYTES):
+            yield np.ascontiguousarray(chunk.astype(dtype, copy=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmc.passes.contract import Pass
 from llmc.passes.fold_reshapes import FoldReshapes
+from llmc.passes.fuse_linears import FuseLinears
 from llmc.passes.gather_logits import GatherLogits
 from llmc.passes.lower_layers import LowerLinear, LowerRMSNorm
 from llmc.passes.lower_rope import LowerRope
@@ -25,6 +26,7 @@ def pipeline() -> list[Pass]:
         # 3. Layers: standard operators, now that activations are [T, features].
         LowerLinear(),
         LowerRMSNorm(),
+        FuseLinears(),  # after LowerLinear: it joins Gemms
         # 4. Output: needs the lm_head as a Gemm.
         GatherLogits(),
     ]

@@ -5,9 +5,10 @@ Logits of ragged batches (prefill, chunked prefill, mixed steps, decode) and 64 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,12 +26,44 @@ from llmc.runtime.sampling import SamplingParams
 TOLERANCE = 1e-4  # fp32 logits
 FAMILIES = [entry.name for entry in list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 ENGINES = ("openvino", "onnxruntime")
+NEW_TOKENS = 64
 # Tokens that each of three sequences gets, step by step: prefill, mixed, decode.
 STEPS = [(70, 5, 33), (1, 40, 9), (1, 0, 17), (0, 32, 1), *[(1, 1, 1)] * 10]
 
 
-def reference(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+@dataclass(frozen=True)
+class Reference:
+    """What transformers computes, in fp32, for one checkpoint."""
+
+    sequences: list[list[int]]
+    logits: list[np.ndarray]
+    prompts: list[list[int]]
+    continuations: list[list[int]]
+
+
+@functools.cache  # both engines are compared with one run of transformers
+def reference(path: Path) -> Reference:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    model.eval()
+    rng, vocab = np.random.default_rng(1), model.config.vocab_size
+    lengths = [sum(step[s] for step in STEPS) for s in range(3)]
+    sequences = [rng.integers(0, vocab, length).tolist() for length in lengths]
+    prompts = [rng.integers(0, vocab, length).tolist() for length in (1, 9, 40)]
+    with torch.no_grad():
+        logits = [model(input_ids=torch.tensor([ids])).logits[0].numpy() for ids in sequences]
+        continuations = [
+            model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                do_sample=False,
+                min_new_tokens=NEW_TOKENS,
+                max_new_tokens=NEW_TOKENS,
+                pad_token_id=0,
+                eos_token_id=None,
+            )[0, len(prompt) :].tolist()
+            for prompt in prompts
+        ]
+    return Reference(sequences, logits, prompts, continuations)
 
 
 def backend_for(path: Path, engine: str, blocks: int = 64) -> Backend:
@@ -68,33 +101,14 @@ def run_steps(backend: Backend, sequences: list[list[int]], steps: list[tuple[in
     return [np.concatenate(row) for row in rows]
 
 
-def check_logits(model: Any, backend: Backend, vocab: int) -> None:
-    rng = np.random.default_rng(1)
-    lengths = [sum(step[s] for step in STEPS) for s in range(3)]
-    sequences = [rng.integers(0, vocab, length).tolist() for length in lengths]
-    for ids, got in zip(sequences, run_steps(backend, sequences, STEPS), strict=True):
-        with torch.no_grad():
-            expected = model(input_ids=torch.tensor([ids])).logits[0].numpy()
-        assert np.ptp(expected) > 1, "the reference must depend on its input"
-        assert np.abs(got - expected).max() < TOLERANCE
-
-
-def check_greedy(model: Any, engine: Engine, vocab: int) -> None:
-    rng = np.random.default_rng(3)
-    prompts = [rng.integers(0, vocab, length).tolist() for length in (1, 9, 40)]
-    outputs = engine.generate(prompts, SamplingParams(max_tokens=64, ignore_eos=True))
-    for prompt, output in zip(prompts, outputs, strict=True):
-        with torch.no_grad():
-            expected = model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-                do_sample=False,
-                min_new_tokens=64,
-                max_new_tokens=64,
-                pad_token_id=0,
-                eos_token_id=None,
-            )
-        assert list(output.token_ids) == expected[0, len(prompt) :].tolist()
+def check(expected: Reference, backend: Backend, max_seq_len: int) -> None:
+    """Ragged steps give the same logits, and continuous batching the same greedy tokens."""
+    for logits, got in zip(expected.logits, run_steps(backend, expected.sequences, STEPS), strict=True):
+        assert np.ptp(logits) > 1, "the reference must depend on its input"
+        assert np.abs(got - logits).max() < TOLERANCE
+    engine = Engine(backend, None, (), max_seq_len, max_batch_tokens=24, max_sequences=8)
+    outputs = engine.generate(expected.prompts, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))
+    assert [list(output.token_ids) for output in outputs] == expected.continuations
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -102,11 +116,7 @@ def check_greedy(model: Any, engine: Engine, vocab: int) -> None:
 def test_logits_and_greedy_text_equal_transformers(
     name: str, engine: str, checkpoint: Callable[[str], Path], bundle: Callable[[str], Path]
 ) -> None:
-    model = reference(checkpoint(name))
-    backend = backend_for(bundle(name), engine)
-    vocab = model.config.vocab_size
-    check_logits(model, backend, vocab)
-    check_greedy(model, Engine(backend, None, (), 256, max_batch_tokens=24, max_sequences=8), vocab)
+    check(reference(checkpoint(name)), backend_for(bundle(name), engine), 256)
 
 
 def test_only_the_softcap_family_needs_onnx_runtime(bundle: Callable[[str], Path]) -> None:
@@ -116,7 +126,4 @@ def test_only_the_softcap_family_needs_onnx_runtime(bundle: Callable[[str], Path
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_trained_checkpoint_equals_transformers(engine: str, stories: Path, stories_bundle: Path) -> None:
-    model = reference(stories)
-    backend = backend_for(stories_bundle, engine)
-    check_logits(model, backend, 512)
-    check_greedy(model, Engine(backend, None, (), 512, max_batch_tokens=24, max_sequences=8), 512)
+    check(reference(stories), backend_for(stories_bundle, engine), 512)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from llmc.passes import spec
 from llmc.passes.contract import Matches, Pass, run
 from llmc.passes.fold_reshapes import FoldReshapes
+from llmc.passes.fuse_linears import FuseLinears
 from llmc.passes.gather_logits import GatherLogits
 from llmc.passes.lower_layers import LowerLinear, LowerRMSNorm
 from llmc.passes.lower_rope import LowerRope
@@ -59,6 +61,11 @@ SHAPES: dict[str, tuple[int | str, ...]] = {
     **dict.fromkeys(("k2", "k", "v"), (1, 1, "T", 4)),
     "out": (1, "T", 5),
 }
+FLOAT = ir.TensorType(ir.DataType.FLOAT)
+WEIGHTS = {
+    name: ir.Shape([int(dim) for dim in dims.split(",")])
+    for dims, name in re.findall(r"float\[([\d,]+)\] (\w+)", TRACED + "float[4] bk")
+}
 BEFORE: list[Pass] = [SinkTransposes(), LowerRope(), PageAttention()]
 
 
@@ -69,6 +76,15 @@ def traced(text: str = TRACED) -> ir.Model:
         for value in node.outputs:
             value.dtype = ir.DataType.FLOAT
             value.shape = ir.Shape(SHAPES.get(str(value.name), (1, "T", 8)))
+    for node in model.graph:  # weights: initializers without data, as a trace has them
+        for index, given in enumerate(node.inputs):
+            if given is None or given.producer() or given.is_graph_input() or given.is_initializer():
+                continue
+            weight = model.graph.initializers.get(str(given.name))
+            if weight is None:
+                weight = ir.Value(name=given.name, shape=WEIGHTS[str(given.name)], type=FLOAT)
+                model.graph.initializers.add(weight)
+            node.replace_input_with(index, weight)
     return model
 
 
@@ -97,10 +113,11 @@ def test_the_pipeline_makes_a_canonical_graph_with_one_node_a_module() -> None:
         "fold-reshapes": 7,
         "lower-linear": 5,
         "lower-rms-norm": 3,
+        "fuse-linears": 1,
         "gather-logits": 1,
     }
     assert spec.check(model, spec.Stage.CANONICAL) == []
-    assert ops(model).count("Gemm") == 5
+    assert ops(model).count("Gemm") == 3
     assert ops(model).count("Reshape") == 7  # cos, sin; q: norm, rope, attention; k: rope, attention
     assert "Transpose" not in ops(model)
     assert [value.name for value in model.graph.inputs] == [
@@ -208,7 +225,7 @@ def test_split_axes_follow_the_packed_layout() -> None:
                 value.shape = ir.Shape([1, "T", 4])
     run(model, pipeline(), {})
     axes = [n.attributes["axis"].as_int() for n in model.graph if n.op_type in ("Split", "Concat")]
-    assert axes == [1, 1]
+    assert axes == [1, 1, 1]  # q, k, v; and these two
 
 
 def test_linear_becomes_gemm_on_the_checkpoints_own_weight() -> None:
@@ -246,6 +263,28 @@ def test_reshapes_fold_to_one_or_none() -> None:
             assert source is not None
             inner = source.producer()
             assert inner is None or inner.op_type != "Reshape"
+
+
+def test_layers_that_read_the_same_input_become_one_and_a_split() -> None:
+    model = traced()
+    run(model, [*BEFORE, PackTokens(), LowerLinear()], {})
+    outputs = [str(node.outputs[0].name) for node in model.graph if node.op_type == "Gemm"][:3]
+    assert FuseLinears()(model).count == 1
+    fused = next(node for node in model.graph if node.op_type == "Gemm")
+    assert [str(v.name) for v in fused.inputs if v is not None] == ["n", "wq|wk|wv"]
+    assert list(model.graph.initializers["wq|wk|wv"].shape or []) == [16, 8]
+    split = next(node for node in model.graph if node.op_type == "Split")
+    assert [list(v.shape or []) for v in split.outputs] == [["T", 8], ["T", 4], ["T", 4]]
+    assert len(outputs) == 3
+    assert not {"wq", "wk", "wv"} & model.graph.initializers.keys()
+
+
+def test_layers_of_which_some_have_a_bias_are_left_alone_and_reported() -> None:
+    model = traced(TRACED.replace("(n, wk)", "(n, wk, bk)"))
+    run(model, [*BEFORE, PackTokens(), LowerLinear()], {})
+    matches = FuseLinears()(model)
+    assert matches.count == 0
+    assert "bias" in matches.near_misses[0]
 
 
 def test_only_wanted_rows_reach_the_last_norm() -> None:
@@ -289,7 +328,7 @@ def test_a_pass_gets_the_stage_that_it_requires() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [SinkTransposes, LowerRope, PageAttention, PackTokens, FoldReshapes, GatherLogits]
+    "make", [SinkTransposes, LowerRope, PageAttention, PackTokens, FoldReshapes, FuseLinears, GatherLogits]
 )
 def test_a_pass_that_has_run_finds_nothing(make: Callable[[], Pass]) -> None:
     model = traced()
