@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from llmc.plugins.paged_attention import spec
 from llmc.runtime.backends import load_backend
-from llmc.runtime.bundle.manifest import Geometry
+from llmc.runtime.bundle.manifest import Geometry, Manifest
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
-from llmc.runtime.errors import RequestError
+from llmc.runtime.errors import BundleError, RequestError
 from llmc.runtime.tokenizer import Tokenizer
 
 _KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "u8": 1}
@@ -36,6 +37,7 @@ def load_engine(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     manifest = opened.manifest
+    _check_operators(manifest)
     geometry, limits = manifest.geometry, manifest.limits
     block = block_bytes(geometry, manifest.precision.kv_dtype)
     useful = max_sequences * -(-limits.max_seq_len // geometry.block_size)
@@ -65,6 +67,18 @@ def block_bytes(geometry: Geometry, kv_dtype: str) -> int:
     """Bytes of one KV block over all layers, keys and values."""
     elements = sum(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in geometry.layers)
     return elements * geometry.block_size * _KV_BYTES[kv_dtype]
+
+
+def _check_operators(manifest: Manifest) -> None:
+    """Raises BundleError if the engine uses an operator that this runtime lacks, at that ABI."""
+    ours = {f"{spec.DOMAIN}.{spec.NAME}": spec.ABI_VERSION}
+    for operator in manifest.operators:
+        if ours.get(operator.name) != operator.abi:
+            raise BundleError(
+                f"the engine needs operator {operator.name} at ABI {operator.abi}; this llmc has "
+                + ", ".join(f"{name} at ABI {abi}" for name, abi in ours.items()),
+                "build the bundle again with this llmc",
+            )
 
 
 def _default_kv_memory() -> int:
