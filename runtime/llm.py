@@ -22,7 +22,7 @@ def load_engine(
     bundle: str | os.PathLike[str] | Bundle,
     *,
     kv_memory: int | None = None,
-    max_batch_tokens: int = 512,
+    max_batch_tokens: int = 2048,
     max_sequences: int = 64,
     threads: int | None = None,
     prefix_cache: bool = True,
@@ -31,7 +31,8 @@ def load_engine(
 
     kv_memory: bytes for the KV cache; by default what `max_sequences` full contexts could use, within a
         quarter of the free memory and 4 GiB. Pages are taken from the system when first written.
-    max_batch_tokens: tokens computed in one step at most; longer prompts are prefilled in chunks.
+    max_batch_tokens: tokens computed in one step at most; longer prompts are prefilled in chunks. Smaller
+        steps let running requests go on sooner, larger ones serve more tokens a second.
     threads: CPU threads, by default one for each physical core that the process may use.
     Raises BundleError, BackendError, RequestError.
     """

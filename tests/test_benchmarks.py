@@ -14,6 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import driver  # noqa: E402
 import peers  # noqa: E402
+import rounds  # noqa: E402
 import workload  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are watched through /proc")
@@ -146,6 +147,23 @@ def test_a_silent_worker_is_given_up(peer: driver.Peer, tmp_path: Path) -> None:
         worker.timeout = 0.2
         with pytest.raises(driver.PeerError, match="no answer"):
             worker.ask(op="generate", prompts=[[5]], new_tokens=10_000)
+
+
+def test_an_interrupted_run_keeps_what_it_has(
+    fake_worker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure_start(commands: object, rules: object, record: rounds.Record, *_: object) -> None:
+        record.tools["fake-tool"] = {}
+        record.add("fake-tool", "first_token", 1.5, {"foreign": 0.0})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peers, "HERE", tmp_path)
+    monkeypatch.setattr(peers, "measure_start", measure_start)
+    (tmp_path / "config.json").write_text('{"vocab_size": 1000}')
+    assert peers.main([str(tmp_path), "--tools", "unheard-of"]) == 130
+    printed = capsys.readouterr().out
+    assert "interrupted" in printed
+    assert "1.5" in printed
 
 
 def test_a_whole_run(

@@ -88,7 +88,7 @@ def test_the_readme_states_the_data_and_no_local_path(train: Train) -> None:
     cut = raw.index(b"\n\n", len(raw) * 95 // 100) + 2
     assert digest(out.parent / "one.txt") in readme
     assert f"Bytes [0, {cut}) trained; bytes [{cut}, {len(raw)}) held out: loss " in readme
-    assert "3 steps, ended by the number of steps" in readme
+    assert "| 3 steps (`--steps 3 --minutes 35`) |" in readme
     assert "> **The king**" in readme
     assert str(out.parent) not in readme
 

@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""llmc against its peers on one checkpoint, in one run, interleaved. See benchmarks/README.md.
+
+    benchmarks/setup_peers.sh
+    python benchmarks/peers.py CHECKPOINT --rounds 3 --json result.json
+
+Run it with the interpreter that has llmc; it uses the standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from driver import HERE, Peer, PeerError, Worker, run_to_end
+from report import heading, machine, table
+from rounds import Record, Rules, measure_phases, measure_start
+from workload import phases, ratios
+
+TOOLS = ("llmc", "openvino-genai", "onnxruntime-genai", "transformers")
+READS_CHECKPOINT = ("transformers",)
+HUGE_PAGES = "+thp"
+TEXT = "Once upon a time there was a king who had three daughters, and the youngest of them"
+
+
+def find_peer(tool: str, options: argparse.Namespace) -> Peer:
+    """The tool as it is started. Converts the checkpoint first where that has not been done."""
+    name = tool.removesuffix(HUGE_PAGES)
+    worker = HERE / "peers" / f"{name.replace('-', '_')}_worker.py"
+    if not worker.is_file():
+        known = ", ".join(
+            sorted(
+                p.stem.removesuffix("_worker").replace("_", "-") for p in worker.parent.glob("*_worker.py")
+            )
+        )
+        raise PeerError(f"no such peer; known: {known}")
+    python = Path(sys.executable) if name == "llmc" else HERE / ".venvs" / name / "bin" / "python"
+    failed = HERE / ".venvs" / f"{name}.failed"
+    if failed.is_file():
+        raise PeerError("not installed: " + " ".join(failed.read_text().split()))
+    if not python.exists():
+        raise PeerError(f"not installed: run {HERE.name}/setup_peers.sh {name}")
+
+    environment = (("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),) if tool.endswith(HUGE_PAGES) else ()
+    if name in READS_CHECKPOINT:
+        return Peer(tool, python, worker, options.checkpoint, options.threads, environment)
+    model = options.work / f"{options.checkpoint.name}-{fingerprint(options.checkpoint)}" / name
+    if name == "llmc":
+        model = options.bundle or model.with_name("model.llmc")
+    peer = Peer(tool, python, worker, model, options.threads, environment)
+    if not model.exists():
+        model.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = model.with_name("unfinished-" + model.name)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        say(f"{tool}: converting the checkpoint")
+        built = run_to_end(
+            peer.command("convert", str(options.checkpoint), str(unfinished)),
+            peer.environ(),
+            log_of(tool, options),
+        )
+        unfinished.rename(model)
+        (model.parent / f"{name}.convert.json").write_text(json.dumps(built))
+    return peer
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Changes when the checkpoint's configuration or its weight files (by size and time) change."""
+    digest = hashlib.sha256()
+    for path in sorted(checkpoint.glob("*.json")):
+        digest.update(path.read_bytes())
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:12]
+
+
+def log_of(tool: str, options: argparse.Namespace) -> Path:
+    return Path(options.logs / f"{tool}.log")
+
+
+def first_token_command(peer: Peer) -> list[str]:
+    if peer.name.removesuffix(HUGE_PAGES) == "llmc":
+        limits = ["--max-tokens", "1", "--threads", str(peer.threads)]
+        return [str(peer.python), "-m", "llmc.cli.main", "run", str(peer.model), TEXT, *limits]
+    return peer.command("first", str(peer.model), TEXT)
+
+
+def heavy_imports(peer: Peer, log: Path) -> list[str]:
+    """Which large packages the first-token command imports, from the interpreter's own account."""
+    command = first_token_command(peer)
+    run_to_end([command[0], "-X", "importtime", *command[1:]], peer.environ(), log)
+    names = {line.rpartition("|")[2].strip() for line in log.read_text(errors="replace").splitlines()}
+    return sorted(names & {"torch", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt"})
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    options.logs.mkdir(parents=True, exist_ok=True)
+    peers: dict[str, Peer] = {}
+    absent: dict[str, str] = {}
+    for tool in options.tools:
+        try:
+            peers[tool] = find_peer(tool, options)
+        except PeerError as error:
+            absent[tool] = str(error)
+            say(f"{tool}: absent: {error}")
+    rules = Rules(options.rounds, options.wait_idle, options.retries)
+    record = Record()
+    try:
+        _run(peers, rules, record, options)
+    except (KeyboardInterrupt, SystemExit):
+        record.failures["this run"] = "interrupted; the table holds what was measured until then"
+    for known in record.tools.values():
+        if known.get("step_seconds"):
+            known["overhead_outside_the_engine_call"] = 1 - known["backend_seconds"] / known["step_seconds"]
+    return {
+        "machine": machine(),
+        "command": sys.argv,
+        "checkpoint": options.checkpoint.name,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "phases": [vars(p) for p in options.phases],
+        "reference": options.reference,
+        "absent": absent,
+        "failures": record.failures,
+        "tools": record.tools,
+        "samples": record.samples,
+        "ratios": ratios(record.samples, options.reference) if options.reference in record.samples else {},
+    }
+
+
+def _run(peers: dict[str, Peer], rules: Rules, record: Record, options: argparse.Namespace) -> None:
+    if "start" in options.only:
+        commands = {tool: (peer, first_token_command(peer)) for tool, peer in peers.items()}
+        measure_start(commands, rules, record, options.logs, say)
+        for tool in commands.keys() & {"llmc"} - record.failures.keys():
+            log = log_of(tool, options)
+            record.tools[tool] = {"imported_by_llmc_run": heavy_imports(peers[tool], log)}
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for tool, peer in peers.items():
+            say(f"{tool}: loading")
+            try:
+                workers[tool] = stack.enter_context(Worker(peer, log_of(tool, options)))
+            except PeerError as error:
+                record.failures[tool] = f"load: {error}"
+                continue
+            record.tools.setdefault(tool, {}).update(workers[tool].hello | conversion(peer))
+        measure_phases(workers, options.phases, options.vocabulary, options.reference, rules, record, say)
+
+
+def conversion(peer: Peer) -> dict[str, Any]:
+    """What converting the checkpoint took, where this script did it."""
+    noted = peer.model.parent / f"{peer.name}.convert.json"
+    return {"conversion": json.loads(noted.read_text())} if noted.is_file() else {}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="a local Hugging Face checkpoint directory")
+    parser.add_argument(
+        "--bundle", type=Path, help="an llmc bundle of it; built with `llmc build` when left out"
+    )
+    parser.add_argument(
+        "--tools",
+        default=",".join(TOOLS),
+        help=f"comma-separated; NAME{HUGE_PAGES}: with huge pages by malloc",
+    )
+    parser.add_argument(
+        "--reference", default="openvino-genai", help="the tool that ratios are taken against"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--new-tokens", type=int, default=64, help="per request, in the decode phases")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="where converted models are kept")
+    parser.add_argument(
+        "--wait-idle",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="before a sample, wait up to S seconds for others to be quiet",
+    )
+    parser.add_argument("--retries", type=int, default=1, help="repeat a sample that others disturbed")
+    known = ["start", *(phase.name for phase in phases(1))]
+    parser.add_argument(
+        "--only", default=",".join(known), help="comma-separated; all by default: %(default)s"
+    )
+    options = parser.parse_args(arguments)
+    options.only = options.only.split(",")
+    if unknown := set(options.only) - set(known):
+        parser.error(f"--only knows {', '.join(known)}, not {', '.join(sorted(unknown))}")
+    options.phases = [phase for phase in phases(options.new_tokens) if phase.name in options.only]
+    options.checkpoint = options.checkpoint.resolve()
+    options.tools = options.tools.split(",")
+    options.vocabulary = json.loads((options.checkpoint / "config.json").read_text())["vocab_size"]
+    options.logs = options.work / "logs"
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended
+    result = measure(options)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(heading(result))
+    print(table(result))
+    return 130 if "this run" in result["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,53 @@
+"""llmc itself: its engine, driven step by step on a bundle. Run by an interpreter that has llmc.
+
+Start to first token is not measured here but on `llmc run` as a whole process (see ../peers.py).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from protocol import Generation, main
+
+from llmc.runtime.llm import load_engine
+from llmc.runtime.sampling import SamplingParams
+
+
+class Llmc:
+    def __init__(self, model: Path, threads: int) -> None:
+        # A disturbed sample is repeated with the same prompts: a prefix cache would answer from memory.
+        self.engine = load_engine(model, threads=threads, prefix_cache=False)
+        self.describe = {"backend": type(self.engine.backend).__name__, "threads": threads}
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
+        engine = self.engine
+        steps, backend = engine.stats.step_seconds, engine.stats.backend_seconds
+        generation = Generation(len(prompts))
+        sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+        requests = {engine.add_request(prompt, sampling): i for i, prompt in enumerate(prompts)}
+        while engine.has_unfinished:
+            outputs = engine.step()
+            at = generation.now()
+            for output in outputs:
+                request = requests[output.request_id]
+                for token in output.token_ids[len(generation.tokens[request]) :]:
+                    generation.emit(request, int(token), at)
+        generation.extra = {
+            "step_seconds": engine.stats.step_seconds - steps,
+            "backend_seconds": engine.stats.backend_seconds - backend,
+        }
+        return generation
+
+
+def convert(checkpoint: Path, model: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "llmc.cli.main", "build", checkpoint, "-o", model],
+        check=True,
+        stdout=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    main(Llmc, convert=convert, packages=("llmc", "openvino", "onnxruntime", "numpy"))

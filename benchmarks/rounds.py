@@ -1,0 +1,150 @@
+"""The measuring itself: rounds over all tools, one computing at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from driver import Peer, PeerError, Worker, run_to_end, wait_until_idle
+from workload import Phase, common_prefix, metrics
+
+CLEAN = 0.1  # of the machine: a sample during which others used more than this is disturbed
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """rounds: timed ones; an untimed one comes first. wait_idle: seconds to wait for others to be
+    quiet before a sample. retries: how often a disturbed sample is repeated; the least disturbed counts."""
+
+    rounds: int
+    wait_idle: float
+    retries: int
+
+
+@dataclass
+class Record:
+    """samples: tool -> metric -> one entry a round. tools: what else is known of a tool.
+    failures: tool -> why it was given up."""
+
+    samples: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
+    tools: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def add(self, tool: str, metric: str, value: float, detail: dict[str, Any]) -> None:
+        entry = {"value": value, **detail}
+        self.samples.setdefault(tool, {}).setdefault(metric, []).append(entry)
+
+
+def measure_start(
+    commands: dict[str, tuple[Peer, list[str]]], rules: Rules, record: Record, logs: Path, say: Say
+) -> None:
+    """Fresh processes: seconds from their start to their first output, and to their end. The untimed
+    round puts the files of each tool into the page cache."""
+    for number in range(-1, rules.rounds):
+        for tool in in_turn(commands, number):
+            if tool in record.failures:
+                continue
+            peer, command = commands[tool]
+            try:
+                run = _cleanest(
+                    partial(run_to_end, command, peer.environ(), logs / f"{tool}.log"), rules, number
+                )
+            except PeerError as error:
+                record.failures[tool] = f"start: {error}"
+                continue
+            if number >= 0:
+                record.add(tool, "first_token", run["first_output_seconds"], run)
+                record.add(tool, "whole_process", run["seconds"], run)
+                say(_line(number, tool, f"first token {run['first_output_seconds']:.2f} s", run))
+
+
+def measure_phases(
+    workers: dict[str, Worker],
+    phases: list[Phase],
+    vocabulary: int,
+    reference: str,
+    rules: Rules,
+    record: Record,
+    say: Say,
+) -> None:
+    """Rounds over the phases, and in each over the tools, in an order that shifts every round. In the
+    untimed round every tool sees every shape."""
+    alive = dict(workers)
+    for number in range(-1, rules.rounds):
+        for phase in phases:
+            prompts = phase.prompts(vocabulary, seed=number)
+            continuations = {}
+            for tool in in_turn(alive, number):
+                try:
+                    answer = _sample(alive[tool], phase, prompts, rules, number)
+                except (PeerError, ValueError) as error:
+                    record.failures[tool] = f"{phase.name}: {error}"
+                    alive.pop(tool).close()
+                    continue
+                record.tools[tool]["memory"] = answer["memory"]
+                if number < 0:
+                    continue
+                continuations[tool] = answer["tokens"]
+                _take(record, tool, answer)
+                shown = ", ".join(f"{name} {value:.1f}" for name, value in answer["metrics"].items())
+                say(_line(number, tool, f"{shown} t/s", answer))
+            _compare(record, continuations, reference)
+    for tool in alive:
+        memory = record.tools[tool]["memory"]
+        record.add(tool, "peak_rss", memory["peak"] / 1e9, {"memory": memory})
+
+
+def in_turn(tools: Iterable[str], number: int) -> list[str]:
+    """All tools, each round starting with another."""
+    names = list(tools)
+    shift = number % len(names) if names else 0
+    return names[shift:] + names[:shift]
+
+
+def _sample(
+    worker: Worker, phase: Phase, prompts: list[list[int]], rules: Rules, number: int
+) -> dict[str, Any]:
+    request = {"op": "generate", "prompts": prompts, "new_tokens": phase.new_tokens}
+    answer = _cleanest(partial(worker.ask, **request), rules, number)
+    answer["metrics"] = metrics(phase, answer["times"])
+    return answer
+
+
+def _cleanest(measure: Callable[[], dict[str, Any]], rules: Rules, number: int) -> dict[str, Any]:
+    """The first sample that nobody disturbed, or else the least disturbed one. Untimed rounds take any."""
+    best: dict[str, Any] = {}
+    for _ in range(1 + rules.retries if number >= 0 else 1):
+        if number >= 0:
+            wait_until_idle(rules.wait_idle)
+        sample = measure()
+        if not best or sample["foreign"] < best["foreign"]:
+            best = sample
+        if best["foreign"] < CLEAN:
+            break
+    return best
+
+
+def _take(record: Record, tool: str, answer: dict[str, Any]) -> None:
+    times = [[round(at, 5) for at in request] for request in answer["times"]]
+    for metric, value in answer["metrics"].items():
+        record.add(tool, metric, value, {"foreign": answer["foreign"], "times": times, **answer["extra"]})
+    for key, seconds in answer["extra"].items():
+        record.tools[tool][key] = record.tools[tool].get(key, 0.0) + seconds
+
+
+def _compare(record: Record, continuations: dict[str, list[list[int]]], reference: str) -> None:
+    if reference not in continuations:
+        return
+    for tool, tokens in continuations.items():
+        known = record.tools[tool]
+        known["same_tokens"] = known.get("same_tokens", 0) + common_prefix(tokens, continuations[reference])
+        known["tokens"] = known.get("tokens", 0) + sum(map(len, tokens))
+
+
+def _line(number: int, tool: str, shown: str, sample: dict[str, Any]) -> str:
+    return f"round {number + 1}  {tool:22} {shown}, others used {sample['foreign']:.0%} of the machine"
