@@ -64,7 +64,7 @@ def heading(result: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> str:
     """Medians; in brackets how many times as good as the reference, round by round (median of that).
     `!` marks a median with a sample in it during which others used more than a tenth of the machine."""
-    tools = list(result["tools"])
+    tools = list(result["tools"] | result["samples"])
     rows = [["", *tools]]
     for metric, (name, unit, _) in METRICS.items():
         row = [f"{name}, {unit}"]
@@ -72,7 +72,7 @@ def table(result: dict[str, Any]) -> str:
             samples = result["samples"].get(tool, {}).get(metric, [])
             row.append(_cell(samples, result["ratios"].get(tool, {}).get(metric)))
         rows.append(row)
-    found = [result["tools"][tool] for tool in tools]
+    found = [result["tools"].get(tool, {}) for tool in tools]
     rows.append(
         [
             "tokens as the reference's",

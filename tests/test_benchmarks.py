@@ -153,7 +153,6 @@ def test_an_interrupted_run_keeps_what_it_has(
     fake_worker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def measure_start(commands: object, rules: object, record: rounds.Record, *_: object) -> None:
-        record.tools["fake-tool"] = {}
         record.add("fake-tool", "first_token", 1.5, {"foreign": 0.0})
         raise KeyboardInterrupt
 
