@@ -8,13 +8,13 @@ STAMP := $(VENV)/.installed
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --quiet --upgrade pip
+	$(BIN)/pip install --quiet --quiet --editable '.[dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)  ## builds the bundled checkpoint for the CPU and generates from it
 	$(BIN)/llmc build model_zoo/llama/tales --output tales.llmc --force
-	$(BIN)/llmc run tales.llmc "Once upon a time there was a" --max-tokens 120 --temperature 0.7 --top-k 40 --seed 7
+	$(BIN)/llmc run tales.llmc "Once upon a time there was a" --max-tokens 120 --temperature 0.5 --top-k 20 --seed 1
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest -q
