@@ -26,10 +26,12 @@ def paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
     """Writes the new keys and values into the caches in place and returns the output.
 
     Shapes as in `spec.py`; computes in float64; returns [T, num_heads*Dv] in the query's dtype.
+    `sinks` [num_heads] are logits without a value: each takes a share of its head's softmax.
     """
     tokens = query.shape[0]
     queries = query.reshape(tokens, num_heads, -1).astype(np.float64)
@@ -55,6 +57,9 @@ def paged_attention(
                 scores = all_keys[g, first : position + 1] @ queries[t, h] * scale
                 if softcap > 0:
                     scores = softcap * np.tanh(scores / softcap)
-                weights = np.exp(scores - scores.max())
-                output[t, h] = weights @ all_values[g, first : position + 1] / weights.sum()
+                sink = -np.inf if sinks is None else float(sinks[h])
+                top = max(scores.max(), sink)
+                weights = np.exp(scores - top)
+                total = weights.sum() + np.exp(sink - top)
+                output[t, h] = weights @ all_values[g, first : position + 1] / total
     return output.reshape(tokens, -1).astype(query.dtype)

@@ -1,0 +1,215 @@
+"""Compiles variants of the kernels to cubin and PTX, without a GPU.
+
+    python -m llmc.plugins.paged_attention.compile_kernels --table [--sm 90] [--cache DIR]
+
+prints registers, spills and shared memory of a few common head shapes (the table of `docs/kernels.md`).
+Registers and spills are what ptxas says (`-v`) while it makes the cubin; shared memory is Triton's figure
+for the launch (dynamic shared memory), checked against what the SM has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llmc.plugins.paged_attention.launch import (
+    ARGUMENTS,
+    FP8,
+    SHARED_LIMIT,
+    SMS,
+    Attention,
+    Variant,
+    configure,
+    signature,
+    variants_for,
+)
+
+_SOURCE = Path(__file__).with_name("kernels.py")
+
+
+class CompileError(RuntimeError):
+    """A kernel that cannot be compiled, or that would not fit the GPU."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled variant. Launch it with num_warps * 32 threads and `shared_memory` bytes of dynamic shared
+    memory (above 48 KiB only after cuFuncSetAttribute); its parameters are `signature`, in order, and two
+    null pointers for scratch memory that these kernels do not use."""
+
+    name: str
+    sm: int
+    cubin: bytes
+    ptx: bytes
+    shared_memory: int
+    num_warps: int
+    registers: int
+    spills: int  # bytes a thread stores to and loads from local memory
+    signature: dict[str, str]
+
+
+def compile_variant(variant: Variant, sm: int, cache: Path) -> Kernel:
+    """The kernel from `cache` (a directory), or compiled and put there.
+
+    The key is the hash of the kernels' source, Triton's version, the variant, its configuration and the SM.
+    The result is the same for every place on disk that the package is installed at.
+    """
+    key = cache_key(variant, sm)
+    found = _read(cache / key)
+    if found is None:
+        found = _compile(variant, sm)
+        _write(cache / key, found)
+    return found
+
+
+def cache_key(variant: Variant, sm: int) -> str:
+    config = configure(variant, sm)
+    parts = [
+        hashlib.sha256(_SOURCE.read_bytes()).hexdigest(), version("triton"),
+        asdict(variant), asdict(config), signature(variant), sm,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _compile(variant: Variant, sm: int) -> Kernel:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from llmc.plugins.paged_attention import kernels
+
+    if triton.knobs.runtime.interpret:
+        raise CompileError("TRITON_INTERPRET is set: kernels of this process cannot be compiled")
+    config, types = configure(variant, sm), signature(variant)
+    function = getattr(kernels, variant.kernel)
+    aligned: dict[tuple[int, ...], Any] = {
+        (i,): [["tt.divisibility", 16]] for i, type_ in enumerate(types.values()) if type_.startswith("*")
+    }
+    constants = {n: bool(c) if isinstance(c, bool) else int(c) for n, c in config.constants.items()}
+    source = ASTSource(function, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
+    options = {
+        "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    with _quiet_triton() as log:
+        try:
+            built: Any = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+        except Exception as error:
+            raise CompileError(f"{variant} for SM{sm}: {error}") from error
+    made = built.metadata
+    if made.shared > SHARED_LIMIT[sm]:
+        raise CompileError(
+            f"{variant} wants {made.shared} bytes of shared memory; SM{sm} has {SHARED_LIMIT[sm]}"
+        )
+    if made.global_scratch_size or made.profile_scratch_size:
+        raise CompileError(f"{variant} for SM{sm} wants scratch memory, which the launcher does not give")
+    registers, spills = _ptxas_figures(log.getvalue())
+    return Kernel(
+        name=made.name, sm=sm, cubin=built.asm["cubin"], ptx=built.asm["ptx"].encode(),
+        shared_memory=made.shared, num_warps=made.num_warps, registers=registers, spills=spills,
+        signature=types,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _quiet_triton() -> Iterator[io.StringIO]:
+    """Triton with a cache of its own, no line information (it holds paths), and ptxas's log caught."""
+    from triton import knobs
+
+    log = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        for group in (knobs.cache, knobs.compilation, knobs.nvidia):
+            stack.enter_context(group.scope())
+        stack.enter_context(contextlib.redirect_stdout(log))
+        knobs.cache.dir = folder
+        knobs.compilation.disable_line_info = True
+        knobs.nvidia.dump_ptxas_log = True
+        yield log
+
+
+def _ptxas_figures(log: str) -> tuple[int, int]:
+    used = re.search(r"Used (\d+) registers", log)
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if used is None or spilled is None:
+        raise CompileError(f"ptxas did not say how many registers it used: {log.strip()!r}")
+    return int(used[1]), int(spilled[1]) + int(spilled[2])
+
+
+def _read(stem: Path) -> Kernel | None:
+    """A cached kernel; None where there is none, or where its files do not match its record."""
+    try:
+        record = json.loads(stem.with_suffix(".json").read_text())
+        code = {kind: stem.with_suffix(f".{kind}").read_bytes() for kind in ("cubin", "ptx")}
+        if any(hashlib.sha256(code[kind]).hexdigest() != record.pop(f"{kind}_sha256") for kind in code):
+            return None
+        return Kernel(cubin=code["cubin"], ptx=code["ptx"], **record)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(stem: Path, kernel: Kernel) -> None:
+    """The record last, each file renamed when whole: a reader sees all of a kernel or none."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    record = asdict(kernel)
+    code = {kind: record.pop(kind) for kind in ("cubin", "ptx")}
+    record |= {f"{kind}_sha256": hashlib.sha256(data).hexdigest() for kind, data in code.items()}
+    files = {**code, "json": (json.dumps(record, indent=1) + "\n").encode()}
+    for kind, data in files.items():
+        target = stem.with_suffix(f".{kind}")
+        part = target.with_suffix(f".{kind}.{os.getpid()}")
+        part.write_bytes(data)
+        part.replace(target)
+
+
+# Head shapes of the table, and of the full compile test.
+COMMON = {
+    "heads of 64, groups of 4": Attention(32, 8, 64, 64),
+    "heads of 64, window, sinks (gpt-oss)": Attention(64, 8, 64, 64, window=128, sinks=True),
+    "heads of 128, groups of 4": Attention(32, 8, 128, 128),
+    "heads of 192 and 128, no groups": Attention(16, 16, 192, 128),
+    "heads of 256, window, softcap (Gemma 2)": Attention(8, 4, 256, 256, window=4096, softcap=50.0),
+}
+PAIRS: tuple[tuple[str, str | None], ...] = (("bf16", None), ("fp16", None), ("bf16", FP8), ("fp16", FP8))
+
+
+def table(sms: Iterable[int], cache: Path, pairs: Iterable[tuple[str, str | None]] = PAIRS[:3:2]) -> str:
+    """Markdown: registers a thread and shared memory (KiB) for each variant and SM; `!` marks spills."""
+    sms = list(sms)
+    rows = ["| kernel | " + " | ".join(f"SM{sm}" for sm in sms) + " |", "|---" * (len(sms) + 1) + "|"]
+    for variant in sorted(
+        variants_for(COMMON.values(), pairs), key=lambda v: list(ARGUMENTS).index(v.kernel)
+    ):
+        cells = []
+        for sm in sms:
+            kernel = compile_variant(variant, sm, cache)
+            spill = f" !{kernel.spills}" if kernel.spills else ""
+            cells.append(f"{kernel.registers}, {kernel.shared_memory / 1024:.0f}{spill}")
+        rows.append(f"| `{variant}` | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile the kernels of llmc.PagedAttention.")
+    parser.add_argument(
+        "--table", action="store_true", required=True, help="print registers and shared memory"
+    )
+    parser.add_argument("--sm", type=int, action="append", choices=SMS, help="an SM (default: all)")
+    parser.add_argument("--cache", type=Path, help="where compiled kernels are kept (default: nowhere)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print(table(options.sm or SMS, options.cache or Path(folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""What to launch for a step of `llmc.PagedAttention`: variants, tiles, grids, splits, scratch.
+
+Nothing here imports torch, triton or CUDA at the top: the plan can be made, printed and tested anywhere.
+A variant is one compiled kernel; `configure` is the only place that chooses tiles. All tensors are
+contiguous and begin at multiples of 16 bytes (the kernels are compiled for that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+SMS = (80, 86, 89, 90, 100, 120)
+# Shared memory a block may have, bytes: CUDA C++ programming guide, table of compute capabilities.
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+DTYPES = ("fp16", "bf16")
+FP8 = "fp8e4m3"  # of the cache; its elements are passed to the kernels as bytes
+FP8_CONVERSION = 89  # the first SM with an instruction that widens E4M3 (PTX ISA, cvt)
+MAX_HEAD_DIM = 256
+MAX_GROUP = 64  # query heads of one key/value head
+MAX_SPLITS = 64
+MIN_KEYS_PER_SPLIT = 256  # below this, a split's start-up costs more than its share of the cache
+_CHUNK = 128  # sequences looked at together when a program finds its own
+
+_STEP = dict.fromkeys(("query_start", "past_lengths", "block_indices", "block_begins"), "*i32")
+_SCALARS = {"scale": "fp32", "softcap": "fp32", "window": "i32", "k_scale": "fp32", "v_scale": "fp32"}
+_PARTIAL = {"partial_sums": "*fp32", "partial_top": "*fp32", "partial_total": "*fp32"}
+_CACHES = {"key_cache": "*cache", "value_cache": "*cache"}
+# Kernel -> its run-time arguments, in order. `*model` and `*cache` depend on the variant.
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "write_kv": {"key": "*model", "value": "*model", **_CACHES, **_STEP}
+    | {"num_sequences": "i32", "k_scale": "fp32", "v_scale": "fp32"},
+    "prefill": {"output": "*model", "query": "*model", **_CACHES, **_STEP, "sinks": "*fp32"}
+    | {"num_sequences": "i32", **_SCALARS},
+    "decode": {"output": "*model", **_PARTIAL, "query": "*model", **_CACHES, **_STEP, "sinks": "*fp32"}
+    | {"num_splits": "i32", **_SCALARS},
+    "reduce": {"output": "*model", **_PARTIAL, "query_start": "*i32", "num_splits": "i32"},
+}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attributes of one layer, as in `spec.py`, with the head sizes and whether it has sinks."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} query heads do not share {self.num_kv_heads} key/value heads")
+        if self.num_heads // self.num_kv_heads > MAX_GROUP:
+            raise ValueError(f"more than {MAX_GROUP} query heads to a key/value head")
+        if (
+            not 1
+            <= min(self.head_dim, self.v_head_dim)
+            <= max(self.head_dim, self.v_head_dim)
+            <= MAX_HEAD_DIM
+        ):
+            raise ValueError(
+                f"head sizes {self.head_dim}, {self.v_head_dim}: 1 to {MAX_HEAD_DIM} are supported"
+            )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel to compile. Fields that a kernel does not depend on hold their defaults (`variant`)."""
+
+    kernel: str
+    dtype: str
+    kv_dtype: str
+    num_kv_heads: int
+    group: int = 1
+    head_dim: int = 0
+    v_head_dim: int = 0
+    has_window: bool = False
+    has_sinks: bool = False
+    has_softcap: bool = False
+
+    def __str__(self) -> str:
+        flags = [n for n in ("window", "sinks", "softcap") if getattr(self, f"has_{n}")]
+        cache = ["fp8kv"] if self.kv_dtype == FP8 else []
+        sizes = f"h{self.num_kv_heads}x{self.group}d{self.head_dim or self.v_head_dim}"
+        if self.head_dim and self.head_dim != self.v_head_dim:
+            sizes += f"v{self.v_head_dim}"
+        return "-".join([self.kernel, self.dtype, *cache, sizes, *flags])
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a variant is compiled for one SM."""
+
+    constants: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    variant: Variant
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of one step, in order, on one stream; `scratch` holds float32 tensors by argument name."""
+
+    launches: tuple[Launch, ...]
+    num_splits: int
+    scratch: Mapping[str, tuple[int, ...]]
+
+    @property
+    def scratch_bytes(self) -> int:
+        return sum(4 * int(np.prod(shape)) for shape in self.scratch.values())
+
+
+def variant(kernel: str, attention: Attention, dtype: str, kv_dtype: str | None = None) -> Variant:
+    """The variant of a kernel that serves a layer; kv_dtype None: the cache has the model's dtype."""
+    if dtype not in DTYPES:
+        raise ValueError(f"activations of {dtype}: choose one of {', '.join(DTYPES)}")
+    kv_dtype = kv_dtype or dtype
+    if kv_dtype not in (dtype, FP8):
+        raise ValueError(f"a cache of {kv_dtype} for activations of {dtype}: choose {dtype} or {FP8}")
+    a = attention
+    if kernel == "reduce":  # reads no cache
+        return Variant(kernel, dtype, dtype, a.num_kv_heads, a.num_heads // a.num_kv_heads, 0, a.v_head_dim)
+    whole = Variant(
+        kernel, dtype, kv_dtype, a.num_kv_heads, a.num_heads // a.num_kv_heads, a.head_dim, a.v_head_dim,
+        a.window > 0, a.sinks, a.softcap > 0,
+    )  # fmt: skip
+    if kernel == "write_kv":
+        return replace(whole, group=1, has_window=False, has_sinks=False, has_softcap=False)
+    return whole
+
+
+def variants_for(
+    layers: Iterable[Attention], dtypes: Iterable[tuple[str, str | None]]
+) -> tuple[Variant, ...]:
+    """Every kernel that a model with these layers needs, once, for each (dtype, kv_dtype)."""
+    pairs = list(dtypes)
+    found = [variant(k, layer, *pair) for layer in layers for pair in pairs for k in ARGUMENTS]
+    return tuple(dict.fromkeys(found))
+
+
+def signature(v: Variant) -> dict[str, str]:
+    """Run-time arguments -> Triton types. (Triton appends two scratch pointers; pass null for both.)"""
+    types = {"*model": f"*{v.dtype}", "*cache": "*u8" if v.kv_dtype == FP8 else f"*{v.dtype}"}
+    return {name: types.get(type_, type_) for name, type_ in ARGUMENTS[v.kernel].items()}
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The next power of two: Triton's tensors have no other sizes, and tl.dot wants at least 16."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def configure(v: Variant, sm: int) -> Config:
+    """Tiles and constants. Raises ValueError for an SM that the kernels are not made for."""
+    if sm not in SHARED_LIMIT:
+        raise ValueError(f"SM{sm}: kernels are made for {', '.join(f'SM{s}' for s in SMS)}")
+    wide, v_wide = padded(v.head_dim or 1), padded(v.v_head_dim)
+    sizes = {"V_HEAD_DIM": v.v_head_dim, "V_HEAD_DIM_PAD": v_wide}
+    if v.kernel == "reduce":
+        sizes |= {"HEADS": v.num_kv_heads * v.group, "MAX_SPLITS": MAX_SPLITS}
+        return Config(sizes, num_warps=2 if v_wide <= 128 else 4, num_stages=2)
+    sizes |= {"KV_HEADS": v.num_kv_heads, "HEAD_DIM": v.head_dim, "HEAD_DIM_PAD": wide}
+    sizes |= {"FP8": 0 if v.kv_dtype != FP8 else 2 if sm >= FP8_CONVERSION else 1}
+    if v.kernel == "write_kv":
+        sizes |= {"KV_HEADS_PAD": padded(v.num_kv_heads, 1), "CHUNK": _CHUNK}
+        return Config(sizes, num_warps=4, num_stages=2)
+    sizes |= {"GROUP": v.group, "HAS_WINDOW": v.has_window, "HAS_SINKS": v.has_sinks}
+    sizes |= {"HAS_SOFTCAP": v.has_softcap}
+    widest = max(wide, v_wide)
+    roomy = SHARED_LIMIT[sm] > 200_000
+    if v.kernel == "decode":
+        keys, stages = (64, 3) if widest <= 128 else (32, 3)
+        return Config(sizes | {"ROWS": padded(v.group), "KEYS": keys}, num_warps=4, num_stages=stages)
+    rows, keys, warps, stages = 128, 64, 8, 2
+    if roomy and widest <= 64:
+        warps, stages = 4, 3
+    elif not roomy and widest > 64:  # without wgmma, larger tiles spill registers
+        rows, keys = (128, 32) if widest <= 128 else (64, 32)
+    return Config(sizes | {"ROWS": rows, "KEYS": keys, "CHUNK": _CHUNK}, num_warps=warps, num_stages=stages)
+
+
+def splits(sequences: int, num_kv_heads: int, longest: int, multiprocessors: int) -> int:
+    """How many programs share a sequence's cache: enough for two on each multiprocessor, not more."""
+    wanted = -(-2 * multiprocessors // max(1, sequences * num_kv_heads))
+    return max(1, min(wanted, longest // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
+
+
+def plan(
+    attention: Attention,
+    dtype: str,
+    kv_dtype: str | None,
+    query_start: np.ndarray,
+    past_lengths: np.ndarray,
+    *,
+    sm: int,
+    multiprocessors: int,
+    num_splits: int | None = None,
+) -> Plan:
+    """The launches of a step, from its host-side lengths.
+
+    Only three facts of the step decide: the number of tokens, of sequences, and which kinds of sequence
+    there are. The kernels find their sequences on the device, so a plan made for a captured CUDA graph
+    serves every step of the same shapes.
+    """
+    new = np.diff(query_start)
+    tokens, count = int(query_start[-1]), len(new)
+    if len(past_lengths) != count or count == 0 or int(query_start[0]) != 0 or (new < 0).any():
+        raise ValueError("query_start begins with 0, does not fall, and has one entry more than past_lengths")
+    heads, kv_heads = attention.num_heads, attention.num_kv_heads
+    single = new == 1
+    launches = []
+
+    def add(kernel: str, *grid: int) -> None:
+        launches.append(Launch(variant(kernel, attention, dtype, kv_dtype), (*grid, 1, 1)[:3]))  # type: ignore[arg-type]
+
+    if tokens:
+        add("write_kv", tokens)
+    if (new > 1).any():
+        tile_rows = configure(variant("prefill", attention, dtype, kv_dtype), sm).constants["ROWS"]
+        tile_tokens = tile_rows // (heads // kv_heads)
+        add("prefill", tokens // tile_tokens + count, kv_heads)
+    if not single.any():
+        return Plan(tuple(launches), 1, {})
+    longest = int((past_lengths + new)[single].max())
+    if attention.window:
+        longest = min(longest, attention.window)
+    if num_splits is None:
+        num_splits = splits(int(single.sum()), kv_heads, longest, multiprocessors)
+    if not 1 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"{num_splits} splits: 1 to {MAX_SPLITS} are possible")
+    add("decode", count, kv_heads, num_splits)
+    if num_splits == 1:
+        return Plan(tuple(launches), 1, {})
+    add("reduce", count, heads)
+    rows = (count, heads, num_splits)
+    scratch = {"partial_sums": (*rows, attention.v_head_dim), "partial_top": rows, "partial_total": rows}
+    return Plan(tuple(launches), num_splits, scratch)
+
+
+def run_interpreted(
+    attention: Attention, dtype: str, kv_dtype: str | None, plan: Plan, tensors: Mapping[str, Any], *,
+    scale: float, k_scale: float = 1.0, v_scale: float = 1.0, sm: int = 80,
+) -> None:  # fmt: skip
+    """Runs a plan with Triton's interpreter (TRITON_INTERPRET=1 before triton is imported).
+
+    `tensors` are torch CPU tensors under the kernels' argument names, `output` among them, an FP8 cache as
+    uint8; written in place. For tests: it takes milliseconds a program.
+    """
+    from llmc.plugins.paged_attention import kernels
+
+    _mend_interpreter()
+    nothing = tensors["query"].float().new_full((1,), float("nan"))
+    scalars = {
+        "scale": scale, "softcap": attention.softcap, "window": attention.window, "k_scale": k_scale,
+        "v_scale": v_scale, "num_splits": plan.num_splits, "num_sequences": len(tensors["past_lengths"]),
+    }  # fmt: skip
+    scratch = {name: nothing.new_full(shape, float("nan")) for name, shape in plan.scratch.items()}
+    for launch in plan.launches:
+        given: dict[str, Any] = {**dict.fromkeys([*_PARTIAL, "sinks"], nothing), **scratch, **scalars}
+        given |= tensors
+        arguments = {name: given[name] for name in signature(launch.variant)}
+        kernel = getattr(kernels, launch.variant.kernel)
+        kernel[launch.grid](**arguments, **configure(launch.variant, sm).constants)
+
+
+def _mend_interpreter() -> None:
+    """Triton 3.9's interpreter multiplies bfloat16 matrices by their bits and truncates float32 to bfloat16;
+    a GPU multiplies numbers and rounds to nearest even. Bits of a bfloat16 are a float32's upper half."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "llmc_mended", False):
+        return
+    dot, trunc = builder.create_dot, builder.create_fp_trunc
+
+    def widen(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def right_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widen(a), widen(b), *rest)
+
+    def right_trunc(self: Any, x: Any, to: Any) -> Any:
+        if to.scalar != tl.bfloat16 or x.dtype.scalar != tl.float32:
+            return trunc(self, x, to)
+        bits = np.ascontiguousarray(x.data).view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = np.where(np.isnan(x.data), (bits >> 16) | 0x40, rounded)
+        return interpreter.TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
+
+    builder.create_dot, builder.create_fp_trunc, builder.llmc_mended = right_dot, right_trunc, True
