@@ -1,0 +1,44 @@
+"""What TensorRT's messages mean, in llmc's words: a fact, and the way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+_DTYPES = {"b16": "bf16", "f16": "fp16", "f8e4m3": "fp8", "fp4_e2m1": "fp4"}  # TensorRT's names -> ours
+REPORT = "please report this with the model's config.json"
+
+
+class EngineError(Exception):
+    """`kind` is a key of `tensorrt_build._ERRORS`."""
+
+    def __init__(self, message: str, hint: str, kind: str = "build") -> None:
+        super().__init__(message)
+        self.hint, self.kind = hint, kind
+
+
+def explain(complaints: Iterable[str], modules: Mapping[str, str]) -> EngineError:
+    """What TensorRT's messages mean. `modules`: node name -> module of the checkpoint."""
+    lines = [line.strip() for line in complaints if line.strip()]
+    text = "\n".join(lines)
+    if found := re.search(
+        r"Cannot compile for target\(s\) ([\w, ]+?),? because.*?datatypes: ([\w, ]+)", text
+    ):
+        gpus, dtypes = found[1].upper(), ", ".join(_DTYPES.get(d, d) for d in re.findall(r"\w+", found[2]))
+        return EngineError(
+            f"TensorRT cannot compile {dtypes} for {gpus}",
+            "leave this GPU out of --sm, or build with another --dtype",
+            "unsupported",
+        )
+    if re.search(r"out of memory|bad_alloc|OutOfMemory", text, re.IGNORECASE):
+        return EngineError(
+            "TensorRT ran out of memory", "a build takes about three times the size of the weights"
+        )
+    first = lines[0] if lines else "TensorRT gave no reason"
+    named = max(
+        (name for name in modules if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", text)),
+        key=len,
+        default="",
+    )
+    where = f" for module {modules[named]}" if named else ""
+    return EngineError(f"TensorRT could not build the engine{where}: {first}", REPORT)

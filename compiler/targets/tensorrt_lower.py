@@ -1,0 +1,106 @@
+"""From the canonical graph to the ONNX file that TensorRT's parser takes, strongly typed.
+
+Nearly all of the canonical graph is taken as it is (TensorRT-RTX 1.7.1, 2026-11-23): RotaryEmbedding over
+[T, heads, 1, D] without position ids, RMSNormalization (statistics in fp32, rounded before the weight, as
+Llama does), Gather with int32 indices, Split, Gemm. What is changed:
+
+PagedAttention   names its plugin; the file carries no function body, which the parser would take instead
+norm(x, w + 1)   Gemma: transformers adds, normalizes and scales in fp32 and rounds once, so does the graph
+logits           leave in fp32: numpy and every sampler want that, and widening is exact
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from llmc.compiler.geometry import attention_nodes
+from llmc.passes import edit
+from llmc.passes.spec import module_of
+from llmc.plugins.paged_attention import tensorrt_plugin as plugin
+from llmc.runtime.errors import BuildError
+
+DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+MODULE = "llmc.module"  # node metadata: the checkpoint's module, for messages
+
+
+def lower_for_tensorrt(model: ir.Model, dtype: str) -> None:
+    """Turns a canonical graph that was traced in `dtype` ("fp16" or "bf16") into TensorRT's. In place.
+
+    Raises BuildError if the graph computes in another dtype.
+    """
+    wanted = DTYPES[dtype]
+    for node in attention_nodes(model):
+        if (found := edit.operand(node, 0).dtype) != wanted:
+            raise BuildError(f"{module_of(node)} computes in {found}, the TensorRT engine in {dtype}")
+        node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", plugin.NAMESPACE)
+        node.attributes["plugin_version"] = ir.AttrString("plugin_version", plugin.VERSION)
+    for node in list(model.graph):
+        if node.op_type == "RMSNormalization":
+            _widen_offset_norm(node)
+    _widen_logits(model.graph)
+    model.functions.clear()
+    edit.remove_unused(model)
+    _complete(model)
+
+
+def serialize(model: ir.Model) -> bytes:
+    """The bytes of the ONNX file; the same model gives the same bytes."""
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def _widen_offset_norm(node: ir.Node) -> None:
+    """norm(x, Add(w, c)) -> Cast(norm(Cast(x, fp32), Add(Cast(w, fp32), c)))."""
+    x, scale = edit.operand(node, 0), edit.operand(node, 1)
+    add = scale.producer()
+    if add is None or add.op_type != "Add":
+        return
+    weight, offset = edit.operand(add, 0), edit.operand(add, 1)
+    name, graph = node.name or str(node.outputs[0].name), node.graph
+    assert isinstance(graph, ir.Graph)
+    assert weight.dtype is not None
+    assert offset.const_value is not None
+    one = edit.constant(graph, offset.const_value.numpy().astype("float32"), f"{offset.name}_wide")
+    wide_weight = _cast(node, weight, ir.DataType.FLOAT, f"{name}.wide_weight")
+    wide_scale = edit.insert(node, "Add", [wide_weight, one], {}, f"{name}.wide_scale", edit.dims(weight))
+    wide_x = _cast(node, x, ir.DataType.FLOAT, f"{name}.wide_x")
+    settings = {key: edit.attribute(node, key) for key in ("axis", "epsilon")}
+    shape = list(x.shape or [])
+    wide = edit.insert(node, "RMSNormalization", [wide_x, wide_scale], settings, f"{name}.wide", shape)
+    edit.replace(node, _cast(node, wide, weight.dtype, f"{name}.rounded"))
+
+
+def _widen_logits(graph: ir.Graph) -> None:
+    logits = graph.outputs[0]
+    if logits.dtype == ir.DataType.FLOAT:
+        return
+    last = logits.producer()
+    assert last is not None
+    narrow, logits.name = logits, "logits_narrow"
+    wide = _cast(last, narrow, ir.DataType.FLOAT, "logits")
+    graph.outputs[0] = wide
+
+
+def _cast(near: ir.Node, x: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
+    """Cast(x, dtype), inserted before `near`; `_complete` puts the nodes in order."""
+    value = edit.insert(near, "Cast", [x], {"to": dtype.value}, name, list(x.shape or []))
+    value.dtype = dtype
+    return value
+
+
+def _complete(model: ir.Model) -> None:
+    """Drops the exporter's trail, which holds paths of this machine; keeps each node's module."""
+    model.ir_version = 10
+    model.producer_name, model.producer_version, model.doc_string = "llmc", None, None
+    for node in model.graph:
+        module = module_of(node)
+        node.metadata_props.clear()
+        node.metadata_props[MODULE] = module
+        node.doc_string = None
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.name = "llmc"
+    common.NameFixPass()(model)
+    common.TopologicalSortPass()(model)

@@ -1,0 +1,162 @@
+"""`llmc.PagedAttention` as a TensorRT plugin in Python: what the builder must know of shapes and memory.
+
+One class is core, build and runtime (`IPluginV3`); its creator turns the node's attributes, or the fields
+stored in an engine, into it. `make_plugin` takes the module, because `tensorrt_rtx` and `tensorrt` have the
+same classes and a process uses one of them. The caches come out where they went in: outputs 1 and 2 alias
+inputs 3 and 4, for which the builder needs `PreviewFeature.ALIASED_PLUGIN_IO_10_03`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmc.plugins.paged_attention.spec import ABI_VERSION, DOMAIN, NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+NAMESPACE = DOMAIN
+VERSION = str(ABI_VERSION)
+_QUERY, _KEY_CACHE, _VALUE_CACHE = 0, 3, 4
+_INPUTS, _OUTPUTS = 9, 3
+_STEP_INPUTS = range(5, 9)  # int32; all others have the model's dtype
+_ALIASES = {1: _KEY_CACHE, 2: _VALUE_CACHE}
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """The node's attributes, as `spec.py` defines them."""
+
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    window: int
+    softcap: float
+
+    @classmethod
+    def read(cls, given: Mapping[str, int | float]) -> Attributes:
+        """From a node's or an engine's fields. Raises ValueError naming what is missing or impossible."""
+        known = {field.name for field in fields(cls)}
+        if missing := sorted(known - given.keys()):
+            raise ValueError(f"{DOMAIN}.{NAME} lacks {', '.join(missing)}")
+        if unknown := sorted(given.keys() - known):
+            raise ValueError(f"{DOMAIN}.{NAME} of ABI {VERSION} does not know {', '.join(unknown)}")
+        heads, kv_heads, window = (int(given[name]) for name in ("num_heads", "num_kv_heads", "window"))
+        if kv_heads < 1 or heads < 1 or heads % kv_heads:
+            raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads")
+        return cls(heads, kv_heads, float(given["scale"]), window, float(given["softcap"]))
+
+
+def make_plugin(trt: Any) -> Any:
+    """The plugin's creator for the TensorRT module `trt`; register it with `trt.get_plugin_registry()`.
+
+    Keep a reference to it as long as TensorRT may use it.
+    """
+    float_types = (trt.DataType.HALF, trt.DataType.BF16)
+    field_types = {
+        int: (np.int32, trt.PluginFieldType.INT32),
+        float: (np.float32, trt.PluginFieldType.FLOAT32),
+    }
+
+    class PagedAttentionPlugin(
+        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime
+    ):
+        """One attention layer."""
+
+        def __init__(self, attributes: Attributes) -> None:
+            trt.IPluginV3.__init__(self)
+            trt.IPluginV3OneCore.__init__(self)
+            trt.IPluginV3OneBuildV2.__init__(self)
+            trt.IPluginV3OneRuntime.__init__(self)
+            self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, VERSION, NAMESPACE
+            self.num_outputs = _OUTPUTS
+            self.attributes = attributes
+            self._stored: list[np.ndarray] = []  # what get_fields_to_serialize points to
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            del kind  # this object is all three
+            return self
+
+        def clone(self) -> Any:
+            return PagedAttentionPlugin(self.attributes)
+
+        # Build.
+
+        def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+            return [input_types[_QUERY], input_types[_KEY_CACHE], input_types[_VALUE_CACHE]]
+
+        def get_output_shapes(
+            self, inputs: Sequence[Any], shape_inputs: Sequence[Any], expr: Any
+        ) -> list[Any]:
+            del shape_inputs
+            value_size = inputs[_VALUE_CACHE][3]
+            heads = expr.constant(self.attributes.num_heads)
+            features = expr.operation(trt.DimensionOperation.PROD, heads, value_size)
+            output = trt.DimsExprs([inputs[_QUERY][0], features])
+            return [output, trt.DimsExprs(inputs[_KEY_CACHE]), trt.DimsExprs(inputs[_VALUE_CACHE])]
+
+        def supports_format_combination(self, pos: int, in_out: Sequence[Any], num_inputs: int) -> bool:
+            tensor = in_out[pos].desc
+            if num_inputs != _INPUTS or tensor.format != trt.TensorFormat.LINEAR:
+                return False
+            if pos in _STEP_INPUTS:
+                return tensor.type == trt.DataType.INT32
+            return tensor.type in float_types and tensor.type == in_out[_QUERY].desc.type
+
+        def get_aliased_input(self, output: int) -> int:
+            return _ALIASES.get(output, -1)
+
+        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            del outputs
+            heads, kv_heads = self.attributes.num_heads, self.attributes.num_kv_heads
+            query, key = inputs[_QUERY].desc.dims, inputs[_KEY_CACHE].desc.dims
+            if key[1] != kv_heads or query[1] != heads * key[3]:
+                raise ValueError(
+                    f"query {list(query)} and key cache {list(key)} contradict {self.attributes}"
+                )
+
+        # Runtime.
+
+        def get_fields_to_serialize(self) -> Any:
+            stored = trt.PluginFieldCollection([])
+            self._stored = []
+            for name, value in asdict(self.attributes).items():
+                dtype, field_type = field_types[type(value)]
+                self._stored.append(np.array([value], dtype))
+                stored.append(trt.PluginField(name, self._stored[-1], field_type))
+            return stored
+
+        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            del inputs, outputs
+
+        def set_tactic(self, tactic: int) -> None:
+            del tactic
+
+        def attach_to_context(self, context: Any) -> Any:
+            del context
+            return self.clone()
+
+        def enqueue(self, *tensors: Any) -> None:
+            del tensors
+            raise RuntimeError(
+                f"{DOMAIN}.{NAME} has no kernels in this process: llmc builds TensorRT engines, "
+                "its runtime cannot launch them yet"
+            )
+
+    class PagedAttentionCreator(trt.IPluginCreatorV3One):
+        """Makes the plugin, for a node of the ONNX file or for one stored in an engine."""
+
+        def __init__(self) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_version, self.plugin_namespace = NAME, VERSION, NAMESPACE
+            described = [trt.PluginField(field.name) for field in fields(Attributes)]
+            self.field_names = trt.PluginFieldCollection(described)
+
+        def create_plugin(self, name: str, given: Any, phase: Any) -> Any:
+            del name, phase
+            return PagedAttentionPlugin(Attributes.read({f.name: np.asarray(f.data).item() for f in given}))
+
+    return PagedAttentionCreator()
