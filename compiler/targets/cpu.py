@@ -7,9 +7,9 @@ function body that the file carries here.
 from __future__ import annotations
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from llmc.compiler.geometry import attention_nodes
+from llmc.compiler.targets.finish import finish
 from llmc.passes.spec import module_of
 from llmc.plugins.paged_attention import body
 from llmc.runtime.bundle.manifest import Target
@@ -40,20 +40,7 @@ def lower(model: ir.Model) -> None:
     """Completes the canonical graph to a file that both engines read. In place."""
     function = body.function()
     model.functions[function.identifier()] = function
-    model.ir_version = 10
-    model.producer_name, model.producer_version, model.doc_string = "llmc", None, None
-    for node in model.graph:
-        module = module_of(node)
-        node.metadata_props.clear()  # the exporter's trail holds paths of this machine
-        node.metadata_props["llmc.module"] = module
-        node.doc_string = None
-    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.graph.name = "llmc"
-    common.NameFixPass()(model)
-    common.TopologicalSortPass()(model)
+    finish(model)
 
 
 def serialize(model: ir.Model) -> bytes:

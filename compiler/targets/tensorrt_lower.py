@@ -12,16 +12,15 @@ logits           leave in fp32: numpy and every sampler want that, and widening 
 from __future__ import annotations
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from llmc.compiler.geometry import attention_nodes
+from llmc.compiler.targets.finish import finish
 from llmc.passes import edit
 from llmc.passes.spec import module_of
 from llmc.plugins.paged_attention import tensorrt_plugin as plugin
 from llmc.runtime.errors import BuildError
 
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-MODULE = "llmc.module"  # node metadata: the checkpoint's module, for messages
 
 
 def lower_for_tensorrt(model: ir.Model, dtype: str) -> None:
@@ -41,7 +40,7 @@ def lower_for_tensorrt(model: ir.Model, dtype: str) -> None:
     _widen_logits(model.graph)
     model.functions.clear()
     edit.remove_unused(model)
-    _complete(model)
+    finish(model)
 
 
 def serialize(model: ir.Model) -> bytes:
@@ -82,25 +81,7 @@ def _widen_logits(graph: ir.Graph) -> None:
 
 
 def _cast(near: ir.Node, x: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
-    """Cast(x, dtype), inserted before `near`; `_complete` puts the nodes in order."""
+    """Cast(x, dtype), inserted before `near`; `finish` puts the nodes in order."""
     value = edit.insert(near, "Cast", [x], {"to": dtype.value}, name, list(x.shape or []))
     value.dtype = dtype
     return value
-
-
-def _complete(model: ir.Model) -> None:
-    """Drops the exporter's trail, which holds paths of this machine; keeps each node's module."""
-    model.ir_version = 10
-    model.producer_name, model.producer_version, model.doc_string = "llmc", None, None
-    for node in model.graph:
-        module = module_of(node)
-        node.metadata_props.clear()
-        node.metadata_props[MODULE] = module
-        node.doc_string = None
-    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.graph.name = "llmc"
-    common.NameFixPass()(model)
-    common.TopologicalSortPass()(model)
