@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,7 +49,6 @@ def run(
     model: ir.Model,
     pipeline: Sequence[Pass],
     expected: Mapping[str, int],
-    on_pass: Callable[[str], None] = lambda name: None,
 ) -> list[PassReport]:
     """Runs `pipeline` over `model` in order and checks every stage.
 
@@ -64,7 +63,6 @@ def run(
         )
     reports: list[PassReport] = []
     for one in pipeline:
-        on_pass(one.name)
         if problems := spec.check(model, one.requires):
             raise BuildError(
                 f"pass {one.name} requires a {one.requires.value} graph: {problems[0]}",
