@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,8 @@ from llmc.runtime.bundle.manifest import (
     Engine,
     FileRecord,
     Geometry,
+    Gpu,
+    KernelFile,
     Layer,
     Limits,
     Manifest,
@@ -124,6 +127,46 @@ def test_the_first_format_1_is_frozen():
     assert hashlib.sha256(EXAMPLE.to_json()).hexdigest() == FROZEN_SHA256
 
 
+def gpu_example() -> Manifest:
+    kernel = "kernels/sm89/decode.cubin"
+    return dataclasses.replace(
+        EXAMPLE,
+        format_version=2,
+        target=Target("tensorrt-rtx", "tensorrt-rtx", "no GPU at hand", {"tensorrt-rtx": "1.7.1"}),
+        gpu=Gpu(
+            (89,), 8192, 256, 1024,
+            (KernelFile("decode-bf16-h2x2d64", 89, "cubin", kernel, "decode", 4096, 4, 128),),
+        ),
+        files={**EXAMPLE.files, kernel: FileRecord(10, "0" * 64)},
+    )  # fmt: skip
+
+
+def test_format_2_adds_what_a_gpu_engine_was_built_for():
+    data = gpu_example().to_json()
+    assert Manifest.from_json(data) == gpu_example()
+    assert b'"format_version": 2' in data
+    assert b'"gpu"' not in EXAMPLE.to_json()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"gpu": None}, "gpu: missing for the target tensorrt-rtx"),
+        ({"format_version": 1}, "format_version: 1 does not fit"),
+        ({"target": EXAMPLE.target}, "gpu: given for the target cpu"),
+        ({"files": EXAMPLE.files}, "'kernels/sm89/decode.cubin' is not listed"),
+    ],
+)
+def test_a_gpu_engine_is_described_fully_or_not_at_all(changes, expected):
+    with pytest.raises(BundleError, match=re.escape(expected)):
+        dataclasses.replace(gpu_example(), **changes).to_json()
+
+
+def test_format_1_has_no_gpu():
+    tree = {**example_tree(), "gpu": None}
+    assert "gpu" in fault(sealed(tree))
+
+
 def test_order_of_construction_does_not_show():
     shuffled = dataclasses.replace(EXAMPLE, files=dict(reversed(EXAMPLE.files.items())))
     assert shuffled.to_json() == EXAMPLE.to_json()
@@ -139,8 +182,8 @@ def test_an_integer_where_a_number_belongs_is_written_as_a_number():
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        (("format_version",), 0, "format_version: must be 1, got 0"),
-        (("format_version",), True, "format_version: must be 1, got True"),
+        (("format_version",), 0, "format_version: must be 1 or 2, got 0"),
+        (("format_version",), True, "format_version: must be 1 or 2, got True"),
         (("producer",), [], "producer: must be an object, got a list"),
         (("source", "config_sha256"), "ABC", "source.config_sha256: must be 64 lowercase hexadecimal digits"),
         (
@@ -251,17 +294,17 @@ def test_another_spelling_is_refused(spelling):
 
 
 def test_a_newer_format_names_the_llmc_it_needs():
-    newer = {"format_version": 2, "producer": {"llmc": "9.1.0", "new": 1}, "anything": [1]}
+    newer = {"format_version": 3, "producer": {"llmc": "9.1.0", "new": 1}, "anything": [1]}
     with pytest.raises(BundleError) as caught:
         Manifest.from_json(json.dumps(newer).encode())
-    assert caught.value.message == "bundle format 2 needs llmc >= 9.1.0; this llmc reads formats 1 to 1"
+    assert caught.value.message == "bundle format 3 needs llmc >= 9.1.0; this llmc reads formats 1 to 2"
     assert caught.value.hint == "pip install 'llmc>=9.1.0'"
 
 
 @pytest.mark.parametrize("producer", [None, {}, {"llmc": 3}, {"llmc": "1; rm -rf /"}])
 def test_a_newer_format_with_an_odd_producer(producer):
-    message = fault(json.dumps({"format_version": 2, "producer": producer}).encode())
-    assert message.startswith("bundle format 2 needs a newer llmc")
+    message = fault(json.dumps({"format_version": 3, "producer": producer}).encode())
+    assert message.startswith("bundle format 3 needs a newer llmc")
 
 
 @pytest.mark.parametrize(

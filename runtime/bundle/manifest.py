@@ -1,4 +1,4 @@
-"""The manifest of a bundle, format 1: frozen dataclasses, a strict reader and a deterministic writer.
+"""The manifest of a bundle, formats 1 and 2: frozen dataclasses, a strict reader and a deterministic writer.
 
 The dataclasses below ARE the schema: `strict_json.decode` walks their type hints, so a field is stated once.
 FORMAT.md says what each field means. Every rule holds in both directions: `to_json` refuses to
@@ -18,7 +18,8 @@ from typing import Annotated, Any, Final, Literal
 from llmc.runtime.bundle.strict_json import DAMAGED, bad, decode, no_constants, plain, shown, unique_keys
 from llmc.runtime.errors import BundleError
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+_GPU_FROM: Final = 2  # the first format with the field `gpu`
 MANIFEST_NAME = "manifest.json"
 SEAL = "manifest_sha256"  # the one field that is not in the dataclasses
 MAX_MANIFEST_BYTES = 16 * 2**20
@@ -136,10 +137,43 @@ class Parallel:
 class Target:
     """Where the engine runs. `reason` says why this engine; `requires` maps library to version."""
 
-    name: Literal["cpu"]
-    engine: Literal["openvino", "onnxruntime"]
+    name: Literal["cpu", "tensorrt-rtx", "tensorrt"]
+    engine: Literal["openvino", "onnxruntime", "tensorrt-rtx", "tensorrt"]
     reason: str
     requires: Mapping[Name, Name]
+
+
+@dataclass(frozen=True)
+class KernelFile:
+    """One attention kernel, compiled ahead of time.
+
+    variant: what it computes, `str` of `plugins.paged_attention.launch.Variant`; sm: the compute capability
+    that it, and its tiles, were made for. A cubin runs on exactly that one, PTX on it and newer ones.
+    entry: its name in the file; shared_memory: dynamic, in bytes; registers: a thread.
+    """
+
+    variant: Name
+    sm: Positive
+    kind: Literal["cubin", "ptx"]
+    file: FilePath
+    entry: Name
+    shared_memory: Count
+    num_warps: Positive
+    registers: Count
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a TensorRT engine was built for; no `compute_capabilities`: portable, from Ampere (SM80) on.
+
+    max_tokens, max_sequences, max_logits: what one step may hold (T, S and N of the graph's inputs).
+    """
+
+    compute_capabilities: tuple[Positive, ...]
+    max_tokens: Positive
+    max_sequences: Positive
+    max_logits: Positive
+    kernels: tuple[KernelFile, ...]
 
 
 @dataclass(frozen=True)
@@ -209,7 +243,10 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a bundle says about itself. `files` lists every file but the manifest."""
+    """Everything a bundle says about itself. `files` lists every file but the manifest.
+
+    `format_version` follows from the content: the oldest format that can say it.
+    """
 
     producer: Producer
     source: Source
@@ -226,7 +263,8 @@ class Manifest:
     quantization: Mapping[Name, Any] | None = None
     parallel: Parallel = Parallel()
     files: Mapping[FilePath, FileRecord] = field(default_factory=dict)
-    format_version: Literal[1] = FORMAT_VERSION
+    gpu: Gpu | None = None
+    format_version: Literal[1, 2] = 1
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
@@ -243,7 +281,7 @@ class Manifest:
             raise BundleError(f"{MANIFEST_NAME}: nested too deeply", DAMAGED) from error
         _refuse_newer(tree)
         seal = tree.pop(SEAL, None) if isinstance(tree, dict) else None
-        manifest = typing.cast("Manifest", decode(Manifest, tree, ""))
+        manifest = typing.cast("Manifest", decode(Manifest, _with_later_fields(tree), ""))
         _check_consistent(manifest)
         if seal is None or _sealed(tree) != data:
             bad(SEAL, "does not fit the rest: the manifest was edited or damaged")
@@ -253,7 +291,10 @@ class Manifest:
         """The one spelling of this manifest: sorted keys, indent 1, ASCII, a newline at the end."""
         manifest = typing.cast("Manifest", decode(Manifest, plain(self), ""))
         _check_consistent(manifest)
-        data = _sealed(plain(manifest))
+        tree = plain(manifest)
+        if manifest.format_version < _GPU_FROM:
+            del tree["gpu"]
+        data = _sealed(tree)
         if len(data) > MAX_MANIFEST_BYTES:
             raise BundleError(f"{MANIFEST_NAME}: more than {MAX_MANIFEST_BYTES} bytes")
         return data
@@ -267,6 +308,15 @@ def _sealed(tree: dict[str, Any]) -> bytes:
 
 def _json(tree: dict[str, Any]) -> bytes:
     return json.dumps(tree, sort_keys=True, indent=1, allow_nan=False).encode("ascii") + b"\n"
+
+
+def _with_later_fields(tree: Any) -> Any:
+    """A tree of an older format with the fields that came after it, saying nothing."""
+    if not isinstance(tree, dict) or tree.get("format_version") == _GPU_FROM:
+        return tree
+    if "gpu" in tree:
+        bad("gpu", "unknown field in this bundle format")
+    return {**tree, "gpu": None}
 
 
 def _refuse_newer(tree: Any) -> None:
@@ -292,6 +342,10 @@ def _check_consistent(manifest: Manifest) -> None:
     for i, layer in enumerate(geometry.layers):
         if (layer.kind == "sliding") != (layer.window > 0):
             bad(f"geometry.layers[{i}].window", f"{layer.window} does not fit a {layer.kind} layer")
+    if (manifest.gpu is None) != (manifest.target.name == "cpu"):
+        bad("gpu", f"{'missing' if manifest.gpu is None else 'given'} for the target {manifest.target.name}")
+    if (manifest.format_version >= _GPU_FROM) != (manifest.gpu is not None):
+        bad("format_version", f"{manifest.format_version} does not fit: `gpu` came with format {_GPU_FROM}")
     if len({operator.name for operator in manifest.operators}) != len(manifest.operators):
         bad("operators", "an operator is listed twice")
     if [engine.rank for engine in manifest.engines] != list(range(manifest.parallel.world_size)):
@@ -303,7 +357,9 @@ def _check_consistent(manifest: Manifest) -> None:
             bad(f"verification.{name}", "a passed verification must state it")
     if verification.status == "passed" and verification.max_logit_error > verification.tolerance:  # type: ignore[operator]
         bad("verification", "passed, but max_logit_error is above the tolerance")
-    for path in [engine.file for engine in manifest.engines] + list(weights.files):
+    kernels = manifest.gpu.kernels if manifest.gpu else ()
+    named = [engine.file for engine in manifest.engines] + [kernel.file for kernel in kernels]
+    for path in [*named, *weights.files]:
         if path not in manifest.files:
             bad("files", f"{path!r} is not listed")
     if len(set(weights.files)) != len(weights.files):
