@@ -27,13 +27,13 @@ from workload import phases, ratios
 
 TOOLS = ("llmc", "openvino-genai", "onnxruntime-genai", "transformers")
 READS_CHECKPOINT = ("transformers",)
-HUGE_PAGES = "+thp"
+FP16 = "+fp16"  # the tool with its own 16-bit weights
 TEXT = "Once upon a time there was a king who had three daughters, and the youngest of them"
 
 
 def find_peer(tool: str, options: argparse.Namespace) -> Peer:
     """The tool as it is started. Converts the checkpoint first where that has not been done."""
-    name = tool.removesuffix(HUGE_PAGES)
+    name = tool.removesuffix(FP16)
     worker = HERE / "peers" / f"{name.replace('-', '_')}_worker.py"
     if not worker.is_file():
         known = ", ".join(
@@ -49,10 +49,10 @@ def find_peer(tool: str, options: argparse.Namespace) -> Peer:
     if not python.exists():
         raise PeerError(f"not installed: run {HERE.name}/setup_peers.sh {name}")
 
-    environment = (("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),) if tool.endswith(HUGE_PAGES) else ()
+    environment = (("WEIGHT_FORMAT", "fp16"),) if tool.endswith(FP16) else ()
     if name in READS_CHECKPOINT:
         return Peer(tool, python, worker, options.checkpoint, options.threads, environment)
-    model = options.work / f"{options.checkpoint.name}-{fingerprint(options.checkpoint)}" / name
+    model = options.work / f"{options.checkpoint.name}-{fingerprint(options.checkpoint)}" / tool
     if name == "llmc":
         model = options.bundle or model.with_name("model.llmc")
     peer = Peer(tool, python, worker, model, options.threads, environment)
@@ -67,7 +67,7 @@ def find_peer(tool: str, options: argparse.Namespace) -> Peer:
             log_of(tool, options),
         )
         unfinished.rename(model)
-        (model.parent / f"{name}.convert.json").write_text(json.dumps(built))
+        (model.parent / f"{tool}.convert.json").write_text(json.dumps(built))
     return peer
 
 
@@ -86,7 +86,7 @@ def log_of(tool: str, options: argparse.Namespace) -> Path:
 
 
 def first_token_command(peer: Peer) -> list[str]:
-    if peer.name.removesuffix(HUGE_PAGES) == "llmc":
+    if peer.name == "llmc":
         limits = ["--max-tokens", "1", "--threads", str(peer.threads)]
         return [str(peer.python), "-m", "llmc.cli.main", "run", str(peer.model), TEXT, *limits]
     return peer.command("first", str(peer.model), TEXT)
@@ -174,7 +174,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tools",
         default=",".join(TOOLS),
-        help=f"comma-separated; NAME{HUGE_PAGES}: with huge pages by malloc",
+        help=f"comma-separated; openvino-genai{FP16}: with fp16 weights",
     )
     parser.add_argument(
         "--reference", default="openvino-genai", help="the tool that ratios are taken against"

@@ -16,7 +16,7 @@ from llmc.runtime.errors import BuildError
 if TYPE_CHECKING:
     from llmc.compiler.driver import BuildResult, Plan
     from llmc.compiler.request import BuildRequest
-    from llmc.runtime.bundle.manifest import Geometry, Verification
+    from llmc.runtime.bundle.manifest import Geometry, Target, Verification
 
 # What the extra `build` installs, by the names to import.
 LIBRARIES = (
@@ -44,8 +44,18 @@ def build(
             help="The bundle to write (default: the checkpoint's name).",
         ),
     ] = None,
-    target: Annotated[str, typer.Option(help="What the engine runs on: cpu.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="What it computes in: auto or fp32.")] = "auto",
+    target: Annotated[
+        str, typer.Option(help="What the engine runs on: cpu, tensorrt-rtx or tensorrt.")
+    ] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="What it computes in: auto, fp32 (cpu), bf16 or fp16 (TensorRT).")
+    ] = "auto",
+    sm: Annotated[
+        str,
+        typer.Option(
+            metavar="N,N,...", help="GPUs by compute capability, such as 86,89,120 (default: portable)."
+        ),
+    ] = "",
     max_seq_len: Annotated[
         int | None,
         typer.Option(
@@ -73,13 +83,14 @@ def build(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from llmc.cli.progress import shown
     from llmc.compiler.driver import compile_model, plan_build
-    from llmc.compiler.request import BuildRequest
+    from llmc.compiler.request import BuildRequest, parse_sms
 
     request = BuildRequest(
         checkpoint=checkpoint,
         output=output or default_output(checkpoint),
         target=target,
         dtype=dtype,  # type: ignore[arg-type]  # the request checks it
+        sms=parse_sms(sm),
         max_seq_len=max_seq_len,
         revision=revision,
         verify=verify,
@@ -114,6 +125,11 @@ def default_output(checkpoint: str) -> Path:
     return Path(f"{name}.llmc")
 
 
+def describe_target(target: Target) -> str:
+    """Which engine runs it, and where if that is not the same."""
+    return target.engine if target.engine == target.name else f"{target.engine} on {target.name}"
+
+
 def describe_geometry(geometry: Geometry) -> str:
     """One line on the shape of a model."""
     heads = f"{geometry.num_heads} heads, {geometry.num_kv_heads} KV heads of {geometry.head_dim}"
@@ -145,7 +161,7 @@ def _result_text(result: BuildResult, request: BuildRequest) -> str:
     manifest = result.manifest
     facts = (
         size(_total_bytes(result)),
-        f"{manifest.target.engine} on {manifest.target.name}",
+        describe_target(manifest.target),
         manifest.precision.dtype,
         f"{manifest.limits.max_seq_len} tokens of context",
         f"built in {sum(result.seconds.values()):.1f} s",
@@ -182,7 +198,7 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
         "output": str(plan.request.output),
         "output_exists": os.path.lexists(plan.request.output),
         "target": asdict(plan.target),
-        "precision": {"dtype": "fp32", "kv_dtype": "fp32"},
+        "precision": {"dtype": plan.dtype, "kv_dtype": plan.dtype},
         "max_seq_len": plan.max_seq_len,
         "geometry": asdict(plan.geometry),
         "bytes": {"weights": plan.weight_bytes, "verification_memory": plan.verification_bytes},
@@ -221,7 +237,7 @@ def _plan_text(plan: Plan) -> str:
         ("family", f"{checkpoint.model_type}: {family}"),
         ("model", describe_geometry(plan.geometry)),
         ("context", f"{plan.max_seq_len} tokens"),
-        ("engine", f"{plan.target.engine} on {plan.target.name}, fp32: {plan.target.reason}"),
+        ("engine", f"{describe_target(plan.target)}, {plan.dtype}: {plan.target.reason}"),
         ("output", output),
         ("weights", f"{size(plan.weight_bytes)} to write ({plan.weight_bytes:,} bytes)"),
         ("verification", verification),

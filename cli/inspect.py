@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmc.cli.build import describe_geometry, describe_verification
+from llmc.cli.build import describe_geometry, describe_target, describe_verification
 from llmc.cli.text import print_json, size, table
+
+if TYPE_CHECKING:
+    from llmc.runtime.bundle.manifest import Manifest
 
 
 def inspect(
@@ -54,7 +57,7 @@ def inspect(
         ("name", opened.name),
         ("format", str(manifest.format_version)),
         ("source", f"{source.name} ({source.model_type}, {source.architecture}, {source.dtype})"),
-        ("engine", f"{manifest.target.engine} on {manifest.target.name}: {manifest.target.reason}"),
+        ("engine", f"{describe_target(manifest.target)}: {manifest.target.reason}"),
         ("requires", requires or "nothing"),
         ("precision", f"{manifest.precision.dtype}, KV cache {manifest.precision.kv_dtype}"),
         ("model", describe_geometry(geometry)),
@@ -62,6 +65,7 @@ def inspect(
         ("context", f"{manifest.limits.max_seq_len} tokens of prompt and answer together"),
         ("KV cache", f"{size(kv_bytes)} a token"),
         ("operators", ", ".join(f"{o.count} {o.name} (ABI {o.abi})" for o in manifest.operators) or "none"),
+        *describe_gpu(manifest),
         ("tokens", f"begin {tokens.bos}, end {', '.join(map(str, tokens.eos)) or 'none'}"),
         ("fidelity", describe_verification(manifest.verification)),
         ("passes", ", ".join(f"{one.name} {one.matches}" for one in manifest.passes) or "none"),
@@ -73,3 +77,20 @@ def inspect(
     print(table(facts))
     print()
     print(table([("FILE", "BYTES", "SHA256"), *files], right=(1,)))
+
+
+def describe_gpu(manifest: Manifest) -> list[tuple[str, str]]:
+    """What only an engine for GPUs has: the GPUs, the largest step, the kernels."""
+    gpu = manifest.gpu
+    if gpu is None:
+        return []
+    codes = Counter((kernel.kind, kernel.sm) for kernel in gpu.kernels)
+    variants = sorted({kernel.variant for kernel in gpu.kernels})
+    nbytes = sum(manifest.files[kernel.file].bytes for kernel in gpu.kernels)
+    step = f"{gpu.max_tokens} tokens, {gpu.max_sequences} sequences, {gpu.max_logits} rows of logits"
+    code = ", ".join(f"{count} {kind} for SM{sm}" for (kind, sm), count in codes.items())
+    return [
+        ("GPUs", ", ".join(f"SM{sm}" for sm in gpu.compute_capabilities) or "portable: SM80 and newer"),
+        ("a step", f"at most {step}"),
+        ("kernels", f"{', '.join(variants)}: {code}, {size(nbytes)}"),
+    ]

@@ -97,6 +97,16 @@ class BundleWriter:
         """The hash of a file, from whoever wrote it, so that `finish` need not read it again."""
         self._hashes[relative] = FileRecord(nbytes, sha256)
 
+    def discard(self, relative: str) -> None:
+        """Removes a file that the bundle does not need after all, and the directories it leaves empty."""
+        path = self.path(relative)
+        path.unlink()
+        self._hashes.pop(relative, None)
+        for parent in path.parents:
+            if parent == self._directory or any(parent.iterdir()):
+                break
+            parent.rmdir()
+
     def check_disk_space(self, nbytes: int) -> None:
         """Raises BuildError unless `nbytes` more bytes fit now; call it before a long write."""
         self._needed = _size_of(self._directory) + nbytes

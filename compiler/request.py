@@ -8,15 +8,17 @@ from typing import Literal
 
 from llmc.runtime.errors import BuildError
 
-TARGETS = ("cpu",)
-DTYPES = ("auto", "fp32")
+TARGETS = {"cpu": ("fp32",), "tensorrt-rtx": ("bf16", "fp16"), "tensorrt": ("bf16", "fp16")}  # and dtypes
+DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class BuildRequest:
     """checkpoint: a directory or a hub id. output: the bundle to write.
 
-    dtype: what the engine computes in; `auto` is fp32 on the CPU, where nothing else is exact.
+    dtype: what the engine computes in; `auto` is fp32 on the CPU, where nothing else is exact, and on a GPU
+    the checkpoint's own 16-bit dtype, bf16 for others.
+    sms: the GPUs' compute capabilities, 89 meaning 8.9; none means portable.
     max_seq_len: prompt and answer together, in tokens; None is the model's own context.
     verify: compare the engine with transformers, and fail the build when they differ.
     force: replace an existing bundle.
@@ -26,7 +28,8 @@ class BuildRequest:
     checkpoint: str
     output: Path
     target: str = "cpu"
-    dtype: Literal["auto", "fp32"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    sms: tuple[int, ...] = ()
     max_seq_len: int | None = None
     revision: str | None = None
     verify: bool = True
@@ -37,5 +40,30 @@ class BuildRequest:
             raise BuildError(f"there is no target {self.target!r}", f"known targets: {', '.join(TARGETS)}")
         if self.dtype not in DTYPES:
             raise BuildError(f"there is no dtype {self.dtype!r}", f"known dtypes: {', '.join(DTYPES)}")
+        if self.dtype not in ("auto", *TARGETS[self.target]):
+            possible = " or ".join(TARGETS[self.target])
+            raise BuildError(
+                f"the target {self.target} does not compute in {self.dtype}", f"--dtype auto, {possible}"
+            )
+        if self.sms and self.target == "cpu":
+            raise BuildError("--sm names GPUs, and the target is the CPU", "add --target tensorrt-rtx")
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise BuildError(f"--max-seq-len is {self.max_seq_len}", "give a number of tokens, at least 1")
+
+    def compute_dtype(self, stored: str) -> str:
+        """What the engine computes in, for a checkpoint of dtype `stored` (torch's name)."""
+        if self.dtype != "auto":
+            return self.dtype
+        if self.target != "cpu" and stored == "float16":
+            return "fp16"
+        return TARGETS[self.target][0]
+
+
+def parse_sms(text: str) -> tuple[int, ...]:
+    """`--sm 86,89,120` -> (86, 89, 120). Raises BuildError for what is no number."""
+    parts = [part.strip().lower().removeprefix("sm").lstrip("_") for part in text.split(",") if part.strip()]
+    if bad := [part for part in parts if not part.isdigit()]:
+        raise BuildError(
+            f"--sm {text}: {bad[0]!r} is not a compute capability", "write them as in --sm 86,89,120"
+        )
+    return tuple(sorted({int(part) for part in parts}))

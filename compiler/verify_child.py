@@ -7,7 +7,8 @@ import gc
 import io
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,31 @@ TEXTS = (
     "The engine was built in the morning and had to prove itself before noon. Nobody in the workshop "
     "doubted the drawings, but the old foreman had seen too many machines that ran well on paper. So they "
     "fed it the same ten questions they had put to the first machine, and wrote down every answer, digit "
-    "by digit, in two columns.",
-    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
-    "In 1687, 3 of the 12 towns paid £45.50; the other 9 paid nothing at all.",
+    "by digit, in two columns. Where the columns agreed, an apprentice drew a line under them; where they "
+    "did not, he called out, and everybody stopped. He called out twice. The first time it was his own "
+    "hand: he had read a seven for a one. The second time a wheel had been filed too far, by less than the "
+    "width of a hair, and the answer was wrong only in its last place. 'Nobody will ever see that,' said the "
+    "young engineer. 'I have seen it,' said the foreman, 'and tomorrow it will be in the place before the "
+    "last.' They took the wheel out, and it was evening when the columns agreed from top to bottom.",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n"
+    "\n\nclass Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n"
+    "        self.items.append(item)\n\n    def pop(self):\n        if not self.items:\n"
+    "            raise IndexError('pop from an empty stack')\n        return self.items.pop()\n\n\n"
+    "for n in (1, 10, 90):\n    print(f'{n:>3}: {fibonacci(n)}')\n",
+    "In 1687, 3 of the 12 towns paid £45.50; the other 9 paid nothing at all. By 1701 the debt was £1,204, "
+    "of which Ashford owed 38 %, Brampton 21 %, and the rest was lost. Question: who paid first? Answer: the "
+    "three that had a market, because the king's men came there every Tuesday and Friday.",
 )
 _LENGTHS = (70, 45, 33)  # tokens of each text at most: crosses blocks of 32, and a block's edge
-_CHUNKS = ((37, 5, 32), (9, 1, 1), (1, 32, 0))  # tokens a sequence gets in the first steps; then one a step
+_LENGTHS_16BIT = (200, 120, 80)  # 400: one position is a quarter of a percent
+_CHUNKS = ((37, 5, 32), (9, 1, 1), (1, 32, 0))  # tokens a sequence gets in the first steps
+_SINGLE_STEPS, _LATER_CHUNK = 20, 32  # then one a step, then this many
+STEPS = 4
+_TORCH = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _NEW_TOKENS = 24
 _BLOCKS = 64
+_NEAR_TIE = 4  # times transformers' rms error in 16 bits: 2.8 deviations of the difference of two logits
+_TOLERANCE_16BIT = 2  # times transformers' largest error
 
 
 def _say(**message: Any) -> None:
@@ -40,7 +58,8 @@ def _say(**message: Any) -> None:
 
 def _sequences(job: Job) -> list[list[int]]:
     """Token ids of the texts, or random ones without a tokenizer; one longer than the smallest window."""
-    lengths = [min(length, job.max_seq_len) for length in _LENGTHS]
+    wanted = _LENGTHS if job.dtype == "fp32" else _LENGTHS_16BIT
+    lengths = [min(length, job.max_seq_len) for length in wanted]
     rng = np.random.default_rng(0)
     random = [rng.integers(0, job.vocab_size, length).tolist() for length in lengths]
     tokenizer = Path(job.checkpoint) / "tokenizer.json"
@@ -61,10 +80,11 @@ def _sequences(job: Job) -> list[list[int]]:
     return sequences
 
 
-def _reference(
-    job: Job, sequences: list[list[int]], prompts: list[list[int]]
+def _transformers(
+    job: Job, dtype: str, sequences: list[list[int]], prompts: list[list[int]]
 ) -> tuple[list[np.ndarray], list[list[int]]]:
-    """transformers' fp32 logits [len, vocab] of each sequence, and its greedy continuations."""
+    """transformers' logits fp32 [len, vocab] of each sequence, computed in `dtype`, and its greedy
+    continuations of the prompts."""
     import torch
     import transformers
 
@@ -72,12 +92,12 @@ def _reference(
     transformers.utils.logging.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            job.checkpoint, dtype=torch.float32, attn_implementation="eager"
+            job.checkpoint, dtype=getattr(torch, _TORCH[dtype]), attn_implementation="eager"
         ).eval()
     logits, continuations = [], []
     with torch.no_grad():
         for ids in sequences:
-            logits.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy())
+            logits.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy())
         for ids in prompts:
             tokens, cache = torch.tensor([ids]), None
             new: list[int] = []
@@ -99,7 +119,8 @@ def _engine_logits(backend: Backend, sequences: list[list[int]]) -> list[np.ndar
     rows: list[list[np.ndarray]] = [[] for _ in sequences]
     step = 0
     while any(done < len(ids) for done, ids in zip(past, sequences, strict=True)):
-        wanted = _CHUNKS[step] if step < len(_CHUNKS) else [8 if len(ids) > 100 else 1 for ids in sequences]
+        later = 1 if step < len(_CHUNKS) + _SINGLE_STEPS else _LATER_CHUNK
+        wanted = _CHUNKS[step] if step < len(_CHUNKS) else (later,) * len(sequences)
         chunks = [
             (s, min(count, len(sequences[s]) - past[s]))
             for s, count in enumerate(wanted)
@@ -142,43 +163,110 @@ def _batch(
     )
 
 
-def main() -> None:
-    job = Job(**json.load(sys.stdin))
-    sequences = _sequences(job)
-    prompts = [ids[:count] for ids, count in zip(sequences, (12, 7), strict=False)]
-    _say(done=0, total=3)
-    reference, continuations = _reference(job, sequences, prompts)
-    gc.collect()
-    _say(done=1, total=3)
-    blocks = _BLOCKS + sum(-(-len(ids) // 32) for ids in sequences)
-    backend = load_backend(job.backend, Path(job.engine), blocks)
-    _say(done=2, total=3)
-    got = _engine_logits(backend, sequences)
-    engine = Engine(backend, None, (), job.max_seq_len, max_batch_tokens=16, max_sequences=4)
-    params = [SamplingParams(max_tokens=max(1, len(new)), ignore_eos=True) for new in continuations]
-    greedy = [list(output.token_ids) for output in engine.generate(prompts, params)]
-    _say(done=3, total=3)
+@dataclass(frozen=True)
+class Difference:
+    """How far logits are from the reference's, over all positions and the whole vocabulary.
 
+    kl: KL divergence from the reference's distribution, mean over positions, in nats.
+    shortfall [positions]: how far below its own best logit the reference has the token that is best here;
+    0 where both choose the same.
+    """
+
+    largest: float
+    rms: float
+    kl: float
+    shortfall: np.ndarray
+
+    @classmethod
+    def between(cls, reference: list[np.ndarray], logits: list[np.ndarray]) -> Difference:
+        largest, squares, kl, shortfall = [], [], [], []
+        for expected, got in zip(reference, logits, strict=True):
+            for row, other in zip(expected, got, strict=True):  # row by row: a vocabulary may be large
+                error = (other - row).astype(np.float64)
+                largest.append(np.abs(error).max())
+                squares.append(np.square(error).mean())
+                shortfall.append(row.max() - row[other.argmax()])
+                weights = np.exp((row - row.max()).astype(np.float64))
+                weights /= weights.sum()
+                kl.append(np.log(weights @ np.exp(error - error.max())) + error.max() - weights @ error)
+        return cls(
+            float(np.max(largest)), float(np.sqrt(np.mean(squares))), float(np.mean(kl)), np.array(shortfall)
+        )
+
+    def summary(self) -> dict[str, float]:
+        """For the record: two digits, as more would be the noise of this machine."""
+        figures = {"max_logit_error": self.largest, "rms_logit_error": self.rms, "mean_kl": self.kl}
+        shown = {name: float(f"{figure:.1e}") for name, figure in figures.items()}
+        return shown | {"top1_agreement_without_ties": round(float((self.shortfall == 0).mean()), 4)}
+
+
+def _findings_fp32(job: Job, reference: list[np.ndarray], difference: Difference) -> dict[str, Any]:
     scale = max(float(np.abs(logits).max()) for logits in reference)
     tolerance = job.tolerance * max(1.0, scale / 10)
-    error, agreed, positions = 0.0, 0, 0
-    for expected, logits in zip(reference, got, strict=True):
-        error = max(error, float(np.abs(expected - logits).max()))
-        best = expected.max(axis=-1)
-        chosen = np.take_along_axis(expected, logits.argmax(axis=-1)[:, None], axis=-1)[:, 0]
-        agreed += int((chosen >= best - 2 * tolerance).sum())
-        positions += len(expected)
-    longest = max(len(ids) for ids in sequences)
-    findings = Findings(
-        max_logit_error=error if np.isfinite(error) else float(np.finfo(np.float32).max),
-        tolerance=tolerance,
-        top1_agreement=agreed / positions,
-        positions=positions,
-        greedy_equal=greedy == continuations,
+    return {
+        "tolerance": tolerance,
+        "top1_agreement": float((difference.shortfall <= 2 * tolerance).mean()),
+    }
+
+
+def _findings_16bit(job: Job, difference: Difference, own: Difference) -> dict[str, Any]:
+    """`own`: what transformers itself loses in that dtype. Where that is not finite, nothing passes."""
+    known = np.isfinite(own.largest)
+    near_tie = _NEAR_TIE * own.rms if known else np.nan
+    return {
+        "tolerance": _TOLERANCE_16BIT * own.largest if known else np.nan,
+        "top1_agreement": float((difference.shortfall <= near_tie).mean()),
+        "rms_ratio": difference.rms / max(own.rms, 1e-30),
+        "details": {
+            "dtype": job.dtype,
+            "near_tie": float(f"{near_tie:.1e}"),
+            "engine": difference.summary(),
+            f"transformers_{job.dtype}": own.summary(),
+        },
+    }
+
+
+def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Findings:
+    """Does the job in this process. `on_step`: how many of STEPS are done."""
+    exact = job.dtype == "fp32"
+    sequences = _sequences(job)
+    prompts = [ids[:count] for ids, count in zip(sequences, (12, 7), strict=False)] if exact else []
+    on_step(0)
+    reference, continuations = _transformers(job, "fp32", sequences, prompts)
+    gc.collect()
+    on_step(1)
+    own = None
+    if not exact:
+        own = Difference.between(reference, _transformers(job, job.dtype, sequences, [])[0])
+        gc.collect()
+    on_step(2)
+    blocks = (_BLOCKS if exact else 0) + sum(-(-len(ids) // 32) for ids in sequences)
+    backend = load_backend(job.backend, Path(job.engine), blocks)
+    on_step(3)
+    difference = Difference.between(reference, _engine_logits(backend, sequences))
+    found = _findings_16bit(job, difference, own) if own else _findings_fp32(job, reference, difference)
+    if exact:
+        engine = Engine(backend, None, (), job.max_seq_len, max_batch_tokens=16, max_sequences=4)
+        params = [SamplingParams(max_tokens=max(1, len(new)), ignore_eos=True) for new in continuations]
+        greedy = [list(output.token_ids) for output in engine.generate(prompts, params)]
+        found["greedy_equal"] = greedy == continuations
+    on_step(STEPS)
+    details: dict[str, Any] = found.pop("details", {})
+    if job.windows:
+        longest = max(len(ids) for ids in sequences)
+        details["window_crossed"] = all(window < longest for window in job.windows)
+    return Findings(
+        max_logit_error=difference.largest,
+        positions=len(difference.shortfall),
         greedy_tokens=sum(len(new) for new in continuations),
-        details={"window_crossed": all(window < longest for window in job.windows)} if job.windows else {},
+        details=details,
+        **({"greedy_equal": None} | found),
     )
-    _say(**asdict(findings))
+
+
+def main() -> None:
+    job = Job(**json.load(sys.stdin))
+    _say(**asdict(compare(job, lambda done: _say(done=done, total=STEPS))))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Writes the engine's weights: the checkpoint's tensors, converted piece by piece, in the graph's order.
+"""Writes the engine's weights: the checkpoint's tensors, in the dtype and the order of the graph.
 
-fp32 on the CPU: the engine computes in fp32 and can map fp32 from the file as it is, while 16-bit weights
-would be expanded in memory at every start. Tied tensors are stored once.
+Piece by piece, so that memory never holds more than one piece. Tied tensors are stored once.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -21,7 +22,14 @@ from llmc.runtime.errors import BuildError
 WEIGHTS_FILE = "weights/model.safetensors"
 _CHUNK_BYTES = 16 << 20
 _INLINE_BYTES = 1024  # smaller constants (shapes, axes) stay in the graph
-_SAFETENSORS_NAMES = {ir.DataType.FLOAT: "F32", ir.DataType.INT64: "I64", ir.DataType.INT32: "I32"}
+_SAFETENSORS_NAMES = {
+    ir.DataType.FLOAT: "F32",
+    ir.DataType.FLOAT16: "F16",
+    ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.INT64: "I64",
+    ir.DataType.INT32: "I32",
+}
+_NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
 
 def write_weights(
@@ -39,14 +47,14 @@ def write_weights(
     values = [value for value in model.graph.initializers.values() if not _is_inline(value)]
     entries = [(str(value.name), _SAFETENSORS_NAMES[_dtype(value)], _shape(value)) for value in values]
     by_name = {value.name: value for value in values}
-    writer.check_disk_space(sum(int(np.prod(shape)) * 4 for _, _, shape in entries))
+    writer.check_disk_space(sum(_nbytes(value) for value in values))
     done = 0
 
     def produce(name: str) -> Iterator[memoryview]:
         nonlocal done
         for chunk in _chunks(by_name[name], tensors):
             done += chunk.nbytes
-            yield chunk.data
+            yield chunk.view(np.uint8).data
             on_bytes(done)
 
     path = writer.path(WEIGHTS_FILE)
@@ -68,15 +76,29 @@ def write_weights(
 
 def weight_bytes(model: ir.Model) -> int:
     """Bytes that `write_weights` will write, without the header."""
-    return sum(
-        int(np.prod(_shape(value)) * _dtype(value).itemsize)
-        for value in model.graph.initializers.values()
-        if not _is_inline(value)
-    )
+    return sum(_nbytes(value) for value in model.graph.initializers.values() if not _is_inline(value))
+
+
+def num_elements(model: ir.Model) -> int:
+    """Elements of all tensors that `write_weights` will write."""
+    values = model.graph.initializers.values()
+    return sum(math.prod(_shape(value)) for value in values if not _is_inline(value))
+
+
+def main_dtype(model: ir.Model) -> str:
+    """The dtype that most bytes of the weights have: "fp32", "fp16" or "bf16"."""
+    sizes: Counter[ir.DataType] = Counter()
+    for value in model.graph.initializers.values():
+        sizes[_dtype(value)] += _nbytes(value)
+    return _NAMES[sizes.most_common(1)[0][0]]
 
 
 def _is_inline(value: ir.Value) -> bool:
     return value.const_value is not None and int(value.const_value.nbytes) <= _INLINE_BYTES
+
+
+def _nbytes(value: ir.Value) -> int:
+    return math.prod(_shape(value)) * int(_dtype(value).itemsize)
 
 
 def _dtype(value: ir.Value) -> ir.DataType:
@@ -91,7 +113,7 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
 def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.ndarray]:
     dtype = _dtype(value).numpy()
     if value.const_value is not None:
-        yield np.ascontiguousarray(value.const_value.numpy().astype(dtype, copy=False))
+        yield _flat(value.const_value.numpy(), dtype)
         return
     for name in str(value.name).split(JOIN):  # fused layers: one tensor after the other
         ref = tensors.get(name)
@@ -103,4 +125,8 @@ def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.nd
                 "quantized checkpoints are not supported yet; build from the original weights",
             )
         for chunk in ref.iter_chunks(_CHUNK_BYTES):
-            yield np.ascontiguousarray(chunk.astype(dtype, copy=False))
+            yield _flat(chunk, dtype)
+
+
+def _flat(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(-1)

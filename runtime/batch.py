@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,23 @@ class Batch:
     block_indices: np.ndarray
     block_begins: np.ndarray
     logits_index: np.ndarray
+
+    def split(self, sequences: int) -> Iterator[Batch]:
+        """The same step as several, one after the other, of at most `sequences` sequences each."""
+        for first in range(0, len(self.past_lengths), sequences):
+            last = min(first + sequences, len(self.past_lengths))
+            begin, end = self.query_start[[first, last]]
+            blocks_begin, blocks_end = self.block_begins[[first, last]]
+            logits = self.logits_index
+            yield Batch(
+                input_ids=self.input_ids[begin:end],
+                position_ids=self.position_ids[begin:end],
+                query_start=self.query_start[first : last + 1] - begin,
+                past_lengths=self.past_lengths[first:last],
+                block_indices=self.block_indices[blocks_begin:blocks_end],
+                block_begins=self.block_begins[first : last + 1] - blocks_begin,
+                logits_index=logits[(logits >= begin) & (logits < end)] - begin,
+            )
 
 
 def build_batch(chunks: list[ScheduledChunk]) -> tuple[Batch, list[Sequence]]:

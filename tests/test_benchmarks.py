@@ -180,7 +180,7 @@ def test_a_whole_run(
     (checkpoint / "config.json").write_text('{"vocab_size": 1000}')
     monkeypatch.setattr(peers, "HERE", tmp_path)
 
-    tools = "fake-tool,fake-tool+thp,broken,forgotten,unheard-of"
+    tools = "fake-tool,fake-tool+fp16,broken,forgotten,unheard-of"
     record = tmp_path / "result.json"
     arguments = [
         str(checkpoint),
@@ -196,7 +196,7 @@ def test_a_whole_run(
     assert peers.main([*arguments, "--new-tokens", "4", "--json", str(record), "--threads", "1"]) == 0
 
     result = json.loads(record.read_text())
-    assert list(result["tools"]) == ["fake-tool", "fake-tool+thp"]
+    assert list(result["tools"]) == ["fake-tool", "fake-tool+fp16"]
     assert result["absent"]["broken"] == "not installed: no wheel for this machine"
     assert "setup_peers.sh forgotten" in result["absent"]["forgotten"]
     assert "no such peer" in result["absent"]["unheard-of"]

@@ -23,11 +23,14 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from llmc.compiler import zoo
 from llmc.compiler.geometry import attention_nodes
-from llmc.compiler.progress import Silent
+from llmc.compiler.progress import Progress, Silent
+from llmc.compiler.request import BuildRequest, parse_sms
+from llmc.compiler.targets import tensorrt as target
 from llmc.compiler.targets import tensorrt_build as build
-from llmc.compiler.targets import tensorrt_rtx as target
+from llmc.compiler.targets.base import GRAPH_FILE
+from llmc.compiler.targets.finish import serialize
 from llmc.compiler.targets.tensorrt_errors import explain
-from llmc.compiler.targets.tensorrt_lower import DTYPES, lower_for_tensorrt, serialize
+from llmc.compiler.targets.tensorrt_lower import DTYPES, lower_for_tensorrt
 from llmc.compiler.trace.export import trace
 from llmc.compiler.weights_writer import write_safetensors
 from llmc.passes import contract, edit
@@ -39,16 +42,24 @@ FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tin
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SAFETENSORS = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16", "INT64": "I64"}
 LIMITS = build.EngineLimits(max_seq_len=256, max_tokens=512, max_sequences=16)
+LIBRARY, PLAN_FILE = target.RTX.library, "rank0.plan"
 needs_tensorrt = pytest.mark.skipif(
-    not build.is_installed(target.LIBRARY), reason="the package tensorrt-rtx is not installed"
+    not build.is_installed(LIBRARY), reason="the package tensorrt-rtx is not installed"
 )
+
+
+def build_engine(
+    model: ir.Model, graph: Path, plan: Path, limits: build.EngineLimits, progress: Progress, sms: Any = ()
+) -> build.BuiltEngine:
+    profile = build.profile(model, limits)
+    return build.build(build.EngineJob(LIBRARY, str(graph), str(plan), profile, tuple(sms)), progress)
 
 
 @functools.cache
 def canonical(name: str, dtype: str) -> ir.Model:
     """The canonical graph of a zoo model, computing in `dtype`, without weights."""
     config = dict(zoo.zoo_config(name))
-    model = trace(AutoConfig.for_model(config.pop("model_type"), **config), TORCH[dtype], 256).model
+    model = trace(AutoConfig.for_model(config.pop("model_type"), **config), dtype, 256).model
     contract.run(model, pipeline(), {})
     return model
 
@@ -58,7 +69,7 @@ def lowered(name: str, dtype: str, directory: Path) -> tuple[ir.Model, Path]:
     model = canonical(name, dtype).clone()
     lower_for_tensorrt(model, dtype)
     write_random_weights(model, directory)
-    path = directory / target.GRAPH_FILE
+    path = directory / GRAPH_FILE
     path.write_bytes(serialize(model))
     return model, path
 
@@ -101,8 +112,8 @@ def engine(
     name: str, dtype: str, directory: Path, sms: tuple[int, ...] = ()
 ) -> tuple[build.BuiltEngine, bytes, ir.Model]:
     model, graph = lowered(name, dtype, directory)
-    plan = directory / target.PLAN_FILE
-    built = target.build_engine(model, graph, plan, LIMITS, Silent(), sms)
+    plan = directory / PLAN_FILE
+    built = build_engine(model, graph, plan, LIMITS, Silent(), sms)
     assert built.plan_bytes == plan.stat().st_size
     return built, plan.read_bytes(), model
 
@@ -129,8 +140,8 @@ def test_two_builds_are_the_same_bytes_and_the_progress_only_grows(tmp_path: Pat
     for name in ("here", "in a directory with a longer name"):
         (tmp_path / name).mkdir()
         model, graph = lowered("llama-tiny", "bf16", tmp_path / name)
-        plan = tmp_path / name / target.PLAN_FILE
-        built = target.build_engine(model, graph, plan, LIMITS, steps if not plans else Silent())
+        plan = tmp_path / name / PLAN_FILE
+        built = build_engine(model, graph, plan, LIMITS, steps if not plans else Silent())
         assert hashlib.sha256(plan.read_bytes()).hexdigest() == built.plan_sha256
         plans.append(plan.read_bytes())
     assert plans[0] == plans[1]  # on Linux, where the child may switch off address randomization
@@ -140,7 +151,7 @@ def test_two_builds_are_the_same_bytes_and_the_progress_only_grows(tmp_path: Pat
 
 @needs_tensorrt
 def test_named_gpus_get_one_engine_together(tmp_path: Path) -> None:
-    built, _, _ = engine("llama-tiny", "bf16", tmp_path, target.parse_sms("sm_120, 86,89"))
+    built, _, _ = engine("llama-tiny", "bf16", tmp_path, parse_sms("sm_120, 86,89"))
     assert built.attention_layers == 2
 
 
@@ -154,8 +165,8 @@ def test_gemma2_softcap_stays_inside_the_plugin(tmp_path: Path) -> None:
 
 @needs_tensorrt
 def test_the_plugin_refuses_to_run_without_kernels() -> None:
-    creator = make_plugin(importlib.import_module(target.LIBRARY))
-    trt = importlib.import_module(target.LIBRARY)
+    creator = make_plugin(importlib.import_module(LIBRARY))
+    trt = importlib.import_module(LIBRARY)
     values = {"num_heads": 4, "num_kv_heads": 2, "scale": 0.5, "window": 7, "softcap": 3.0}
     given = trt.PluginFieldCollection([])
     arrays = [np.array([v], np.int32 if isinstance(v, int) else np.float32) for v in values.values()]
@@ -260,15 +271,60 @@ def test_one_profile_covers_one_token_up_to_the_limits(tmp_path: Path) -> None:
 # What goes wrong.
 
 
+def check(name: str, sms: tuple[int, ...], dtype: str = "bf16") -> None:
+    request = BuildRequest("checkpoint", Path("x.llmc"), target=name, sms=sms)
+    target.TensorRTTarget(target.FLAVORS[name]).check(request, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "sms", "dtype", "message", "hint"),
+    [
+        ("tensorrt-rtx", (75, 89), "bf16", "SM75 has no bf16", "leave this GPU out of --sm"),
+        ("tensorrt-rtx", (75,), "fp16", "no attention kernels for SM75", "SM80"),
+        ("tensorrt-rtx", (90,), "bf16", "tensorrt-rtx builds no engine for SM90", "--target tensorrt does"),
+        ("tensorrt-rtx", (61,), "fp16", "tensorrt-rtx builds no engine for SM61", "it knows SM 75, 80"),
+    ],
+)
+def test_gpus_that_cannot_be(name: str, sms: tuple[int, ...], dtype: str, message: str, hint: str) -> None:
+    with pytest.raises(UnsupportedError, match=message) as error:
+        check(name, sms, dtype)
+    assert hint in error.value.hint
+
+
+@pytest.mark.parametrize("name", list(target.FLAVORS))
+def test_a_missing_library_is_named_with_the_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "is_installed", lambda library: False)
+    with pytest.raises(BuildError, match=f"needs the package {name}") as error:
+        check(name, ())
+    assert error.value.hint == f"pip install {name}"
+
+
+def test_the_enterprise_target_wants_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings")
+    from llmc.plugins.paged_attention.cuda_kernels import CudaError
+    from llmc.runtime.backends import cuda
+    from llmc.runtime.backends.tensorrt_checks import Device
+
+    def absent() -> Device:
+        raise CudaError("no CUDA-capable device is detected")
+
+    monkeypatch.setattr(build, "is_installed", lambda library: True)
+    monkeypatch.setattr(cuda, "probe", absent)
+    with pytest.raises(BuildError, match="with an NVIDIA GPU only: no CUDA-capable device") as error:
+        check("tensorrt", ())
+    assert "--target tensorrt-rtx" in error.value.hint
+    monkeypatch.setattr(cuda, "probe", lambda: Device("H100", 90, (13, 0), 132, 232448))
+    check("tensorrt", (90,))
+    with pytest.raises(UnsupportedError, match="builds for the GPU that is here, SM90"):
+        check("tensorrt", (100,))
+
+
 @needs_tensorrt
-def test_bf16_for_a_gpu_without_it(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="SM75 has no bf16") as early:
-        target.check("bf16", (75, 89))
-    assert "--dtype fp16" in early.value.hint
+def test_tensorrt_itself_refuses_bf16_for_a_gpu_without_it(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="TensorRT cannot compile bf16 for SM75") as late:
         engine("llama-tiny", "bf16", tmp_path, (75,))
     assert "--sm" in late.value.hint
-    assert not (tmp_path / target.PLAN_FILE).exists()
+    assert not (tmp_path / PLAN_FILE).exists()
 
 
 @needs_tensorrt
@@ -276,7 +332,7 @@ def test_a_truncated_graph(tmp_path: Path) -> None:
     model, graph = lowered("llama-tiny", "bf16", tmp_path)
     graph.write_bytes(graph.read_bytes()[:-1000])
     with pytest.raises(BuildError, match=r"rank0\.onnx is damaged"):
-        target.build_engine(model, graph, tmp_path / "plan", LIMITS, Silent())
+        build_engine(model, graph, tmp_path / "plan", LIMITS, Silent())
 
 
 @needs_tensorrt
@@ -285,7 +341,7 @@ def test_truncated_weights(tmp_path: Path) -> None:
     weights = tmp_path / "weights/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(BuildError):
-        target.build_engine(model, graph, tmp_path / "plan", LIMITS, Silent())
+        build_engine(model, graph, tmp_path / "plan", LIMITS, Silent())
 
 
 @needs_tensorrt
@@ -295,7 +351,7 @@ def test_an_operator_that_tensorrt_lacks_is_named_with_its_module(tmp_path: Path
     node.op_type = "BitShift"
     graph.write_bytes(serialize(model))
     with pytest.raises(BuildError, match=r"operator BitShift of module model\.layers\.0\.mlp"):
-        target.build_engine(model, graph, tmp_path / "plan", LIMITS, Silent())
+        build_engine(model, graph, tmp_path / "plan", LIMITS, Silent())
 
 
 @pytest.fixture
@@ -345,19 +401,19 @@ def test_the_scratch_directory_goes_with_the_build(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("90", "builds no engine for SM90"),
+        ("86.9", "'86.9' is not a compute capability"),
         ("86,hopper", "'hopper' is not a compute capability"),
     ],
 )
 def test_gpus_that_mean_nothing(text: str, message: str) -> None:
-    with pytest.raises((BuildError, UnsupportedError), match=message) as error:
-        target.parse_sms(text)
+    with pytest.raises(BuildError, match=message) as error:
+        parse_sms(text)
     assert error.value.hint
 
 
 def test_gpus_are_sorted_and_named_once() -> None:
-    assert target.parse_sms("") == ()
-    assert target.parse_sms("120,SM86, sm_89,86") == (86, 89, 120)
+    assert parse_sms("") == ()
+    assert parse_sms("120,SM86, sm_89,86") == (86, 89, 120)
 
 
 MODULES = {"model.layers.1": "wrong", "model.layers.1.mlp.up": "model.layers.1.mlp.up_proj"}

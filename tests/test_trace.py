@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from llmc.compiler.trace import probes
-from llmc.compiler.trace.export import trace_fp32
+from llmc.compiler.trace.export import trace
 from llmc.compiler.trace.intercept import ATTENTION, intercept
 from llmc.runtime.errors import UnsupportedError
 
@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
 
 
 def test_a_trace_holds_no_weights_and_one_node_a_module() -> None:
-    traced = trace_fp32(LlamaConfig(**TINY, tie_word_embeddings=True), 128)
+    traced = trace(LlamaConfig(**TINY, tie_word_embeddings=True), "fp32", 128)
     counts = Counter(node.op_type for node in traced.model.graph)
     assert counts["TracedLinear"] == 15
     assert counts["TracedRMSNorm"] == 5
@@ -49,13 +49,13 @@ def test_parameters_have_the_names_and_shapes_of_the_real_model() -> None:
     config = LlamaConfig(**TINY, tie_word_embeddings=False)
     real = AutoModelForCausalLM.from_config(config)
     expected = {name: tuple(p.shape) for name, p in real.named_parameters()}
-    assert trace_fp32(config, 128).parameters == expected
+    assert trace(config, "fp32", 128).parameters == expected
 
 
 def test_tracing_leaves_transformers_as_it_was() -> None:
     before = modeling_llama.apply_rotary_pos_emb
     register = nn.Module.register_parameter
-    trace_fp32(LlamaConfig(**TINY), 128)
+    trace(LlamaConfig(**TINY), "fp32", 128)
     assert modeling_llama.apply_rotary_pos_emb is before
     assert nn.Module.register_parameter is register
 
@@ -105,9 +105,9 @@ def test_rope_whose_angles_depend_on_the_length_is_refused_with_the_length_that_
     parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     config = LlamaConfig(**TINY | {"max_position_embeddings": 64}, rope_parameters=parameters)
     with pytest.raises(UnsupportedError, match="dynamic rope the angles depend on the length") as caught:
-        trace_fp32(config, 128)
+        trace(config, "fp32", 128)
     assert "--max-seq-len" in caught.value.hint
-    trace_fp32(config, 64)  # up to the original context the angles are fixed
+    trace(config, "fp32", 64)  # up to the original context the angles are fixed
 
 
 def test_longrope_is_built_up_to_its_original_context_and_refused_beyond() -> None:
@@ -123,15 +123,15 @@ def test_longrope_is_built_up_to_its_original_context_and_refused_beyond() -> No
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = Phi3Config(**TINY, **tokens, rope_parameters=rope, original_max_position_embeddings=64)
     with pytest.raises(UnsupportedError, match="longrope") as caught:
-        trace_fp32(config, 128)
+        trace(config, "fp32", 128)
     assert "64" in caught.value.hint
-    trace_fp32(config, 64)
+    trace(config, "fp32", 64)
 
 
 def test_an_unknown_rotation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos, k * cos))
     with pytest.raises(UnsupportedError, match="neither of the two known rotations"):
-        trace_fp32(LlamaConfig(**TINY), 128)
+        trace(LlamaConfig(**TINY), "fp32", 128)
 
 
 def test_attention_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_attention_that_computes_something_else_is_refused(monkeypatch: pytest.M
     original = modeling_qwen3.eager_attention_forward
     monkeypatch.setattr(modeling_qwen3, "eager_attention_forward", doubled)
     with pytest.raises(UnsupportedError, match="Qwen3Attention attends in a way llmc does not know"):
-        trace_fp32(AutoConfig.for_model("qwen3", **TINY, head_dim=16), 128)
+        trace(AutoConfig.for_model("qwen3", **TINY, head_dim=16), "fp32", 128)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_other_architectures_are_refused_with_what_stopped_it(
 ) -> None:
     config = AutoConfig.for_model(**TINY | settings)
     with pytest.raises(UnsupportedError, match=complaint):
-        trace_fp32(config, 128)
+        trace(config, "fp32", 128)
 
 
 def test_rotary_tables_are_those_of_transformers(checkpoint: Callable[[str], Path]) -> None:

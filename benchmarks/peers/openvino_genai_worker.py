@@ -1,7 +1,11 @@
-"""openvino-genai: continuous batching on the CPU, in fp32 throughout; converted with optimum-intel."""
+"""openvino-genai: continuous batching on the CPU, in fp32; converted with optimum-intel.
+
+WEIGHT_FORMAT=fp16 in the environment: weights rounded to fp16; arithmetic and cache stay fp32.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +70,8 @@ def first(model: Path, threads: int, text: str) -> str:
 
 def convert(checkpoint: Path, model: Path) -> None:
     export = Path(sys.executable).with_name("optimum-cli")
-    task = ["--task", "text-generation-with-past", "--weight-format", "fp32"]
+    weights = os.environ.get("WEIGHT_FORMAT", "fp32")
+    task = ["--task", "text-generation-with-past", "--weight-format", weights]
     subprocess.run([export, "export", "openvino", "--model", checkpoint, *task, model], check=True)
 
 

@@ -6,16 +6,58 @@ function body that the file carries here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import onnx_ir as ir
 
 from llmc.compiler.geometry import attention_nodes
+from llmc.compiler.package import BundleWriter
+from llmc.compiler.progress import Progress
+from llmc.compiler.request import BuildRequest
+from llmc.compiler.safetensors_index import TensorRef
+from llmc.compiler.targets.base import GRAPH_FILE, Finished, PhaseClock
 from llmc.compiler.targets.finish import finish
+from llmc.compiler.targets.proof import prove
+from llmc.compiler.targets.stored_dtype import keep_stored_dtype
 from llmc.passes.spec import module_of
 from llmc.plugins.paged_attention import body
 from llmc.runtime.bundle.manifest import Target
 
-ENGINE_FILE = "rank0.onnx"  # beside weights/: ONNX allows external data below the graph's directory only
+if TYPE_CHECKING:
+    from llmc.compiler.driver import Plan
+
 OPENVINO, ONNXRUNTIME = "2026.4", "1.32"
+_WEIGHTS_NOTE = {
+    "openvino": "matrices as the checkpoint has them, widened as they are multiplied; the rest in fp32",
+    "onnxruntime": "fp32, which the engine maps as it is",
+}
+
+
+class CpuTarget:
+    """Computes in fp32, on every CPU that OpenVINO and ONNX Runtime know."""
+
+    def check(self, request: BuildRequest, dtype: str) -> None:
+        del request, dtype  # fp32 is all that a request for the CPU can ask for, and needs nothing
+
+    def lower(self, model: ir.Model, dtype: str, tensors: Mapping[str, TensorRef]) -> Target:
+        """Completes the graph to a file that both engines read. In place.
+
+        Only for OpenVINO do 16-bit weights stay so: ONNX Runtime would widen them all at every start.
+        """
+        del dtype
+        target = choose_engine(model)
+        if target.engine == "openvino":
+            keep_stored_dtype(model, tensors)
+        function = body.function()
+        model.functions[function.identifier()] = function
+        finish(model)
+        return target
+
+    def finish(self, plan: Plan, writer: BundleWriter, progress: Progress, phase: PhaseClock) -> Finished:
+        with phase("verify"):
+            record = prove(plan, writer.path(GRAPH_FILE), plan.target.engine, progress)
+        return Finished(GRAPH_FILE, record, weights_note=_WEIGHTS_NOTE[plan.target.engine])
 
 
 def choose_engine(model: ir.Model) -> Target:
@@ -34,15 +76,3 @@ def choose_engine(model: ir.Model) -> Target:
         reason="its paged attention takes every attention layer of this model",
         requires={"openvino": OPENVINO},
     )
-
-
-def lower(model: ir.Model) -> None:
-    """Completes the canonical graph to a file that both engines read. In place."""
-    function = body.function()
-    model.functions[function.identifier()] = function
-    finish(model)
-
-
-def serialize(model: ir.Model) -> bytes:
-    """The bytes of the engine file; the same model gives the same bytes."""
-    return ir.to_proto(model).SerializeToString(deterministic=True)

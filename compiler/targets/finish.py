@@ -1,4 +1,4 @@
-"""What every target does last to a graph before it is written."""
+"""What every target does last to a graph, and how the graph becomes a file."""
 
 from __future__ import annotations
 
@@ -29,3 +29,8 @@ def finish(model: ir.Model) -> None:
     model.graph.name = "llmc"
     common.NameFixPass()(model)
     common.TopologicalSortPass()(model)
+
+
+def serialize(model: ir.Model) -> bytes:
+    """The bytes of the ONNX file; the same model gives the same bytes."""
+    return ir.to_proto(model).SerializeToString(deterministic=True)

@@ -43,11 +43,6 @@ def lower_for_tensorrt(model: ir.Model, dtype: str) -> None:
     finish(model)
 
 
-def serialize(model: ir.Model) -> bytes:
-    """The bytes of the ONNX file; the same model gives the same bytes."""
-    return ir.to_proto(model).SerializeToString(deterministic=True)
-
-
 def _widen_offset_norm(node: ir.Node) -> None:
     """norm(x, Add(w, c)) -> Cast(norm(Cast(x, fp32), Add(Cast(w, fp32), c)))."""
     x, scale = edit.operand(node, 0), edit.operand(node, 1)

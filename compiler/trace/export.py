@@ -27,6 +27,7 @@ from llmc.compiler.trace.onnx_ops import translation_table
 from llmc.runtime.errors import LlmcError, UnsupportedError
 
 OPSET = 23
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EXAMPLE_TOKENS = 7  # any length but 1; the graph is symbolic in it
 
 
@@ -45,18 +46,14 @@ class Trace:
     replaced: dict[str, int]
 
 
-def trace_fp32(config: PreTrainedConfig, max_seq_len: int) -> Trace:
-    """`trace`, computing in fp32 whatever dtype the checkpoint is stored in."""
-    return trace(config, torch.float32, max_seq_len)
-
-
-def trace(config: PreTrainedConfig, dtype: torch.dtype, max_seq_len: int) -> Trace:
-    """Traces the causal language model that `config` describes, computing in `dtype`.
+def trace(config: PreTrainedConfig, dtype: str, max_seq_len: int) -> Trace:
+    """Traces the causal language model that `config` describes, computing in `dtype` (a key of DTYPES),
+    whatever dtype the checkpoint is stored in.
 
     Raises UnsupportedError, naming the module, where the model does something llmc cannot express.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    model = _fake_model(config, dtype, fake)
+    model = _fake_model(config, DTYPES[dtype], fake)
     tied = {alias: name for alias, name in model.all_tied_weights_keys.items() if alias != name}
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
     with intercept(model, max_seq_len) as interception, _quiet():

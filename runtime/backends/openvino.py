@@ -1,4 +1,10 @@
-"""Runs a bundle's graph with OpenVINO on the CPU. The KV cache is ours; the graph writes it in place."""
+"""Runs a bundle's graph with OpenVINO on the CPU. The KV cache is ours; the graph writes it in place.
+
+Weights of 16 bits stay so in memory: OpenVINO's oneDNN kernels widen them to fp32 as they multiply, exactly.
+For up to 4 rows that happens in registers, and a step takes as long as reading the weights. For more rows
+they are unpacked into a buffer first, which costs more than reading them again until there are about 16 rows
+(docs/performance.md has the figures); so a small decode step is run as several of 4 rows.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +20,7 @@ from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BackendError
 
 _INPUTS = tuple(field.name for field in fields(Batch))  # other inputs are caches
+_FEW_ROWS, _MANY_ROWS = 4, 16
 
 
 def tested_core(threads: int | None = None) -> tuple[ov.Core, dict[str, Any]]:
@@ -57,6 +64,7 @@ class OpenVinoBackend:
             model = core.read_model(engine)
             # Only the logits: the caches are written in place, their outputs would copy them.
             model = ov.Model([model.output("logits")], model.get_parameters(), "llmc")
+            self._narrow_weights = _keep_narrow(model)
             compiled = core.compile_model(model, "CPU", config)
         except RuntimeError as error:  # OpenVINO's only kind
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
@@ -81,9 +89,29 @@ class OpenVinoBackend:
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Logits float32 [N, vocab] of the rows in `batch.logits_index`; valid until the next call."""
+        rows = len(batch.input_ids)
+        decode = rows == len(batch.past_lengths)
+        if self._narrow_weights and decode and _FEW_ROWS < rows <= _MANY_ROWS:
+            return np.concatenate([self._run(part).copy() for part in batch.split(_FEW_ROWS)])
+        return self._run(batch)
+
+    def _run(self, batch: Batch) -> np.ndarray:
         tensors = {}
         for name, port in self._ports.items():
             tensors[name] = ov.Tensor(getattr(batch, name), shared_memory=True)
             self._request.set_tensor(port, tensors[name])
         self._request.infer()
         return self._request.get_tensor(self._logits).data
+
+
+def _keep_narrow(model: ov.Model) -> bool:
+    """Asks OpenVINO to keep weights that the graph widens as they are; whether there are any.
+
+    Its own readers mark such conversions of its own format; for ONNX it would fold them into fp32 constants.
+    """
+    found = False
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Convert" and node.input_value(0).get_node().get_type_name() == "Constant":
+            node.get_rt_info()["decompression_0"] = True
+            found = True
+    return found

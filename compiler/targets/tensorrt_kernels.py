@@ -1,0 +1,106 @@
+"""The attention kernels that a bundle carries: only the variants that the model needs, for its GPUs.
+
+Each GPU gets machine code (cubin), which the driver loads as it is. GPUs that are newer than any named, or
+that Triton has no portable code for, get PTX, which the driver compiles when it loads it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmc.compiler.geometry import attention_nodes
+from llmc.compiler.package import BundleWriter
+from llmc.compiler.progress import Progress
+from llmc.passes import edit
+from llmc.plugins.paged_attention.launch import SMS, Attention, Variant, variants_for
+from llmc.runtime.bundle.manifest import KernelFile
+from llmc.runtime.errors import BuildError, UnsupportedError
+
+if TYPE_CHECKING:
+    from llmc.compiler.driver import Plan
+    from llmc.plugins.paged_attention.compile_kernels import Kernel
+
+_PORTABLE = (80, 86, 89, 120)  # what a portable TensorRT-RTX engine runs on, of those we compile for
+_PTX = 89  # Triton's code for SM90 and newer is for exactly that GPU (sm_90a and so on)
+
+
+def check(sms: Iterable[int]) -> None:
+    """Raises UnsupportedError for a GPU that the kernels cannot be compiled for."""
+    for sm in sms:
+        if sm < min(SMS):
+            raise UnsupportedError(
+                f"llmc has no attention kernels for SM{sm}", f"the oldest GPU it knows is SM{min(SMS)}"
+            )
+
+
+def codes(sms: tuple[int, ...]) -> list[tuple[int, str]]:
+    """(SM, "cubin" or "ptx") to compile for GPUs of these compute capabilities; none: portable."""
+    cubins = [sm for sm in (sms or _PORTABLE) if sm in SMS]
+    needs_ptx = not sms or any(sm not in SMS for sm in sms)
+    return [(sm, "cubin") for sm in cubins] + ([(_PTX, "ptx")] if needs_ptx else [])
+
+
+def compile_into(
+    plan: Plan, sms: tuple[int, ...], writer: BundleWriter, progress: Progress
+) -> tuple[KernelFile, ...]:
+    """Compiles, or takes from the cache, every kernel of `plan`'s model and writes it to the bundle.
+
+    Raises BuildError when Triton is missing or refuses a kernel.
+    """
+    try:
+        from llmc.plugins.paged_attention.compile_kernels import CompileError, compile_variant
+
+        variants = variants_for(layers(plan), [(plan.dtype, None)])
+        jobs = [(variant, sm, kind) for variant in variants for sm, kind in codes(sms)]
+        files = []
+        for done, (variant, sm, kind) in enumerate(jobs):
+            progress.bar(done, len(jobs))
+            files.append(_write(compile_variant(variant, sm, cache_directory()), variant, sm, kind, writer))
+    except ModuleNotFoundError as error:
+        raise BuildError(f"the attention kernels need {error.name}", f"pip install {error.name}") from error
+    except CompileError as error:
+        raise BuildError(f"an attention kernel: {error}", "please report this") from error
+    return tuple(files)
+
+
+def layers(plan: Plan) -> list[Attention]:
+    """The attention layers of a canonical or lowered graph, as the kernels see them."""
+    found = []
+    for node in attention_nodes(plan.model):
+        _, kv_heads, _, head_dim = edit.dims(edit.operand(node, 3))
+        found.append(
+            Attention(
+                num_heads=int(edit.attribute(node, "num_heads")),
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
+                v_head_dim=edit.dims(edit.operand(node, 4))[3],
+                window=int(edit.attribute(node, "window")),
+                softcap=float(edit.attribute(node, "softcap")),
+            )
+        )
+    return found
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept between builds."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "llmc" / "kernels"
+
+
+def _write(kernel: Kernel, variant: Variant, sm: int, kind: str, writer: BundleWriter) -> KernelFile:
+    file = f"kernels/sm{sm}/{variant}.{kind}"
+    writer.path(file).write_bytes(kernel.cubin if kind == "cubin" else kernel.ptx)
+    return KernelFile(
+        variant=str(variant),
+        sm=sm,
+        kind="cubin" if kind == "cubin" else "ptx",
+        file=file,
+        entry=kernel.name,
+        shared_memory=kernel.shared_memory,
+        num_warps=kernel.num_warps,
+        registers=kernel.registers,
+    )
