@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench gpu-check clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ check: $(STAMP)  ## what CI runs: format, lint, types, import layers, all tests
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+gpu-check:  ## on a machine with an NVIDIA GPU: kernels against the reference, speed (docs/gpu/README.md)
+	$(PYTHON) benchmarks/gpu_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) tales.llmc build *.egg-info .mypy_tree .pytest_cache .ruff_cache .mypy_cache .hypothesis

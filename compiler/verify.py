@@ -102,9 +102,9 @@ def run(job: Job, progress: Progress) -> Verification:
         return Verification(status="skipped", reason=f"verification needs about {need} of memory")
     progress.note(f"verification needs about {need} of memory")
     findings = _run_child(job, progress)
-    if faults := _faults(findings, job.dtype):
+    if wrong := faults(findings, job.dtype):
         raise VerificationError(
-            f"the engine does not reproduce the checkpoint: {', '.join(faults)}",
+            f"the engine does not reproduce the checkpoint: {', '.join(wrong)}",
             "this model's numbers do not fit into fp16; build with --dtype bf16"
             if job.dtype == "fp16" and not math.isfinite(findings.max_logit_error + findings.tolerance)
             else "please report this with the model's config.json; no bundle was written",
@@ -121,13 +121,13 @@ def run(job: Job, progress: Progress) -> Verification:
         tokens_compared=findings.positions,
         details={
             **({"compared": job.compared} if job.compared else {}),
-            "greedy_tokens": findings.greedy_tokens,
+            **({"greedy_tokens": findings.greedy_tokens} if findings.greedy_equal is not None else {}),
             **findings.details,
         },
     )
 
 
-def _faults(findings: Findings, dtype: str) -> list[str]:
+def faults(findings: Findings, dtype: str) -> list[str]:
     """Everything that was measured, if any of it is out of bounds. NaN is."""
     error, bound = findings.max_logit_error, findings.tolerance
     share, least = findings.top1_agreement, MIN_TOP1[dtype]

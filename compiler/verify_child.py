@@ -190,7 +190,10 @@ class Difference:
                 weights /= weights.sum()
                 kl.append(np.log(weights @ np.exp(error - error.max())) + error.max() - weights @ error)
         return cls(
-            float(np.max(largest)), float(np.sqrt(np.mean(squares))), float(np.mean(kl)), np.array(shortfall)
+            float(np.max(largest)),
+            float(np.sqrt(np.mean(squares))),
+            max(0.0, float(np.mean(kl))),  # what rounding leaves of 0 may be negative
+            np.array(shortfall),
         )
 
     def summary(self) -> dict[str, float]:

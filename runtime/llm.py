@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from llmc.plugins.paged_attention import spec
-from llmc.runtime.backends import load_backend
+from llmc.runtime.backends import load_backend, load_gpu_backend
+from llmc.runtime.backends.base import Backend
 from llmc.runtime.bundle.manifest import Geometry, Manifest
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
@@ -30,7 +31,8 @@ def load_engine(
     """Opens a bundle (checking it) and loads its engine.
 
     kv_memory: bytes for the KV cache; by default what `max_sequences` full contexts could use, within a
-        quarter of the free memory and 4 GiB. Pages are taken from the system when first written.
+        quarter of the free memory and 4 GiB. Pages are taken from the system when first written. On a GPU:
+        within what is free once the engine is loaded.
     max_batch_tokens: tokens computed in one step at most; longer prompts are prefilled in chunks. Smaller
         steps let running requests go on sooner, larger ones serve more tokens a second.
     threads: CPU threads, by default one for each physical core that the process may use.
@@ -38,18 +40,18 @@ def load_engine(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     manifest = opened.manifest
-    _check_operators(manifest)
     geometry, limits = manifest.geometry, manifest.limits
-    block = block_bytes(geometry, manifest.precision.kv_dtype)
-    useful = max_sequences * -(-limits.max_seq_len // geometry.block_size)
-    budget = kv_memory if kv_memory is not None else _default_kv_memory()
-    num_blocks = min(useful, budget // block)
-    if num_blocks < 1:
-        raise RequestError(
-            f"{budget} bytes of KV cache hold no block of {geometry.block_size} tokens ({block} bytes)",
-            f"give at least {block} bytes with --kv-memory",
+    if manifest.gpu is not None:
+        max_sequences = min(max_sequences, manifest.gpu.max_sequences)
+        max_batch_tokens = min(max_batch_tokens, manifest.gpu.max_tokens)
+        backend = load_gpu_backend(
+            opened,
+            kv_memory=kv_memory,
+            max_sequences=min(max_sequences, max_batch_tokens),
+            max_batch_tokens=max_batch_tokens,
         )
-    backend = load_backend(manifest.target.engine, opened.engine_path(), num_blocks, threads)
+    else:
+        backend = _load_on_cpu(opened, kv_memory, max_sequences, threads)
     directory = opened.tokenizer_dir
     tokenizer = Tokenizer.load(directory) if directory and (directory / "tokenizer.json").is_file() else None
     return Engine(
@@ -62,6 +64,22 @@ def load_engine(
         vocab_size=geometry.vocab_size,
         prefix_cache=prefix_cache,
     )
+
+
+def _load_on_cpu(opened: Bundle, kv_memory: int | None, max_sequences: int, threads: int | None) -> Backend:
+    manifest = opened.manifest
+    _check_operators(manifest)
+    geometry = manifest.geometry
+    block = block_bytes(geometry, manifest.precision.kv_dtype)
+    useful = max_sequences * -(-manifest.limits.max_seq_len // geometry.block_size)
+    budget = kv_memory if kv_memory is not None else _default_kv_memory()
+    num_blocks = min(useful, budget // block)
+    if num_blocks < 1:
+        raise RequestError(
+            f"{budget} bytes of KV cache hold no block of {geometry.block_size} tokens ({block} bytes)",
+            f"give at least {block} bytes with --kv-memory",
+        )
+    return load_backend(manifest.target.engine, opened.engine_path(), num_blocks, threads)
 
 
 def block_bytes(geometry: Geometry, kv_dtype: str) -> int:

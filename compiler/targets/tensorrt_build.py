@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.progress import Progress
-from llmc.plugins.paged_attention.spec import BLOCK_SIZE
+from llmc.passes import edit
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE, STEP_INPUTS
 from llmc.runtime.errors import BuildError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # shapes at least, at best, at most
 _INT32_MAX = 2**31 - 1
+_FIRST_AXIS = {"input_ids": "T", "position_ids": "T", "logits_index": "N", **STEP_INPUTS}  # of the inputs
 _KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TEMP", "TMPDIR")
 _ERRORS = {"unsupported": UnsupportedError, "build": BuildError}
 
@@ -69,11 +71,11 @@ class BuiltEngine:
 
 def memory_needed(weight_bytes: int) -> int:
     """Bytes that a build takes at its peak, for 16-bit weights (measured with Qwen3-0.6B's shape)."""
-    return (300 << 20) + 3 * weight_bytes
+    return (300 << 20) + int(2.2 * weight_bytes)
 
 
 def profile(model: ir.Model, limits: EngineLimits) -> dict[str, Range]:
-    """Graph input -> its shapes at least, at best, at most. Raises BuildError for an unknown dimension."""
+    """Graph input -> its shapes at least, at best, at most. Raises BuildError for an unknown input."""
     tables = limits.max_sequences * -(-limits.max_seq_len // BLOCK_SIZE)
     most = {
         "T": limits.max_tokens,
@@ -89,13 +91,13 @@ def profile(model: ir.Model, limits: EngineLimits) -> dict[str, Range]:
     most["S_plus_1"] = limits.max_sequences + 1
     ranges: dict[str, Range] = {}
     for value in model.graph.inputs:
-        dims = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or []]
-        if unknown := [dim for dim in dims if isinstance(dim, str) and dim not in most]:
-            raise BuildError(f"graph input {value.name} has an axis {unknown[0]} that no limit covers")
-        low, mid, high = (
-            tuple(dim if isinstance(dim, int) else sizes[dim] for dim in dims)
-            for sizes in (least, best, most)
-        )
+        axis = "blocks" if "_cache." in str(value.name) else _FIRST_AXIS.get(str(value.name))
+        first, *rest = edit.dims(value)
+        if axis is None or first != -1 or -1 in rest:
+            raise BuildError(
+                f"graph input {value.name} has an axis that no limit covers", "please report this"
+            )
+        low, mid, high = ((sizes[axis], *rest) for sizes in (least, best, most))
         ranges[str(value.name)] = (low, mid, high)
     return ranges
 
@@ -177,7 +179,7 @@ def _death(code: int, last: str) -> BuildError:
         memory = -code == signal.SIGKILL
         return BuildError(
             f"the TensorRT process was killed by signal {-code} ({signal.strsignal(-code)}): {last}",
-            "it may have run out of memory: a build takes about three times the size of the weights"
+            "it may have run out of memory: a build takes about 2.5 times the size of the weights"
             if memory
             else "TensorRT itself crashed; please report this with the model's config.json",
         )

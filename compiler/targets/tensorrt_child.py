@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from llmc.compiler.targets.mapped_pages import kept_small
 from llmc.compiler.targets.tensorrt_build import BuiltEngine, EngineJob
 from llmc.compiler.targets.tensorrt_errors import REPORT, EngineError, explain
 from llmc.plugins.paged_attention.tensorrt_plugin import NAMESPACE, make_plugin
@@ -154,6 +155,8 @@ def _parse(parser: Any, path: str, modules: Mapping[str, str]) -> None:
 def _configure(trt: Any, builder: Any, job: EngineJob) -> Any:
     config = builder.create_builder_config()
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # RTX: steps can be captured as CUDA graphs
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if job.compute_capabilities:
         config.num_compute_capabilities = len(job.compute_capabilities)
     for index, sm in enumerate(job.compute_capabilities):
@@ -185,7 +188,7 @@ def _build(job: EngineJob, say: Callable[..., None]) -> BuiltEngine:
     config.progress_monitor = monitor
     writer = _writer(trt, job.plan)
     try:
-        with writer.file:
+        with writer.file, kept_small(".safetensors"):
             built = builder.build_serialized_network_to_stream(network, config, writer)
     except OSError as error:  # from the file's last bytes; those before are in writer.error
         built, writer.error = False, writer.error or str(error.strerror)
@@ -209,7 +212,8 @@ def _fix_addresses() -> None:
     """Starts this process again without address randomization, where Linux lets it.
 
     TensorRT-RTX 1.7.1 numbers symbolic dimensions in the order of memory addresses, and the numbers are in
-    the engine: with random addresses, no two builds are the same bytes (they compute the same).
+    the engine: with random addresses, no two builds are the same bytes (they compute the same). For the same
+    reason the graph names one dimension only (`tensorrt_lower`).
     """
     try:
         personality = ctypes.CDLL(None).personality

@@ -32,7 +32,7 @@ def explain(complaints: Iterable[str], modules: Mapping[str, str]) -> EngineErro
         )
     if re.search(r"out of memory|bad_alloc|OutOfMemory", text, re.IGNORECASE):
         return EngineError(
-            "TensorRT ran out of memory", "a build takes about three times the size of the weights"
+            "TensorRT ran out of memory", "a build takes about 2.5 times the size of the weights"
         )
     first = lines[0] if lines else "TensorRT gave no reason"
     named = max(

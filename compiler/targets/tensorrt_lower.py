@@ -7,6 +7,8 @@ Llama does), Gather with int32 indices, Split, Gemm. What is changed:
 PagedAttention   names its plugin; the file carries no function body, which the parser would take instead
 norm(x, w + 1)   Gemma: transformers adds, normalizes and scales in fp32 and rounds once, so does the graph
 logits           leave in fp32: numpy and every sampler want that, and widening is exact
+dimensions       of inputs are unnamed, but T: with more names their order in the engine changes from build to
+                 build, and no other name joins two tensors of one standard operator
 """
 
 from __future__ import annotations
@@ -38,9 +40,17 @@ def lower_for_tensorrt(model: ir.Model, dtype: str) -> None:
         if node.op_type == "RMSNormalization":
             _widen_offset_norm(node)
     _widen_logits(model.graph)
+    _keep_one_symbol(model.graph)
     model.functions.clear()
     edit.remove_unused(model)
     finish(model)
+
+
+def _keep_one_symbol(graph: ir.Graph) -> None:
+    for value in (*graph.inputs, *graph.outputs):
+        sizes = list(value.shape or [])
+        known = [dim if isinstance(dim, int) or dim.value == edit.TOKENS else None for dim in sizes]
+        value.shape = ir.Shape(known)
 
 
 def _widen_offset_norm(node: ir.Node) -> None:

@@ -19,7 +19,6 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +73,11 @@ def compile_variant(variant: Variant, sm: int, cache: Path) -> Kernel:
 
 
 def cache_key(variant: Variant, sm: int) -> str:
+    import triton
+
     config = configure(variant, sm)
     parts = [
-        hashlib.sha256(_SOURCE.read_bytes()).hexdigest(), version("triton"),
+        hashlib.sha256(_SOURCE.read_bytes()).hexdigest(), triton.__version__,
         asdict(variant), asdict(config), signature(variant), sm,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

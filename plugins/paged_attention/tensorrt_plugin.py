@@ -4,24 +4,35 @@ One class is core, build and runtime (`IPluginV3`); its creator turns the node's
 stored in an engine, into it. `make_plugin` takes the module, because `tensorrt_rtx` and `tensorrt` have the
 same classes and a process uses one of them. The caches come out where they went in: outputs 1 and 2 alias
 inputs 3 and 4, for which the builder needs `PreviewFeature.ALIASED_PLUGIN_IO_10_03`.
+
+Plugins hold no kernels: whoever runs an engine lends them a launcher for the call (`launching`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import threading
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from llmc.plugins.paged_attention.launch import Attention
 from llmc.plugins.paged_attention.spec import ABI_VERSION, DOMAIN, NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 NAMESPACE = DOMAIN
 VERSION = str(ABI_VERSION)
 _QUERY, _KEY_CACHE, _VALUE_CACHE = 0, 3, 4
 _INPUTS, _OUTPUTS = 9, 3
+_PAST_LENGTHS = 6
+_INPUT_NAMES = (
+    "query", "key", "value", "key_cache", "value_cache",
+    "query_start", "past_lengths", "block_indices", "block_begins",
+)  # fmt: skip
 _STEP_INPUTS = range(5, 9)  # int32; all others have the model's dtype
 _ALIASES = {1: _KEY_CACHE, 2: _VALUE_CACHE}
 
@@ -50,12 +61,62 @@ class Attributes:
         return cls(heads, kv_heads, float(given["scale"]), window, float(given["softcap"]))
 
 
+class Launcher(Protocol):
+    """What a plugin needs to run; `cuda_kernels.AttentionLauncher` is one."""
+
+    def launch(
+        self, attention: Attention, dtype: str, scale: float, tensors: Mapping[str, int], tokens: int,
+        sequences: int, stream: int,
+    ) -> None: ...  # fmt: skip
+
+
+class _Lent(threading.local):
+    """TensorRT calls plugins in the thread that runs the engine."""
+
+    launcher: Launcher | None = None
+    error: Exception | None = None
+
+
+_lent = _Lent()
+
+
+@contextlib.contextmanager
+def launching(launcher: Launcher) -> Iterator[None]:
+    """Engines that this thread runs inside the `with` launch their attention through `launcher`.
+
+    TensorRT prints what a plugin raises and goes on; the first such error is raised again at the end.
+    """
+    _lent.launcher, _lent.error = launcher, None
+    try:
+        yield
+    finally:
+        error = _lent.error
+        _lent.launcher = _lent.error = None
+        if error is not None:
+            raise error
+
+
+@functools.cache
+def register(trt: Any) -> Any:
+    """Makes the plugin known to the TensorRT module `trt`, once in a process. Returns its creator."""
+    creator = make_plugin(trt)
+    if not trt.get_plugin_registry().register_creator(creator, NAMESPACE):
+        raise RuntimeError(f"another {NAMESPACE}.{NAME} is registered with TensorRT already")
+    return creator
+
+
+@functools.cache
+def _attention(attributes: Attributes, head_dim: int, v_head_dim: int) -> Attention:
+    heads, kv_heads = attributes.num_heads, attributes.num_kv_heads
+    return Attention(heads, kv_heads, head_dim, v_head_dim, attributes.window, attributes.softcap)
+
+
 def make_plugin(trt: Any) -> Any:
     """The plugin's creator for the TensorRT module `trt`; register it with `trt.get_plugin_registry()`.
 
     Keep a reference to it as long as TensorRT may use it.
     """
-    float_types = (trt.DataType.HALF, trt.DataType.BF16)
+    float_types = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
     field_types = {
         int: (np.int32, trt.PluginFieldType.INT32),
         float: (np.float32, trt.PluginFieldType.FLOAT32),
@@ -139,11 +200,38 @@ def make_plugin(trt: Any) -> Any:
             del context
             return self.clone()
 
-        def enqueue(self, *tensors: Any) -> None:
-            del tensors
-            raise RuntimeError(
-                f"{DOMAIN}.{NAME} has no kernels in this process: llmc builds TensorRT engines, "
-                "its runtime cannot launch them yet"
+        def enqueue(
+            self, input_desc: Sequence[Any], output_desc: Sequence[Any], inputs: Sequence[int],
+            outputs: Sequence[int], workspace: int, stream: int,
+        ) -> None:  # fmt: skip
+            del output_desc, workspace
+            if _lent.launcher is None:
+                raise RuntimeError(
+                    f"{DOMAIN}.{NAME} has no kernels in this process and cannot launch: "
+                    "run the engine through llmc.runtime"
+                )
+            try:
+                self._launch(_lent.launcher, input_desc, inputs, outputs, stream)
+            except Exception as error:
+                _lent.error = _lent.error or error
+                raise
+
+        def _launch(
+            self, launcher: Launcher, described: Sequence[Any], inputs: Sequence[int],
+            outputs: Sequence[int], stream: int,
+        ) -> None:  # fmt: skip
+            for output, cache in _ALIASES.items():
+                if outputs[output] != inputs[cache]:
+                    raise RuntimeError(f"TensorRT gave {DOMAIN}.{NAME} a copy of {_INPUT_NAMES[cache]}")
+            key, value = described[_KEY_CACHE].dims, described[_VALUE_CACHE].dims
+            launcher.launch(
+                _attention(self.attributes, key[3], value[3]),
+                float_types[described[_QUERY].type],
+                self.attributes.scale,
+                {**dict(zip(_INPUT_NAMES, inputs, strict=True)), "output": outputs[0]},
+                described[_QUERY].dims[0],
+                described[_PAST_LENGTHS].dims[0],
+                stream,
             )
 
     class PagedAttentionCreator(trt.IPluginCreatorV3One):

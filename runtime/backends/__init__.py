@@ -1,10 +1,11 @@
-"""Engines that run a bundle's graph. The name in the manifest is the module's name."""
+"""Engines that run a bundle's graph, by their names in the manifest."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from llmc.runtime.backends.base import Backend
+from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BackendError
 
 
@@ -19,3 +20,17 @@ def load_backend(name: str, engine: Path, num_blocks: int, threads: int | None =
 
         return OnnxRuntimeBackend(engine, num_blocks, threads)
     raise BackendError(f"there is no backend {name!r}", "known backends: openvino, onnxruntime")
+
+
+def load_gpu_backend(
+    bundle: Bundle, *, kv_memory: int | None, max_sequences: int, max_batch_tokens: int
+) -> Backend:
+    """Loads the TensorRT engine of a bundle, and sizes its KV cache by what the GPU has left.
+
+    The arguments are those of `load_engine`. Raises BackendError, RequestError.
+    """
+    from llmc.runtime.backends import tensorrt
+
+    return tensorrt.load(
+        bundle, kv_memory=kv_memory, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens
+    )

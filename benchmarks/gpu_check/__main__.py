@@ -1,0 +1,84 @@
+"""`python benchmarks/gpu_check`: runs all parts, writes one JSON and one table under docs/gpu/.
+
+Exit code 0: everything that could run here passed. 1: something failed, or there is nothing to run on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "gpu_check"
+    __import__(__package__)
+
+from . import ROOT, use_this_checkout
+from .options import Options
+
+_TIME_LIMIT = 465.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    use_this_checkout()
+    arguments = _parser().parse_args(argv)
+    if arguments.worker:
+        from .parts import work
+
+        name, options, file = json.loads(arguments.worker)
+        work(name, Options(**options | {"share": tuple(options["share"])}), Path(file))
+        return 0
+    from .card import Unusable, current
+
+    try:
+        card = current()
+    except Unusable as error:
+        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
+        return 1
+    seed = secrets.randbits(31) if arguments.seed is None else arguments.seed
+    return _check(card, Options(seed, arguments.quick, arguments.engine), arguments)
+
+
+def _check(card: Any, options: Options, arguments: argparse.Namespace) -> int:
+    from .parts import PARTS, run_part
+    from .report import machine, markdown, save
+
+    wanted = [part for part in PARTS if part.name in (arguments.part or [part.name])]
+    deadline = time.monotonic() + arguments.time_limit
+    result: dict[str, Any] = {"machine": machine(card, options), "parts": {}}
+    print(f"{card.name}, SM{card.sm}, seed {options.seed}")
+    for part in wanted:
+        print(f"{part.name} ...", flush=True)
+        found = run_part(part, options, deadline - time.monotonic())
+        result["parts"][part.name] = found
+        print(f"  {found['status']}, {found['seconds']:.0f} s", flush=True)
+        paths = save(result, arguments.output)  # after every part: what is known is not lost
+    print(f"\n{markdown(result)}\nwritten: {', '.join(map(str, paths))}")
+    failed = [name for name, found in result["parts"].items() if found["status"] == "failed"]
+    if failed:
+        print(f"error: failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"hint: {paths[0]} says what and where", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .parts import PARTS
+
+    parser = argparse.ArgumentParser(prog="gpu-check", description="Check and measure the kernels on a GPU.")
+    parser.add_argument("--quick", action="store_true", help="fewer cases: about two minutes")
+    parser.add_argument("--engine", metavar="BUNDLE", help="a TensorRT bundle to load and run")
+    parser.add_argument("--seed", type=int, help="of the random inputs (default: a new one)")
+    parser.add_argument("--part", action="append", choices=[p.name for p in PARTS], help="only this part")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "gpu", help="where results go")
+    parser.add_argument("--time-limit", type=float, default=_TIME_LIMIT, help="seconds for all parts")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""What this card reaches at best: bytes of memory and products of matrices a second, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .options import Options, Row
+from .timing import seconds
+
+_SIZE = 8192  # of the matrices
+_BYTES = 4 << 30
+
+
+def rows(options: Options) -> Iterator[Row]:
+    repeats = 10 if options.quick else 20
+    yield from _memory(repeats)
+    torch.cuda.empty_cache()
+    for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        yield _matmul(dtype, torch_dtype, repeats)
+
+
+def _memory(repeats: int) -> Iterator[Row]:
+    free, _ = torch.cuda.mem_get_info()
+    source = torch.ones(min(_BYTES, free // 4) // 4, dtype=torch.float32, device="cuda")
+    target, total = torch.empty_like(source), torch.zeros((), device="cuda")
+    took = seconds(lambda: target.copy_(source), repeats=repeats)
+    yield measured("memory, copy", gbps=2 * source.nbytes / took / 1e9, seconds=took)
+    took = seconds(lambda: torch.sum(source, dim=0, out=total), repeats=repeats)
+    yield measured("memory, read", gbps=source.nbytes / took / 1e9, seconds=took)
+
+
+def _matmul(dtype: str, torch_dtype: torch.dtype, repeats: int) -> Row:
+    a, b = (torch.randn(_SIZE, _SIZE, device="cuda").to(torch_dtype) for _ in range(2))
+    c = torch.empty_like(a)
+    took = seconds(lambda: torch.matmul(a, b, out=c), repeats=repeats)
+    return measured(f"matmul, {dtype}", dtype=dtype, tflops=2 * _SIZE**3 / took / 1e12, seconds=took)
+
+
+def measured(name: str, **figures: object) -> Row:
+    return {"name": name, "status": "measured", **figures}

@@ -1,0 +1,132 @@
+"""The kernels against the reference, on fresh random inputs, poisoned outputs and poisoned scratch.
+
+Every case runs several times: the results must not differ by a bit. Where they do, there is a race.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import steps
+from .cases import Case, cases, share
+from .options import Options, Row
+
+Launcher = Callable[..., None]  # jit.run_compiled or launch.run_interpreted
+_REPEATS = 3
+
+
+def rows(options: Options) -> Iterator[Row]:
+    from .card import current
+    from .jit import run_compiled
+
+    card = current()
+    own = share(cases(quick=options.quick), *options.share)
+    for number, case in enumerate(own):
+        try:
+            yield check(
+                case, run_compiled, options.seed, device="cuda", sm=card.sm,
+                multiprocessors=card.multiprocessors, repeats=_REPEATS,
+            )  # fmt: skip
+            torch.cuda.synchronize()
+        except Exception as error:
+            row: Row = {"name": str(case), "shape": case.shape, "dtypes": case.dtypes, "status": "failed"}
+            yield row | {"error": f"{type(error).__name__}: {error}"}
+            try:
+                torch.cuda.synchronize()
+            except Exception:  # the context is lost, with all that would follow
+                left = len(own) - number - 1
+                yield {"name": "the rest", "status": "failed", "error": f"{left} cases not run after a fault"}
+                return
+        torch.cuda.empty_cache()
+
+
+def check(
+    case: Case, run: Launcher, seed: int, *, device: str, sm: int, multiprocessors: int, repeats: int = 1
+) -> Row:
+    """Runs one case and says what is wrong with the result. `error / bound` above 1 is a failure."""
+    host = steps.make(case, seed)
+    want = steps.expected(case, host)
+    a = case.attention
+    plan = steps.plan(case, host, sm, multiprocessors)
+    tensors = place(case, host, device)
+    first: dict[str, torch.Tensor] = {}
+    problems: list[str] = []
+    for _ in range(repeats):
+        tensors["output"].fill_(float("nan"))
+        run(a, case.dtype, case.kv_dtype, plan, tensors, sm=sm, **steps.scales(case))
+        now = {name: tensors[name][case.first_block :].to("cpu", copy=True) for name in steps.CACHES}
+        now["output"] = tensors["output"].to("cpu", copy=True)
+        first = first or now
+        differing = [name for name in now if not same_bits(now[name], first[name])]
+        problems += [f"another {name} when run again" for name in differing]
+    for name in steps.CACHES:
+        wrong = (
+            (_bits(first[name]) != _bits(want.caches[name])).flatten(1).any(1).nonzero().flatten().tolist()
+        )
+        if wrong:
+            problems.append(f"{name}: {len(wrong)} blocks differ, the first is {wrong[0]}")
+        if not _still_poisoned(tensors[name][: case.first_block]):
+            problems.append(f"{name}: written outside the case's blocks")
+    got = first["output"].double().numpy()
+    excess = np.abs(got - want.output) / want.bound
+    problems += _describe(excess, got, want.output, a.v_head_dim)
+    row: Row = {"name": str(case), "status": "failed" if problems else "passed", "splits": plan.num_splits}
+    row |= {"shape": case.shape, "dtypes": case.dtypes, "error / bound": float(np.nanmax(excess, initial=0))}
+    return row | ({"error": "; ".join(dict.fromkeys(problems))} if problems else {})
+
+
+def place(case: Case, host: steps.Tensors, device: str) -> dict[str, torch.Tensor]:
+    """The tensors on the device, with an `output`, and the pool in front of the case's blocks poisoned."""
+    tensors = {name: tensor.to(device) for name, tensor in host.items()}
+    if case.first_block:
+        tensors["block_indices"] = tensors["block_indices"] + case.first_block
+        for name in steps.CACHES:
+            own = tensors[name]
+            pool = own.new_empty((case.first_block + len(own), *own.shape[1:]))
+            pool[: case.first_block] = _poison(own.dtype)
+            pool[case.first_block :] = own
+            tensors[name] = pool
+    a = case.attention
+    tokens = int(host["query_start"][-1])
+    tensors["output"] = tensors["query"].new_full((tokens, a.num_heads * a.v_head_dim), float("nan"))
+    return tensors
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(torch.equal(_bits(a), _bits(b)))
+
+
+def _describe(excess: np.ndarray, got: np.ndarray, want: np.ndarray, width: int) -> list[str]:
+    """What is wrong with an output [T, num_heads*Dv], and where it is worst."""
+    found = []
+    missing = ~np.isfinite(got)
+    if missing.any():
+        t, column = np.argwhere(missing)[0]
+        found.append(f"{missing.sum()} outputs not finite, the first: token {t}, head {column // width}")
+    if (excess > 1).any():
+        t, column = np.unravel_index(np.nanargmax(excess), excess.shape)
+        where = f"token {t}, head {column // width}, column {column % width}"
+        far = int((excess > 1).sum())
+        found.append(
+            f"{far} outputs outside the bound, by up to {excess[t, column]:.3g} times ({where}: "
+            f"{got[t, column]:.6g} for {want[t, column]:.6g})"
+        )
+    return found
+
+
+def _poison(dtype: torch.dtype) -> Any:
+    return steps.NAN_E4M3 if dtype == torch.uint8 else float("nan")
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.uint8 else x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+
+
+def _still_poisoned(pool: torch.Tensor) -> bool:
+    """Compared a part at a time: the whole may be gigabytes."""
+    pattern = _bits(torch.full((1,), _poison(pool.dtype), dtype=pool.dtype, device=pool.device))
+    return all(bool((_bits(part) == pattern).all()) for part in pool.split(2048))

@@ -1,0 +1,19 @@
+"""What every part of the check is given, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# One result: a `name`, a `status` (passed, failed, measured, absent) and whatever was found. JSON.
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """seed: of all random inputs. share: (index, count), for a part that several processes run at once."""
+
+    seed: int
+    quick: bool = False
+    engine: str | None = None
+    share: tuple[int, int] = (0, 1)

@@ -1,0 +1,41 @@
+"""Loads a TensorRT bundle (`--engine BUNDLE`) with llmc's runtime and generates a few tokens."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .options import Options, Row
+
+_LIBRARY = "tensorrt_rtx"
+_PROMPT = [1, 2, 3, 4, 5]
+_TOKENS = 8
+
+
+def rows(options: Options) -> Iterator[Row]:
+    name = f"engine {Path(options.engine).name}" if options.engine else "engine"
+    if not options.engine:
+        yield {"name": name, "status": "absent", "error": "no --engine BUNDLE was given"}
+        return
+    try:
+        version = importlib.import_module(_LIBRARY).__version__
+    except ImportError as error:
+        yield {"name": name, "status": "absent", "error": f"{type(error).__name__}: {error}"}
+        return
+    row: Row = {"name": name, "library": f"{_LIBRARY} {version}"}
+    begin = time.perf_counter()
+    try:
+        from llmc.runtime.llm import load_engine
+        from llmc.runtime.sampling import SamplingParams
+
+        engine = load_engine(options.engine)
+        loaded = time.perf_counter()
+        output = engine.generate([_PROMPT], SamplingParams(max_tokens=_TOKENS, temperature=0.0))[0]
+        row |= {"load_seconds": loaded - begin, "seconds": time.perf_counter() - loaded}
+        yield row | {"status": "passed", "token_ids": list(output.token_ids), "text": output.text}
+    except Exception as error:
+        hint = getattr(error, "hint", "")
+        said = f"{type(error).__name__}: {error}" + (f" ({hint})" if hint else "")
+        yield row | {"status": "failed", "error": said}

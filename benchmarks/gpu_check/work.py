@@ -1,0 +1,85 @@
+"""What is timed, and how much work it is: FLOPs and bytes, counted from lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llmc.plugins.paged_attention.launch import FP8, Attention
+
+SHAPES = {
+    "32/8x128": Attention(32, 8, 128, 128),
+    "64/8x64": Attention(64, 8, 64, 64),
+    "64/8x64 window sinks": Attention(64, 8, 64, 64, window=128, sinks=True),
+}
+PREFILLS = (1024, 4096, 16384)
+CONTEXTS = (1024, 8192, 32768)
+BATCHES = (1, 8, 64, 256)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`batch` sequences of `new` tokens each after `past` others."""
+
+    shape: str
+    dtype: str
+    kv_dtype: str | None
+    batch: int
+    past: int
+    new: int
+
+    @property
+    def attention(self) -> Attention:
+        return SHAPES[self.shape]
+
+    @property
+    def kind(self) -> str:
+        return "decode" if self.new == 1 else "prefill"
+
+    @property
+    def context(self) -> int:
+        return self.past + self.new
+
+    def __str__(self) -> str:
+        cache = ", fp8 cache" if self.kv_dtype == FP8 else ""
+        return f"{self.kind} {self.batch}x{self.context}, {self.shape}, {self.dtype}{cache}"
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values of all tokens."""
+        a = self.attention
+        element = 1 if self.kv_dtype == FP8 else 2
+        return self.batch * self.context * a.num_kv_heads * (a.head_dim + a.v_head_dim) * element
+
+    @property
+    def flops(self) -> int:
+        """Both products, for the pairs of query and key that the mask lets through; 2 FLOPs a product."""
+        a = self.attention
+        pairs = visible_pairs(self.past, self.new, a.window)
+        return 2 * (a.head_dim + a.v_head_dim) * a.num_heads * pairs * self.batch
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the keys and values that the tokens of a decode step see, each once."""
+        visible = min(self.context, self.attention.window or self.context)
+        return self.cache_bytes // self.context * visible
+
+
+def visible_pairs(past: int, new: int, window: int = 0) -> int:
+    """A token at position p sees p + 1 keys, or the last `window` of them."""
+    positions = range(past, past + new)
+    if not window:
+        return sum(p + 1 for p in positions)
+    return sum(min(p + 1, window) for p in positions)
+
+
+def workloads(*, quick: bool = False) -> Iterator[Workload]:
+    for shape in SHAPES:
+        for tokens in PREFILLS[1:2] if quick else PREFILLS:
+            yield Workload(shape, "bf16", None, 1, 0, tokens)
+    if not quick:
+        yield Workload("32/8x128", "fp16", None, 1, 0, PREFILLS[1])
+    for shape, kv_dtype in (*((shape, None) for shape in SHAPES), ("32/8x128", FP8)):
+        for context in CONTEXTS[1:2] if quick else CONTEXTS:
+            for batch in BATCHES[::2] if quick else BATCHES:
+                yield Workload(shape, "bf16", kv_dtype, batch, context - 1, 1)

@@ -1,0 +1,182 @@
+"""Can this machine run this bundle? Every reason why not, found before anything is loaded on the GPU.
+
+Pure functions of the manifest, the files beside it, and what was found out about GPU and libraries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.plugins.paged_attention import spec
+from llmc.runtime.bundle.manifest import KernelFile, Manifest
+
+MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}  # engine in the manifest -> Python module
+_CUDA = (13, 0)  # what TensorRT 11 and TensorRT-RTX 1.7 are built with: their wheels are named cu13
+_PORTABLE_FROM = 80  # TensorRT-RTX without named GPUs: "Ampere and newer"
+_DATA_CENTRE = {90: "Hopper", 100: "Blackwell", 103: "Blackwell"}  # TensorRT-RTX has no code for these
+_ONE_SM_ONLY = (
+    90  # from here on Triton's PTX is for sm_90a, sm_120a, ...: not for newer GPUs (PTX ISA, .target)
+)
+_MAGIC = {"tensorrt-rtx": b"vtrt"}  # how engine files begin, where it was seen (1.7.1)
+_HEADER = 4096
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU. sm: compute capability, 89 for 8.9; cuda: the newest CUDA its driver knows, (13, 0);
+    shared_memory: bytes that a block of threads may have."""
+
+    name: str
+    sm: int
+    cuda: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the caller wants a step to hold at most: tokens and sequences."""
+
+    max_tokens: int
+    max_sequences: int
+
+
+def faults(
+    manifest: Manifest,
+    directory: Path,
+    device: Device | str,
+    installed: Mapping[str, str | None],
+    step: Step,
+) -> list[str]:
+    """Why the bundle in `directory` cannot run here, a sentence each; empty if it can.
+
+    device: the GPU, or why there is none. installed: library -> version, None if it is not installed, for
+    those in the manifest's `target.requires`, and for cuda-python.
+    """
+    return [
+        *_library_faults(manifest, installed),
+        *_operator_faults(manifest),
+        *([device] if isinstance(device, str) else _device_faults(manifest, directory, device)),
+        *_plan_faults(manifest, directory),
+        *_step_faults(manifest, step),
+    ]
+
+
+def hint(manifest: Manifest, device: Device | str) -> str:
+    """The command that builds the bundle for this GPU, or a sentence where none would help."""
+    if isinstance(device, str):
+        return "GPU engines need an NVIDIA GPU and driver; build with `--target cpu` to run without"
+    target = manifest.target.name
+    command = f"llmc build {manifest.source.name} --target {target}"
+    if target == "tensorrt-rtx" and device.sm in _DATA_CENTRE:
+        return (
+            f"build for it where it is: llmc build {manifest.source.name} --target tensorrt --sm {device.sm}"
+        )
+    return f"build it for this GPU: {command} --sm {device.sm}"
+
+
+def choose_kernels(kernels: Collection[KernelFile], device: Device) -> tuple[KernelFile, ...]:
+    """One file for each variant, all made for the same SM, because tiles depend on it; () if none will do.
+
+    Cubins of exactly this GPU's SM; or else PTX of it, or of the newest older one.
+    """
+    variants = {kernel.variant for kernel in kernels}
+    sets: dict[tuple[bool, int], dict[str, KernelFile]] = {}
+    for kernel in kernels:
+        exact = kernel.sm == device.sm
+        newer = kernel.kind == "ptx" and kernel.sm < min(device.sm, _ONE_SM_ONLY)
+        if (exact or newer) and kernel.shared_memory <= device.shared_memory:
+            sets.setdefault((kernel.kind == "cubin", kernel.sm), {})[kernel.variant] = kernel
+    whole = [key for key, files in sets.items() if files.keys() == variants]
+    return tuple(sets[max(whole)].values()) if whole else ()
+
+
+def _library_faults(manifest: Manifest, installed: Mapping[str, str | None]) -> Iterator[str]:
+    for library, wanted in manifest.target.requires.items():
+        found = installed.get(library)
+        if found is None:
+            yield f"{library} is not installed (pip install {library}=={wanted})"
+        elif found != wanted:
+            yield f"{library} is {found}, the engine needs {wanted} (pip install {library}=={wanted})"
+    if installed.get("cuda-python") is None:
+        yield f"cuda-python is not installed (pip install 'cuda-python=={_CUDA[0]}.*')"
+
+
+def _operator_faults(manifest: Manifest) -> Iterator[str]:
+    name = f"{spec.DOMAIN}.{spec.NAME}"
+    for operator in manifest.operators:
+        if (operator.name, operator.abi) != (name, spec.ABI_VERSION):
+            yield (
+                f"the engine needs operator {operator.name} at ABI {operator.abi}, "
+                f"this llmc has {name} at ABI {spec.ABI_VERSION}"
+            )
+
+
+def _device_faults(manifest: Manifest, directory: Path, device: Device) -> Iterator[str]:
+    gpu, target = manifest.gpu, manifest.target.name
+    assert gpu is not None
+    here = f"this GPU, {device.name}, is SM{device.sm}"
+    if target == "tensorrt-rtx" and device.sm in _DATA_CENTRE:
+        family = _DATA_CENTRE[device.sm]
+        yield f"{here}: TensorRT-RTX has no code for data-centre {family}, the target tensorrt has"
+    elif gpu.compute_capabilities and device.sm not in gpu.compute_capabilities:
+        yield f"{here}, the engine is for " + ", ".join(f"SM{sm}" for sm in gpu.compute_capabilities)
+    elif device.sm < _PORTABLE_FROM and not gpu.compute_capabilities:
+        yield f"{here}, the engine is for SM{_PORTABLE_FROM} and newer"
+    needed = _CUDA
+    chosen = choose_kernels(gpu.kernels, device)
+    if not chosen:
+        made = sorted({f"{kernel.kind} for SM{kernel.sm}" for kernel in gpu.kernels})
+        yield f"the bundle has no complete set of attention kernels for SM{device.sm}: " + (
+            ", ".join(made) or "it has none"
+        )
+    for kernel in chosen:
+        try:
+            with open(directory / kernel.file, "rb") as file:
+                header = file.read(_HEADER)
+        except OSError as error:
+            yield f"{kernel.file} cannot be read: {error.strerror}"
+            continue
+        needed = max(needed, cuda_of_ptx(header) if kernel.kind == "ptx" else _CUDA)
+    if device.cuda < needed:
+        has, wants = (".".join(map(str, version)) for version in (device.cuda, needed))
+        yield f"the GPU's driver knows CUDA {has}, the engine and its kernels need {wants}: update the driver"
+
+
+def _plan_faults(manifest: Manifest, directory: Path) -> Iterator[str]:
+    for engine in manifest.engines:
+        path, listed = directory / engine.file, manifest.files[engine.file].bytes
+        try:
+            with open(path, "rb") as file:
+                magic = file.read(4)
+            size = path.stat().st_size
+        except OSError as error:
+            yield f"{engine.file} cannot be read: {error.strerror}"
+            continue
+        if size != listed:
+            yield f"{engine.file} has {size} of its {listed} bytes"
+        elif magic != _MAGIC.get(manifest.target.name, magic):
+            yield f"{engine.file} is no engine of {manifest.target.name}: it begins with {magic!r}"
+
+
+def _step_faults(manifest: Manifest, step: Step) -> Iterator[str]:
+    gpu = manifest.gpu
+    assert gpu is not None
+    if step.max_tokens > gpu.max_tokens:
+        yield f"steps of {step.max_tokens} tokens are asked for, the engine takes {gpu.max_tokens}"
+    most = min(gpu.max_sequences, gpu.max_logits)
+    if step.max_sequences > most:
+        yield f"{step.max_sequences} sequences at once are asked for, the engine takes {most}"
+
+
+def cuda_of_ptx(header: bytes) -> tuple[int, int]:
+    """The CUDA version that a PTX file needs of the driver; (0, 0) for any that TensorRT runs on.
+
+    PTX ISA 9.x came with CUDA 13.x (PTX ISA, release notes); all before are older than CUDA 13.0.
+    """
+    found = re.search(rb"^\.version (\d+)\.(\d+)", header, re.MULTILINE)
+    major, minor = (int(found[1]), int(found[2])) if found else (0, 0)
+    return (major + 4, minor) if major >= 9 else (0, 0)

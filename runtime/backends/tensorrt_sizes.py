@@ -1,0 +1,73 @@
+"""How much GPU memory goes where: arithmetic, done when all but the KV cache is on the GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmc.plugins.paged_attention import launch
+from llmc.plugins.paged_attention.cuda_kernels import scratch_layout
+from llmc.plugins.paged_attention.launch import Attention
+from llmc.runtime.bundle.manifest import Geometry
+from llmc.runtime.errors import RequestError
+
+# Left free: CUDA graphs, kernels that CUDA and TensorRT load or compile when first used. Not measured yet.
+_RESERVE_BYTES = 512 << 20
+_RESERVE_SHARE = 0.03  # of the GPU's memory
+
+
+def reserve(total: int) -> int:
+    """Bytes of a GPU with `total` that the KV cache leaves alone."""
+    return max(_RESERVE_BYTES, int(total * _RESERVE_SHARE))
+
+
+def cache_blocks(
+    block_bytes: int, *, free: int, total: int, kv_memory: int | None, useful: int, most: int
+) -> int:
+    """How many KV blocks to make.
+
+    block_bytes: of one block over all layers; free, total: the GPU's bytes now; kv_memory: what the user
+    allows, None for all but the reserve; useful: blocks that could ever be in use; most: what the engine
+    can address. Raises RequestError where not one block fits, or where kv_memory is not there.
+    """
+    available = max(0, free - reserve(total))
+    if kv_memory is not None and kv_memory > available:
+        raise RequestError(
+            f"{kv_memory} bytes of KV cache are asked for, the GPU has {available}: {free} are free of "
+            f"{total}, {reserve(total)} stay so for CUDA graphs",
+            f"give at most {available} bytes with --kv-memory, or leave it out",
+        )
+    budget = available if kv_memory is None else kv_memory
+    blocks = min(useful, most, budget // block_bytes)
+    if blocks < 1:
+        raise RequestError(
+            f"{budget} bytes of KV cache hold no block ({block_bytes} bytes)",
+            f"give at least {block_bytes} bytes with --kv-memory"
+            if kv_memory is not None
+            else "the model leaves no room: free memory on the GPU, or lower max_sequences",
+        )
+    return blocks
+
+
+def scratch_bytes(
+    geometry: Geometry, max_sequences: int, max_seq_len: int, dtype: str, sm: int, multiprocessors: int
+) -> int:
+    """What the attention kernels want for splits, over all decode steps of up to max_sequences sequences."""
+    kinds = {
+        Attention(geometry.num_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim, layer.window)
+        for layer in geometry.layers
+    }
+    most = 0
+    for count in range(1, max_sequences + 1):
+        start, past = longest_decode(count, max_seq_len)
+        for kind in kinds:
+            plan = launch.plan(kind, dtype, None, start, past, sm=sm, multiprocessors=multiprocessors)
+            most = max(most, scratch_layout(plan)[1])
+    return most
+
+
+def longest_decode(count: int, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """query_start and past_lengths of a decode step of `count` sequences, all as long as can be.
+
+    What is launched for it serves every decode step of so many sequences or fewer: see `tensorrt_step.py`.
+    """
+    return np.arange(count + 1, dtype=np.int32), np.full(count, max_seq_len - 1, np.int32)

@@ -1,0 +1,84 @@
+"""The arrays of a step as the GPU gets them: decode steps are padded to a few sizes, for CUDA graphs.
+
+A graph is captured once for each bucket of b sequences and replayed for every decode step of b or fewer. It
+repeats the launches and shapes of its capture; only what the step arrays hold differs. So:
+
+* Shapes are those of b tokens, sequences and logits. `block_indices` has its full length in every step:
+  only `block_begins` decides what of it is read.
+* Sequences r..b-1 of a step of r have no new token: query_start repeats r. decode and reduce skip them, and
+  write_kv skips tokens from query_start[b] = r on, so nothing is written to anybody's cache.
+* Tokens r..b-1 are token 0 at position 0: safe to look up. Their attention output is whatever the memory
+  held, NaN perhaps; every other operator works on rows, so no real row sees it. Their logits are not read.
+* The number of splits is that of the longest context. For shorter ones some splits are empty programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE
+from llmc.runtime.batch import Batch
+from llmc.runtime.errors import BackendError
+
+
+def room(max_tokens: int, max_sequences: int, max_seq_len: int) -> dict[str, int]:
+    """Elements of each array of a step, at most; every sequence may need a logit."""
+    return {
+        "input_ids": max_tokens,
+        "position_ids": max_tokens,
+        "query_start": max_sequences + 1,
+        "past_lengths": max_sequences,
+        "block_indices": max_sequences * -(-max_seq_len // BLOCK_SIZE),
+        "block_begins": max_sequences + 1,
+        "logits_index": max_sequences,
+    }
+
+
+def buckets(max_sequences: int) -> tuple[int, ...]:
+    """Sizes that decode steps are padded to: powers of two, and max_sequences."""
+    powers = [1 << exponent for exponent in range(max_sequences.bit_length())]
+    return tuple(dict.fromkeys(min(size, max_sequences) for size in [*powers, max_sequences]))
+
+
+def bucket_of(batch: Batch, sizes: Sequence[int]) -> int | None:
+    """The smallest bucket that holds the step; None where not every sequence has one new token."""
+    count = len(batch.past_lengths)
+    if (
+        not len(batch.input_ids) == len(batch.logits_index) == count
+        or (np.diff(batch.query_start) != 1).any()
+    ):
+        return None
+    return next((size for size in sizes if size >= count), None)
+
+
+def fill(batch: Batch, bucket: int | None, arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Writes the step into `arrays` (int32, by the names of Batch), padded if there is a bucket.
+
+    Returns how many elements of each array count; only block_indices has fewer than its shape.
+    A step without logits asks for those of its first token, as no tensor may be empty.
+    Raises BackendError for a step that is larger than the arrays.
+    """
+    count = bucket or len(batch.past_lengths)
+    tokens = bucket or len(batch.input_ids)
+    lengths = {
+        "input_ids": tokens,
+        "position_ids": tokens,
+        "query_start": count + 1,
+        "past_lengths": count,
+        "block_indices": len(batch.block_indices),
+        "block_begins": count + 1,
+        "logits_index": bucket or max(1, len(batch.logits_index)),
+    }
+    for name, length in lengths.items():
+        source, target = getattr(batch, name), arrays[name]
+        if length > len(target):
+            raise BackendError(
+                f"the step has {length} {name}, the engine was loaded for {len(target)}",
+                "lower max_batch_tokens or max_sequences",
+            )
+        target[: len(source)] = source
+        repeats = name in ("query_start", "block_begins")
+        target[len(source) : length] = source[-1] if repeats else 0
+    return lengths
