@@ -13,14 +13,20 @@ from llmc.cli.text import print_json, size, table
 from llmc.runtime.errors import BackendError, LlmcError
 
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*([^;]*?)\s*(?:;\s*(.*))?")
-_EXTRAS = {"": "pip install --upgrade llmc", "build": "pip install 'llmc[build]'"}
+_EXTRAS = {
+    "": "pip install --upgrade llmc",
+    "build": "pip install 'llmc[build]'",
+    "tensorrt-rtx": "pip install 'llmc[tensorrt-rtx]'",
+    "kernels": "pip install 'llmc[kernels]'",
+}
+_USES = {"": "llmc run", "build": "llmc build", "tensorrt-rtx": "GPU engines", "kernels": "GPU engines"}
 
 
 @dataclass(frozen=True)
 class Library:
     """A library that llmc wants.
 
-    extra: "" if `llmc run` needs it, "build" if only `llmc build` does; version: None if it is missing.
+    extra: "" if `llmc run` needs it, else the extra of llmc that brings it; version: None if it is missing.
     """
 
     name: str
@@ -44,7 +50,7 @@ def doctor(
 ) -> None:
     """Check whether this machine has what llmc needs.
 
-    Fails if `llmc run` cannot work here; what only `llmc build` needs may be missing.
+    Fails if `llmc run` cannot work on this CPU; what only `llmc build` or GPU engines need may be missing.
     """
     from importlib.metadata import version
 
@@ -60,7 +66,8 @@ def doctor(
                 "libraries": [{**asdict(library), "fits": library.fits} for library in found],
                 "openvino_attention": {"passed": fault is None, "fault": fault.message if fault else None},
                 "run": not broken and fault is None,
-                "build": all(library.fits for library in found),
+                "build": all(library.fits for library in found if library.extra in ("", "build")),
+                "tensorrt-rtx": all(library.fits for library in found),
             }
         )
     else:
@@ -74,7 +81,7 @@ def doctor(
         ]
         rows = [("LIBRARY", "FOR", "WANTED", "INSTALLED", "")]
         rows += [
-            (lib.name, "llmc build" if lib.extra else "llmc run", lib.wanted, lib.version or "-", lib.remark)
+            (lib.name, _USES[lib.extra], lib.wanted, lib.version or "-", lib.remark)
             for lib in found
         ]
         print(f"{table(facts)}\n\n{table(rows)}")

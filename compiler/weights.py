@@ -113,7 +113,7 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
 def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.ndarray]:
     dtype = _dtype(value).numpy()
     if value.const_value is not None:
-        yield _flat(value.const_value.numpy(), dtype)
+        yield _flat(value.const_value.numpy(), dtype, str(value.name))
         return
     for name in str(value.name).split(JOIN):  # fused layers: one tensor after the other
         ref = tensors.get(name)
@@ -125,8 +125,12 @@ def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.nd
                 "quantized checkpoints are not supported yet; build from the original weights",
             )
         for chunk in ref.iter_chunks(_CHUNK_BYTES):
-            yield _flat(chunk, dtype)
+            yield _flat(chunk, dtype, name)
 
 
-def _flat(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    return np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(-1)
+def _flat(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # said below, by name
+        converted = array.astype(dtype, copy=False)
+    if dtype == np.float16 and array.dtype != dtype and np.isinf(converted).any():
+        raise BuildError(f"tensor {name} has values that fp16 cannot hold", "build with --dtype bf16")
+    return np.ascontiguousarray(converted).reshape(-1)

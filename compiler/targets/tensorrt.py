@@ -91,6 +91,7 @@ class TensorRTTarget:
         )
 
     def finish(self, plan: Plan, writer: BundleWriter, progress: Progress, phase: PhaseClock) -> Finished:
+        _check_memory(plan, progress)
         with phase("verify"):
             oracle = writer.path(ORACLE_FILE)
             oracle.write_bytes(serialize(oracle_model(plan.model, plan.dtype)))
@@ -108,14 +109,6 @@ class TensorRTTarget:
         return Finished(PLAN_FILE, record, weights_file=False, weights_note=note, gpu=gpu)
 
     def _build(self, plan: Plan, limits: EngineLimits, writer: BundleWriter, progress: Progress) -> None:
-        needed, available = tensorrt_build.memory_needed(plan.weight_bytes), available_memory()
-        progress.note(f"the TensorRT build needs about {needed / 2**30:.1f} GiB of memory")
-        if available is not None and needed > available:
-            raise BuildError(
-                f"the TensorRT build needs about {needed / 2**30:.1f} GiB of memory, "
-                f"{available / 2**30:.1f} GiB are available",
-                "build on a larger machine; the bundle runs anywhere",
-            )
         writer.check_disk_space(plan.weight_bytes)
         job = EngineJob(
             library=self.flavor.library,
@@ -131,6 +124,17 @@ class TensorRTTarget:
                 f"TensorRT made {built.attention_layers} attention plugins of {expected} layers",
                 "please report this with the model's config.json",
             )
+
+
+def _check_memory(plan: Plan, progress: Progress) -> None:
+    needed, available = tensorrt_build.memory_needed(plan.weight_bytes), available_memory()
+    progress.note(f"the TensorRT build needs about {needed / 2**30:.1f} GiB of memory")
+    if available is not None and needed > available:
+        raise BuildError(
+            f"the TensorRT build needs about {needed / 2**30:.1f} GiB of memory, "
+            f"{available / 2**30:.1f} GiB are available",
+            "build on a larger machine: the bundle does not have to run there",
+        )
 
 
 def describe_sms(sms: tuple[int, ...]) -> str:
