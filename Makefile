@@ -17,11 +17,11 @@ demo: $(STAMP)  ## builds the bundled checkpoint for the CPU and generates from 
 	$(BIN)/llmc run tales.llmc "Once upon a time there was a" --max-tokens 120 --temperature 0.5 --top-k 20 --seed 1
 
 test: $(STAMP)  ## the tests, without those marked slow (`make check` runs them too)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 check: $(STAMP)  ## what CI runs: format, lint, types, import layers, all tests
 	.ci/checks $(BIN)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -518,6 +518,8 @@ from dataclasses import replace
 from pathlib import Path
 from llmc.compiler.package import BundleWriter
 from llmc.runtime.bundle.manifest import Manifest
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore them
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 output, weights = Path(sys.argv[1]), "weights/model-00001.safetensors"
 """
 

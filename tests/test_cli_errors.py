@@ -365,11 +365,11 @@ def test_changed_byte_of_the_manifest(fails, tiny):
 
 def test_newer_format(fails, tiny):
     manifest = json.loads((tiny / "manifest.json").read_bytes())
-    manifest["format_version"] = 2
+    manifest["format_version"] = 3
     manifest["producer"]["llmc"] = "9.1"
     (tiny / "manifest.json").write_text(json.dumps(manifest))
     error, hint = fails("run", tiny, "Once")
-    assert error == "bundle format 2 needs llmc >= 9.1; this llmc reads formats 1 to 1"
+    assert error == "bundle format 3 needs llmc >= 9.1; this llmc reads formats 1 to 2"
     assert hint == "pip install 'llmc>=9.1'"
 
 

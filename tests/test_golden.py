@@ -22,9 +22,15 @@ def test_there_is_a_frozen_bundle_of_every_format() -> None:
 
 
 @pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
-def test_a_frozen_bundle_generates_what_transformers_did(version: int) -> None:
-    path = GOLDEN / f"format-{version}.llmc"
-    Bundle.open(path).verify()
+def test_a_frozen_bundle_opens_and_is_whole(version: int) -> None:
+    bundle = Bundle.open(GOLDEN / f"format-{version}.llmc")
+    bundle.verify()
+    assert bundle.manifest.format_version == version
+    assert (bundle.manifest.gpu is None) == (version == 1)
+
+
+def test_a_frozen_bundle_generates_what_transformers_did() -> None:
+    path = GOLDEN / "format-1.llmc"  # format 2 is for GPUs
     expected = json.loads(path.with_suffix(".json").read_text())
     engine = load_engine(path)
     params = SamplingParams(max_tokens=len(expected["tokens"]), ignore_eos=True)

@@ -236,7 +236,9 @@ def test_a_coarser_rounding_fails(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_numbers_that_overflow_fp16_fail(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama-tiny-plain"), dtype=torch.float32)
-    model.model.embed_tokens.weight.data *= 1e5
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data *= 1e4
+        layer.mlp.down_proj.weight.data *= 1e4
     model.save_pretrained(tmp_path / "large")
     job = prepare(tmp_path / "large", "fp16", tmp_path)
     with pytest.raises(VerificationError, match="does not reproduce the checkpoint") as error:

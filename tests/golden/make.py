@@ -1,6 +1,7 @@
-"""Makes the frozen bundle of the current format; run once per format version, then never again.
+"""Makes a frozen bundle; run once per format version, then never again.
 
-    python tests/golden/make.py tests/golden/format-1
+    python tests/golden/make.py tests/golden/format-1                    # for the CPU
+    python tests/golden/make.py tests/golden/format-2 tensorrt-rtx 89    # for a GPU
 
 Writes DIR.llmc and DIR.json: the tokens that transformers generates greedily from a prompt.
 """
@@ -17,13 +18,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmc.compiler import zoo
 from llmc.compiler.driver import compile_model
-from llmc.compiler.request import BuildRequest
+from llmc.compiler.request import BuildRequest, parse_sms
 
 PROMPT = [65, 32, 104, 101, 110]
 NEW_TOKENS = 40
 
 
-def main(name: Path) -> None:
+def main(name: Path, target: str = "cpu", sms: str = "") -> None:
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -46,7 +47,8 @@ def main(name: Path) -> None:
         zoo.write_weights(source, zoo._weights(source), "float32", seed=1)
         settings = json.loads((source / "config.json").read_text())
         zoo._write_tokenizer(source, zoo._entry("llama-tiny"), settings)
-        compile_model(BuildRequest(str(source), name.with_suffix(".llmc")))
+        output = name.with_suffix(".llmc")
+        compile_model(BuildRequest(str(source), output, target=target, sms=parse_sms(sms)))
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         tokens = model.generate(
             torch.tensor([PROMPT]), do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS
@@ -56,4 +58,4 @@ def main(name: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
