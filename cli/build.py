@@ -151,8 +151,9 @@ def describe_verification(record: Verification) -> str:
         return f"not verified: {record.reason}"
     agreement = "" if record.top1_agreement is None else f", top-1 agreement {record.top1_agreement:.4f}"
     greedy = {True: ", greedy text equal", False: ", greedy text different", None: ""}
+    subject = "verified, the graph and not yet the engine," if record.details.get("compared") else "verified"
     return (
-        f"verified against {record.reference}: max logit error {record.max_logit_error:.1e} "
+        f"{subject} against {record.reference}: max logit error {record.max_logit_error:.1e} "
         f"(tolerance {record.tolerance:.1e}){agreement}{greedy[record.greedy_tokens_equal]}"
     )
 
