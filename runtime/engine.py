@@ -5,21 +5,25 @@ from __future__ import annotations
 import operator
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
+from typing import cast
 
 import numpy as np
 
-from llmc.runtime.backends.base import Backend
+from llmc.runtime.backends.base import Backend, SamplingBackend
 from llmc.runtime.batch import Batch, build_batch
 from llmc.runtime.block_pool import BlockPool
 from llmc.runtime.detokenizer import TextStream
 from llmc.runtime.errors import RequestError
-from llmc.runtime.sampling import SamplingParams, sample
+from llmc.runtime.sampling import SamplingParams, candidates_needed, sample
 from llmc.runtime.scheduler import Scheduler
 from llmc.runtime.sequence import FinishReason
 from llmc.runtime.sequence import Sequence as TokenSequence
 from llmc.runtime.tokenizer import Tokenizer
+
+_Row = tuple[np.ndarray | None, np.ndarray]  # as `Candidates`
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,8 @@ class Engine:
             return []
         try:
             batch, sampled = build_batch(chunks)
-            logits = self._forward(batch)
-            rows = zip(logits, sampled, strict=True)
-            tokens = [sample(row, s.params, s.token_ids, s.rng) for row, s in rows]
+            rows = zip(self._forward(batch, sampled), sampled, strict=True)
+            tokens = [sample(logits, s.params, s.token_ids, s.rng, ids) for (ids, logits), s in rows]
         except BaseException:
             self.scheduler.rollback()
             raise
@@ -235,11 +238,17 @@ class Engine:
         self._requests[request_id] = request
         return request_id
 
-    def _forward(self, batch: Batch) -> np.ndarray:
+    def _forward(self, batch: Batch, sampled: list[TokenSequence]) -> Iterable[_Row]:
+        """Runs the step. Of each row only what its sampling needs, if the backend can leave out the rest."""
+        rows: Iterable[_Row]
         started = time.perf_counter()
-        logits = self.backend.forward(batch)
+        most = getattr(self.backend, "max_candidates", 0)
+        if most and (k := candidates_needed((s.params for s in sampled), most)):
+            rows = cast(SamplingBackend, self.backend).forward_sampled(batch, k)
+        else:
+            rows = zip(repeat(None), self.backend.forward(batch))
         self.stats.backend_seconds += time.perf_counter() - started
-        return logits
+        return rows
 
     def _append(self, sequence: TokenSequence, token: int) -> RequestOutput:
         """Gives a sequence its next token and ends it if that was the last."""

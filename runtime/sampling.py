@@ -8,7 +8,7 @@ others work on the few survivors instead of on the whole vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -69,23 +69,45 @@ _LIMITS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
 }
 
 
+def candidates_needed(params: Iterable[SamplingParams], most: int) -> int:
+    """How many of its largest logits, with all that tie with the last of them, decide each row's next token.
+
+    1 if all rows are decoded greedily: then the first of the largest is enough. Sampling among the top 1
+    needs those that tie with it too, so it counts as 2. 0: a row needs all its logits, or more than `most`.
+    """
+    needed = 0
+    for one in params:
+        count = 1 if one.temperature == 0.0 else one.top_k and max(2, one.top_k)
+        if one.repetition_penalty != 1.0 or not 0 < count <= most:
+            return 0
+        needed = max(needed, count)
+    return needed
+
+
 def sample(
-    logits: np.ndarray, params: SamplingParams, token_ids: Sequence[int], rng: np.random.Generator
+    logits: np.ndarray,
+    params: SamplingParams,
+    token_ids: Sequence[int],
+    rng: np.random.Generator,
+    ids: np.ndarray | None = None,
 ) -> int:
     """The next token for float32 `logits[V]`, which are left as they are.
 
     `token_ids` are all tokens so far, prompt and output: the repetition penalty looks at them.
+    `ids`: the tokens that `logits` are of, ascending, those that `candidates_needed` says or more of them;
+    the token is the one that all logits would give. None: they are all logits, in order.
     Sampling takes exactly one number from `rng`, greedy decoding none.
     Raises BackendError when the logits hold no usable maximum (NaN, or infinite).
     """
     if params.repetition_penalty != 1.0:
         logits = penalize_repetition(logits, params.repetition_penalty, token_ids)
     if params.temperature == 0.0:
-        best = int(logits.argmax())
-        _check_finite(logits[best])
-        return best
-    ids, weights = candidates(logits, params)
-    index = _draw(weights, rng.random())
+        index = int(logits.argmax())
+        _check_finite(logits[index])
+    else:
+        kept, weights = candidates(logits, params)
+        index = _draw(weights, rng.random())
+        index = index if kept is None else int(kept[index])
     return index if ids is None else int(ids[index])
 
 

@@ -30,9 +30,18 @@ import pytest
 from llmc.plugins.paged_attention import launch, reference, spec
 from llmc.plugins.paged_attention.launch import Attention
 from llmc.plugins.paged_attention.tensorrt_plugin import launching, make_plugin
+from llmc.plugins.sampling import launch as sampling
 from llmc.runtime.backends import load_gpu_backend, tensorrt_checks, tensorrt_sizes
 from llmc.runtime.backends.tensorrt_bindings import Tensor, bind
-from llmc.runtime.backends.tensorrt_checks import Device, Step, choose_kernels, cuda_of_ptx, faults, hint
+from llmc.runtime.backends.tensorrt_checks import (
+    Device,
+    Step,
+    choose_kernels,
+    choose_sampling_kernels,
+    cuda_of_ptx,
+    faults,
+    hint,
+)
 from llmc.runtime.backends.tensorrt_step import bucket_of, buckets, fill, room
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import (
@@ -86,6 +95,11 @@ def kernel(variant: str, sm: int, kind: Any = "cubin", shared_memory: int = 2000
 
 def kernels(*kinds: tuple[int, str]) -> tuple[KernelFile, ...]:
     return tuple(kernel(variant, sm, kind) for sm, kind in kinds for variant in VARIANTS)
+
+
+def sampling_kernels(*kinds: tuple[int, str]) -> tuple[KernelFile, ...]:
+    made = [kernel(sampling.variant(name), sm, kind, 64) for sm, kind in kinds for name in sampling.ARGUMENTS]
+    return tuple(replace(k, num_warps=sampling.configure(k.entry).num_warps) for k in made)
 
 
 def manifest(**changes: Any) -> Manifest:
@@ -246,6 +260,17 @@ def test_kernels_that_lack_a_variant_or_want_too_much_are_passed_over() -> None:
     greedy = (replace(whole[0], shared_memory=L40.shared_memory + 1), *whole[1:])
     assert {k.kind for k in choose_kernels(greedy, L40)} == {"ptx"}
     assert choose_kernels((), L40) == ()
+
+
+def test_sampling_kernels_are_chosen_apart() -> None:
+    """A bundle without them runs; so does one with those of another llmc, which are left alone."""
+    attention, ours = kernels((89, "cubin"), (80, "ptx")), sampling_kernels((89, "cubin"), (80, "ptx"))
+    theirs = tuple(replace(k, variant=k.variant.replace("abi1", "abi2")) for k in ours)
+    for others in ((), ours[1:4], theirs, ours[5:]):
+        assert choose_sampling_kernels((*attention, *others), L40) == ()
+        assert choose_kernels((*attention, *others), L40) == choose_kernels(attention, L40)
+    assert choose_sampling_kernels((*attention, *ours, *theirs), L40) == ours[:4]
+    assert choose_sampling_kernels((*attention, *ours[1:]), replace(L40, sm=86)) == ours[4:]
 
 
 @pytest.mark.parametrize(
@@ -780,7 +805,9 @@ class StandIn:
         self._kind = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_char_p, *[ctypes.c_uint64] * 3)
         self._callback = self._kind(self.event)
         ctypes.CDLL("libcuda.so.1").stand_in(self._callback)
-        self.variants = {str(v): v for v in launch.variants_for(ATTENTION, [("fp16", None)])}
+        self.variants: dict[str, Any] = {str(v): v for v in launch.variants_for(ATTENTION, [("fp16", None)])}
+        self.variants |= {sampling.variant(name): name for name in sampling.ARGUMENTS}
+        self.downloads: list[int] = []  # bytes
 
     def event(self, name: bytes, a: int, b: int, c: int) -> int:
         try:
@@ -810,7 +837,9 @@ class StandIn:
         assert self.recording is None
         self.view(address, np.uint8, (size,))  # lies in allocated memory
 
-    on_download = on_upload
+    def on_download(self, address: int, size: int, stream: int) -> None:
+        self.on_upload(address, size, stream)
+        self.downloads.append(size)
 
     def on_load(self, place: int, data: int, _: int) -> None:
         self.modules[handle := len(self.modules) + 1000] = ctypes.string_at(data).decode()
@@ -849,12 +878,14 @@ class StandIn:
         return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).reshape(shape)
 
     def on_launch(self, function: int, shape: int, parameters: int) -> None:
-        variant = self.variants[self.modules[function]]
+        name = self.modules[function]
+        variant = self.variants[name]
         *sizes, stream = (ctypes.c_uint64 * 8).from_address(shape)
-        file = next(k for k in manifest().gpu.kernels if (k.variant, k.sm) == (str(variant), 89))  # type: ignore[union-attr]
+        made = (*kernels((89, "cubin")), *sampling_kernels((89, "cubin")))
+        file = next(k for k in made if k.variant == name)
         assert sizes[3:] == [32 * file.num_warps, 1, 1, file.shared_memory]
         assert stream == 34
-        types = launch.signature(variant)
+        types = sampling.ARGUMENTS.get(variant) or launch.signature(variant)
         places = (ctypes.c_void_p * (len(types) + 2)).from_address(parameters)
         raw = [ctypes.string_at(place, 8) for place in places]
         assert raw[-2:] == [bytes(8)] * 2
@@ -865,7 +896,8 @@ class StandIn:
     def run(self, variant: Any, grid: tuple[int, ...], raw: dict[tuple[str, str], bytes]) -> None:
         import torch
 
-        from llmc.plugins.paged_attention import kernels as triton_kernels
+        from llmc.plugins.paged_attention import kernels as attention_kernels
+        from llmc.plugins.sampling import kernels as sampling_kernels
 
         arguments: dict[str, Any] = {}
         for (name, type_), data in raw.items():
@@ -873,15 +905,21 @@ class StandIn:
                 arguments[name] = np.frombuffer(data, {"i32": np.int32, "fp32": np.float32}[type_])[0].item()
                 continue
             address = int.from_bytes(data, "little")
-            dtype = {"*fp16": torch.float16, "*fp32": torch.float32, "*i32": torch.int32}[type_]
+            dtype = {
+                "*fp16": torch.float16, "*fp32": torch.float32, "*i32": torch.int32, "*i64": torch.int64,
+            }[type_]  # fmt: skip
             if not address:
                 arguments[name] = torch.full((1,), float("nan"))
                 continue
             start, size = next((s, n) for s, n in self.memory.items() if s <= address < s + n)
             left = (start + size - address) // dtype.itemsize * dtype.itemsize
             arguments[name] = torch.frombuffer((ctypes.c_uint8 * left).from_address(address), dtype=dtype)
-        constants = launch.configure(variant, 89).constants
-        getattr(triton_kernels, variant.kernel)[grid](**arguments, **constants)
+        if variant in sampling.ARGUMENTS:
+            constants = sampling.configure(variant).constants
+            getattr(sampling_kernels, variant)[grid](**arguments, **constants)
+        else:
+            constants = launch.configure(variant, 89).constants
+            getattr(attention_kernels, variant.kernel)[grid](**arguments, **constants)
 
 
 class Model:
@@ -1102,8 +1140,9 @@ def main(graphs: str, directory: Path) -> None:
     gpu = StandIn(fail="end capture" if graphs == "no graphs" else "")
     trt: Any = StandInTensorRt(real, gpu, capturable=True)
     sys.modules["tensorrt_rtx"] = trt
-    made = manifest()
-    for file in kernels((89, "cubin")):
+    files = (*kernels((89, "cubin"), (80, "ptx")), *sampling_kernels((89, "cubin")))
+    made = manifest(**gpu_changes(kernels=files))
+    for file in (*kernels((89, "cubin")), *sampling_kernels((89, "cubin"))):
         (directory / file.file).write_bytes(file.variant.encode())
     told: list[Any] = []
     warnings.showwarning = lambda message, *_, **__: told.append(str(message))
@@ -1160,6 +1199,7 @@ def main(graphs: str, directory: Path) -> None:
         assert gpu.log.count("replay") == 0
         assert len(told) == len(used)
         assert "CUDA_ERROR_STAND_IN: as it was told to" in told[0]
+    sample_on(backend, gpu)
     steps = gpu.log[gpu.log.index("wait") :]
     assert steps.count("allocate") == steps.count("pin") == 0  # nothing is allocated for a step
 
@@ -1175,6 +1215,51 @@ def main(graphs: str, directory: Path) -> None:
     assert not gpu.graphs
     assert not gpu.modules
     print("as the reference says")
+
+
+def sample_on(backend: Any, gpu: StandIn) -> None:
+    """Serves requests with all logits and with candidates: the same tokens, and little comes to the host."""
+    assert backend.max_candidates == sampling.MAX_K
+
+    class AllLogits:
+        name, num_blocks, block_size = backend.name, backend.num_blocks, backend.block_size
+        forward = backend.forward
+
+    def tokens(on: Any, options: list[dict[str, Any]]) -> tuple[list[tuple[int, ...]], int, list[int]]:
+        """The tokens, logits and bytes that came to the host."""
+        engine = ServingEngine(on, None, (), MAX_LEN, 64, 6, vocab_size=VOCAB)
+        params = [SamplingParams(max_tokens=4 + i, **given) for i, given in enumerate(options)]
+        prompts = [
+            np.random.default_rng(i).integers(0, VOCAB, 20 * i + 1).tolist() for i in range(len(params))
+        ]
+        before = len(gpu.downloads)
+        outputs = engine.generate(prompts, params)
+        return [o.token_ids for o in outputs], engine.stats.generated_tokens, gpu.downloads[before:]
+
+    top_k: dict[str, Any] = {"temperature": 1.5, "top_k": 9, "top_p": 0.95}
+    row = 4 * (1 + 2 * sampling.CAPACITY)
+    for options, nbytes in (
+        ([{}] * 3, 4),
+        ([{**top_k, "seed": i} for i in range(3)], row),
+        ([{"temperature": 0.7, "top_k": 300, "seed": 8}, {}, {**top_k, "seed": 7}], None),
+    ):
+        wanted, logits, whole = tokens(AllLogits(), options)
+        got, count, downloads = tokens(backend, options)
+        assert got == wanted
+        assert (count, sum(whole)) == (logits, logits * 4 * VOCAB)
+        assert nbytes is None or sum(downloads) == count * nbytes
+    assert any(size % (4 * VOCAB) == 0 for size in downloads)  # steps with a k that is too large
+    assert {row, 2 * row} <= set(downloads)  # and those after that request's end
+
+    # Rows that the kernels cannot answer come whole.
+    device = gpu.view(backend._addresses["logits"], np.float32, (3, VOCAB))
+    device[:], device[1, 5], device[2, 6] = -1, np.nan, np.inf
+    device[0, 7:9] = 3
+    found = backend._sampler.candidates(3, 1)
+    assert [c.ids is None for c in found] == [False, True, True]
+    assert found[0].ids.tolist() == [7]
+    np.testing.assert_array_equal(found[1].logits, device[1])
+    assert backend._sampler.candidates(1, 2)[0].ids.tolist() == [7, 8]
 
 
 # On a GPU.
@@ -1276,6 +1361,48 @@ def test_a_gpu_bundle_answers_as_the_cpu_bundle_does(
         step = replace(step, **tables)
         wanted = on_cpu.backend.forward(step).copy()
         np.testing.assert_allclose(on_gpu.backend.forward(step), wanted, atol=0.1 * np.abs(wanted).max())
+
+
+@pytest.mark.gpu
+def test_sampling_on_a_gpu(gpu: Device, tmp_path: Path) -> None:
+    """What the kernels find in rows with ties, infinities and a NaN, against numpy."""
+    pytest.importorskip("triton")
+    from llmc.plugins.paged_attention.cuda_kernels import KernelImage
+    from llmc.plugins.sampling.compile_kernels import compile_kernel
+    from llmc.runtime.backends.cuda import Cuda
+    from llmc.runtime.backends.tensorrt_sampling import TokenSampler
+
+    exact = gpu.sm in launch.SMS
+    sm = gpu.sm if exact else max(s for s in launch.SMS if s < min(gpu.sm, 90))
+    made = {name: compile_kernel(name, sm, tmp_path) for name in sampling.ARGUMENTS}
+    images = [
+        KernelImage(sampling.variant(n), k.name, k.cubin if exact else k.ptx, k.shared_memory, k.num_warps)
+        for n, k in made.items()
+    ]
+    cuda, rng = Cuda(), np.random.default_rng(0)
+    logits = cuda.pinned(4 * 6 * 128_257).view(np.float32).reshape(6, -1)
+    logits[:] = rng.normal(0, 4, logits.shape).astype(np.float16)
+    logits[1, rng.random(128_257) < 0.9] = -np.inf
+    logits[2], logits[3, 99], logits[4, :5000] = 0, np.nan, np.round(logits[4, :5000]) + 40
+    given, device = logits.copy(), cuda.allocate(logits.nbytes)
+    cuda.upload(logits, device)
+    cuda.wait()
+    logits[:] = 0
+    sampler = TokenSampler(cuda, images, device, logits)
+    for k in (1, 2, 50, 256):
+        for row, (ids, values) in zip(given, sampler.candidates(6, k), strict=True):
+            kth = np.partition(row, -k)[-k] if not np.isnan(row).any() else np.nan
+            wanted = np.flatnonzero(row >= kth) if k > 1 else row.argmax(keepdims=True)
+            if ids is None:
+                np.testing.assert_array_equal(values, row)
+                assert len(wanted) > sampling.CAPACITY or np.isnan(row).any()
+            elif np.isnan(kth):
+                assert 99 in ids
+            else:
+                np.testing.assert_array_equal(ids, wanted)
+                assert k == 1 or np.array_equal(values, row[ids])
+    sampler.close()
+    cuda.close()
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class TensorRTTarget:
             oracle.write_bytes(serialize(oracle_model(plan.model, plan.dtype)))
             record = prove(plan, oracle, "onnxruntime", progress, dtype=plan.dtype, compared=_COMPARED)
             writer.discard(ORACLE_FILE)
-        with phase("compile the attention kernels"):
+        with phase("compile the GPU kernels"):
             kernels = tensorrt_kernels.compile_into(plan, self._sms, writer, progress)
         limits = EngineLimits(plan.max_seq_len)
         with phase("build the TensorRT engine"):

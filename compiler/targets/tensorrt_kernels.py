@@ -1,4 +1,5 @@
-"""The attention kernels that a bundle carries: only the variants that the model needs, for its GPUs.
+"""The kernels that a bundle carries, for its GPUs: the variants of attention that the model needs, and those
+that choose among its logits.
 
 Each GPU gets machine code (cubin), which the driver loads as it is. GPUs that are newer than any named, or
 that Triton has no portable code for, get PTX, which the driver compiles when it loads it.
@@ -7,7 +8,8 @@ that Triton has no portable code for, get PTX, which the driver compiles when it
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,8 @@ from llmc.compiler.geometry import attention_nodes
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.progress import Progress
 from llmc.passes import edit
-from llmc.plugins.paged_attention.launch import SMS, Attention, Variant, variants_for
+from llmc.plugins.paged_attention.launch import SMS, Attention, variants_for
+from llmc.plugins.sampling import launch as sampling
 from llmc.runtime.bundle.manifest import KernelFile
 from llmc.runtime.errors import BuildError, UnsupportedError
 
@@ -52,17 +55,20 @@ def compile_into(
     """
     try:
         from llmc.plugins.paged_attention.compile_kernels import CompileError, compile_variant
+        from llmc.plugins.sampling.compile_kernels import compile_kernel
 
-        variants = variants_for(layers(plan), [(plan.dtype, None)])
-        jobs = [(variant, sm, kind) for variant in variants for sm, kind in codes(sms)]
+        made: dict[str, Callable[[int, Path], Kernel]]
+        made = {str(v): partial(compile_variant, v) for v in variants_for(layers(plan), [(plan.dtype, None)])}
+        made |= {sampling.variant(name): partial(compile_kernel, name) for name in sampling.ARGUMENTS}
+        jobs = [(variant, sm, kind) for variant in made for sm, kind in codes(sms)]
         files = []
         for done, (variant, sm, kind) in enumerate(jobs):
             progress.bar(done, len(jobs))
-            files.append(_write(compile_variant(variant, sm, cache_directory()), variant, sm, kind, writer))
+            files.append(_write(made[variant](sm, cache_directory()), variant, sm, kind, writer))
     except ModuleNotFoundError as error:
-        raise BuildError(f"the attention kernels need {error.name}", f"pip install {error.name}") from error
+        raise BuildError(f"the GPU kernels need {error.name}", f"pip install {error.name}") from error
     except CompileError as error:
-        raise BuildError(f"an attention kernel: {error}", "please report this") from error
+        raise BuildError(f"a GPU kernel: {error}", "please report this") from error
     return tuple(files)
 
 
@@ -91,11 +97,11 @@ def cache_directory() -> Path:
     return root / "llmc" / "kernels"
 
 
-def _write(kernel: Kernel, variant: Variant, sm: int, kind: str, writer: BundleWriter) -> KernelFile:
+def _write(kernel: Kernel, variant: str, sm: int, kind: str, writer: BundleWriter) -> KernelFile:
     file = f"kernels/sm{sm}/{variant}.{kind}"
     writer.path(file).write_bytes(kernel.cubin if kind == "cubin" else kernel.ptx)
     return KernelFile(
-        variant=str(variant),
+        variant=variant,
         sm=sm,
         kind="cubin" if kind == "cubin" else "ptx",
         file=file,

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,12 @@ from llmc.plugins.paged_attention.launch import (
     SHARED_LIMIT,
     SMS,
     Attention,
+    Config,
     Variant,
     configure,
     signature,
     variants_for,
 )
-
-_SOURCE = Path(__file__).with_name("kernels.py")
 
 
 class CompileError(RuntimeError):
@@ -59,46 +58,60 @@ class Kernel:
 
 
 def compile_variant(variant: Variant, sm: int, cache: Path) -> Kernel:
+    """A kernel of `llmc.PagedAttention`: see `compile_source`."""
+    return compile_source(*_source(variant, sm), sm, cache)
+
+
+def compile_source(
+    function: Any, name: str, types: Mapping[str, str], config: Config, sm: int, cache: Path
+) -> Kernel:
     """The kernel from `cache` (a directory), or compiled and put there.
 
-    The key is the hash of the kernels' source, Triton's version, the variant, its configuration and the SM.
-    The result is the same for every place on disk that the package is installed at.
+    function: a `triton.jit` function; name: what messages call it; types: its run-time arguments. The key is
+    the hash of the file that the function is in, Triton's version, all arguments of this call and the SM.
+    The result is the same for every place on disk that the package is installed at. Raises CompileError.
     """
-    key = cache_key(variant, sm)
-    found = _read(cache / key)
+    stem = cache / _key(function, name, types, config, sm)
+    found = _read(stem)
     if found is None:
-        found = _compile(variant, sm)
-        _write(cache / key, found)
+        found = _compile(function, name, types, config, sm)
+        _write(stem, found)
     return found
 
 
 def cache_key(variant: Variant, sm: int) -> str:
+    return _key(*_source(variant, sm), sm)
+
+
+def _source(variant: Variant, sm: int) -> tuple[Any, str, dict[str, str], Config]:
+    from llmc.plugins.paged_attention import kernels
+
+    return getattr(kernels, variant.kernel), str(variant), signature(variant), configure(variant, sm)
+
+
+def _key(function: Any, name: str, types: Mapping[str, str], config: Config, sm: int) -> str:
     import triton
 
-    config = configure(variant, sm)
+    file = Path(function.fn.__code__.co_filename)
     parts = [
-        hashlib.sha256(_SOURCE.read_bytes()).hexdigest(), triton.__version__,
-        asdict(variant), asdict(config), signature(variant), sm,
+        hashlib.sha256(file.read_bytes()).hexdigest(), triton.__version__, function.fn.__name__, name,
+        list(types.items()), asdict(config), sm,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _compile(variant: Variant, sm: int) -> Kernel:
+def _compile(function: Any, name: str, types: Mapping[str, str], config: Config, sm: int) -> Kernel:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from llmc.plugins.paged_attention import kernels
-
     if triton.knobs.runtime.interpret:
         raise CompileError("TRITON_INTERPRET is set: kernels of this process cannot be compiled")
-    config, types = configure(variant, sm), signature(variant)
-    function = getattr(kernels, variant.kernel)
     aligned: dict[tuple[int, ...], Any] = {
         (i,): [["tt.divisibility", 16]] for i, type_ in enumerate(types.values()) if type_.startswith("*")
     }
     constants = {n: bool(c) if isinstance(c, bool) else int(c) for n, c in config.constants.items()}
-    source = ASTSource(function, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
+    source = ASTSource(function, dict(types) | dict.fromkeys(constants, "constexpr"), constants, aligned)
     options = {
         "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
@@ -106,19 +119,19 @@ def _compile(variant: Variant, sm: int) -> Kernel:
         try:
             built: Any = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
         except Exception as error:
-            raise CompileError(f"{variant} for SM{sm}: {error}") from error
+            raise CompileError(f"{name} for SM{sm}: {error}") from error
     made = built.metadata
     if made.shared > SHARED_LIMIT[sm]:
         raise CompileError(
-            f"{variant} wants {made.shared} bytes of shared memory; SM{sm} has {SHARED_LIMIT[sm]}"
+            f"{name} wants {made.shared} bytes of shared memory; SM{sm} has {SHARED_LIMIT[sm]}"
         )
     if made.global_scratch_size or made.profile_scratch_size:
-        raise CompileError(f"{variant} for SM{sm} wants scratch memory, which the launcher does not give")
+        raise CompileError(f"{name} for SM{sm} wants scratch memory, which the launcher does not give")
     registers, spills = _ptxas_figures(log.getvalue())
     return Kernel(
         name=made.name, sm=sm, cubin=built.asm["cubin"], ptx=built.asm["ptx"].encode(),
         shared_memory=made.shared, num_warps=made.num_warps, registers=registers, spills=spills,
-        signature=types,
+        signature=dict(types),
     )  # fmt: skip
 
 

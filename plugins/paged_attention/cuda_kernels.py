@@ -1,4 +1,4 @@
-"""Loads compiled attention kernels into a CUDA context and launches plans of them (`launch.plan`).
+"""Loads compiled kernels into a CUDA context and launches them; the attention's by plans (`launch.plan`).
 
 Through cuda-python's driver API: no toolkit, no compiler. Importing this needs no GPU.
 """
@@ -47,7 +47,8 @@ def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
 
 @dataclass(frozen=True)
 class KernelImage:
-    """A compiled kernel. variant: `str` of a `launch.Variant`; image: a cubin, or PTX as text."""
+    """A compiled kernel. variant: its name, for attention `str` of a `launch.Variant`; image: a cubin, or PTX
+    as text."""
 
     variant: str
     entry: str
@@ -59,8 +60,9 @@ class KernelImage:
 class _Kernel:
     """A loaded kernel and a place for its arguments, which the driver copies at every launch."""
 
-    def __init__(self, image: KernelImage) -> None:
-        types = [*ARGUMENTS[image.variant.split("-")[0]].values(), "*scratch", "*scratch"]  # both null
+    def __init__(self, image: KernelImage, arguments: Mapping[str, str]) -> None:
+        self._names = tuple(arguments)
+        types = [*arguments.values(), "*scratch", "*scratch"]  # both null
         self.module = call(driver.cuModuleLoadData, image.image + b"\0")  # PTX ends with a zero
         self._function = call(driver.cuModuleGetFunction, self.module, image.entry.encode())
         if image.shared_memory > _DEFAULT_SHARED:
@@ -72,8 +74,8 @@ class _Kernel:
         first = ctypes.addressof(self._values)
         self._pointers = (ctypes.c_void_p * len(types))(*range(first, first + self._format.size, 8))
 
-    def launch(self, grid: tuple[int, int, int], arguments: Iterable[float], stream: int) -> None:
-        self._format.pack_into(self._values, 0, *arguments, 0, 0)
+    def launch(self, grid: tuple[int, int, int], arguments: Mapping[str, float], stream: int) -> None:
+        self._format.pack_into(self._values, 0, *(arguments[name] for name in self._names), 0, 0)
         pointers = ctypes.addressof(self._pointers)
         threads, shared = (self._threads, 1, 1), self._shared
         call(driver.cuLaunchKernel, self._function, *grid, *threads, shared, stream, pointers, 0)
@@ -82,23 +84,33 @@ class _Kernel:
 class Kernels:
     """Kernels by variant, in the CUDA context that was current when they were loaded."""
 
-    def __init__(self, images: Iterable[KernelImage]) -> None:
-        """Raises CudaError for an image that the driver refuses; then none stays loaded."""
+    def __init__(
+        self, images: Iterable[KernelImage], arguments: Mapping[str, Mapping[str, str]] = ARGUMENTS
+    ) -> None:
+        """arguments: kernel -> its run-time arguments and their types, as `launch.ARGUMENTS`; a variant's
+        name begins with its kernel's. Raises CudaError for an image that the driver refuses; then none stays
+        loaded."""
         self._kernels: dict[str, _Kernel] = {}
         try:
             for image in images:
-                self._kernels[image.variant] = _Kernel(image)
+                self._kernels[image.variant] = _Kernel(image, arguments[image.variant.split("-")[0]])
         except BaseException:
             self.close()
             raise
 
     def launch(self, what: Launch, arguments: Mapping[str, float], stream: int) -> None:
-        """Puts one kernel on `stream` (a CUstream's number). `arguments` by the names of `launch.ARGUMENTS`:
+        """Puts one launch of a plan on `stream`: see `put`."""
+        self.put(str(what.variant), what.grid, arguments, stream)
+
+    def put(
+        self, variant: str, grid: tuple[int, int, int], arguments: Mapping[str, float], stream: int
+    ) -> None:
+        """Puts one kernel on `stream` (a CUstream's number). `arguments` by name, more than it takes perhaps:
         pointers are addresses on the device. Raises CudaError."""
-        kernel = self._kernels.get(str(what.variant))
+        kernel = self._kernels.get(variant)
         if kernel is None:
-            raise CudaError(f"the bundle has no kernel {what.variant}: build it again")
-        kernel.launch(what.grid, [arguments[name] for name in ARGUMENTS[what.variant.kernel]], stream)
+            raise CudaError(f"the bundle has no kernel {variant}: build it again")
+        kernel.launch(grid, arguments, stream)
 
     def close(self) -> None:
         while self._kernels:

@@ -11,12 +11,15 @@ import numpy as np
 
 from llmc.plugins.paged_attention import spec
 from llmc.plugins.paged_attention.cuda_kernels import AttentionLauncher, CudaError, KernelImage, Kernels
+from llmc.plugins.sampling.launch import MAX_K, MAX_VOCAB
 from llmc.runtime.backends import tensorrt_checks as checks
 from llmc.runtime.backends import tensorrt_sizes as sizes
+from llmc.runtime.backends.base import Candidates
 from llmc.runtime.backends.cuda import Cuda, place
 from llmc.runtime.backends.tensorrt_bindings import LOGITS, STEP_INPUTS, bind
 from llmc.runtime.backends.tensorrt_checks import Device, Step
 from llmc.runtime.backends.tensorrt_engine import Context, LoadedEngine
+from llmc.runtime.backends.tensorrt_sampling import TokenSampler
 from llmc.runtime.backends.tensorrt_step import bucket_of, buckets, fill, room
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import KernelFile, Manifest
@@ -41,6 +44,7 @@ class TensorRtBackend:
         self._owned = contextlib.ExitStack()
         self._contexts: list[Context] = []
         self._decoders: dict[int, Callable[[], None]] = {}
+        self._sampler: TokenSampler | None = None
         try:
             with _told_as_backend_error("cannot load the engine"):
                 self._load(manifest, directory, device, step, kv_memory)
@@ -83,6 +87,12 @@ class TensorRtBackend:
         logits_bytes = 4 * step.max_sequences * table.vocab_size
         self._logits = cuda.pinned(logits_bytes).view(np.float32).reshape(-1, table.vocab_size)
         self._addresses[LOGITS] = cuda.allocate(logits_bytes)
+        sampling = checks.choose_sampling_kernels(manifest.gpu.kernels, device)
+        if sampling and table.vocab_size <= MAX_VOCAB:
+            images = (_image(directory, file) for file in sampling)
+            self._sampler = TokenSampler(cuda, images, self._addresses[LOGITS], self._logits)
+            self._owned.callback(self._sampler.close)
+        self.max_candidates = MAX_K if self._sampler else 0
 
         self._activations = cuda.allocate(engine.activation_bytes)
         kernel_sm = chosen[0].sm
@@ -122,6 +132,18 @@ class TensorRtBackend:
             finally:
                 self._cuda.wait()  # nothing still reads the pinned arrays when the next step fills them
         return logits
+
+    def forward_sampled(self, batch: Batch, k: int) -> list[Candidates]:
+        """What the choice of tokens needs of each row in `batch.logits_index`: see `SamplingBackend`."""
+        assert self._sampler is not None  # the engine asks for no more than max_candidates
+        rows = len(batch.logits_index)
+        with _told_as_backend_error("the step failed"):
+            self._cuda.use()
+            try:
+                self._run(batch)
+                return self._sampler.candidates(rows, k) if rows else []
+            finally:
+                self._cuda.wait()
 
     def _run(self, batch: Batch) -> None:
         bucket = bucket_of(batch, self._buckets)
@@ -171,6 +193,10 @@ class TensorRtBackend:
             one, span = np.zeros(1, np.int32), np.array([0, count], np.int32)
             table = np.array([0, 1], np.int32)
             self.forward(Batch(np.zeros_like(places), places, span, one, one, table, span[1:] - 1))
+        if self._sampler:
+            with _told_as_backend_error("the sampling kernels failed"):
+                for k in (1, 2):  # both pairs of kernels, on the logits that lie there now
+                    self._sampler.candidates(1, k)
 
     def close(self) -> None:
         """Frees all memory on the GPU, and what TensorRT holds. The backend is of no use afterwards."""

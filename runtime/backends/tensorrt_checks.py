@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.plugins.paged_attention import spec
+from llmc.plugins.paged_attention.launch import ARGUMENTS as ATTENTION
+from llmc.plugins.sampling import launch as sampling
 from llmc.runtime.bundle.manifest import KernelFile, Manifest
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}  # engine in the manifest -> Python module
@@ -79,10 +81,21 @@ def hint(manifest: Manifest, device: Device | str) -> str:
 
 
 def choose_kernels(kernels: Collection[KernelFile], device: Device) -> tuple[KernelFile, ...]:
-    """One file for each variant, all made for the same SM, because tiles depend on it; () if none will do.
+    """The attention's: one file for each variant, all made for the same SM, because tiles depend on it.
 
-    Cubins of exactly this GPU's SM; or else PTX of it, or of the newest older one.
+    Cubins of exactly this GPU's SM; or else PTX of it, or of the newest older one; () if none will do.
     """
+    return _whole_set([k for k in kernels if k.variant.split("-")[0] in ATTENTION], device)
+
+
+def choose_sampling_kernels(kernels: Collection[KernelFile], device: Device) -> tuple[KernelFile, ...]:
+    """Those of `plugins/sampling`, chosen alike; () where the bundle has none, then logits are copied."""
+    variants = {sampling.variant(kernel) for kernel in sampling.ARGUMENTS}
+    chosen = _whole_set([k for k in kernels if k.variant in variants], device)
+    return chosen if len(chosen) == len(variants) else ()
+
+
+def _whole_set(kernels: Collection[KernelFile], device: Device) -> tuple[KernelFile, ...]:
     variants = {kernel.variant for kernel in kernels}
     sets: dict[tuple[bool, int], dict[str, KernelFile]] = {}
     for kernel in kernels:
@@ -133,7 +146,7 @@ def _device_faults(manifest: Manifest, directory: Path, device: Device) -> Itera
         yield f"the bundle has no complete set of attention kernels for SM{device.sm}: " + (
             ", ".join(made) or "it has none"
         )
-    for kernel in chosen:
+    for kernel in (*chosen, *choose_sampling_kernels(gpu.kernels, device)):
         try:
             with open(directory / kernel.file, "rb") as file:
                 header = file.read(_HEADER)

@@ -145,7 +145,7 @@ class Target:
 
 @dataclass(frozen=True)
 class KernelFile:
-    """One attention kernel, compiled ahead of time.
+    """One kernel of ours, compiled ahead of time.
 
     variant: what it computes; sm: the compute capability that it, and its tiles, were made for. A cubin runs on
     exactly that one, PTX on newer ones too (FORMAT.md has the exception).

@@ -1,0 +1,1 @@
+"""Greedy and top-k sampling beside the logits, on the GPU."""

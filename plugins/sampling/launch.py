@@ -1,0 +1,113 @@
+"""What to launch for the candidates of a step's next tokens, and how to read the answer (`kernels.py`).
+
+Nothing here imports torch, triton or CUDA at the top. The kernels do not depend on the model: its vocabulary
+and k are run-time arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llmc.plugins.paged_attention.launch import Config
+
+ABI = 1  # of arguments and results; kernels of another one are left alone
+MAX_K = 256
+CAPACITY = 512  # candidates of a row: k, and room for ties with the k-th
+CHUNK = 16384  # logits of a program: 32 in the registers of each of its threads
+TILE = 2048  # logits whose places are counted together
+MAX_PARTS = 32  # PARTS * CAPACITY candidates are merged in registers too
+MAX_VOCAB = MAX_PARTS * CHUNK
+GREEDY = ("argmax_parts", "argmax_merge")
+TOP_K = ("top_k_parts", "top_k_merge")
+
+_PARTS = dict.fromkeys(("part_keys", "part_ids", "part_counts", "part_lost"), "*i32")
+_LOGITS = {"logits": "*fp32", "vocab": "i32"}
+# Kernel -> its run-time arguments, in order.
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "argmax_parts": {"partial": "*i64", **_LOGITS},
+    "argmax_merge": {"result": "*i32", "partial": "*i64", "parts": "i32"},
+    "top_k_parts": {**_PARTS, **_LOGITS, "k": "i32"},
+    "top_k_merge": {"result": "*i32", **_PARTS, **_LOGITS, "parts": "i32", "k": "i32"},
+}
+_CONFIGS = {
+    "argmax_parts": Config({"CHUNK": CHUNK}, num_warps=16, num_stages=2),
+    "argmax_merge": Config({"PARTS": MAX_PARTS}, num_warps=1, num_stages=2),
+    "top_k_parts": Config({"CHUNK": CHUNK, "TILE": TILE, "CAPACITY": CAPACITY}, num_warps=16, num_stages=2),
+    "top_k_merge": Config({"PARTS": MAX_PARTS, "CAPACITY": CAPACITY}, num_warps=16, num_stages=2),
+}
+
+Row = tuple[np.ndarray, np.ndarray]  # token ids, int32 [C] ascending, and their logits, float32 [C]
+
+
+def variant(kernel: str) -> str:
+    """What a bundle calls the kernel."""
+    return f"{kernel}-abi{ABI}"
+
+
+def configure(kernel: str) -> Config:
+    """How a kernel is compiled, for every SM."""
+    return _CONFIGS[kernel]
+
+
+def parts(vocab: int, chunk: int = CHUNK) -> int:
+    """Programs that share a row."""
+    return -(-vocab // chunk)
+
+
+def launches(rows: int, vocab: int, k: int) -> list[tuple[str, tuple[int, int, int]]]:
+    """Kernels and their grids, in order, on one stream, after what computes the logits. k: 1 is greedy."""
+    first, second = GREEDY if k == 1 else TOP_K
+    return [(first, (parts(vocab), rows, 1)), (second, (rows, 1, 1))]
+
+
+def scratch(rows: int, vocab: int, chunk: int = CHUNK, capacity: int = CAPACITY) -> dict[str, int]:
+    """Bytes of device memory by argument, for what is passed between the kernels of a step."""
+    count = rows * parts(vocab, chunk)
+    lists = 4 * count * capacity
+    return {
+        "partial": 8 * count, "part_keys": lists, "part_ids": lists,
+        "part_counts": 4 * count, "part_lost": 4 * count,
+    }  # fmt: skip
+
+
+def width(k: int, capacity: int = CAPACITY) -> int:
+    """int32 of a row's result."""
+    return 1 if k == 1 else 1 + 2 * capacity
+
+
+def read(result: np.ndarray, k: int) -> list[Row | None]:
+    """A row's candidates, for each row of a result int32 [N, width]; None where all its logits are needed.
+
+    Greedy decoding knows one candidate, and not its logit: that is given as 0.
+    """
+    if k == 1:
+        nothing = np.zeros(1, np.float32)
+        return [(row, nothing) if row[0] >= 0 else None for row in result]
+    ids, logits = np.hsplit(result[:, 1:], 2)
+    return [
+        (ids[row, :count], logits[row, :count].view(np.float32)) if count >= 0 else None
+        for row, count in enumerate(result[:, 0])
+    ]
+
+
+def run_interpreted(logits: Any, k: int, chunk: int = CHUNK, capacity: int = CAPACITY) -> list[Row | None]:
+    """The kernels on a torch CPU tensor float32 [N, vocab], by Triton's interpreter (TRITON_INTERPRET=1
+    before triton is imported). For tests, which want more parts and sooner too many ties: smaller sizes."""
+    from llmc.plugins.sampling import kernels
+
+    rows, vocab = logits.shape
+    shares = parts(vocab, chunk)
+    sizes = {"CHUNK": chunk, "CAPACITY": capacity, "TILE": min(chunk, TILE)}
+    sizes["PARTS"] = 1 << (shares - 1).bit_length()
+    result = logits.new_full((rows, width(k, capacity)), -7).int()
+    given: dict[str, Any] = {"logits": logits, "vocab": vocab, "k": k, "parts": shares, "result": result}
+    for name, size in scratch(rows, vocab, chunk, capacity).items():
+        numbers = logits.new_full((size // 4,), -7)
+        given[name] = numbers.long() if name == "partial" else numbers.int()
+    for name, grid in launches(rows, vocab, k):
+        constants = {constant: sizes[constant] for constant in configure(name).constants}
+        grid = (shares, *grid[1:]) if "CHUNK" in constants else grid
+        getattr(kernels, name)[grid](**{a: given[a] for a in ARGUMENTS[name]}, **constants)
+    return read(result.numpy(), k)
