@@ -80,10 +80,7 @@ def doctor(
             ("attention", fault.message if fault else "OpenVINO's agrees with the reference"),
         ]
         rows = [("LIBRARY", "FOR", "WANTED", "INSTALLED", "")]
-        rows += [
-            (lib.name, _USES[lib.extra], lib.wanted, lib.version or "-", lib.remark)
-            for lib in found
-        ]
+        rows += [(lib.name, _USES[lib.extra], lib.wanted, lib.version or "-", lib.remark) for lib in found]
         print(f"{table(facts)}\n\n{table(rows)}")
     if broken:
         raise BackendError(

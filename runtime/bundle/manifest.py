@@ -147,8 +147,8 @@ class Target:
 class KernelFile:
     """One kernel of ours, compiled ahead of time.
 
-    variant: what it computes; sm: the compute capability that it, and its tiles, were made for. A cubin runs on
-    exactly that one, PTX on newer ones too (FORMAT.md has the exception).
+    variant: what it computes; sm: the compute capability that it, and its tiles, were made for. A cubin runs
+    on exactly that one, PTX on newer ones too (FORMAT.md has the exception).
     entry: its name in the file; shared_memory: dynamic, in bytes; registers: a thread.
     """
 
