@@ -6,6 +6,8 @@
     lower-linear = { per_layer = 7, model = 1 }
     [verify]
     logit_tolerance = 1e-4               # fp32; absolute, for logits of order 10
+    [quantize]                           # optional
+    exclude = ["*.router"]               # modules whose weights stay as they are; shell patterns
 
 A family without a recipe is tried all the same; then only the verification speaks for it.
 """
@@ -33,6 +35,7 @@ class Recipe:
     known: bool = False
     matches: dict[str, tuple[int, int]] = field(default_factory=dict)
     logit_tolerance: float = DEFAULT_TOLERANCE
+    quantize_exclude: tuple[str, ...] = ()
 
     def expected(self, num_layers: int) -> dict[str, int]:
         """Pass name -> the number of places it must rewrite in a model of `num_layers` layers."""
@@ -47,7 +50,8 @@ def load(model_type: str) -> Recipe:
     data: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
     matches = {name: (row.get("per_layer", 0), row.get("model", 0)) for name, row in data["matches"].items()}
     tolerance = data.get("verify", {}).get("logit_tolerance", DEFAULT_TOLERANCE)
-    return Recipe(model_type, True, matches, tolerance)
+    exclude = tuple(data.get("quantize", {}).get("exclude", ()))
+    return Recipe(model_type, True, matches, tolerance, exclude)
 
 
 def known_families() -> list[str]:

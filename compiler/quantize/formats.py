@@ -1,0 +1,134 @@
+"""The formats a linear layer's weight can be stored in, and what each stores.
+
+A weight W [out, in] becomes named arrays, under the names ModelOpt gives them in its checkpoints:
+
+    name              weight             weight_scale         weight_scale_2   bits per weight
+    int8              int8 [out, in]     fp32 [out]                            8 + 32 / in
+    int4              4 bits, packed     fp16 [out, in/32]                     4.5
+    int4-block128     4 bits, packed     fp16 [out, in/128]                    4.125
+    fp8               E4M3 [out, in]     fp32 []                               8
+    fp8-per-channel   E4M3 [out, in]     fp32 [out]                            8 + 32 / in
+    nvfp4, nvfp4-weight-only
+                      E2M1, packed       E4M3 [out, in/16]    fp32 []          4.5
+
+"packed" is uint8 [out, in/2], the even column in the low nibble: the layout of ModelOpt's and
+compressed-tensors' NVFP4, and of 4-bit tensors in ONNX (ModelOpt's INT4 pairs rows instead). Every format
+is symmetric (no zero point: TensorRT takes none): weight = code x scale, for NVFP4
+code x (weight_scale x weight_scale_2). The last two formats are the same weights; `activations` differs.
+
+INT4 is in blocks of 32 by default. On our trained checkpoint their squared error is a third less than that
+of blocks of 128, for 0.375 bits more, and they divide every matrix of the model zoo, which 128 does not.
+Its scales are fp16: fp32 would cost another half bit, and bf16 would be off by up to 0.8 % in a whole
+block. DequantizeLinear gives the dtype of its scale, so a graph that computes in fp32 casts the scales to
+fp32 first: then code x scale is exact, and OpenVINO keeps the weights compressed all the same. TensorRT
+wants scales in the dtype it multiplies in: `Format.with_scales`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import ml_dtypes
+import numpy as np
+
+from llmc.runtime.errors import RequestError
+
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+E4M3_SMALLEST = 2.0**-9  # the smallest subnormal
+
+# safetensors' name of a dtype -> numpy's.
+STORED: Mapping[str, np.dtype] = {
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store a weight. `codes` is "int8", "int4", "e4m3" or "e2m1".
+
+    `block` is how many columns share a scale; 0: the whole row does, -1: the whole matrix does. `scales` is
+    the dtype of `weight_scale` in safetensors' names. `activations` is what the inputs of the layer are
+    rounded to at run time: "" (weight-only), "e4m3" or "e2m1".
+    """
+
+    name: str
+    codes: str
+    block: int
+    scales: str
+    activations: str = ""
+
+    @property
+    def has_global_scale(self) -> bool:
+        """Whether one scale spans the matrix; layers that are multiplied as one must then share it."""
+        return self.block == -1 or self.codes == "e2m1"
+
+    @property
+    def packed(self) -> bool:
+        """Whether a byte of `weight` holds two weights."""
+        return self.codes in ("int4", "e2m1")
+
+    def with_scales(self, dtype: str) -> Format:
+        """The same format with `weight_scale` in "F16", "BF16" or "F32". NVFP4's scales are always E4M3."""
+        if self.codes == "e2m1" or dtype not in ("F16", "BF16", "F32"):
+            raise ValueError(f"{self.name} cannot have {dtype} scales")
+        return replace(self, scales=dtype)
+
+    def why_not(self, shape: tuple[int, ...]) -> str:
+        """Why a matrix of this shape cannot take the format, or ""."""
+        if len(shape) != 2 or 0 in shape:
+            return f"shape {list(shape)} is not that of a matrix with elements"
+        if self.block > 0 and shape[1] % self.block:
+            return f"{shape[1]} columns are not a multiple of the block of {self.block}"
+        return ""
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype in safetensors' names, shape) of the arrays that a weight of `shape` becomes."""
+        rows, columns = shape
+        weight = {"int8": "I8", "e4m3": "F8_E4M3"}.get(self.codes, "U8")
+        scales: tuple[int, ...] = () if self.block == -1 else (rows,)
+        if self.block > 0:
+            scales = (rows, columns // self.block)
+        arrays: dict[str, tuple[str, tuple[int, ...]]] = {
+            "weight": (weight, (rows, columns // 2 if self.packed else columns)),
+            "weight_scale": (self.scales, scales),
+        }
+        if self.codes == "e2m1":
+            arrays["weight_scale_2"] = ("F32", ())
+        return arrays
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of a weight of `shape`, scales included."""
+        return sum(STORED[dtype].itemsize * math.prod(dims) for dtype, dims in self.layout(shape).values())
+
+    def bits_per_parameter(self, shape: tuple[int, int]) -> float:
+        """Stored bits of one weight, its share of the scales included."""
+        return 8 * self.nbytes(shape) / math.prod(shape)
+
+
+FORMATS: Mapping[str, Format] = {
+    form.name: form
+    for form in (
+        Format("int8", "int8", 0, "F32"),
+        Format("int4", "int4", 32, "F16"),
+        Format("int4-block128", "int4", 128, "F16"),
+        Format("fp8", "e4m3", -1, "F32", activations="e4m3"),
+        Format("fp8-per-channel", "e4m3", 0, "F32", activations="e4m3"),
+        Format("nvfp4", "e2m1", 16, "F8_E4M3", activations="e2m1"),
+        Format("nvfp4-weight-only", "e2m1", 16, "F8_E4M3"),
+    )
+}
+
+
+def get_format(name: str) -> Format:
+    """The format of that name. Raises RequestError with the known ones."""
+    if name not in FORMATS:
+        raise RequestError(f"there is no weight format {name!r}", f"known: {', '.join(FORMATS)}")
+    return FORMATS[name]
