@@ -1,0 +1,89 @@
+"""`llmc check`: whether a checkpoint is what it says it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmc.cli.text import print_json, size, table
+from llmc.runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from llmc.compiler.quantized.check import CheckReport
+
+
+def check(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's directory.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Read every weight, not samples. Scales are always read.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Check whether a checkpoint, quantized or not, is what it says it is.
+
+    Its tensors, scales and values are compared with each other and with its configuration files.
+    """
+    from dataclasses import asdict
+
+    from llmc.compiler.quantized.check import check_checkpoint
+
+    report = check_checkpoint(checkpoint, full)
+    if as_json:
+        print_json({**asdict(report), "ok": not report.faults})
+    else:
+        print(table(_facts(report)))
+        if report.findings:
+            rows = [("", "KIND", "TENSOR", "WHAT")]
+            rows += [
+                ("warning" if one.warning else "fault", one.kind, one.tensor, one.what)
+                for one in report.findings
+            ]
+            print(f"\n{_printable(table(rows))}")
+    if report.faults:
+        raise CheckpointError(
+            f"{checkpoint} has {_count(len(report.faults), 'fault')}",
+            hint="the table names the tensors, docs/check.md says what to do about each kind",
+        )
+
+
+def _facts(report: CheckReport) -> list[tuple[str, str]]:
+    each = f", {report.bits_per_parameter:.2f} bits each"
+    if report.unread:
+        each = " without those that cannot be read"
+    facts = [
+        ("checkpoint", f"{report.path} ({report.model_type})"),
+        ("size", f"{size(report.bytes)} in {report.tensors:,} tensors"),
+        ("parameters", f"{report.parameters:,}{each}"),
+    ]
+    if not report.quantization:
+        facts.append(("quantization", "not quantized"))
+    else:
+        producer = f", written by {report.producer}" if report.producer else ""
+        formats = [f"{count:,} {form}" for form, count in report.formats.items()]
+        if report.unread:
+            formats.append(f"{len(report.unread):,} that cannot be read")
+        kv = f"{report.kv_cache or 'no format named'}, {report.kv_scales} scales"
+        more = f" and {len(report.excluded) - 6} more" if len(report.excluded) > 6 else ""
+        bits = f", {report.quantized_bits:.2f} bits a weight" if report.formats else ""
+        facts += [
+            ("quantization", report.quantization + producer),
+            ("modules", (", ".join(formats) or "none") + bits),
+            ("excluded", (", ".join(report.excluded[:6]) or "none") + more),
+            ("KV cache", kv if report.kv_cache or report.kv_scales else "not quantized"),
+        ]
+    read = "every value" if report.full else "every scale, samples of the weights; --full reads all"
+    facts.append(("read", read))
+    warnings = len(report.findings) - len(report.faults)
+    facts.append(("result", f"{_count(len(report.faults), 'fault')}, {_count(warnings, 'warning')}"))
+    return [(name, _printable(value)) for name, value in facts]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _printable(text: str) -> str:
+    """Control characters of strange tensor names do not reach the terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

@@ -1,0 +1,29 @@
+"""What is wrong with a checkpoint, one tensor or setting at a time. docs/check.md explains every kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The sections of docs/check.md.
+KINDS = (
+    "config",
+    "format",
+    "missing",
+    "shape",
+    "dtype",
+    "value",
+    "magnitude",
+    "exclude",
+    "unclaimed",
+    "fused",
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """kind: one of KINDS; tensor: its name (or a module's, or a file's); warning: suspicious, but usable."""
+
+    kind: str
+    tensor: str
+    what: str
+    warning: bool = False
