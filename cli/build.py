@@ -50,6 +50,14 @@ def build(
     dtype: Annotated[
         str, typer.Option(help="What it computes in: auto, fp32 (cpu), bf16 or fp16 (TensorRT).")
     ] = "auto",
+    quant: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="Store weights as int8, int4 or int4-block128 (cpu)."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Modules to leave as they are; may be given several times."),
+    ] = None,
     sm: Annotated[
         str,
         typer.Option(
@@ -90,6 +98,8 @@ def build(
         output=output or default_output(checkpoint),
         target=target,
         dtype=dtype,  # type: ignore[arg-type]  # the request checks it
+        quant=quant,
+        exclude=tuple(exclude or ()),
         sms=parse_sms(sm),
         max_seq_len=max_seq_len,
         revision=revision,
@@ -200,6 +210,7 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
         "output_exists": os.path.lexists(plan.request.output),
         "target": asdict(plan.target),
         "precision": {"dtype": plan.dtype, "kv_dtype": plan.dtype},
+        "quantization": plan.quantization.record() if plan.quantization else None,
         "max_seq_len": plan.max_seq_len,
         "geometry": asdict(plan.geometry),
         "bytes": {"weights": plan.weight_bytes, "verification_memory": plan.verification_bytes},
@@ -243,7 +254,8 @@ def _plan_text(plan: Plan) -> str:
         ("weights", f"{size(plan.weight_bytes)} to write ({plan.weight_bytes:,} bytes)"),
         ("verification", verification),
     ]
-    return f"{table(facts)}\n\n{_pass_table(plan)}"
+    quantization = "\n\n" + "\n".join(plan.quantization.lines()) if plan.quantization else ""
+    return f"{table(facts)}{quantization}\n\n{_pass_table(plan)}"
 
 
 def _pass_table(plan: Plan) -> str:

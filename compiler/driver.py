@@ -21,12 +21,15 @@ from llmc.runtime.bundle.manifest import Geometry, Manifest, Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from llmc.compiler.quantize.apply import Source
+    from llmc.compiler.quantize.plan import QuantPlan
     from llmc.passes.contract import PassReport
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A build up to the point where files are written. `dtype`: what the engine computes in."""
+    """A build up to the point where files are written. `dtype`: what the engine computes in; `sources`:
+    what the initializers of quantized layers are made from."""
 
     request: BuildRequest
     checkpoint: Checkpoint
@@ -38,6 +41,8 @@ class Plan:
     dtype: str
     max_seq_len: int
     reports: list[PassReport]
+    quantization: QuantPlan | None
+    sources: dict[str, Source]
     weight_bytes: int
     verification_bytes: int
 
@@ -70,6 +75,7 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
                 plan.checkpoint.tensors,
                 writer,
                 lambda done: progress.bar(done, plan.weight_bytes),
+                plan.sources,
             )
         with clock.phase("write graph"):
             writer.path(GRAPH_FILE).write_bytes(serialize(plan.model))
@@ -96,6 +102,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         from llmc.compiler import weights
         from llmc.compiler.config import context_length, load_config
         from llmc.compiler.geometry import read_geometry
+        from llmc.compiler.quantize import apply
         from llmc.compiler.trace.export import trace
         from llmc.passes import contract
         from llmc.passes.pipeline import pipeline
@@ -109,6 +116,13 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         reports = contract.run(traced.model, pipeline(), expected)
         geometry = read_geometry(traced.model)
         parameters = weights.num_elements(traced.model)
+        quantization, sources = None, {}
+        if request.quant:
+            stored = 32 if checkpoint.dtype == "float32" else 16
+            quantization = apply.plan_weights(
+                traced.model, request.quant, request.exclude, family.quantize_exclude, stored
+            )
+            sources = apply.apply_plan(traced.model, quantization)
         target = compiler.lower(traced.model, dtype, checkpoint.tensors)
     return Plan(
         request=request,
@@ -121,6 +135,8 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         dtype=dtype,
         max_seq_len=max_seq_len,
         reports=reports,
+        quantization=quantization,
+        sources=sources,
         weight_bytes=weights.weight_bytes(traced.model),
         verification_bytes=verify.memory_needed(4 * parameters),
     )

@@ -63,6 +63,7 @@ def manifest(plan: Plan, files: dict[str, str], finished: Finished) -> Manifest:
             dtype=weights.main_dtype(plan.model),
             note=finished.weights_note,
         ),
+        quantization=plan.quantization.record() if plan.quantization else None,
         gpu=finished.gpu,
         format_version=2 if finished.gpu else 1,
     )

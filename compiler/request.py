@@ -9,6 +9,7 @@ from typing import Literal
 from llmc.runtime.errors import BuildError
 
 TARGETS = {"cpu": ("fp32",), "tensorrt-rtx": ("bf16", "fp16"), "tensorrt": ("bf16", "fp16")}  # and dtypes
+QUANTS = {"cpu": ("int8", "int4", "int4-block128")}  # what each target multiplies with
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -18,6 +19,8 @@ class BuildRequest:
 
     dtype: what the engine computes in; `auto` is fp32 on the CPU, where nothing else is exact, and on a GPU
     the checkpoint's own 16-bit dtype, bf16 for others.
+    quant: the format of the linear layers' weights, None as they are; exclude: modules to leave as they are,
+    shell patterns.
     sms: the GPUs' compute capabilities, 89 meaning 8.9; none means portable.
     max_seq_len: prompt and answer together, in tokens; None is the model's own context.
     verify: compare the engine with transformers, and fail the build when they differ.
@@ -29,6 +32,8 @@ class BuildRequest:
     output: Path
     target: str = "cpu"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    quant: str | None = None
+    exclude: tuple[str, ...] = ()
     sms: tuple[int, ...] = ()
     max_seq_len: int | None = None
     revision: str | None = None
@@ -45,6 +50,12 @@ class BuildRequest:
             raise BuildError(
                 f"the target {self.target} does not compute in {self.dtype}", f"--dtype auto, {possible}"
             )
+        known = QUANTS.get(self.target, ())
+        if self.quant is not None and self.quant not in known:
+            hint = f"it has {', '.join(known)}" if known else f"--target cpu has {', '.join(QUANTS['cpu'])}"
+            raise BuildError(f"the target {self.target} has no weights in {self.quant!r}", hint)
+        if self.exclude and self.quant is None:
+            raise BuildError("--exclude is about quantization, and there is none", "add --quant FORMAT")
         if self.sms and self.target == "cpu":
             raise BuildError("--sm names GPUs, and the target is the CPU", "add --target tensorrt-rtx")
         if self.max_seq_len is not None and self.max_seq_len < 1:

@@ -31,7 +31,8 @@ class Job:
 
     tolerance: see `recipe.Recipe`; of fp32 only, as 16 bits are measured against transformers in the same
     dtype. dtype: what the engine computes in, "fp32", "fp16" or "bf16". compared: what stands in for the
-    engine, for the record; empty where it is the engine itself.
+    engine, for the record; empty where it is the engine itself. quantized: weight -> format; the engine must
+    then reproduce the checkpoint with these weights rounded, and what the rounding loses is recorded.
     """
 
     checkpoint: str
@@ -44,6 +45,7 @@ class Job:
     needed_bytes: int
     dtype: str = "fp32"
     compared: str = ""
+    quantized: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def run(job: Job, progress: Progress) -> Verification:
 
     return Verification(
         status="passed",
-        reference=f"transformers {transformers.__version__}, eager attention, fp32",
+        reference=f"transformers {transformers.__version__}, eager attention, fp32"
+        + (", on the quantized weights" if job.quantized else ""),
         max_logit_error=_round_up(findings.max_logit_error),
         tolerance=_round_up(findings.tolerance),
         top1_agreement=findings.top1_agreement,

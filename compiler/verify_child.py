@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from llmc.compiler.quantize.formats import get_format
+from llmc.compiler.quantize.quantizer import dequantize, quantize
 from llmc.compiler.verify import Findings, Job
 from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import Backend
@@ -81,10 +83,10 @@ def _sequences(job: Job) -> list[list[int]]:
 
 
 def _transformers(
-    job: Job, dtype: str, sequences: list[list[int]], prompts: list[list[int]]
+    job: Job, dtype: str, sequences: list[list[int]], prompts: list[list[int]], rounded: bool = False
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     """transformers' logits fp32 [len, vocab] of each sequence, computed in `dtype`, and its greedy
-    continuations of the prompts."""
+    continuations of the prompts. `rounded`: with the weights of `job.quantized` as the engine has them."""
     import torch
     import transformers
 
@@ -94,6 +96,11 @@ def _transformers(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             job.checkpoint, dtype=getattr(torch, _TORCH[dtype]), attn_implementation="eager"
         ).eval()
+    if rounded:
+        for name, parameter in model.named_parameters():
+            if form := job.quantized.get(name):
+                arrays = quantize(parameter.detach().numpy(), get_format(form), name)
+                parameter.data = torch.from_numpy(dequantize(arrays, get_format(form)))
     logits, continuations = [], []
     with torch.no_grad():
         for ids in sequences:
@@ -203,6 +210,17 @@ class Difference:
         return shown | {"top1_agreement_without_ties": round(float((self.shortfall == 0).mean()), 4)}
 
 
+def _perplexity(sequences: list[list[int]], logits: list[np.ndarray]) -> float:
+    """exp of the mean negative log likelihood of each token after the first, given those before it."""
+    losses = []
+    for ids, rows in zip(sequences, logits, strict=True):
+        for row, following in zip(rows, ids[1:], strict=False):
+            losses.append(
+                np.log(np.exp((row - row.max()).astype(np.float64)).sum()) + row.max() - row[following]
+            )
+    return float(f"{np.exp(np.mean(losses)):.4g}")
+
+
 def _findings_fp32(job: Job, reference: list[np.ndarray], difference: Difference) -> dict[str, Any]:
     scale = max(float(np.abs(logits).max()) for logits in reference)
     tolerance = job.tolerance * max(1.0, scale / 10)
@@ -235,7 +253,7 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
     sequences = _sequences(job)
     prompts = [ids[:count] for ids, count in zip(sequences, (12, 7), strict=False)] if exact else []
     on_step(0)
-    reference, continuations = _transformers(job, "fp32", sequences, prompts)
+    reference, continuations = _transformers(job, "fp32", sequences, prompts, rounded=bool(job.quantized))
     gc.collect()
     on_step(1)
     own = None
@@ -255,6 +273,12 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
         found["greedy_equal"] = greedy == continuations
     on_step(STEPS)
     details: dict[str, Any] = found.pop("details", {})
+    if job.quantized:
+        original, _ = _transformers(job, "fp32", sequences, [])
+        details["quantization_loss"] = Difference.between(original, reference).summary() | {
+            "perplexity": _perplexity(sequences, reference),
+            "perplexity_unquantized": _perplexity(sequences, original),
+        }
     if job.windows:
         longest = max(len(ids) for ids in sequences)
         details["window_crossed"] = all(window < longest for window in job.windows)

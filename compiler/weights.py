@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
 from llmc.compiler.package import BundleWriter
+from llmc.compiler.quantize.apply import Source
 from llmc.compiler.safetensors_index import TensorRef
-from llmc.compiler.weights_writer import write_safetensors
+from llmc.compiler.weights_writer import Entry, write_safetensors
 from llmc.passes import edit
 from llmc.passes.fuse_linears import JOIN
 from llmc.runtime.errors import BuildError
@@ -29,7 +31,13 @@ _SAFETENSORS_NAMES = {
     ir.DataType.INT64: "I64",
     ir.DataType.INT32: "I32",
 }
-_NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+_NAMES = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.INT8: "int8",
+    ir.DataType.INT4: "int4",
+}
 
 
 def write_weights(
@@ -37,24 +45,27 @@ def write_weights(
     tensors: Mapping[str, TensorRef],
     writer: BundleWriter,
     on_bytes: Callable[[int], None] = lambda done: None,
+    quantized: Mapping[str, Source] = MappingProxyType({}),
 ) -> int:
     """Streams every large initializer of `model` to the bundle and points the graph at it.
 
     Parameters (initializers without data) come from `tensors` by name, those of fused layers by the names of
-    their parts. Returns the bytes written.
+    their parts; those in `quantized` are made from such. Returns the bytes written.
     Raises BuildError if a tensor cannot be converted to the dtype that the graph wants.
     """
     values = [value for value in model.graph.initializers.values() if not _is_inline(value)]
-    entries = [(str(value.name), _SAFETENSORS_NAMES[_dtype(value)], _shape(value)) for value in values]
+    entries = [_entry(value, quantized) for value in values]
     by_name = {value.name: value for value in values}
     writer.check_disk_space(sum(_nbytes(value) for value in values))
     done = 0
 
     def produce(name: str) -> Iterator[memoryview]:
         nonlocal done
-        for chunk in _chunks(by_name[name], tensors):
+        source = quantized.get(name)
+        chunks = source.chunks(tensors, _CHUNK_BYTES) if source else _chunks(by_name[name], tensors)
+        for chunk in chunks:
             done += chunk.nbytes
-            yield chunk.view(np.uint8).data
+            yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
             on_bytes(done)
 
     path = writer.path(WEIGHTS_FILE)
@@ -86,11 +97,18 @@ def num_elements(model: ir.Model) -> int:
 
 
 def main_dtype(model: ir.Model) -> str:
-    """The dtype that most bytes of the weights have: "fp32", "fp16" or "bf16"."""
+    """The dtype that most elements of the weights have: "fp32", "fp16", "bf16", "int8" or "int4"."""
     sizes: Counter[ir.DataType] = Counter()
     for value in model.graph.initializers.values():
-        sizes[_dtype(value)] += _nbytes(value)
+        sizes[_dtype(value)] += math.prod(_shape(value))
     return _NAMES[sizes.most_common(1)[0][0]]
+
+
+def _entry(value: ir.Value, quantized: Mapping[str, Source]) -> Entry:
+    name = str(value.name)
+    if name in quantized:
+        return name, *quantized[name].entry
+    return name, _SAFETENSORS_NAMES[_dtype(value)], _shape(value)
 
 
 def _is_inline(value: ir.Value) -> bool:
@@ -98,7 +116,7 @@ def _is_inline(value: ir.Value) -> bool:
 
 
 def _nbytes(value: ir.Value) -> int:
-    return math.prod(_shape(value)) * int(_dtype(value).itemsize)
+    return math.ceil(math.prod(_shape(value)) * _dtype(value).itemsize)
 
 
 def _dtype(value: ir.Value) -> ir.DataType:

@@ -17,8 +17,8 @@ from llmc.runtime.sampling import SamplingParams
 
 COMMANDS = ("build", "run", "inspect", "check", "bench", "doctor", "zoo")
 OPTIONS = {
-    "build": "-o --output --target --dtype --sm --max-seq-len --revision --no-verify --dry-run --force "
-    "--json",
+    "build": "-o --output --target --dtype --quant --exclude --sm --max-seq-len --revision "
+    "--no-verify --dry-run --force --json",
     "run": "--prompts --chat --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed "
     "--stop --stream --no-stream --threads --kv-memory --json",
     "inspect": "--verify --json",

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 from llmc.compiler.quantize.formats import Format, get_format
 from llmc.compiler.quantize.table import table
@@ -81,6 +82,16 @@ class QuantPlan:
     def bits_per_parameter(self) -> float:
         """Of the whole model, after."""
         return 8 * self.bytes_after / self.params
+
+    def record(self) -> dict[str, Any]:
+        """The plan in short, for the manifest: what was quantized, what was not, and the size."""
+        kept = {module.name: module.reason for module in self.modules if not module.format}
+        return {
+            "format": self.format.name,
+            "modules": len(self.quantized()),
+            "kept": kept,
+            "bits_per_parameter": round(self.bits_per_parameter, 3),
+        }
 
     def lines(self) -> list[str]:
         """The plan as a table of text, the layers of equal decisions in one row."""

@@ -29,6 +29,13 @@ def prove(plan: Plan, graph: Path, backend: str, progress: Progress, **criteria:
         windows=sorted({layer.window for layer in plan.geometry.layers if layer.window}),
         tolerance=plan.recipe.logit_tolerance,
         needed_bytes=plan.verification_bytes,
+        quantized=_formats(plan),
         **criteria,
     )
     return verify.run(job, progress)
+
+
+def _formats(plan: Plan) -> dict[str, str]:
+    """Quantized weight of the checkpoint -> the name of its format."""
+    modules = plan.quantization.quantized() if plan.quantization else {}
+    return {f"{name}.weight": module.format.name for name, module in modules.items() if module.format}

@@ -25,7 +25,8 @@ def keep_stored_dtype(model: ir.Model, tensors: Mapping[str, TensorRef]) -> None
     for weight in list(model.graph.initializers.values()):
         dtypes = {tensors[name].dtype for name in str(weight.name).split(JOIN) if name in tensors}
         narrow = _NARROW.get(dtypes.pop()) if len(dtypes) == 1 else None
-        if narrow is None or weight.const_value is not None or not _only_read_as_matrix(weight):
+        fp32 = weight.dtype == ir.DataType.FLOAT  # not so a quantized one
+        if narrow is None or not fp32 or weight.const_value is not None or not _only_read_as_matrix(weight):
             continue
         weight.dtype = narrow
         for node, index in list(weight.uses()):

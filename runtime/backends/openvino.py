@@ -21,6 +21,7 @@ from llmc.runtime.errors import BackendError
 
 _INPUTS = tuple(field.name for field in fields(Batch))  # other inputs are caches
 _FEW_ROWS, _MANY_ROWS = 4, 16
+_NARROW = (ov.Type.bf16, ov.Type.f16)
 
 
 def tested_core(threads: int | None = None) -> tuple[ov.Core, dict[str, Any]]:
@@ -105,13 +106,18 @@ class OpenVinoBackend:
 
 
 def _keep_narrow(model: ov.Model) -> bool:
-    """Asks OpenVINO to keep weights that the graph widens as they are; whether there are any.
+    """Asks OpenVINO to keep 16-bit weights that the graph widens as they are; whether there are any.
 
     Its own readers mark such conversions of its own format; for ONNX it would fold them into fp32 constants.
     """
     found = False
     for node in model.get_ordered_ops():
-        if node.get_type_name() == "Convert" and node.input_value(0).get_node().get_type_name() == "Constant":
+        if node.get_type_name() != "Convert":
+            continue
+        users = {user.get_node().get_type_name() for user in node.output(0).get_target_inputs()}
+        source = node.input_value(0)
+        constant = source.get_node().get_type_name() == "Constant"
+        if users == {"MatMul"} and constant and source.get_element_type() in _NARROW:
             node.get_rt_info()["decompression_0"] = True
             found = True
     return found

@@ -1,0 +1,132 @@
+"""`llmc build --quant`: the engine computes with the quantized weights, and the loss is measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmc.cli import main
+from llmc.compiler import zoo
+from llmc.compiler.checkpoint import Checkpoint
+from llmc.compiler.driver import compile_model
+from llmc.compiler.quantize.formats import get_format
+from llmc.compiler.quantize.quantizer import quantize
+from llmc.compiler.request import BuildRequest
+from llmc.compiler.safetensors_index import read_header
+from llmc.runtime.backends.openvino import OpenVinoBackend
+from llmc.runtime.errors import BuildError, RequestError
+
+TINY = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
+TALES = Path(__file__).parent.parent / "model_zoo/llama/tales"
+
+
+def build(checkpoint: Path, output: Path, form: str, **options: object) -> dict[str, object]:
+    request = BuildRequest(str(checkpoint), output, quant=form, **options)  # type: ignore[arg-type]
+    return json.loads(compile_model(request).manifest.to_json())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("name", TINY)
+def test_every_family_computes_with_its_rounded_weights(
+    name: str, form: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The build compares with transformers on the dequantized weights, to the bound of fp32."""
+    manifest = build(checkpoint(name), tmp_path / "x.llmc", form)
+    assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
+    assert manifest["quantization"]["format"] == form  # type: ignore[index]
+    assert manifest["verification"]["details"]["quantization_loss"]["rms_logit_error"] > 0  # type: ignore[index]
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp(request.param) / "tales.llmc"
+    build(TALES, output, request.param)
+    return output, request.param
+
+
+def test_the_file_holds_the_codes_and_scales_of_the_checkpoint(built: tuple[Path, str]) -> None:
+    bundle, form = built
+    source = Checkpoint.open(TALES).tensors
+    written = read_header(bundle / "weights" / "model.safetensors")
+    fused = [f"model.layers.0.self_attn.{one}_proj.weight" for one in "qkv"]
+    expected = [quantize(source[name].read(), get_format(form), name) for name in fused]
+    for array, suffix in (("weight", ""), ("weight_scale", "_scale")):
+        stored = written["|".join(name + suffix for name in fused)].read()
+        assert np.array_equal(stored, np.concatenate([one[array] for one in expected]))
+    assert written["model.embed_tokens.weight"].dtype == "BF16"
+
+
+def test_openvino_keeps_the_codes_in_memory(built: tuple[Path, str]) -> None:
+    bundle, form = built
+    backend = OpenVinoBackend(bundle / "rank0.onnx", num_blocks=4)
+    inside = backend._request.get_compiled_model().get_runtime_model().get_ops()
+    constants = [
+        (node.get_output_element_type(0).get_type_name(), list(node.get_output_shape(0)))
+        for node in inside
+        if node.get_rt_info()["layerType"].astype(str) == "Const"
+    ]
+    codes = [shape for kind, shape in constants if kind == {"int8": "i8", "int4": "i4"}[form]]
+    assert len(codes) == 5 * 4  # q/k/v and gate/up are one matrix each
+
+
+def test_the_loss_on_a_trained_model_is_small_and_recorded(built: tuple[Path, str]) -> None:
+    bundle, form = built
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    loss = manifest["verification"]["details"]["quantization_loss"]
+    assert loss["mean_kl"] < {"int8": 0.001, "int4": 0.1}[form]
+    assert loss["top1_agreement_without_ties"] > {"int8": 0.97, "int4": 0.8}[form]
+    assert loss["perplexity"] < 1.1 * loss["perplexity_unquantized"]
+    assert manifest["quantization"]["bits_per_parameter"] < {"int8": 10, "int4": 7.1}[form]
+
+
+def test_two_builds_are_the_same_bytes(built: tuple[Path, str], tmp_path: Path) -> None:
+    bundle, form = built
+    build(TALES, tmp_path / "again.llmc", form, verify=False)
+    for name in ("rank0.onnx", "weights/model.safetensors"):
+        assert (bundle / name).read_bytes() == (tmp_path / "again.llmc" / name).read_bytes()
+
+
+def test_excluded_modules_stay_as_they_are(tmp_path: Path) -> None:
+    manifest = build(
+        TALES, tmp_path / "x.llmc", "int4", exclude=("*.mlp.*", "*.0.self_attn.k_proj"), verify=False
+    )
+    kept = manifest["quantization"]["kept"]  # type: ignore[index]
+    assert kept["model.layers.3.mlp.gate_proj"] == "--exclude *.mlp.*"
+    assert "model.layers.0.self_attn.q_proj" in kept  # multiplied with k_proj as one
+    assert manifest["quantization"]["modules"] == 5 * 4 - 3  # type: ignore[index]
+    written = read_header(tmp_path / "x.llmc/weights/model.safetensors")
+    assert written["model.layers.3.mlp.down_proj.weight"].dtype == "BF16"
+
+
+def test_the_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["build", str(TALES), "-o", str(tmp_path / "x.llmc"), "--quant", "int8", "--dry-run"]
+    assert main.main(command) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.0-4.mlp.down_proj" in out
+    assert "35 of 35 matrices in int8" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quant": "fp8"}, "the target cpu has no weights in 'fp8'"),
+        ({"quant": "int8", "target": "tensorrt-rtx"}, "the target tensorrt-rtx has no weights in 'int8'"),
+        ({"exclude": ("*",)}, "--exclude is about quantization"),
+    ],
+)
+def test_what_cannot_be_asked_for(options: dict[str, object], message: str) -> None:
+    with pytest.raises(BuildError, match=message) as error:
+        BuildRequest("x", Path("x.llmc"), **options)  # type: ignore[arg-type]
+    assert error.value.hint
+
+
+def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="down_proj"):
+        build(TALES, tmp_path / "x.llmc", "int8", exclude=("down_proj",))
+    assert list(tmp_path.iterdir()) == []
