@@ -60,6 +60,7 @@ def inspect(
         ("engine", f"{describe_target(manifest.target)}: {manifest.target.reason}"),
         ("requires", requires or "nothing"),
         ("precision", f"{manifest.precision.dtype}, KV cache {manifest.precision.kv_dtype}"),
+        ("weights", describe_weights(manifest)),
         ("model", describe_geometry(geometry)),
         ("attention", ", ".join(f"{count} {kind}" for kind, count in kinds.items())),
         ("context", f"{manifest.limits.max_seq_len} tokens of prompt and answer together"),
@@ -77,6 +78,20 @@ def inspect(
     print(table(facts))
     print()
     print(table([("FILE", "BYTES", "SHA256"), *files], right=(1,)))
+
+
+def describe_weights(manifest: Manifest) -> str:
+    """How the weights are stored, and what quantizing them has lost."""
+    plan, weights = manifest.quantization, manifest.weights
+    if plan is None:
+        return f"{weights.dtype}: {weights.note}" if weights.note else weights.dtype
+    names = ("format", "modules", "bits_per_parameter")  # the field is open: none of them need be there
+    text = ", ".join(f"{name.replace('_', ' ')} {plan[name]}" for name in names if name in plan)
+    loss = manifest.verification.details.get("quantization_loss", {})
+    if not {"mean_kl", "perplexity", "perplexity_unquantized"} <= set(loss):
+        return f"{text}; loss not measured"
+    perplexity = f"perplexity {loss['perplexity_unquantized']:g} to {loss['perplexity']:g}"
+    return f"{text}; loss: mean KL {loss['mean_kl']:g}, {perplexity}"
 
 
 def describe_gpu(manifest: Manifest) -> list[tuple[str, str]]:

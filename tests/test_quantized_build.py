@@ -84,6 +84,16 @@ def test_the_loss_on_a_trained_model_is_small_and_recorded(built: tuple[Path, st
     assert manifest["quantization"]["bits_per_parameter"] < {"int8": 10, "int4": 7.1}[form]
 
 
+def test_inspect_shows_the_format_and_the_loss(
+    built: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, form = built
+    assert main.main(["inspect", str(bundle)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("weights  "))
+    assert f"format {form}, modules 35, bits per parameter" in line
+    assert "loss: mean KL 0.0" in line
+
+
 def test_two_builds_are_the_same_bytes(built: tuple[Path, str], tmp_path: Path) -> None:
     bundle, form = built
     build(TALES, tmp_path / "again.llmc", form, verify=False)
