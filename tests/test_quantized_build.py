@@ -113,6 +113,14 @@ def test_excluded_modules_stay_as_they_are(tmp_path: Path) -> None:
     assert written["model.layers.3.mlp.down_proj.weight"].dtype == "BF16"
 
 
+def test_blocks_of_128_leave_out_what_they_cannot_take(tmp_path: Path) -> None:
+    manifest = build(TALES, tmp_path / "x.llmc", "int4-block128")
+    assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
+    kept = manifest["quantization"]["kept"]  # type: ignore[index]
+    assert set(kept) == {f"model.layers.{layer}.mlp.down_proj" for layer in range(5)}  # 704 columns
+    assert "multiple of the block of 128" in kept["model.layers.0.mlp.down_proj"]
+
+
 def test_the_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = ["build", str(TALES), "-o", str(tmp_path / "x.llmc"), "--quant", "int8", "--dry-run"]
     assert main.main(command) == 0
