@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a full disk or a closed pipe must show here, not when Python shuts down
         return code
     except KeyboardInterrupt as error:
+        # CPython notes an interrupt that passes through an `exec` of text (as imports do), and under
+        # `python -m` dies by SIGINT in the end although it was caught; the next such call clears the note.
+        eval("None")
         return report(error, INTERRUPTED, "interrupted", "nothing was left half-written")
     except BrokenPipeError as error:
         if _output_is_closed():

@@ -330,6 +330,18 @@ def test_interrupted_build_leaves_nothing(model, tmp_path):
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_an_interrupt_inside_an_import_is_an_exit_code_too(tmp_path):
+    """Where CPython would end `python -m` by the signal, though the interrupt was caught."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\nfrom llmc.cli import app, main\n"
+        "app.invoke = lambda argv: exec('raise KeyboardInterrupt')\nsys.exit(main.main([]))\n"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == main.INTERRUPTED
+    assert done.stderr.splitlines() == ["error: interrupted", "hint: nothing was left half-written"]
+
+
 # run: the bundle
 
 

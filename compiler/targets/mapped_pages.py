@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 _MADV_DONTNEED = 4  # Linux; for a private mapping that is only read, it forgets nothing
 _PERIOD = 0.1  # seconds
+_MAPS_BYTES = 4 << 20  # far more than any process's list of mappings
 
 
 @contextlib.contextmanager
@@ -51,11 +52,27 @@ def kept_small(suffix: str) -> Iterator[None]:
 
 def _mapped(suffix: str) -> list[tuple[int, int]]:
     """(address, bytes) of every mapping of such a file that cannot be written through."""
-    maps = Path("/proc/self/maps")
-    found = []
-    for line in maps.read_text().splitlines() if maps.is_file() else []:
-        span, permissions, *rest = line.split(maxsplit=5)
-        if permissions[1] == "-" and len(rest) == 4 and rest[3].endswith(suffix):
-            first, last = (int(bound, 16) for bound in span.split("-"))
-            found.append((first, last - first))
-    return found
+    return [span for line in _lines("/proc/self/maps") if (span := _read_only(line, suffix))]
+
+
+def _read_only(line: bytes, suffix: str) -> tuple[int, int] | None:
+    span, permissions, *rest = line.split(maxsplit=5)
+    if permissions[1:2] != b"-" or len(rest) < 4 or not rest[3].endswith(suffix.encode()):
+        return None
+    first, last = (int(bound, 16) for bound in span.split(b"-"))
+    return first, last - first
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    """The lines of a file of the system, none if it is not there. All of them pass through one buffer, so
+    that what is allocated does not depend on the lengths of the paths in them."""
+    if not os.path.exists(path):
+        return
+    buffer, used = bytearray(_MAPS_BYTES), 0
+    with open(path, "rb", buffering=0) as file, memoryview(buffer) as view:
+        while used < len(buffer) and (count := file.readinto(view[used:])):
+            used += count
+    start = 0
+    while (end := buffer.find(b"\n", start, used)) >= 0:
+        yield bytes(buffer[start:end])
+        start = end + 1

@@ -29,6 +29,7 @@ Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # shapes at le
 _INT32_MAX = 2**31 - 1
 _FIRST_AXIS = {"input_ids": "T", "position_ids": "T", "logits_index": "N", **STEP_INPUTS}  # of the inputs
 _KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TEMP", "TMPDIR")
+_WORK_PATH_LENGTH = 120  # of characters, where the temporary directory's path is shorter than that
 _ERRORS = {"unsupported": UnsupportedError, "build": BuildError}
 
 
@@ -132,8 +133,8 @@ def build(job: EngineJob, progress: Progress) -> BuiltEngine:
 def _run_child(job: EngineJob, progress: Progress, scratch: Path) -> BuiltEngine:
     result: dict[str, Any] | None = None
     failure: dict[str, str] | None = None
-    directory = Path(job.onnx).parent
-    near = replace(job, onnx=Path(job.onnx).name, plan=os.path.relpath(job.plan, directory))
+    work = _work_directory(scratch, graph=Path(job.onnx).parent, engine=Path(job.plan).parent)
+    near = replace(job, onnx=f"graph/{Path(job.onnx).name}", plan=f"engine/{Path(job.plan).name}")
     with open(scratch / "stderr", "w+b") as complaints:
         child = subprocess.Popen(
             [sys.executable, "-m", "llmc.compiler.targets.tensorrt_child"],
@@ -142,7 +143,7 @@ def _run_child(job: EngineJob, progress: Progress, scratch: Path) -> BuiltEngine
             stderr=complaints,
             text=True,
             env=_environment(job.library, scratch),
-            cwd=directory,
+            cwd=work,
         )
         assert child.stdin and child.stdout
         try:
@@ -174,6 +175,19 @@ def _run_child(job: EngineJob, progress: Progress, scratch: Path) -> BuiltEngine
     return BuiltEngine(**result)
 
 
+def _work_directory(scratch: Path, **links: Path) -> Path:
+    """A directory with these links, whose own path has the same length wherever the bundle is written.
+
+    The lengths of paths that TensorRT handles move addresses, and addresses show in the engine
+    (`tensorrt_child._fix_addresses`): of 200 lengths of a bundle's path, about one in ten gave other bytes.
+    """
+    work = scratch / "_".ljust(_WORK_PATH_LENGTH - len(str(scratch)) - 1, "_")
+    work.mkdir()
+    for name, target in links.items():
+        (work / name).symlink_to(target.absolute(), target_is_directory=True)
+    return work
+
+
 def _death(code: int, last: str) -> BuildError:
     if code < 0:
         memory = -code == signal.SIGKILL
@@ -188,7 +202,7 @@ def _death(code: int, last: str) -> BuildError:
 
 def _environment(library: str, scratch: Path) -> dict[str, str]:
     """The child's environment: little of ours, because its size moves addresses, and they show in the engine
-    (`tensorrt_child._fix_addresses`); for the same reason the child runs beside the graph, by relative names.
+    (`tensorrt_child._fix_addresses`).
 
     RTX's parser opens `libtensorrt_rtx.so` by that name as soon as a graph has a plugin, and aborts when it
     is not found; its wheel (1.7.1) brings `libtensorrt_rtx.so.1` only.
