@@ -21,15 +21,16 @@ from llmc.runtime.bundle.manifest import Geometry, Manifest, Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from llmc.compiler.quantize.apply import Source
+    from llmc.compiler.quantize.matrix import QuantizedMatrix
     from llmc.compiler.quantize.plan import QuantPlan
+    from llmc.compiler.quantize.produce import Produced
     from llmc.passes.contract import PassReport
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A build up to the point where files are written. `dtype`: what the engine computes in; `sources`:
-    what the initializers of quantized layers are made from."""
+    """A build up to the point where files are written. `dtype`: what the engine computes in; `matrices`:
+    those whose codes and scales are still to be made."""
 
     request: BuildRequest
     checkpoint: Checkpoint
@@ -42,7 +43,7 @@ class Plan:
     max_seq_len: int
     reports: list[PassReport]
     quantization: QuantPlan | None
-    sources: dict[str, Source]
+    matrices: list[QuantizedMatrix]
     weight_bytes: int
     verification_bytes: int
 
@@ -69,14 +70,17 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
     clock = _Clock(progress)
     with BundleWriter(request.output, request.force) as writer:
         plan = plan_build(request, progress, clock)
+        made = _quantize(plan, writer, progress, clock)
         with clock.phase("write weights"):
             weights.write_weights(
                 plan.model,
                 plan.checkpoint.tensors,
                 writer,
                 lambda done: progress.bar(done, plan.weight_bytes),
-                plan.sources,
+                made.tensors if made else {},
             )
+            for index in range(len(plan.matrices)):
+                writer.discard(_scratch(index))
         with clock.phase("write graph"):
             writer.path(GRAPH_FILE).write_bytes(serialize(plan.model))
             tokenizer.save(plan.checkpoint, writer)
@@ -116,13 +120,18 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         reports = contract.run(traced.model, pipeline(), expected)
         geometry = read_geometry(traced.model)
         parameters = weights.num_elements(traced.model)
-        quantization, sources = None, {}
+        quantization, matrices = None, []
         if request.quant:
             stored = 32 if checkpoint.dtype == "float32" else 16
             quantization = apply.plan_weights(
-                traced.model, request.quant, request.exclude, family.quantize_exclude, stored
+                traced.model,
+                request.quant,
+                request.exclude,
+                family.quantize_exclude,
+                stored,
+                apply.SCALES_OF.get(dtype),
             )
-            sources = apply.apply_plan(traced.model, quantization)
+            matrices = apply.apply_plan(traced.model, quantization)
         target = compiler.lower(traced.model, dtype, checkpoint.tensors)
     return Plan(
         request=request,
@@ -136,10 +145,31 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         max_seq_len=max_seq_len,
         reports=reports,
         quantization=quantization,
-        sources=sources,
+        matrices=matrices,
         weight_bytes=weights.weight_bytes(traced.model),
         verification_bytes=verify.memory_needed(4 * parameters),
     )
+
+
+def _scratch(index: int) -> str:
+    return f"scratch/{index}.safetensors"
+
+
+def _quantize(plan: Plan, writer: BundleWriter, progress: Progress, clock: _Clock) -> Produced | None:
+    """Makes the codes and scales of the plan's matrices, in files that are discarded once they are copied."""
+    if not plan.matrices:
+        return None
+    from llmc.compiler.quantize import produce
+
+    with clock.phase("quantize"):
+        made = produce.produce(
+            plan.matrices,
+            plan.checkpoint.tensors,
+            writer.path(_scratch(0)).parent,
+            lambda done: progress.bar(done, len(plan.matrices)),
+        )
+    produce.set_scalars(plan.model, made.scalars)
+    return made
 
 
 class _Clock:

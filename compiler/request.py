@@ -9,7 +9,6 @@ from typing import Literal
 from llmc.runtime.errors import BuildError
 
 TARGETS = {"cpu": ("fp32",), "tensorrt-rtx": ("bf16", "fp16"), "tensorrt": ("bf16", "fp16")}  # and dtypes
-QUANTS = {"cpu": ("int8", "int4", "int4-block128")}  # what each target multiplies with
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -50,10 +49,6 @@ class BuildRequest:
             raise BuildError(
                 f"the target {self.target} does not compute in {self.dtype}", f"--dtype auto, {possible}"
             )
-        known = QUANTS.get(self.target, ())
-        if self.quant is not None and self.quant not in known:
-            hint = f"it has {', '.join(known)}" if known else f"--target cpu has {', '.join(QUANTS['cpu'])}"
-            raise BuildError(f"the target {self.target} has no weights in {self.quant!r}", hint)
         if self.exclude and self.quant is None:
             raise BuildError("--exclude is about quantization, and there is none", "add --quant FORMAT")
         if self.sms and self.target == "cpu":

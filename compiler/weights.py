@@ -14,7 +14,6 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.compiler.package import BundleWriter
-from llmc.compiler.quantize.apply import Source
 from llmc.compiler.safetensors_index import TensorRef
 from llmc.compiler.weights_writer import Entry, write_safetensors
 from llmc.passes import edit
@@ -37,6 +36,9 @@ _NAMES = {
     ir.DataType.BFLOAT16: "bf16",
     ir.DataType.INT8: "int8",
     ir.DataType.INT4: "int4",
+    ir.DataType.FLOAT8E4M3FN: "fp8",
+    ir.DataType.FLOAT4E2M1: "fp4",
+    ir.DataType.UINT8: "fp4",  # as ONNX Runtime gets it
 }
 
 
@@ -45,24 +47,24 @@ def write_weights(
     tensors: Mapping[str, TensorRef],
     writer: BundleWriter,
     on_bytes: Callable[[int], None] = lambda done: None,
-    quantized: Mapping[str, Source] = MappingProxyType({}),
+    made: Mapping[str, TensorRef] = MappingProxyType({}),
 ) -> int:
     """Streams every large initializer of `model` to the bundle and points the graph at it.
 
     Parameters (initializers without data) come from `tensors` by name, those of fused layers by the names of
-    their parts; those in `quantized` are made from such. Returns the bytes written.
+    their parts; those in `made` are copied as they are. Returns the bytes written.
     Raises BuildError if a tensor cannot be converted to the dtype that the graph wants.
     """
     values = [value for value in model.graph.initializers.values() if not _is_inline(value)]
-    entries = [_entry(value, quantized) for value in values]
+    entries = [_entry(value, made) for value in values]
     by_name = {value.name: value for value in values}
     writer.check_disk_space(sum(_nbytes(value) for value in values))
     done = 0
 
     def produce(name: str) -> Iterator[memoryview]:
         nonlocal done
-        source = quantized.get(name)
-        chunks = source.chunks(tensors, _CHUNK_BYTES) if source else _chunks(by_name[name], tensors)
+        ref = made.get(name)
+        chunks = ref.iter_chunks(_CHUNK_BYTES) if ref else _chunks(by_name[name], tensors)
         for chunk in chunks:
             done += chunk.nbytes
             yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
@@ -104,10 +106,10 @@ def main_dtype(model: ir.Model) -> str:
     return _NAMES[sizes.most_common(1)[0][0]]
 
 
-def _entry(value: ir.Value, quantized: Mapping[str, Source]) -> Entry:
+def _entry(value: ir.Value, made: Mapping[str, TensorRef]) -> Entry:
     name = str(value.name)
-    if name in quantized:
-        return name, *quantized[name].entry
+    if ref := made.get(name):
+        return name, ref.dtype, ref.shape
     return name, _SAFETENSORS_NAMES[_dtype(value)], _shape(value)
 
 

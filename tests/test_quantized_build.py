@@ -133,8 +133,6 @@ def test_the_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quant": "fp8"}, "the target cpu has no weights in 'fp8'"),
-        ({"quant": "int8", "target": "tensorrt-rtx"}, "the target tensorrt-rtx has no weights in 'int8'"),
         ({"exclude": ("*",)}, "--exclude is about quantization"),
     ],
 )

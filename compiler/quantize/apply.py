@@ -1,59 +1,52 @@
-"""Puts a plan into a canonical fp32 graph: the weights that it names become codes and scales.
+"""Puts a plan into a canonical graph: the weights that it names become codes and scales.
 
-    before  Gemm(x, W)
-    after   Gemm(x, DequantizeLinear(W, Cast(scale, fp32)))        W: int8 or int4, as in `formats.py`
+    before             Gemm(x, W)
+    weight-only        Gemm(x, DequantizeLinear(W, scale))       W: int8, int4 or E4M3, as in `formats.py`
+    nvfp4-weight-only  Gemm(x, DequantizeLinear(W, DequantizeLinear(scale, scale_2)))    W: E2M1, scale: E4M3
+    fp8                Gemm(DequantizeLinear(QuantizeLinear(x, input_scale), input_scale), ...)
+    nvfp4              Gemm(llmc.RoundFP4(x, input_scale), ...)
 
-The Cast is there for scales of 16 bits only. The new initializers have no data yet; `weights.py` makes it
-from the checkpoint while it writes, by the sources that this returns.
+A Cast follows where the scale is of another type than the graph computes in. These are the forms that
+OpenVINO keeps compressed, that TensorRT fuses, and that ONNX Runtime computes exactly. The initializers have
+no data yet: `produce.py` makes it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from llmc.compiler.quantize.formats import Format
+from llmc.compiler.quantize.matrix import QuantizedMatrix
 from llmc.compiler.quantize.plan import QuantPlan, make_plan
-from llmc.compiler.quantize.quantizer import quantize
-from llmc.compiler.safetensors_index import TensorRef
 from llmc.passes import edit
 from llmc.passes.fuse_linears import JOIN
+from llmc.plugins.round_fp4 import spec as round_fp4
 
-_WEIGHT, _SCALE = ".weight", "_scale"
-_CODES = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4}
-_SCALES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
-
-
-@dataclass(frozen=True)
-class Source:
-    """What an initializer of a quantized layer is made from.
-
-    parts: the checkpoint's weights, whose rows follow one another; array: "weight" or "weight_scale".
-    """
-
-    parts: tuple[str, ...]
-    form: Format
-    array: str
-    shape: tuple[int, int]
-
-    @property
-    def entry(self) -> tuple[str, tuple[int, ...]]:
-        """Its dtype, in safetensors' names, and shape as stored."""
-        return self.form.layout(self.shape)[self.array]
-
-    def chunks(self, tensors: Mapping[str, TensorRef], max_bytes: int) -> Iterator[np.ndarray]:
-        """The array, a block of rows at a time."""
-        for part in self.parts:
-            for rows in tensors[part].iter_chunks(max_bytes):
-                yield quantize(rows, self.form, part)[self.array]
+_WEIGHT = ".weight"
+_CODES = {
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
+    "e4m3": ir.DataType.FLOAT8E4M3FN,
+    "e2m1": ir.DataType.FLOAT4E2M1,
+}
+_SCALES = {
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+}
+SCALES_OF = {"bf16": "BF16", "fp16": "F16"}  # what TensorRT computes in -> the dtype of its scales
 
 
 def plan_weights(
-    model: ir.Model, form: str, exclude: tuple[str, ...], recipe_exclude: tuple[str, ...], stored_bits: int
+    model: ir.Model,
+    form: str,
+    exclude: tuple[str, ...],
+    recipe_exclude: tuple[str, ...],
+    stored_bits: int,
+    scales: str | None = None,
 ) -> QuantPlan:
     """The plan for the linear layers of a canonical graph. Raises RequestError as `make_plan` does."""
     shapes: dict[str, tuple[int, int]] = {}
@@ -63,37 +56,33 @@ def plan_weights(
         groups.append(parts)
         rows, columns = edit.dims(edit.operand(node, 1))
         in_matrices += rows * columns
-        shapes |= dict(zip(parts, _shapes(node, len(parts)), strict=True))
+        shapes |= {part: (size, columns) for part, size in zip(parts, _rows(node, len(parts)), strict=True)}
     parameters = [value for value in model.graph.initializers.values() if _is_weight(value)]
     every = sum(math.prod(edit.dims(value)) for value in parameters)
     return make_plan(
-        shapes, form, exclude, recipe_exclude, groups=groups, stored_bits=stored_bits,
+        shapes, form, exclude, recipe_exclude, groups=groups, scales=scales, stored_bits=stored_bits,
         other_params=every - in_matrices,
     )  # fmt: skip
 
 
-def apply_plan(model: ir.Model, plan: QuantPlan) -> dict[str, Source]:
-    """Rewrites `model` in place. Returns initializer name -> where its data comes from."""
-    quantized, sources = plan.quantized(), {}
+def apply_plan(model: ir.Model, plan: QuantPlan) -> list[QuantizedMatrix]:
+    """Rewrites `model` in place. Returns the matrices whose data `produce.py` must make, in its order."""
+    quantized, matrices = plan.quantized(), []
     for node in _linears(model):
         parts = _parts(node)
         if parts[0] not in quantized:
             continue
         form = quantized[parts[0]].format
         assert form is not None
-        weight = edit.operand(node, 1)
-        rows, columns = edit.dims(weight)
-        names = tuple(part + _WEIGHT for part in parts)
-        weight.dtype = _CODES[form.codes]
-        scale = ir.Value(
-            name=JOIN.join(name + _SCALE for name in names), type=ir.TensorType(_SCALES[form.scales])
-        )
-        for value, array in ((weight, "weight"), (scale, "weight_scale")):
-            sources[str(value.name)] = Source(names, form, array, (rows, columns))
-        scale.shape = ir.Shape(sources[str(scale.name)].entry[1])
-        model.graph.initializers.add(scale)
-        node.replace_input_with(1, _dequantized(node, weight, scale, form))
-    return sources
+        columns = edit.dims(edit.operand(node, 1))[1]
+        matrix = QuantizedMatrix(parts, tuple(_rows(node, len(parts))), columns, form)
+        node.replace_input_with(1, _dequantized(model.graph, node, matrix))
+        if form.activations:
+            node.replace_input_with(0, _rounded_input(model.graph, node, matrix))
+        matrices.append(matrix)
+    if any(matrix.format.activations == "e2m1" for matrix in matrices):
+        model.graph.opset_imports[round_fp4.DOMAIN] = round_fp4.ABI_VERSION
+    return matrices
 
 
 def _linears(model: ir.Model) -> list[ir.Node]:
@@ -113,24 +102,73 @@ def _parts(node: ir.Node) -> tuple[str, ...]:
     return tuple(part.removesuffix(_WEIGHT) for part in str(edit.operand(node, 1).name).split(JOIN))
 
 
-def _shapes(node: ir.Node, count: int) -> list[tuple[int, int]]:
-    """The shapes of the layers in a Gemm; of fused ones, from the Split behind it."""
-    rows, columns = edit.dims(edit.operand(node, 1))
+def _rows(node: ir.Node, count: int) -> list[int]:
+    """The rows of each layer in a Gemm; of fused ones, from the Split behind it."""
     if count == 1:
-        return [(rows, columns)]
+        return [edit.dims(edit.operand(node, 1))[0]]
     split = next(iter(node.outputs[0].uses())).node
     sizes = edit.operand(split, 1).const_value
     assert sizes is not None
-    return [(int(size), columns) for size in sizes.numpy()]
+    return [int(size) for size in sizes.numpy()]
 
 
-def _dequantized(node: ir.Node, weight: ir.Value, scale: ir.Value, form: Format) -> ir.Value:
-    fp32, name = ir.DataType.FLOAT, str(weight.name)
-    if scale.dtype != fp32:
-        scale_shape = edit.dims(scale)
-        scale = edit.insert(node, "Cast", [scale], {"to": fp32.value}, f"{scale.name}.wide", scale_shape)
-        scale.dtype = fp32
-    settings = {"axis": 1, "block_size": form.block} if form.block else {"axis": 0}
-    wide = edit.insert(node, "DequantizeLinear", [weight, scale], settings, f"{name}.wide", edit.dims(weight))
-    wide.dtype = fp32
+def _initializer(graph: ir.Graph, name: str, dtype: str, shape: tuple[int, ...]) -> ir.Value:
+    value = ir.Value(name=name, type=ir.TensorType(_SCALES[dtype]), shape=ir.Shape(shape))
+    graph.initializers.add(value)
+    return value
+
+
+def _dequantized(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
+    """The weight of `node`, from codes and scales, in the dtype of its other operand."""
+    form, weight, x = matrix.format, edit.operand(node, 1), edit.operand(node, 0)
+    wanted, name = x.dtype, str(weight.name)
+    assert wanted is not None
+    weight.dtype = _CODES[form.codes]
+    arrays = form.layout(matrix.shape)
+    scale = _initializer(graph, matrix.initializer("weight_scale"), *arrays["weight_scale"])
+    if form.codes == "e2m1":
+        over = _initializer(graph, matrix.initializer("weight_scale_2"), *arrays["weight_scale_2"])
+        scale = _dequantize(node, scale, over, {}, f"{scale.name}.wide")
+    elif scale.dtype != wanted and wanted == ir.DataType.FLOAT:  # the product of code and scale is then exact
+        scale = _cast(node, scale, wanted)
+    wide = _dequantize(node, weight, scale, _axis(form), f"{name}.wide")
+    return wide if wide.dtype == wanted else _cast(node, wide, wanted)
+
+
+def _axis(form: Format) -> dict[str, int]:
+    if form.block > 0:
+        return {"axis": 1, "block_size": form.block}
+    return {} if form.block == -1 else {"axis": 0}
+
+
+def _dequantize(
+    node: ir.Node, codes: ir.Value, scale: ir.Value, where: dict[str, int], name: str
+) -> ir.Value:
+    value = edit.insert(node, "DequantizeLinear", [codes, scale], where, name, list(codes.shape or []))
+    value.dtype = scale.dtype
+    return value
+
+
+def _cast(node: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    wide = edit.insert(node, "Cast", [value], {"to": dtype.value}, f"{value.name}.cast", edit.dims(value))
+    wide.dtype = dtype
     return wide
+
+
+def _rounded_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
+    x, form = edit.operand(node, 0), matrix.format
+    name, shape = matrix.initializer("input_scale"), list(x.shape or [])
+    assert x.dtype is not None
+    scale = ir.Value(name=name, shape=ir.Shape(()))
+    graph.initializers.add(scale)
+    if form.activations == "e2m1":
+        scale.type = ir.TensorType(ir.DataType.FLOAT)
+        return edit.insert(
+            node, round_fp4.NAME, [x, scale], {}, f"{name}.rounded", shape, domain=round_fp4.DOMAIN
+        )
+    scale.type = ir.TensorType(x.dtype)
+    codes_dtype = _CODES[form.activations]
+    settings = {"output_dtype": codes_dtype.value}
+    codes = edit.insert(node, "QuantizeLinear", [x, scale], settings, f"{name}.codes", shape)
+    codes.dtype = codes_dtype
+    return _dequantize(node, codes, scale, {}, f"{name}.rounded")

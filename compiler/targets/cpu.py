@@ -14,14 +14,18 @@ import onnx_ir as ir
 from llmc.compiler.geometry import attention_nodes
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.progress import Progress
+from llmc.compiler.quantize import capability
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.safetensors_index import TensorRef
 from llmc.compiler.targets.base import GRAPH_FILE, Finished, PhaseClock
 from llmc.compiler.targets.finish import finish
+from llmc.compiler.targets.onnxruntime_fp4 import unpack_fp4
 from llmc.compiler.targets.proof import prove
 from llmc.compiler.targets.stored_dtype import keep_stored_dtype
 from llmc.passes.spec import module_of
 from llmc.plugins.paged_attention import body
+from llmc.plugins.round_fp4 import body as round_fp4
+from llmc.plugins.round_fp4 import spec as round_fp4_spec
 from llmc.runtime.bundle.manifest import Target
 
 if TYPE_CHECKING:
@@ -38,7 +42,9 @@ class CpuTarget:
     """Computes in fp32, on every CPU that OpenVINO and ONNX Runtime know."""
 
     def check(self, request: BuildRequest, dtype: str) -> None:
-        del request, dtype  # fp32 is all that a request for the CPU can ask for, and needs nothing
+        del dtype  # fp32 is all that a request for the CPU can ask for, and needs nothing
+        if request.quant:
+            capability.check(request.quant, request.target, ())
 
     def lower(self, model: ir.Model, dtype: str, tensors: Mapping[str, TensorRef]) -> Target:
         """Completes the graph to a file that both engines read. In place.
@@ -49,6 +55,11 @@ class CpuTarget:
         target = choose_engine(model)
         if target.engine == "openvino":
             keep_stored_dtype(model, tensors)
+        else:
+            unpack_fp4(model)
+            if any(node.op_type == round_fp4_spec.NAME for node in model.graph):
+                rounding = round_fp4.function()
+                model.functions[rounding.identifier()] = rounding
         function = body.function()
         model.functions[function.identifier()] = function
         finish(model)
@@ -62,6 +73,13 @@ class CpuTarget:
 
 def choose_engine(model: ir.Model) -> Target:
     """Which engine runs `model`, and why."""
+    if any(node.op_type in ("QuantizeLinear", round_fp4_spec.NAME) for node in model.graph):
+        return Target(
+            name="cpu",
+            engine="onnxruntime",
+            reason="it rounds activations to 8 or 4 bits as a GPU does, which OpenVINO leaves out",
+            requires={"onnxruntime": ONNXRUNTIME},
+        )
     for node in attention_nodes(model):
         if node.attributes["softcap"].as_float():
             return Target(

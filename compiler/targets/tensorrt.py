@@ -19,6 +19,7 @@ import onnx_ir as ir
 from llmc.compiler.geometry import attention_nodes
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.progress import Progress
+from llmc.compiler.quantize import capability
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.safetensors_index import TensorRef
 from llmc.compiler.targets import tensorrt_build, tensorrt_kernels
@@ -74,6 +75,8 @@ class TensorRTTarget:
         if dtype == "bf16" and (old := [sm for sm in request.sms if sm < _BF16_FROM]):
             raise UnsupportedError(f"SM{old[0]} has no bf16", "leave this GPU out of --sm")
         tensorrt_kernels.check(request.sms)
+        if request.quant:
+            capability.check(request.quant, request.target, request.sms)
         if not tensorrt_build.is_installed(flavor.library):
             raise BuildError(
                 f"the target {flavor.name} needs the package {flavor.name}", f"pip install {flavor.name}"

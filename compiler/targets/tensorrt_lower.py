@@ -20,6 +20,8 @@ from llmc.compiler.targets.finish import finish
 from llmc.passes import edit
 from llmc.passes.spec import module_of
 from llmc.plugins.paged_attention import tensorrt_plugin as plugin
+from llmc.plugins.round_fp4 import body as round_fp4
+from llmc.plugins.round_fp4 import spec as round_fp4_spec
 from llmc.runtime.errors import BuildError
 
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -42,6 +44,10 @@ def lower_for_tensorrt(model: ir.Model, dtype: str) -> None:
     _widen_logits(model.graph)
     _keep_one_symbol(model.graph)
     model.functions.clear()
+    if any(node.op_type == round_fp4_spec.NAME for node in model.graph):
+        function = round_fp4.tensorrt_function(wanted)
+        model.functions[function.identifier()] = function
+        model.graph.opset_imports["trt"] = 1
     edit.remove_unused(model)
     finish(model)
 

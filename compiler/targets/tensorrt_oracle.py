@@ -18,10 +18,13 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from llmc.compiler.geometry import attention_nodes
+from llmc.compiler.targets.onnxruntime_fp4 import unpack_fp4
 from llmc.compiler.targets.tensorrt_lower import DTYPES
 from llmc.passes import edit
 from llmc.passes.spec import STRUCTURAL
 from llmc.plugins.paged_attention import body
+from llmc.plugins.round_fp4 import body as round_fp4
+from llmc.plugins.round_fp4 import spec as round_fp4_spec
 
 ORACLE_FILE = "rank0.oracle.onnx"  # beside weights/ while it is needed; no part of a bundle
 _MOVES = STRUCTURAL | {"Cast", "Identity"}  # these compute nothing: they take and give any type
@@ -34,6 +37,12 @@ def oracle_model(model: ir.Model, dtype: str) -> ir.Model:
     rounded, and all it gets is the body of its attention.
     """
     oracle = model.clone()
+    unpack_fp4(oracle)
+    oracle.functions.clear()
+    oracle.graph.opset_imports.pop("trt", None)
+    if any(node.op_type == round_fp4_spec.NAME for node in oracle.graph):
+        rounding = round_fp4.function()
+        oracle.functions[rounding.identifier()] = rounding
     function = body.function()
     for node in attention_nodes(oracle):
         for name in ("plugin_namespace", "plugin_version"):

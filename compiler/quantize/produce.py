@@ -1,0 +1,100 @@
+"""Makes the codes and scales of a plan's matrices from the checkpoint, one matrix at a time, on disk.
+
+With calibration (compiler/calibrate) the layers' inputs decide how weights are rounded (`gptq.py`), and what
+range static activations get; without, the weights alone do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.compiler.quantize import scales
+from llmc.compiler.quantize.matrix import QuantizedMatrix
+from llmc.compiler.quantize.quantizer import absmax, quantize
+from llmc.compiler.safetensors_index import TensorRef, read_header
+from llmc.compiler.weights_writer import write_safetensors
+
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass
+class Produced:
+    """tensors: initializer -> its data on disk; scalars: initializer -> its value, 0-d.
+
+    errors: module -> relative error of its output, where calibration measured it.
+    """
+
+    tensors: dict[str, TensorRef] = field(default_factory=dict)
+    scalars: dict[str, np.ndarray] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def produce(
+    matrices: Sequence[QuantizedMatrix],
+    tensors: Mapping[str, TensorRef],
+    directory: Path,
+    on_matrix: Callable[[int], None] = lambda done: None,
+) -> Produced:
+    """Rounds the weights of `matrices` to nearest. `tensors`: the checkpoint's."""
+    produced = Produced()
+    for index, matrix in enumerate(matrices):
+        on_matrix(index)
+        keep(produced, matrix, round_to_nearest(matrix, tensors), directory / f"{index}.safetensors")
+    return produced
+
+
+def round_to_nearest(matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef]) -> dict[str, np.ndarray]:
+    """The arrays of the format's layout."""
+    form = matrix.format
+    amax = largest_magnitude(matrix, tensors)
+    pieces = [
+        quantize(rows, form, name, amax=amax) for name in matrix.weights for rows in _chunks(tensors[name])
+    ]
+    return join(pieces)
+
+
+def largest_magnitude(matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef]) -> float | None:
+    """What the global scale comes from, over all layers multiplied as one; None for formats without one."""
+    if not matrix.format.has_global_scale:
+        return None
+    return max(absmax(_chunks(tensors[name]), name) for name in matrix.weights)
+
+
+def join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of consecutive rows as those of one matrix; global scales, 0-d, are the same in all."""
+    return {
+        name: array if array.ndim == 0 else np.concatenate([piece[name] for piece in pieces])
+        for name, array in pieces[0].items()
+    }
+
+
+def keep(produced: Produced, matrix: QuantizedMatrix, arrays: Mapping[str, np.ndarray], file: Path) -> None:
+    """Writes a matrix's arrays to `file` and notes where they are."""
+    named = {matrix.initializer(array): value for array, value in arrays.items()}
+    produced.scalars |= {name: value for name, value in named.items() if value.ndim == 0}
+    large = {name: entry for name, entry in matrix.layout.items() if entry[1] != ()}
+    entries = [(name, dtype, shape) for name, (dtype, shape) in large.items()]
+    write_safetensors(file, entries, lambda name: [np.ascontiguousarray(named[name]).view(np.uint8)])
+    written = read_header(file)
+    produced.tensors |= {name: written[name] for name in large}
+
+
+def set_scalars(model: ir.Model, scalars: Mapping[str, np.ndarray]) -> None:
+    """Gives the initializers of those names their values; they stay in the graph."""
+    for name, value in scalars.items():
+        model.graph.initializers[name].const_value = ir.tensor(value, name=name)
+
+
+def input_scale(matrix: QuantizedMatrix, amax: float, dtype: str) -> np.ndarray:
+    """The 0-d scale of activations of range `amax`: fp32 for NVFP4, else `dtype` (F32, F16 or BF16)."""
+    over = np.atleast_1d(scales.global_scale(amax, matrix.format))
+    return (over if matrix.format.codes == "e2m1" else scales.round_up(over, dtype))[0].reshape(())
+
+
+def _chunks(ref: TensorRef) -> Iterator[np.ndarray]:
+    return ref.iter_chunks(_CHUNK_BYTES)
