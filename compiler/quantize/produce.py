@@ -79,7 +79,7 @@ def keep(produced: Produced, matrix: QuantizedMatrix, arrays: Mapping[str, np.nd
     produced.scalars |= {name: value for name, value in named.items() if value.ndim == 0}
     large = {name: entry for name, entry in matrix.layout.items() if entry[1] != ()}
     entries = [(name, dtype, shape) for name, (dtype, shape) in large.items()]
-    write_safetensors(file, entries, lambda name: [np.ascontiguousarray(named[name]).view(np.uint8)])
+    write_safetensors(file, entries, lambda name: [np.ascontiguousarray(named[name]).view(np.uint8).data])
     written = read_header(file)
     produced.tensors |= {name: written[name] for name in large}
 
