@@ -81,8 +81,7 @@ def quantized(
     made = produce.produce([matrix], checkpoint, directory)
     if matrix.format.activations:
         scale = produce.input_scale(matrix, AMAX, SCALES[dtype])
-        made.scalars[matrix.initializer("input_scale")] = scale
-    produce.set_scalars(model, made.scalars)
+        produce.keep(made, matrix, {"input_scale": scale}, directory / "input.safetensors")
     for name, ref in made.tensors.items():
         value = model.graph.initializers[name]
         assert value.dtype is not None
@@ -102,20 +101,15 @@ def reference(
     x: np.ndarray, form: Format, made: produce.Produced, dtype: str, matrix: QuantizedMatrix
 ) -> np.ndarray:
     """Each step as its definition has it, in float64 where the definition does not round."""
-    arrays = {
-        array: made.scalars[name]
-        if (name := matrix.initializer(array)) in made.scalars
-        else made.tensors[name].read()
-        for array in form.layout(matrix.shape)
-    }
+    arrays = {array: made.tensors[matrix.initializer(array)].read() for array in form.layout(matrix.shape)}
     weight = dequantize(arrays, form).astype(NUMPY[dtype]).astype(np.float64)
     wide = x.astype(np.float32)
     if form.activations == "e4m3":
-        scale = np.float32(made.scalars[matrix.initializer("input_scale")])
+        scale = made.tensors[matrix.initializer("input_scale")].read().astype(np.float32)
         codes = np.clip(wide / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
         wide = (codes.astype(np.float32) * scale).astype(NUMPY[dtype]).astype(np.float32)
     elif form.activations == "e2m1":
-        over = made.scalars[matrix.initializer("input_scale")]
+        over = made.tensors[matrix.initializer("input_scale")].read()
         blocks = wide.reshape(len(x), -1, 16)
         short = np.clip(np.abs(blocks).max(-1, keepdims=True) / np.float32(6) / over, 0, 448)
         scale = short.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * over
@@ -154,10 +148,10 @@ def test_layers_multiplied_as_one_share_a_global_scale(
     name = matrix.initializer("weight_scale_2" if matrix.format.codes == "e2m1" else "weight_scale")
     largest = max(float(np.abs(ref.read()).max()) for ref in checkpoint.values())
     limit = {"e2m1": 6 * 448, "e4m3": 448}.get(matrix.format.codes, 0)
+    scale = made.tensors[name].read()
+    assert (scale.shape == ()) == matrix.format.has_global_scale
     if matrix.format.has_global_scale:
-        assert made.scalars[name] == pytest.approx(largest / limit, rel=1e-6)
-    else:
-        assert name in made.tensors
+        assert scale == pytest.approx(largest / limit, rel=1e-6)
 
 
 def test_codes_are_those_of_the_matrix_quantized_whole(

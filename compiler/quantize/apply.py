@@ -145,6 +145,7 @@ def _dequantize(
     node: ir.Node, codes: ir.Value, scale: ir.Value, where: dict[str, int], name: str
 ) -> ir.Value:
     value = edit.insert(node, "DequantizeLinear", [codes, scale], where, name, list(codes.shape or []))
+    assert scale.dtype is not None
     value.dtype = scale.dtype
     return value
 
