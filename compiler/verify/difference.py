@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_BLOCK_ELEMENTS = 1 << 22  # rows x vocabulary that are looked at together: 32 MB in fp64
+_BLOCK_ELEMENTS = 1 << 21  # rows x vocabulary that are looked at together: 16 MB in fp64
+_KL_OF_ROUNDING = 1e-12  # what fp64 makes of 0, which may be negative
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class DifferenceMeter:
         return Difference(
             largest=float(np.max(self._largest)),
             rms=float(np.sqrt(np.mean(self._squares))),
-            kl=0.0 if kl < 0 else kl,  # what rounding leaves of 0 may be negative
+            kl=0.0 if kl < _KL_OF_ROUNDING else kl,
             shortfall=np.concatenate(self._shortfall),
             scale=float(np.max(self._scale)),
             perplexity=None if ours is None else float(np.exp(ours)),

@@ -57,7 +57,7 @@ def windows_of(
     cut = [begin + tokens[start : start + size] for start in range(0, len(tokens), max(1, size))]
     windows = [window for window in cut if len(window) >= 2]
     if size < 1 or not windows:
-        raise RequestError(f"the text has {len(tokens)} tokens", "give a longer one")
+        raise RequestError(f"the text has too few tokens: {len(tokens)}", "give a longer one")
     chosen = np.linspace(0, len(windows) - 1, min(most, len(windows))).round().astype(int)
     return [windows[index] for index in chosen]
 
