@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmc.compiler import verify
 from llmc.compiler.quantize.stored import InputRounding, StoredWeight
@@ -77,6 +77,18 @@ def test_states_and_head_make_the_logits(name: str, checkpoint: Callable[[str], 
     reference.drop_decoder()
     np.testing.assert_allclose(head.logits(states[3:5]), expected[3:5], atol=1e-5)
     assert sum(one.numel() for one in reference.model.parameters()) == 384 * 64
+
+
+@pytest.mark.parametrize("family", ["gpt2", "granite", "opt"])
+def test_states_and_head_of_other_decoders(family: str, tmp_path: Path) -> None:
+    """More outputs than one, a factor on the logits, a decoder inside the base model."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 384}
+    config = AutoConfig.for_model(family, **sizes, num_attention_heads=4, max_position_embeddings=64)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    reference = Reference(str(tmp_path), "fp32")
+    expected, states, head = reference.logits(IDS), reference.states(IDS), reference.head()
+    reference.drop_decoder()
+    np.testing.assert_allclose(head.logits(states), expected, atol=1e-5)
 
 
 def test_a_rounded_head_leaves_the_other_one_and_the_embedding(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from llmc.compiler.checkpoint import Checkpoint
 from llmc.compiler.quantize.stored import InputRounding, StoredWeight
@@ -37,6 +37,8 @@ class Reference:
         transformers.utils.logging.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):
             self.model = _load(checkpoint, _TORCH[dtype], weights).eval()
+        decoder = self.model.get_decoder()
+        self._decoder = next(name for name, module in self.model.named_modules() if module is decoder)
 
     @torch.no_grad()
     def round(self, stored: Mapping[str, StoredWeight]) -> None:
@@ -92,51 +94,50 @@ class Reference:
 
         Raises BuildError for a model whose logits depend on anything else.
         """
-        if self.model.base_model is self.model:
-            raise BuildError(f"{type(self.model).__name__} does not name its decoder", "please report this")
         kept: list[torch.Tensor] = []
-        hook = self.model.base_model.register_forward_hook(
-            lambda module, args, output: kept.append(output[0])
-        )
-        few = (
-            {"logits_to_keep": 1}
-            if "logits_to_keep" in inspect.signature(self.model.forward).parameters
-            else {}
-        )
+        decoder = self.model.get_submodule(self._decoder)
+        hook = decoder.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+        takes = inspect.signature(self.model.forward).parameters
+        few = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         try:
             last = self.model(input_ids=torch.tensor([ids]), use_cache=False, **few).logits[0, -1]
         finally:
             hook.remove()
-        again = Head(self.model).logits(kept[0][0, -1:])[0]
-        if np.abs(again - last.float().numpy()).max() > _HEAD_TOLERANCE * max(1.0, float(last.abs().max())):
-            raise BuildError(
-                f"the logits of {type(self.model).__name__} are not those of its last hidden states",
-                "please report this with the model's config.json",
-            )
-        return kept[0][0]
+        if self._decoder and kept:
+            again = self.head().logits(kept[0][0, -1:])[0]
+            bound = _HEAD_TOLERANCE * max(1.0, float(last.abs().max()))
+            if np.abs(again - last.float().numpy()).max() <= bound or not last.isfinite().all():
+                return kept[0][0]
+        raise BuildError(
+            f"the logits of {type(self.model).__name__} are not those of its decoder's last hidden states",
+            "please report this with the model's config.json",
+        )
 
     def head(self) -> Head:
         """What turns states into logits, with the weights that it has now."""
-        return Head(self.model)
+        return Head(self.model, self._decoder)
 
     def drop_decoder(self) -> None:
         """Frees everything but the last matrix; heads that were taken before go on to work."""
-        setattr(self.model, self.model.base_model_prefix, nn.Identity())
+        self.model.set_submodule(self._decoder, nn.Identity())
 
 
 class Head:
     """The end of a model: its last matrix, as it is now, and whatever the model does to logits."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, decoder: str) -> None:
+        self._model, self._decoder = model, decoder
         self._last = model.get_output_embeddings()
         self._weight, self._hooks = self._last.weight, dict(self._last._forward_pre_hooks)
 
     @torch.no_grad()
     def logits(self, states: torch.Tensor) -> np.ndarray:
         """[n, hidden] -> float32 [n, vocabulary]."""
-        output = BaseModelOutputWithPast(last_hidden_state=states[None])
-        with self._as_it_was(), _forward(self._model.base_model, lambda *args, **options: output):
+        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
+        with (
+            self._as_it_was(),
+            _forward(self._model.get_submodule(self._decoder), lambda *args, **options: output),
+        ):
             ids = torch.zeros((1, len(states)), dtype=torch.int64)
             return self._model(input_ids=ids, use_cache=False).logits[0].float().numpy()
 
