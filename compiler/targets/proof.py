@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.compiler import verify
 from llmc.compiler.progress import Progress
-from llmc.compiler.quantize.stored import StoredWeight
+from llmc.compiler.quantize.stored import InputRounding, StoredWeight
+from llmc.compiler.safetensors_index import read_header
 from llmc.compiler.weights import WEIGHTS_FILE
-from llmc.passes.fuse_linears import JOIN
 from llmc.runtime.bundle.manifest import Verification
 
 if TYPE_CHECKING:
@@ -40,17 +40,18 @@ def prove(plan: Plan, graph: Path, backend: str, progress: Progress, **criteria:
 
 def stored_weights(plan: Plan, file: Path) -> dict[str, StoredWeight]:
     """Quantized weight of the checkpoint -> where its rounded version lies in `file`."""
-    if plan.quantization is None:
-        return {}
-    heights = {f"{name}.weight": module.shape[0] for name, module in plan.quantization.quantized().items()}
+    header = read_header(file) if plan.matrices else {}
     found = {}
-    for name, source in plan.sources.items():
-        if source.array != "weight":
-            continue
-        arrays = {"weight": name, "weight_scale": JOIN.join(f"{part}_scale" for part in source.parts)}
+    for matrix in plan.matrices:
+        arrays = {array: matrix.initializer(array) for array in matrix.format.layout(matrix.shape)}
+        rounding = None
+        if kind := matrix.format.activations:
+            scale = header[matrix.initializer("input_scale")].read()
+            rounding = InputRounding(kind, float(scale))
         first = 0
-        for part in source.parts:
-            rows = (first, first + heights[part])
-            found[part] = StoredWeight(source.form.name, str(file), arrays, rows)
-            first = rows[1]
+        for weight, rows in zip(matrix.weights, matrix.rows, strict=True):
+            found[weight] = StoredWeight(
+                matrix.format.name, str(file), arrays, (first, first + rows), rounding
+            )
+            first += rows
     return found
