@@ -23,7 +23,7 @@ OPTIONS = {
     "--stop --stream --no-stream --threads --kv-memory --json",
     "inspect": "--verify --json",
     "check": "--full --json",
-    "bench": "--prompt-tokens --new-tokens --concurrency --threads --json",
+    "bench": "--prompt-tokens --new-tokens --concurrency --threads --fast --json",
     "doctor": "--json",
     "zoo list": "--json",
     "zoo make": "--seed",
