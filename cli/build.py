@@ -52,12 +52,27 @@ def build(
     ] = "auto",
     quant: Annotated[
         str | None,
-        typer.Option(metavar="FORMAT", help="Store weights as int8, int4 or int4-block128 (cpu)."),
+        typer.Option(
+            metavar="FORMAT",
+            help="Quantize: fp8, nvfp4, nvfp4-weight-only, int8 or int4 (docs/quantization.md has more).",
+        ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Modules to leave as they are; may be given several times."),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text to measure activations on, or a table (.json) of an earlier build "
+            "(default: llmc's own text, where the format needs one).",
+        ),
+    ] = None,
+    calibration_method: Annotated[
+        str,
+        typer.Option(metavar="METHOD", help="Range of static activations: max, percentile or mse."),
+    ] = "max",
     sm: Annotated[
         str,
         typer.Option(
@@ -100,6 +115,8 @@ def build(
         dtype=dtype,  # type: ignore[arg-type]  # the request checks it
         quant=quant,
         exclude=tuple(exclude or ()),
+        calibration=calibration,
+        calibration_method=calibration_method,  # type: ignore[arg-type]
         sms=parse_sms(sm),
         max_seq_len=max_seq_len,
         revision=revision,

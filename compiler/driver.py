@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from llmc.compiler.quantize.matrix import QuantizedMatrix
+    from llmc.compiler.quantize.phase import Calibration
     from llmc.compiler.quantize.plan import QuantPlan
-    from llmc.compiler.quantize.produce import Produced
     from llmc.passes.contract import PassReport
 
 
 @dataclass(frozen=True)
 class Plan:
     """A build up to the point where files are written. `dtype`: what the engine computes in; `matrices`:
-    those whose codes and scales are still to be made."""
+    those whose codes and scales are still to be made; `unquantized`: makes the graph before quantization, in
+    fp32, for calibration."""
 
     request: BuildRequest
     checkpoint: Checkpoint
@@ -44,6 +45,8 @@ class Plan:
     reports: list[PassReport]
     quantization: QuantPlan | None
     matrices: list[QuantizedMatrix]
+    unquantized: Callable[[], ir.Model]
+    calibration: Calibration
     weight_bytes: int
     verification_bytes: int
 
@@ -64,23 +67,23 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
     Nothing carries the output's name unless the build succeeded.
     """
     from llmc.compiler import record, tokenizer, weights
+    from llmc.compiler.quantize import phase
     from llmc.compiler.targets.finish import serialize
 
     progress = progress or Silent()
     clock = _Clock(progress)
     with BundleWriter(request.output, request.force) as writer:
         plan = plan_build(request, progress, clock)
-        made = _quantize(plan, writer, progress, clock)
+        made = phase.quantize(plan, writer, progress, clock.phase)
         with clock.phase("write weights"):
             weights.write_weights(
                 plan.model,
                 plan.checkpoint.tensors,
                 writer,
                 lambda done: progress.bar(done, plan.weight_bytes),
-                made.tensors if made else {},
+                made.tensors,
             )
-            for index in range(len(plan.matrices)):
-                writer.discard(_scratch(index))
+            phase.discard(writer)
         with clock.phase("write graph"):
             writer.path(GRAPH_FILE).write_bytes(serialize(plan.model))
             tokenizer.save(plan.checkpoint, writer)
@@ -88,7 +91,8 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
             files = plan.checkpoint.file_hashes()
         finished = plan.compiler.finish(plan, writer, progress, clock.phase)
         with clock.phase("finish"):
-            path = writer.finish(record.manifest(plan, files, finished))
+            manifest = record.manifest(plan, files, finished, phase.record(plan, made))
+            path = writer.finish(manifest)
     manifest = Manifest.from_json((path / "manifest.json").read_bytes())
     return BuildResult(path, manifest, clock.seconds)
 
@@ -102,6 +106,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         compiler = target_compiler(request.target)
         dtype = request.compute_dtype(checkpoint.dtype)
         compiler.check(request, dtype)
+        calibration = _read_calibration(request)
     with clock.phase("import torch and transformers"):
         from llmc.compiler import weights
         from llmc.compiler.config import context_length, load_config
@@ -112,15 +117,24 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         from llmc.passes.pipeline import pipeline
     config = load_config(checkpoint)
     max_seq_len = context_length(config, request.max_seq_len)
+    expected = family.expected(int(config.num_hidden_layers))
     with clock.phase("trace"):
         traced = trace(config, dtype, max_seq_len)
         compare_names(traced.parameters, checkpoint.tensors)
     with clock.phase("rewrite the graph"):
-        expected = family.expected(int(config.num_hidden_layers))
         reports = contract.run(traced.model, pipeline(), expected)
         geometry = read_geometry(traced.model)
         parameters = weights.num_elements(traced.model)
         quantization, matrices = None, []
+        original = traced.model.clone() if request.quant and dtype == "fp32" else None
+
+        def unquantized() -> ir.Model:
+            if original is not None:
+                return original
+            again = trace(config, "fp32", max_seq_len).model
+            contract.run(again, pipeline(), expected)
+            return again
+
         if request.quant:
             stored = 32 if checkpoint.dtype == "float32" else 16
             quantization = apply.plan_weights(
@@ -146,28 +160,19 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         reports=reports,
         quantization=quantization,
         matrices=matrices,
+        unquantized=unquantized,
+        calibration=calibration,
         weight_bytes=weights.weight_bytes(traced.model),
         verification_bytes=verify.memory_needed(4 * parameters),
     )
 
 
-def _scratch(index: int) -> str:
-    return f"scratch/{index}.safetensors"
-
-
-def _quantize(plan: Plan, writer: BundleWriter, progress: Progress, clock: _Clock) -> Produced | None:
-    """Makes the codes and scales of the plan's matrices, in files that are discarded once they are copied."""
-    if not plan.matrices:
+def _read_calibration(request: BuildRequest) -> Calibration:
+    if request.quant is None:
         return None
-    from llmc.compiler.quantize import produce
+    from llmc.compiler.quantize import formats, phase
 
-    with clock.phase("quantize"):
-        return produce.produce(
-            plan.matrices,
-            plan.checkpoint.tensors,
-            writer.path(_scratch(0)).parent,
-            lambda done: progress.bar(done, len(plan.matrices)),
-        )
+    return phase.read_calibration(request.calibration, formats.get_format(request.quant))
 
 
 class _Clock:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmc.compiler import weights
 from llmc.compiler.geometry import attention_nodes
@@ -32,7 +33,9 @@ _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")  # what 
 _KERNEL_LIBRARIES = ("triton",)
 
 
-def manifest(plan: Plan, files: dict[str, str], finished: Finished) -> Manifest:
+def manifest(
+    plan: Plan, files: dict[str, str], finished: Finished, quantization: Mapping[str, Any] | None
+) -> Manifest:
     """The manifest of `plan`'s bundle; the writer adds what is on disk. `files`: the checkpoint's hashes."""
     checkpoint = plan.checkpoint
     architectures = checkpoint.config.get("architectures") or ["unknown"]
@@ -63,7 +66,7 @@ def manifest(plan: Plan, files: dict[str, str], finished: Finished) -> Manifest:
             dtype=weights.main_dtype(plan.model),
             note=finished.weights_note,
         ),
-        quantization=plan.quantization.record() if plan.quantization else None,
+        quantization=quantization,
         gpu=finished.gpu,
         format_version=2 if finished.gpu else 1,
     )

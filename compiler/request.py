@@ -9,6 +9,7 @@ from typing import Literal
 from llmc.runtime.errors import BuildError
 
 TARGETS = {"cpu": ("fp32",), "tensorrt-rtx": ("bf16", "fp16"), "tensorrt": ("bf16", "fp16")}  # and dtypes
+METHODS = ("max", "percentile", "mse")  # of calibration
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -20,6 +21,9 @@ class BuildRequest:
     the checkpoint's own 16-bit dtype, bf16 for others.
     quant: the format of the linear layers' weights, None as they are; exclude: modules to leave as they are,
     shell patterns.
+    calibration: a text that the layers' inputs are measured on, or a table (.json) of what an earlier build
+    measured; None is a text of llmc's own, where the format needs one. calibration_method: how the range of
+    static activations is taken from what was measured: the largest, a percentile, the least squared error.
     sms: the GPUs' compute capabilities, 89 meaning 8.9; none means portable.
     max_seq_len: prompt and answer together, in tokens; None is the model's own context.
     verify: compare the engine with transformers, and fail the build when they differ.
@@ -33,6 +37,8 @@ class BuildRequest:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     quant: str | None = None
     exclude: tuple[str, ...] = ()
+    calibration: Path | None = None
+    calibration_method: Literal["max", "percentile", "mse"] = "max"
     sms: tuple[int, ...] = ()
     max_seq_len: int | None = None
     revision: str | None = None
@@ -51,6 +57,12 @@ class BuildRequest:
             )
         if self.exclude and self.quant is None:
             raise BuildError("--exclude is about quantization, and there is none", "add --quant FORMAT")
+        if self.calibration_method not in METHODS:
+            raise BuildError(
+                f"there is no calibration method {self.calibration_method!r}", f"known: {', '.join(METHODS)}"
+            )
+        if self.calibration is not None and self.quant is None:
+            raise BuildError("--calibration is about quantization, and there is none", "add --quant FORMAT")
         if self.sms and self.target == "cpu":
             raise BuildError("--sm names GPUs, and the target is the CPU", "add --target tensorrt-rtx")
         if self.max_seq_len is not None and self.max_seq_len < 1:

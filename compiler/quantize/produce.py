@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmc.compiler.calibrate.table import CalibrationTable
 from llmc.compiler.quantize import scales
 from llmc.compiler.quantize.formats import STORED
 from llmc.compiler.quantize.matrix import QuantizedMatrix
@@ -26,10 +27,11 @@ _NAMES = {dtype: name for name, dtype in STORED.items()}
 @dataclass
 class Produced:
     """tensors: initializer -> its data on disk. errors: module -> relative error of its output, where
-    calibration measured it."""
+    calibration measured it. table: the ranges of activations that it saw."""
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    table: CalibrationTable | None = None
 
 
 def produce(
@@ -47,11 +49,14 @@ def produce(
 
 
 def round_to_nearest(matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef]) -> dict[str, np.ndarray]:
-    """The arrays of the format's layout."""
+    """The arrays of the format's layout; 4-bit blocks get the scale of the least squared error."""
     form = matrix.format
     amax = largest_magnitude(matrix, tensors)
+    search = "mse" if form.packed else "amax"
     pieces = [
-        quantize(rows, form, name, amax=amax) for name in matrix.weights for rows in _chunks(tensors[name])
+        quantize(rows, form, name, amax=amax, search=search)
+        for name in matrix.weights
+        for rows in _chunks(tensors[name])
     ]
     return join(pieces)
 
@@ -81,6 +86,21 @@ def keep(produced: Produced, matrix: QuantizedMatrix, arrays: Mapping[str, np.nd
 
 def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def add_input_scales(
+    produced: Produced, matrices: Sequence[QuantizedMatrix], method: str, dtype: str, directory: Path
+) -> None:
+    """The scales of static activations, of ranges by `method` ("max", "percentile", "mse") in the table.
+
+    dtype: of FP8's scales. Raises RequestError for a table of another model.
+    """
+    assert produced.table is not None
+    for index, matrix in enumerate(matrices):
+        if matrix.format.activations:
+            amax = max(produced.table.amax(module, method) for module in matrix.modules)
+            scale = input_scale(matrix, amax, dtype)
+            keep(produced, matrix, {"input_scale": scale}, directory / f"{index}.input.safetensors")
 
 
 def input_scale(matrix: QuantizedMatrix, amax: float, dtype: str) -> np.ndarray:

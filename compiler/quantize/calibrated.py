@@ -1,0 +1,81 @@
+"""Makes a plan's codes and scales by what the layers see on a text, a decoder layer at a time.
+
+Weights are rounded by GPTQ (`gptq.py`); static activations get the range of their layer's input. With a table
+of ranges that an earlier build left, nothing is run, and weights are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llmc.compiler.calibrate.layers import LayerInputs
+from llmc.compiler.calibrate.ranges import Entry, ranges
+from llmc.compiler.calibrate.table import CalibrationTable, Source
+from llmc.compiler.quantize.gptq import gptq, hessian, output_error
+from llmc.compiler.quantize.matrix import QuantizedMatrix
+from llmc.compiler.quantize.produce import (
+    Produced,
+    join,
+    keep,
+    largest_magnitude,
+    round_to_nearest,
+)
+from llmc.compiler.quantize.quantizer import dequantize
+from llmc.compiler.safetensors_index import TensorRef
+
+MOST_COLUMNS = 16384  # GPTQ factorizes [columns, columns] in fp64: 2 GiB; wider layers are rounded to nearest
+
+
+def produce_calibrated(
+    matrices: Sequence[QuantizedMatrix],
+    tensors: Mapping[str, TensorRef],
+    found: Iterable[LayerInputs],
+    source: Source,
+    directory: Path,
+    on_matrix: Callable[[int], None] = lambda done: None,
+) -> Produced:
+    """The data of `matrices`, without the scales of activations, and the ranges that were seen.
+
+    `found`: what enters the layers of the unquantized graph (`calibrate.layers`), consumed once, in order.
+    """
+    produced, left = Produced(), {matrix.modules: matrix for matrix in matrices}
+    entries: dict[str, Entry] = {}
+    kv: dict[int, tuple[float, float]] = {}
+
+    def write(matrix: QuantizedMatrix, arrays: Mapping[str, np.ndarray]) -> None:
+        done = len(matrices) - len(left)
+        keep(produced, matrix, arrays, directory / f"{done}.safetensors")
+        on_matrix(done)
+
+    for layer in found:
+        of_layer, kv[layer.layer] = ranges(layer)
+        entries |= of_layer
+        for modules in [modules for modules in layer.inputs if modules in left]:
+            matrix = left.pop(modules)
+            if matrix.columns > MOST_COLUMNS:
+                write(matrix, round_to_nearest(matrix, tensors))
+            else:
+                write(matrix, _rounded(produced, matrix, tensors, layer.inputs[modules]))
+        del layer
+    for matrix in list(left.values()):  # outside of the decoder layers
+        del left[matrix.modules]
+        write(matrix, round_to_nearest(matrix, tensors))
+    produced.table = CalibrationTable(entries, kv, source)
+    return produced
+
+
+def _rounded(
+    produced: Produced, matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef], x: np.ndarray
+) -> dict[str, np.ndarray]:
+    moments = hessian(x)
+    amax = largest_magnitude(matrix, tensors)
+    pieces = []
+    for module, name in zip(matrix.modules, matrix.weights, strict=True):
+        rows = tensors[name].read()
+        pieces.append(gptq(rows, moments, matrix.format, name, amax=amax))
+        wide = np.asarray(rows, np.float32)
+        produced.errors[module] = output_error(wide, dequantize(pieces[-1], matrix.format), moments)
+    return join(pieces)

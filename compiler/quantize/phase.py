@@ -1,0 +1,111 @@
+"""The step of a build that makes codes and scales: which way, from what, and what the record says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.compiler.calibrate.sequences import read_text, sequences
+from llmc.compiler.calibrate.table import CalibrationTable, Source
+from llmc.compiler.progress import Progress
+from llmc.compiler.quantize import produce
+from llmc.compiler.quantize.apply import SCALES_OF
+from llmc.compiler.quantize.formats import Format
+from llmc.compiler.quantize.produce import Produced
+from llmc.runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from llmc.compiler.driver import Plan
+    from llmc.compiler.package import BundleWriter
+
+TABLE_FILE = "calibration.json"  # in the bundle: what was measured, to be kept, reviewed and passed back
+_SCRATCH = "scratch"
+_WORST = 5
+
+Calibration = str | CalibrationTable | None  # a text, what an earlier build measured on one, or nothing
+
+
+def read_calibration(path: Path | None, form: Format) -> Calibration:
+    """What `--calibration` names, or llmc's own text where `form` needs one.
+
+    Raises RequestError for a file that cannot be read, and for a table where inputs must be seen.
+    """
+    if path is None:
+        return read_text(None) if form.activations or form.packed else None
+    if path.suffix != ".json":
+        return read_text(path)
+    try:
+        table = CalibrationTable.from_json(path.read_bytes())
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
+    if not form.activations:
+        raise RequestError(
+            f"{form.name} takes nothing from a table of ranges: its activations are not rounded",
+            "give a text to calibrate on, or leave --calibration out",
+        )
+    return table
+
+
+def quantize(
+    plan: Plan,
+    writer: BundleWriter,
+    progress: Progress,
+    phase: Callable[[str], AbstractContextManager[None]],
+) -> Produced:
+    """Makes the data of the plan's matrices in files of `writer` that `discard` removes again.
+
+    A calibrated build leaves its table in the bundle.
+    """
+    if not plan.matrices:
+        return Produced()
+    directory = writer.path(f"{_SCRATCH}/x").parent
+
+    def on_matrix(done: int) -> None:
+        progress.bar(done, len(plan.matrices))
+
+    given, tensors = plan.calibration, plan.checkpoint.tensors
+    if not isinstance(given, str):
+        with phase("quantize"):
+            made = produce.produce(plan.matrices, tensors, directory, on_matrix)
+            made.table = given
+    else:
+        from llmc.compiler.calibrate.layers import layers
+        from llmc.compiler.quantize.calibrated import produce_calibrated
+
+        with phase("trace for calibration"):
+            graph = plan.unquantized()
+        with phase("calibrate and quantize"):
+            vocabulary, tokenizer = plan.geometry.vocab_size, plan.checkpoint.tokenizer
+            ids = sequences(given, tokenizer, vocabulary, plan.max_seq_len)
+            source = Source.of(given if tokenizer else "", ids, plan.checkpoint.config)
+            found = layers(graph, tensors, ids)
+            made = produce_calibrated(plan.matrices, tensors, found, source, directory, on_matrix)
+    if made.table is not None:
+        writer.path(TABLE_FILE).write_text(made.table.to_json(), "utf-8")
+        method, dtype = plan.request.calibration_method, SCALES_OF.get(plan.dtype, "F32")
+        produce.add_input_scales(made, plan.matrices, method, dtype, directory)
+    return made
+
+
+def discard(writer: BundleWriter) -> None:
+    """Removes what `quantize` made, once it has been copied."""
+    for file in sorted(writer.path(f"{_SCRATCH}/x").parent.iterdir()):
+        writer.discard(f"{_SCRATCH}/{file.name}")
+
+
+def record(plan: Plan, made: Produced) -> Mapping[str, Any] | None:
+    """What the manifest says: the plan in short, what was measured on, and the least accurate modules."""
+    if plan.quantization is None:
+        return None
+    found = plan.quantization.record()
+    if made.table is not None:
+        source = made.table.source
+        found["calibration"] = {"text_sha256": source.text_sha256, "tokens": source.tokens}
+        if any(matrix.format.activations for matrix in plan.matrices):
+            found["calibration"]["method"] = plan.request.calibration_method
+    if made.errors:
+        worst = sorted(made.errors.items(), key=lambda item: (-item[1], item[0]))[:_WORST]
+        found["largest_output_errors"] = {name: float(f"{error:.2g}") for name, error in worst}
+    return found
