@@ -28,7 +28,7 @@ def keep_stored_dtype(model: ir.Model, tensors: Mapping[str, TensorRef]) -> None
         fp32 = weight.dtype == ir.DataType.FLOAT  # not so a quantized one
         if narrow is None or not fp32 or weight.const_value is not None or not _only_read_as_matrix(weight):
             continue
-        weight.dtype = narrow
+        weight.type = ir.TensorType(narrow)  # a new one: a clone of the graph shares its types
         for node, index in list(weight.uses()):
             if node.op_type == "Gather":
                 _widen_output(node, narrow)
@@ -57,6 +57,6 @@ def _widen_output(gather: ir.Node, narrow: ir.DataType) -> None:
     cast = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT.value}, outputs=[wide], name=wide.name)
     cast.metadata_props.update(gather.metadata_props)
     graph.insert_after(gather, cast)
-    rows.dtype = narrow
+    rows.type = ir.TensorType(narrow)
     for node, index in uses:
         node.replace_input_with(index, wide)
