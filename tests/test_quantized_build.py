@@ -130,6 +130,17 @@ def test_two_builds_are_the_same_bytes(built: tuple[Path, str], tmp_path: Path) 
         assert (bundle / name).read_bytes() == (tmp_path / "again.llmc" / name).read_bytes()
 
 
+@pytest.mark.slow
+def test_two_verified_builds_are_byte_identical(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Weights, graph and manifest, the measured loss included."""
+    for name in ("a", "b"):
+        build(checkpoint("qwen3-tiny"), tmp_path / name / "x.llmc", "int4")
+    for file in (path for path in (tmp_path / "a").rglob("*") if path.is_file()):
+        other = tmp_path / "b" / file.relative_to(tmp_path / "a")
+        assert file.read_bytes() == other.read_bytes(), file.name
+    assert "quantization_loss" in (tmp_path / "a/x.llmc/manifest.json").read_text()
+
+
 def test_excluded_modules_stay_as_they_are(tmp_path: Path) -> None:
     manifest = build(
         TALES, tmp_path / "x.llmc", "int4", exclude=("*.mlp.*", "*.0.self_attn.k_proj"), verify=False
