@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """A build up to the point where files are written. `dtype`: what the engine computes in; `matrices`:
-    those whose codes and scales are still to be made."""
+    """A build up to the point where files are written.
+
+    dtype: what the engine computes in; kv_dtype: what its KV cache holds, as the manifest says it; matrices:
+    those whose codes and scales are still to be made.
+    """
 
     request: BuildRequest
     checkpoint: Checkpoint
@@ -40,6 +43,7 @@ class Plan:
     compiler: TargetCompiler
     target: Target
     dtype: str
+    kv_dtype: str
     max_seq_len: int
     reports: list[PassReport]
     quantization: QuantPlan | None
@@ -106,7 +110,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         from llmc.compiler import weights
         from llmc.compiler.config import context_length, load_config
         from llmc.compiler.geometry import read_geometry
-        from llmc.compiler.quantize import apply
+        from llmc.compiler.quantize import apply, kv_cache
         from llmc.compiler.trace.export import trace
         from llmc.passes import contract
         from llmc.passes.pipeline import pipeline
@@ -132,6 +136,8 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
                 apply.SCALES_OF.get(dtype),
             )
             matrices = apply.apply_plan(traced.model, quantization)
+        if request.kv_dtype == kv_cache.FP8:
+            kv_cache.set_kv_scales(traced.model, {})
         target = compiler.lower(traced.model, dtype, checkpoint.tensors)
     return Plan(
         request=request,
@@ -142,6 +148,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         compiler=compiler,
         target=target,
         dtype=dtype,
+        kv_dtype=request.cache_dtype(dtype),
         max_seq_len=max_seq_len,
         reports=reports,
         quantization=quantization,

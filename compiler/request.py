@@ -10,6 +10,8 @@ from llmc.runtime.errors import BuildError
 
 TARGETS = {"cpu": ("fp32",), "tensorrt-rtx": ("bf16", "fp16"), "tensorrt": ("bf16", "fp16")}  # and dtypes
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+KV_DTYPES = ("auto", "fp8", "int8")
+_CACHES = {"cpu": {"int8": "u8"}, "tensorrt-rtx": {"fp8": "fp8"}, "tensorrt": {"fp8": "fp8"}}  # in a manifest
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class BuildRequest:
     the checkpoint's own 16-bit dtype, bf16 for others.
     quant: the format of the linear layers' weights, None as they are; exclude: modules to leave as they are,
     shell patterns.
+    kv_dtype: what the KV cache holds; `auto` is what the engine computes in, fp8 (E4M3) is for GPUs, int8 for
+    OpenVINO on the CPU.
     sms: the GPUs' compute capabilities, 89 meaning 8.9; none means portable.
     max_seq_len: prompt and answer together, in tokens; None is the model's own context.
     verify: compare the engine with transformers, and fail the build when they differ.
@@ -33,6 +37,7 @@ class BuildRequest:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     quant: str | None = None
     exclude: tuple[str, ...] = ()
+    kv_dtype: Literal["auto", "fp8", "int8"] = "auto"
     sms: tuple[int, ...] = ()
     max_seq_len: int | None = None
     revision: str | None = None
@@ -49,6 +54,13 @@ class BuildRequest:
             raise BuildError(
                 f"the target {self.target} does not compute in {self.dtype}", f"--dtype auto, {possible}"
             )
+        if self.kv_dtype not in KV_DTYPES:
+            raise BuildError(f"there is no KV cache of {self.kv_dtype!r}", f"known: {', '.join(KV_DTYPES)}")
+        if self.kv_dtype not in ("auto", *_CACHES[self.target]):
+            raise BuildError(
+                f"the target {self.target} has no KV cache of {self.kv_dtype}",
+                f"--kv-dtype {' or '.join(_CACHES[self.target])}, or leave it out",
+            )
         if self.exclude and self.quant is None:
             raise BuildError("--exclude is about quantization, and there is none", "add --quant FORMAT")
         if self.sms and self.target == "cpu":
@@ -63,6 +75,10 @@ class BuildRequest:
         if self.target != "cpu" and stored == "float16":
             return "fp16"
         return TARGETS[self.target][0]
+
+    def cache_dtype(self, dtype: str) -> str:
+        """What the KV cache of an engine that computes in `dtype` holds, as the manifest calls it."""
+        return _CACHES[self.target].get(self.kv_dtype, dtype)
 
 
 def parse_sms(text: str) -> tuple[int, ...]:

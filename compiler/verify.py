@@ -33,6 +33,7 @@ class Job:
     dtype. dtype: what the engine computes in, "fp32", "fp16" or "bf16". compared: what stands in for the
     engine, for the record; empty where it is the engine itself. quantized: weight -> format; the engine must
     then reproduce the checkpoint with these weights rounded, and what the rounding loses is recorded.
+    kv_engine: the engine with its KV cache in kv_dtype, whose loss against `engine` is recorded; "" for none.
     """
 
     checkpoint: str
@@ -46,6 +47,8 @@ class Job:
     dtype: str = "fp32"
     compared: str = ""
     quantized: dict[str, str] = field(default_factory=dict)
+    kv_engine: str = ""
+    kv_dtype: str = ""
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,8 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
     blocks = (_BLOCKS if exact else 0) + sum(-(-len(ids) // 32) for ids in sequences)
     backend = load_backend(job.backend, Path(job.engine), blocks)
     on_step(3)
-    difference = Difference.between(reference, _engine_logits(backend, sequences))
+    logits = _engine_logits(backend, sequences)
+    difference = Difference.between(reference, logits)
     found = _findings_16bit(job, difference, own) if own else _findings_fp32(job, reference, difference)
     if exact:
         engine = Engine(backend, None, (), job.max_seq_len, max_batch_tokens=16, max_sequences=4)
@@ -279,6 +280,12 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
             "perplexity": _perplexity(sequences, reference),
             "perplexity_unquantized": _perplexity(sequences, original),
         }
+    if job.kv_engine:
+        from llmc.compiler.kv_cache_loss import kv_cache_loss
+
+        del backend
+        quantized = _engine_logits(load_backend(job.backend, Path(job.kv_engine), blocks), sequences)
+        details["kv_cache_loss"] = kv_cache_loss(logits, quantized, job.kv_dtype)
     if job.windows:
         longest = max(len(ids) for ids in sequences)
         details["window_crossed"] = all(window < longest for window in job.windows)

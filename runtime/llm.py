@@ -14,7 +14,7 @@ from llmc.runtime.engine import Engine
 from llmc.runtime.errors import BundleError, RequestError
 from llmc.runtime.tokenizer import Tokenizer
 
-_KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "u8": 1}
+_KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "u8": 1}
 _DEFAULT_SHARE = 0.25  # of the memory that is available now
 _DEFAULT_LIMIT = 4 << 30
 
