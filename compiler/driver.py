@@ -169,14 +169,12 @@ def _quantize(plan: Plan, writer: BundleWriter, progress: Progress, clock: _Cloc
     from llmc.compiler.quantize import produce
 
     with clock.phase("quantize"):
-        made = produce.produce(
+        return produce.produce(
             plan.matrices,
             plan.checkpoint.tensors,
             writer.path(_scratch(0)).parent,
             lambda done: progress.bar(done, len(plan.matrices)),
         )
-    produce.set_scalars(plan.model, made.scalars)
-    return made
 
 
 class _Clock:

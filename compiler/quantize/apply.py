@@ -123,7 +123,7 @@ def _dequantized(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.
     form, weight, x = matrix.format, edit.operand(node, 1), edit.operand(node, 0)
     wanted, name = x.dtype, str(weight.name)
     assert wanted is not None
-    weight.dtype = _CODES[form.codes]
+    weight.type = ir.TensorType(_CODES[form.codes])  # a new one: types may be shared
     arrays = form.layout(matrix.shape)
     scale = _initializer(graph, matrix.initializer("weight_scale"), *arrays["weight_scale"])
     if form.codes == "e2m1":
@@ -145,6 +145,7 @@ def _dequantize(
     node: ir.Node, codes: ir.Value, scale: ir.Value, where: dict[str, int], name: str
 ) -> ir.Value:
     value = edit.insert(node, "DequantizeLinear", [codes, scale], where, name, list(codes.shape or []))
+    assert scale.dtype is not None
     value.dtype = scale.dtype
     return value
 
@@ -167,8 +168,7 @@ def _rounded_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> i
             node, round_fp4.NAME, [x, scale], {}, f"{name}.rounded", shape, domain=round_fp4.DOMAIN
         )
     scale.type = ir.TensorType(x.dtype)
-    codes_dtype = _CODES[form.activations]
-    settings = {"output_dtype": codes_dtype.value}
+    settings = {"output_dtype": _CODES[form.activations].value}
     codes = edit.insert(node, "QuantizeLinear", [x, scale], settings, f"{name}.codes", shape)
-    codes.dtype = codes_dtype
+    codes.dtype = _CODES[form.activations]
     return _dequantize(node, codes, scale, {}, f"{name}.rounded")
