@@ -24,6 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -85,7 +86,11 @@ LAYERS = (
     Layer("sliding", WINDOW, KV_HEADS, D, DV),
 )
 ATTENTION = [Attention(HEADS, KV_HEADS, D, DV, layer.window) for layer in LAYERS]
-VARIANTS = [str(v) for v in launch.variants_for(ATTENTION, [("fp16", None)])]
+# (key_scale, value_scale) of FP8 caches; None: fp16. Set for the script that steps on a stand-in.
+KV_SCALES = (0.03, 0.02) if os.environ.get("LLMC_TEST_FP8_CACHE") else None
+CACHE = np.dtype(ml_dtypes.float8_e4m3fn if KV_SCALES else np.float16)
+PAIR = ("fp16", launch.FP8 if KV_SCALES else None)
+VARIANTS = [str(v) for v in launch.variants_for(ATTENTION, [PAIR])]
 
 
 def kernel(variant: str, sm: int, kind: Any = "cubin", shared_memory: int = 20000) -> KernelFile:
@@ -109,7 +114,7 @@ def manifest(**changes: Any) -> Manifest:
         source=Source("somebody/model", "llama", "LlamaForCausalLM", SHA, "bfloat16", {}),
         geometry=Geometry(len(LAYERS), HEADS, KV_HEADS, D, DV, 64, VOCAB, LAYERS),
         limits=Limits(MAX_LEN),
-        precision=Precision("fp16", "fp16"),
+        precision=Precision("fp16", "fp8" if KV_SCALES else "fp16"),
         target=Target("tensorrt-rtx", "tensorrt-rtx", "", {"tensorrt-rtx": "1.7.1.116"}),
         operators=(Operator("llmc.PagedAttention", spec.ABI_VERSION, len(LAYERS)),),
         tokens=Tokens(None, (0,)),
@@ -341,16 +346,16 @@ def test_scratch_is_enough_for_every_decode_step() -> None:
 # The bindings table.
 
 
-def tensors() -> list[Tensor]:
-    """What TensorRT says of a well-built engine."""
+def tensors(cache: str = "FP8" if KV_SCALES else "HALF") -> list[Tensor]:
+    """What TensorRT says of a well-built engine, with caches of that dtype."""
     most = {"input_ids": 512, "position_ids": 512, "query_start": 17, "past_lengths": 16, "block_begins": 17}
     most |= {"block_indices": 16 * 35, "logits_index": 32}
     made = [Tensor(name, True, "INT32", (-1,), (size,)) for name, size in most.items()]
     for i in range(len(LAYERS)):
         for kind, width in (("key", D), ("value", DV)):
             shape = (-1, KV_HEADS, 32, width)
-            made.append(Tensor(f"{kind}_cache.{i}", True, "HALF", shape, (1000 + width, *shape[1:])))
-            made.append(Tensor(f"{kind}_cache_out.{i}", False, "HALF", shape))
+            made.append(Tensor(f"{kind}_cache.{i}", True, cache, shape, (1000 + width, *shape[1:])))
+            made.append(Tensor(f"{kind}_cache_out.{i}", False, cache, shape))
     return [*made, Tensor("logits", False, "FLOAT", (-1, VOCAB))]
 
 
@@ -363,6 +368,14 @@ def test_the_table_covers_every_tensor_once() -> None:
     assert table.max_blocks == 1016
     assert table.block_bytes == len(LAYERS) * KV_HEADS * 32 * (D + DV) * 2
     assert all(cache.output == cache.input.replace("_cache.", "_cache_out.") for cache in table.caches)
+
+
+def test_fp8_caches_are_half_as_large() -> None:
+    fp8 = manifest(precision=Precision("fp16", "fp8"))
+    assert 2 * bind(tensors("FP8"), fp8).block_bytes == bind(tensors("HALF"), manifest()).block_bytes
+    for engine, said in (("HALF", fp8), ("FP8", manifest())):
+        with pytest.raises(BackendError, match=rf"it has input key_cache\.0, {engine} "):
+            bind(tensors(engine), said)
 
 
 @pytest.mark.parametrize(
@@ -478,6 +491,7 @@ def make_layer(trt: Any, attention: Attention, scale: float) -> Any:
     given = trt.PluginFieldCollection([])
     kinds = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}
     arrays = []
+    values |= dict(zip(("key_scale", "value_scale"), KV_SCALES or (), strict=False))
     for name, value in {**values, "scale": scale}.items():
         dtype, kind = kinds[type(value)]
         arrays.append(np.array([value], dtype))
@@ -487,7 +501,9 @@ def make_layer(trt: Any, attention: Attention, scale: float) -> Any:
     return plugin.attach_to_context(None), creator
 
 
-def described(trt: Any, tokens: int, sequences: int, blocks: int, entries: int) -> list[Any]:
+def described(
+    trt: Any, tokens: int, sequences: int, blocks: int, entries: int, fp8: bool = KV_SCALES is not None
+) -> list[Any]:
     shapes = [(tokens, HEADS * D), (tokens, KV_HEADS * D), (tokens, KV_HEADS * DV)]
     shapes += [(blocks, KV_HEADS, 32, D), (blocks, KV_HEADS, 32, DV)]
     shapes += [(sequences + 1,), (sequences,), (entries,), (sequences + 1,)]
@@ -495,6 +511,8 @@ def described(trt: Any, tokens: int, sequences: int, blocks: int, entries: int) 
     for shape in shapes:
         desc = trt.PluginTensorDesc()
         desc.dims, desc.type = trt.Dims(shape), trt.DataType.INT32 if len(shape) == 1 else trt.DataType.HALF
+        if fp8 and len(shape) == 4:
+            desc.type = trt.DataType.FP8
         made.append(desc)
     return made
 
@@ -521,7 +539,9 @@ def test_a_plugin_launches_what_its_tensors_say(trt: Any) -> None:
     recorder = Recorder()
     with launching(recorder):
         plugin.enqueue(described(trt, 8, 3, 99, 7), [], INPUTS, [800, *INPUTS[3:5]], 0, 5)
-    assert recorder.calls == [(ATTENTION[1], "fp16", 0.25, TENSORS, 8, 3, 5)]
+        plugin.enqueue(described(trt, 8, 3, 99, 7, fp8=True), [], INPUTS, [800, *INPUTS[3:5]], 0, 5)
+    call = (ATTENTION[1], "fp16", 0.25, TENSORS, 8, 3, 5)
+    assert recorder.calls == [(*call, None), (*call, (1.0, 1.0))]
     with pytest.raises(RuntimeError, match="cannot launch"):
         plugin.enqueue(described(trt, 8, 3, 99, 7), [], INPUTS, [800, *INPUTS[3:5]], 0, 5)
 
@@ -551,9 +571,11 @@ class TestLauncher:
     class Kernels:
         def __init__(self) -> None:
             self.launches: list[tuple[str, tuple[int, int, int], dict[str, Any]]] = []
+            self.variants: list[str] = []
 
         def launch(self, what: launch.Launch, arguments: dict[str, Any], stream: int) -> None:
             self.launches.append((what.variant.kernel, what.grid, dict(arguments)))
+            self.variants.append(str(what.variant))
 
     def launcher(self, scratch_bytes: int = 1 << 30) -> tuple[Any, Kernels]:
         from llmc.plugins.paged_attention.cuda_kernels import AttentionLauncher
@@ -591,6 +613,17 @@ class TestLauncher:
         assert reduce["partial_sums"] == 1 << 20
         assert reduce["partial_top"] == (1 << 20) + rows * DV
         assert reduce["partial_total"] == (1 << 20) + rows * (DV + 1)
+
+    def test_each_layers_cache_decides_the_kernels_and_their_scales(self) -> None:
+        launcher, kernels = self.launcher()
+        launcher.begin(np.array([0, 3, 4], np.int32), np.array([0, 9], np.int32))
+        for scales in (None, (0.5, 0.25), (0.125, 2.0)):
+            launcher.launch(ATTENTION[0], "fp16", 1.0, TENSORS, 4, 2, 0, scales)
+        tails = [f"fp16{cache}-h2x{g}d32v16" for cache in ("", "-fp8kv", "-fp8kv") for g in (1, 2, 2)]
+        names = ["write_kv", "prefill", "decode"] * 3
+        assert kernels.variants == [f"{name}-{tail}" for name, tail in zip(names, tails, strict=True)]
+        given = [(arguments["k_scale"], arguments["v_scale"]) for _, _, arguments in kernels.launches]
+        assert given == [(1.0, 1.0)] * 3 + [(0.5, 0.25)] * 3 + [(0.125, 2.0)] * 3
 
     @pytest.mark.parametrize("scratch", [0, 500, 5000, 20000, 10**6])
     def test_little_scratch_means_fewer_splits(self, scratch: int) -> None:
@@ -783,9 +816,11 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @needs_packages
 @pytest.mark.slow
-@pytest.mark.parametrize("graphs", ["graphs", "no graphs"])
+@pytest.mark.parametrize("graphs", ["graphs", "no graphs", "graphs, FP8 cache"])
 def test_steps_on_a_stand_in_for_the_gpu(graphs: str, stand_in: Path, directory: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "LD_LIBRARY_PATH": str(stand_in)}
+    if "FP8" in graphs:
+        environment["LLMC_TEST_FP8_CACHE"] = "1"
     done = subprocess.run(
         [sys.executable, __file__, graphs, str(directory)], env=environment, capture_output=True, text=True
     )
@@ -805,7 +840,7 @@ class StandIn:
         self._kind = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_char_p, *[ctypes.c_uint64] * 3)
         self._callback = self._kind(self.event)
         ctypes.CDLL("libcuda.so.1").stand_in(self._callback)
-        self.variants: dict[str, Any] = {str(v): v for v in launch.variants_for(ATTENTION, [("fp16", None)])}
+        self.variants: dict[str, Any] = {str(v): v for v in launch.variants_for(ATTENTION, [PAIR])}
         self.variants |= {sampling.variant(name): name for name in sampling.ARGUMENTS}
         self.downloads: list[int] = []  # bytes
 
@@ -907,6 +942,7 @@ class StandIn:
             address = int.from_bytes(data, "little")
             dtype = {
                 "*fp16": torch.float16, "*fp32": torch.float32, "*i32": torch.int32, "*i64": torch.int64,
+                "*u8": torch.uint8,
             }[type_]  # fmt: skip
             if not address:
                 arguments[name] = torch.full((1,), float("nan"))
@@ -944,6 +980,9 @@ class Model:
 
 
 SCALE = 0.25
+# A number near the middle between two codes may become either, where the layer before rounded otherwise.
+STEP_OF_E4M3 = 2**-3
+ATOL = 0.1 if KV_SCALES else 0.02
 
 
 class ReferenceBackend:
@@ -954,13 +993,14 @@ class ReferenceBackend:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks, self.model = num_blocks, Model()
         sizes = [(num_blocks, KV_HEADS, 32, width) for width in (D, DV)]
-        self.caches = [[np.full(size, np.nan, np.float16) for size in sizes] for _ in LAYERS]
+        self.caches = [[np.full(size, np.nan, CACHE) for size in sizes] for _ in LAYERS]
 
     def forward(self, step: Batch) -> np.ndarray:
         x = self.model.embed(step.input_ids, step.position_ids)
         tables = (step.query_start, step.past_lengths, step.block_indices, step.block_begins)
         for i, layer in enumerate(LAYERS):
             settings: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "window": layer.window}
+            settings |= dict(zip(("key_scale", "value_scale"), KV_SCALES or (), strict=False))
             y = reference.paged_attention(
                 *self.model.project(i, x), *self.caches[i], *tables, scale=SCALE, **settings
             )
@@ -1150,7 +1190,7 @@ def main(graphs: str, directory: Path) -> None:
 
     tensorrt_checks.MODULES["tensorrt-rtx"] = "tensorrt_rtx"
     backend: Any = load_gpu_backend(
-        Bundle(directory, made), kv_memory=40 * 12288, max_sequences=6, max_batch_tokens=64
+        Bundle(directory, made), kv_memory=40 * 6144 * CACHE.itemsize, max_sequences=6, max_batch_tokens=64
     )
     assert backend.num_blocks == 40
     assert backend.name == "tensorrt-rtx"
@@ -1158,11 +1198,12 @@ def main(graphs: str, directory: Path) -> None:
     assert loaded >= 2 * 2 * len(LAYERS)  # a prompt and a decode were tried
 
     expected = ReferenceBackend(backend.num_blocks)
-    device = [[gpu.view(backend._addresses[f"{kind}_cache.{i}"], np.float16, expected.caches[i][j].shape)
+    device = [[gpu.view(backend._addresses[f"{kind}_cache.{i}"], CACHE, expected.caches[i][j].shape)
                for j, kind in enumerate(("key", "value"))] for i in range(len(LAYERS))]  # fmt: skip
     for i in range(len(LAYERS)):
         for mine, theirs in zip(expected.caches[i], device[i], strict=True):
             mine[:] = theirs
+            mine = mine.astype(np.float32)
             assert np.isfinite(mine[0, :, :2]).all()
             assert np.isnan(mine[0, :, 2:]).all()
             assert np.isnan(mine[1:]).all()
@@ -1174,7 +1215,7 @@ def main(graphs: str, directory: Path) -> None:
         def forward(self, step: Batch) -> np.ndarray:
             logits, wanted = backend.forward(step), expected.forward(step)
             assert logits.shape == wanted.shape
-            np.testing.assert_allclose(logits, wanted, atol=0.02)
+            np.testing.assert_allclose(logits, wanted, atol=ATOL)
             sizes.append((len(step.input_ids), len(step.past_lengths)))
             return logits
 
@@ -1186,12 +1227,14 @@ def main(graphs: str, directory: Path) -> None:
     decodes = [count for tokens, count in sizes if tokens == count]
     assert len(set(decodes)) >= 4, sizes
     for i in range(len(LAYERS)):
-        for mine, theirs in zip(expected.caches[i], device[i], strict=True):
+        for codes in zip(expected.caches[i], device[i], strict=True):
+            mine, theirs = (array.astype(np.float32) for array in codes)
             np.testing.assert_array_equal(np.isnan(mine), np.isnan(theirs))  # nothing else was written
-            np.testing.assert_allclose(mine, theirs, atol=0.02)
+            np.testing.assert_allclose(mine, theirs, atol=0.02, rtol=STEP_OF_E4M3 if KV_SCALES else 0)
+            assert not KV_SCALES or (mine != theirs)[~np.isnan(mine)].mean() < 0.02
     used = {next(size for size in (1, 2, 4, 6) if size >= count) for count in (1, *decodes)}
     assert backend._engine._engine.contexts == 1 + len(used)
-    if graphs == "graphs":
+    if graphs != "no graphs":
         assert gpu.log.count("instantiate") == len(used), told
         assert gpu.log.count("replay") == len(decodes) + 1 - len(used)
         assert told == []
