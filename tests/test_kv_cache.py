@@ -22,7 +22,6 @@ from llmc.compiler.checkpoint import Checkpoint
 from llmc.compiler.config import load_config
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.geometry import attention_nodes, read_geometry
-from llmc.compiler.kv_cache_loss import kv_cache_loss
 from llmc.compiler.quantize.kv_cache import set_kv_scales
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets import tensorrt_build, tensorrt_lower
@@ -30,6 +29,7 @@ from llmc.compiler.targets.finish import serialize
 from llmc.compiler.targets.tensorrt_lower import lower_for_tensorrt
 from llmc.compiler.targets.tensorrt_oracle import oracle_model
 from llmc.compiler.trace.export import trace
+from llmc.compiler.verify.kv_cache_loss import kv_cache_loss
 from llmc.passes import contract
 from llmc.passes.pipeline import pipeline
 from llmc.plugins.paged_attention.tensorrt_plugin import Attributes, make_plugin
@@ -281,7 +281,7 @@ def test_a_bundle_with_an_fp8_cache(built: Path, capsys: pytest.CaptureFixture[s
         assert kernels["reduce"].startswith("reduce-bf16-h")
     assert manifest.verification.status == "passed"
     loss = manifest.verification.details["kv_cache_loss"]
-    assert (loss["kv_dtype"], loss["positions"]) == ("fp8", 400)
+    assert (loss["kv_dtype"], loss["positions"]) == ("fp8", manifest.verification.tokens_compared)
     engine = manifest.verification.details["engine"]
     assert loss["mean_kl"] > 0
     assert loss["rms_logit_error"] > engine["rms_logit_error"]  # E4M3 keeps four bits less than bf16

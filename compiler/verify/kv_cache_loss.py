@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc.compiler.verify_child import Difference
+from llmc.compiler.verify.difference import Difference
 
 
 def kv_cache_loss(exact: list[np.ndarray], quantized: list[np.ndarray], kv_dtype: str) -> dict[str, Any]:
