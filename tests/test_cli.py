@@ -24,7 +24,7 @@ OPTIONS = {
     "inspect": "--verify --json",
     "verify": "--against --text --min-top1 --max-kl --max-perplexity-increase --json",
     "check": "--full --json",
-    "bench": "--prompt-tokens --new-tokens --concurrency --threads --json",
+    "bench": "--prompt-tokens --new-tokens --concurrency --threads --fast --json",
     "doctor": "--json",
     "zoo list": "--json",
     "zoo make": "--seed",

@@ -285,6 +285,16 @@ def test_texts_that_cannot_be_read(
     assert complaint in errors[0]
 
 
+def test_a_bundle_without_a_tokenizer_reads_no_text(llmc: Any, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("some text")
+    files = Bundle.open(tiny).manifest.files
+    rewrite(tiny, files={name: file for name, file in files.items() if not name.startswith("tokenizer/")})
+    shutil.rmtree(tiny / "tokenizer")
+    code, out, errors = llmc("verify", tiny, "--text", tmp_path / "t.txt")
+    assert (code, out) == (1, "")
+    assert errors[0] == f"error: {tiny} has no tokenizer to read a text with"
+
+
 def test_a_lack_of_memory(llmc: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.txt").write_text("some text")
     monkeypatch.setattr(judge, "available_memory", lambda: 1 << 20)

@@ -22,6 +22,7 @@ from llmc.compiler.checkpoint import Checkpoint
 from llmc.compiler.config import load_config
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.geometry import attention_nodes, read_geometry
+from llmc.compiler.progress import Silent
 from llmc.compiler.quantize.kv_cache import set_kv_scales
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets import tensorrt_build, tensorrt_lower
@@ -29,6 +30,7 @@ from llmc.compiler.targets.finish import serialize
 from llmc.compiler.targets.tensorrt_lower import lower_for_tensorrt
 from llmc.compiler.targets.tensorrt_oracle import oracle_model
 from llmc.compiler.trace.export import trace
+from llmc.compiler.verify.judge import judge
 from llmc.compiler.verify.kv_cache_loss import kv_cache_loss
 from llmc.passes import contract
 from llmc.passes.pipeline import pipeline
@@ -38,7 +40,8 @@ from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, BundleError, UnsupportedError
-from llmc.runtime.llm import block_bytes
+from llmc.runtime.llm import block_bytes, load_engine
+from llmc.runtime.sampling import SamplingParams
 
 needs_tensorrt = pytest.mark.skipif(
     not tensorrt_build.is_installed("tensorrt_rtx"), reason="the package tensorrt-rtx is not installed"
@@ -290,6 +293,25 @@ def test_a_bundle_with_an_fp8_cache(built: Path, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert "precision  bf16, KV cache fp8" in out
     assert f"a token, fp8: mean KL {loss['mean_kl']:g}, top-1 agreement" in out
+
+
+@pytest.mark.slow
+def test_an_int8_cache_on_the_cpu(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    result = compile_model(BuildRequest(str(checkpoint("llama-tiny")), tmp_path / "x.llmc", kv_dtype="int8"))
+    manifest = result.manifest
+    assert (manifest.precision.dtype, manifest.precision.kv_dtype) == ("fp32", "u8")
+    assert manifest.verification.status == "passed"
+    assert manifest.verification.max_logit_error is not None
+    loss = manifest.verification.details["kv_cache_loss"]
+    assert (loss["kv_dtype"], loss["positions"]) == ("u8", manifest.verification.tokens_compared)
+    # The proof is of fp32; 8 bits lose more than its bound allows, and not much.
+    assert manifest.verification.max_logit_error < 1e-4 < loss["max_logit_error"] < 1
+    assert 0 < loss["mean_kl"] < 0.01
+    measured = judge(result.path, str(checkpoint("llama-tiny")), None, Silent()).figures  # with that cache
+    assert measured.mean_kl is not None
+    assert loss["mean_kl"] / 3 < measured.mean_kl < loss["mean_kl"] * 3
+    engine = load_engine(result.path)
+    assert engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids
 
 
 def test_the_dry_run_shows_the_cache(

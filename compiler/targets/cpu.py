@@ -76,8 +76,10 @@ class CpuTarget:
         return target
 
     def finish(self, plan: Plan, writer: BundleWriter, progress: Progress, phase: PhaseClock) -> Finished:
+        graph = writer.path(GRAPH_FILE)
+        cache = {"kv_engine": str(graph), "kv_dtype": plan.kv_dtype} if plan.kv_dtype != plan.dtype else {}
         with phase("verify"):
-            record = prove(plan, writer.path(GRAPH_FILE), plan.target.engine, progress)
+            record = prove(plan, graph, plan.target.engine, progress, **cache)
         return Finished(GRAPH_FILE, record, weights_note=_WEIGHTS_NOTE[plan.target.engine])
 
 

@@ -13,7 +13,7 @@ from llmc.compiler.verify import evaluation, loss
 from llmc.compiler.verify.difference import Difference, scaled
 from llmc.compiler.verify.engine_logits import blocks_for, in_chunks, ragged
 from llmc.compiler.verify.job import Findings, Job
-from llmc.compiler.verify.kv_cache_loss import kv_cache_loss
+from llmc.compiler.verify.kv_cache_loss import kv_cache_loss, load_quantized
 from llmc.compiler.verify.proof_texts import TEXTS
 from llmc.compiler.verify.reference import Reference
 from llmc.runtime.backends import load_backend
@@ -110,7 +110,7 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
     if job.kv_engine:
         del backend
         gc.collect()
-        quantized = ragged(load_backend(job.backend, Path(job.kv_engine), blocks), sequences)
+        quantized = ragged(load_quantized(job, blocks), sequences)
         details["kv_cache_loss"] = kv_cache_loss(logits, quantized, job.kv_dtype)
     on_step(STEPS)
     if job.windows:

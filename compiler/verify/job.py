@@ -77,6 +77,7 @@ class Question:
     engine, backend, max_seq_len, vocab_size: as in Job. tokenizer: a tokenizer.json, "" without one. text: a
     file in UTF-8, "" for the evaluation text. checkpoint: what it is compared with in transformers, "" for
     nothing (only its perplexity is measured then). dequantized: whether that checkpoint is quantized.
+    kv_dtype: what the engine's KV cache holds.
     """
 
     engine: str
@@ -88,3 +89,4 @@ class Question:
     checkpoint: str
     tolerance: float
     reference_weights: ReferenceWeights = "checkpoint"
+    kv_dtype: str = "fp32"

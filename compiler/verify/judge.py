@@ -17,6 +17,7 @@ from llmc.runtime.bundle.manifest import Manifest, Source
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import CheckpointError, RequestError
 
+_TOKENIZER = "tokenizer/tokenizer.json"
 _OUT_OF_MEMORY = "use a machine with more, or judge the recorded figures, without --against and --text"
 
 
@@ -67,7 +68,7 @@ def judge(path: Path, against: str | None, text: Path | None, progress: Progress
             f"the engine of {path} is for a GPU ({manifest.target.name}) and cannot be run here on a text",
             "leave --text out: the recorded figures are judged",
         )
-    if text and bundle.tokenizer_dir is None:
+    if text and _TOKENIZER not in manifest.files:
         raise RequestError(f"{path} has no tokenizer to read a text with", "leave --text out")
     progress.phase("hash the bundle")
     bundle.verify()
@@ -100,7 +101,7 @@ def _about(manifest: Manifest, figures: Figures, text: Path | None, given: str) 
     if text:
         return text.name, evaluation.sha256(given)
     if figures.origin == "measured":
-        if not any(name == "tokenizer/tokenizer.json" for name in manifest.files):
+        if _TOKENIZER not in manifest.files:
             return "random tokens", ""
         return "the evaluation text", evaluation.sha256(evaluation.read_text(evaluation.EVALUATION_TEXT))
     loss = manifest.verification.details.get("quantization_loss")
@@ -140,7 +141,6 @@ def _measure(
     from llmc.compiler import recipe
 
     manifest = bundle.manifest
-    tokenizer = bundle.tokenizer_dir / "tokenizer.json" if bundle.tokenizer_dir else None
     needed, quantized = manifest.weights.bytes, False
     if checkpoint:
         needed, quantized = _size_of(checkpoint)
@@ -150,11 +150,12 @@ def _measure(
         backend=manifest.target.engine,
         max_seq_len=manifest.limits.max_seq_len,
         vocab_size=manifest.geometry.vocab_size,
-        tokenizer=str(tokenizer) if tokenizer else "",
+        tokenizer=str(bundle.path / _TOKENIZER) if _TOKENIZER in manifest.files else "",
         text=str(text) if text else "",
         checkpoint=str(checkpoint) if checkpoint else "",
         tolerance=recipe.load(manifest.source.model_type).logit_tolerance,
         reference_weights="dequantized" if quantized else "checkpoint",
+        kv_dtype=manifest.precision.kv_dtype,
     )
     return run_child({"measure": asdict(question)}, progress, _OUT_OF_MEMORY)
 

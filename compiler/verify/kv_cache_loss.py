@@ -7,11 +7,22 @@ steps, and what its logits differ by from the former's is the loss of the cache 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llmc.compiler.verify.difference import Difference
+from llmc.compiler.verify.job import Job
+from llmc.runtime.backends import load_backend
+from llmc.runtime.backends.base import Backend
+
+
+def load_quantized(job: Job, blocks: int) -> Backend:
+    """The engine with the quantized cache. OpenVINO quantizes by itself; an oracle's graph rounds what enters
+    its cache, which the backend holds in fp32."""
+    kv_dtype = job.kv_dtype if job.backend == "openvino" else "fp32"
+    return load_backend(job.backend, Path(job.kv_engine), blocks, kv_dtype=kv_dtype)
 
 
 def kv_cache_loss(exact: list[np.ndarray], quantized: list[np.ndarray], kv_dtype: str) -> dict[str, Any]:
