@@ -76,6 +76,17 @@ def test_scales_are_the_largest_magnitude_over_448(canonical: ir.Model) -> None:
     assert read_geometry(model) == read_geometry(canonical)
 
 
+def test_scales_may_come_once_the_graph_is_lowered(canonical: ir.Model) -> None:
+    early, late = canonical.clone(), canonical.clone()
+    set_kv_scales(early, {0: (3.0, 2.0), 1: (4.0, 5.0)})
+    set_kv_scales(late, {})
+    for model in (early, late):
+        lower_for_tensorrt(model, "bf16")
+    assert serialize(early) != serialize(late)
+    set_kv_scales(late, {0: (3.0, 2.0), 1: (4.0, 5.0)})
+    assert serialize(early) == serialize(late)
+
+
 @pytest.mark.parametrize(
     ("largest", "message"),
     [
