@@ -24,7 +24,7 @@ _CACHES = {3: 1, 4: 2}  # input of the operator -> the output that is the same m
 
 
 def set_kv_scales(model: ir.Model, largest: Mapping[int, tuple[float, float]]) -> None:
-    """Gives a canonical graph KV caches in FP8 E4M3, or one that has them, lowered even, other scales. In place.
+    """Gives a canonical graph KV caches in FP8 E4M3, or other scales if it has them, even lowered. In place.
 
     largest: layer -> the largest magnitudes of its keys (after rotary embedding, as they enter the cache) and
     of its values. A scale is that over 448, as in ModelOpt's `k_scale` and `v_scale`; 1.0 for layers that
