@@ -16,7 +16,7 @@ from llmc.runtime.errors import BuildError
 if TYPE_CHECKING:
     from llmc.compiler.driver import BuildResult, Plan
     from llmc.compiler.request import BuildRequest
-    from llmc.runtime.bundle.manifest import Geometry, Target, Verification
+    from llmc.runtime.bundle.manifest import Geometry, Manifest, Target, Verification
 
 # What the extra `build` installs, by the names to import.
 LIBRARIES = (
@@ -73,6 +73,9 @@ def build(
         str,
         typer.Option(metavar="METHOD", help="Range of static activations: max, percentile or mse."),
     ] = "max",
+    kv_dtype: Annotated[
+        str, typer.Option(help="What the KV cache holds: auto, fp8 (TensorRT) or int8 (cpu).")
+    ] = "auto",
     sm: Annotated[
         str,
         typer.Option(
@@ -117,6 +120,7 @@ def build(
         exclude=tuple(exclude or ()),
         calibration=calibration,
         calibration_method=calibration_method,  # type: ignore[arg-type]
+        kv_dtype=kv_dtype,  # type: ignore[arg-type]
         sms=parse_sms(sm),
         max_seq_len=max_seq_len,
         revision=revision,
@@ -185,6 +189,17 @@ def describe_verification(record: Verification) -> str:
     )
 
 
+def describe_kv_cache_loss(manifest: Manifest) -> str:
+    """What a quantized KV cache has lost; "" for a cache in the dtype that the engine computes in."""
+    if (kv_dtype := manifest.precision.kv_dtype) == manifest.precision.dtype:
+        return ""
+    loss = manifest.verification.details.get("kv_cache_loss", {})  # open: nothing need be there
+    if not {"mean_kl", "top1_agreement_without_ties"} <= set(loss):
+        return f"{kv_dtype}: loss not measured"
+    agreement = loss["top1_agreement_without_ties"]
+    return f"{kv_dtype}: mean KL {loss['mean_kl']:g}, top-1 agreement {agreement:g}"
+
+
 def _result_text(result: BuildResult, request: BuildRequest) -> str:
     manifest = result.manifest
     facts = (
@@ -194,7 +209,8 @@ def _result_text(result: BuildResult, request: BuildRequest) -> str:
         f"{manifest.limits.max_seq_len} tokens of context",
         f"built in {sum(result.seconds.values()):.1f} s",
     )
-    return f"{request.output}: {', '.join(facts)}\n{describe_verification(manifest.verification)}"
+    text = f"{request.output}: {', '.join(facts)}\n{describe_verification(manifest.verification)}"
+    return f"{text}\nKV cache {loss}" if (loss := describe_kv_cache_loss(manifest)) else text
 
 
 def _total_bytes(result: BuildResult) -> int:
@@ -226,7 +242,7 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
         "output": str(plan.request.output),
         "output_exists": os.path.lexists(plan.request.output),
         "target": asdict(plan.target),
-        "precision": {"dtype": plan.dtype, "kv_dtype": plan.dtype},
+        "precision": {"dtype": plan.dtype, "kv_dtype": plan.kv_dtype},
         "quantization": plan.quantization.record() if plan.quantization else None,
         "max_seq_len": plan.max_seq_len,
         "geometry": asdict(plan.geometry),
@@ -267,12 +283,20 @@ def _plan_text(plan: Plan) -> str:
         ("model", describe_geometry(plan.geometry)),
         ("context", f"{plan.max_seq_len} tokens"),
         ("engine", f"{describe_target(plan.target)}, {plan.dtype}: {plan.target.reason}"),
+        ("KV cache", f"{plan.kv_dtype}, {size(_kv_bytes(plan))} a token"),
         ("output", output),
         ("weights", f"{size(plan.weight_bytes)} to write ({plan.weight_bytes:,} bytes)"),
         ("verification", verification),
     ]
     quantization = "\n\n" + "\n".join(plan.quantization.lines()) if plan.quantization else ""
     return f"{table(facts)}{quantization}\n\n{_pass_table(plan)}"
+
+
+def _kv_bytes(plan: Plan) -> int:
+    """Bytes of KV cache for a token."""
+    from llmc.runtime.llm import block_bytes
+
+    return block_bytes(plan.geometry, plan.kv_dtype) // plan.geometry.block_size
 
 
 def _pass_table(plan: Plan) -> str:

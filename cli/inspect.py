@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmc.cli.build import describe_geometry, describe_target, describe_verification
+from llmc.cli.build import (
+    describe_geometry,
+    describe_kv_cache_loss,
+    describe_target,
+    describe_verification,
+)
 from llmc.cli.text import print_json, size, table
 
 if TYPE_CHECKING:
@@ -67,7 +72,10 @@ def inspect(
         ("model", describe_geometry(geometry)),
         ("attention", ", ".join(f"{count} {kind}" for kind, count in kinds.items())),
         ("context", f"{manifest.limits.max_seq_len} tokens of prompt and answer together"),
-        ("KV cache", f"{size(kv_bytes)} a token"),
+        (
+            "KV cache",
+            ", ".join(filter(None, (f"{size(kv_bytes)} a token", describe_kv_cache_loss(manifest)))),
+        ),
         ("operators", ", ".join(f"{o.count} {o.name} (ABI {o.abi})" for o in manifest.operators) or "none"),
         *describe_gpu(manifest),
         ("tokens", f"begin {tokens.bos}, end {', '.join(map(str, tokens.eos)) or 'none'}"),

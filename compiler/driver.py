@@ -29,9 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """A build up to the point where files are written. `dtype`: what the engine computes in; `matrices`:
-    those whose codes and scales are still to be made; `unquantized`: makes the graph before quantization, in
-    fp32, for calibration."""
+    """A build up to the point where files are written.
+
+    dtype: what the engine computes in; kv_dtype: what its KV cache holds, as the manifest says it; matrices:
+    those whose codes and scales are still to be made; unquantized: makes the graph before quantization, in
+    fp32, for calibration; calibration: what to measure on.
+    """
 
     request: BuildRequest
     checkpoint: Checkpoint
@@ -41,6 +44,7 @@ class Plan:
     compiler: TargetCompiler
     target: Target
     dtype: str
+    kv_dtype: str
     max_seq_len: int
     reports: list[PassReport]
     quantization: QuantPlan | None
@@ -111,7 +115,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         from llmc.compiler import weights
         from llmc.compiler.config import context_length, load_config
         from llmc.compiler.geometry import read_geometry
-        from llmc.compiler.quantize import apply
+        from llmc.compiler.quantize import apply, kv_cache
         from llmc.compiler.trace.export import trace
         from llmc.passes import contract
         from llmc.passes.pipeline import pipeline
@@ -126,7 +130,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         geometry = read_geometry(traced.model)
         parameters = weights.num_elements(traced.model)
         quantization, matrices = None, []
-        original = traced.model.clone() if request.quant and dtype == "fp32" else None
+        original = traced.model.clone() if calibration is not None and dtype == "fp32" else None
 
         def unquantized() -> ir.Model:
             if original is not None:
@@ -146,6 +150,8 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
                 apply.SCALES_OF.get(dtype),
             )
             matrices = apply.apply_plan(traced.model, quantization)
+        if request.kv_dtype == kv_cache.FP8:
+            kv_cache.set_kv_scales(traced.model, {})
         target = compiler.lower(traced.model, dtype, checkpoint.tensors)
     return Plan(
         request=request,
@@ -156,6 +162,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         compiler=compiler,
         target=target,
         dtype=dtype,
+        kv_dtype=request.cache_dtype(dtype),
         max_seq_len=max_seq_len,
         reports=reports,
         quantization=quantization,
@@ -168,11 +175,12 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
 
 
 def _read_calibration(request: BuildRequest) -> Calibration:
-    if request.quant is None:
+    form, kv_cache = request.quant, request.kv_dtype == "fp8"
+    if form is None and not kv_cache:
         return None
     from llmc.compiler.quantize import formats, phase
 
-    return phase.read_calibration(request.calibration, formats.get_format(request.quant))
+    return phase.read_calibration(request.calibration, formats.get_format(form) if form else None, kv_cache)
 
 
 class _Clock:

@@ -53,7 +53,7 @@ def manifest(
         ),
         geometry=plan.geometry,
         limits=Limits(max_seq_len=plan.max_seq_len),
-        precision=Precision(dtype=plan.dtype, kv_dtype=plan.dtype),  # type: ignore[arg-type]  # checked when written
+        precision=Precision(dtype=plan.dtype, kv_dtype=plan.kv_dtype),  # type: ignore[arg-type]  # checked when written
         target=plan.target,
         operators=(Operator("llmc.PagedAttention", ABI_VERSION, len(attention_nodes(plan.model))),),
         tokens=Tokens(bos=checkpoint.bos_token_id, eos=checkpoint.eos_token_ids),

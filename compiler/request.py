@@ -11,6 +11,8 @@ from llmc.runtime.errors import BuildError
 TARGETS = {"cpu": ("fp32",), "tensorrt-rtx": ("bf16", "fp16"), "tensorrt": ("bf16", "fp16")}  # and dtypes
 METHODS = ("max", "percentile", "mse")  # of calibration
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+KV_DTYPES = ("auto", "fp8", "int8")
+_CACHES = {"cpu": {"int8": "u8"}, "tensorrt-rtx": {"fp8": "fp8"}, "tensorrt": {"fp8": "fp8"}}  # in a manifest
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class BuildRequest:
     calibration: a text that the layers' inputs are measured on, or a table (.json) of what an earlier build
     measured; None is a text of llmc's own, where the format needs one. calibration_method: how the range of
     static activations is taken from what was measured: the largest, a percentile, the least squared error.
+    kv_dtype: what the KV cache holds; `auto` is what the engine computes in, fp8 (E4M3) is for GPUs, int8 for
+    OpenVINO on the CPU.
     sms: the GPUs' compute capabilities, 89 meaning 8.9; none means portable.
     max_seq_len: prompt and answer together, in tokens; None is the model's own context.
     verify: compare the engine with transformers, and fail the build when they differ.
@@ -39,6 +43,7 @@ class BuildRequest:
     exclude: tuple[str, ...] = ()
     calibration: Path | None = None
     calibration_method: Literal["max", "percentile", "mse"] = "max"
+    kv_dtype: Literal["auto", "fp8", "int8"] = "auto"
     sms: tuple[int, ...] = ()
     max_seq_len: int | None = None
     revision: str | None = None
@@ -55,13 +60,20 @@ class BuildRequest:
             raise BuildError(
                 f"the target {self.target} does not compute in {self.dtype}", f"--dtype auto, {possible}"
             )
+        if self.kv_dtype not in KV_DTYPES:
+            raise BuildError(f"there is no KV cache of {self.kv_dtype!r}", f"known: {', '.join(KV_DTYPES)}")
+        if self.kv_dtype not in ("auto", *_CACHES[self.target]):
+            raise BuildError(
+                f"the target {self.target} has no KV cache of {self.kv_dtype}",
+                f"--kv-dtype {' or '.join(_CACHES[self.target])}, or leave it out",
+            )
         if self.exclude and self.quant is None:
             raise BuildError("--exclude is about quantization, and there is none", "add --quant FORMAT")
         if self.calibration_method not in METHODS:
             raise BuildError(
                 f"there is no calibration method {self.calibration_method!r}", f"known: {', '.join(METHODS)}"
             )
-        if self.calibration is not None and self.quant is None:
+        if self.calibration is not None and self.quant is None and self.kv_dtype != "fp8":
             raise BuildError("--calibration is about quantization, and there is none", "add --quant FORMAT")
         if self.sms and self.target == "cpu":
             raise BuildError("--sm names GPUs, and the target is the CPU", "add --target tensorrt-rtx")
@@ -75,6 +87,10 @@ class BuildRequest:
         if self.target != "cpu" and stored == "float16":
             return "fp16"
         return TARGETS[self.target][0]
+
+    def cache_dtype(self, dtype: str) -> str:
+        """What the KV cache of an engine that computes in `dtype` holds, as the manifest calls it."""
+        return _CACHES[self.target].get(self.kv_dtype, dtype)
 
 
 def parse_sms(text: str) -> tuple[int, ...]:

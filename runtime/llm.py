@@ -14,7 +14,7 @@ from llmc.runtime.engine import Engine
 from llmc.runtime.errors import BundleError, RequestError
 from llmc.runtime.tokenizer import Tokenizer
 
-_KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 # Activations that share an int8 scale when `fast` is asked for, by the format of the weights: as many as
 # their blocks allow, up to 128. docs/performance.md has what was tried.
 _ACTIVATION_GROUP = {"int8": 128, "int4": 32, "int4-block128": 128}

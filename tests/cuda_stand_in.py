@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_bundle import ATTENTION, kernels, sampling_kernels
+from gpu_bundle import ATTENTION, PAIR, kernels, sampling_kernels
 from llmc.plugins.paged_attention import launch
 from llmc.plugins.sampling import launch as sampling
 
@@ -100,7 +100,7 @@ class StandIn:
         self._kind = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_char_p, *[ctypes.c_uint64] * 3)
         self._callback = self._kind(self.event)
         ctypes.CDLL("libcuda.so.1").stand_in(self._callback)
-        self.variants: dict[str, Any] = {str(v): v for v in launch.variants_for(ATTENTION, [("fp16", None)])}
+        self.variants: dict[str, Any] = {str(v): v for v in launch.variants_for(ATTENTION, [PAIR])}
         self.variants |= {sampling.variant(name): name for name in sampling.ARGUMENTS}
         self.downloads: list[int] = []  # bytes
 
@@ -202,6 +202,7 @@ class StandIn:
             address = int.from_bytes(data, "little")
             dtype = {
                 "*fp16": torch.float16, "*fp32": torch.float32, "*i32": torch.int32, "*i64": torch.int64,
+                "*u8": torch.uint8,
             }[type_]  # fmt: skip
             if not address:
                 arguments[name] = torch.full((1,), float("nan"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -55,7 +57,12 @@ LAYERS = (
     Layer("sliding", WINDOW, KV_HEADS, D, DV),
 )
 ATTENTION = [Attention(HEADS, KV_HEADS, D, DV, layer.window) for layer in LAYERS]
-VARIANTS = [str(v) for v in launch.variants_for(ATTENTION, [("fp16", None)])]
+# (key_scale, value_scale) of FP8 caches; None: fp16. Set for the script that serves on the stand-ins.
+KV_SCALES = (0.03, 0.02) if os.environ.get("LLMC_TEST_FP8_CACHE") else None
+CACHE = np.dtype(ml_dtypes.float8_e4m3fn if KV_SCALES else np.float16)
+SCALES = dict(zip(("key_scale", "value_scale"), KV_SCALES or (), strict=False))  # as attributes
+PAIR = ("fp16", launch.FP8 if KV_SCALES else None)
+VARIANTS = [str(v) for v in launch.variants_for(ATTENTION, [PAIR])]
 NAMES = ["query", "key", "value", "key_cache", "value_cache"]
 NAMES += ["query_start", "past_lengths", "block_indices", "block_begins"]
 SCALE = 0.25
@@ -82,7 +89,7 @@ def manifest(**changes: Any) -> Manifest:
         source=Source("somebody/model", "llama", "LlamaForCausalLM", SHA, "bfloat16", {}),
         geometry=Geometry(len(LAYERS), HEADS, KV_HEADS, D, DV, 64, VOCAB, LAYERS),
         limits=Limits(MAX_LEN),
-        precision=Precision("fp16", "fp16"),
+        precision=Precision("fp16", "fp8" if KV_SCALES else "fp16"),
         target=Target("tensorrt-rtx", "tensorrt-rtx", "", {"tensorrt-rtx": "1.7.1.116"}),
         operators=(Operator("llmc.PagedAttention", spec.ABI_VERSION, len(LAYERS)),),
         tokens=Tokens(None, (0,)),
@@ -114,16 +121,16 @@ def write_files(folder: Path) -> Path:
     return folder
 
 
-def tensors() -> list[Tensor]:
-    """What TensorRT says of a well-built engine."""
+def tensors(cache: str = "FP8" if KV_SCALES else "HALF") -> list[Tensor]:
+    """What TensorRT says of a well-built engine, with caches of that dtype."""
     most = {"input_ids": 512, "position_ids": 512, "query_start": 17, "past_lengths": 16, "block_begins": 17}
     most |= {"block_indices": 16 * 35, "logits_index": 32}
     made = [Tensor(name, True, "INT32", (-1,), (size,)) for name, size in most.items()]
     for i in range(len(LAYERS)):
         for kind, width in (("key", D), ("value", DV)):
             shape = (-1, KV_HEADS, 32, width)
-            made.append(Tensor(f"{kind}_cache.{i}", True, "HALF", shape, (1000 + width, *shape[1:])))
-            made.append(Tensor(f"{kind}_cache_out.{i}", False, "HALF", shape))
+            made.append(Tensor(f"{kind}_cache.{i}", True, cache, shape, (1000 + width, *shape[1:])))
+            made.append(Tensor(f"{kind}_cache_out.{i}", False, cache, shape))
     return [*made, Tensor("logits", False, "FLOAT", (-1, VOCAB))]
 
 
@@ -149,7 +156,7 @@ def make_layer(trt: Any, attention: Attention, scale: float) -> Any:
     given = trt.PluginFieldCollection([])
     kinds = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}
     arrays = []
-    for name, value in {**values, "scale": scale}.items():
+    for name, value in {**values, "scale": scale, **SCALES}.items():
         dtype, kind = kinds[type(value)]
         arrays.append(np.array([value], dtype))
         given.append(trt.PluginField(name, arrays[-1], kind))
@@ -158,7 +165,9 @@ def make_layer(trt: Any, attention: Attention, scale: float) -> Any:
     return plugin.attach_to_context(None), creator
 
 
-def described(trt: Any, tokens: int, sequences: int, blocks: int, entries: int) -> list[Any]:
+def described(
+    trt: Any, tokens: int, sequences: int, blocks: int, entries: int, fp8: bool = KV_SCALES is not None
+) -> list[Any]:
     shapes = [(tokens, HEADS * D), (tokens, KV_HEADS * D), (tokens, KV_HEADS * DV)]
     shapes += [(blocks, KV_HEADS, 32, D), (blocks, KV_HEADS, 32, DV)]
     shapes += [(sequences + 1,), (sequences,), (entries,), (sequences + 1,)]
@@ -166,5 +175,7 @@ def described(trt: Any, tokens: int, sequences: int, blocks: int, entries: int) 
     for shape in shapes:
         desc = trt.PluginTensorDesc()
         desc.dims, desc.type = trt.Dims(shape), trt.DataType.INT32 if len(shape) == 1 else trt.DataType.HALF
+        if fp8 and len(shape) == 4:
+            desc.type = trt.DataType.FP8
         made.append(desc)
     return made

@@ -12,6 +12,7 @@ import numpy as np
 from cuda_stand_in import StandIn
 from gpu_bundle import (
     ATTENTION,
+    CACHE,
     DV,
     HEADS,
     KV_HEADS,
@@ -19,6 +20,7 @@ from gpu_bundle import (
     NAMES,
     PLAN_BYTES,
     SCALE,
+    SCALES,
     VOCAB,
     D,
     described,
@@ -58,13 +60,14 @@ class ReferenceBackend:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks, self.model = num_blocks, Model()
         sizes = [(num_blocks, KV_HEADS, 32, width) for width in (D, DV)]
-        self.caches = [[np.full(size, np.nan, np.float16) for size in sizes] for _ in LAYERS]
+        self.caches = [[np.full(size, np.nan, CACHE) for size in sizes] for _ in LAYERS]
 
     def forward(self, step: Batch) -> np.ndarray:
         x = self.model.embed(step.input_ids, step.position_ids)
         tables = (step.query_start, step.past_lengths, step.block_indices, step.block_begins)
         for i, layer in enumerate(LAYERS):
             settings: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "window": layer.window}
+            settings |= SCALES
             y = reference.paged_attention(
                 *self.model.project(i, x), *self.caches[i], *tables, scale=SCALE, **settings
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -11,6 +12,8 @@ import onnxruntime
 import openvino as ov
 import pytest
 
+from llmc.compiler.quantize.kv_cache import set_kv_scales
+from llmc.compiler.targets.onnxruntime_fp8_cache import widen_fp8_caches
 from llmc.plugins.paged_attention import body, reference, spec
 from llmc.runtime.backends import openvino_attention
 from llmc.runtime.errors import BackendError
@@ -77,8 +80,8 @@ def attributes(shape: tuple[Any, ...]) -> dict[str, Any]:
     }
 
 
-def make_model(shape: tuple[Any, ...]) -> bytes:
-    """A graph of one PagedAttention node, with its function body."""
+def make_model(shape: tuple[Any, ...], largest: tuple[float, float] | None = None) -> bytes:
+    """A graph of one PagedAttention node, with its function body; `largest` keys and values: FP8 caches."""
     heads, kv_heads, width, value_width, *_ = shape
     cache = ["blocks", kv_heads, spec.BLOCK_SIZE]
     sizes: dict[str, list[int | str]] = {
@@ -106,7 +109,14 @@ def make_model(shape: tuple[Any, ...]) -> bytes:
     node = ir.node(spec.NAME, inputs, attributes(shape), domain=spec.DOMAIN, outputs=outputs)
     opsets = {"": 23, spec.DOMAIN: spec.ABI_VERSION}
     graph = ir.Graph(inputs, outputs, nodes=[node], opset_imports=opsets, name="one")
-    return ir.to_proto(ir.Model(graph, ir_version=10, functions=[body.function()])).SerializeToString()
+    model = ir.Model(graph, ir_version=10, functions=[body.function()])
+    if largest:
+        for cache in inputs[3:5]:
+            cache.name = f"{cache.name}.0"
+        set_kv_scales(model, {0: largest})
+        assert inputs[3].dtype == outputs[2].dtype == ir.DataType.FLOAT8E4M3FN
+        widen_fp8_caches(model)
+    return ir.to_proto(model).SerializeToString()
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -121,6 +131,41 @@ def test_the_function_body_is_the_reference(shape: tuple[Any, ...]) -> None:
         assert np.abs(output - expected).max() < TOLERANCE
         assert np.array_equal(keys, step["key_cache"])
         assert np.array_equal(values, step["value_cache"])
+
+
+def e4m3(x: np.ndarray, scale: float) -> np.ndarray:
+    """Codes of x / scale by torch, saturated."""
+    torch = pytest.importorskip("torch")
+    scaled = torch.from_numpy(x / np.float32(scale)).clamp(-448, 448)
+    return scaled.to(torch.float8_e4m3fn).view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("name", ["grouped", "wide keys", "softcap and window"])
+def test_fp8_caches_hold_codes_and_attention_reads_codes_times_scale(name: str) -> None:
+    """The reference against itself on keys and values that torch rounded; the body against the reference."""
+    shape, largest = SHAPES[name], (2.5, 1.0)  # some of the values are larger: they saturate
+    scales = [np.float32(amax / 448) for amax in largest]
+    session = onnxruntime.InferenceSession(make_model(shape, largest), providers=["CPUExecutionProvider"])
+    for past, new in STEPS.values():
+        step, rounded = make_step(shape, past, new), make_step(shape, past, new)
+        for role, scale in zip(("key", "value"), scales, strict=True):
+            rounded[role] = e4m3(step[role], scale).astype(np.float32) * scale
+            codes = e4m3(step[f"{role}_cache"], scale)
+            step[f"{role}_cache"], rounded[f"{role}_cache"] = codes, codes.astype(np.float32) * scale
+        given = {n.replace("_cache", "_cache.0"): a.copy() for n, a in rounded.items()}
+        fresh = {role: step[role] for role in ("key", "value")}
+        kwargs = attributes(shape) | {"key_scale": scales[0], "value_scale": scales[1]}
+        got = reference.paged_attention(**step, **kwargs)
+        expected = reference.paged_attention(**rounded, **attributes(shape))
+        assert np.abs(got - expected).max() < TOLERANCE
+        output, keys, values = session.run(None, given | fresh)
+        assert np.abs(output - expected).max() < TOLERANCE
+        for cache, held, scale in (("key", keys, scales[0]), ("value", values, scales[1])):
+            codes = step[f"{cache}_cache"]
+            assert codes.dtype == ml_dtypes.float8_e4m3fn
+            assert np.array_equal(codes.astype(np.float32) * scale, rounded[f"{cache}_cache"])
+            assert np.array_equal(held, rounded[f"{cache}_cache"])
+            assert np.abs(codes.astype(np.float32)).max() == 448
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())

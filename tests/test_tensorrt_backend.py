@@ -67,9 +67,11 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @needs_packages
 @pytest.mark.slow
-@pytest.mark.parametrize("graphs", ["graphs", "no graphs"])
+@pytest.mark.parametrize("graphs", ["graphs", "no graphs", "graphs, FP8 cache"])
 def test_steps_on_a_stand_in_for_the_gpu(graphs: str, stand_in: Path, directory: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "LD_LIBRARY_PATH": str(stand_in)}
+    if "FP8" in graphs:
+        environment["LLMC_TEST_FP8_CACHE"] = "1"
     done = subprocess.run(
         [sys.executable, str(SCRIPT), graphs, str(directory)], env=environment, capture_output=True, text=True
     )

@@ -55,7 +55,9 @@ def test_a_plugin_launches_what_its_tensors_say(trt: Any) -> None:
     recorder = Recorder()
     with launching(recorder):
         plugin.enqueue(described(trt, 8, 3, 99, 7), [], INPUTS, [800, *INPUTS[3:5]], 0, 5)
-    assert recorder.calls == [(ATTENTION[1], "fp16", 0.25, TENSORS, 8, 3, 5)]
+        plugin.enqueue(described(trt, 8, 3, 99, 7, fp8=True), [], INPUTS, [800, *INPUTS[3:5]], 0, 5)
+    call = (ATTENTION[1], "fp16", 0.25, TENSORS, 8, 3, 5)
+    assert recorder.calls == [(*call, None), (*call, (1.0, 1.0))]
     with pytest.raises(RuntimeError, match="cannot launch"):
         plugin.enqueue(described(trt, 8, 3, 99, 7), [], INPUTS, [800, *INPUTS[3:5]], 0, 5)
 
@@ -85,9 +87,11 @@ class TestLauncher:
     class Kernels:
         def __init__(self) -> None:
             self.launches: list[tuple[str, tuple[int, int, int], dict[str, Any]]] = []
+            self.variants: list[str] = []
 
         def launch(self, what: launch.Launch, arguments: dict[str, Any], stream: int) -> None:
             self.launches.append((what.variant.kernel, what.grid, dict(arguments)))
+            self.variants.append(str(what.variant))
 
     def launcher(self, scratch_bytes: int = 1 << 30) -> tuple[Any, Kernels]:
         from llmc.plugins.paged_attention.cuda_kernels import AttentionLauncher
@@ -125,6 +129,17 @@ class TestLauncher:
         assert reduce["partial_sums"] == 1 << 20
         assert reduce["partial_top"] == (1 << 20) + rows * DV
         assert reduce["partial_total"] == (1 << 20) + rows * (DV + 1)
+
+    def test_each_layers_cache_decides_the_kernels_and_their_scales(self) -> None:
+        launcher, kernels = self.launcher()
+        launcher.begin(np.array([0, 3, 4], np.int32), np.array([0, 9], np.int32))
+        for scales in (None, (0.5, 0.25), (0.125, 2.0)):
+            launcher.launch(ATTENTION[0], "fp16", 1.0, TENSORS, 4, 2, 0, scales)
+        tails = [f"fp16{cache}-h2x{g}d32v16" for cache in ("", "-fp8kv", "-fp8kv") for g in (1, 2, 2)]
+        names = ["write_kv", "prefill", "decode"] * 3
+        assert kernels.variants == [f"{name}-{tail}" for name, tail in zip(names, tails, strict=True)]
+        given = [(arguments["k_scale"], arguments["v_scale"]) for _, _, arguments in kernels.launches]
+        assert given == [(1.0, 1.0)] * 3 + [(0.5, 0.25)] * 3 + [(0.125, 2.0)] * 3
 
     @pytest.mark.parametrize("scratch", [0, 500, 5000, 20000, 10**6])
     def test_little_scratch_means_fewer_splits(self, scratch: int) -> None:

@@ -14,6 +14,7 @@ from llmc.runtime.backends import tensorrt_sizes
 from llmc.runtime.backends.tensorrt_bindings import Tensor, bind
 from llmc.runtime.backends.tensorrt_step import bucket_of, buckets, fill, room
 from llmc.runtime.batch import Batch
+from llmc.runtime.bundle.manifest import Precision
 from llmc.runtime.errors import BackendError, RequestError
 
 # Sizes.
@@ -69,6 +70,14 @@ def test_the_table_covers_every_tensor_once() -> None:
     assert table.max_blocks == 1016
     assert table.block_bytes == len(LAYERS) * KV_HEADS * 32 * (D + DV) * 2
     assert all(cache.output == cache.input.replace("_cache.", "_cache_out.") for cache in table.caches)
+
+
+def test_fp8_caches_are_half_as_large() -> None:
+    fp8 = manifest(precision=Precision("fp16", "fp8"))
+    assert 2 * bind(tensors("FP8"), fp8).block_bytes == bind(tensors("HALF"), manifest()).block_bytes
+    for engine, said in (("HALF", fp8), ("FP8", manifest())):
+        with pytest.raises(BackendError, match=rf"it has input key_cache\.0, {engine} "):
+            bind(tensors(engine), said)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmc.compiler.calibrate.sequences import read_text, sequences
 from llmc.compiler.calibrate.table import CalibrationTable, Source
 from llmc.compiler.progress import Progress
-from llmc.compiler.quantize import produce
+from llmc.compiler.quantize import kv_cache, produce
 from llmc.compiler.quantize.apply import SCALES_OF
 from llmc.compiler.quantize.formats import Format
 from llmc.compiler.quantize.produce import Produced
@@ -27,20 +27,21 @@ _WORST = 5
 Calibration = str | CalibrationTable | None  # a text, what an earlier build measured on one, or nothing
 
 
-def read_calibration(path: Path | None, form: Format) -> Calibration:
-    """What `--calibration` names, or llmc's own text where `form` needs one.
+def read_calibration(path: Path | None, form: Format | None, kv_cache: bool) -> Calibration:
+    """What `--calibration` names, or llmc's own text where `form` or an FP8 cache (`kv_cache`) needs one.
 
     Raises RequestError for a file that cannot be read, and for a table where inputs must be seen.
     """
+    activations = kv_cache or bool(form and form.activations)
     if path is None:
-        return read_text(None) if form.activations or form.packed else None
+        return read_text(None) if activations or (form and form.packed) else None
     if path.suffix != ".json":
         return read_text(path)
     try:
         table = CalibrationTable.from_json(path.read_bytes())
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
-    if not form.activations:
+    if form and not activations:
         raise RequestError(
             f"{form.name} takes nothing from a table of ranges: its activations are not rounded",
             "give a text to calibrate on, or leave --calibration out",
@@ -54,11 +55,9 @@ def quantize(
     progress: Progress,
     phase: Callable[[str], AbstractContextManager[None]],
 ) -> Produced:
-    """Makes the data of the plan's matrices in files of `writer` that `discard` removes again.
-
-    A calibrated build leaves its table in the bundle.
-    """
-    if not plan.matrices:
+    """Makes the data of the plan's matrices in files of `writer` that `discard` removes again, and gives an
+    FP8 cache its scales. A calibrated build leaves its table in the bundle."""
+    if not plan.matrices and plan.calibration is None:
         return Produced()
     directory = writer.path(f"{_SCRATCH}/x").parent
 
@@ -86,13 +85,18 @@ def quantize(
         writer.path(TABLE_FILE).write_text(made.table.to_json(), "utf-8")
         method, dtype = plan.request.calibration_method, SCALES_OF.get(plan.dtype, "F32")
         produce.add_input_scales(made, plan.matrices, method, dtype, directory)
+        if plan.kv_dtype == kv_cache.FP8:
+            kv_cache.set_kv_scales(plan.model, made.table.kv)
     return made
 
 
 def discard(writer: BundleWriter) -> None:
     """Removes what `quantize` made, once it has been copied."""
-    for file in sorted(writer.path(f"{_SCRATCH}/x").parent.iterdir()):
+    directory = writer.path(f"{_SCRATCH}/x").parent
+    for file in sorted(directory.iterdir()):
         writer.discard(f"{_SCRATCH}/{file.name}")
+    if directory.exists():
+        directory.rmdir()
 
 
 def record(plan: Plan, made: Produced) -> Mapping[str, Any] | None:

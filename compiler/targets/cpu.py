@@ -27,6 +27,7 @@ from llmc.plugins.paged_attention import body
 from llmc.plugins.round_fp4 import body as round_fp4
 from llmc.plugins.round_fp4 import spec as round_fp4_spec
 from llmc.runtime.bundle.manifest import Target
+from llmc.runtime.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from llmc.compiler.driver import Plan
@@ -41,8 +42,11 @@ _WEIGHTS_NOTE = {
 class CpuTarget:
     """Computes in fp32, on every CPU that OpenVINO and ONNX Runtime know."""
 
+    def __init__(self) -> None:
+        self._kv_dtype = "fp32"
+
     def check(self, request: BuildRequest, dtype: str) -> None:
-        del dtype  # fp32 is all that a request for the CPU can ask for, and needs nothing
+        self._kv_dtype = request.cache_dtype(dtype)
         if request.quant:
             capability.check(request.quant, request.target, ())
 
@@ -53,6 +57,12 @@ class CpuTarget:
         """
         del dtype
         target = choose_engine(model)
+        if self._kv_dtype != "fp32" and target.engine != "openvino":
+            raise UnsupportedError(
+                f"a KV cache of {self._kv_dtype} needs OpenVINO, and ONNX Runtime must run this model: "
+                f"{target.reason}",
+                "leave --kv-dtype out",
+            )
         if target.engine == "openvino":
             keep_stored_dtype(model, tensors)
         else:
@@ -66,8 +76,10 @@ class CpuTarget:
         return target
 
     def finish(self, plan: Plan, writer: BundleWriter, progress: Progress, phase: PhaseClock) -> Finished:
+        graph = writer.path(GRAPH_FILE)
+        cache = {"kv_engine": str(graph), "kv_dtype": plan.kv_dtype} if plan.kv_dtype != plan.dtype else {}
         with phase("verify"):
-            record = prove(plan, writer.path(GRAPH_FILE), plan.target.engine, progress)
+            record = prove(plan, graph, plan.target.engine, progress, **cache)
         return Finished(GRAPH_FILE, record, weights_note=_WEIGHTS_NOTE[plan.target.engine])
 
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from llmc.compiler.geometry import attention_nodes
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.progress import Progress
-from llmc.compiler.quantize import capability
+from llmc.compiler.quantize import capability, kv_cache
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.safetensors_index import TensorRef
 from llmc.compiler.targets import tensorrt_build, tensorrt_kernels
@@ -28,10 +28,10 @@ from llmc.compiler.targets.finish import serialize
 from llmc.compiler.targets.proof import prove
 from llmc.compiler.targets.tensorrt_build import EngineJob, EngineLimits
 from llmc.compiler.targets.tensorrt_lower import lower_for_tensorrt
-from llmc.compiler.targets.tensorrt_oracle import ORACLE_FILE, oracle_model
+from llmc.compiler.targets.tensorrt_oracle import KV_ORACLE_FILE, ORACLE_FILE, oracle_model
 from llmc.compiler.verify import available_memory
 from llmc.compiler.weights import WEIGHTS_FILE
-from llmc.runtime.bundle.manifest import Gpu, Target
+from llmc.runtime.bundle.manifest import Gpu, Target, Verification
 from llmc.runtime.errors import BuildError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -96,10 +96,7 @@ class TensorRTTarget:
     def finish(self, plan: Plan, writer: BundleWriter, progress: Progress, phase: PhaseClock) -> Finished:
         _check_memory(plan, progress)
         with phase("verify"):
-            oracle = writer.path(ORACLE_FILE)
-            oracle.write_bytes(serialize(oracle_model(plan.model, plan.dtype)))
-            record = prove(plan, oracle, "onnxruntime", progress, dtype=plan.dtype, compared=_COMPARED)
-            writer.discard(ORACLE_FILE)
+            record = _verify(plan, writer, progress)
         with phase("compile the GPU kernels"):
             kernels = tensorrt_kernels.compile_into(plan, self._sms, writer, progress)
         limits = EngineLimits(plan.max_seq_len)
@@ -127,6 +124,21 @@ class TensorRTTarget:
                 f"TensorRT made {built.attention_layers} attention plugins of {expected} layers",
                 "please report this with the model's config.json",
             )
+
+
+def _verify(plan: Plan, writer: BundleWriter, progress: Progress) -> Verification:
+    """The proof is of the graph with its cache in the model's dtype; what FP8 loses is measured beside it."""
+    criteria = {"dtype": plan.dtype, "compared": _COMPARED}
+    oracle, rounded = writer.path(ORACLE_FILE), writer.path(KV_ORACLE_FILE)
+    oracle.write_bytes(serialize(oracle_model(plan.model, plan.dtype, round_cache=False)))
+    if plan.kv_dtype == kv_cache.FP8:
+        rounded.write_bytes(serialize(oracle_model(plan.model, plan.dtype)))
+        criteria |= {"kv_engine": str(rounded), "kv_dtype": plan.kv_dtype}
+    record = prove(plan, oracle, "onnxruntime", progress, **criteria)
+    if plan.kv_dtype == kv_cache.FP8:
+        writer.discard(KV_ORACLE_FILE)
+    writer.discard(ORACLE_FILE)
+    return record
 
 
 def _check_memory(plan: Plan, progress: Progress) -> None:

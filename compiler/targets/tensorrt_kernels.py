@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 from llmc.compiler.geometry import attention_nodes
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.progress import Progress
+from llmc.compiler.quantize import kv_cache
 from llmc.passes import edit
-from llmc.plugins.paged_attention.launch import SMS, Attention, variants_for
+from llmc.plugins.paged_attention import launch
+from llmc.plugins.paged_attention.launch import SMS, Attention, Variant
 from llmc.plugins.sampling import launch as sampling
 from llmc.runtime.bundle.manifest import KernelFile
 from llmc.runtime.errors import BuildError, UnsupportedError
@@ -58,7 +60,7 @@ def compile_into(
         from llmc.plugins.sampling.compile_kernels import compile_kernel
 
         made: dict[str, Callable[[int, Path], Kernel]]
-        made = {str(v): partial(compile_variant, v) for v in variants_for(layers(plan), [(plan.dtype, None)])}
+        made = {str(v): partial(compile_variant, v) for v in attention_variants(plan)}
         made |= {sampling.variant(name): partial(compile_kernel, name) for name in sampling.ARGUMENTS}
         jobs = [(variant, sm, kind) for variant in made for sm, kind in codes(sms)]
         files = []
@@ -70,6 +72,12 @@ def compile_into(
     except CompileError as error:
         raise BuildError(f"a GPU kernel: {error}", "please report this") from error
     return tuple(files)
+
+
+def attention_variants(plan: Plan) -> tuple[Variant, ...]:
+    """Every attention kernel that the model needs, for its dtype and that of its KV cache."""
+    cache = launch.FP8 if plan.kv_dtype == kv_cache.FP8 else None
+    return launch.variants_for(layers(plan), [(plan.dtype, cache)])
 
 
 def layers(plan: Plan) -> list[Attention]:

@@ -8,7 +8,8 @@ PagedAttention    scores, softmax and sums in fp32; the softmax weights are roun
 
 ONNX Runtime 1.32 has no bf16 arithmetic. It has fp16, but leaves roundings out where it likes: its error was
 half of transformers' (tales, 2026-11-23), this graph's is within 15 % of it. Caches are fp32 and hold rounded
-values, because the backend keeps them so. docs/fidelity.md says what this proves.
+values, because the backend keeps them so; FP8 ones E4M3 codes times their scale (`onnxruntime_fp8_cache.py`).
+docs/fidelity.md says what this proves.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import onnx_ir.passes.common as common
 
 from llmc.compiler.geometry import attention_nodes
 from llmc.compiler.targets.onnxruntime_fp4 import unpack_fp4
+from llmc.compiler.targets.onnxruntime_fp8_cache import widen_fp8_caches
 from llmc.compiler.targets.tensorrt_lower import DTYPES
 from llmc.passes import edit
 from llmc.passes.spec import STRUCTURAL
@@ -26,18 +28,21 @@ from llmc.plugins.paged_attention import body
 from llmc.plugins.round_fp4 import body as round_fp4
 from llmc.plugins.round_fp4 import spec as round_fp4_spec
 
-ORACLE_FILE = "rank0.oracle.onnx"  # beside weights/ while it is needed; no part of a bundle
+# Beside weights/ while they are needed; no part of a bundle. The second: with the KV cache rounded to FP8.
+ORACLE_FILE, KV_ORACLE_FILE = "rank0.oracle.onnx", "rank0.kv-oracle.onnx"
 _MOVES = STRUCTURAL | {"Cast", "Identity"}  # these compute nothing: they take and give any type
 
 
-def oracle_model(model: ir.Model, dtype: str) -> ir.Model:
+def oracle_model(model: ir.Model, dtype: str, *, round_cache: bool = True) -> ir.Model:
     """A copy of `model`, which `lower_for_tensorrt` made in `dtype`, that ONNX Runtime can run.
 
     Its weights are the same external data, so its file must lie where the graph's lies. In "fp32" nothing is
-    rounded, and all it gets is the body of its attention.
+    rounded, and all it gets is the body of its attention. round_cache: False for the numbers that a cache in
+    the dtype would give where `model` has FP8 caches.
     """
     oracle = model.clone()
     unpack_fp4(oracle)
+    widen_fp8_caches(oracle, rounded=round_cache)
     oracle.functions.clear()
     oracle.graph.opset_imports.pop("trt", None)
     if any(node.op_type == round_fp4_spec.NAME for node in oracle.graph):

@@ -13,6 +13,7 @@ from llmc.compiler.verify import evaluation, loss
 from llmc.compiler.verify.difference import Difference, scaled
 from llmc.compiler.verify.engine_logits import blocks_for, in_chunks, ragged
 from llmc.compiler.verify.job import Findings, Job
+from llmc.compiler.verify.kv_cache_loss import kv_cache_loss, load_quantized
 from llmc.compiler.verify.proof_texts import TEXTS
 from llmc.compiler.verify.reference import Reference
 from llmc.runtime.backends import load_backend
@@ -94,7 +95,8 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
     blocks = (_BLOCKS if exact else 0) + blocks_for(sequences)
     backend = load_backend(job.backend, Path(job.engine), blocks)
     on_step(5)
-    difference = Difference.between(reference, ragged(backend, sequences))
+    logits = ragged(backend, sequences)
+    difference = Difference.between(reference, logits)
     found = _findings_16bit(job, difference, own) if own else _findings_fp32(job, difference)
     details |= found.pop("details", {})
     if exact:
@@ -105,6 +107,11 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
     elif evaluated and own:
         near_tie = _near_tie(own)
         details["quantization_loss"]["engine"] = evaluated.of_engine(backend, near_tie)
+    if job.kv_engine:
+        del backend
+        gc.collect()
+        quantized = ragged(load_quantized(job, blocks), sequences)
+        details["kv_cache_loss"] = kv_cache_loss(logits, quantized, job.kv_dtype)
     on_step(STEPS)
     if job.windows:
         longest = max(len(ids) for ids in sequences)

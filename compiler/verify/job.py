@@ -21,6 +21,7 @@ class Job:
     engine, for the record; empty where it is the engine itself. quantized: name of a weight of the checkpoint
     -> what the engine has in its place; it must then reproduce the checkpoint with these, and what they lose
     is recorded. reference_weights: "dequantized" where the checkpoint itself holds quantized weights.
+    kv_engine: the engine with its KV cache in kv_dtype, whose loss against `engine` is recorded; "" for none.
     """
 
     checkpoint: str
@@ -35,6 +36,8 @@ class Job:
     compared: str = ""
     quantized: Mapping[str, StoredWeight] = field(default_factory=dict)
     reference_weights: ReferenceWeights = "checkpoint"
+    kv_engine: str = ""
+    kv_dtype: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"quantized": {name: one.to_json() for name, one in self.quantized.items()}}
@@ -74,6 +77,7 @@ class Question:
     engine, backend, max_seq_len, vocab_size: as in Job. tokenizer: a tokenizer.json, "" without one. text: a
     file in UTF-8, "" for the evaluation text. checkpoint: what it is compared with in transformers, "" for
     nothing (only its perplexity is measured then). dequantized: whether that checkpoint is quantized.
+    kv_dtype: what the engine's KV cache holds.
     """
 
     engine: str
@@ -85,3 +89,4 @@ class Question:
     checkpoint: str
     tolerance: float
     reference_weights: ReferenceWeights = "checkpoint"
+    kv_dtype: str = "fp32"

@@ -155,6 +155,7 @@ def _measure(
         checkpoint=str(checkpoint) if checkpoint else "",
         tolerance=recipe.load(manifest.source.model_type).logit_tolerance,
         reference_weights="dequantized" if quantized else "checkpoint",
+        kv_dtype=manifest.precision.kv_dtype,
     )
     return run_child({"measure": asdict(question)}, progress, _OUT_OF_MEMORY)
 

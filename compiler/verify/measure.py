@@ -12,6 +12,7 @@ from llmc.compiler.verify.difference import scaled
 from llmc.compiler.verify.engine_logits import blocks_for, in_chunks
 from llmc.compiler.verify.job import Question
 from llmc.runtime.backends import load_backend
+from llmc.runtime.backends.base import Backend
 
 
 def measure(
@@ -31,7 +32,7 @@ def measure(
 
     on_progress(0, steps)
     if not question.checkpoint:
-        backend = load_backend(question.backend, Path(question.engine), _blocks(windows))
+        backend = _load(question, windows)
         found = loss.perplexity(windows, (in_chunks(backend, ids) for ids in windows))
         return {"perplexity": found, "positions": sum(map(len, windows))}
     from llmc.compiler.verify.reference import Reference
@@ -44,7 +45,7 @@ def measure(
     head = reference.head()
     reference.drop_decoder()
     gc.collect()
-    backend = load_backend(question.backend, Path(question.engine), _blocks(windows))
+    backend = _load(question, windows)
     others = (in_chunks(backend, ids) for ids in windows)
     difference = loss.measure(head, states, windows, others, step)
     near_tie = 2 * scaled(question.tolerance, difference.scale)
@@ -60,5 +61,6 @@ def _windows(question: Question) -> list[list[int]]:
     return evaluation.windows_of(text, tokenizer, question.vocab_size, question.max_seq_len, most)
 
 
-def _blocks(windows: list[list[int]]) -> int:
-    return blocks_for([max(windows, key=len)])
+def _load(question: Question, windows: list[list[int]]) -> Backend:
+    blocks = blocks_for([max(windows, key=len)])
+    return load_backend(question.backend, Path(question.engine), blocks, kv_dtype=question.kv_dtype)

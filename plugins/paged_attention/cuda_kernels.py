@@ -140,7 +140,7 @@ class AttentionLauncher:
         self._kernels, self._sm, self._multiprocessors = kernels, sm, multiprocessors
         self._scratch, self._scratch_bytes = scratch, scratch_bytes
         self._lengths: tuple[np.ndarray, np.ndarray] | None = None
-        self._plans: dict[tuple[Attention, str], Plan] = {}
+        self._plans: dict[tuple[Attention, str, str | None], Plan] = {}
 
     def begin(self, query_start: np.ndarray, past_lengths: np.ndarray) -> None:
         """The step's lengths on the host, int32 [S+1] and [S]: launches follow from them until the next step.
@@ -153,10 +153,11 @@ class AttentionLauncher:
 
     def launch(
         self, attention: Attention, dtype: str, scale: float, tensors: Mapping[str, int], tokens: int,
-        sequences: int, stream: int,
+        sequences: int, stream: int, kv_scales: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         """One layer. `tensors`: argument name -> device address, of the operator's inputs and its `output`;
-        tokens, sequences: the rows of `query` and of `past_lengths`, which may include padding.
+        tokens, sequences: the rows of `query` and of `past_lengths`, which may include padding; kv_scales:
+        of an FP8 cache's keys and values, None for a cache in the model's dtype.
 
         Raises CudaError; ValueError for tensors that do not fit the step or the kernels.
         """
@@ -170,30 +171,32 @@ class AttentionLauncher:
             )
         if crooked := [name for name, address in tensors.items() if address % _ALIGNMENT]:
             raise ValueError(f"{crooked[0]} does not begin at a multiple of {_ALIGNMENT} bytes")
-        plan = self._plans.get((attention, dtype))
+        kind = (attention, dtype, launch.FP8 if kv_scales else None)
+        plan = self._plans.get(kind)
         if plan is None:
-            plan = self._plans[attention, dtype] = self._plan(attention, dtype)
+            plan = self._plans[kind] = self._plan(*kind)
+        key_scale, value_scale = kv_scales or (1.0, 1.0)
         arguments: dict[str, float] = {"sinks": 0, "partial_sums": 0, "partial_top": 0, "partial_total": 0}
         arguments |= {name: self._scratch + at for name, at in scratch_layout(plan)[0].items()}
         arguments |= {
             "num_sequences": sequences,
             "num_splits": plan.num_splits,
-            "k_scale": 1.0,
-            "v_scale": 1.0,
+            "k_scale": key_scale,
+            "v_scale": value_scale,
         }
         arguments |= {"scale": scale, "softcap": attention.softcap, "window": attention.window, **tensors}
         for one in plan.launches:
             self._kernels.launch(one, arguments, stream)
 
-    def _plan(self, attention: Attention, dtype: str) -> Plan:
+    def _plan(self, attention: Attention, dtype: str, kv_dtype: str | None) -> Plan:
         """The plan whose scratch fits: a step of many short prompts and a long decode would want much."""
         assert self._lengths is not None
         start, past = self._lengths
         make = partial(launch.plan, sm=self._sm, multiprocessors=self._multiprocessors)
-        plan = make(attention, dtype, None, start, past)
+        plan = make(attention, dtype, kv_dtype, start, past)
         needed = scratch_layout(plan)[1]
         if needed > self._scratch_bytes:
             padding = 3 * _ALIGNMENT * plan.num_splits
             fewer = max(1, plan.num_splits * self._scratch_bytes // (needed + padding))
-            plan = make(attention, dtype, None, start, past, num_splits=fewer)
+            plan = make(attention, dtype, kv_dtype, start, past, num_splits=fewer)
         return plan

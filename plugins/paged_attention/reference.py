@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmc.plugins.paged_attention.spec import BLOCK_SIZE
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE, E4M3_MAX
 
 
 def paged_attention(
@@ -26,17 +26,20 @@ def paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     sinks: np.ndarray | None = None,
 ) -> np.ndarray:
     """Writes the new keys and values into the caches in place and returns the output.
 
     Shapes as in `spec.py`; computes in float64; returns [T, num_heads*Dv] in the query's dtype.
+    Caches may be `ml_dtypes.float8_e4m3fn`; the scales are for these only.
     `sinks` [num_heads] are logits without a value: each takes a share of its head's softmax.
     """
     tokens = query.shape[0]
     queries = query.reshape(tokens, num_heads, -1).astype(np.float64)
-    keys = key.reshape(tokens, num_kv_heads, -1)
-    values = value.reshape(tokens, num_kv_heads, -1)
+    keys = _entries(key.reshape(tokens, num_kv_heads, -1), key_cache, key_scale)
+    values = _entries(value.reshape(tokens, num_kv_heads, -1), value_cache, value_scale)
     output = np.zeros((tokens, num_heads, values.shape[-1]))
     for s, past in enumerate(past_lengths):
         table = block_indices[block_begins[s] : block_begins[s + 1]]
@@ -47,8 +50,10 @@ def paged_attention(
             key_cache[block, :, offset] = keys[t]
             value_cache[block, :, offset] = values[t]
         length = past + end - start
-        all_keys = np.concatenate([key_cache[b] for b in table], axis=1)[:, :length].astype(np.float64)
-        all_values = np.concatenate([value_cache[b] for b in table], axis=1)[:, :length].astype(np.float64)
+        all_keys, all_values = (
+            np.concatenate([cache[b] for b in table], axis=1)[:, :length].astype(np.float64) * factor
+            for cache, factor in ((key_cache, key_scale), (value_cache, value_scale))
+        )
         for t in range(start, end):
             position = past + t - start
             first = max(0, position - window + 1) if window > 0 else 0
@@ -63,3 +68,11 @@ def paged_attention(
                 total = weights.sum() + np.exp(sink - top)
                 output[t, h] = weights @ all_values[g, first : position + 1] / total
     return output.reshape(tokens, -1).astype(query.dtype)
+
+
+def _entries(x: np.ndarray, cache: np.ndarray, scale: float) -> np.ndarray:
+    """What the cache gets for `x`: itself, or E4M3 codes."""
+    if cache.dtype.itemsize > 1:
+        return x
+    codes = np.clip(x.astype(np.float32) / np.float32(scale), -E4M3_MAX, E4M3_MAX)
+    return codes.astype(cache.dtype)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -33,8 +34,10 @@ _INPUT_NAMES = (
     "query", "key", "value", "key_cache", "value_cache",
     "query_start", "past_lengths", "block_indices", "block_begins",
 )  # fmt: skip
-_STEP_INPUTS = range(5, 9)  # int32; all others have the model's dtype
+_STEP_INPUTS = range(5, 9)  # int32; all others but the caches have the model's dtype
 _ALIASES = {1: _KEY_CACHE, 2: _VALUE_CACHE}
+# One dtype for all four, the model's or FP8. (Places of outputs come after those of inputs.)
+_CACHES = (_KEY_CACHE, _VALUE_CACHE, *(_INPUTS + output for output in _ALIASES))
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,30 @@ class Attributes:
     scale: float
     window: int
     softcap: float
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
     @classmethod
     def read(cls, given: Mapping[str, int | float]) -> Attributes:
         """From a node's or an engine's fields. Raises ValueError naming what is missing or impossible."""
         known = {field.name for field in fields(cls)}
-        if missing := sorted(known - given.keys()):
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if missing := sorted(needed - given.keys()):
             raise ValueError(f"{DOMAIN}.{NAME} lacks {', '.join(missing)}")
         if unknown := sorted(given.keys() - known):
             raise ValueError(f"{DOMAIN}.{NAME} of ABI {VERSION} does not know {', '.join(unknown)}")
         heads, kv_heads, window = (int(given[name]) for name in ("num_heads", "num_kv_heads", "window"))
         if kv_heads < 1 or heads < 1 or heads % kv_heads:
             raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads")
-        return cls(heads, kv_heads, float(given["scale"]), window, float(given["softcap"]))
+        scales = [float(given.get(name, 1.0)) for name in ("key_scale", "value_scale")]
+        if not all(math.isfinite(scale) and scale > 0 for scale in scales):
+            raise ValueError(f"scales of a cache must be positive: {scales}")
+        return cls(heads, kv_heads, float(given["scale"]), window, float(given["softcap"]), *scales)
+
+    def stored(self) -> dict[str, int | float]:
+        """What an engine stores: all but defaults, so that one without FP8 caches is what it always was."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
 
 
 class Launcher(Protocol):
@@ -66,7 +80,7 @@ class Launcher(Protocol):
 
     def launch(
         self, attention: Attention, dtype: str, scale: float, tensors: Mapping[str, int], tokens: int,
-        sequences: int, stream: int,
+        sequences: int, stream: int, kv_scales: tuple[float, float] | None,
     ) -> None: ...  # fmt: skip
 
 
@@ -165,6 +179,10 @@ def make_plugin(trt: Any) -> Any:
                 return False
             if pos in _STEP_INPUTS:
                 return tensor.type == trt.DataType.INT32
+            if pos in _CACHES and tensor.type != in_out[_KEY_CACHE].desc.type:
+                return False
+            if pos in _CACHES and tensor.type == trt.DataType.FP8:
+                return True
             return tensor.type in float_types and tensor.type == in_out[_QUERY].desc.type
 
         def get_aliased_input(self, output: int) -> int:
@@ -178,13 +196,16 @@ def make_plugin(trt: Any) -> Any:
                 raise ValueError(
                     f"query {list(query)} and key cache {list(key)} contradict {self.attributes}"
                 )
+            a = self.attributes
+            if inputs[_KEY_CACHE].desc.type != trt.DataType.FP8 and (a.key_scale, a.value_scale) != (1, 1):
+                raise ValueError(f"a cache in the model's dtype has no scales: {a}")
 
         # Runtime.
 
         def get_fields_to_serialize(self) -> Any:
             stored = trt.PluginFieldCollection([])
             self._stored = []
-            for name, value in asdict(self.attributes).items():
+            for name, value in self.attributes.stored().items():
                 dtype, field_type = field_types[type(value)]
                 self._stored.append(np.array([value], dtype))
                 stored.append(trt.PluginField(name, self._stored[-1], field_type))
@@ -224,6 +245,7 @@ def make_plugin(trt: Any) -> Any:
                 if outputs[output] != inputs[cache]:
                     raise RuntimeError(f"TensorRT gave {DOMAIN}.{NAME} a copy of {_INPUT_NAMES[cache]}")
             key, value = described[_KEY_CACHE].dims, described[_VALUE_CACHE].dims
+            scales = (self.attributes.key_scale, self.attributes.value_scale)
             launcher.launch(
                 _attention(self.attributes, key[3], value[3]),
                 float_types[described[_QUERY].type],
@@ -232,6 +254,7 @@ def make_plugin(trt: Any) -> Any:
                 described[_QUERY].dims[0],
                 described[_PAST_LENGTHS].dims[0],
                 stream,
+                scales if described[_KEY_CACHE].type == trt.DataType.FP8 else None,
             )
 
     class PagedAttentionCreator(trt.IPluginCreatorV3One):

@@ -11,8 +11,8 @@ from llmc.runtime.errors import BackendError
 
 STEP_INPUTS = tuple(field.name for field in fields(Batch))
 LOGITS = "logits"
-_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT32": 4}
-_CACHE_DTYPES = {"fp16": "HALF", "bf16": "BF16"}
+_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "FP8": 1, "INT32": 4}
+_CACHE_DTYPES = {"fp16": "HALF", "bf16": "BF16", "fp8": "FP8"}
 
 
 @dataclass(frozen=True)

@@ -117,10 +117,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Precision:
-    """Arithmetic and KV-cache element types."""
+    """Arithmetic and KV-cache element types. fp8 (E4M3): on GPUs; u8: on the CPU."""
 
     dtype: Literal["fp32", "fp16", "bf16"]
-    kv_dtype: Literal["fp32", "fp16", "bf16", "u8"]
+    kv_dtype: Literal["fp32", "fp16", "bf16", "fp8", "u8"]
 
 
 @dataclass(frozen=True)
@@ -346,6 +346,9 @@ def _check_consistent(manifest: Manifest) -> None:
         bad("gpu", f"{'missing' if manifest.gpu is None else 'given'} for the target {manifest.target.name}")
     if (manifest.format_version >= _GPU_FROM) != (manifest.gpu is not None):
         bad("format_version", f"{manifest.format_version} does not fit: `gpu` came with format {_GPU_FROM}")
+    kv_dtype, engine = manifest.precision.kv_dtype, manifest.target.engine
+    if (kv_dtype == "fp8" and manifest.gpu is None) or (kv_dtype == "u8" and engine != "openvino"):
+        bad("precision.kv_dtype", f"{kv_dtype} is no KV cache of {engine}")
     if len({operator.name for operator in manifest.operators}) != len(manifest.operators):
         bad("operators", "an operator is listed twice")
     if [engine.rank for engine in manifest.engines] != list(range(manifest.parallel.world_size)):
