@@ -56,6 +56,7 @@ def test_weights_are_replaced_and_inputs_rounded(checkpoint: Callable[[str], Pat
     reference = Reference(str(source), "fp32")
     np.testing.assert_allclose(reference.logits(IDS), own_logits(model), atol=1e-5)
     reference.round(stored)
+    reference.round_inputs(stored)
 
     for name, values in exact.items():
         model.get_parameter(name).data = values

@@ -18,7 +18,8 @@ from llmc.compiler.quantize import capability
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.safetensors_index import TensorRef
 from llmc.compiler.targets.base import GRAPH_FILE, Finished, PhaseClock
-from llmc.compiler.targets.finish import finish
+from llmc.compiler.targets.exact_inputs import rounds_inputs, with_exact_inputs
+from llmc.compiler.targets.finish import finish, serialize
 from llmc.compiler.targets.onnxruntime_fp4 import unpack_fp4
 from llmc.compiler.targets.proof import prove
 from llmc.compiler.targets.stored_dtype import keep_stored_dtype
@@ -32,6 +33,7 @@ from llmc.runtime.errors import UnsupportedError
 if TYPE_CHECKING:
     from llmc.compiler.driver import Plan
 
+_EXACT_FILE = "rank0.exact.onnx"  # beside weights/ while it is needed; no part of a bundle
 OPENVINO, ONNXRUNTIME = "2026.4", "1.32"
 _WEIGHTS_NOTE = {
     "openvino": "matrices as the checkpoint has them, widened as they are multiplied; the rest in fp32",
@@ -77,15 +79,22 @@ class CpuTarget:
 
     def finish(self, plan: Plan, writer: BundleWriter, progress: Progress, phase: PhaseClock) -> Finished:
         graph = writer.path(GRAPH_FILE)
-        cache = {"kv_engine": str(graph), "kv_dtype": plan.kv_dtype} if plan.kv_dtype != plan.dtype else {}
+        also = {"kv_engine": str(graph), "kv_dtype": plan.kv_dtype} if plan.kv_dtype != plan.dtype else {}
+        proven, rounds = graph, rounds_inputs(plan.model)
+        if rounds:
+            proven = writer.path(_EXACT_FILE)
+            proven.write_bytes(serialize(with_exact_inputs(plan.model)))
+            also["rounding_engine"] = str(graph)
         with phase("verify"):
-            record = prove(plan, graph, plan.target.engine, progress, **cache)
+            record = prove(plan, proven, plan.target.engine, progress, **also)
+        if rounds:
+            writer.discard(_EXACT_FILE)
         return Finished(GRAPH_FILE, record, weights_note=_WEIGHTS_NOTE[plan.target.engine])
 
 
 def choose_engine(model: ir.Model) -> Target:
     """Which engine runs `model`, and why."""
-    if any(node.op_type in ("QuantizeLinear", round_fp4_spec.NAME) for node in model.graph):
+    if rounds_inputs(model):
         return Target(
             name="cpu",
             engine="onnxruntime",

@@ -23,6 +23,7 @@ __all__ = ["MIN_TOP1", "Findings", "Job", "available_memory", "faults", "memory_
 
 MIN_TOP1 = {"fp32": 1.0, "fp16": 0.99, "bf16": 0.99}  # dtype that the engine computes in -> least agreement
 MAX_RMS_RATIO = 1.5  # 16 bits: the engine's rms error over transformers' own; 0.9 to 1.0 were measured
+MAX_ROUNDING_RATIO = 0.5  # fp32, layers that round their inputs: what edges between codes may make of it
 
 
 def run(job: Job, progress: Progress) -> Verification:
@@ -77,6 +78,9 @@ def faults(findings: Findings, dtype: str) -> list[str]:
     if (ratio := findings.rms_ratio) is not None:
         text = f"rms error {ratio:.2f} times that of transformers in {dtype} (at most {MAX_RMS_RATIO:g})"
         measured.append((ratio <= MAX_RMS_RATIO, text))
+    if (ratio := findings.rounding_ratio) is not None:
+        text = f"rounded inputs: rms {ratio:.2f} of what they change (at most {MAX_ROUNDING_RATIO:g})"
+        measured.append((ratio <= MAX_ROUNDING_RATIO, text))
     if (equal := findings.greedy_equal) is not None:
         measured.append((equal, f"greedy text {'equal' if equal else 'different'}"))
     if not _is_finite(findings.details):

@@ -77,10 +77,16 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
     evaluated = _Evaluation(job, model) if job.quantized else None
     on_step(1)
     model.round(job.quantized)
+    if not job.rounding_engine:
+        model.round_inputs(job.quantized)
     reference = [model.logits(ids) for ids in sequences]
     continuations = [model.continuation(ids, job.max_seq_len) for ids in prompts]
     on_step(2)
     details: dict[str, Any] = {}
+    rounded: list[np.ndarray] = []
+    if job.rounding_engine:
+        model.round_inputs(job.quantized)
+        rounded = [model.logits(ids) for ids in sequences]
     if evaluated:
         details["quantization_loss"] = evaluated.of_rounding(job, model)
     model.drop_decoder()
@@ -107,6 +113,14 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
     elif evaluated and own:
         near_tie = _near_tie(own)
         details["quantization_loss"]["engine"] = evaluated.of_engine(backend, near_tie)
+    if job.rounding_engine:
+        del backend
+        gc.collect()
+        backend = load_backend(job.backend, Path(job.rounding_engine), blocks)
+        off = Difference.between(rounded, ragged(backend, sequences))
+        whole = Difference.between(reference, rounded)
+        found["rounding_ratio"] = off.rms / max(whole.rms, 1e-30)
+        details["input_rounding"] = {"changes": whole.summary(), "engine": off.summary()}
     if job.kv_engine:
         del backend
         gc.collect()
@@ -153,6 +167,7 @@ def _in_16_bits(job: Job, sequences: Sequence[Sequence[int]]) -> list[np.ndarray
     """transformers' logits in the engine's dtype, with the engine's weights."""
     model = Reference(job.checkpoint, job.dtype, job.reference_weights)
     model.round(job.quantized)
+    model.round_inputs(job.quantized)
     return [model.logits(ids) for ids in sequences]
 
 

@@ -22,6 +22,8 @@ class Job:
     -> what the engine has in its place; it must then reproduce the checkpoint with these, and what they lose
     is recorded. reference_weights: "dequantized" where the checkpoint itself holds quantized weights.
     kv_engine: the engine with its KV cache in kv_dtype, whose loss against `engine` is recorded; "" for none.
+    rounding_engine: where layers round their inputs in fp32, the engine that does; `engine` is then the same
+    one without that rounding.
     """
 
     checkpoint: str
@@ -38,6 +40,7 @@ class Job:
     reference_weights: ReferenceWeights = "checkpoint"
     kv_engine: str = ""
     kv_dtype: str = ""
+    rounding_engine: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"quantized": {name: one.to_json() for name, one in self.quantized.items()}}
@@ -57,7 +60,9 @@ class Findings:
     max_logit_error: absolute, over all positions and the whole vocabulary; tolerance: scaled to the
     logits; top1_agreement: share of positions where the engine's best token is the reference's, or as
     good as it within what rounding hides; greedy_equal: None in 16 bits, where texts part at the first near
-    tie; rms_ratio: the engine's rms error over that of transformers in the same dtype, None in fp32.
+    tie; rms_ratio: the engine's rms error over that of transformers in the same dtype, None in fp32;
+    rounding_ratio: of an fp32 engine that rounds the inputs of layers, the rms difference from the reference
+    that rounds them too, over the rms of what that rounding changes.
     """
 
     max_logit_error: float
@@ -67,6 +72,7 @@ class Findings:
     greedy_equal: bool | None
     greedy_tokens: int
     rms_ratio: float | None = None
+    rounding_ratio: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
 

@@ -42,7 +42,7 @@ class Reference:
 
     @torch.no_grad()
     def round(self, stored: Mapping[str, StoredWeight]) -> None:
-        """From now on the model has these weights and rounds these inputs, as the engine does.
+        """From now on the model has these weights, as the engine does.
 
         A weight that a module shares with another one (a tied lm_head) changes in the named module alone.
         Raises BuildError for a name or a shape that the model does not have.
@@ -57,8 +57,12 @@ class Reference:
                     f"the engine has {name} as {got}, transformers as {wanted}", "please report this"
                 )
             module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
+
+    def round_inputs(self, stored: Mapping[str, StoredWeight]) -> None:
+        """From now on layers round their inputs as the engine does."""
+        for name, one in stored.items():
             if one.input is not None:
-                module.register_forward_pre_hook(_rounding(one.input))
+                self._module_of(name).register_forward_pre_hook(_rounding(one.input))
 
     def _module_of(self, name: str) -> Any:
         try:
