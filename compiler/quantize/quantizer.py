@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from llmc.compiler.quantize import codes, scales
-from llmc.compiler.quantize.formats import Format
+from llmc.compiler.quantize.formats import STORED, Format
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 
 SEARCHES = ("amax", "mse")
@@ -40,34 +40,53 @@ def quantize(
     """
     if search not in SEARCHES or (search == "mse" and form.block == -1):
         raise ValueError(f"{form.name} has no search {search!r}")
+    wide, over = prepare(rows, form, name, amax)
+    if form.block == -1:
+        return assemble(codes.encode(wide / over, form.codes), over, over, form)
+    blocks = wide.reshape(len(wide), -1, form.block or wide.shape[1])
+    chosen = first_scales(blocks, form, over, name)
+    if search == "mse":
+        chosen = scales.search_scales(blocks, chosen, form, over)
+    array = codes.encode(blocks / scales.effective(chosen, over)[..., None], form.codes)
+    return assemble(array.reshape(wide.shape), chosen, over, form)
+
+
+def prepare(
+    rows: np.ndarray, form: Format, name: str, amax: float | None = None
+) -> tuple[np.ndarray, np.float32]:
+    """`rows` in float32, and the global scale of `form` (1 where it has none), as `quantize` takes and
+    raises."""
     if reason := form.why_not(rows.shape):
         raise UnsupportedError(f"tensor {name} cannot be stored as {form.name}: {reason}", _WAY_OUT)
     wide = _checked(rows, name)
     largest = float(np.abs(wide).max())
     if amax is not None and amax < largest:
         raise ValueError(f"amax {amax} of {name} is smaller than its weight {largest}")
-    over = (
-        scales.global_scale(largest if amax is None else amax, form)
-        if form.has_global_scale
-        else np.float32(1)
-    )
+    if not form.has_global_scale:
+        return wide, np.float32(1)
+    over = scales.global_scale(largest if amax is None else amax, form)
     if form.block == -1:
-        stored = scales.round_up(np.atleast_1d(over), form.scales)[0]
+        stored = scales.round_up(np.atleast_1d(over), form.scales)
         _check_scales(stored, form, name)
-        return {
-            "weight": codes.encode(wide / np.float32(stored), form.codes),
-            "weight_scale": np.asarray(stored),
-        }
+        over = stored.astype(np.float32)[0]
+    return wide, over
 
-    blocks = wide.reshape(len(wide), -1, form.block or wide.shape[1])
+
+def first_scales(blocks: np.ndarray, form: Format, over: np.float32, name: str) -> np.ndarray:
+    """`scales.first_scales`, checked. Raises UnsupportedError when one does not fit its dtype."""
     chosen = scales.first_scales(blocks, form, over)
     _check_scales(chosen, form, name)
-    if search == "mse":
-        chosen = scales.search_scales(blocks, chosen, form, over)
-    array = codes.encode(blocks / scales.effective(chosen, over)[..., None], form.codes).reshape(wide.shape)
+    return chosen
+
+
+def assemble(
+    array: np.ndarray, chosen: np.ndarray | np.float32, over: np.float32, form: Format
+) -> dict[str, np.ndarray]:
+    """The arrays of `form.layout` from codes [rows, in] and stored scales [rows, blocks] (or the one)."""
+    stored = np.asarray(chosen, STORED[form.scales])
     arrays = {
         "weight": codes.pack(array) if form.packed else array,
-        "weight_scale": chosen if form.block else chosen[:, 0],
+        "weight_scale": stored[:, 0] if form.block == 0 else stored,
     }
     if form.codes == "e2m1":
         arrays["weight_scale_2"] = np.asarray(over)

@@ -60,12 +60,26 @@ def search_scales(blocks: np.ndarray, first: np.ndarray, form: Format, over: np.
     """The scales around `first` with the least squared error in each block; ties keep the earlier."""
     best = first.copy()
     error = _squared_error(blocks, best, form, over)
-    for scales in _candidates(first, form):
+    for scales in candidates(first, form):
         other = _squared_error(blocks, scales, form, over)
         better = other < error
         best[better] = scales[better]
         error[better] = other[better]
     return best
+
+
+def candidates(first: np.ndarray, form: Format) -> Iterator[np.ndarray]:
+    """The stored scales around `first` that a search tries, each of its shape and dtype."""
+    if form.codes != "e2m1":
+        for ratio in _RATIOS:
+            yield round_up(
+                np.maximum(first.astype(np.float32) * np.float32(ratio), _SMALLEST_NORMAL), form.scales
+            )
+        return
+    # Positive E4M3 bytes are in the order of their values: 0x01 is 2^-9, 0x7E is 448.
+    for step in _E4M3_STEPS:
+        steps = np.clip(first.view(np.uint8).astype(np.int16) + step, 0x01, 0x7E)
+        yield steps.astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
 
 
 def effective(scales: np.ndarray, over: np.ndarray | np.float32) -> np.ndarray:
@@ -81,19 +95,6 @@ def round_up(scales: np.ndarray, stored: str) -> np.ndarray:
     infinity = np.array(np.inf, narrow.dtype)
     narrow[too_small] = np.nextafter(narrow[too_small], infinity)
     return narrow
-
-
-def _candidates(first: np.ndarray, form: Format) -> Iterator[np.ndarray]:
-    if form.codes != "e2m1":
-        for ratio in _RATIOS:
-            yield round_up(
-                np.maximum(first.astype(np.float32) * np.float32(ratio), _SMALLEST_NORMAL), form.scales
-            )
-        return
-    # Positive E4M3 bytes are in the order of their values: 0x01 is 2^-9, 0x7E is 448.
-    for step in _E4M3_STEPS:
-        steps = np.clip(first.view(np.uint8).astype(np.int16) + step, 0x01, 0x7E)
-        yield steps.astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
 
 
 def _squared_error(blocks: np.ndarray, scales: np.ndarray, form: Format, over: np.float32) -> np.ndarray:

@@ -1,0 +1,170 @@
+"""GPTQ: rounding that lets the columns still to come make up for the error of those already rounded.
+
+Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323. The loss is tr(D H D^T): D [out, in] is the error
+of the weights, H = X^T X / tokens the second moment of the layer's inputs X. It is computed in the form of
+LDLQ (Chee, Cai, Kuleshov, De Sa 2023, arXiv:2307.13304, theorem 6: the same codes), which inverts nothing.
+With H = M diag(d) M^T, M unit upper triangular, the loss of rounding w to q is
+
+    sum over j of d_j (v_j - q_j)^2,    v_j = w_j + sum over k < j of (w_k - q_k) M_kj
+
+so q_j, in the order of the columns, is v_j rounded to nearest.
+
+The scale of a block of columns is, of those that `scales.candidates` tries around the block as it has become,
+the one whose codes, with the feedback within the block, have the least such loss. A row that has one scale
+gets it from its original weights, by the error weighted with diag(H).
+
+Measured on model_zoo/llama/tales, top-1 agreement with fp32 and mean KL on 8,192 held-out tokens, lm_head
+left out (2026-11-26):
+
+                                              H from               int4             nvfp4-weight-only
+    round to nearest, least squared error                          91.86 % 0.0120   93.41 % 0.0101
+    GPTQ, scales by squared error             its training text    94.93 % 0.0054   95.53 % 0.0047
+          squared error weighted with diag(H)                      95.21 % 0.0054   95.57 % 0.0047
+          loss with feedback                                       95.26 % 0.0052   95.69 % 0.0044
+          loss with feedback                  calibrate/text       94.62 % 0.0053   95.76 % 0.0045
+
+(16,384 tokens of its training text, 5,748 of ours. A quarter of a percent is noise.)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmc.compiler.quantize import codes, quantizer, scales
+from llmc.compiler.quantize.formats import Format
+from llmc.runtime.errors import BuildError, CheckpointError
+
+_WIDTH = 128  # columns rounded between two matrix products, where the format has no blocks of its own
+
+
+def hessian(x: np.ndarray) -> np.ndarray:
+    """The second moment of inputs float32 [tokens, in]: x^T x / tokens, float32 [in, in]."""
+    return x.T @ x / np.float32(len(x))
+
+
+def output_error(rows: np.ndarray, dequantized: np.ndarray, hessian: np.ndarray) -> float:
+    """How much of a layer's output is error: sqrt(tr(D H D^T) / tr(W H W^T)), D = W - dequantized.
+
+    `rows` W and `dequantized` are [out, in], `hessian` is [in, in]. 0 if the output is 0.
+    """
+    wide = np.asarray(rows, np.float32)
+    whole = _energy(wide, hessian)
+    return float(np.sqrt(_energy(wide - dequantized, hessian) / whole)) if whole > 0 else 0.0
+
+
+def gptq(
+    rows: np.ndarray,
+    hessian: np.ndarray,
+    form: Format,
+    name: str,
+    *,
+    amax: float | None = None,
+    damping: float = 0.01,
+) -> dict[str, np.ndarray]:
+    """The arrays of `form.layout` for the weight `name`, `rows` [out, in], as `quantizer.quantize` gives
+    them, with codes and scales that keep the layer's output for inputs of second moment `hessian` [in, in].
+
+    `amax` is as in `quantize`. `damping` times the mean of H's diagonal is added to the diagonal: inputs that
+    calibration never saw are rounded to nearest.
+    Raises what `quantize` raises; CheckpointError when `hessian` is not finite, and BuildError when it is not
+    positive definite even so damped.
+    """
+    wide, over = quantizer.prepare(rows, form, name, amax)
+    factor, pivots = _factorize(hessian, damping, name)
+    weight = np.ascontiguousarray(wide.T)  # [in, out]: the work is by column
+    array = np.empty(weight.shape, codes.encode(weight[:0], form.codes).dtype)
+    errors = np.empty_like(weight)
+    chosen: list[np.ndarray] = []  # of each block, [out]
+    factors = np.full(len(wide), over)
+    if form.block == 0:
+        tried = _candidates(weight, form, over, name)
+        diagonal = np.square(factor) @ pivots  # of the damped H
+        losses = np.stack([_weighted_error(weight, one, diagonal, form) for one in tried])
+        chosen.append(_best(tried, losses))
+        factors = scales.effective(chosen[0], over)
+    width = form.block if form.block > 0 else _WIDTH
+    for first in range(0, len(weight), width):
+        span = slice(first, first + width)
+        own, inner = weight[span], factor[span, span]
+        feedback = factor[:first, span].T @ errors[:first]
+        if form.block > 0:
+            # As the columns were if none of the block were rounded: the next takes back what one adds.
+            free = own + np.linalg.solve(inner.T, feedback)
+            tried = _candidates(free, form, over, name)
+            every = scales.effective(tried, over)
+            _, _, losses = _round(own[:, None], feedback[:, None], inner, pivots[span], every, form)
+            chosen.append(_best(tried, losses))
+            factors = scales.effective(chosen[-1], over)
+        array[span], errors[span], _ = _round(own, feedback, inner, pivots[span], factors, form)
+    stored = np.stack(chosen, axis=1) if chosen else over
+    return quantizer.assemble(np.ascontiguousarray(array.T), stored, over, form)
+
+
+def _factorize(hessian: np.ndarray, damping: float, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """M [in, in] and d [in] of the damped H, computed in float64, in float32. H = 0: the identity's."""
+    damped = hessian.astype(np.float64)
+    if not np.isfinite(damped.sum()):
+        raise CheckpointError(
+            f"the inputs of {name} are infinite or NaN on the calibration text", "are the weights damaged?"
+        )
+    mean = float(np.trace(damped)) / len(damped)
+    damped[np.diag_indices_from(damped)] += damping * mean if mean else 1
+    try:
+        lower = np.linalg.cholesky(damped[::-1, ::-1])  # columns in reverse: an upper factor
+    except np.linalg.LinAlgError as error:
+        raise BuildError(
+            f"the inputs of {name} depend on each other: GPTQ with damping {damping} cannot use them",
+            "calibrate on more text, or with more damping",
+        ) from error
+    upper = lower[::-1, ::-1]
+    root = np.diag(upper)
+    return (upper / root).astype(np.float32), np.square(root).astype(np.float32)
+
+
+def _round(
+    own: np.ndarray,
+    feedback: np.ndarray,
+    inner: np.ndarray,
+    pivots: np.ndarray,
+    factors: np.ndarray,
+    form: Format,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rounds some columns [width, ..., out], one after the other.
+
+    own: the weights; feedback: of the columns before these; inner: M among these; factors [..., out]: what
+    codes are multiplied by. Returns the codes, the errors w - q, and the loss [..., out].
+    """
+    target = np.broadcast_to(own + feedback, (len(own), *factors.shape)).copy()
+    array = np.empty(target.shape, codes.encode(target[:0], form.codes).dtype)
+    errors = np.empty_like(target)
+    loss = np.zeros_like(factors)
+    for j, column in enumerate(target):
+        array[j] = codes.encode(column / factors, form.codes)
+        rounded = codes.decode(array[j], form.codes) * factors
+        errors[j] = own[j] - rounded
+        loss += pivots[j] * np.square(column - rounded)
+        target[j + 1 :] += np.multiply.outer(inner[j, j + 1 :], errors[j])
+    return array, errors, loss
+
+
+def _candidates(columns: np.ndarray, form: Format, over: np.float32, name: str) -> np.ndarray:
+    """Stored scales [n, out] to try for a block of columns [width, out]."""
+    blocks = np.ascontiguousarray(columns.T)[:, None, :]
+    first = quantizer.first_scales(blocks, form, over, name)
+    return np.stack([first, *scales.candidates(first, form)])[..., 0]
+
+
+def _best(tried: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Of scales [n, out] those with the least of losses [n, out]; of equals the first."""
+    return np.take_along_axis(tried, losses.argmin(0)[None], 0)[0]
+
+
+def _weighted_error(columns: np.ndarray, stored: np.ndarray, weights: np.ndarray, form: Format) -> np.ndarray:
+    factors = stored.astype(np.float32)
+    difference = codes.decode(codes.encode(columns / factors, form.codes), form.codes) * factors - columns
+    return np.einsum("i,io,io->o", weights, difference, difference)
+
+
+def _energy(matrix: np.ndarray, hessian: np.ndarray) -> float:
+    """tr(A H A^T); what rounding leaves of 0 may be negative."""
+    return max(0.0, float(np.einsum("ij,ij->", matrix @ hessian, matrix, dtype=np.float64)))
