@@ -1,0 +1,90 @@
+"""How large activations get: the figures that a static scale is made from.
+
+Magnitudes are counted in bins of 2^-11 of their size (the first 11 bits of the mantissa), so that 100 million
+of them need one pass and 4 MB, and a search over scales none of them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.compiler.calibrate.layers import LayerInputs
+from llmc.compiler.quantize.codes import decode, encode
+from llmc.compiler.quantize.formats import E4M3_MAX
+from llmc.runtime.errors import RequestError
+
+METHODS = ("max", "percentile", "mse")
+PERCENTILE = 99.99  # of the magnitudes
+_DROPPED_BITS = 12  # of the 23 of float32's mantissa
+_BINS = 1 << (31 - _DROPPED_BITS)
+_CHUNK = 1 << 22  # elements
+_RATIOS = 2.0 ** (-np.arange(0, 97) / 16)  # of the largest: down to 1/64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Clip ranges of the inputs of a linear layer, one for each method; 0 if the inputs are all zeros.
+
+    max: the largest magnitude. percentile: 99.99 % of the magnitudes are not larger. mse: the range with the
+    least mean squared error when E4M3 codes at a scale of range / 448 replace the inputs.
+    """
+
+    max: float
+    percentile: float
+    mse: float
+
+    def amax(self, method: str) -> float:
+        """The range by `method`. Raises RequestError for an unknown one."""
+        if method not in METHODS:
+            raise RequestError(f"there is no calibration method {method!r}", f"known: {', '.join(METHODS)}")
+        return getattr(self, method)
+
+
+def ranges(layer: LayerInputs) -> tuple[dict[str, Entry], tuple[float, float]]:
+    """Each linear layer of a decoder layer -> its figures; and the largest magnitudes of keys and values.
+
+    Modules that are multiplied as one have one input, and so the same figures.
+    """
+    entries: dict[str, Entry] = {}
+    for modules, x in layer.inputs.items():
+        entries |= dict.fromkeys(modules, entry(x))
+    return entries, (_largest(layer.keys), _largest(layer.values))
+
+
+def entry(x: np.ndarray) -> Entry:
+    """The figures of finite float32 inputs of any shape."""
+    largest = _largest(x)
+    if not largest:
+        return Entry(0.0, 0.0, 0.0)
+    counts = _histogram(x)
+    bins = np.flatnonzero(counts)
+    counts = counts[bins]
+    # A bin's middle stands for what it holds.
+    bits = (bins.astype(np.uint32) << _DROPPED_BITS) + np.uint32(1 << (_DROPPED_BITS - 1))
+    magnitudes = np.minimum(bits.view(np.float32), np.float32(largest))
+    rank = np.searchsorted(np.cumsum(counts), counts.sum() * (PERCENTILE / 100))
+    return Entry(largest, float(magnitudes[rank]), _least_error(magnitudes, counts, largest))
+
+
+def _histogram(x: np.ndarray) -> np.ndarray:
+    counts = np.zeros(_BINS, np.int64)
+    flat = np.ascontiguousarray(x, np.float32).reshape(-1)
+    for first in range(0, flat.size, _CHUNK):
+        bits = flat[first : first + _CHUNK].view(np.uint32) & np.uint32(0x7FFFFFFF)
+        counts += np.bincount(bits >> _DROPPED_BITS, minlength=_BINS)
+    return counts
+
+
+def _least_error(magnitudes: np.ndarray, counts: np.ndarray, largest: float) -> float:
+    errors = []
+    for clip in largest * _RATIOS:
+        scale = np.float32(clip / E4M3_MAX)
+        rounded = decode(encode(magnitudes / scale, "e4m3"), "e4m3") * scale
+        errors.append(counts @ np.square((rounded - magnitudes).astype(np.float64)))
+    return float(largest * _RATIOS[np.argmin(errors)])
+
+
+def _largest(x: np.ndarray) -> float:
+    return float(max(x.max(initial=0), -x.min(initial=0)))
