@@ -112,7 +112,7 @@ def _layers(model: ir.Model, attention: Sequence[ir.Node]) -> dict[ir.Node, int]
     if not attention or len(prefixes) < len(attention) or "" in prefixes:
         names = ", ".join(map(module_of, attention[:3]))
         raise UnsupportedError(
-            f"the model's decoder layers cannot be told apart by the names of its attention ({names or 'none'})",
+            f"the names of the model's attention ({names or 'none'}) do not tell its decoder layers apart",
             "choose a quantization that needs no calibration",
         )
     return {node: prefixes.get(_prefix(node), _BEFORE) for node in model.graph}

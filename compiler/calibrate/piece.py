@@ -56,7 +56,7 @@ class Piece:
             if value not in made and value.const_value is None
         ]
         self._weights = {v: read_float32(v, tensors) for v in self._inputs if is_parameter(v)}
-        self._outputs = [value for value in outputs if value in made]
+        self._outputs = [value for value in dict.fromkeys(outputs) if value in made]
         self._session = _session(model, self._inputs, self._outputs) if self._outputs else None
 
     def __call__(self, step: Batch, crossed: Mapping[ir.Value, np.ndarray]) -> dict[ir.Value, np.ndarray]:
@@ -112,7 +112,8 @@ def _tensor(name: str, tensors: Mapping[str, TensorRef]) -> TensorRef:
 
 
 def _is_lookup(node: ir.Node) -> bool:
-    if node.op_type != "Gather" or node.attributes.get_int("axis", 0):
+    axis = node.attributes.get("axis")
+    if node.op_type != "Gather" or (axis is not None and axis.as_int() != 0):
         return False
     table, ids = edit.operand(node, 0), edit.operand(node, 1)
     return is_parameter(table) and ids.is_graph_input() and ids.name in _STEP
