@@ -2,8 +2,8 @@
 
     QuantizeLinear(x, s), DequantizeLinear(., s)  ->  x          llmc.RoundFP4(x, s)  ->  x
 
-Where a value lies at the edge between two codes, the last bit of fp32 decides, and two right engines differ by
-a whole code. So a build proves this graph to the bounds of fp32, and the rounding beside it.
+Where a value lies at the edge between two codes, the last bit of fp32 decides, and two right engines differ
+by a whole code. So a build proves this graph to the bounds of fp32, and the rounding beside it.
 """
 
 from __future__ import annotations
