@@ -13,6 +13,7 @@ from llmc.compiler import hub, recipe, verify
 from llmc.compiler.checkpoint import Checkpoint
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.progress import Progress, Silent
+from llmc.compiler.quantize.stored_plan import read_stored
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.base import GRAPH_FILE, TargetCompiler, target_compiler
 from llmc.compiler.weight_names import compare_names
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
     from llmc.compiler.quantize.matrix import QuantizedMatrix
     from llmc.compiler.quantize.plan import QuantPlan
     from llmc.compiler.quantize.produce import Produced
+    from llmc.compiler.quantize.stored_plan import StoredWeights
     from llmc.passes.contract import PassReport
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A build up to the point where files are written. `dtype`: what the engine computes in; `matrices`:
-    those whose codes and scales are still to be made."""
+    """A build up to the point where files are written. `dtype`: what the engine computes in; `stored`: a
+    checkpoint that comes quantized; `matrices`: those whose codes and scales are still to be made."""
 
     request: BuildRequest
     checkpoint: Checkpoint
@@ -42,6 +44,7 @@ class Plan:
     dtype: str
     max_seq_len: int
     reports: list[PassReport]
+    stored: StoredWeights | None
     quantization: QuantPlan | None
     matrices: list[QuantizedMatrix]
     weight_bytes: int
@@ -102,6 +105,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         compiler = target_compiler(request.target)
         dtype = request.compute_dtype(checkpoint.dtype)
         compiler.check(request, dtype)
+        stored = read_stored(checkpoint, request, dtype)
     with clock.phase("import torch and transformers"):
         from llmc.compiler import weights
         from llmc.compiler.config import context_length, load_config
@@ -114,23 +118,27 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
     max_seq_len = context_length(config, request.max_seq_len)
     with clock.phase("trace"):
         traced = trace(config, dtype, max_seq_len)
-        compare_names(traced.parameters, checkpoint.tensors)
+        compare_names(traced.parameters, stored.checkpoint.named if stored else checkpoint.tensors)
     with clock.phase("rewrite the graph"):
         expected = family.expected(int(config.num_hidden_layers))
-        reports = contract.run(traced.model, pipeline(), expected)
+        passes = pipeline(stored.why_apart) if stored else pipeline()
+        reports = contract.run(traced.model, passes, expected)
         geometry = read_geometry(traced.model)
         parameters = weights.num_elements(traced.model)
         quantization, matrices = None, []
+        bits = 32 if checkpoint.dtype == "float32" else 16
         if request.quant:
-            stored = 32 if checkpoint.dtype == "float32" else 16
             quantization = apply.plan_weights(
                 traced.model,
                 request.quant,
                 request.exclude,
                 family.quantize_exclude,
-                stored,
+                bits,
                 apply.SCALES_OF.get(dtype),
             )
+        elif stored:
+            quantization = apply.plan_stored(traced.model, stored, bits)
+        if quantization:
             matrices = apply.apply_plan(traced.model, quantization)
         target = compiler.lower(traced.model, dtype, checkpoint.tensors)
     return Plan(
@@ -144,6 +152,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         dtype=dtype,
         max_seq_len=max_seq_len,
         reports=reports,
+        stored=stored,
         quantization=quantization,
         matrices=matrices,
         weight_bytes=weights.weight_bytes(traced.model),
@@ -159,15 +168,18 @@ def _quantize(plan: Plan, writer: BundleWriter, progress: Progress, clock: _Cloc
     """Makes the codes and scales of the plan's matrices, in files that are discarded once they are copied."""
     if not plan.matrices:
         return None
-    from llmc.compiler.quantize import produce
+    from llmc.compiler.quantize import produce, stored_arrays
 
-    with clock.phase("quantize"):
-        made = produce.produce(
-            plan.matrices,
-            plan.checkpoint.tensors,
-            writer.path(_scratch(0)).parent,
-            lambda done: progress.bar(done, len(plan.matrices)),
-        )
+    directory = writer.path(_scratch(0)).parent
+
+    def on_matrix(done: int) -> None:
+        progress.bar(done, len(plan.matrices))
+
+    with clock.phase("copy the quantized weights" if plan.stored else "quantize"):
+        if plan.stored:
+            made = stored_arrays.produce_stored(plan.matrices, plan.stored.modules, directory, on_matrix)
+        else:
+            made = produce.produce(plan.matrices, plan.checkpoint.tensors, directory, on_matrix)
     produce.set_scalars(plan.model, made.scalars)
     return made
 
