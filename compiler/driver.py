@@ -177,11 +177,8 @@ def _quantize(plan: Plan, writer: BundleWriter, progress: Progress, clock: _Cloc
 
     with clock.phase("copy the quantized weights" if plan.stored else "quantize"):
         if plan.stored:
-            made = stored_arrays.produce_stored(plan.matrices, plan.stored.modules, directory, on_matrix)
-        else:
-            made = produce.produce(plan.matrices, plan.checkpoint.tensors, directory, on_matrix)
-    produce.set_scalars(plan.model, made.scalars)
-    return made
+            return stored_arrays.produce_stored(plan.matrices, plan.stored.modules, directory, on_matrix)
+        return produce.produce(plan.matrices, plan.checkpoint.tensors, directory, on_matrix)
 
 
 class _Clock:

@@ -139,6 +139,27 @@ def test_the_trained_checkpoint(dtype: str, tmp_path: Path) -> None:
     assert ours["top1_agreement_without_ties"] >= 0.99
 
 
+@pytest.mark.parametrize("rope", ["llama3", "yarn"])
+def test_positions_beyond_the_rows_of_a_small_rotary_table(rope: str, tmp_path: Path) -> None:
+    """A context that is long enough for `tensorrt_rope`, on a text that reaches its third block."""
+    config = AutoConfig.for_model(**dict(zoo.zoo_config("llama-tiny")))
+    config.max_position_embeddings = 1024
+    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope == "llama3" else {}
+    config.rope_parameters = {
+        "rope_type": rope, "rope_theta": 1e4, "factor": 4.0, **scaling,
+        "original_max_position_embeddings": 256,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / rope)
+    job = prepare(tmp_path / rope, "fp32", tmp_path)
+    assert b"rotary_emb.cos_table.high" in Path(job.engine).read_bytes()
+    findings = compare(replace(job, windows=[560]))  # 40 tokens more than a window are compared
+    assert findings.positions > 600
+    assert findings.top1_agreement == 1
+    assert findings.greedy_equal
+    assert not verify.faults(findings, "fp32")
+
+
 # Families without a recipe.
 # fmt: off
 OTHERS = (

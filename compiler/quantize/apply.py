@@ -143,7 +143,7 @@ def _dequantized(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.
     form, weight, x = matrix.format, edit.operand(node, 1), edit.operand(node, 0)
     wanted, name = x.dtype, str(weight.name)
     assert wanted is not None
-    weight.dtype = _CODES[form.codes]
+    weight.type = ir.TensorType(_CODES[form.codes])  # a new one: types may be shared
     arrays = form.layout(matrix.shape)
     scale = _initializer(graph, matrix.initializer("weight_scale"), *arrays["weight_scale"])
     if form.codes == "e2m1":
@@ -165,6 +165,7 @@ def _dequantize(
     node: ir.Node, codes: ir.Value, scale: ir.Value, where: dict[str, int], name: str
 ) -> ir.Value:
     value = edit.insert(node, "DequantizeLinear", [codes, scale], where, name, list(codes.shape or []))
+    assert scale.dtype is not None
     value.dtype = scale.dtype
     return value
 
@@ -201,9 +202,8 @@ def _rounded_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> i
     narrow = form.scales in SCALES_OF.values()
     scale.type = ir.TensorType(x.dtype if narrow else ir.DataType.FLOAT)
     wide = x if scale.dtype == x.dtype else _cast(node, x, ir.DataType.FLOAT, f"{name}.x")
-    codes_dtype = _CODES[form.activations]
-    settings = {"output_dtype": codes_dtype.value}
+    settings = {"output_dtype": _CODES[form.activations].value}
     codes = edit.insert(node, "QuantizeLinear", [wide, scale], settings, f"{name}.codes", shape)
-    codes.dtype = codes_dtype
+    codes.dtype = _CODES[form.activations]
     rounded = _dequantize(node, codes, scale, {}, f"{name}.rounded")
     return rounded if rounded.dtype == x.dtype else _cast(node, rounded, x.dtype, f"{name}.narrow")

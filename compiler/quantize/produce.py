@@ -11,26 +11,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from llmc.compiler.quantize import scales
+from llmc.compiler.quantize.formats import STORED
 from llmc.compiler.quantize.matrix import QuantizedMatrix
 from llmc.compiler.quantize.quantizer import absmax, quantize
 from llmc.compiler.safetensors_index import TensorRef, read_header
 from llmc.compiler.weights_writer import write_safetensors
 
 _CHUNK_BYTES = 16 << 20
+_NAMES = {dtype: name for name, dtype in STORED.items()}
 
 
 @dataclass
 class Produced:
-    """tensors: initializer -> its data on disk; scalars: initializer -> its value, 0-d.
-
-    errors: module -> relative error of its output, where calibration measured it.
-    """
+    """tensors: initializer -> its data on disk. errors: module -> relative error of its output, where
+    calibration measured it."""
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
-    scalars: dict[str, np.ndarray] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
 
 
@@ -74,20 +72,15 @@ def join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def keep(produced: Produced, matrix: QuantizedMatrix, arrays: Mapping[str, np.ndarray], file: Path) -> None:
-    """Writes a matrix's arrays to `file` and notes where they are."""
+    """Writes a matrix's arrays, and its "input_scale" if there is one, to `file` and notes where they are."""
     named = {matrix.initializer(array): value for array, value in arrays.items()}
-    produced.scalars |= {name: value for name, value in named.items() if value.ndim == 0}
-    large = {name: entry for name, entry in matrix.layout.items() if entry[1] != ()}
-    entries = [(name, dtype, shape) for name, (dtype, shape) in large.items()]
-    write_safetensors(file, entries, lambda name: [np.ascontiguousarray(named[name]).view(np.uint8)])
-    written = read_header(file)
-    produced.tensors |= {name: written[name] for name in large}
+    entries = [(name, _NAMES[value.dtype], value.shape) for name, value in named.items()]
+    write_safetensors(file, entries, lambda name: [_bytes(named[name])])
+    produced.tensors |= read_header(file)
 
 
-def set_scalars(model: ir.Model, scalars: Mapping[str, np.ndarray]) -> None:
-    """Gives the initializers of those names their values; they stay in the graph."""
-    for name, value in scalars.items():
-        model.graph.initializers[name].const_value = ir.tensor(value, name=name)
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def input_scale(matrix: QuantizedMatrix, amax: float, dtype: str) -> np.ndarray:

@@ -24,7 +24,7 @@ def produce_stored(
     directory: Path,
     on_matrix: Callable[[int], None] = lambda done: None,
 ) -> Produced:
-    """Writes the arrays of `matrices` as the checkpoint has them; input scales are among the scalars.
+    """Writes the arrays of `matrices`, as the checkpoint has them, and their input scales.
 
     Raises CheckpointError for scales that are not positive numbers.
     """
@@ -33,9 +33,9 @@ def produce_stored(
         on_matrix(index)
         parts = [modules[name] for name in matrix.modules]
         arrays = join([arrays_of(part, matrix.format) for part in parts])
-        keep(produced, matrix, arrays, directory / f"{index}.safetensors")
         if (scale := parts[0].input_scale) is not None:
-            produced.scalars[matrix.initializer("input_scale")] = np.asarray(scale)
+            arrays["input_scale"] = np.asarray(scale)
+        keep(produced, matrix, arrays, directory / f"{index}.safetensors")
     return produced
 
 

@@ -6,6 +6,7 @@ Llama does), Gather with int32 indices, Split, Gemm. What is changed:
 
 PagedAttention   names its plugin; the file carries no function body, which the parser would take instead
 norm(x, w + 1)   Gemma: transformers adds, normalizes and scales in fp32 and rounds once, so does the graph
+rotary tables    become products of small ones (`tensorrt_rope.py`)
 logits           leave in fp32: numpy and every sampler want that, and widening is exact
 dimensions       of inputs are unnamed, but T: with more names their order in the engine changes from build to
                  build, and no other name joins two tensors of one standard operator
@@ -17,6 +18,7 @@ import onnx_ir as ir
 
 from llmc.compiler.geometry import attention_nodes
 from llmc.compiler.targets.finish import finish
+from llmc.compiler.targets.tensorrt_rope import factor_rotary_tables
 from llmc.passes import edit
 from llmc.passes.spec import module_of
 from llmc.plugins.paged_attention import tensorrt_plugin as plugin
@@ -41,6 +43,7 @@ def lower_for_tensorrt(model: ir.Model, dtype: str) -> None:
     for node in list(model.graph):
         if node.op_type == "RMSNormalization":
             _widen_offset_norm(node)
+    factor_rotary_tables(model.graph)
     _widen_logits(model.graph)
     _keep_one_symbol(model.graph)
     model.functions.clear()
