@@ -102,7 +102,7 @@ _INPUTS = {
 def _algorithm(name: Any, group: Any) -> Claim:
     """ModelOpt's quant_algo."""
     size = group if isinstance(group, int) and group > 0 else None
-    inputs = _INPUTS.get(name, "")
+    inputs = _INPUTS.get(name, "") if isinstance(name, str) else ""
     if name in ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8"):
         return Claim("nvfp4", size or 16, static_input=_STATIC.get(name), inputs=inputs)
     if name == "FP8":
