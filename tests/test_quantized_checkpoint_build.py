@@ -28,6 +28,7 @@ from llmc.compiler.safetensors_index import read_header
 from llmc.compiler.targets import tensorrt as target
 from llmc.compiler.targets import tensorrt_build
 from llmc.compiler.targets.finish import serialize
+from llmc.compiler.targets.tensorrt_lower import without_functions
 from llmc.compiler.targets.tensorrt_oracle import oracle_model
 from llmc.compiler.trace import export
 from llmc.compiler.weights import write_weights
@@ -311,7 +312,7 @@ def graph_for_tensorrt(made: Written, directory: Path, dtype: str, sm: int) -> P
     tensors = stored_arrays.produce_stored(plan.matrices, plan.stored.modules, directory).tensors
     with BundleWriter(directory / "graph.llmc") as writer:
         write_weights(plan.model, plan.checkpoint.tensors, writer, made=tensors)
-        writer.path("rank0.onnx").write_bytes(serialize(plan.model))
+        writer.path("rank0.onnx").write_bytes(serialize(without_functions(plan.model)))
         shutil.copytree(writer.path("rank0.onnx").parent, directory / "graph")
     return plan
 
