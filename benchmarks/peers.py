@@ -27,13 +27,37 @@ from workload import phases, ratios
 
 TOOLS = ("llmc", "openvino-genai", "onnxruntime-genai", "transformers")
 READS_CHECKPOINT = ("transformers",)
-FP16 = "+fp16"  # the tool with its own 16-bit weights
+# What a "+switch" puts into a worker's environment.
+RUNTIME = {
+    "fast": ("FAST", "1"),
+    "kv8": ("KV_CACHE", "u8"),
+    "kv32": ("KV_CACHE", "f32"),
+    "f32": ("ARITHMETIC", "f32"),
+}
+WEIGHTS = {
+    "llmc": ("int8", "int4", "int4-block128"),
+    "openvino-genai": ("fp16", "int8", "int4"),
+    "onnxruntime-genai": ("int4",),
+    "llama-cpp": ("q8_0", "q4_0"),
+}
+SWITCHES = {"llmc": ("fast", "kv8"), "openvino-genai": ("f32", "kv32")}
 TEXT = "Once upon a time there was a king who had three daughters, and the youngest of them"
+
+
+def variant(tool: str) -> tuple[str, str, list[str]]:
+    """Name, weight format ("" for the tool's fp32 or the checkpoint's own) and switches of NAME+x+y."""
+    name, *rest = tool.split("+")
+    weights = [one for one in rest if one not in RUNTIME]
+    switches = [one for one in rest if one in RUNTIME]
+    known = [*WEIGHTS.get(name, ()), *SWITCHES.get(name, ())]
+    if len(weights) > 1 or set(rest) - set(known):
+        raise PeerError(f"no such variant; {name} knows {', '.join(known) or 'none'}")
+    return name, "".join(weights), switches
 
 
 def find_peer(tool: str, options: argparse.Namespace) -> Peer:
     """The tool as it is started. Converts the checkpoint first where that has not been done."""
-    name = tool.removesuffix(FP16)
+    name = tool.partition("+")[0]
     worker = HERE / "peers" / f"{name.replace('-', '_')}_worker.py"
     if not worker.is_file():
         known = ", ".join(
@@ -49,13 +73,21 @@ def find_peer(tool: str, options: argparse.Namespace) -> Peer:
     if not python.exists():
         raise PeerError(f"not installed: run {HERE.name}/setup_peers.sh {name}")
 
-    environment = (("WEIGHT_FORMAT", "fp16"),) if tool.endswith(FP16) else ()
+    name, weights, switches = variant(tool)
+    environment = [RUNTIME[one] for one in switches]
+    if weights:
+        environment.append(("WEIGHT_FORMAT", weights))
     if name in READS_CHECKPOINT:
-        return Peer(tool, python, worker, options.checkpoint, options.threads, environment)
-    model = options.work / f"{options.checkpoint.name}-{fingerprint(options.checkpoint)}" / tool
+        return Peer(tool, python, worker, options.checkpoint, options.threads, tuple(environment))
+    # What is converted depends on the weights, and for llmc on the cache, which its bundles fix.
+    parts = [name, weights, "kv8" if name == "llmc" and "kv8" in switches else ""]
+    built_as = "+".join(part for part in parts if part)
+    model = options.work / f"{options.checkpoint.name}-{fingerprint(options.checkpoint)}" / built_as
     if name == "llmc":
-        model = options.bundle or model.with_name("model.llmc")
-    peer = Peer(tool, python, worker, model, options.threads, environment)
+        model = model.with_name(built_as + ".llmc")
+        if built_as == name and options.bundle:
+            model = options.bundle
+    peer = Peer(tool, python, worker, model, options.threads, tuple(environment))
     if not model.exists():
         model.parent.mkdir(parents=True, exist_ok=True)
         unfinished = model.with_name("unfinished-" + model.name)
@@ -67,7 +99,7 @@ def find_peer(tool: str, options: argparse.Namespace) -> Peer:
             log_of(tool, options),
         )
         unfinished.rename(model)
-        (model.parent / f"{tool}.convert.json").write_text(json.dumps(built))
+        model.with_name(f"{model.name}.convert.json").write_text(json.dumps(built))
     return peer
 
 
@@ -86,8 +118,10 @@ def log_of(tool: str, options: argparse.Namespace) -> Path:
 
 
 def first_token_command(peer: Peer) -> list[str]:
-    if peer.name == "llmc":
+    name, _, switches = variant(peer.name)
+    if name == "llmc":
         limits = ["--max-tokens", "1", "--threads", str(peer.threads)]
+        limits += ["--fast"] if "fast" in switches else []
         return [str(peer.python), "-m", "llmc.cli.main", "run", str(peer.model), TEXT, *limits]
     return peer.command("first", str(peer.model), TEXT)
 
@@ -131,7 +165,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "failures": record.failures,
         "tools": record.tools,
         "samples": record.samples,
-        "ratios": ratios(record.samples, options.reference) if options.reference in record.samples else {},
+        "ratios": ratios(record.samples, options.reference),
     }
 
 
@@ -139,7 +173,9 @@ def _run(peers: dict[str, Peer], rules: Rules, record: Record, options: argparse
     if "start" in options.only:
         commands = {tool: (peer, first_token_command(peer)) for tool, peer in peers.items()}
         measure_start(commands, rules, record, options.logs, say)
-        for tool in commands.keys() & {"llmc"} - record.failures.keys():
+        for tool in [one for one in commands if one.partition("+")[0] == "llmc"]:
+            if tool in record.failures:
+                continue
             log = log_of(tool, options)
             record.tools[tool] = {"imported_by_llmc_run": heavy_imports(peers[tool], log)}
     with ExitStack() as stack:
@@ -152,12 +188,13 @@ def _run(peers: dict[str, Peer], rules: Rules, record: Record, options: argparse
                 record.failures[tool] = f"load: {error}"
                 continue
             record.tools.setdefault(tool, {}).update(workers[tool].hello | conversion(peer))
-        measure_phases(workers, options.phases, options.vocabulary, options.reference, rules, record, say)
+        first = options.reference[0]
+        measure_phases(workers, options.phases, options.vocabulary, first, rules, record, say)
 
 
 def conversion(peer: Peer) -> dict[str, Any]:
     """What converting the checkpoint took, where this script did it."""
-    noted = peer.model.parent / f"{peer.name}.convert.json"
+    noted = peer.model.with_name(f"{peer.model.name}.convert.json")
     return {"conversion": json.loads(noted.read_text())} if noted.is_file() else {}
 
 
@@ -174,10 +211,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tools",
         default=",".join(TOOLS),
-        help=f"comma-separated; openvino-genai{FP16}: with fp16 weights",
+        help="comma-separated; NAME+FORMAT, such as openvino-genai+int4: see benchmarks/README.md",
     )
     parser.add_argument(
-        "--reference", default="openvino-genai", help="the tool that ratios are taken against"
+        "--reference",
+        default="openvino-genai",
+        help="the tool that ratios are taken against; of several, the best one of each round",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -203,6 +242,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.phases = [phase for phase in phases(options.new_tokens) if phase.name in options.only]
     options.checkpoint = options.checkpoint.resolve()
     options.tools = options.tools.split(",")
+    options.reference = options.reference.split(",")
     options.vocabulary = json.loads((options.checkpoint / "config.json").read_text())["vocab_size"]
     options.logs = options.work / "logs"
     return options

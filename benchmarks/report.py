@@ -46,13 +46,14 @@ def machine() -> dict[str, Any]:
 def heading(result: dict[str, Any]) -> str:
     m = result["machine"]
     lines = [
-        f"{result['checkpoint']}, fp32, {result['threads']} threads, {result['rounds']} rounds, {m['date']}",
+        f"{result['checkpoint']}, {result['threads']} threads, {result['rounds']} rounds, {m['date']}",
         f"{m['cpu']} ({m['cpu_family_model']}), {m['cores']} cores, {m['memory_gb']} GB",
         " ".join(m["flags"]),
     ]
     for tool, found in result["tools"].items():
         named = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
-        lines.append(f"{tool}: {named}")
+        described = ", ".join(f"{key} {value}" for key, value in found.get("describe", {}).items())
+        lines.append(f"{tool}: {named}; {described}")
         if "imported_by_llmc_run" in found:
             heavy = ", ".join(found["imported_by_llmc_run"]) or "nothing"
             lines.append(f"llmc run imports, of the large packages: {heavy}")

@@ -95,8 +95,13 @@ def measure_phases(
                 say(_line(number, tool, f"{shown} t/s", answer))
             _compare(record, continuations, reference)
     for tool in alive:
-        memory = record.tools[tool]["memory"]
-        record.add(tool, "peak_rss", memory["peak"] / 1e9, {"memory": memory})
+        known = record.tools[tool]
+        record.add(tool, "peak_rss", known["memory"]["peak"] / 1e9, {"memory": known["memory"]})
+        idle, loaded = known["idle_memory"], known["load_memory"]
+        record.add(tool, "idle_rss", (idle["anonymous"] + idle["file"]) / 1e9, {"memory": idle})
+        above = loaded["peak"] - idle["anonymous"] - idle["file"]
+        record.add(tool, "load_rss", above / 1e9, {"memory": loaded})
+        record.add(tool, "model_bytes", known["model_bytes"] / 1e9, {})
 
 
 def in_turn(tools: Iterable[str], number: int) -> list[str]:

@@ -40,6 +40,9 @@ METRICS: dict[str, tuple[str, str, bool]] = {
     "first_token": ("start to first token", "s", False),
     "whole_process": ("start to exit", "s", False),
     "peak_rss": ("peak RSS", "GB", False),
+    "idle_rss": ("RSS before loading", "GB", False),
+    "load_rss": ("peak RSS of loading, above that", "GB", False),
+    "model_bytes": ("model files", "GB", False),
 }
 
 
@@ -86,19 +89,24 @@ def median(values: list[float]) -> float:
 
 
 def ratios(
-    samples: dict[str, dict[str, list[dict[str, Any]]]], reference: str
+    samples: dict[str, dict[str, list[dict[str, Any]]]], references: list[str]
 ) -> dict[str, dict[str, float]]:
-    """tool -> metric -> median over the rounds of (how many times as good as the reference in that round)."""
+    """tool -> metric -> median over the rounds of (how many times as good as the reference in that round).
+
+    Of several references it is the one that was best in that round: whoever is compared gets no benefit
+    from a round in which one of them was slow.
+    """
     found: dict[str, dict[str, float]] = {}
-    base = samples[reference]
     for tool, by_metric in samples.items():
         found[tool] = {}
         for metric, rounds in by_metric.items():
             larger_is_better = METRICS[metric][2]
-            pairs = [
-                (mine["value"], theirs["value"])
-                for mine, theirs in zip(rounds, base.get(metric, []), strict=False)
-            ]
+            best = max if larger_is_better else min
+            columns = [samples.get(name, {}).get(metric, []) for name in references]
+            columns = [[one["value"] for one in column] for column in columns if column]
+            theirs = [best(values) for values in zip(*columns, strict=False)] if columns else []
+            pairs = [(mine["value"], base) for mine, base in zip(rounds, theirs, strict=False)]
+            pairs = [pair for pair in pairs if all(pair)]  # a memory of 0 has no ratio
             if pairs:
                 found[tool][metric] = median([a / b if larger_is_better else b / a for a, b in pairs])
     return found

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmc.cli import bench, build, check, doctor, inspect, run, zoo
+from llmc.cli import bench, build, check, doctor, inspect, run, verify, zoo
 from llmc.runtime.errors import LlmcError
 
 _EPILOG = """\b
@@ -37,6 +37,7 @@ app = typer.Typer(
 app.command("build")(build.build)
 app.command("run")(run.run)
 app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
 app.command("check")(check.check)
 app.command("bench")(bench.bench)
 app.add_typer(zoo.app, name="zoo")

@@ -15,6 +15,7 @@ from llmc.cli.text import print_json, size, table
 from llmc.runtime.errors import RequestError
 
 if TYPE_CHECKING:
+    from llmc.runtime.bundle.manifest import Manifest
     from llmc.runtime.engine import Engine
 
 RUNS = 3
@@ -43,6 +44,9 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads (default: one for each core).")
     ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Round activations to int8 (int8 and int4 bundles): not exact.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Measure time to first token, prefill and decode speed.
@@ -61,7 +65,7 @@ def bench(
             "lower --prompt-tokens or --new-tokens",
         )
     started = time.perf_counter()
-    engine = load_engine(opened, threads=threads, max_sequences=concurrency, prefix_cache=False)
+    engine = load_engine(opened, threads=threads, max_sequences=concurrency, prefix_cache=False, fast=fast)
     loaded = time.perf_counter() - started
     vocabulary = manifest.geometry.vocab_size
     measure(engine, vocabulary, prompt_tokens, new_tokens, concurrency)
@@ -75,6 +79,8 @@ def bench(
                 "source": manifest.source.name,
                 "engine": manifest.target.engine,
                 "precision": asdict(manifest.precision),
+                "weights": _weights(manifest),
+                "activations": "int8" if fast else manifest.precision.dtype,
                 "prompt_tokens": prompt_tokens,
                 "new_tokens": new_tokens,
                 "concurrency": concurrency,
@@ -89,7 +95,8 @@ def bench(
         return
     each = f"{concurrency} x " if concurrency > 1 else ""
     facts = [
-        ("bundle", f"{opened.name}: {manifest.target.engine}, {manifest.precision.dtype}"),
+        ("bundle", f"{opened.name}: {manifest.target.engine}"),
+        ("mode", _mode(manifest, fast)),
         ("machine", f"{machine.cpu}, {machine.cores} cores, {threads or 'default'} threads"),
         ("memory", f"{size(machine.memory)}" if machine.memory else "unknown"),
         ("load", f"{loaded:.2f} s"),
@@ -136,6 +143,16 @@ def measure(
         prefill_tokens_per_second=prompt_tokens * concurrency / last_first,
         decode_tokens_per_second=(generated - tokens_at_last_first) / (seconds - last_first),
     )
+
+
+def _weights(manifest: Manifest) -> str:
+    """The format of the weights of linear layers."""
+    return str((manifest.quantization or {}).get("format", manifest.source.dtype))
+
+
+def _mode(manifest: Manifest, fast: bool) -> str:
+    how = "fast: activations rounded to int8" if fast else f"exact: {manifest.precision.dtype} activations"
+    return f"{how}; weights {_weights(manifest)}, KV cache {manifest.precision.kv_dtype}"
 
 
 def _row(one: Measurement) -> tuple[float, ...]:

@@ -85,7 +85,7 @@ def build(
     The engine is compared with the checkpoint at the end. Nothing carries the output's name unless
     all of it succeeded.
     """
-    _require_build_libraries()
+    require_build_libraries()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about what does not concern a build
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -117,7 +117,7 @@ def build(
         print_json(_result_record(result)) if as_json else print(_result_text(result, request))
 
 
-def _require_build_libraries() -> None:
+def require_build_libraries() -> None:
     """Before a download, and not after it, is the time to miss them."""
     from importlib.util import find_spec
 

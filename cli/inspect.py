@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,6 +45,7 @@ def inspect(
                 "bytes": total,
                 "kv_bytes_per_token": kv_bytes,
                 "hashes_verified": verify,
+                "quantization_loss": quantization_loss(manifest),
                 "manifest": json.loads(manifest.to_json()),
             }
         )
@@ -61,6 +63,7 @@ def inspect(
         ("requires", requires or "nothing"),
         ("precision", f"{manifest.precision.dtype}, KV cache {manifest.precision.kv_dtype}"),
         ("weights", describe_weights(manifest)),
+        *describe_loss(manifest),
         ("model", describe_geometry(geometry)),
         ("attention", ", ".join(f"{count} {kind}" for kind, count in kinds.items())),
         ("context", f"{manifest.limits.max_seq_len} tokens of prompt and answer together"),
@@ -81,17 +84,39 @@ def inspect(
 
 
 def describe_weights(manifest: Manifest) -> str:
-    """How the weights are stored, and what quantizing them has lost."""
+    """How the weights are stored."""
     plan, weights = manifest.quantization, manifest.weights
     if plan is None:
         return f"{weights.dtype}: {weights.note}" if weights.note else weights.dtype
     names = ("format", "modules", "bits_per_parameter")  # the field is open: none of them need be there
-    text = ", ".join(f"{name.replace('_', ' ')} {plan[name]}" for name in names if name in plan)
-    loss = manifest.verification.details.get("quantization_loss", {})
-    if not {"mean_kl", "perplexity", "perplexity_unquantized"} <= set(loss):
-        return f"{text}; loss not measured"
-    perplexity = f"perplexity {loss['perplexity_unquantized']:g} to {loss['perplexity']:g}"
-    return f"{text}; loss: mean KL {loss['mean_kl']:g}, {perplexity}"
+    return ", ".join(f"{name.replace('_', ' ')} {plan[name]}" for name in names if name in plan)
+
+
+def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:
+    """The format and what was recorded of its loss; None for weights that are not quantized."""
+    if manifest.quantization is None:
+        return None
+    loss = manifest.verification.details.get("quantization_loss")
+    form = {"format": manifest.quantization.get("format")}
+    return form | (dict(loss) if isinstance(loss, Mapping) else {})
+
+
+def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
+    """What quantizing the weights has lost, against the unquantized checkpoint."""
+    if manifest.quantization is None:
+        return []
+    from llmc.compiler.verify.figures import recorded
+
+    figures, form = recorded(manifest), manifest.quantization.get("format", "quantized")
+    if figures.mean_kl is None or figures.top1_agreement is None:
+        return [("loss", f"{form}: not measured")]
+    facts = [f"mean KL {figures.mean_kl:g} nats", f"top-1 agreement {figures.top1_agreement:.4f}"]
+    if figures.perplexity is not None and figures.perplexity_unquantized is not None:
+        change = f"{figures.perplexity_increase_percent:+.2f} %"
+        facts.append(f"perplexity {figures.perplexity_unquantized:g} -> {figures.perplexity:g} ({change})")
+    if figures.positions is not None:
+        facts.append(f"on {figures.positions:,} positions")
+    return [("loss", f"{form}: {', '.join(facts)}")]
 
 
 def describe_gpu(manifest: Manifest) -> list[tuple[str, str]]:

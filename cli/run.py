@@ -91,6 +91,9 @@ def run(
             metavar="SIZE", help="Memory for the KV cache, such as 512M or 2G (default: 4G at most)."
         ),
     ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Round activations to int8 (int8 and int4 bundles): not exact.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
 ) -> None:
     """Generate text with a bundle.
@@ -118,7 +121,7 @@ def run(
     started = time.perf_counter()
     from llmc.runtime.llm import load_engine
 
-    engine = load_engine(bundle, kv_memory=nbytes, threads=threads)
+    engine = load_engine(bundle, kv_memory=nbytes, threads=threads, fast=fast)
     if engine.tokenizer is None:
         raise RequestError(f"{bundle} has no tokenizer", "rebuild it from a checkpoint with a tokenizer.json")
     loaded = time.perf_counter() - started

@@ -14,7 +14,10 @@ from llmc.runtime.engine import Engine
 from llmc.runtime.errors import BundleError, RequestError
 from llmc.runtime.tokenizer import Tokenizer
 
-_KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "u8": 1}
+_KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+# Activations that share an int8 scale when `fast` is asked for, by the format of the weights: as many as
+# their blocks allow, up to 128. docs/performance.md has what was tried.
+_ACTIVATION_GROUP = {"int8": 128, "int4": 32, "int4-block128": 128}
 _DEFAULT_SHARE = 0.25  # of the memory that is available now
 _DEFAULT_LIMIT = 4 << 30
 
@@ -27,6 +30,7 @@ def load_engine(
     max_sequences: int = 64,
     threads: int | None = None,
     prefix_cache: bool = True,
+    fast: bool = False,
 ) -> Engine:
     """Opens a bundle (checking it) and loads its engine.
 
@@ -36,11 +40,14 @@ def load_engine(
     max_batch_tokens: tokens computed in one step at most; longer prompts are prefilled in chunks. Smaller
         steps let running requests go on sooner, larger ones serve more tokens a second.
     threads: CPU threads, by default one for each physical core that the process may use.
+    fast: round activations to int8 before they meet int8 or int4 weights (OpenVINO only). It is faster and
+        not exact: docs/quantization.md has what it costs. By default arithmetic is fp32.
     Raises BundleError, BackendError, RequestError.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     manifest = opened.manifest
     geometry, limits = manifest.geometry, manifest.limits
+    group = _activation_group(opened) if fast else None
     if manifest.gpu is not None:
         max_sequences = min(max_sequences, manifest.gpu.max_sequences)
         max_batch_tokens = min(max_batch_tokens, manifest.gpu.max_tokens)
@@ -51,7 +58,7 @@ def load_engine(
             max_batch_tokens=max_batch_tokens,
         )
     else:
-        backend = _load_on_cpu(opened, kv_memory, max_sequences, threads)
+        backend = _load_on_cpu(opened, kv_memory, max_sequences, threads, group)
     directory = opened.tokenizer_dir
     tokenizer = Tokenizer.load(directory) if directory and (directory / "tokenizer.json").is_file() else None
     return Engine(
@@ -66,7 +73,26 @@ def load_engine(
     )
 
 
-def _load_on_cpu(opened: Bundle, kv_memory: int | None, max_sequences: int, threads: int | None) -> Backend:
+def _activation_group(opened: Bundle) -> int:
+    """What `fast` asks of the backend. Raises RequestError where the flag would do nothing."""
+    manifest = opened.manifest
+    if manifest.gpu is not None:
+        raise RequestError(
+            f"{opened.name} runs on a GPU; `fast` is about engines for the CPU", "leave --fast out"
+        )
+    form = str((manifest.quantization or {}).get("format", "none"))
+    if form not in _ACTIVATION_GROUP:
+        raise RequestError(
+            f"`fast` is for weights in {', '.join(_ACTIVATION_GROUP)}; {opened.name} has "
+            + (f"them in {form}" if manifest.quantization else "no quantized ones"),
+            "leave --fast out, or build with --quant int8 or int4",
+        )
+    return _ACTIVATION_GROUP[form]
+
+
+def _load_on_cpu(
+    opened: Bundle, kv_memory: int | None, max_sequences: int, threads: int | None, group: int | None
+) -> Backend:
     manifest = opened.manifest
     _check_operators(manifest)
     geometry = manifest.geometry
@@ -79,13 +105,29 @@ def _load_on_cpu(opened: Bundle, kv_memory: int | None, max_sequences: int, thre
             f"{budget} bytes of KV cache hold no block of {geometry.block_size} tokens ({block} bytes)",
             f"give at least {block} bytes with --kv-memory",
         )
-    return load_backend(manifest.target.engine, opened.engine_path(), num_blocks, threads)
+    return load_backend(
+        manifest.target.engine,
+        opened.engine_path(),
+        num_blocks,
+        threads,
+        kv_dtype=manifest.precision.kv_dtype,
+        activation_group=group,
+    )
 
 
 def block_bytes(geometry: Geometry, kv_dtype: str) -> int:
-    """Bytes of one KV block over all layers, keys and values."""
-    elements = sum(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in geometry.layers)
-    return elements * geometry.block_size * _KV_BYTES[kv_dtype]
+    """Bytes of one KV block over all layers, keys and values.
+
+    u8 is OpenVINO's cache: a scale and a zero point, fp32, for each channel of a block of keys and for
+    each token's value.
+    """
+    size, layers = geometry.block_size, geometry.layers
+    if kv_dtype == "u8":
+        return sum(
+            one.num_kv_heads * ((size + 8) * one.head_dim + size * (one.v_head_dim + 8)) for one in layers
+        )
+    elements = sum(one.num_kv_heads * (one.head_dim + one.v_head_dim) for one in layers)
+    return elements * size * _KV_BYTES[kv_dtype]
 
 
 def _check_operators(manifest: Manifest) -> None:

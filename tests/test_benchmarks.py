@@ -115,10 +115,38 @@ def test_ratios_pair_the_rounds_and_say_how_many_times_as_good() -> None:
             "mine": {"decode": samples(20, 30, 90), "first_token": samples(1.0)},
             "theirs": {"decode": samples(10, 20, 30), "first_token": samples(4.0)},
         },
-        "theirs",
+        ["theirs"],
     )
     assert found["mine"] == {"decode": 2.0, "first_token": 4.0}
     assert found["theirs"] == {"decode": 1.0, "first_token": 1.0}
+
+
+def test_of_several_references_the_best_of_each_round_counts() -> None:
+    def samples(*values: float) -> list[dict[str, float]]:
+        return [{"value": value} for value in values]
+
+    found = workload.ratios(
+        {
+            "mine": {"decode": samples(20, 20, 20), "first_token": samples(1.0)},
+            "a": {"decode": samples(10, 40, 20), "first_token": samples(4.0)},
+            "b": {"decode": samples(40, 10, 10), "first_token": samples(2.0)},
+        },
+        ["a", "b", "absent"],
+    )
+    assert found["mine"] == {"decode": 0.5, "first_token": 2.0}
+    assert found["a"]["decode"] == 1.0
+
+
+def test_a_variant_is_weights_and_switches() -> None:
+    assert peers.variant("llmc") == ("llmc", "", [])
+    assert peers.variant("llmc+int4-block128+fast") == ("llmc", "int4-block128", ["fast"])
+    assert peers.variant("openvino-genai+int8+f32+kv32") == ("openvino-genai", "int8", ["f32", "kv32"])
+
+
+@pytest.mark.parametrize("tool", ["llmc+q4_0", "llama-cpp+fast", "llmc+int4+int8", "transformers+int8"])
+def test_a_variant_that_a_tool_does_not_have(tool: str) -> None:
+    with pytest.raises(driver.PeerError, match="no such variant"):
+        peers.variant(tool)
 
 
 def test_a_worker_is_stopped_except_while_it_answers(peer: driver.Peer, tmp_path: Path) -> None:
@@ -179,6 +207,7 @@ def test_a_whole_run(
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text('{"vocab_size": 1000}')
     monkeypatch.setattr(peers, "HERE", tmp_path)
+    monkeypatch.setitem(peers.WEIGHTS, "fake-tool", ("fp16",))
 
     tools = "fake-tool,fake-tool+fp16,broken,forgotten,unheard-of"
     record = tmp_path / "result.json"
@@ -206,8 +235,10 @@ def test_a_whole_run(
     assert found["conversion"]["seconds"] > 0
     samples = result["samples"]["fake-tool"]
     assert {metric: len(samples[metric]) for metric in workload.METRICS} == {
-        metric: 1 if metric == "peak_rss" else 2 for metric in workload.METRICS
+        metric: 1 if metric in ("peak_rss", "idle_rss", "load_rss", "model_bytes") else 2
+        for metric in workload.METRICS
     }
+    assert samples["load_rss"][0]["value"] >= 0
     printed = capsys.readouterr().out
     assert "broken: ABSENT: not installed: no wheel for this machine" in printed
     assert "outside the engine call" in printed

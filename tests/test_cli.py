@@ -15,15 +15,16 @@ import pytest
 from llmc.cli import bench, doctor, main, progress, run, text
 from llmc.runtime.sampling import SamplingParams
 
-COMMANDS = ("build", "run", "inspect", "check", "bench", "doctor", "zoo")
+COMMANDS = ("build", "run", "inspect", "verify", "check", "bench", "doctor", "zoo")
 OPTIONS = {
     "build": "-o --output --target --dtype --quant --exclude --sm --max-seq-len --revision "
     "--no-verify --dry-run --force --json",
     "run": "--prompts --chat --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed "
     "--stop --stream --no-stream --threads --kv-memory --json",
     "inspect": "--verify --json",
+    "verify": "--against --text --min-top1 --max-kl --max-perplexity-increase --json",
     "check": "--full --json",
-    "bench": "--prompt-tokens --new-tokens --concurrency --threads --json",
+    "bench": "--prompt-tokens --new-tokens --concurrency --threads --fast --json",
     "doctor": "--json",
     "zoo list": "--json",
     "zoo make": "--seed",

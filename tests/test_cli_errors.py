@@ -357,7 +357,7 @@ def test_not_a_bundle(fails, model, tmp_path):
     assert f"llmc build {model}" in hint
 
 
-@pytest.mark.parametrize("command", [["run", "Once"], ["inspect", "--verify"], ["bench"]])
+@pytest.mark.parametrize("command", [["run", "Once"], ["inspect", "--verify"], ["verify"], ["bench"]])
 def test_changed_byte(fails, tiny, command):
     with open(tiny / "weights" / "model.safetensors", "r+b") as file:
         file.seek(-1000, os.SEEK_END)

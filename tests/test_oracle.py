@@ -26,7 +26,8 @@ from llmc.compiler.targets.finish import serialize
 from llmc.compiler.targets.tensorrt_lower import DTYPES, lower_for_tensorrt
 from llmc.compiler.targets.tensorrt_oracle import ORACLE_FILE, oracle_model
 from llmc.compiler.trace.export import trace
-from llmc.compiler.verify_child import Difference, compare
+from llmc.compiler.verify.compare import compare
+from llmc.compiler.verify.difference import Difference
 from llmc.passes import contract
 from llmc.passes.pipeline import pipeline
 from llmc.passes.spec import STRUCTURAL

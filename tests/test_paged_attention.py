@@ -186,9 +186,13 @@ def test_the_reference_is_plain_causal_attention_when_nothing_is_cached() -> Non
     assert np.abs(got - expected[0].transpose(0, 1).reshape(40, -1).numpy()).max() < TOLERANCE
 
 
-def test_the_self_test_passes_here_and_notices_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    openvino_attention.self_test(ov.Core(), EXACT)
+@pytest.mark.parametrize(("cache", "wrong"), [("f32", 1e-3), ("u8", 6e-2)])
+def test_the_self_test_passes_here_and_notices_a_wrong_answer(
+    cache: str, wrong: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EXACT | {"KV_CACHE_PRECISION": cache}
+    openvino_attention.self_test(ov.Core(), config)
     right = openvino_attention._expected
-    monkeypatch.setattr(openvino_attention, "_expected", lambda *args: right(*args) + 1e-3)
+    monkeypatch.setattr(openvino_attention, "_expected", lambda *args: right(*args) + wrong)
     with pytest.raises(BackendError, match="differs from its reference"):
-        openvino_attention.self_test(ov.Core(), EXACT)
+        openvino_attention.self_test(ov.Core(), config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from llmc.compiler.quantize.formats import get_format
 from llmc.compiler.quantize.quantizer import quantize
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.safetensors_index import read_header
+from llmc.compiler.verify.evaluation import EVALUATION_TEXT
 from llmc.runtime.backends.openvino import OpenVinoBackend
 from llmc.runtime.errors import BuildError, RequestError
 
@@ -80,7 +82,12 @@ def test_the_loss_on_a_trained_model_is_small_and_recorded(built: tuple[Path, st
     loss = manifest["verification"]["details"]["quantization_loss"]
     assert loss["mean_kl"] < {"int8": 0.001, "int4": 0.1}[form]
     assert loss["top1_agreement_without_ties"] > {"int8": 0.97, "int4": 0.8}[form]
+    assert loss["top1_agreement"] >= loss["top1_agreement_without_ties"]
     assert loss["perplexity"] < 1.1 * loss["perplexity_unquantized"]
+    increase = 100 * (loss["perplexity"] / loss["perplexity_unquantized"] - 1)
+    assert loss["perplexity_increase_percent"] == pytest.approx(increase, abs=0.05)
+    assert loss["positions"] == 1464
+    assert loss["text_sha256"] == hashlib.sha256(EVALUATION_TEXT.read_bytes()).hexdigest()
     assert manifest["quantization"]["bits_per_parameter"] < {"int8": 10, "int4": 7.1}[form]
 
 
@@ -89,9 +96,31 @@ def test_inspect_shows_the_format_and_the_loss(
 ) -> None:
     bundle, form = built
     assert main.main(["inspect", str(bundle)]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("weights  "))
-    assert f"format {form}, modules 35, bits per parameter" in line
-    assert "loss: mean KL 0.0" in line
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
+    assert f"format {form}, modules 35, bits per parameter" in lines["weights"]
+    assert lines["loss"].startswith(f"{form}: mean KL 0.0")
+    assert lines["loss"].endswith("on 1,464 positions")
+
+
+def test_a_threshold_tells_them_apart(built: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, form = built
+    assert main.main(["verify", str(bundle), "--min-top1", "0.97"]) == {"int8": 0, "int4": 1}[form]
+    assert main.main(["verify", str(bundle), "--max-kl", "0.001"]) == {"int8": 0, "int4": 1}[form]
+    assert ("misses mean KL 0.0" in capsys.readouterr().err) == (form == "int4")
+
+
+@pytest.mark.slow
+def test_measured_again_the_loss_is_what_the_build_recorded(
+    built: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The build compares transformers with itself, `llmc verify --against` the engine with transformers."""
+    bundle, _ = built
+    assert main.main(["verify", str(bundle), "--against", str(TALES), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["figures"]
+    assert measured["origin"] == "measured"
+    loss = json.loads((bundle / "manifest.json").read_text())["verification"]["details"]["quantization_loss"]
+    for name in ("mean_kl", "top1_agreement", "perplexity", "perplexity_unquantized", "max_logit_error"):
+        assert measured[name] == pytest.approx(loss[name], rel=0.02), name
 
 
 def test_two_builds_are_the_same_bytes(built: tuple[Path, str], tmp_path: Path) -> None:

@@ -1,16 +1,22 @@
 """llmc itself: its engine, driven step by step on a bundle. Run by an interpreter that has llmc.
 
+From the environment: WEIGHT_FORMAT int8, int4 or int4-block128 (`--quant`) and KV_CACHE=u8 (`--kv-dtype`)
+when the bundle is built; FAST=1: `--fast`, activations rounded to int8.
+
 Start to first token is not measured here but on `llmc run` as a whole process (see ../peers.py).
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import openvino as ov
 from protocol import Generation, main
 
+from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.llm import load_engine
 from llmc.runtime.sampling import SamplingParams
 
@@ -18,8 +24,16 @@ from llmc.runtime.sampling import SamplingParams
 class Llmc:
     def __init__(self, model: Path, threads: int) -> None:
         # A disturbed sample is repeated with the same prompts: a prefix cache would answer from memory.
-        self.engine = load_engine(model, threads=threads, prefix_cache=False)
-        self.describe = {"backend": type(self.engine.backend).__name__, "threads": threads}
+        fast = os.environ.get("FAST") == "1"
+        bundle = Bundle.open(model)
+        self.engine = load_engine(bundle, threads=threads, prefix_cache=False, fast=fast)
+        self.describe = {
+            "backend": type(self.engine.backend).__name__,
+            "threads": threads,
+            "weights": (bundle.manifest.quantization or {}).get("format", "the checkpoint's"),
+            "activations": "int8" if fast else bundle.manifest.precision.dtype,
+            "kv_cache": bundle.manifest.precision.kv_dtype,
+        }
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
         engine = self.engine
@@ -42,12 +56,18 @@ class Llmc:
 
 
 def convert(checkpoint: Path, model: Path) -> None:
+    options = []
+    if weights := os.environ.get("WEIGHT_FORMAT"):
+        options += ["--quant", weights]
+    if kv_cache := os.environ.get("KV_CACHE"):
+        options += ["--kv-dtype", kv_cache]
     subprocess.run(
-        [sys.executable, "-m", "llmc.cli.main", "build", checkpoint, "-o", model],
+        [sys.executable, "-m", "llmc.cli.main", "build", checkpoint, "-o", model, *options],
         check=True,
         stdout=sys.stderr,
     )
 
 
 if __name__ == "__main__":
+    ov.Core().get_versions("CPU")  # the plugin is among the libraries, not the model
     main(Llmc, convert=convert, packages=("llmc", "openvino", "onnxruntime", "numpy"))

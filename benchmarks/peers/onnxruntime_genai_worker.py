@@ -1,8 +1,13 @@
-"""onnxruntime-genai: its own model builder at fp32, its Generator, requests in one padded batch."""
+"""onnxruntime-genai: its own model builder, its Generator, requests in one padded batch.
+
+WEIGHT_FORMAT in the environment: fp32 (default), or int4 in blocks of 32 with int8 activations (accuracy
+level 4).
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +16,9 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 from protocol import Generation, main
+
+WEIGHTS = os.environ.get("WEIGHT_FORMAT", "fp32")
+OPTIONS = {"int4": ["--extra_options", "int4_accuracy_level=4"]}
 
 
 def _load(model: Path, threads: int) -> og.Model:
@@ -25,7 +33,7 @@ class OnnxRuntimeGenai:
         self.model = _load(model, threads)
         settings = json.loads((model / "genai_config.json").read_text())
         self.pad = settings["model"]["pad_token_id"]
-        self.describe: dict[str, Any] = {"threads": threads, "precision": "fp32", "api": "Generator"}
+        self.describe: dict[str, Any] = {"threads": threads, "precision": WEIGHTS, "api": "Generator"}
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
         generation = Generation(len(prompts))
@@ -62,7 +70,10 @@ def first(model: Path, threads: int, text: str) -> str:
 
 def convert(checkpoint: Path, model: Path) -> None:
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    subprocess.run([*builder, "-i", checkpoint, "-o", model, "-p", "fp32", "-e", "cpu"], check=True)
+    subprocess.run(
+        [*builder, "-i", checkpoint, "-o", model, "-p", WEIGHTS, "-e", "cpu", *OPTIONS.get(WEIGHTS, [])],
+        check=True,
+    )
 
 
 if __name__ == "__main__":

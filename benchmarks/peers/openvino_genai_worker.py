@@ -1,6 +1,8 @@
-"""openvino-genai: continuous batching on the CPU, in fp32; converted with optimum-intel.
+"""openvino-genai: continuous batching on the CPU; converted with optimum-intel.
 
-WEIGHT_FORMAT=fp16 in the environment: weights rounded to fp16; arithmetic and cache stay fp32.
+From the environment: WEIGHT_FORMAT fp32 (default) or fp16: fp32 arithmetic and cache. int8 or int4: the
+tool's own defaults (activations rounded to int8, a KV cache of 8 bits, bf16 arithmetic where the CPU has it),
+unless ARITHMETIC=f32 or KV_CACHE=f32 says otherwise.
 """
 
 from __future__ import annotations
@@ -16,12 +18,20 @@ import openvino as ov
 import openvino_genai as genai
 from protocol import Generation, main
 
-# Without these the CPU plugin would use bf16 where the machine has it, and an 8-bit KV cache.
-FP32: dict[str, Any] = {
-    "INFERENCE_PRECISION_HINT": "f32",
-    "KV_CACHE_PRECISION": "f32",
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-}
+WEIGHTS = os.environ.get("WEIGHT_FORMAT", "fp32")
+INTEGER = {"int8": [], "int4": ["--sym", "--group-size", "128"]}  # and their options of optimum-cli
+
+
+def _properties(threads: int) -> dict[str, Any]:
+    properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
+    integer = WEIGHTS in INTEGER
+    if os.environ.get("ARITHMETIC") == "f32" or not integer:
+        properties["INFERENCE_PRECISION_HINT"] = "f32"
+    if os.environ.get("KV_CACHE") == "f32" or not integer:
+        properties["KV_CACHE_PRECISION"] = "f32"
+    if not integer:
+        properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
+    return properties
 
 
 def _scheduler() -> genai.SchedulerConfig:
@@ -33,10 +43,12 @@ def _scheduler() -> genai.SchedulerConfig:
 
 class OpenVinoGenai:
     def __init__(self, model: Path, threads: int) -> None:
-        properties = FP32 | {"INFERENCE_NUM_THREADS": threads}
+        properties = _properties(threads)
         self.pipeline = genai.ContinuousBatchingPipeline(str(model), _scheduler(), "CPU", properties)
         self.requests = 0
-        self.describe = properties | {"pipeline": "ContinuousBatchingPipeline"}
+        asked = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+        defaults = {name: f"{ov.Core().get_property('CPU', name)} (default)" for name in asked}
+        self.describe = defaults | properties | {"pipeline": "ContinuousBatchingPipeline"}
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
         config = genai.GenerationConfig()
@@ -61,7 +73,7 @@ class OpenVinoGenai:
 
 
 def first(model: Path, threads: int, text: str) -> str:
-    properties = FP32 | {"INFERENCE_NUM_THREADS": threads, "scheduler_config": _scheduler()}
+    properties = _properties(threads) | {"scheduler_config": _scheduler()}
     pipeline = genai.LLMPipeline(str(model), "CPU", **properties)
     return str(
         pipeline.generate(text, max_new_tokens=1, ignore_eos=True, do_sample=False, apply_chat_template=False)
@@ -70,12 +82,12 @@ def first(model: Path, threads: int, text: str) -> str:
 
 def convert(checkpoint: Path, model: Path) -> None:
     export = Path(sys.executable).with_name("optimum-cli")
-    weights = os.environ.get("WEIGHT_FORMAT", "fp32")
-    task = ["--task", "text-generation-with-past", "--weight-format", weights]
+    task = ["--task", "text-generation-with-past", "--weight-format", WEIGHTS, *INTEGER.get(WEIGHTS, [])]
     subprocess.run([export, "export", "openvino", "--model", checkpoint, *task, model], check=True)
 
 
 if __name__ == "__main__":
+    ov.Core().get_versions("CPU")  # the plugin is among the libraries, not the model
     main(
         OpenVinoGenai,
         first,

@@ -77,6 +77,11 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def size_of(model: Path) -> int:
+    """Bytes of all files of a model."""
+    return sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
+
+
 def _serve(load: Callable[[Path, int], Tool], model: Path, threads: int, packages: tuple[str, ...]) -> None:
     # A stopped worker whose driver was killed would stay for ever (Linux: PR_SET_PDEATHSIG is 1).
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -88,6 +93,7 @@ def _serve(load: Callable[[Path, int], Tool], model: Path, threads: int, package
         replies.write(json.dumps(message) + "\n")
         replies.flush()
 
+    idle = memory()  # the libraries are loaded, the model is not
     started = time.perf_counter()
     tool = load(model, threads)
     reply(
@@ -96,7 +102,9 @@ def _serve(load: Callable[[Path, int], Tool], model: Path, threads: int, package
             "versions": versions(*packages),
             "describe": tool.describe,
             "imported": [name for name in HEAVY_MODULES if name in sys.modules],
-            "memory": memory(),
+            "idle_memory": idle,
+            "load_memory": memory(),
+            "model_bytes": size_of(model),
         }
     )
     for line in sys.stdin:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.compiler import verify
 from llmc.compiler.progress import Progress
+from llmc.compiler.quantize.stored import InputRounding, StoredWeight
+from llmc.compiler.safetensors_index import read_header
+from llmc.compiler.weights import WEIGHTS_FILE
 from llmc.runtime.bundle.manifest import Verification
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 def prove(plan: Plan, graph: Path, backend: str, progress: Progress, **criteria: Any) -> Verification:
     """Compares `graph`, run by `backend`, with the checkpoint. `criteria`: fields of `verify.Job`.
 
-    Raises VerificationError when it computes something else.
+    The weights lie beside the graph. Raises VerificationError when it computes something else.
     """
     if not plan.request.verify:
         return Verification(status="skipped", reason="switched off with --no-verify")
@@ -29,13 +32,26 @@ def prove(plan: Plan, graph: Path, backend: str, progress: Progress, **criteria:
         windows=sorted({layer.window for layer in plan.geometry.layers if layer.window}),
         tolerance=plan.recipe.logit_tolerance,
         needed_bytes=plan.verification_bytes,
-        quantized=_formats(plan),
+        quantized=stored_weights(plan, graph.parent / WEIGHTS_FILE),
         **criteria,
     )
     return verify.run(job, progress)
 
 
-def _formats(plan: Plan) -> dict[str, str]:
-    """Quantized weight of the checkpoint -> the name of its format."""
-    modules = plan.quantization.quantized() if plan.quantization else {}
-    return {f"{name}.weight": module.format.name for name, module in modules.items() if module.format}
+def stored_weights(plan: Plan, file: Path) -> dict[str, StoredWeight]:
+    """Quantized weight of the checkpoint -> where its rounded version lies in `file`."""
+    header = read_header(file) if plan.matrices else {}
+    found = {}
+    for matrix in plan.matrices:
+        arrays = {array: matrix.initializer(array) for array in matrix.format.layout(matrix.shape)}
+        rounding = None
+        if kind := matrix.format.activations:
+            scale = header[matrix.initializer("input_scale")].read()
+            rounding = InputRounding(kind, float(scale))
+        first = 0
+        for weight, rows in zip(matrix.weights, matrix.rows, strict=True):
+            found[weight] = StoredWeight(
+                matrix.format.name, str(file), arrays, (first, first + rows), rounding
+            )
+            first += rows
+    return found

@@ -1,9 +1,10 @@
 """Runs a bundle's graph with OpenVINO on the CPU. The KV cache is ours; the graph writes it in place.
 
-Weights of 16 bits stay so in memory: OpenVINO's oneDNN kernels widen them to fp32 as they multiply, exactly.
-For up to 4 rows that happens in registers, and a step takes as long as reading the weights. For more rows
-they are unpacked into a buffer first, which costs more than reading them again until there are about 16 rows
-(docs/performance.md has the figures); so a small decode step is run as several of 4 rows.
+Weights of 16, 8 or 4 bits stay so in memory: OpenVINO's oneDNN kernels widen them to fp32 as they multiply,
+exactly. For up to 4 rows that happens in registers, and a step takes as long as reading the weights. For more
+rows they are unpacked into a buffer first, which costs more than reading them again until there are about 16
+rows (docs/performance.md has the figures); so a small decode step is run as several of 4 rows. With
+activations of int8 there is nothing to widen, and all rows go together.
 """
 
 from __future__ import annotations
@@ -22,13 +23,22 @@ from llmc.runtime.errors import BackendError
 _INPUTS = tuple(field.name for field in fields(Batch))  # other inputs are caches
 _FEW_ROWS, _MANY_ROWS = 4, 16
 _NARROW = (ov.Type.bf16, ov.Type.f16)
+_INTEGER = (ov.Type.i8, ov.Type.u8, ov.Type.i4, ov.Type.u4)
+_KV_PRECISION = {"fp32": "f32", "u8": "u8"}
 
 
-def tested_core(threads: int | None = None) -> tuple[ov.Core, dict[str, Any]]:
+def tested_core(
+    threads: int | None = None, *, kv_dtype: str = "fp32", activation_group: int | None = None
+) -> tuple[ov.Core, dict[str, Any]]:
     """OpenVINO, ready to read engines, and the settings to compile them with.
 
-    Raises BackendError if this OpenVINO is not the one the engines are made for, or fails the self-test.
+    Raises BackendError if this OpenVINO is not the one the engines are made for, fails the self-test (in
+    the precision of that cache), or has no cache of `kv_dtype`.
     """
+    if kv_dtype not in _KV_PRECISION:
+        raise BackendError(
+            f"the OpenVINO engine has no KV cache of {kv_dtype}", f"known: {', '.join(_KV_PRECISION)}"
+        )
     if not ov.__version__.startswith(openvino_attention.SUPPORTED_VERSION):
         wanted = openvino_attention.SUPPORTED_VERSION
         raise BackendError(
@@ -40,8 +50,8 @@ def tested_core(threads: int | None = None) -> tuple[ov.Core, dict[str, Any]]:
     config: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
-        "KV_CACHE_PRECISION": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        "KV_CACHE_PRECISION": _KV_PRECISION[kv_dtype],
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": activation_group or 0,
     }
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
@@ -55,17 +65,29 @@ class OpenVinoBackend:
     name = "openvino"
     block_size = openvino_attention.BLOCK_SIZE
 
-    def __init__(self, engine: Path, num_blocks: int, threads: int | None = None) -> None:
-        """Compiles `engine` (ONNX, weights beside it) and allocates the cache.
+    def __init__(
+        self,
+        engine: Path,
+        num_blocks: int,
+        threads: int | None = None,
+        *,
+        kv_dtype: str = "fp32",
+        activation_group: int | None = None,
+    ) -> None:
+        """Compiles `engine` (ONNX, weights beside it) and allocates the cache, fp32 or u8.
 
+        activation_group: activations are rounded to int8 before they meet integer weights, so many of a row
+            with one scale. It must divide the block of int4 weights, or OpenVINO does not round. Other
+            weights are not concerned. None: exact.
         Raises BackendError if this OpenVINO is not the one the graph was made for.
         """
-        core, config = tested_core(threads)
+        core, config = tested_core(threads, kv_dtype=kv_dtype, activation_group=activation_group)
         try:
             model = core.read_model(engine)
             # Only the logits: the caches are written in place, their outputs would copy them.
             model = ov.Model([model.output("logits")], model.get_parameters(), "llmc")
-            self._narrow_weights = _keep_narrow(model)
+            widened = _keep_narrow(model) or _has_integer_weights(model)
+            self._few_at_once = widened and activation_group is None
             compiled = core.compile_model(model, "CPU", config)
         except RuntimeError as error:  # OpenVINO's only kind
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
@@ -82,8 +104,10 @@ class OpenVinoBackend:
             if name in _INPUTS:
                 self._ports[name] = port
                 continue
+            # The graph declares fp32 [blocks, heads, 32, width]; compiled for u8 it has room for scales.
             shape = [num_blocks, *(dim.get_length() for dim in list(port.get_partial_shape())[1:])]
-            memory = np.zeros(shape, np.float32)  # zero pages: memory is taken when a block is first written
+            dtype = port.get_element_type().to_dtype()
+            memory = np.zeros(shape, dtype)  # zero pages: memory is taken when a block is first written
             self._caches.append(memory)  # ov.Tensor does not keep the array alive
             self._request.set_tensor(port, ov.Tensor(memory, shared_memory=True))
         self._logits = compiled.outputs[0]
@@ -92,7 +116,7 @@ class OpenVinoBackend:
         """Logits float32 [N, vocab] of the rows in `batch.logits_index`; valid until the next call."""
         rows = len(batch.input_ids)
         decode = rows == len(batch.past_lengths)
-        if self._narrow_weights and decode and _FEW_ROWS < rows <= _MANY_ROWS:
+        if self._few_at_once and decode and _FEW_ROWS < rows <= _MANY_ROWS:
             return np.concatenate([self._run(part).copy() for part in batch.split(_FEW_ROWS)])
         return self._run(batch)
 
@@ -121,3 +145,12 @@ def _keep_narrow(model: ov.Model) -> bool:
             node.get_rt_info()["decompression_0"] = True
             found = True
     return found
+
+
+def _has_integer_weights(model: ov.Model) -> bool:
+    """Whether there are matrices of 8 or 4 bits."""
+    constants = (node for node in model.get_ops() if node.get_type_name() == "Constant")
+    return any(
+        node.get_output_element_type(0) in _INTEGER and len(node.get_output_shape(0)) > 1
+        for node in constants
+    )

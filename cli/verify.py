@@ -1,0 +1,122 @@
+"""`llmc verify`: is a bundle whole, and is it as close to its checkpoint as a pipeline demands?"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmc.cli.text import print_json, table
+from llmc.runtime.errors import VerificationError
+
+if TYPE_CHECKING:
+    from llmc.compiler.verify.figures import Threshold
+    from llmc.compiler.verify.judge import Verdict
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="NAME.llmc", help="The bundle to judge.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT", help="Run the engine beside the checkpoint it was made from (CPU engines)."
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure on this text in UTF-8 (default: a text of llmc's own)."),
+    ] = None,
+    min_top1: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", min=0, max=1, help="Least top-1 agreement, such as 0.97."),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(metavar="NATS", min=0, help="Largest mean KL divergence.")
+    ] = None,
+    max_perplexity_increase: Annotated[
+        float | None, typer.Option(metavar="PERCENT", min=0, help="Largest increase of perplexity.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Check a bundle's files and judge how close it is to its checkpoint.
+
+    Without --against the figures are those that the build recorded. A threshold that is not met is an error.
+    """
+    if against is not None:
+        from llmc.cli.build import require_build_libraries
+
+        require_build_libraries()
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from llmc.cli.progress import shown
+    from llmc.compiler.verify.judge import judge
+
+    with shown() as progress:
+        verdict = judge(bundle, against, text, progress)
+    thresholds = verdict.thresholds(min_top1, max_kl, max_perplexity_increase)
+    missed = [one for one in thresholds if not one.met]
+    print_json(_record(verdict, thresholds)) if as_json else print(table(_facts(verdict, thresholds)))
+    if missed:
+        raise VerificationError(*_complaint(bundle, verdict, missed))
+
+
+def _complaint(path: Path, verdict: Verdict, missed: list[Threshold]) -> tuple[str, str]:
+    """Message and hint."""
+    message = f"{path} misses {', '.join(one.text for one in missed)}"
+    manifest = verdict.bundle.manifest
+    if any(one.figure is None for one in missed):
+        reason = manifest.verification.reason or "its build recorded no such figure"
+        if verdict.figures.origin == "measured":
+            return f"{message}: it cannot be measured without a tokenizer", "judge by the other figures"
+        hint = "build it again, with the verification"
+        return f"{message}: {reason}", hint if manifest.gpu else "--against CHECKPOINT measures it"
+    if manifest.quantization:
+        return (
+            message,
+            "build with a format of more bits, or leave the most sensitive layers out with --exclude",
+        )
+    return message, "look at `llmc inspect`, and build again from the checkpoint"
+
+
+def _facts(verdict: Verdict, thresholds: list[Threshold]) -> list[tuple[str, str]]:
+    figures, bundle = verdict.figures, verdict.bundle
+    count = len(bundle.manifest.files)
+    facts = [("bundle", f"{bundle.name}, every byte of {count} files verified")]
+    if verdict.checkpoint:
+        facts.append(("checkpoint", f"{verdict.checkpoint}, the one it was made from"))
+    where = f"{figures.positions:,} positions of {verdict.text}" if figures.positions else verdict.text
+    facts.append(("figures", f"{figures.origin}, on {where}"))
+    if figures.top1_agreement is not None:
+        plain = figures.top1_agreement_without_ties
+        ties = "" if plain is None else f", {plain:.4f} without near ties"
+        facts.append(("top-1 agreement", f"{figures.top1_agreement:.4f}{ties}"))
+    if figures.mean_kl is not None:
+        facts.append(("mean KL", f"{figures.mean_kl:g} nats"))
+    if figures.perplexity is not None and figures.perplexity_unquantized is not None:
+        change = f" ({figures.perplexity_increase_percent:+.2f} %)"
+        facts.append(("perplexity", f"{figures.perplexity_unquantized:g} -> {figures.perplexity:g}{change}"))
+    if figures.max_logit_error is not None:
+        facts.append(("max logit error", f"{figures.max_logit_error:g}"))
+    if verdict.engine_perplexity is not None:
+        on = f"on {verdict.engine_positions:,} positions of the given text"
+        facts.append(("engine's perplexity", f"{verdict.engine_perplexity:g}, {on}"))
+    facts += [("ok" if one.met else "MISSED", one.text) for one in thresholds]
+    return facts
+
+
+def _record(verdict: Verdict, thresholds: list[Threshold]) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return {
+        "path": str(verdict.bundle.path),
+        "files_verified": len(verdict.bundle.manifest.files),
+        "checkpoint": str(verdict.checkpoint) if verdict.checkpoint else None,
+        "figures": asdict(verdict.figures),
+        "text": verdict.text,
+        "text_sha256": verdict.text_sha256 or None,
+        "engine_perplexity": verdict.engine_perplexity,
+        "engine_positions": verdict.engine_positions,
+        "thresholds": [{**asdict(one), "met": one.met} for one in thresholds],
+        "ok": all(one.met for one in thresholds),
+    }

@@ -1,0 +1,104 @@
+"""Proves an engine against its checkpoint: the same tokens through transformers and through the engine.
+
+`run` is the step of a build; `judge.py` is what `llmc verify` asks of a finished bundle. Both compare in a
+process of their own (`child.py`), one model after the other. What is compared in a build (`compare.py`): the
+logits of every position of several texts, fed to the engine as ragged prefill chunks and mixed steps, and, in
+fp32, greedy continuations; of quantized weights also what they lose (`loss.py`). What must hold, in fp32 and
+in 16 bits, is stated in docs/fidelity.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from llmc.compiler.progress import Progress
+from llmc.compiler.verify.job import Findings, Job
+from llmc.compiler.verify.memory import available_memory, memory_needed
+from llmc.compiler.verify.process import run_child
+from llmc.runtime.bundle.manifest import Verification
+from llmc.runtime.errors import VerificationError
+
+__all__ = ["MIN_TOP1", "Findings", "Job", "available_memory", "faults", "memory_needed", "run"]
+
+MIN_TOP1 = {"fp32": 1.0, "fp16": 0.99, "bf16": 0.99}  # dtype that the engine computes in -> least agreement
+MAX_RMS_RATIO = 1.5  # 16 bits: the engine's rms error over transformers' own; 0.9 to 1.0 were measured
+
+
+def run(job: Job, progress: Progress) -> Verification:
+    """Runs the comparison and returns its record for the manifest.
+
+    Raises VerificationError when the engine does not reproduce the checkpoint, and BuildError when the
+    comparison itself breaks. A model too large for this machine is recorded as not verified.
+    """
+    available = available_memory()
+    need = f"{job.needed_bytes / 2**30:.1f} GiB"
+    if available is not None and job.needed_bytes > available:
+        reason = f"verification needs about {need} of memory, {available / 2**30:.1f} GiB were available"
+        progress.note(f"not verified: {reason}")
+        return Verification(status="skipped", reason=f"verification needs about {need} of memory")
+    progress.note(f"verification needs about {need} of memory")
+    findings = _run_child(job, progress)
+    if wrong := faults(findings, job.dtype):
+        raise VerificationError(
+            f"the engine does not reproduce the checkpoint: {', '.join(wrong)}",
+            "this model's numbers do not fit into fp16; build with --dtype bf16"
+            if job.dtype == "fp16" and not math.isfinite(findings.max_logit_error + findings.tolerance)
+            else "please report this with the model's config.json; no bundle was written",
+        )
+    import transformers
+
+    weights = "the dequantized checkpoint, " if job.reference_weights == "dequantized" else ""
+    return Verification(
+        status="passed",
+        reference=f"transformers {transformers.__version__}, {weights}eager attention, fp32"
+        + (", on the quantized weights" if job.quantized else ""),
+        max_logit_error=_round_up(findings.max_logit_error),
+        tolerance=_round_up(findings.tolerance),
+        top1_agreement=findings.top1_agreement,
+        greedy_tokens_equal=findings.greedy_equal,
+        tokens_compared=findings.positions,
+        details={
+            **({"compared": job.compared} if job.compared else {}),
+            **({"greedy_tokens": findings.greedy_tokens} if findings.greedy_equal is not None else {}),
+            **findings.details,
+        },
+    )
+
+
+def faults(findings: Findings, dtype: str) -> list[str]:
+    """Everything that was measured, if any of it is out of bounds. NaN is."""
+    error, bound = findings.max_logit_error, findings.tolerance
+    share, least = findings.top1_agreement, MIN_TOP1[dtype]
+    measured = [
+        (error <= bound, f"max logit error {error:.2e} (tolerance {bound:.2e})"),
+        (share >= least, f"top-1 agreement {share:.4f} (at least {least:g})"),
+    ]
+    if (ratio := findings.rms_ratio) is not None:
+        text = f"rms error {ratio:.2f} times that of transformers in {dtype} (at most {MAX_RMS_RATIO:g})"
+        measured.append((ratio <= MAX_RMS_RATIO, text))
+    if (equal := findings.greedy_equal) is not None:
+        measured.append((equal, f"greedy text {'equal' if equal else 'different'}"))
+    if not _is_finite(findings.details):
+        measured.append((False, "logits of the evaluation text that are not finite"))
+    return [] if all(good for good, _ in measured) else [text for _, text in measured]
+
+
+def _is_finite(figures: Any) -> bool:
+    """Whether every number in nested dicts is."""
+    if isinstance(figures, dict):
+        return all(map(_is_finite, figures.values()))
+    return not isinstance(figures, float) or math.isfinite(figures)
+
+
+def _round_up(error: float) -> float:
+    """Two digits: more would record the noise of the machine that built the bundle."""
+    if error == 0:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(error)) - 1)
+    return float(f"{math.ceil(error / unit) * unit:.1e}")
+
+
+def _run_child(job: Job, progress: Progress) -> Findings:
+    found = run_child({"prove": job.to_json()}, progress, "--no-verify builds without the proof")
+    return Findings(**found)

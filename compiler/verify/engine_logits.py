@@ -1,0 +1,81 @@
+"""An engine's logits of given tokens: in ragged steps, to see that it packs right, or in plain chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmc.runtime.backends.base import Backend
+from llmc.runtime.batch import Batch
+
+_CHUNKS = ((37, 5, 32), (9, 1, 1), (1, 32, 0))  # tokens a sequence gets in the first steps
+_SINGLE_STEPS, _LATER_CHUNK = 20, 32  # then one a step, then this many
+_PLAIN_CHUNK = 64  # 64 rows of a vocabulary of 150,000 are 39 MB
+
+
+def blocks_for(sequences: Sequence[Sequence[int]], block_size: int = 32) -> int:
+    """KV blocks that hold all of them."""
+    return sum(-(-len(ids) // block_size) for ids in sequences)
+
+
+def ragged(backend: Backend, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Logits float32 [len, vocabulary] of each sequence, all computed together over shuffled blocks."""
+    blocks = iter(np.random.default_rng(1).permutation(backend.num_blocks).tolist())
+    size = backend.block_size
+    tables = [[next(blocks) for _ in range(-(-len(ids) // size))] for ids in sequences]
+    past = [0] * len(sequences)
+    rows: list[list[np.ndarray]] = [[] for _ in sequences]
+    step = 0
+    while any(done < len(ids) for done, ids in zip(past, sequences, strict=True)):
+        later = 1 if step < len(_CHUNKS) + _SINGLE_STEPS else _LATER_CHUNK
+        wanted = _CHUNKS[step] if step < len(_CHUNKS) else (later,) * len(sequences)
+        chunks = [
+            (s, min(count, len(sequences[s]) - past[s]))
+            for s, count in enumerate(wanted)
+            if count and past[s] < len(sequences[s])
+        ]
+        step += 1
+        if not chunks:
+            continue
+        logits = backend.forward(_batch(sequences, past, tables, chunks, size))
+        start = 0
+        for s, count in chunks:
+            rows[s].append(logits[start : start + count].copy())
+            past[s] += count
+            start += count
+    return [np.concatenate(row) for row in rows]
+
+
+def in_chunks(backend: Backend, ids: Sequence[int]) -> Iterator[np.ndarray]:
+    """Logits float32 [n, vocabulary] of one sequence, from its first token on; each valid until the next."""
+    table = list(range(-(-len(ids) // backend.block_size)))
+    for start in range(0, len(ids), _PLAIN_CHUNK):
+        count = min(_PLAIN_CHUNK, len(ids) - start)
+        yield backend.forward(_batch([ids], [start], [table], [(0, count)], backend.block_size))
+
+
+def _batch(
+    sequences: Sequence[Sequence[int]],
+    past: list[int],
+    tables: list[list[int]],
+    chunks: list[tuple[int, int]],
+    size: int,
+) -> Batch:
+    ids = [token for s, count in chunks for token in sequences[s][past[s] : past[s] + count]]
+    positions = [p for s, count in chunks for p in range(past[s], past[s] + count)]
+    used = [tables[s][: -(-(past[s] + count) // size)] for s, count in chunks]
+
+    def i32(values: Any) -> np.ndarray:
+        return np.ascontiguousarray(values, np.int32)
+
+    return Batch(
+        input_ids=i32(ids),
+        position_ids=i32(positions),
+        query_start=i32(np.cumsum([0, *(count for _, count in chunks)])),
+        past_lengths=i32([past[s] for s, _ in chunks]),
+        block_indices=i32([block for table in used for block in table]),
+        block_begins=i32(np.cumsum([0, *(len(table) for table in used)])),
+        logits_index=i32(range(len(ids))),
+    )

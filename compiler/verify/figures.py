@@ -1,0 +1,85 @@
+"""How close a bundle's engine is to its checkpoint, in numbers, and what a pipeline may demand of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from llmc.runtime.bundle.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How far an engine is from its checkpoint. None: not known.
+
+    origin: whether this was measured now or when the bundle was built. top1_agreement counts near ties,
+    mean_kl is in nats (docs/fidelity.md). perplexity: the engine's; perplexity_unquantized: the checkpoint's.
+    """
+
+    origin: Literal["measured", "recorded"]
+    positions: int | None = None
+    top1_agreement: float | None = None
+    top1_agreement_without_ties: float | None = None
+    mean_kl: float | None = None
+    max_logit_error: float | None = None
+    perplexity_unquantized: float | None = None
+    perplexity: float | None = None
+    perplexity_increase_percent: float | None = None
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """name: in words; figure: None where it is not known."""
+
+    name: str
+    figure: float | None
+    bound: float
+    at_least: bool
+
+    @property
+    def met(self) -> bool:
+        """An unknown figure meets nothing, and neither does NaN."""
+        if self.figure is None:
+            return False
+        return self.figure >= self.bound if self.at_least else self.figure <= self.bound
+
+    @property
+    def text(self) -> str:
+        """ "mean KL 0.02 (at most 0.01)"."""
+        figure = "unknown" if self.figure is None else f"{self.figure:g}"
+        return f"{self.name} {figure} ({'at least' if self.at_least else 'at most'} {self.bound:g})"
+
+
+def recorded(manifest: Manifest) -> Figures:
+    """What the build found, against the unquantized checkpoint. In 16 bits it is what the engine loses as a
+    whole, else what rounding loses: in fp32 the engine adds nothing that counts."""
+    record, details = manifest.verification, manifest.verification.details
+    loss = details.get("quantization_loss")
+    if isinstance(loss, Mapping):
+        engine = loss.get("engine")
+        found = known(engine if isinstance(engine, Mapping) else loss)
+        before, after = found.get("perplexity_unquantized"), found.get("perplexity")
+        if before and after:  # of bundles that record these two only
+            found.setdefault("perplexity_increase_percent", round(100 * (after / before - 1), 2))
+        if "top1_agreement_without_ties" in found:
+            found.setdefault("top1_agreement", found["top1_agreement_without_ties"])
+        return Figures("recorded", **found)
+    engine = details.get("engine")
+    return Figures(
+        "recorded",
+        positions=record.tokens_compared,
+        top1_agreement=record.top1_agreement,
+        max_logit_error=record.max_logit_error,
+        mean_kl=known(engine).get("mean_kl") if isinstance(engine, Mapping) else None,
+    )
+
+
+def known(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a record that `Figures` has; `details` of a manifest may hold anything."""
+    names = asdict(Figures("recorded")).keys() - {"origin"}
+    return {
+        name: value
+        for name, value in figures.items()
+        if name in names and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }

@@ -1,0 +1,87 @@
+"""What the process that compares is asked, and what it answers. Both cross a pipe as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from llmc.compiler.quantize.stored import StoredWeight
+
+ReferenceWeights = Literal["checkpoint", "dequantized"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the child is asked to compare.
+
+    tolerance: see `recipe.Recipe`; of fp32 only, as 16 bits are measured against transformers in the same
+    dtype. dtype: what the engine computes in, "fp32", "fp16" or "bf16". compared: what stands in for the
+    engine, for the record; empty where it is the engine itself. quantized: name of a weight of the checkpoint
+    -> what the engine has in its place; it must then reproduce the checkpoint with these, and what they lose
+    is recorded. reference_weights: "dequantized" where the checkpoint itself holds quantized weights.
+    """
+
+    checkpoint: str
+    engine: str
+    backend: str
+    max_seq_len: int
+    vocab_size: int
+    windows: list[int]
+    tolerance: float
+    needed_bytes: int
+    dtype: str = "fp32"
+    compared: str = ""
+    quantized: Mapping[str, StoredWeight] = field(default_factory=dict)
+    reference_weights: ReferenceWeights = "checkpoint"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"quantized": {name: one.to_json() for name, one in self.quantized.items()}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Job:
+        from llmc.compiler.quantize.stored import StoredWeight
+
+        quantized = {name: StoredWeight.from_json(one) for name, one in data["quantized"].items()}
+        return cls(**{**data, "quantized": quantized})
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the child measured.
+
+    max_logit_error: absolute, over all positions and the whole vocabulary; tolerance: scaled to the
+    logits; top1_agreement: share of positions where the engine's best token is the reference's, or as
+    good as it within what rounding hides; greedy_equal: None in 16 bits, where texts part at the first near
+    tie; rms_ratio: the engine's rms error over that of transformers in the same dtype, None in fp32.
+    """
+
+    max_logit_error: float
+    tolerance: float
+    top1_agreement: float
+    positions: int
+    greedy_equal: bool | None
+    greedy_tokens: int
+    rms_ratio: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `llmc verify` asks the child: how an engine does on a text.
+
+    engine, backend, max_seq_len, vocab_size: as in Job. tokenizer: a tokenizer.json, "" without one. text: a
+    file in UTF-8, "" for the evaluation text. checkpoint: what it is compared with in transformers, "" for
+    nothing (only its perplexity is measured then). dequantized: whether that checkpoint is quantized.
+    """
+
+    engine: str
+    backend: str
+    max_seq_len: int
+    vocab_size: int
+    tokenizer: str
+    text: str
+    checkpoint: str
+    tolerance: float
+    reference_weights: ReferenceWeights = "checkpoint"

@@ -1,0 +1,177 @@
+"""Judges a finished bundle: by the figures that its build recorded, or by comparing it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmc.compiler.progress import Progress
+from llmc.compiler.verify import evaluation
+from llmc.compiler.verify.figures import Figures, Threshold, known, recorded
+from llmc.compiler.verify.job import Question
+from llmc.compiler.verify.memory import available_memory, memory_needed
+from llmc.compiler.verify.process import run_child
+from llmc.runtime.bundle.manifest import Manifest, Source
+from llmc.runtime.bundle.reader import Bundle
+from llmc.runtime.errors import CheckpointError, RequestError
+
+_TOKENIZER = "tokenizer/tokenizer.json"
+_OUT_OF_MEMORY = "use a machine with more, or judge the recorded figures, without --against and --text"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """text: what the figures are about. engine_perplexity: on a text of the user's, without a checkpoint."""
+
+    bundle: Bundle
+    checkpoint: Path | None
+    figures: Figures
+    text: str
+    text_sha256: str
+    engine_perplexity: float | None
+    engine_positions: int | None
+
+    def thresholds(
+        self, min_top1: float | None, max_kl: float | None, max_perplexity_increase: float | None
+    ) -> list[Threshold]:
+        """Those that are asked for, beside their figures. The last is in percent."""
+        figures = self.figures
+        every = (
+            ("top-1 agreement", figures.top1_agreement, min_top1, True),
+            ("mean KL", figures.mean_kl, max_kl, False),
+            ("perplexity increase in %", figures.perplexity_increase_percent, max_perplexity_increase, False),
+        )
+        return [
+            Threshold(name, figure, bound, at_least)
+            for name, figure, bound, at_least in every
+            if bound is not None
+        ]
+
+
+def judge(path: Path, against: str | None, text: Path | None, progress: Progress) -> Verdict:
+    """Hashes every file of the bundle at `path`, and finds its figures.
+
+    against: a checkpoint, which must be the bundle's own; a CPU engine is then run beside it in transformers,
+    in fp32, on `text` or the evaluation text. Without it a CPU engine's perplexity on `text` is measured, if
+    one is given.
+    Raises BundleError, CheckpointError for another checkpoint, and RequestError for a text or an engine that
+    cannot be used and for a lack of memory.
+    """
+    given = evaluation.read_text(text) if text else ""
+    bundle = Bundle.open(path, verify_hashes=False)
+    manifest = bundle.manifest
+    runs_here = manifest.gpu is None
+    if text and not runs_here:
+        raise RequestError(
+            f"the engine of {path} is for a GPU ({manifest.target.name}) and cannot be run here on a text",
+            "leave --text out: the recorded figures are judged",
+        )
+    if text and _TOKENIZER not in manifest.files:
+        raise RequestError(f"{path} has no tokenizer to read a text with", "leave --text out")
+    progress.phase("hash the bundle")
+    bundle.verify()
+    directory = _own_checkpoint(manifest.source, against, progress) if against else None
+    found: dict[str, Any] = {}
+    if runs_here and (directory or text):
+        progress.phase("compare" if directory else "run the engine")
+        found = _measure(bundle, directory, text, progress)
+    elif directory:
+        progress.note(
+            f"the engine is for a GPU ({manifest.target.name}) and cannot be run here: "
+            "the figures are those that its build recorded"
+        )
+    measured = bool(directory) and runs_here
+    figures = Figures("measured", **known(found)) if measured else recorded(manifest)
+    about, digest = _about(manifest, figures, text if measured else None, given)
+    return Verdict(
+        bundle=bundle,
+        checkpoint=directory,
+        figures=figures,
+        text=about,
+        text_sha256=digest,
+        engine_perplexity=None if measured else found.get("perplexity"),
+        engine_positions=None if measured else found.get("positions"),
+    )
+
+
+def _about(manifest: Manifest, figures: Figures, text: Path | None, given: str) -> tuple[str, str]:
+    """Which text the figures are about, and its sha256."""
+    if text:
+        return text.name, evaluation.sha256(given)
+    if figures.origin == "measured":
+        if _TOKENIZER not in manifest.files:
+            return "random tokens", ""
+        return "the evaluation text", evaluation.sha256(evaluation.read_text(evaluation.EVALUATION_TEXT))
+    loss = manifest.verification.details.get("quantization_loss")
+    if isinstance(loss, Mapping) and isinstance(digest := loss.get("text_sha256"), str):
+        return "the evaluation text", digest
+    return ("nothing" if figures.positions is None else "the texts of the build"), ""
+
+
+def _own_checkpoint(source: Source, against: str, progress: Progress) -> Path:
+    """Raises CheckpointError unless each file is the one that the bundle was made from."""
+    from llmc.compiler import hub
+    from llmc.compiler.checkpoint import Checkpoint
+
+    progress.phase("hash the checkpoint")
+    checkpoint = Checkpoint.open(hub.resolve(against))
+    here = checkpoint.file_hashes()
+    for name in sorted(here.keys() | source.files.keys()):
+        ours, theirs = here.get(name), source.files.get(name)
+        if ours == theirs:
+            continue
+        if ours is None:
+            fact = f"it has no {name}"
+        elif theirs is None:
+            fact = f"it has {name}, which was not there"
+        else:
+            fact = f"{name} has sha256 {ours[:12]}..., then {theirs[:12]}..."
+        raise CheckpointError(
+            f"{against} is not the checkpoint that the bundle was made from: {fact}",
+            f"give the files of {source.name} as they were, or build from these with `llmc build`",
+        )
+    return checkpoint.path
+
+
+def _measure(
+    bundle: Bundle, checkpoint: Path | None, text: Path | None, progress: Progress
+) -> dict[str, Any]:
+    from llmc.compiler import recipe
+
+    manifest = bundle.manifest
+    needed, quantized = manifest.weights.bytes, False
+    if checkpoint:
+        needed, quantized = _size_of(checkpoint)
+    _check_memory(memory_needed(needed), progress)
+    question = Question(
+        engine=str(bundle.engine_path()),
+        backend=manifest.target.engine,
+        max_seq_len=manifest.limits.max_seq_len,
+        vocab_size=manifest.geometry.vocab_size,
+        tokenizer=str(bundle.path / _TOKENIZER) if _TOKENIZER in manifest.files else "",
+        text=str(text) if text else "",
+        checkpoint=str(checkpoint) if checkpoint else "",
+        tolerance=recipe.load(manifest.source.model_type).logit_tolerance,
+        reference_weights="dequantized" if quantized else "checkpoint",
+    )
+    return run_child({"measure": asdict(question)}, progress, _OUT_OF_MEMORY)
+
+
+def _size_of(checkpoint: Path) -> tuple[int, bool]:
+    """Bytes of its values in fp32, and whether it is quantized."""
+    from llmc.compiler.checkpoint import Checkpoint
+    from llmc.compiler.quantized.layout import read_quantized
+
+    quantized = read_quantized(Checkpoint.open(checkpoint))
+    return 4 * quantized.parameters, quantized.quantized
+
+
+def _check_memory(needed: int, progress: Progress) -> None:
+    available, need = available_memory(), f"{needed / 2**30:.1f} GiB"
+    if available is not None and needed > available:
+        raise RequestError(
+            f"this needs about {need} of memory, {available / 2**30:.1f} GiB are available", _OUT_OF_MEMORY
+        )
+    progress.note(f"this needs about {need} of memory")

@@ -1,0 +1,64 @@
+"""How a finished bundle's engine does on a text: beside the checkpoint in transformers, or alone."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmc.compiler.verify import evaluation, loss
+from llmc.compiler.verify.difference import scaled
+from llmc.compiler.verify.engine_logits import blocks_for, in_chunks
+from llmc.compiler.verify.job import Question
+from llmc.runtime.backends import load_backend
+
+
+def measure(
+    question: Question, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """With a checkpoint: the figures of `loss.record`; without: "perplexity" and "positions" of the engine.
+
+    Raises RequestError for a text that is too short.
+    """
+    windows = _windows(question)
+    steps, done = (2 if question.checkpoint else 1) * len(windows), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        on_progress(done, steps)
+
+    on_progress(0, steps)
+    if not question.checkpoint:
+        backend = load_backend(question.backend, Path(question.engine), _blocks(windows))
+        found = loss.perplexity(windows, (in_chunks(backend, ids) for ids in windows))
+        return {"perplexity": found, "positions": sum(map(len, windows))}
+    from llmc.compiler.verify.reference import Reference
+
+    reference = Reference(question.checkpoint, "fp32", question.reference_weights)
+    states = []
+    for ids in windows:
+        states.append(reference.states(ids))
+        step()
+    head = reference.head()
+    reference.drop_decoder()
+    gc.collect()
+    backend = load_backend(question.backend, Path(question.engine), _blocks(windows))
+    others = (in_chunks(backend, ids) for ids in windows)
+    difference = loss.measure(head, states, windows, others, step)
+    near_tie = 2 * scaled(question.tolerance, difference.scale)
+    return loss.record(difference, near_tie, bool(question.tokenizer))
+
+
+def _windows(question: Question) -> list[list[int]]:
+    if not question.tokenizer:
+        return evaluation.random_windows(question.vocab_size, question.max_seq_len)
+    most = evaluation.MAX_WINDOWS_OF_FILE if question.text else evaluation.MAX_WINDOWS
+    text = evaluation.read_text(Path(question.text) if question.text else evaluation.EVALUATION_TEXT)
+    tokenizer = Path(question.tokenizer)
+    return evaluation.windows_of(text, tokenizer, question.vocab_size, question.max_seq_len, most)
+
+
+def _blocks(windows: list[list[int]]) -> int:
+    return blocks_for([max(windows, key=len)])

@@ -1,0 +1,233 @@
+"""The reference: transformers in eager attention, with the checkpoint's weights or the rounded ones."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from llmc.compiler.checkpoint import Checkpoint
+from llmc.compiler.quantize.stored import InputRounding, StoredWeight
+from llmc.compiler.quantized.dequantize import iter_rows
+from llmc.compiler.quantized.layout import QuantizedCheckpoint, read_quantized
+from llmc.compiler.quantized.module import QuantizedModule
+from llmc.compiler.safetensors_index import TensorRef, read_header
+from llmc.compiler.verify.job import ReferenceWeights
+from llmc.runtime.errors import BuildError, CheckpointError
+
+_TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_CHUNK_BYTES = 16 << 20
+_NEW_TOKENS = 24
+_HEAD_TOLERANCE = 1e-4  # of the largest logit: the same product, of one row in place of many
+
+
+class Reference:
+    """A causal language model of transformers, computing in `dtype`."""
+
+    def __init__(self, checkpoint: str, dtype: str, weights: ReferenceWeights = "checkpoint") -> None:
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.model = _load(checkpoint, _TORCH[dtype], weights).eval()
+        decoder = self.model.get_decoder()
+        self._decoder = next(name for name, module in self.model.named_modules() if module is decoder)
+
+    @torch.no_grad()
+    def round(self, stored: Mapping[str, StoredWeight]) -> None:
+        """From now on the model has these weights and rounds these inputs, as the engine does.
+
+        A weight that a module shares with another one (a tied lm_head) changes in the named module alone.
+        Raises BuildError for a name or a shape that the model does not have.
+        """
+        headers = {one.file: read_header(one.file) for one in stored.values()}
+        for name, one in stored.items():
+            module = self._module_of(name)
+            values = torch.from_numpy(one.read(headers[one.file]))
+            if values.shape != module.weight.shape:
+                got, wanted = list(values.shape), list(module.weight.shape)
+                raise BuildError(
+                    f"the engine has {name} as {got}, transformers as {wanted}", "please report this"
+                )
+            module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
+            if one.input is not None:
+                module.register_forward_pre_hook(_rounding(one.input))
+
+    def _module_of(self, name: str) -> Any:
+        try:
+            module = self.model.get_submodule(name.removesuffix(".weight"))
+        except AttributeError:
+            module = None
+        if not name.endswith(".weight") or not isinstance(getattr(module, "weight", None), nn.Parameter):
+            raise BuildError(
+                f"transformers' model has no {name}, which the engine rounds", "please report this"
+            )
+        return module
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """float32 [len, vocabulary]."""
+        return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+
+    @torch.no_grad()
+    def continuation(self, prompt: Sequence[int], max_seq_len: int) -> list[int]:
+        """Greedy, of at most _NEW_TOKENS tokens."""
+        tokens, cache = torch.tensor([prompt]), None
+        new: list[int] = []
+        for _ in range(min(_NEW_TOKENS, max_seq_len - len(prompt))):
+            output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            new.append(int(output.logits[0, -1].argmax()))
+            tokens = torch.tensor([new[-1:]])
+        return new
+
+    @torch.no_grad()
+    def states(self, ids: Sequence[int]) -> torch.Tensor:
+        """What the last matrix is applied to: [len, hidden], a hundredth of the size of the logits.
+
+        Raises BuildError for a model whose logits depend on anything else.
+        """
+        kept: list[torch.Tensor] = []
+        decoder = self.model.get_submodule(self._decoder)
+        hook = decoder.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+        takes = inspect.signature(self.model.forward).parameters
+        few = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        try:
+            last = self.model(input_ids=torch.tensor([ids]), use_cache=False, **few).logits[0, -1]
+        finally:
+            hook.remove()
+        if self._decoder and kept:
+            again = self.head().logits(kept[0][0, -1:])[0]
+            bound = _HEAD_TOLERANCE * max(1.0, float(last.abs().max()))
+            if np.abs(again - last.float().numpy()).max() <= bound or not last.isfinite().all():
+                return kept[0][0]
+        raise BuildError(
+            f"the logits of {type(self.model).__name__} are not those of its decoder's last hidden states",
+            "please report this with the model's config.json",
+        )
+
+    def head(self) -> Head:
+        """What turns states into logits, with the weights that it has now."""
+        return Head(self.model, self._decoder)
+
+    def drop_decoder(self) -> None:
+        """Frees everything but the last matrix; heads that were taken before go on to work."""
+        self.model.set_submodule(self._decoder, nn.Identity())
+
+
+class Head:
+    """The end of a model: its last matrix, as it is now, and whatever the model does to logits."""
+
+    def __init__(self, model: Any, decoder: str) -> None:
+        self._model, self._decoder = model, decoder
+        self._last = model.get_output_embeddings()
+        self._weight, self._hooks = self._last.weight, dict(self._last._forward_pre_hooks)
+
+    @torch.no_grad()
+    def logits(self, states: torch.Tensor) -> np.ndarray:
+        """[n, hidden] -> float32 [n, vocabulary]."""
+        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
+        with (
+            self._as_it_was(),
+            _forward(self._model.get_submodule(self._decoder), lambda *args, **options: output),
+        ):
+            ids = torch.zeros((1, len(states)), dtype=torch.int64)
+            return self._model(input_ids=ids, use_cache=False).logits[0].float().numpy()
+
+    @contextlib.contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        weight, hooks = self._last.weight, dict(self._last._forward_pre_hooks)
+        self._set(self._weight, self._hooks)
+        try:
+            yield
+        finally:
+            self._set(weight, hooks)
+
+    def _set(self, weight: nn.Parameter, hooks: Mapping[int, Any]) -> None:
+        self._last.weight = weight
+        self._last._forward_pre_hooks.clear()
+        self._last._forward_pre_hooks.update(hooks)
+
+
+@contextlib.contextmanager
+def _forward(module: Any, forward: Any) -> Iterator[None]:
+    """`module` computes `forward` for a while."""
+    module.forward = forward  # an attribute of the instance, which goes before the method of its class
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _rounding(rounding: InputRounding) -> Any:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = args[0]
+        return (torch.from_numpy(rounding.apply(x.float().numpy())).to(x.dtype), *args[1:])
+
+    return hook
+
+
+def _load(checkpoint: str, dtype: torch.dtype, weights: ReferenceWeights) -> Any:
+    if weights == "checkpoint":
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=dtype, attn_implementation="eager"
+        )
+    opened = Checkpoint.open(checkpoint)
+    settings = {key: value for key, value in opened.config.items() if key != "quantization_config"}
+    config = transformers.AutoConfig.for_model(**settings)
+    with transformers.initialization.no_init_weights():
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="eager"
+        )
+    model.tie_weights()  # which the initialization would have done
+    _fill(model, read_quantized(opened))
+    return model
+
+
+@torch.no_grad()
+def _fill(model: Any, quantized: QuantizedCheckpoint) -> None:
+    """Every parameter from the checkpoint, widened, a block of rows at a time."""
+    tied = {alias for alias, name in model.all_tied_weights_keys.items() if alias != name}
+    for name, parameter in model.named_parameters():
+        if name in tied:
+            continue
+        done = 0
+        for rows in _values(name, quantized):
+            part = torch.from_numpy(np.ascontiguousarray(rows, np.float32))
+            if part.shape[1:] != parameter.shape[1:] or done + len(part) > len(parameter):
+                break
+            parameter[done : done + len(part)] = part.to(parameter.dtype)
+            done += len(part)
+        if done != len(parameter):
+            raise CheckpointError(
+                f"the checkpoint has no {name} of shape {list(parameter.shape)}",
+                "`llmc check` compares its tensors with its configuration",
+            )
+
+
+def _values(name: str, quantized: QuantizedCheckpoint) -> Iterator[np.ndarray]:
+    """Blocks of rows of a parameter in float32; nothing for one that the checkpoint lacks."""
+    module_name, _, last = name.rpartition(".")
+    module = quantized.modules.get(module_name)
+    if module is None or last not in ("weight", "bias"):
+        ref = quantized.plain.get(name)
+        yield from () if ref is None else ref.iter_chunks(_CHUNK_BYTES)
+    elif last == "weight":
+        yield from _weight(module)
+    elif (bias := module.tensors.get("bias")) is not None:
+        yield bias.read()
+
+
+def _weight(module: QuantizedModule) -> Iterator[np.ndarray]:
+    """AWQ multiplies the input by `pre_quant_scale`: here the weight's columns are, to the same end."""
+    scale: TensorRef | None = module.tensors.get("pre_quant_scale")
+    columns = np.float32(1) if scale is None else scale.read().astype(np.float32)
+    for rows in iter_rows(module, _CHUNK_BYTES):
+        yield rows * columns

@@ -1,0 +1,99 @@
+"""Where a rounded weight lies: read back by rows from a file in which several follow one another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from llmc.compiler.quantize.formats import FORMATS, STORED
+from llmc.compiler.quantize.quantizer import quantize
+from llmc.compiler.quantize.stored import InputRounding, StoredWeight
+from llmc.compiler.safetensors_index import read_header
+from llmc.compiler.weights_writer import write_safetensors
+
+NAMES = {dtype: name for name, dtype in STORED.items()}
+
+
+def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    entries = [(name, NAMES[array.dtype], array.shape) for name, array in arrays.items()]
+    write_safetensors(path, entries, lambda name: [arrays[name].reshape(-1).view(np.uint8).data])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_rows_of_one_of_three_weights(form: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.standard_normal((rows, 256)).astype(np.float32) for rows in (6, 2, 4)]
+    amax = max(float(np.abs(part).max()) for part in parts)
+    made = [quantize(part, FORMATS[form], "w", amax=amax) for part in parts]
+    joined = {
+        array: made[0][array] if made[0][array].ndim == 0 else np.concatenate([one[array] for one in made])
+        for array in made[0]
+    }
+    write(tmp_path / "w.safetensors", {f"fused_{array}": data for array, data in joined.items()})
+    arrays = {array: f"fused_{array}" for array in joined}
+    first = 0
+    for part in parts:
+        stored = StoredWeight(form, str(tmp_path / "w.safetensors"), arrays, (first, first + len(part)))
+        got = stored.read(read_header(stored.file))
+        first += len(part)
+        assert got.shape == part.shape
+        # Not what was stored but what it stands for: within half a step of the coarsest code.
+        steps = {"int8": 1 / 254, "int4": 1 / 14, "e4m3": 1 / 16, "e2m1": 1 / 6 * 1.15}
+        bound = np.abs(part).max(1, keepdims=True) * steps[FORMATS[form].codes] * 1.01
+        assert (np.abs(got - part) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_scales_are_used_as_they_are_stored(dtype: str, tmp_path: Path) -> None:
+    codes = np.array([[1, -2], [127, 0]], np.int8)
+    scales = np.array([0.1, 0.3]).astype(STORED[dtype])
+    write(tmp_path / "w.safetensors", {"c": codes, "s": scales})
+    stored = StoredWeight(
+        "int8", str(tmp_path / "w.safetensors"), {"weight": "c", "weight_scale": "s"}, (0, 2)
+    )
+    expected = codes.astype(np.float32) * scales.astype(np.float32)[:, None]
+    np.testing.assert_array_equal(stored.read(read_header(stored.file)), expected)
+
+
+def test_two_of_four_bits_in_a_byte(tmp_path: Path) -> None:
+    """Bytes as the formats describe them: the even column in the low nibble, two's complement or E2M1."""
+    packed = np.array([[0x71, 0x8F] * 8], np.uint8)
+    block = np.ones((1, 2), ml_dtypes.float8_e4m3fn)
+    write(tmp_path / "w.safetensors", {"p": packed, "s": block, "one": np.asarray(np.float32(0.5))})
+    arrays = {"weight": "p", "weight_scale": "s", "weight_scale_2": "one"}
+    nvfp4 = StoredWeight("nvfp4", str(tmp_path / "w.safetensors"), arrays, (0, 1))
+    assert nvfp4.read(read_header(nvfp4.file))[0, :4].tolist() == [0.25, 3, -3, 0]
+    write(tmp_path / "i.safetensors", {"p": packed, "s": np.full((1, 1), 0.5, np.float16)})
+    int4 = StoredWeight("int4", str(tmp_path / "i.safetensors"), {"weight": "p", "weight_scale": "s"}, (0, 1))
+    assert int4.read(read_header(int4.file))[0, :4].tolist() == [0.5, 3.5, -0.5, -4]
+
+
+@pytest.mark.parametrize(
+    ("rounding", "said"),
+    [
+        (None, None),
+        (InputRounding("e4m3", 0.5), {"kind": "e4m3", "scale": 0.5}),
+        (InputRounding("e2m1", 0.25), {"kind": "e2m1", "global_scale": 0.25}),
+    ],
+)
+def test_it_crosses_a_pipe(rounding: InputRounding | None, said: object) -> None:
+    stored = StoredWeight("fp8", "f", {"weight": "a", "weight_scale": "b"}, (3, 5), rounding)
+    data = json.loads(json.dumps(stored.to_json()))
+    assert data == {
+        "format": "fp8",
+        "file": "f",
+        "arrays": {"weight": "a", "weight_scale": "b"},
+        "rows": [3, 5],
+        "input": said,
+    }
+    assert StoredWeight.from_json(data) == stored
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("int8", 1.0), ("e4m3", 0.0), ("e2m1", float("nan"))])
+def test_an_input_is_rounded_to_nothing_else(kind: str, scale: float) -> None:
+    with pytest.raises(ValueError, match="not rounded"):
+        InputRounding(kind, scale)
