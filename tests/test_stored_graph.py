@@ -15,12 +15,16 @@ import onnxruntime as ort
 import pytest
 
 from llmc.compiler.checkpoint import Checkpoint
+from llmc.compiler.progress import Silent
 from llmc.compiler.quantize import apply
 from llmc.compiler.quantize.stored_arrays import produce_stored
 from llmc.compiler.quantize.stored_plan import StoredWeights, read_stored
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.safetensors_index import TensorRef
+from llmc.compiler.targets import tensorrt_build
 from llmc.compiler.targets.onnxruntime_fp4 import unpack_fp4
+from llmc.compiler.targets.tensorrt import RTX
+from llmc.compiler.targets.tensorrt_lower import without_functions
 from llmc.compiler.targets.tensorrt_oracle import oracle_model
 from llmc.passes.fuse_linears import FuseLinears
 from llmc.plugins.round_fp4 import body as round_fp4
@@ -122,3 +126,55 @@ def test_layers_multiply_with_what_the_checkpoint_stands_for(
     want = np.concatenate([expected(made, name, x, dtype) for name in ROWS], axis=1)
     assert fused == (same or "nvfp4" not in layout)
     assert np.abs(got - want).max() <= TOLERANCE[dtype] * np.abs(want).max()
+
+
+@pytest.mark.skipif(not tensorrt_build.is_installed(RTX.library), reason="tensorrt-rtx is not installed")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "scales", "sm", "bytes_a_weight"),
+    [
+        ("modelopt-fp8", "F32", 89, 1.15),
+        ("modelopt-fp8-channel", "F32", 89, 1.1),
+        ("ct-fp8-dynamic", "BF16", 89, 1.1),
+        ("modelopt-int8", "F32", 86, 1.1),
+        ("modelopt-awq", "F32", 86, 0.75),
+        ("modelopt-nvfp4", "F8_E4M3", 120, 0.8),
+    ],
+)
+def test_tensorrt_keeps_the_codes(
+    layout: str, scales: str, sm: int, bytes_a_weight: float, tmp_path: Path
+) -> None:
+    """The plan of one layer: were the weight widened, it would take 2 bytes a weight."""
+    rows, columns = 2048, 1024
+    weight = np.random.default_rng(0).standard_normal((rows, columns), np.float32)
+    quantizer, settings, _ = LAYOUTS[layout]
+    parts, exact = quantizer(weight)
+    made = Written(tmp_path / "c", {f"a.{last}": v for last, v in parts.items()}, {"a": exact}, settings)
+    stored = read(made, "bf16")
+    assert stored.modules["a"].format.scales == scales
+    bf16 = ir.TensorType(ir.DataType.BFLOAT16)
+    x = ir.Value(name="x", shape=ir.Shape(["T", columns]), type=bf16)
+    w = ir.Value(name="a.weight", shape=ir.Shape([rows, columns]), type=bf16)
+    y = ir.Value(name="y", shape=ir.Shape(["T", rows]), type=bf16)
+    gemm = ir.node("Gemm", [x, w], {"transB": 1}, outputs=[y], name="a")
+    graph = ir.Graph([x], [y], nodes=[gemm], name="g", opset_imports={"": 23})
+    graph.initializers.add(w)
+    model = ir.Model(graph, ir_version=10)
+    matrices = apply.apply_plan(model, apply.plan_stored(model, stored, 16))
+    for name, ref in produce_stored(matrices, stored.modules, tmp_path).tensors.items():
+        value = graph.initializers.get(name)
+        if value is None:
+            continue  # padding of the file
+        assert value.dtype is not None
+        place = (ref.file.name, ref.offset, ref.nbytes, value.dtype)
+        value.const_value = ir.ExternalTensor(*place, shape=value.shape, name=name, base_dir=tmp_path)
+    if stored.modules["a"].format.activations == "e2m1":
+        function = round_fp4.tensorrt_function(ir.DataType.BFLOAT16)
+        model.functions[function.identifier()] = function
+        graph.opset_imports["trt"] = 1
+    ir.save(without_functions(model), tmp_path / "m.onnx")
+    profile = {"x": ((1, columns), (16, columns), (64, columns))}
+    job = tensorrt_build.EngineJob(RTX.library, str(tmp_path / "m.onnx"), str(tmp_path / "p"), profile, (sm,))
+    built = tensorrt_build.build(job, Silent())
+    print(layout, round(built.plan_bytes / weight.size, 3), "bytes a weight")
+    assert built.plan_bytes < bytes_a_weight * weight.size
