@@ -18,12 +18,9 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """
     raw = dict(checkpoint.config)
     families = ", ".join(known_families())
-    if "quantization_config" in raw:
-        method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
-        raise UnsupportedError(
-            f"the checkpoint is quantized ({method}), which llmc cannot read yet",
-            "build from the original, unquantized weights",
-        )
+    raw.pop(
+        "quantization_config", None
+    )  # quantize/stored_plan.py reads it; transformers would want a package
     if checkpoint.model_type not in _known_model_types():
         remote = " with code of its own (auto_map)" if "auto_map" in raw else ""
         raise UnsupportedError(

@@ -13,6 +13,7 @@ from llmc.compiler import hub, recipe, verify
 from llmc.compiler.checkpoint import Checkpoint
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.progress import Progress, Silent
+from llmc.compiler.quantize.stored_plan import read_stored
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.base import GRAPH_FILE, TargetCompiler, target_compiler
 from llmc.compiler.weight_names import compare_names
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from llmc.compiler.quantize.matrix import QuantizedMatrix
     from llmc.compiler.quantize.phase import Calibration
     from llmc.compiler.quantize.plan import QuantPlan
+    from llmc.compiler.quantize.stored_plan import StoredWeights
     from llmc.passes.contract import PassReport
 
 
@@ -33,7 +35,8 @@ class Plan:
 
     dtype: what the engine computes in; kv_dtype: what its KV cache holds, as the manifest says it; matrices:
     those whose codes and scales are still to be made; unquantized: makes the graph before quantization, in
-    fp32, for calibration; calibration: what to measure on.
+    fp32, for calibration; calibration: what to measure on; stored: a
+    checkpoint that comes quantized.
     """
 
     request: BuildRequest
@@ -47,6 +50,7 @@ class Plan:
     kv_dtype: str
     max_seq_len: int
     reports: list[PassReport]
+    stored: StoredWeights | None
     quantization: QuantPlan | None
     matrices: list[QuantizedMatrix]
     unquantized: Callable[[], ir.Model]
@@ -110,7 +114,8 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         compiler = target_compiler(request.target)
         dtype = request.compute_dtype(checkpoint.dtype)
         compiler.check(request, dtype)
-        calibration = _read_calibration(request)
+        stored = read_stored(checkpoint, request, dtype)
+        calibration = None if stored else _read_calibration(request)
     with clock.phase("import torch and transformers"):
         from llmc.compiler import weights
         from llmc.compiler.config import context_length, load_config
@@ -124,12 +129,14 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
     expected = family.expected(int(config.num_hidden_layers))
     with clock.phase("trace"):
         traced = trace(config, dtype, max_seq_len)
-        compare_names(traced.parameters, checkpoint.tensors)
+        compare_names(traced.parameters, stored.checkpoint.named if stored else checkpoint.tensors)
     with clock.phase("rewrite the graph"):
-        reports = contract.run(traced.model, pipeline(), expected)
+        passes = pipeline(stored.why_apart) if stored else pipeline()
+        reports = contract.run(traced.model, passes, expected)
         geometry = read_geometry(traced.model)
         parameters = weights.num_elements(traced.model)
         quantization, matrices = None, []
+        bits = 32 if checkpoint.dtype == "float32" else 16
         original = traced.model.clone() if calibration is not None and dtype == "fp32" else None
 
         def unquantized() -> ir.Model:
@@ -140,15 +147,17 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
             return again
 
         if request.quant:
-            stored = 32 if checkpoint.dtype == "float32" else 16
             quantization = apply.plan_weights(
                 traced.model,
                 request.quant,
                 request.exclude,
                 family.quantize_exclude,
-                stored,
+                bits,
                 apply.SCALES_OF.get(dtype),
             )
+        elif stored:
+            quantization = apply.plan_stored(traced.model, stored, bits)
+        if quantization:
             matrices = apply.apply_plan(traced.model, quantization)
         if request.kv_dtype == kv_cache.FP8:
             kv_cache.set_kv_scales(traced.model, {})
@@ -165,6 +174,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         kv_dtype=request.cache_dtype(dtype),
         max_seq_len=max_seq_len,
         reports=reports,
+        stored=stored,
         quantization=quantization,
         matrices=matrices,
         unquantized=unquantized,

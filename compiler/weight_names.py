@@ -6,16 +6,23 @@ import difflib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
-from llmc.compiler.safetensors_index import TensorRef
 from llmc.runtime.errors import CheckpointError
 
 # Tensors that old checkpoints carry although models compute them.
 IGNORED_EXTRAS = (r".*rotary_emb\.inv_freq", r".*\.attn\.(masked_)?bias")
 
 
+class Shaped(Protocol):
+    """A tensor, or a quantized module that stands for one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
 def compare_names(
-    expected: Mapping[str, Sequence[int]], tensors: Mapping[str, TensorRef], ignore: Iterable[str] = ()
+    expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Shaped], ignore: Iterable[str] = ()
 ) -> None:
     """Check that `tensors` are those the model `expected` (name -> shape; tied names once).
 

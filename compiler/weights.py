@@ -142,7 +142,7 @@ def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.nd
         if ref.dtype not in ("F32", "F16", "BF16", "F64"):
             raise BuildError(
                 f"tensor {name} is {ref.dtype}, which llmc cannot convert to {dtype}",
-                "quantized checkpoints are not supported yet; build from the original weights",
+                "`llmc check CHECKPOINT` says what is wrong with it",
             )
         for chunk in ref.iter_chunks(_CHUNK_BYTES):
             yield _flat(chunk, dtype, name)

@@ -11,6 +11,7 @@ The fused initializer has no data yet; its name is the names of its parts, in or
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -23,11 +24,17 @@ JOIN = "|"
 
 
 class FuseLinears:
-    """Counts one match per group of layers made one."""
+    """Counts one match per group of layers made one.
+
+    why_apart: from the names of weights that could be one to the reason why they must not, or "".
+    """
 
     name = "fuse-linears"
     requires = Stage.PACKED
     ensures = Stage.PACKED
+
+    def __init__(self, why_apart: Callable[[Sequence[str]], str] = lambda weights: "") -> None:
+        self._why_apart = why_apart
 
     def __call__(self, model: ir.Model) -> Matches:
         matches = Matches()
@@ -40,6 +47,10 @@ class FuseLinears:
                 continue
             if reason := _why_not(nodes):
                 matches.near_misses.append(f"{module_of(nodes[0])}: {reason}")
+                continue
+            if reason := self._why_apart([str(edit.operand(node, 1).name) for node in nodes]):
+                matches.near_misses.append(f"{module_of(nodes[0])} stays apart: {reason}")
+                matches.declined += 1
                 continue
             _fuse(model.graph, nodes)
             matches.count += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from llmc.passes.contract import Pass
 from llmc.passes.fold_reshapes import FoldReshapes
 from llmc.passes.fuse_linears import FuseLinears
@@ -13,8 +15,8 @@ from llmc.passes.page_attention import PageAttention
 from llmc.passes.sink_transposes import SinkTransposes
 
 
-def pipeline() -> list[Pass]:
-    """The passes from a traced graph to the canonical one."""
+def pipeline(why_apart: Callable[[Sequence[str]], str] = lambda weights: "") -> list[Pass]:
+    """The passes from a traced graph to the canonical one. `why_apart`: see FuseLinears."""
     return [
         # 1. Attention: from one sequence without a cache to packed sequences with a paged one.
         SinkTransposes(),  # first: leaves one order of norm and transpose to recognize
@@ -26,7 +28,7 @@ def pipeline() -> list[Pass]:
         # 3. Layers: standard operators, now that activations are [T, features].
         LowerLinear(),
         LowerRMSNorm(),
-        FuseLinears(),  # after LowerLinear: it joins Gemms
+        FuseLinears(why_apart),  # after LowerLinear: it joins Gemms
         # 4. Output: needs the lm_head as a Gemm.
         GatherLogits(),
     ]

@@ -21,7 +21,7 @@ from llmc.compiler.request import BuildRequest
 from llmc.compiler.safetensors_index import read_header
 from llmc.compiler.zoo import list_zoo, make
 from llmc.runtime.bundle.reader import Bundle
-from llmc.runtime.errors import BuildError, CheckpointError, UnsupportedError, VerificationError
+from llmc.runtime.errors import BuildError, CheckpointError, VerificationError
 from llmc.runtime.llm import load_engine
 from llmc.runtime.sampling import SamplingParams
 
@@ -200,14 +200,17 @@ def test_a_checkpoint_without_a_tokenizer_builds_and_runs_on_token_ids(
     assert len(engine.generate([[5, 6]], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
 
 
-def test_a_quantized_checkpoint_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_checkpoint_that_only_says_it_is_quantized(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     source = tmp_path / "quantized"
     shutil.copytree(checkpoint("llama-tiny"), source)
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=r"quantized \(fp8\)"):
+    with pytest.raises(CheckpointError, match="no tensor is quantized") as caught:
         plan_build(BuildRequest(str(source), tmp_path / "x.llmc"))
+    assert "llmc check" in caught.value.hint
 
 
 def test_a_value_that_transformers_refuses_is_a_checkpoint_error(

@@ -5,10 +5,13 @@
     nvfp4-weight-only  Gemm(x, DequantizeLinear(W, DequantizeLinear(scale, scale_2)))    W: E2M1, scale: E4M3
     fp8                Gemm(DequantizeLinear(QuantizeLinear(x, input_scale), input_scale), ...)
     nvfp4              Gemm(llmc.RoundFP4(x, input_scale), ...)
+    with AWQ           Gemm(Mul(x, pre_quant_scale), ...), rounded after the Mul
 
-A Cast follows where the scale is of another type than the graph computes in. These are the forms that
+A Cast follows where the scale is of another type than the graph computes in. Weights that come with fp32
+scales have fp32 input scales as well, between two Casts, so that no scale is rounded to 16 bits: TensorRT-RTX
+1.7.1 builds that, with plans of the same size (FP8, SM89 and SM120, 2026-11-26). These are the forms that
 OpenVINO keeps compressed, that TensorRT fuses, and that ONNX Runtime computes exactly. The initializers have
-no data yet: `produce.py` makes it.
+no data yet: `produce.py` makes it, or `stored_arrays.py` takes it from a quantized checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import onnx_ir as ir
 from llmc.compiler.quantize.formats import Format
 from llmc.compiler.quantize.matrix import QuantizedMatrix
 from llmc.compiler.quantize.plan import QuantPlan, make_plan
+from llmc.compiler.quantize.stored_plan import StoredPlan, StoredWeights, make_stored_plan
+from llmc.compiler.safetensors_index import TensorRef
 from llmc.passes import edit
 from llmc.passes.fuse_linears import JOIN
 from llmc.plugins.round_fp4 import spec as round_fp4
@@ -49,6 +54,22 @@ def plan_weights(
     scales: str | None = None,
 ) -> QuantPlan:
     """The plan for the linear layers of a canonical graph. Raises RequestError as `make_plan` does."""
+    shapes, groups, others = _survey(model)
+    return make_plan(
+        shapes, form, exclude, recipe_exclude, groups=groups, scales=scales, stored_bits=stored_bits,
+        other_params=others,
+    )  # fmt: skip
+
+
+def plan_stored(model: ir.Model, stored: StoredWeights, stored_bits: int) -> StoredPlan:
+    """The plan for a quantized checkpoint; `stored_bits` is what its other weights have. Raises
+    UnsupportedError as `make_stored_plan` does."""
+    shapes, groups, others = _survey(model)
+    return make_stored_plan(stored, shapes, groups, stored_bits=stored_bits, other_params=others)
+
+
+def _survey(model: ir.Model) -> tuple[dict[str, tuple[int, int]], list[tuple[str, ...]], int]:
+    """The linear layers [out, in], those multiplied as one, and the parameters outside of them."""
     shapes: dict[str, tuple[int, int]] = {}
     groups, in_matrices = [], 0
     for node in _linears(model):
@@ -59,10 +80,7 @@ def plan_weights(
         shapes |= {part: (size, columns) for part, size in zip(parts, _rows(node, len(parts)), strict=True)}
     parameters = [value for value in model.graph.initializers.values() if _is_weight(value)]
     every = sum(math.prod(edit.dims(value)) for value in parameters)
-    return make_plan(
-        shapes, form, exclude, recipe_exclude, groups=groups, scales=scales, stored_bits=stored_bits,
-        other_params=every - in_matrices,
-    )  # fmt: skip
+    return shapes, groups, every - in_matrices
 
 
 def apply_plan(model: ir.Model, plan: QuantPlan) -> list[QuantizedMatrix]:
@@ -77,6 +95,8 @@ def apply_plan(model: ir.Model, plan: QuantPlan) -> list[QuantizedMatrix]:
         columns = edit.dims(edit.operand(node, 1))[1]
         matrix = QuantizedMatrix(parts, tuple(_rows(node, len(parts))), columns, form)
         node.replace_input_with(1, _dequantized(model.graph, node, matrix))
+        if factor := quantized[parts[0]].pre_quant_scale:
+            node.replace_input_with(0, _multiplied_input(model.graph, node, factor))
         if form.activations:
             node.replace_input_with(0, _rounded_input(model.graph, node, matrix))
         matrices.append(matrix)
@@ -150,10 +170,22 @@ def _dequantize(
     return value
 
 
-def _cast(node: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    wide = edit.insert(node, "Cast", [value], {"to": dtype.value}, f"{value.name}.cast", edit.dims(value))
+def _cast(node: ir.Node, value: ir.Value, dtype: ir.DataType, name: str = "") -> ir.Value:
+    name = name or f"{value.name}.cast"
+    wide = edit.insert(node, "Cast", [value], {"to": dtype.value}, name, edit.dims(value))
     wide.dtype = dtype
     return wide
+
+
+def _multiplied_input(graph: ir.Graph, node: ir.Node, factor: TensorRef) -> ir.Value:
+    """x * factor, in fp32 unless the factor has the dtype of x."""
+    x, name = edit.operand(node, 0), factor.name
+    assert x.dtype is not None
+    same = _SCALES[factor.dtype] == x.dtype
+    values = _initializer(graph, name, factor.dtype if same else "F32", factor.shape)
+    wide = x if x.dtype == values.dtype else _cast(node, x, ir.DataType.FLOAT, f"{name}.x")
+    product = edit.insert(node, "Mul", [wide, values], {}, f"{name}.scaled", list(x.shape or []))
+    return product if product.dtype == x.dtype else _cast(node, product, x.dtype, f"{name}.narrow")
 
 
 def _rounded_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
@@ -167,8 +199,11 @@ def _rounded_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> i
         return edit.insert(
             node, round_fp4.NAME, [x, scale], {}, f"{name}.rounded", shape, domain=round_fp4.DOMAIN
         )
-    scale.type = ir.TensorType(x.dtype)
+    narrow = form.scales in SCALES_OF.values()
+    scale.type = ir.TensorType(x.dtype if narrow else ir.DataType.FLOAT)
+    wide = x if scale.dtype == x.dtype else _cast(node, x, ir.DataType.FLOAT, f"{name}.x")
     settings = {"output_dtype": _CODES[form.activations].value}
-    codes = edit.insert(node, "QuantizeLinear", [x, scale], settings, f"{name}.codes", shape)
+    codes = edit.insert(node, "QuantizeLinear", [wide, scale], settings, f"{name}.codes", shape)
     codes.dtype = _CODES[form.activations]
-    return _dequantize(node, codes, scale, {}, f"{name}.rounded")
+    rounded = _dequantize(node, codes, scale, {}, f"{name}.rounded")
+    return rounded if rounded.dtype == x.dtype else _cast(node, rounded, x.dtype, f"{name}.narrow")

@@ -47,6 +47,28 @@ def check(name: str, target: str, sms: Sequence[int]) -> Format:
     )
 
 
+def check_stored(form: Format, module: str, target: str, sms: Sequence[int]) -> None:
+    """Whether `target` computes with `module` in the format that a checkpoint has it in.
+
+    Raises UnsupportedError.
+    """
+    if target == "cpu":
+        return
+    if form.codes == "e4m3" and form.block > 0 and form.activations:
+        raise UnsupportedError(
+            f"module {module} is FP8 in blocks with static inputs, which TensorRT does not build",
+            "--target cpu computes with it; or quantize it with dynamic inputs",
+        )
+    needed = max(_OLDEST[form.codes], _OLDEST.get(form.activations, 0))
+    if (oldest := min(sms, default=PORTABLE)) < needed:
+        names = "89,120" if needed == _OLDEST["e4m3"] else "120"
+        asked = f"SM{oldest} is asked for" if sms else f"a portable engine must run on SM{PORTABLE}"
+        raise UnsupportedError(
+            f"module {module} is {form.name}, which needs SM{needed} or newer, and {asked}",
+            f"name newer GPUs only, as in --sm {names}; or --target cpu",
+        )
+
+
 def nearest(form: Format, oldest: int) -> str:
     """The name of the format nearest in size that GPUs from SM`oldest` on compute in."""
     if form.codes == "e4m3":

@@ -14,6 +14,7 @@ from llmc.compiler.quantize import kv_cache, produce
 from llmc.compiler.quantize.apply import SCALES_OF
 from llmc.compiler.quantize.formats import Format
 from llmc.compiler.quantize.produce import Produced
+from llmc.compiler.quantize.stored_arrays import produce_stored
 from llmc.runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -65,7 +66,12 @@ def quantize(
         progress.bar(done, len(plan.matrices))
 
     given, tensors = plan.calibration, plan.checkpoint.tensors
-    if not isinstance(given, str):
+    if plan.stored:
+        with phase("copy the quantized weights"):
+            made = produce_stored(plan.matrices, plan.stored.modules, directory, on_matrix)
+            if plan.kv_dtype == kv_cache.FP8:
+                kv_cache.set_kv_scales(plan.model, plan.stored.largest_kv)
+    elif not isinstance(given, str):
         with phase("quantize"):
             made = produce.produce(plan.matrices, tensors, directory, on_matrix)
             made.table = given

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,6 +17,7 @@ from typing import Any
 
 from llmc.compiler.quantize.formats import Format, get_format
 from llmc.compiler.quantize.table import table
+from llmc.compiler.safetensors_index import TensorRef
 from llmc.runtime.errors import BuildError, RequestError
 
 # The embedding is read by the row, and most of the loss comes from the last matrix: ModelOpt,
@@ -33,6 +35,7 @@ class Module:
     format: Format | None
     reason: str
     group: tuple[str, ...]  # the modules it is multiplied with as one, itself among them
+    pre_quant_scale: TensorRef | None = None  # [in], what the input is multiplied by first
 
     @property
     def params(self) -> int:
@@ -75,8 +78,15 @@ class QuantPlan:
         saved = 0
         for group in self.groups():
             fused = (sum(module.shape[0] for module in group), group[0].shape[1])
-            saved += math.prod(fused) * self.stored_bits // 8 - self.format.nbytes(fused)
+            assert group[0].format is not None
+            saved += math.prod(fused) * self.stored_bits // 8 - group[0].format.nbytes(fused)
         return self.bytes_before - saved
+
+    @property
+    def formats(self) -> str:
+        """The names of the formats, those of most modules first."""
+        counts = Counter(module.format.name for module in self.modules if module.format)
+        return " and ".join(name for name, _ in counts.most_common())
 
     @property
     def bits_per_parameter(self) -> float:
@@ -87,7 +97,7 @@ class QuantPlan:
         """The plan in short, for the manifest: what was quantized, what was not, and the size."""
         kept = {module.name: module.reason for module in self.modules if not module.format}
         return {
-            "format": self.format.name,
+            "format": self.formats,
             "modules": len(self.quantized()),
             "kept": kept,
             "bits_per_parameter": round(self.bits_per_parameter, 3),
@@ -106,7 +116,7 @@ class QuantPlan:
         mib = 2**20
         return [
             *table(("modules", "out x in", "bits", "format, or why not"), rows),
-            f"{len(self.quantized())} of {len(self.modules)} matrices in {self.format.name}: "
+            f"{len(self.quantized())} of {len(self.modules)} matrices in {self.formats}: "
             f"{self.bits_per_parameter:.2f} bits per parameter, {self.bytes_after / mib:.1f} MiB "
             f"(before: {self.stored_bits}, {self.bytes_before / mib:.1f} MiB)",
         ]

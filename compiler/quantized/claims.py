@@ -14,6 +14,7 @@ class Claim:
     """What a configuration says about one module. None: it does not say.
 
     group_size: values of a row that share a scale; 0: the whole row. block: rows and columns.
+    inputs: what the recipe rounds a layer's inputs to, "fp8", "fp4" or "int8"; "" for nothing, or unsaid.
     """
 
     format: Format
@@ -21,6 +22,7 @@ class Claim:
     block: tuple[int, int] | None = None
     static_input: bool | None = None
     symmetric: bool = True
+    inputs: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llmc.compiler.quantized.claims import Claim
@@ -23,7 +24,7 @@ def read_groups(config: Mapping[str, Any], int4: Format) -> Groups:
         inputs = group.get("input_activations")
         static = isinstance(inputs, dict) and inputs.get("dynamic") in (False, "local", None)
         layout = group.get("format") or config.get("format")
-        claim = _group_claim(name, weights, static, layout, int4)
+        claim = replace(_group_claim(name, weights, static, layout, int4), inputs=_inputs(inputs))
         found.append((names(group.get("targets")) or ("Linear",), claim))
     return tuple(found)
 
@@ -54,6 +55,13 @@ def _group_claim(name: str, weights: Mapping[str, Any], static: bool, layout: An
         hint="known: float-quantized FP8, nvfp4-pack-quantized, pack-quantized with 4 or 8 bits, "
         "int-quantized with 8 bits",
     )
+
+
+def _inputs(activations: Any) -> str:
+    """{"num_bits": 8, "type": "float"} -> "fp8"."""
+    if not isinstance(activations, dict) or not activations.get("num_bits"):
+        return ""
+    return f"{'fp' if activations.get('type') == 'float' else 'int'}{activations['num_bits']}"
 
 
 def describe_groups(groups: Groups) -> str:

@@ -29,9 +29,9 @@ def dequantize(module: QuantizedModule, rows: slice | None = None) -> np.ndarray
     codes = _codes(module, first, stop)
     scale = _scale(module, first, stop)
     if module.tensors.get("zero_point") is not None:
-        codes -= _spread(module, _zero_points(module, first, stop))
+        codes -= spread(module, zero_points(module, first, stop))
     with np.errstate(invalid="ignore", over="ignore"):  # bad scales give NaN and inf, not warnings
-        codes *= _spread(module, scale)
+        codes *= spread(module, scale)
     return codes
 
 
@@ -52,7 +52,7 @@ def _codes(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
     if module.format == "nvfp4":
         return E2M1[unpack_nibbles(stored)]
     if module.format in ("int4-packed", "int8-packed"):
-        return unpack_int32(stored, _bits(module), columns).astype(np.float32)
+        return unpack_int32(stored, code_bits(module), columns).astype(np.float32)
     return stored.astype(np.float32)
 
 
@@ -74,16 +74,19 @@ def _scale(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
     return scale
 
 
-def _zero_points(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
-    """int8 [rows, groups]; they are packed along the rows: int32 [ceil(out * bits / 32), groups]."""
-    in_word = 32 // _bits(module)
+def zero_points(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
+    """Those of rows first..stop, int8 [rows, groups].
+
+    They are packed along the rows: int32 [ceil(out * bits / 32), groups].
+    """
+    in_word = 32 // code_bits(module)
     begin = first // in_word
     words = module.tensors["zero_point"].read(slice(begin, -(-stop // in_word)))
-    points = unpack_int32(words.T, _bits(module), words.shape[0] * in_word).T
+    points = unpack_int32(words.T, code_bits(module), words.shape[0] * in_word).T
     return points[first - begin * in_word :][: stop - first]
 
 
-def _spread(module: QuantizedModule, values: np.ndarray) -> np.ndarray:
+def spread(module: QuantizedModule, values: np.ndarray) -> np.ndarray:
     """[rows, groups] -> [rows, in], or [rows, 1] where a row has one group."""
     if values.shape[1] == 1:
         return values
@@ -95,5 +98,6 @@ def _spread(module: QuantizedModule, values: np.ndarray) -> np.ndarray:
     return np.repeat(values, width, axis=1)[:, :columns]
 
 
-def _bits(module: QuantizedModule) -> int:
+def code_bits(module: QuantizedModule) -> int:
+    """Of one code of int4-packed or int8-packed."""
     return 4 if module.format == "int4-packed" else 8

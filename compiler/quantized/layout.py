@@ -49,6 +49,13 @@ class QuantizedCheckpoint:
         return self.claims is not None or bool(self.modules) or bool(self.unread)
 
     @property
+    def named(self) -> dict[str, QuantizedModule | TensorRef]:
+        """The model's own parameters by name, a quantized weight as its module: no scales."""
+        weights = {f"{name}.weight": module for name, module in self.modules.items()}
+        biases = [module.tensors["bias"] for module in self.modules.values() if "bias" in module.tensors]
+        return {**self.plain, **weights, **{ref.name: ref for ref in biases}}
+
+    @property
     def parameters(self) -> int:
         """Values of the model: of quantized weights as many as they stand for, and no scales."""
         codes = sum(math.prod(module.shape) for module in self.modules.values())

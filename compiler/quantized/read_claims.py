@@ -88,22 +88,33 @@ def _compare(claims: Claims, beside: Claims) -> Claims:
 
 _STATIC = {"FP8": True, "NVFP4": True, "NVFP4_AWQ": True, "W4A8_NVFP4_FP8": True, "W8A8_SQ_PER_CHANNEL": None}
 
+_INPUTS = {
+    "FP8": "fp8",
+    "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
+    "FP8_PB": "fp8",
+    "NVFP4": "fp4",
+    "NVFP4_AWQ": "fp4",
+    "W4A8_NVFP4_FP8": "fp8",
+    "W8A8_SQ_PER_CHANNEL": "int8",
+}
+
 
 def _algorithm(name: Any, group: Any) -> Claim:
     """ModelOpt's quant_algo."""
     size = group if isinstance(group, int) and group > 0 else None
+    inputs = _INPUTS.get(name, "") if isinstance(name, str) else ""
     if name in ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8"):
-        return Claim("nvfp4", size or 16, static_input=_STATIC.get(name))
+        return Claim("nvfp4", size or 16, static_input=_STATIC.get(name), inputs=inputs)
     if name == "FP8":
-        return Claim("fp8", static_input=True)
+        return Claim("fp8", static_input=True, inputs=inputs)
     if name == "FP8_PER_CHANNEL_PER_TOKEN":
-        return Claim("fp8-channel")
+        return Claim("fp8-channel", inputs=inputs)
     if name in ("FP8_PB_WO", "FP8_PB"):
-        return Claim("fp8-block", block=(128, 128))
+        return Claim("fp8-block", block=(128, 128), inputs=inputs)
     if name == "W4A16_AWQ":
         return Claim("int4-awq", size)
     if name in ("W8A16", "W8A8_SQ_PER_CHANNEL"):
-        return Claim("int8")
+        return Claim("int8", inputs=inputs)
     raise UnsupportedError(
         f"ModelOpt's {name!r} is a format that llmc does not read",
         hint="known: FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, NVFP4, W4A16_NVFP4, NVFP4_AWQ, "
@@ -165,9 +176,9 @@ def _fp8(config: Mapping[str, Any]) -> Claims:
     size = config.get("weight_block_size")
     static = config.get("activation_scheme") == "static"
     if isinstance(size, list) and len(size) == 2 and all(type(one) is int and one > 0 for one in size):
-        claim = Claim("fp8-block", block=(size[0], size[1]), static_input=static)
+        claim = Claim("fp8-block", block=(size[0], size[1]), static_input=static, inputs="fp8")
     else:
-        claim = Claim("fp8", static_input=static)
+        claim = Claim("fp8", static_input=static, inputs="fp8")
     exclude = config.get("modules_to_not_convert") or config.get("ignored_layers")
     return Claims(
         "fp8",

@@ -27,7 +27,7 @@ from llmc.compiler.targets.base import GRAPH_FILE, Finished, PhaseClock
 from llmc.compiler.targets.finish import serialize
 from llmc.compiler.targets.proof import prove
 from llmc.compiler.targets.tensorrt_build import EngineJob, EngineLimits
-from llmc.compiler.targets.tensorrt_lower import lower_for_tensorrt
+from llmc.compiler.targets.tensorrt_lower import lower_for_tensorrt, without_functions
 from llmc.compiler.targets.tensorrt_oracle import KV_ORACLE_FILE, ORACLE_FILE, oracle_model
 from llmc.compiler.verify import available_memory
 from llmc.compiler.weights import WEIGHTS_FILE
@@ -99,6 +99,8 @@ class TensorRTTarget:
             record = _verify(plan, writer, progress)
         with phase("compile the GPU kernels"):
             kernels = tensorrt_kernels.compile_into(plan, self._sms, writer, progress)
+        if plan.model.functions:
+            writer.path(GRAPH_FILE).write_bytes(serialize(without_functions(plan.model)))
         limits = EngineLimits(plan.max_seq_len)
         with phase("build the TensorRT engine"):
             self._build(plan, limits, writer, progress)

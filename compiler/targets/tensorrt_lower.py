@@ -15,6 +15,7 @@ dimensions       of inputs are unnamed, but T: with more names their order in th
 from __future__ import annotations
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from llmc.compiler.geometry import attention_nodes
 from llmc.compiler.targets.finish import finish
@@ -53,6 +54,16 @@ def lower_for_tensorrt(model: ir.Model, dtype: str) -> None:
         model.graph.opset_imports["trt"] = 1
     edit.remove_unused(model)
     finish(model)
+
+
+def without_functions(model: ir.Model) -> ir.Model:
+    """A copy of a lowered graph for the parser, the operators of our own in TensorRT's.
+
+    The parser (1.7.1) would name the layers of every instance of a function alike, and refuse the second.
+    """
+    inlined = model.clone()
+    common.InlinePass()(inlined)
+    return inlined
 
 
 def _keep_one_symbol(graph: ir.Graph) -> None:

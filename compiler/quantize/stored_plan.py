@@ -1,0 +1,151 @@
+"""The plan of a checkpoint that comes quantized: every matrix in the format that the checkpoint has it in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmc.compiler.checkpoint import Checkpoint
+from llmc.compiler.quantize import capability
+from llmc.compiler.quantize.formats import E4M3_MAX
+from llmc.compiler.quantize.plan import Module, QuantPlan
+from llmc.compiler.quantize.stored_module import StoredModule, joined_format, read_module, why_apart
+from llmc.compiler.quantized.kv_scales import layer_kv_scales
+from llmc.compiler.quantized.layout import QuantizedCheckpoint, read_quantized
+from llmc.compiler.request import BuildRequest
+from llmc.runtime.errors import CheckpointError, RequestError, UnsupportedError
+
+_WEIGHT = ".weight"
+_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what engines compute in -> safetensors' names
+_HARMLESS = ("exclude", "fused")  # faults of a list that the tensors overrule, and of layers kept apart
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """A quantized checkpoint, read for one target. modules: by name, in the order of the checkpoint.
+
+    fp8_cache: whether the engine's KV cache is FP8.
+    """
+
+    checkpoint: QuantizedCheckpoint
+    modules: Mapping[str, StoredModule]
+    fp8_cache: bool = False
+
+    @property
+    def largest_kv(self) -> dict[int, tuple[float, float]]:
+        """Layer -> the largest magnitudes of its keys and values that its FP8 cache's scales stand for."""
+        scales = layer_kv_scales(self.checkpoint)
+        return {layer: (key * E4M3_MAX, value * E4M3_MAX) for layer, (key, value) in scales.items()}
+
+    def why_apart(self, weights: Sequence[str]) -> str:
+        """Why layers that read one input cannot be multiplied as one; for `passes.FuseLinears`."""
+        return why_apart([self.modules.get(name.removesuffix(_WEIGHT)) for name in weights])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the recipe asks for at run time and the engine leaves out."""
+        counts = Counter(one.note for one in self.modules.values() if one.note)
+        notes = [f"{note} ({count} modules)" for note, count in counts.items()]
+        claims = self.checkpoint.claims
+        if claims and claims.kv_cache and not self.fp8_cache:
+            notes.append(f"the KV cache, {claims.kv_cache} in the recipe, is not quantized")
+        return tuple(notes)
+
+
+@dataclass(frozen=True)
+class StoredPlan(QuantPlan):
+    """`format` is the commonest. recipe: what the checkpoint says of itself; notes: see StoredWeights."""
+
+    recipe: str = ""
+    producer: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def record(self) -> dict[str, Any]:
+        formats = Counter(module.format.name for module in self.modules if module.format)
+        return super().record() | {
+            "method": "as the checkpoint has it",
+            "recipe": self.recipe,
+            "producer": self.producer,
+            "formats": dict(formats),
+            "notes": list(self.notes),
+        }
+
+    def lines(self) -> list[str]:
+        made_by = f", written by {self.producer}" if self.producer else ""
+        return [*super().lines(), f"as the checkpoint has them: {self.recipe}{made_by}", *self.notes]
+
+
+def read_stored(checkpoint: Checkpoint, request: BuildRequest, dtype: str) -> StoredWeights | None:
+    """What an engine that computes in `dtype` will hold; None if the checkpoint is not quantized.
+
+    Raises RequestError if another quantization is asked for, CheckpointError for a layout that contradicts
+    itself, UnsupportedError, naming the module, for what no engine or not this target holds.
+    """
+    quantized = read_quantized(checkpoint)
+    if not quantized.quantized:
+        return None
+    label = quantized.claims.label if quantized.claims else "undeclared"
+    if request.quant:
+        raise RequestError(
+            f"--quant {request.quant}: the checkpoint is quantized already ({label})",
+            "build it as it is, without --quant; or quantize the checkpoint that it was made from",
+        )
+    for fault in quantized.faults:
+        if not fault.warning and fault.kind not in _HARMLESS:
+            raise CheckpointError(
+                f"{fault.tensor} {fault.what}", f"`llmc check {checkpoint.path}` shows all that is wrong"
+            )
+    claims = quantized.claims
+    modules = {
+        name: read_module(module, claims, _DTYPES[dtype]) for name, module in quantized.modules.items()
+    }
+    for name, one in modules.items():
+        capability.check_stored(one.format, name, request.target, request.sms)
+    return StoredWeights(quantized, modules, request.kv_dtype == "fp8")
+
+
+def make_stored_plan(
+    stored: StoredWeights,
+    matrices: Mapping[str, tuple[int, int]],
+    groups: Iterable[Sequence[str]],
+    *,
+    stored_bits: int,
+    other_params: int,
+) -> StoredPlan:
+    """The plan for `matrices`, [out, in] by module; `groups` are multiplied as one, as `why_apart` let them.
+
+    Raises UnsupportedError for a quantized module that is none of them.
+    """
+    if extra := [name for name in stored.modules if name not in matrices]:
+        raise UnsupportedError(
+            f"module {extra[0]} is quantized, and is an embedding, a tied lm_head, or no layer of the model",
+            "llmc reads quantized weights of linear layers; leave this module out when quantizing",
+        )
+    modules = {name: _kept(stored.checkpoint, name, shape) for name, shape in matrices.items()}
+    for group in groups:
+        parts = [stored.modules[name] for name in group if name in stored.modules]
+        if not parts:
+            continue
+        form = joined_format(parts)
+        assert form is not None, f"{group} were joined"
+        factor = parts[0].pre_quant_scale
+        for name in group:
+            modules[name] = Module(name, matrices[name], form, "", tuple(group), factor)
+    formats = Counter(module.format for module in modules.values() if module.format)
+    claims = stored.checkpoint.claims
+    return StoredPlan(
+        formats.most_common(1)[0][0],
+        tuple(modules.values()),
+        stored_bits,
+        other_params,
+        recipe=claims.label if claims else "undeclared",
+        producer=claims.producer if claims else "",
+        notes=stored.notes,
+    )
+
+
+def _kept(checkpoint: QuantizedCheckpoint, name: str, shape: tuple[int, int]) -> Module:
+    listed = " (in its list of exceptions)" if name in checkpoint.excluded else ""
+    return Module(name, shape, None, f"not quantized in the checkpoint{listed}", (name,))
