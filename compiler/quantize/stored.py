@@ -6,6 +6,7 @@ calibration, or a checkpoint that came quantized.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,15 +16,20 @@ import numpy as np
 from llmc.compiler.quantize.activations import round_e2m1, round_e4m3
 from llmc.compiler.quantize.formats import get_format
 from llmc.compiler.quantize.quantizer import dequantize
-from llmc.compiler.safetensors_index import TensorRef
+from llmc.compiler.safetensors_index import TensorRef, read_header
 
 
 @dataclass(frozen=True)
 class InputRounding:
-    """kind "e4m3": one static scale; "e2m1": NVFP4, where `scale` is the global one. See activations.py."""
+    """kind "e4m3": one static scale; "e2m1": NVFP4, where `scale` is the global one. See activations.py.
+
+    factor: a safetensors file and the name of a tensor [in] in it that the input is multiplied by before it is
+    rounded (AWQ's `pre_quant_scale`), and that the weight is not.
+    """
 
     kind: str
     scale: float
+    factor: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("e4m3", "e2m1") or not self.scale > 0:
@@ -31,7 +37,11 @@ class InputRounding:
 
     def apply(self, x: np.ndarray) -> np.ndarray:
         """`x` [..., in] as the layer multiplies it, float32."""
-        return round_e4m3(x, self.scale) if self.kind == "e4m3" else round_e2m1(x, self.scale)
+        rounded = round_e4m3 if self.kind == "e4m3" else round_e2m1
+        if self.factor is None:
+            return rounded(x, self.scale)
+        factor = _tensor(*self.factor)
+        return rounded(x * factor, self.scale) / factor
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class StoredWeight:
     format: a name in FORMATS. file: a safetensors file. arrays: "weight", "weight_scale" and, for NVFP4,
     "weight_scale_2" -> names of tensors in it. rows: first and stop of its rows in these tensors, in which
     several weights may follow one another; a tensor without as many rows as the codes is for all of them.
+    No arrays: the checkpoint itself has the weight in codes, which need no replacement.
     """
 
     format: str
@@ -66,15 +77,25 @@ class StoredWeight:
     def _input_json(self) -> dict[str, Any] | None:
         if self.input is None:
             return None
-        return {"kind": self.input.kind, _SCALE_NAMES[self.input.kind]: self.input.scale}
+        factor = list(self.input.factor) if self.input.factor else None
+        return {"kind": self.input.kind, _SCALE_NAMES[self.input.kind]: self.input.scale, "factor": factor}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StoredWeight:
         """The inverse of `to_json`."""
         first, stop = data["rows"]
         given = data["input"]
-        rounding = InputRounding(given["kind"], given[_SCALE_NAMES[given["kind"]]]) if given else None
+        rounding = None
+        if given:
+            file = given.get("factor")
+            factor = (file[0], file[1]) if file else None
+            rounding = InputRounding(given["kind"], given[_SCALE_NAMES[given["kind"]]], factor)
         return cls(data["format"], data["file"], dict(data["arrays"]), (first, stop), rounding)
+
+
+@functools.cache
+def _tensor(file: str, name: str) -> np.ndarray:
+    return read_header(file)[name].read().astype(np.float32)
 
 
 _SCALE_NAMES = {"e4m3": "scale", "e2m1": "global_scale"}

@@ -92,6 +92,11 @@ def read_stored(checkpoint: Checkpoint, request: BuildRequest, dtype: str) -> St
             f"--quant {request.quant}: the checkpoint is quantized already ({label})",
             "build it as it is, without --quant; or quantize the checkpoint that it was made from",
         )
+    if request.calibration is not None:
+        raise RequestError(
+            f"--calibration: the checkpoint is quantized already ({label}), with scales of its own",
+            "leave it out",
+        )
     for fault in quantized.faults:
         if not fault.warning and fault.kind not in _HARMLESS:
             raise CheckpointError(

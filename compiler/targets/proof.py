@@ -33,25 +33,32 @@ def prove(plan: Plan, graph: Path, backend: str, progress: Progress, **criteria:
         tolerance=plan.recipe.logit_tolerance,
         needed_bytes=plan.verification_bytes,
         quantized=stored_weights(plan, graph.parent / WEIGHTS_FILE),
+        reference_weights="dequantized" if plan.stored else "checkpoint",
         **criteria,
     )
     return verify.run(job, progress)
 
 
 def stored_weights(plan: Plan, file: Path) -> dict[str, StoredWeight]:
-    """Quantized weight of the checkpoint -> where its rounded version lies in `file`."""
+    """Quantized weight of the checkpoint -> where its rounded version lies in `file`.
+
+    Of a checkpoint that came quantized, only the layers that round their inputs, and no versions.
+    """
     header = read_header(file) if plan.matrices else {}
     found = {}
     for matrix in plan.matrices:
         arrays = {array: matrix.initializer(array) for array in matrix.format.layout(matrix.shape)}
-        rounding = None
+        rounding, first = None, 0
         if kind := matrix.format.activations:
-            scale = header[matrix.initializer("input_scale")].read()
-            rounding = InputRounding(kind, float(scale))
-        first = 0
+            scale = float(header[matrix.initializer("input_scale")].read())
+            module = plan.quantization.quantized()[matrix.modules[0]] if plan.quantization else None
+            factor = module.pre_quant_scale if module else None
+            rounding = InputRounding(kind, scale, (str(file), factor.name) if factor else None)
         for weight, rows in zip(matrix.weights, matrix.rows, strict=True):
-            found[weight] = StoredWeight(
-                matrix.format.name, str(file), arrays, (first, first + rows), rounding
-            )
+            span = (first, first + rows)
+            if not plan.stored:
+                found[weight] = StoredWeight(matrix.format.name, str(file), arrays, span, rounding)
+            elif rounding:
+                found[weight] = StoredWeight(matrix.format.name, str(file), {}, span, rounding)
             first += rows
     return found

@@ -52,8 +52,7 @@ def run(job: Job, progress: Progress) -> Verification:
     weights = "the dequantized checkpoint, " if job.reference_weights == "dequantized" else ""
     return Verification(
         status="passed",
-        reference=f"transformers {transformers.__version__}, {weights}eager attention, fp32"
-        + (", on the quantized weights" if job.quantized else ""),
+        reference=f"transformers {transformers.__version__}, {weights}eager attention, fp32" + _weights(job),
         max_logit_error=_round_up(findings.max_logit_error),
         tolerance=_round_up(findings.tolerance),
         top1_agreement=findings.top1_agreement,
@@ -65,6 +64,12 @@ def run(job: Job, progress: Progress) -> Verification:
             **findings.details,
         },
     )
+
+
+def _weights(job: Job) -> str:
+    if job.reference_weights == "dequantized":
+        return ", on the dequantized weights"
+    return ", on the quantized weights" if job.quantized else ""
 
 
 def faults(findings: Findings, dtype: str) -> list[str]:

@@ -47,8 +47,10 @@ class Reference:
         A weight that a module shares with another one (a tied lm_head) changes in the named module alone.
         Raises BuildError for a name or a shape that the model does not have.
         """
-        headers = {one.file: read_header(one.file) for one in stored.values()}
+        headers = {one.file: read_header(one.file) for one in stored.values() if one.arrays}
         for name, one in stored.items():
+            if not one.arrays:
+                continue
             module = self._module_of(name)
             values = torch.from_numpy(one.read(headers[one.file]))
             if values.shape != module.weight.shape:
