@@ -1,7 +1,7 @@
 """Keeps a mapped weight file out of the resident memory while an engine copies from it (Linux).
 
-OpenVINO maps the file and packs each matrix into its own layout when it first multiplies with it. Without this
-the file's pages stay resident beside the packed copy: twice the weights, for as long as the process lives.
+OpenVINO maps the file and packs each matrix into its own layout when it first multiplies with it. Without
+this the file's pages stay resident beside the packed copy: twice the weights, as long as the process lives.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import openvino as ov
 
 from llmc.runtime.backends import openvino_attention
 from llmc.runtime.backends.file_pages import releasing
+from llmc.runtime.backends.huge_pages import collapse_resident
 from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BackendError
 
@@ -89,8 +90,8 @@ class OpenVinoBackend:
             model = core.read_model(engine)
             # Only the logits: the caches are written in place, their outputs would copy them.
             model = ov.Model([model.output("logits")], model.get_parameters(), "llmc")
-            widened = _keep_narrow(model) or _has_integer_weights(model)
-            self._few_at_once = widened and activation_group is None
+            narrow, integer = _keep_narrow(model), _has_integer_weights(model)
+            self._few_at_once = (narrow or integer) and activation_group is None
             compiled = core.compile_model(model, "CPU", config)
         except RuntimeError as error:  # OpenVINO's only kind
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
@@ -118,6 +119,8 @@ class OpenVinoBackend:
             engine.parent
         ):  # OpenVINO packs the weights in the first step: that is part of loading
             self._run(_FIRST_STEP)
+        if integer:
+            collapse_resident()
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Logits float32 [N, vocab] of the rows in `batch.logits_index`; valid until the next call."""
