@@ -1,4 +1,4 @@
-"""Moves resident memory into huge pages, so that reading all weights misses the TLB less (Linux 6.1)."""
+"""Moves resident memory into huge pages: reading all weights misses the TLB less often (Linux 6.1 or newer).
 
 Decoding reads every weight once a token. Where the system gives huge pages only to those who ask, OpenVINO's
 packed weights lie in pages of 4 KiB; docs/performance.md has what moving them is worth.
