@@ -1,4 +1,4 @@
-"""Resident memory is moved into huge pages; what it holds stays, and what nobody has written stays unbacked."""
+"""Resident memory moves into huge pages; what it holds stays, and what nobody has written stays unbacked."""
 
 from __future__ import annotations
 
