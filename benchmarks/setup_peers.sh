@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates one virtual environment per peer under benchmarks/.venvs/ (git-ignored).
 #
-#   benchmarks/setup_peers.sh [PEER...]        PEER: transformers openvino-genai onnxruntime-genai
+#   benchmarks/setup_peers.sh [PEER...]        PEER: transformers openvino-genai onnxruntime-genai llama-cpp
 #
 # A peer that does not install leaves its reason in .venvs/PEER.failed, and peers.py reports it as absent.
 # PyPI's torch for Linux brings CUDA along; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids that.
@@ -19,6 +19,8 @@ packages() {
     openvino-genai) echo "$TORCH openvino-genai==2026.4.1.0 openvino==2026.4.1 openvino-tokenizers==2026.4.1.0 \
       transformers==5.5.* optimum==2.3.* nncf>=3.3 onnx requests" ;;
     onnxruntime-genai) echo "$TORCH onnxruntime-genai==0.18.0 onnxruntime==1.32.0 transformers==5.5.* onnx onnx-ir" ;;
+    # No wheels: compiled for this CPU, which takes a C++ compiler and 10 to 40 minutes. Its quantizer wants GGUF.
+    llama-cpp) echo "llama-cpp-python==0.3.36 gguf==0.19.0 numpy" ;;
     *) echo "unknown peer: $1" >&2; return 2 ;;
   esac
 }
@@ -28,14 +30,14 @@ install() {
   wanted=$(packages "$peer") || return
   "$PYTHON" -m venv "$venv" || return
   # shellcheck disable=SC2086
-  "$venv/bin/python" -m pip install --quiet $wanted || return
+  CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" "$venv/bin/python" -m pip install --quiet $wanted || return
   if [ "$peer" = openvino-genai ]; then
     "$venv/bin/python" -m pip install --quiet --no-deps optimum-intel==2.2.0 || return
   fi
 }
 
 mkdir -p .venvs
-[ $# -gt 0 ] || set -- transformers openvino-genai onnxruntime-genai
+[ $# -gt 0 ] || set -- transformers openvino-genai onnxruntime-genai llama-cpp
 status=0
 for peer in "$@"; do
   echo "== $peer"

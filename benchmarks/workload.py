@@ -41,7 +41,7 @@ METRICS: dict[str, tuple[str, str, bool]] = {
     "whole_process": ("start to exit", "s", False),
     "peak_rss": ("peak RSS", "GB", False),
     "idle_rss": ("RSS before loading", "GB", False),
-    "load_rss": ("peak RSS of loading, above that", "GB", False),
+    "load_rss": ("peak RSS to the first token, above that", "GB", False),
     "model_bytes": ("model files", "GB", False),
 }
 

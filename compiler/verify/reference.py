@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+import transformers.initialization
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 

@@ -17,11 +17,15 @@ import numpy as np
 import openvino as ov
 
 from llmc.runtime.backends import openvino_attention
+from llmc.runtime.backends.file_pages import releasing
+from llmc.runtime.backends.huge_pages import collapse_resident
 from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BackendError
 
 _INPUTS = tuple(field.name for field in fields(Batch))  # other inputs are caches
 _FEW_ROWS, _MANY_ROWS = 4, 16
+# One token in block 0 of a cache that nobody uses yet.
+_FIRST_STEP = Batch(*(np.array(one, np.int32) for one in ([0], [0], [0, 1], [0], [0], [0, 1], [0])))
 _NARROW = (ov.Type.bf16, ov.Type.f16)
 _INTEGER = (ov.Type.i8, ov.Type.u8, ov.Type.i4, ov.Type.u4)
 _KV_PRECISION = {"fp32": "f32", "u8": "u8"}
@@ -86,8 +90,8 @@ class OpenVinoBackend:
             model = core.read_model(engine)
             # Only the logits: the caches are written in place, their outputs would copy them.
             model = ov.Model([model.output("logits")], model.get_parameters(), "llmc")
-            widened = _keep_narrow(model) or _has_integer_weights(model)
-            self._few_at_once = widened and activation_group is None
+            narrow, integer = _keep_narrow(model), _has_integer_weights(model)
+            self._few_at_once = (narrow or integer) and activation_group is None
             compiled = core.compile_model(model, "CPU", config)
         except RuntimeError as error:  # OpenVINO's only kind
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
@@ -111,6 +115,12 @@ class OpenVinoBackend:
             self._caches.append(memory)  # ov.Tensor does not keep the array alive
             self._request.set_tensor(port, ov.Tensor(memory, shared_memory=True))
         self._logits = compiled.outputs[0]
+        with releasing(
+            engine.parent
+        ):  # OpenVINO packs the weights in the first step: that is part of loading
+            self._run(_FIRST_STEP)
+        if integer:
+            collapse_resident()
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Logits float32 [N, vocab] of the rows in `batch.logits_index`; valid until the next call."""
