@@ -51,6 +51,7 @@ from quantized_layouts import (
     nvfp4,
     weights,
 )
+from traces import copy_of
 
 LONG = [np.random.default_rng(5).integers(0, 96, 45)]  # crosses a block of the cache
 SHORT = [np.random.default_rng(seed).integers(0, 96, 8) for seed in range(5)]
@@ -85,13 +86,7 @@ _real_trace = export.trace
 
 def _trace(config: Any, dtype: str, max_seq_len: int) -> export.Trace:
     assert not hasattr(config, "quantization_config")
-    done = _traced(config.model_type, dtype, max_seq_len)
-    model = done.model.clone()
-    values = [*model.graph.inputs, *model.graph.initializers.values()]
-    for value in (*values, *(value for node in model.graph for value in node.outputs)):
-        if value.dtype is not None:
-            value.type = ir.TensorType(value.dtype)  # a clone shares them with the original
-    return export.Trace(model, done.parameters, done.tied, done.replaced)
+    return copy_of(_traced(config.model_type, dtype, max_seq_len))
 
 
 @functools.cache

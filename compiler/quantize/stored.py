@@ -23,8 +23,8 @@ from llmc.compiler.safetensors_index import TensorRef, read_header
 class InputRounding:
     """kind "e4m3": one static scale; "e2m1": NVFP4, where `scale` is the global one. See activations.py.
 
-    factor: a safetensors file and the name of a tensor [in] in it that the input is multiplied by before it is
-    rounded (AWQ's `pre_quant_scale`), and that the weight is not.
+    factor: a safetensors file and the name of a tensor [in] in it that the input is multiplied by before it
+    is rounded (AWQ's `pre_quant_scale`), and that the weight is not.
     """
 
     kind: str
