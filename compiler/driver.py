@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 class Plan:
     """A build up to the point where files are written.
 
-    dtype: what the engine computes in; kv_dtype: what its KV cache holds, as the manifest says it; matrices:
-    those whose codes and scales are still to be made; unquantized: makes the graph before quantization, in
-    fp32, for calibration; calibration: what to measure on; stored: a
-    checkpoint that comes quantized.
+    dtype: what the engine computes in; kv_dtype: what its KV cache holds, as the manifest says it; stored: a
+    checkpoint that comes quantized; matrices: those whose codes and scales are still to be made; tied: weight
+    -> the one in the checkpoint that it is; unquantized: makes the graph before quantization, in fp32, for
+    calibration; calibration: what to measure on.
     """
 
     request: BuildRequest
@@ -53,6 +53,7 @@ class Plan:
     stored: StoredWeights | None
     quantization: QuantPlan | None
     matrices: list[QuantizedMatrix]
+    tied: dict[str, str]
     unquantized: Callable[[], ir.Model]
     calibration: Calibration
     weight_bytes: int
@@ -154,6 +155,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
                 family.quantize_exclude,
                 bits,
                 apply.SCALES_OF.get(dtype),
+                compiler.head_format(request.quant),
             )
         elif stored:
             quantization = apply.plan_stored(traced.model, stored, bits)
@@ -177,6 +179,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         stored=stored,
         quantization=quantization,
         matrices=matrices,
+        tied=traced.tied,
         unquantized=unquantized,
         calibration=calibration,
         weight_bytes=weights.weight_bytes(traced.model),

@@ -27,6 +27,7 @@ from llmc.compiler.quantize.stored_plan import StoredPlan, StoredWeights, make_s
 from llmc.compiler.safetensors_index import TensorRef
 from llmc.passes import edit
 from llmc.passes.fuse_linears import JOIN
+from llmc.passes.spec import module_of
 from llmc.plugins.round_fp4 import spec as round_fp4
 
 _WEIGHT = ".weight"
@@ -52,12 +53,17 @@ def plan_weights(
     recipe_exclude: tuple[str, ...],
     stored_bits: int,
     scales: str | None = None,
+    head: str | None = None,
 ) -> QuantPlan:
-    """The plan for the linear layers of a canonical graph. Raises RequestError as `make_plan` does."""
+    """The plan for the linear layers of a canonical graph, and lm_head's if `head` is its format.
+
+    A tied lm_head gets an initializer of its own, in place. Raises RequestError as `make_plan` does.
+    """
+    tied = _untie_head(model) if head else ()
     shapes, groups, others = _survey(model)
     return make_plan(
         shapes, form, exclude, recipe_exclude, groups=groups, scales=scales, stored_bits=stored_bits,
-        other_params=others,
+        other_params=others, head=head, tied=tied,
     )  # fmt: skip
 
 
@@ -103,6 +109,22 @@ def apply_plan(model: ir.Model, plan: QuantPlan) -> list[QuantizedMatrix]:
     if any(matrix.format.activations == "e2m1" for matrix in matrices):
         model.graph.opset_imports[round_fp4.DOMAIN] = round_fp4.ABI_VERSION
     return matrices
+
+
+def _untie_head(model: ir.Model) -> tuple[str, ...]:
+    """Gives Gemms that multiply with the embedding a matrix of their own. Returns their modules."""
+    found = []
+    for node in model.graph:
+        weight = edit.operand(node, 1) if node.op_type == "Gemm" else None
+        if weight is None or not _is_weight(weight) or len(weight.uses()) == 1:
+            continue
+        name = module_of(node)
+        assert weight.dtype is not None
+        own = ir.Value(name=name + _WEIGHT, shape=weight.shape, type=ir.TensorType(weight.dtype))
+        model.graph.initializers.add(own)
+        node.replace_input_with(1, own)
+        found.append(name)
+    return tuple(found)
 
 
 def _linears(model: ir.Model) -> list[ir.Node]:

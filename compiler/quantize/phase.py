@@ -65,7 +65,8 @@ def quantize(
     def on_matrix(done: int) -> None:
         progress.bar(done, len(plan.matrices))
 
-    given, tensors = plan.calibration, plan.checkpoint.tensors
+    given, tensors = plan.calibration, dict(plan.checkpoint.tensors)
+    tensors |= {name: tensors[own] for name, own in plan.tied.items() if own in tensors}
     if plan.stored:
         with phase("copy the quantized weights"):
             made = produce_stored(plan.matrices, plan.stored.modules, directory, on_matrix)

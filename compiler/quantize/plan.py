@@ -22,7 +22,8 @@ from llmc.runtime.errors import BuildError, RequestError
 
 # The embedding is read by the row, and most of the loss comes from the last matrix: ModelOpt,
 # compressed-tensors' recipes and llama.cpp leave them wider as well.
-ALWAYS_EXCLUDED = ("lm_head", "*.lm_head", "embed_tokens", "*.embed_tokens")
+HEADS = ("lm_head", "*.lm_head")
+ALWAYS_EXCLUDED = (*HEADS, "embed_tokens", "*.embed_tokens")
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -36,10 +37,11 @@ class Module:
     reason: str
     group: tuple[str, ...]  # the modules it is multiplied with as one, itself among them
     pre_quant_scale: TensorRef | None = None  # [in], what the input is multiplied by first
+    tied: bool = False  # to the embedding, which stays: its codes come on top
 
     @property
     def params(self) -> int:
-        return math.prod(self.shape)
+        return 0 if self.tied else math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class QuantPlan:
         for group in self.groups():
             fused = (sum(module.shape[0] for module in group), group[0].shape[1])
             assert group[0].format is not None
-            saved += math.prod(fused) * self.stored_bits // 8 - group[0].format.nbytes(fused)
+            before = sum(module.params for module in group) * self.stored_bits // 8
+            saved += before - group[0].format.nbytes(fused)
         return self.bytes_before - saved
 
     @property
@@ -97,7 +100,7 @@ class QuantPlan:
         """The plan in short, for the manifest: what was quantized, what was not, and the size."""
         kept = {module.name: module.reason for module in self.modules if not module.format}
         return {
-            "format": self.formats,
+            "format": self.format.name,
             "modules": len(self.quantized()),
             "kept": kept,
             "bits_per_parameter": round(self.bits_per_parameter, 3),
@@ -132,12 +135,15 @@ def make_plan(
     scales: str | None = None,
     stored_bits: int = 16,
     other_params: int = 0,
+    head: str | None = None,
+    tied: Sequence[str] = (),
 ) -> QuantPlan:
     """The plan for `matrices`: module name in the checkpoint (without ".weight") -> [out, in].
 
     `exclude` is what the user asked to leave, `recipe_exclude` what the family's recipe does: shell
     patterns (fnmatch, case-sensitive) of whole module names. `groups` are the modules multiplied as one; by
     default q, k and v, and gate and up, by their names. What keeps one of a group keeps all of it.
+    `head` is the format of lm_head, None as it is; those in `tied` are embeddings too, and stay so beside it.
     `scales` is the dtype of weight_scale where it is not the format's own ("F16", "BF16", "F32"); that of
     NVFP4 is always E4M3. `stored_bits` and `other_params` are as in QuantPlan.
     Raises RequestError for an unknown format, a pattern of the user's that matches nothing, and when
@@ -167,8 +173,12 @@ def make_plan(
         if not reason:
             kept = next((other for other in group if reasons[other]), None)
             reason = f"multiplied with {kept.rpartition('.')[2]}: {reasons[kept]}" if kept else ""
-        modules.append(Module(name, shape, None if reason else form, reason, group))
-    if all(module.format is None for module in modules):
+        chosen = None if reason else form
+        if head and reason.startswith("default: ") and any(fnmatchcase(name, one) for one in HEADS):
+            chosen = get_format(head)
+            reason = chosen.why_not(shape)
+        modules.append(Module(name, shape, None if reason else chosen, reason, group, tied=name in tied))
+    if all(module.format is not form for module in modules):
         first = modules[0].name + ": " + modules[0].reason if modules else "it has no matrices"
         raise RequestError(
             f"{form.name} quantizes nothing of this model ({first})", "exclude less, or build without --quant"

@@ -65,6 +65,7 @@ class StoredPlan(QuantPlan):
     def record(self) -> dict[str, Any]:
         formats = Counter(module.format.name for module in self.modules if module.format)
         return super().record() | {
+            "format": self.formats,
             "method": "as the checkpoint has it",
             "recipe": self.recipe,
             "producer": self.producer,

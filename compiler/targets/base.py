@@ -44,6 +44,10 @@ class TargetCompiler(Protocol):
         it never could, BuildError where something is missing."""
         ...
 
+    def head_format(self, form: str) -> str | None:
+        """The format that lm_head gets where the layers get `form`; None: it stays as it is."""
+        ...
+
     def lower(self, model: ir.Model, dtype: str, tensors: Mapping[str, TensorRef]) -> Target:
         """Turns a canonical graph, which computes in `dtype`, into the target's. In place.
 

@@ -15,6 +15,7 @@ from llmc.compiler.geometry import attention_nodes
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.progress import Progress
 from llmc.compiler.quantize import capability
+from llmc.compiler.quantize.formats import get_format
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.safetensors_index import TensorRef
 from llmc.compiler.targets.base import GRAPH_FILE, Finished, PhaseClock
@@ -51,6 +52,10 @@ class CpuTarget:
         self._kv_dtype = request.cache_dtype(dtype)
         if request.quant:
             capability.check(request.quant, request.target, ())
+
+    def head_format(self, form: str) -> str | None:
+        """int8 beside integers: every token reads all of it, and int8 loses little (docs/quantization.md)."""
+        return "int8" if get_format(form).codes in ("int8", "int4") else None
 
     def lower(self, model: ir.Model, dtype: str, tensors: Mapping[str, TensorRef]) -> Target:
         """Completes the graph to a file that both engines read. In place.

@@ -83,6 +83,10 @@ class TensorRTTarget:
             )
         self._sms = request.sms if flavor.builds_without_gpu else _this_gpu(request.sms)
 
+    def head_format(self, form: str) -> str | None:
+        del form
+        return None
+
     def lower(self, model: ir.Model, dtype: str, tensors: Mapping[str, TensorRef]) -> Target:
         del tensors  # the engine stores its weights in the dtype that it computes in
         lower_for_tensorrt(model, dtype)

@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from llmc.compiler.progress import Progress
-from llmc.compiler.verify.job import Findings, Job
+from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
 from llmc.compiler.verify.memory import available_memory, memory_needed
 from llmc.compiler.verify.process import run_child
 from llmc.runtime.bundle.manifest import Verification
@@ -21,7 +21,6 @@ from llmc.runtime.errors import VerificationError
 
 __all__ = ["MIN_TOP1", "Findings", "Job", "available_memory", "faults", "memory_needed", "run"]
 
-MIN_TOP1 = {"fp32": 1.0, "fp16": 0.99, "bf16": 0.99}  # dtype that the engine computes in -> least agreement
 MAX_RMS_RATIO = 1.5  # 16 bits: the engine's rms error over transformers' own; 0.9 to 1.0 were measured
 MAX_ROUNDING_RATIO = 0.5  # fp32, layers that round their inputs: what edges between codes may make of it
 
@@ -75,7 +74,8 @@ def _weights(job: Job) -> str:
 def faults(findings: Findings, dtype: str) -> list[str]:
     """Everything that was measured, if any of it is out of bounds. NaN is."""
     error, bound = findings.max_logit_error, findings.tolerance
-    share, least = findings.top1_agreement, MIN_TOP1[dtype]
+    share, least = findings.top1_agreement, findings.least_top1
+    least = MIN_TOP1[dtype] if least is None else least
     measured = [
         (error <= bound, f"max logit error {error:.2e} (tolerance {bound:.2e})"),
         (share >= least, f"top-1 agreement {share:.4f} (at least {least:g})"),

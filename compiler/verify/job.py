@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from llmc.compiler.quantize.stored import StoredWeight
 
+MIN_TOP1 = {"fp32": 1.0, "fp16": 0.99, "bf16": 0.99}  # dtype that the engine computes in -> least agreement
 ReferenceWeights = Literal["checkpoint", "dequantized"]
 
 
@@ -62,7 +63,8 @@ class Findings:
     good as it within what rounding hides; greedy_equal: None in 16 bits, where texts part at the first near
     tie; rms_ratio: the engine's rms error over that of transformers in the same dtype, None in fp32;
     rounding_ratio: of an fp32 engine that rounds the inputs of layers, the rms difference from the reference
-    that rounds them too, over the rms of what that rounding changes.
+    that rounds them too, over the rms of what that rounding changes; least_top1: what top1_agreement must be,
+    where that is not the dtype's own bar.
     """
 
     max_logit_error: float
@@ -73,6 +75,7 @@ class Findings:
     greedy_tokens: int
     rms_ratio: float | None = None
     rounding_ratio: float | None = None
+    least_top1: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
 
