@@ -151,7 +151,10 @@ def _weights(manifest: Manifest) -> str:
 
 
 def _mode(manifest: Manifest, fast: bool) -> str:
-    how = "fast: activations rounded to int8" if fast else f"exact: {manifest.precision.dtype} activations"
+    how = f"exact: {manifest.precision.dtype} activations"
+    if fast:
+        rest = ", the rest in bf16 where the CPU can" if manifest.precision.kv_dtype == "u8" else ""
+        how = f"fast: activations rounded to int8{rest}"
     return f"{how}; weights {_weights(manifest)}, KV cache {manifest.precision.kv_dtype}"
 
 

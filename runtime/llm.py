@@ -40,8 +40,9 @@ def load_engine(
     max_batch_tokens: tokens computed in one step at most; longer prompts are prefilled in chunks. Smaller
         steps let running requests go on sooner, larger ones serve more tokens a second.
     threads: CPU threads, by default one for each physical core that the process may use.
-    fast: round activations to int8 before they meet int8 or int4 weights (OpenVINO only). It is faster and
-        not exact: docs/quantization.md has what it costs. By default arithmetic is fp32.
+    fast: round activations to int8 before they meet int8 or int4 weights (OpenVINO only), and with a u8 KV
+        cache compute the rest in bf16 where the CPU can. It is faster and not exact: docs/quantization.md has
+        what it costs. By default arithmetic is fp32.
     Raises BundleError, BackendError, RequestError.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)

@@ -95,6 +95,15 @@ def test_the_manifest_decides_the_cache(built: Path) -> None:
     assert engine.generate([TEXT], params)[0].token_ids == expected
 
 
+def test_bf16_only_where_the_cpu_and_the_cache_allow_it() -> None:
+    def hint(**options: object) -> object:
+        return openvino.tested_core(**options)[1]["INFERENCE_PRECISION_HINT"]  # type: ignore[arg-type]
+
+    has_bf16 = "BF16" in openvino.ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert hint(activation_group=128, kv_dtype="u8") == ("bf16" if has_bf16 else "f32")
+    assert hint(activation_group=128) == hint(kv_dtype="u8") == "f32"
+
+
 def test_a_cache_that_openvino_does_not_have() -> None:
     with pytest.raises(BackendError, match="no KV cache of bf16"):
         openvino.tested_core(kv_dtype="bf16")

@@ -36,6 +36,9 @@ def tested_core(
 ) -> tuple[ov.Core, dict[str, Any]]:
     """OpenVINO, ready to read engines, and the settings to compile them with.
 
+    With `activation_group` and a cache of u8 the rest of the arithmetic is bf16 where the CPU has it, which
+    is OpenVINO's own default; with an fp32 cache it cannot be. Otherwise it is fp32.
+
     Raises BackendError if this OpenVINO is not the one the engines are made for, fails the self-test (in
     the precision of that cache), or has no cache of `kv_dtype`.
     """
@@ -51,9 +54,11 @@ def tested_core(
         )
     core = ov.Core()
     core.add_extension(openvino_attention.extension())
+    rounding = activation_group is not None and kv_dtype == "u8"
+    bf16 = rounding and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     config: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
         "KV_CACHE_PRECISION": _KV_PRECISION[kv_dtype],
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": activation_group or 0,
     }
