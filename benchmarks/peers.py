@@ -30,7 +30,7 @@ READS_CHECKPOINT = ("transformers",)
 # What a "+switch" puts into a worker's environment.
 RUNTIME = {
     "fast": ("FAST", "1"),
-    "kv8": ("KV_CACHE", "u8"),
+    "kv8": ("KV_CACHE", "int8"),
     "kv32": ("KV_CACHE", "f32"),
     "f32": ("ARITHMETIC", "f32"),
 }
