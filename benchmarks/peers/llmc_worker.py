@@ -1,6 +1,6 @@
 """llmc itself: its engine, driven step by step on a bundle. Run by an interpreter that has llmc.
 
-From the environment: WEIGHT_FORMAT int8, int4 or int4-block128 (`--quant`) and KV_CACHE=u8 (`--kv-dtype`)
+From the environment: WEIGHT_FORMAT int8, int4 or int4-block128 (`--quant`) and KV_CACHE=int8 (`--kv-dtype`)
 when the bundle is built; FAST=1: `--fast`, activations rounded to int8.
 
 Start to first token is not measured here but on `llmc run` as a whole process (see ../peers.py).
