@@ -29,7 +29,7 @@ from llmc.compiler.quantize.quantizer import dequantize, quantize
 from llmc.compiler.safetensors_index import TensorRef
 from llmc.compiler.targets.finish import serialize
 from llmc.compiler.trace.export import trace
-from llmc.compiler.verify_child import TEXTS
+from llmc.compiler.verify.proof_texts import TEXTS
 from llmc.passes import contract
 from llmc.passes.pipeline import pipeline
 from llmc.runtime.errors import BuildError, UnsupportedError

@@ -376,7 +376,7 @@ def test_a_bundle_carries_the_kernels(tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         return tmp_path / file
 
-    given: list[Any] = [SimpleNamespace(dtype="bf16"), (86, 121), SimpleNamespace(path=path)]
+    given: list[Any] = [SimpleNamespace(dtype="bf16", kv_dtype="bf16"), (86, 121), SimpleNamespace(path=path)]
     files = tensorrt_kernels.compile_into(*given, SimpleNamespace(bar=lambda *_: None))  # type: ignore[arg-type]
     assert [(f.variant, f.sm, f.kind) for f in files] == [
         (f"{name}-abi1", *code) for name in launch.ARGUMENTS for code in ((86, "cubin"), (89, "ptx"))

@@ -299,7 +299,8 @@ def test_a_bundle_with_an_fp8_cache(built: Path, capsys: pytest.CaptureFixture[s
     engine = manifest.verification.details["engine"]
     assert loss["mean_kl"] > 0
     assert loss["rms_logit_error"] > engine["rms_logit_error"]  # E4M3 keeps four bits less than bf16
-    assert {name.partition("/")[0] for name in manifest.files} == {"engines", "kernels", "tokenizer"}
+    kinds = {name.partition("/")[0] for name in manifest.files}
+    assert kinds == {"engines", "kernels", "tokenizer", "calibration.json"}
     assert main.main(["inspect", str(built)]) == 0
     out = capsys.readouterr().out
     assert "precision  bf16, KV cache fp8" in out

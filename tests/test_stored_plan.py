@@ -410,12 +410,12 @@ def test_a_plain_checkpoint_is_none_of_this(tmp_path: Path) -> None:
 
 def test_scales_of_the_cache(write: Callable[..., Written]) -> None:
     made = write("modelopt-fp8")
-    assert read(made).kv_scales == {}
+    assert read(made).largest_kv == {}
     made.said["kv_cache_quant_algo"] = "FP8"
     made.tensors |= {f"{K0}.k_scale": f32(0.5), f"{V0}.v_scale": f32(0.25)}
     made.tensors["model.layers.1.self_attn.k_scale"] = np.array([2], BF16)
     stored = read(made)
-    assert stored.kv_scales == {0: (0.5, 0.25), 1: (2.0, 1.0)}
+    assert stored.largest_kv == {0: (0.5 * 448, 0.25 * 448), 1: (2.0 * 448, 448)}
     assert stored.notes == ("the KV cache, FP8 in the recipe, is not quantized",)
     made.tensors[f"{K0}.k_scale"] = f32(0)
     with pytest.raises(CheckpointError, match="not one positive number"):

@@ -77,8 +77,8 @@ class StoredWeight:
     def _input_json(self) -> dict[str, Any] | None:
         if self.input is None:
             return None
-        factor = list(self.input.factor) if self.input.factor else None
-        return {"kind": self.input.kind, _SCALE_NAMES[self.input.kind]: self.input.scale, "factor": factor}
+        factor = {"factor": list(self.input.factor)} if self.input.factor else {}
+        return {"kind": self.input.kind, _SCALE_NAMES[self.input.kind]: self.input.scale, **factor}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StoredWeight:

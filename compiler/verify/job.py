@@ -74,9 +74,9 @@ class Findings:
     greedy_equal: bool | None
     greedy_tokens: int
     rms_ratio: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
     rounding_ratio: float | None = None
     least_top1: float | None = None
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-import transformers.initialization
 from torch import nn
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from llmc.compiler.checkpoint import Checkpoint
@@ -189,7 +189,7 @@ def _load(checkpoint: str, dtype: torch.dtype, weights: ReferenceWeights) -> Any
     opened = Checkpoint.open(checkpoint)
     settings = {key: value for key, value in opened.config.items() if key != "quantization_config"}
     config = transformers.AutoConfig.for_model(**settings)
-    with transformers.initialization.no_init_weights():
+    with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="eager"
         )
