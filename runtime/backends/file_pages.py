@@ -1,4 +1,4 @@
-"""Keeps a mapped weight file out of the resident memory while an engine copies from it (Linux).
+"""Keeps resident memory low while an engine packs its weights: no free heap, no file pages (Linux).
 
 OpenVINO maps the file and packs each matrix into its own layout when it first multiplies with it. Without
 this the file's pages stay resident beside the packed copy: twice the weights, as long as the process lives.
@@ -13,7 +13,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-_INTERVAL = 0.02  # seconds: the disk or page cache delivers some tens of MB in that time
+_INTERVAL = 0.004  # seconds: packing reads some MB in that time
+_LIBC = ctypes.CDLL(None)
 
 
 def release(directory: Path) -> int:
@@ -22,28 +23,25 @@ def release(directory: Path) -> int:
     Only of mappings that cannot be written: nothing is lost, a page that is read again comes back from the
     page cache. Does nothing where there is no /proc.
     """
-    maps, below, total = Path("/proc/self/maps"), f"{directory.resolve()}/", 0
-    if not maps.is_file():
-        return 0
-    libc = ctypes.CDLL(None)
-    for line in maps.read_text().splitlines():
-        addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
-        if name and name[0].startswith(below) and permissions.startswith("r--"):
-            begin, end = (int(address, 16) for address in addresses.split("-"))
-            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-            total += end - begin
-    return total
+    found = _mappings(directory)
+    _drop(found)
+    return sum(end - begin for begin, end in found)
 
 
 @contextlib.contextmanager
 def releasing(directory: Path) -> Iterator[None]:
-    """Drops the pages again and again while the block runs, and at its end."""
-    ended = threading.Event()
+    """Drops the pages again and again while the block runs, and at its end. Free heap goes back before.
+
+    The files are mapped before and stay mapped until the end: other memory at these addresses would be lost.
+    """
+    found, ended = _mappings(directory), threading.Event()
 
     def work() -> None:
         while not ended.wait(_INTERVAL):
-            release(directory)
+            _drop(found)
 
+    if trim := getattr(_LIBC, "malloc_trim", None):  # glibc: reading and compiling leave some MB free
+        trim(ctypes.c_size_t(0))
     thread = threading.Thread(target=work, name="llmc-file-pages", daemon=True)
     thread.start()
     try:
@@ -51,4 +49,22 @@ def releasing(directory: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        release(directory)
+        _drop(found)
+
+
+def _mappings(directory: Path) -> list[tuple[int, int]]:
+    """Where files below `directory` are mapped, not to be written: first address and the one after the last."""
+    maps, below, found = Path("/proc/self/maps"), f"{directory.resolve()}/", []
+    if not maps.is_file():
+        return []
+    for line in maps.read_text().splitlines():
+        addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
+        if name and name[0].startswith(below) and permissions.startswith("r--"):
+            begin, end = (int(address, 16) for address in addresses.split("-"))
+            found.append((begin, end))
+    return found
+
+
+def _drop(mappings: list[tuple[int, int]]) -> None:
+    for begin, end in mappings:
+        _LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""What rounding activations alone does to a checkpoint's answers: the best that any scales can give a format.
+
+    python benchmarks/activation_floor.py model_zoo/llama/tales TEXT
+
+transformers runs the checkpoint in fp32, its weights as they are; only what enters the linear layers (lm_head
+left out) is rounded. "k-bit significand" has no limit of range: no scale, calibration or smoothing can round
+to as many bits more finely. E4M3 has 4 bits, bf16 8. Needs torch and transformers (llmc's own for building).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmc.compiler.quantize.activations import round_e2m1, round_e4m3
+
+Rounding = Callable[[torch.Tensor, float], torch.Tensor]  # of an input with that largest magnitude
+_CONTEXT, _BATCH = 512, 4
+
+
+def significand(bits: int) -> Rounding:
+    def rounded(x: torch.Tensor, amax: float) -> torch.Tensor:
+        del amax
+        fraction, exponent = torch.frexp(x)
+        return torch.ldexp(torch.round(fraction * 2**bits) / 2**bits, exponent)
+
+    return rounded
+
+
+def int8(x: torch.Tensor, amax: float | torch.Tensor) -> torch.Tensor:
+    scale = amax / 127
+    return torch.clamp(torch.round(x / scale), -127, 127) * scale
+
+
+ROUNDINGS: Mapping[str, Rounding] = {
+    "E4M3, one scale": lambda x, amax: torch.from_numpy(round_e4m3(x.numpy(), amax / 448)),
+    "NVFP4": lambda x, amax: torch.from_numpy(round_e2m1(x.numpy(), amax / 2688)),
+    "int8, one scale": int8,
+    "int8, a scale for each token": lambda x, _: int8(x, x.abs().amax(-1, keepdim=True)),
+    **{f"{bits}-bit significand": significand(bits) for bits in (4, 5, 6, 7, 8)},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("text", type=Path, help="UTF-8, that the model was not trained on")
+    options = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(options.checkpoint)(options.text.read_text("utf-8"))["input_ids"]
+    sequences = torch.tensor(ids[: len(ids) // _CONTEXT * _CONTEXT]).view(-1, _CONTEXT)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+    }
+
+    largest = dict.fromkeys(linears, 0.0)
+
+    def note(name: str, x: torch.Tensor) -> torch.Tensor:
+        largest[name] = max(largest[name], float(x.abs().max()))
+        return x
+
+    exact = logits(model, linears, sequences, note)
+    print(f"{sequences.numel()} positions of {options.checkpoint.name}")
+    print(f"{'activations':30} {'top-1':>8} {'mean KL':>10}")
+    for title, rounding in ROUNDINGS.items():
+        found = logits(model, linears, sequences, lambda name, x, r=rounding: r(x, largest[name]))
+        agreement = (found.argmax(-1) == exact.argmax(-1)).double().mean()
+        divergence = torch.nn.functional.kl_div(found, exact, reduction="batchmean", log_target=True)
+        print(f"{title:30} {agreement:8.2%} {divergence:10.5f}")
+
+
+@torch.no_grad()
+def logits(
+    model: torch.nn.Module,
+    linears: Mapping[str, torch.nn.Module],
+    sequences: torch.Tensor,
+    on_input: Callable[[str, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Log-probabilities [positions, vocab], with the inputs of `linears` replaced by what `on_input` makes."""
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, name=name: (on_input(name, given[0]),))
+        for name, module in linears.items()
+    ]
+    try:
+        found = [model(part).logits.log_softmax(-1).flatten(0, 1) for part in sequences.split(_BATCH)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(found)
+
+
+if __name__ == "__main__":
+    main()
