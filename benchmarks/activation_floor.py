@@ -70,7 +70,7 @@ def main() -> None:
     print(f"{sequences.numel()} positions of {options.checkpoint.name}")
     print(f"{'activations':30} {'top-1':>8} {'mean KL':>10}")
     for title, rounding in ROUNDINGS.items():
-        found = logits(model, linears, sequences, lambda name, x, r=rounding: r(x, largest[name]))
+        found = logits(model, linears, sequences, lambda name, x, to=rounding: to(x, largest[name]))
         agreement = (found.argmax(-1) == exact.argmax(-1)).double().mean()
         divergence = torch.nn.functional.kl_div(found, exact, reduction="batchmean", log_target=True)
         print(f"{title:30} {agreement:8.2%} {divergence:10.5f}")

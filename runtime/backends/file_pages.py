@@ -53,7 +53,7 @@ def releasing(directory: Path) -> Iterator[None]:
 
 
 def _mappings(directory: Path) -> list[tuple[int, int]]:
-    """Where files below `directory` are mapped, not to be written: first address and the one after the last."""
+    """First and last + 1 addresses of files below `directory` that are mapped and cannot be written."""
     maps, below, found = Path("/proc/self/maps"), f"{directory.resolve()}/", []
     if not maps.is_file():
         return []
