@@ -19,7 +19,7 @@ from llmc.compiler.quantize.formats import get_format
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.safetensors_index import TensorRef
 from llmc.compiler.targets.base import GRAPH_FILE, Finished, PhaseClock
-from llmc.compiler.targets.exact_inputs import rounds_inputs, with_exact_inputs
+from llmc.compiler.targets.exact_inputs import rounded_to, with_exact_inputs
 from llmc.compiler.targets.finish import finish, serialize
 from llmc.compiler.targets.onnxruntime_fp4 import unpack_fp4
 from llmc.compiler.targets.proof import prove
@@ -85,7 +85,7 @@ class CpuTarget:
     def finish(self, plan: Plan, writer: BundleWriter, progress: Progress, phase: PhaseClock) -> Finished:
         graph = writer.path(GRAPH_FILE)
         also = {"kv_engine": str(graph), "kv_dtype": plan.kv_dtype} if plan.kv_dtype != plan.dtype else {}
-        proven, rounds = graph, rounds_inputs(plan.model)
+        proven, rounds = graph, rounded_to(plan.model)
         if rounds:
             proven = writer.path(_EXACT_FILE)
             proven.write_bytes(serialize(with_exact_inputs(plan.model)))
@@ -99,7 +99,7 @@ class CpuTarget:
 
 def choose_engine(model: ir.Model) -> Target:
     """Which engine runs `model`, and why."""
-    if rounds_inputs(model):
+    if rounded_to(model) - {ir.DataType.INT8}:
         return Target(
             name="cpu",
             engine="onnxruntime",
