@@ -29,8 +29,8 @@ class Entry:
     """Clip ranges of the inputs of a linear layer, one for each method; 0 if the inputs are all zeros.
 
     max: the largest magnitude. percentile: 99.99 % of the magnitudes are not larger. mse: the range with the
-    least mean squared error when E4M3 codes at a scale of range / 448 replace the inputs (or int8 ones at a scale
-    of range / 127).
+    least mean squared error when E4M3 codes at a scale of range / 448 replace the inputs, or int8 codes at a
+    scale of range / 127.
     """
 
     max: float
@@ -56,7 +56,7 @@ def ranges(layer: LayerInputs) -> tuple[dict[str, Entry], tuple[float, float]]:
 
 
 def entry(x: np.ndarray, codes: str = "e4m3") -> Entry:
-    """The figures of finite float32 inputs of any shape. codes: "e4m3" or "int8", what they are rounded to."""
+    """The figures of finite float32 inputs of any shape, which are rounded to `codes`, "e4m3" or "int8"."""
     largest = _largest(x)
     if not largest:
         return Entry(0.0, 0.0, 0.0)

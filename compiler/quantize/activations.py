@@ -1,4 +1,4 @@
-"""What an engine does to the input of a layer that multiplies in INT8, FP8 or NVFP4: rounds it, and widens it.
+"""What an engine does to the input of a layer that multiplies in INT8, FP8 or NVFP4: rounds and widens it.
 
 Plain numpy, in float32 throughout: the definition that the reference of a build and the oracle of TensorRT's
 graphs share. All roundings are to nearest, ties to even, and saturate.

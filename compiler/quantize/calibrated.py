@@ -1,8 +1,8 @@
 """Makes a plan's codes and scales by what the layers see on a text, a decoder layer at a time.
 
-Weights are rounded by GPTQ (`gptq.py`), where the format says so after smoothing (`smoothing.py`); static
-activations get the range of their layer's input. With a table of ranges that an earlier build left, nothing is
-run, and weights are rounded to nearest.
+Weights are rounded by GPTQ (`gptq.py`), of smoothed formats after that (`smoothing.py`); static activations
+get the range of their layer's input. With a table of ranges that an earlier build left, nothing is run, and
+weights are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def produce_calibrated(
     """The data of `matrices`, without the scales of activations, and the ranges that were seen.
 
     `found`: what enters the layers of the unquantized graph (`calibrate.layers`), consumed once, in order.
-    Smoothed matrices come with the scale of their activations, of the range by `method`, and UnsupportedError is
+    Smoothed matrices come with the scale of their activations, of the range by `method`; UnsupportedError is
     raised for one that `found` does not show.
     """
     produced, left = Produced(), {matrix.modules: matrix for matrix in matrices}
@@ -74,7 +74,7 @@ def produce_calibrated(
     for matrix in list(left.values()):  # outside of the decoder layers
         if matrix.format.smoothed:
             raise UnsupportedError(
-                f"{matrix.modules[0]} is in no decoder layer: calibration does not show what it is multiplied with",
+                f"{matrix.modules[0]} is in no decoder layer: calibration does not see its inputs",
                 f"leave it as it is: --exclude {matrix.modules[0]}",
             )
         del left[matrix.modules]
@@ -90,7 +90,7 @@ def _rounded(
     x: np.ndarray,
     factor: np.ndarray | np.float32 = _ONE,
 ) -> dict[str, np.ndarray]:
-    """x: what the stored weights are multiplied with, [tokens, in]; factor: what their columns are divided by."""
+    """x: what the stored weights are multiplied with, [tokens, in]; factor: what columns are divided by."""
     moments = hessian(x)
     amax = largest_magnitude(matrix, tensors)
     pieces = []

@@ -61,8 +61,8 @@ class Format:
 
     `block` is how many columns share a scale; 0: the whole row does, -1: the whole matrix does. `scales` is
     the dtype of `weight_scale` in safetensors' names. `activations` is what the inputs of the layer are
-    rounded to at run time: "" (weight-only), "int8", "e4m3" or "e2m1". `smoothed`: whether they are multiplied
-    by a `pre_quant_scale` first, and the weight's columns divided by it.
+    rounded to at run time: "" (weight-only), "int8", "e4m3" or "e2m1". `smoothed`: whether they are
+    multiplied by a `pre_quant_scale` first, and the weight's columns divided by it.
     """
 
     name: str
@@ -154,8 +154,8 @@ _NAME = re.compile(r"(int8|int4|fp8|nvfp4)(?:(-per-channel)|-block(\d+))?(-weigh
 def stored_format(codes: str, block: int, scales: str, activations: str = "") -> Format:
     """The format that a checkpoint's weight is in, under a systematic name.
 
-    The names in FORMATS are of that kind, but for int8-smoothquant, a method's; others are int4-block64, fp8-per-channel-weight-only,
-    nvfp4-fp8-inputs.
+    The names in FORMATS are of that kind, but for int8-smoothquant, which is a method's; others are
+    int4-block64, fp8-per-channel-weight-only, nvfp4-fp8-inputs.
     """
     kind, (_, usual, own) = next((name, one) for name, one in _KINDS.items() if one[0] == codes)
     where = "" if block == usual else f"-block{block}" if block else "-per-channel"

@@ -77,7 +77,7 @@ def join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def keep(produced: Produced, matrix: QuantizedMatrix, arrays: Mapping[str, np.ndarray], file: Path) -> None:
-    """Writes a matrix's arrays, and those of its input if there are any, to `file` and notes where they are."""
+    """Writes a matrix's arrays, and its input's if there are any, to `file` and notes where they are."""
     named = {matrix.initializer(array): value for array, value in arrays.items()}
     entries = [(name, _NAMES[value.dtype], value.shape) for name, value in named.items()]
     write_safetensors(file, entries, lambda name: [_bytes(named[name])])
@@ -93,7 +93,7 @@ def add_input_scales(
 ) -> None:
     """The scales of static activations, of ranges by `method` ("max", "percentile", "mse") in the table.
 
-    Smoothed ones have theirs already. dtype: of FP8's scales. Raises RequestError for a table of another model.
+    Smoothed ones have theirs. dtype: of FP8's scales. Raises RequestError for a table of another model.
     """
     assert produced.table is not None
     for index, matrix in enumerate(matrices):

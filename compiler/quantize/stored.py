@@ -21,7 +21,7 @@ from llmc.compiler.safetensors_index import TensorRef, read_header
 
 @dataclass(frozen=True)
 class InputRounding:
-    """kind "int8", "e4m3": one static scale; "e2m1": NVFP4, where `scale` is the global one. See activations.py.
+    """kind "int8" or "e4m3": one static scale; "e2m1": NVFP4, `scale` is the global one. See activations.py.
 
     factor: a safetensors file and the name of a tensor [in] in it that the input is multiplied by before it
     is rounded (`pre_quant_scale` of AWQ and SmoothQuant), and that the weight is divided by.
@@ -63,8 +63,8 @@ class StoredWeight:
     input: InputRounding | None = None
 
     def read(self, tensors: Mapping[str, TensorRef]) -> np.ndarray:
-        """float32 [rows, in]: what its codes stand for, times the factor of its input, which the model that it
-        is for does not multiply by. `tensors`: the header of `file`."""
+        """float32 [rows, in]: what its codes stand for, times the factor of its input, by which transformers
+        does not multiply. `tensors`: the header of `file`."""
         refs = {array: tensors[name] for array, name in self.arrays.items()}
         height, rows = refs["weight"].shape[0], slice(*self.rows)
         arrays = {
