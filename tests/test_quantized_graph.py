@@ -83,7 +83,8 @@ def quantized(
         scale = produce.input_scale(matrix, AMAX, SCALES[dtype])
         arrays = {}
         if matrix.format.smoothed:
-            arrays["pre_quant_scale"] = np.linspace(0.3, 1.8, COLUMNS).astype(NUMPY[dtype])
+            arrays["pre_quant_scale"] = np.linspace(0.3, 1.8, COLUMNS, dtype=np.float32)
+            scale = scale.astype(np.float32)
         produce.keep(made, matrix, arrays | {"input_scale": scale}, directory / "input.safetensors")
     for name, ref in made.tensors.items():
         value = model.graph.initializers[name]
@@ -108,8 +109,8 @@ def reference(
     weight = dequantize(arrays, form).astype(NUMPY[dtype]).astype(np.float64)
     wide = x.astype(np.float32)
     if form.smoothed:
-        factor = made.tensors["a.pre_quant_scale|b.pre_quant_scale"].read().astype(np.float32)
-        wide = (wide * factor).astype(NUMPY[dtype]).astype(np.float32)
+        factor = made.tensors["a.pre_quant_scale|b.pre_quant_scale"].read()
+        wide = wide * factor
     if form.activations == "int8":
         scale = made.tensors[matrix.initializer("input_scale")].read().astype(np.float32)
         codes = np.clip(np.rint(wide / scale), -128, 127)

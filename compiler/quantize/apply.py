@@ -3,9 +3,10 @@
     before             Gemm(x, W)
     weight-only        Gemm(x, DequantizeLinear(W, scale))       W: int8, int4 or E4M3, as in `formats.py`
     nvfp4-weight-only  Gemm(x, DequantizeLinear(W, DequantizeLinear(scale, scale_2)))    W: E2M1, scale: E4M3
-    fp8, int8          Gemm(DequantizeLinear(QuantizeLinear(x, input_scale), input_scale), ...)
+    fp8                Gemm(DequantizeLinear(QuantizeLinear(x, input_scale), input_scale), ...)
     nvfp4              Gemm(llmc.RoundFP4(x, input_scale), ...)
-    AWQ, SmoothQuant   Gemm(Mul(x, pre_quant_scale), ...), rounded after the Mul
+    with AWQ           Gemm(Mul(x, pre_quant_scale), ...), rounded after the Mul
+    int8-smoothquant   the same, multiplied and rounded in fp32: Cast(x), Cast(input_scale) if x has 16 bits
 
 A Cast follows where the scale is of another type than the graph computes in. Weights that come with fp32
 scales have fp32 input scales as well, between two Casts, so that no scale is rounded to 16 bits: TensorRT-RTX
@@ -103,10 +104,9 @@ def apply_plan(model: ir.Model, plan: QuantPlan) -> list[QuantizedMatrix]:
         if factor:
             multiplied = _multiplied_input(model.graph, node, factor.name, factor.dtype, factor.shape)
             node.replace_input_with(0, multiplied)
-        elif form.smoothed:
-            name = matrix.initializer("pre_quant_scale")
-            node.replace_input_with(0, _multiplied_input(model.graph, node, name, form.scales, (columns,)))
-        if form.activations:
+        if form.smoothed:
+            node.replace_input_with(0, _smoothed_input(model.graph, node, matrix))
+        elif form.activations:
             node.replace_input_with(0, _rounded_input(model.graph, node, matrix))
         matrices.append(matrix)
     if any(matrix.format.activations == "e2m1" for matrix in matrices):
@@ -213,6 +213,23 @@ def _multiplied_input(
     wide = x if x.dtype == values.dtype else _cast(node, x, ir.DataType.FLOAT, f"{name}.x")
     product = edit.insert(node, "Mul", [wide, values], {}, f"{name}.scaled", list(x.shape or []))
     return product if product.dtype == x.dtype else _cast(node, product, x.dtype, f"{name}.narrow")
+
+
+def _smoothed_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
+    """Multiplied and rounded in fp32, whatever x is: only codes, and what they stand for, are narrow."""
+    x, name = edit.operand(node, 0), matrix.initializer("input_scale")
+    wanted, shape = x.dtype, list(x.shape or [])
+    assert wanted is not None
+    factors = _initializer(graph, matrix.initializer("pre_quant_scale"), "F32", (matrix.columns,))
+    scale = _initializer(graph, name, "F32", ())
+    wide = x if wanted == ir.DataType.FLOAT else _cast(node, x, ir.DataType.FLOAT, f"{name}.x")
+    smoothed = edit.insert(node, "Mul", [wide, factors], {}, f"{name}.smoothed", shape)
+    dtype = _CODES[matrix.format.activations]
+    settings = {"output_dtype": dtype.value}
+    codes = edit.insert(node, "QuantizeLinear", [smoothed, scale], settings, f"{name}.codes", shape)
+    codes.dtype = dtype
+    step = scale if wanted == ir.DataType.FLOAT else _cast(node, scale, wanted)
+    return _dequantize(node, codes, step, {}, f"{name}.rounded")
 
 
 def _rounded_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:

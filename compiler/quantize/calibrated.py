@@ -106,8 +106,10 @@ def _smoothed(
 ) -> dict[str, np.ndarray]:
     found = smooth(matrix, tensors, x, method)
     if matrix.columns > MOST_COLUMNS:
-        wide = [(tensors[name].read().astype(np.float32) / found.factor, name) for name in matrix.weights]
+        wide = [
+            (tensors[name].read().astype(np.float32) / found.pre_quant_scale, name) for name in matrix.weights
+        ]
         arrays = join([quantize(rows, matrix.format, name) for rows, name in wide])
     else:
-        arrays = _rounded(produced, matrix, tensors, x * found.factor, found.factor)
+        arrays = _rounded(produced, matrix, tensors, x * found.pre_quant_scale, found.pre_quant_scale)
     return arrays | {"pre_quant_scale": found.pre_quant_scale, "input_scale": found.input_scale}

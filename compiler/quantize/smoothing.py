@@ -27,7 +27,6 @@ import numpy as np
 
 from llmc.compiler.calibrate.ranges import entry
 from llmc.compiler.quantize.activations import round_int8
-from llmc.compiler.quantize.formats import STORED
 from llmc.compiler.quantize.matrix import QuantizedMatrix
 from llmc.compiler.quantize.produce import chunks, input_scale
 from llmc.compiler.quantize.quantizer import dequantize, quantize
@@ -35,20 +34,15 @@ from llmc.compiler.safetensors_index import TensorRef
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # a
 _TOKENS = 512  # of those that calibration saw, to compare with
-_SPAN = 2.0**12  # 1 / s is within 1 / _SPAN.._SPAN: among the normal numbers of fp16
+_SPAN = 2.0**12  # 1 / s is within 1 / _SPAN.._SPAN, so that smoothed weights have scales in fp16
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """As they are stored: pre_quant_scale [in], 1 / s; input_scale [], of the smoothed input."""
+    """float32: pre_quant_scale [in] is 1 / s; input_scale [] that of the smoothed input."""
 
     pre_quant_scale: np.ndarray
     input_scale: np.ndarray
-
-    @property
-    def factor(self) -> np.ndarray:
-        """float32 [in]: what the engine multiplies the input by, and so what the weight is divided by."""
-        return self.pre_quant_scale.astype(np.float32)
 
 
 def smooth(
@@ -56,34 +50,34 @@ def smooth(
 ) -> Smoothing:
     """The best smoothing of `matrix` for inputs `x`, float32 [tokens, in].
 
-    method: of the range of activations, "max", "percentile" or "mse". Arrays are in the dtype of the format's
-    scales. Raises what `quantize` raises.
+    method: of the range of activations, "max", "percentile" or "mse". Both arrays are fp32; input_scale is a
+    number of the dtype of the format's scales too. Raises what `quantize` raises.
     """
     form, refs = matrix.format, [tensors[name] for name in matrix.weights]
     columns = np.max([_largest(chunk) for ref in refs for chunk in chunks(ref)], axis=0)
     tried = []
     for a in STRENGTHS:
-        stored = pre_quant_scale(_largest(x), columns, a, form.scales)
-        amax = entry(x * stored.astype(np.float32), form.activations).amax(method)
-        tried.append(Smoothing(stored, input_scale(matrix, amax, form.scales)))
+        factor = pre_quant_scale(_largest(x), columns, a)
+        amax = entry(x * factor, form.activations).amax(method)
+        tried.append(Smoothing(factor, input_scale(matrix, amax, form.scales).astype(np.float32)))
     sample = x[:: max(1, len(x) // _TOKENS)]
     errors = np.zeros(len(tried))
     for ref in refs:
         rows = ref.read().astype(np.float32)
         exact = sample @ rows.T
         for index, one in enumerate(tried):
-            rounded = round_int8(sample * one.factor, float(one.input_scale))
-            weight = dequantize(quantize(rows / one.factor, form, ref.name), form)
+            rounded = round_int8(sample * one.pre_quant_scale, float(one.input_scale))
+            weight = dequantize(quantize(rows / one.pre_quant_scale, form, ref.name), form)
             errors[index] += np.square(rounded @ weight.T - exact).sum(dtype=np.float64)
     return tried[int(errors.argmin())]
 
 
-def pre_quant_scale(inputs: np.ndarray, columns: np.ndarray, a: float, dtype: str) -> np.ndarray:
-    """1 / s [in] in `dtype` ("F32", "F16", "BF16") for the largest magnitudes of the inputs' channels and the
-    weight's columns [in]; 1 where either is 0."""
+def pre_quant_scale(inputs: np.ndarray, columns: np.ndarray, a: float) -> np.ndarray:
+    """1 / s, float32 [in], for largest magnitudes of channels of inputs and columns of weights; 1 where one
+    is 0."""
     used = (inputs > 0) & (columns > 0)
     x, w = (np.where(used, one, 1).astype(np.float64) for one in (inputs, columns))
-    return np.clip(w ** (1 - a) / x**a, 1 / _SPAN, _SPAN).astype(STORED[dtype])
+    return np.clip(w ** (1 - a) / x**a, 1 / _SPAN, _SPAN).astype(np.float32)
 
 
 def _largest(array: np.ndarray) -> np.ndarray:

@@ -20,8 +20,9 @@ def widen_int8_weights(model: ir.Model) -> None:
         if node.op_type != "Gemm":
             continue
         last = edit.operand(node, 0).producer()
-        rounded = last is not None and last.op_type == "DequantizeLinear"
-        if rounded and edit.operand(last, 0).dtype == ir.DataType.INT8:
+        if last is None or last.op_type != "DequantizeLinear":
+            continue
+        if edit.operand(last, 0).dtype == ir.DataType.INT8:
             _widen(node)
 
 
