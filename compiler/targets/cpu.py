@@ -106,7 +106,7 @@ def choose_engine(model: ir.Model) -> Target:
         return Target(
             name="cpu",
             engine="onnxruntime",
-            reason="it rounds activations to FP8 or FP4 as a GPU does, which OpenVINO leaves out",
+            reason="it rounds activations to 8 or 4 bits (FP8, FP4) as a GPU does, which OpenVINO leaves out",
             requires={"onnxruntime": ONNXRUNTIME},
         )
     for node in attention_nodes(model):
