@@ -83,7 +83,7 @@ def logits(
     sequences: torch.Tensor,
     on_input: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Log-probabilities [positions, vocab], with the inputs of `linears` replaced by what `on_input` makes."""
+    """Log-probabilities [positions, vocab]; the inputs of `linears` are what `on_input` makes of them."""
     hooks = [
         module.register_forward_pre_hook(lambda _, given, name=name: (on_input(name, given[0]),))
         for name, module in linears.items()

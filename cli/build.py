@@ -54,7 +54,8 @@ def build(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="Quantize: fp8, nvfp4, nvfp4-weight-only, int8 or int4 (docs/quantization.md has more).",
+            help="Quantize: fp8, nvfp4, nvfp4-weight-only, int8, int8-smoothquant or int4 "
+            "(docs/quantization.md has more).",
         ),
     ] = None,
     exclude: Annotated[

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llmc.compiler.quantize.activations import round_e2m1, round_e4m3
+from llmc.compiler.quantize.activations import round_e2m1, round_e4m3, round_int8
 
 # Every positive value of E4M3 by its code: subnormals of 2^-9, then 8 steps an octave; 0x7F is NaN.
 E4M3 = [(code & 7) * 2.0**-9 if code < 8 else (8 + code % 8) * 2.0 ** (code // 8 - 10) for code in range(127)]
@@ -56,6 +56,23 @@ def test_e4m3_saturates_and_keeps_the_shape() -> None:
     got = round_e4m3(x, 1.0)
     assert got.dtype == np.float32
     assert got.tolist() == [[[448, -448, 448, 448]]]
+
+
+def test_int8_one_value_at_a_time() -> None:
+    x = values(np.random.default_rng(6), (600,))
+    expected = []
+    for one in x:
+        quotient = f32(float(one) / f32(0.02))
+        code = max(-128, min(127, round(quotient)))  # (Python's round: ties to even)
+        expected.append(f32(code * f32(0.02)))
+    assert round_int8(x, 0.02).tolist() == expected
+
+
+def test_int8_saturates_as_onnx_does_and_keeps_the_shape() -> None:
+    x = np.array([[[1e6, -1e6, 127.4, -128.6, 0.5, 1.5]]], np.float32)
+    got = round_int8(x, 1.0)
+    assert got.dtype == np.float32
+    assert got.tolist() == [[[127, -128, 127, -128, 0, 2]]]
 
 
 @pytest.mark.parametrize("global_scale", [1.0, 0.0028, 0.3])

@@ -34,6 +34,23 @@ def error_at(x: np.ndarray, clip: float) -> float:
     return float(np.square(codes.astype(np.float64) * scale - x).mean())
 
 
+def int8_error_at(x: np.ndarray, clip: float) -> float:
+    """The same of int8 at a scale of clip / 127."""
+    scale = np.float32(clip / 127)
+    codes = np.clip(np.round(x / scale), -127, 127)
+    return float(np.square(codes.astype(np.float64) * scale - x).mean())
+
+
+@pytest.mark.parametrize("kind", ["normal", "outliers"])
+def test_the_best_range_for_int8(kind: str) -> None:
+    x = inputs(kind)
+    found, fp8 = entry(x, "int8"), entry(x)
+    assert (found.max, found.percentile) == (fp8.max, fp8.percentile)
+    least = min(int8_error_at(x, found.max * ratio) for ratio in np.linspace(1 / 64, 1, 800))
+    assert int8_error_at(x, found.mse) <= 1.02 * least
+    assert int8_error_at(x, found.mse) <= int8_error_at(x, fp8.mse)
+
+
 @pytest.mark.parametrize("kind", ["normal", "outliers"])
 def test_ranges_against_brute_force(kind: str) -> None:
     x = inputs(kind)

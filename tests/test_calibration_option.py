@@ -83,6 +83,9 @@ def test_what_is_refused(first: Path, checkpoint: Callable[[str], Path], tmp_pat
         build(source, output, calibration=tmp_path / "nowhere.txt")
     with pytest.raises(RequestError, match="cannot read"):
         build(source, output, calibration=tmp_path / "nowhere.json")
+    with pytest.raises(RequestError, match="smoothing needs the range of every channel") as caught:
+        build(source, output, "int8-smoothquant", calibration=first / "calibration.json")
+    assert "give a text" in caught.value.hint
     damaged = tmp_path / "damaged.json"
     damaged.write_text("{}")
     with pytest.raises(CheckpointError, match="calibration table"):

@@ -37,7 +37,14 @@ def test_what_a_gpu_lacks_is_said_with_the_nearest_format(
 
 @pytest.mark.parametrize(
     ("form", "sms"),
-    [("fp8", (89, 120)), ("nvfp4", (120,)), ("nvfp4-weight-only", (100,)), ("int4", ()), ("int8", (80,))],
+    [
+        ("fp8", (89, 120)),
+        ("nvfp4", (120,)),
+        ("nvfp4-weight-only", (100,)),
+        ("int4", ()),
+        ("int8", (80,)),
+        ("int8-smoothquant", ()),
+    ],
 )
 def test_what_a_gpu_has(form: str, sms: tuple[int, ...]) -> None:
     assert capability.check(form, "tensorrt-rtx", sms) is FORMATS[form]

@@ -36,6 +36,7 @@ class Bar:
 
 BARS = {
     "int8": Bar(0.5, 0.99),
+    "int8-smoothquant": Bar(0.5, 0.99),
     "fp8": Bar(0.5, 0.99),
     "int4": Bar(5, 0.93),
     "nvfp4-weight-only": Bar(5, 0.93),
@@ -43,7 +44,11 @@ BARS = {
 }
 # bf16 arithmetic alone, without any quantization, agrees in 98.6 % here; E4M3 has four bits of precision
 # less, E2M1 six. docs/quantization.md has the figures and what was tried.
-BELOW = {"fp8": "activations and weights in E4M3", "nvfp4": "activations in E2M1"}
+BELOW = {
+    "int8-smoothquant": "activations in int8, one scale for all of a matrix's",
+    "fp8": "activations and weights in E4M3",
+    "nvfp4": "activations in E2M1",
+}
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,11 @@ def quantized(
     made = produce.produce([matrix], checkpoint, directory)
     if matrix.format.activations:
         scale = produce.input_scale(matrix, AMAX, SCALES[dtype])
-        produce.keep(made, matrix, {"input_scale": scale}, directory / "input.safetensors")
+        arrays = {}
+        if matrix.format.smoothed:
+            arrays["pre_quant_scale"] = np.linspace(0.3, 1.8, COLUMNS, dtype=np.float32)
+            scale = scale.astype(np.float32)
+        produce.keep(made, matrix, arrays | {"input_scale": scale}, directory / "input.safetensors")
     for name, ref in made.tensors.items():
         value = model.graph.initializers[name]
         assert value.dtype is not None
@@ -104,7 +108,14 @@ def reference(
     arrays = {array: made.tensors[matrix.initializer(array)].read() for array in form.layout(matrix.shape)}
     weight = dequantize(arrays, form).astype(NUMPY[dtype]).astype(np.float64)
     wide = x.astype(np.float32)
-    if form.activations == "e4m3":
+    if form.smoothed:
+        factor = made.tensors["a.pre_quant_scale|b.pre_quant_scale"].read()
+        wide = wide * factor
+    if form.activations == "int8":
+        scale = made.tensors[matrix.initializer("input_scale")].read().astype(np.float32)
+        codes = np.clip(np.rint(wide / scale), -128, 127)
+        wide = (codes * scale).astype(NUMPY[dtype]).astype(np.float32)
+    elif form.activations == "e4m3":
         scale = made.tensors[matrix.initializer("input_scale")].read().astype(np.float32)
         codes = np.clip(wide / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
         wide = (codes.astype(np.float32) * scale).astype(NUMPY[dtype]).astype(np.float32)

@@ -318,6 +318,8 @@ def test_names_of_formats_say_all_but_the_dtype_of_scales(codes: str, block: int
 
 def test_names_that_llmc_writes_are_of_the_same_kind() -> None:
     for name, form in FORMATS.items():
+        if form.smoothed:
+            continue  # named after its method
         assert stored_format(form.codes, form.block, form.scales, form.activations) == form
         assert dataclasses.replace(format_named(name), scales=form.scales) == form
     for name in ("fp8-block", "int4-weight", "mxfp4", ""):

@@ -59,6 +59,20 @@ def test_scales_are_used_as_they_are_stored(dtype: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(stored.read(read_header(stored.file)), expected)
 
 
+def test_a_factor_of_the_input_is_one_of_the_weight_where_the_input_lacks_it(tmp_path: Path) -> None:
+    """(x / s) (W s)^T by the definition: the weight is W again, and the input is rounded in between."""
+    codes, scales = np.array([[1, -2], [127, 0]], np.int8), np.array([0.5, 0.25], np.float32)
+    factor = np.array([2, 0.125], np.float32)
+    file = tmp_path / "w.safetensors"
+    write(file, {"c": codes, "s": scales, "f": factor})
+    rounding = InputRounding("int8", 0.5, (str(file), "f"))
+    stored = StoredWeight("int8", str(file), {"weight": "c", "weight_scale": "s"}, (0, 2), rounding)
+    np.testing.assert_array_equal(stored.read(read_header(file)), [[1, -0.125], [63.5, 0]])
+    x = np.array([[3.1, -16.3], [-100, 0.1]], np.float32)
+    # x times 2 and 1/8 is 6.2, -2.0375 and -200, 0.0125; in codes of 0.5: 12, -4 and -128 (saturated), 0.
+    np.testing.assert_array_equal(rounding.apply(x), [[3, -16], [-32, 0]])
+
+
 def test_two_of_four_bits_in_a_byte(tmp_path: Path) -> None:
     """Bytes as the formats describe them: the even column in the low nibble, two's complement or E2M1."""
     packed = np.array([[0x71, 0x8F] * 8], np.uint8)
@@ -78,6 +92,7 @@ def test_two_of_four_bits_in_a_byte(tmp_path: Path) -> None:
         (None, None),
         (InputRounding("e4m3", 0.5), {"kind": "e4m3", "scale": 0.5}),
         (InputRounding("e2m1", 0.25), {"kind": "e2m1", "global_scale": 0.25}),
+        (InputRounding("int8", 0.5, ("f", "n")), {"kind": "int8", "scale": 0.5, "factor": ["f", "n"]}),
     ],
 )
 def test_it_crosses_a_pipe(rounding: InputRounding | None, said: object) -> None:
@@ -93,7 +108,9 @@ def test_it_crosses_a_pipe(rounding: InputRounding | None, said: object) -> None
     assert StoredWeight.from_json(data) == stored
 
 
-@pytest.mark.parametrize(("kind", "scale"), [("int8", 1.0), ("e4m3", 0.0), ("e2m1", float("nan"))])
+@pytest.mark.parametrize(
+    ("kind", "scale"), [("int4", 1.0), ("int8", -1.0), ("e4m3", 0.0), ("e2m1", float("nan"))]
+)
 def test_an_input_is_rounded_to_nothing_else(kind: str, scale: float) -> None:
     with pytest.raises(ValueError, match="not rounded"):
         InputRounding(kind, scale)

@@ -12,7 +12,7 @@ import numpy as np
 
 from llmc.compiler.calibrate.layers import LayerInputs
 from llmc.compiler.quantize.codes import decode, encode
-from llmc.compiler.quantize.formats import E4M3_MAX
+from llmc.compiler.quantize.formats import E4M3_MAX, INT8_MAX
 from llmc.runtime.errors import RequestError
 
 METHODS = ("max", "percentile", "mse")
@@ -20,6 +20,7 @@ PERCENTILE = 99.99  # of the magnitudes
 _DROPPED_BITS = 12  # of the 23 of float32's mantissa
 _BINS = 1 << (31 - _DROPPED_BITS)
 _CHUNK = 1 << 22  # elements
+_LARGEST = {"e4m3": E4M3_MAX, "int8": INT8_MAX}
 _RATIOS = 2.0 ** (-np.arange(0, 97) / 16)  # of the largest: down to 1/64
 
 
@@ -28,7 +29,8 @@ class Entry:
     """Clip ranges of the inputs of a linear layer, one for each method; 0 if the inputs are all zeros.
 
     max: the largest magnitude. percentile: 99.99 % of the magnitudes are not larger. mse: the range with the
-    least mean squared error when E4M3 codes at a scale of range / 448 replace the inputs.
+    least mean squared error when E4M3 codes at a scale of range / 448 replace the inputs, or int8 codes at a
+    scale of range / 127.
     """
 
     max: float
@@ -53,8 +55,8 @@ def ranges(layer: LayerInputs) -> tuple[dict[str, Entry], tuple[float, float]]:
     return entries, (_largest(layer.keys), _largest(layer.values))
 
 
-def entry(x: np.ndarray) -> Entry:
-    """The figures of finite float32 inputs of any shape."""
+def entry(x: np.ndarray, codes: str = "e4m3") -> Entry:
+    """The figures of finite float32 inputs of any shape, which are rounded to `codes`, "e4m3" or "int8"."""
     largest = _largest(x)
     if not largest:
         return Entry(0.0, 0.0, 0.0)
@@ -65,7 +67,7 @@ def entry(x: np.ndarray) -> Entry:
     bits = (bins.astype(np.uint32) << _DROPPED_BITS) + np.uint32(1 << (_DROPPED_BITS - 1))
     magnitudes = np.minimum(bits.view(np.float32), np.float32(largest))
     rank = np.searchsorted(np.cumsum(counts), counts.sum() * (PERCENTILE / 100))
-    return Entry(largest, float(magnitudes[rank]), _least_error(magnitudes, counts, largest))
+    return Entry(largest, float(magnitudes[rank]), _least_error(magnitudes, counts, largest, codes))
 
 
 def _histogram(x: np.ndarray) -> np.ndarray:
@@ -77,11 +79,11 @@ def _histogram(x: np.ndarray) -> np.ndarray:
     return counts
 
 
-def _least_error(magnitudes: np.ndarray, counts: np.ndarray, largest: float) -> float:
+def _least_error(magnitudes: np.ndarray, counts: np.ndarray, largest: float, codes: str) -> float:
     errors = []
     for clip in largest * _RATIOS:
-        scale = np.float32(clip / E4M3_MAX)
-        rounded = decode(encode(magnitudes / scale, "e4m3"), "e4m3") * scale
+        scale = np.float32(clip / _LARGEST[codes])
+        rounded = decode(encode(magnitudes / scale, codes), codes) * scale
         errors.append(counts @ np.square((rounded - magnitudes).astype(np.float64)))
     return float(largest * _RATIOS[np.argmin(errors)])
 

@@ -1,4 +1,4 @@
-"""What an engine does to the input of a layer that multiplies in FP8 or NVFP4: rounds it, and widens it.
+"""What an engine does to the input of a layer that multiplies in INT8, FP8 or NVFP4: rounds and widens it.
 
 Plain numpy, in float32 throughout: the definition that the reference of a build and the oracle of TensorRT's
 graphs share. All roundings are to nearest, ties to even, and saturate.
@@ -13,6 +13,16 @@ from llmc.compiler.quantize.codes import decode, encode
 from llmc.compiler.quantize.formats import E2M1_MAX, E4M3_MAX
 
 E2M1_BLOCK = 16
+
+
+def round_int8(x: np.ndarray, scale: float) -> np.ndarray:
+    """INT8 with one static scale: `x` of any shape -> float32, clip(rint(x / scale), -128, 127) x scale.
+
+    scale: positive; amax of the calibrated input / 127. Beyond -amax there is one code more, as in ONNX's
+    QuantizeLinear, TensorRT and OpenVINO.
+    """
+    step = np.float32(scale)
+    return np.clip(np.rint(np.asarray(x, np.float32) / step), np.float32(-128), np.float32(127)) * step
 
 
 def round_e4m3(x: np.ndarray, scale: float) -> np.ndarray:

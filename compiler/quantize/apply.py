@@ -6,6 +6,7 @@
     fp8                Gemm(DequantizeLinear(QuantizeLinear(x, input_scale), input_scale), ...)
     nvfp4              Gemm(llmc.RoundFP4(x, input_scale), ...)
     with AWQ           Gemm(Mul(x, pre_quant_scale), ...), rounded after the Mul
+    int8-smoothquant   the same, multiplied and rounded in fp32: Cast(x), Cast(input_scale) if x has 16 bits
 
 A Cast follows where the scale is of another type than the graph computes in. Weights that come with fp32
 scales have fp32 input scales as well, between two Casts, so that no scale is rounded to 16 bits: TensorRT-RTX
@@ -24,7 +25,6 @@ from llmc.compiler.quantize.formats import Format
 from llmc.compiler.quantize.matrix import QuantizedMatrix
 from llmc.compiler.quantize.plan import QuantPlan, make_plan
 from llmc.compiler.quantize.stored_plan import StoredPlan, StoredWeights, make_stored_plan
-from llmc.compiler.safetensors_index import TensorRef
 from llmc.passes import edit
 from llmc.passes.fuse_linears import JOIN
 from llmc.passes.spec import module_of
@@ -96,14 +96,17 @@ def apply_plan(model: ir.Model, plan: QuantPlan) -> list[QuantizedMatrix]:
         parts = _parts(node)
         if parts[0] not in quantized:
             continue
-        form = quantized[parts[0]].format
+        form, factor = quantized[parts[0]].format, quantized[parts[0]].pre_quant_scale
         assert form is not None
         columns = edit.dims(edit.operand(node, 1))[1]
         matrix = QuantizedMatrix(parts, tuple(_rows(node, len(parts))), columns, form)
         node.replace_input_with(1, _dequantized(model.graph, node, matrix))
-        if factor := quantized[parts[0]].pre_quant_scale:
-            node.replace_input_with(0, _multiplied_input(model.graph, node, factor))
-        if form.activations:
+        if factor:
+            multiplied = _multiplied_input(model.graph, node, factor.name, factor.dtype, factor.shape)
+            node.replace_input_with(0, multiplied)
+        if form.smoothed:
+            node.replace_input_with(0, _smoothed_input(model.graph, node, matrix))
+        elif form.activations:
             node.replace_input_with(0, _rounded_input(model.graph, node, matrix))
         matrices.append(matrix)
     if any(matrix.format.activations == "e2m1" for matrix in matrices):
@@ -199,15 +202,34 @@ def _cast(node: ir.Node, value: ir.Value, dtype: ir.DataType, name: str = "") ->
     return wide
 
 
-def _multiplied_input(graph: ir.Graph, node: ir.Node, factor: TensorRef) -> ir.Value:
-    """x * factor, in fp32 unless the factor has the dtype of x."""
-    x, name = edit.operand(node, 0), factor.name
+def _multiplied_input(
+    graph: ir.Graph, node: ir.Node, name: str, dtype: str, shape: tuple[int, ...]
+) -> ir.Value:
+    """x times the factors `name`, in fp32 unless these have the dtype of x."""
+    x = edit.operand(node, 0)
     assert x.dtype is not None
-    same = _SCALES[factor.dtype] == x.dtype
-    values = _initializer(graph, name, factor.dtype if same else "F32", factor.shape)
+    same = _SCALES[dtype] == x.dtype
+    values = _initializer(graph, name, dtype if same else "F32", shape)
     wide = x if x.dtype == values.dtype else _cast(node, x, ir.DataType.FLOAT, f"{name}.x")
     product = edit.insert(node, "Mul", [wide, values], {}, f"{name}.scaled", list(x.shape or []))
     return product if product.dtype == x.dtype else _cast(node, product, x.dtype, f"{name}.narrow")
+
+
+def _smoothed_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
+    """Multiplied and rounded in fp32, whatever x is: only codes, and what they stand for, are narrow."""
+    x, name = edit.operand(node, 0), matrix.initializer("input_scale")
+    wanted, shape = x.dtype, list(x.shape or [])
+    assert wanted is not None
+    factors = _initializer(graph, matrix.initializer("pre_quant_scale"), "F32", (matrix.columns,))
+    scale = _initializer(graph, name, "F32", ())
+    wide = x if wanted == ir.DataType.FLOAT else _cast(node, x, ir.DataType.FLOAT, f"{name}.x")
+    smoothed = edit.insert(node, "Mul", [wide, factors], {}, f"{name}.smoothed", shape)
+    dtype = _CODES[matrix.format.activations]
+    settings = {"output_dtype": dtype.value}
+    codes = edit.insert(node, "QuantizeLinear", [smoothed, scale], settings, f"{name}.codes", shape)
+    codes.dtype = dtype
+    step = scale if wanted == ir.DataType.FLOAT else _cast(node, scale, wanted)
+    return _dequantize(node, codes, step, {}, f"{name}.rounded")
 
 
 def _rounded_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:

@@ -2,13 +2,14 @@
 
     format                          cpu            tensorrt-rtx, tensorrt
     int8, int4, int4-block128       OpenVINO       SM80 and newer, portable engines too
+    int8-smoothquant                OpenVINO       SM80 and newer, portable engines too
     nvfp4-weight-only               OpenVINO       SM100 and newer
     fp8, fp8-per-channel            ONNX Runtime   SM89 and newer
     nvfp4                           ONNX Runtime   SM100 and newer
     KV cache in fp8                 -              SM80 and newer, portable engines too
     KV cache in int8                OpenVINO       -
 
-OpenVINO does not round activations to E4M3 or E2M1; ONNX Runtime does so exactly, slowly, and holds all
+OpenVINO rounds activations to int8, not to E4M3 or E2M1. ONNX Runtime does so exactly, slowly, and holds all
 weights in fp32: these formats are on the CPU so that a GPU engine's numbers can be had without one. The
 compute capabilities are those that TensorRT-RTX 1.7.1 builds for (it refuses FP8 for SM86, FP4 for SM89).
 FP8 caches build for all of them (2026-11-26): TensorRT passes them to our plugin, whose kernels read E4M3 by

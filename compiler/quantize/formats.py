@@ -3,7 +3,8 @@
 A weight W [out, in] becomes named arrays, under the names ModelOpt gives them in its checkpoints:
 
     name              weight             weight_scale         weight_scale_2   bits per weight
-    int8              int8 [out, in]     fp32 [out]                            8 + 32 / in
+    int8, int8-smoothquant
+                      int8 [out, in]     fp32 [out]                            8 + 32 / in
     int4              4 bits, packed     fp16 [out, in/32]                     4.5
     int4-block128     4 bits, packed     fp16 [out, in/128]                    4.125
     fp8               E4M3 [out, in]     fp32 []                               8
@@ -15,6 +16,8 @@ A weight W [out, in] becomes named arrays, under the names ModelOpt gives them i
 compressed-tensors' NVFP4, and of 4-bit tensors in ONNX (ModelOpt's INT4 pairs rows instead). Every format
 is symmetric (no zero point: TensorRT takes none): weight = code x scale, for NVFP4
 code x (weight_scale x weight_scale_2). The last two formats are the same weights; `activations` differs.
+int8-smoothquant stores a W whose columns were multiplied by s, and beside it pre_quant_scale [in], 1 / s
+(`smoothing.py`).
 
 INT4 is in blocks of 32 by default. On our trained checkpoint their squared error is a third less than that
 of blocks of 128, for 0.375 bits more, and they divide every matrix of the model zoo, which 128 does not.
@@ -36,6 +39,7 @@ import numpy as np
 
 from llmc.runtime.errors import RequestError
 
+INT8_MAX = 127.0
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E4M3_SMALLEST = 2.0**-9  # the smallest subnormal
@@ -57,7 +61,8 @@ class Format:
 
     `block` is how many columns share a scale; 0: the whole row does, -1: the whole matrix does. `scales` is
     the dtype of `weight_scale` in safetensors' names. `activations` is what the inputs of the layer are
-    rounded to at run time: "" (weight-only), "e4m3" or "e2m1".
+    rounded to at run time: "" (weight-only), "int8", "e4m3" or "e2m1". `smoothed`: whether they are
+    multiplied by a `pre_quant_scale` first, and the weight's columns divided by it.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Format:
     block: int
     scales: str
     activations: str = ""
+    smoothed: bool = False
 
     @property
     def has_global_scale(self) -> bool:
@@ -120,6 +126,7 @@ FORMATS: Mapping[str, Format] = {
     form.name: form
     for form in (
         Format("int8", "int8", 0, "F32"),
+        Format("int8-smoothquant", "int8", 0, "F32", activations="int8", smoothed=True),
         Format("int4", "int4", 32, "F16"),
         Format("int4-block128", "int4", 128, "F16"),
         Format("fp8", "e4m3", -1, "F32", activations="e4m3"),
@@ -147,8 +154,8 @@ _NAME = re.compile(r"(int8|int4|fp8|nvfp4)(?:(-per-channel)|-block(\d+))?(-weigh
 def stored_format(codes: str, block: int, scales: str, activations: str = "") -> Format:
     """The format that a checkpoint's weight is in, under a systematic name.
 
-    The names in FORMATS are of that kind; others are int4-block64, fp8-per-channel-weight-only,
-    nvfp4-fp8-inputs.
+    The names in FORMATS are of that kind, but for int8-smoothquant, which is a method's; others are
+    int4-block64, fp8-per-channel-weight-only, nvfp4-fp8-inputs.
     """
     kind, (_, usual, own) = next((name, one) for name, one in _KINDS.items() if one[0] == codes)
     where = "" if block == usual else f"-block{block}" if block else "-per-channel"

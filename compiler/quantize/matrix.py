@@ -9,6 +9,7 @@ from llmc.compiler.quantize.formats import Format
 from llmc.passes.fuse_linears import JOIN
 
 _WEIGHT = ".weight"
+_OF_INPUT = ("input_scale", "pre_quant_scale")
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class QuantizedMatrix:
     """modules: their names in the checkpoint, whose rows follow one another; rows: how many each has.
 
     Its initializers are `<weight>` for the codes and `<weight>_scale`, `<weight>_scale_2` for the scales,
-    `<weight>` being the modules' weights joined by `|`; `input_scale` is that of static activations.
+    `<weight>` being the modules' weights joined by `|`; `input_scale` is that of static activations, and
+    `pre_quant_scale` [columns] what smoothed ones are multiplied by before.
     """
 
     modules: tuple[str, ...]
@@ -34,9 +36,9 @@ class QuantizedMatrix:
         return tuple(module + _WEIGHT for module in self.modules)
 
     def initializer(self, array: str) -> str:
-        """The name in the graph of an array of the format's layout, or of "input_scale"."""
-        if array == "input_scale":
-            return JOIN.join(f"{module}.input_scale" for module in self.modules)
+        """The name in the graph of an array of the format's layout, or of one of the input."""
+        if array in _OF_INPUT:
+            return JOIN.join(f"{module}.{array}" for module in self.modules)
         suffix = array.removeprefix("weight")
         return JOIN.join(weight + suffix for weight in self.weights)
 

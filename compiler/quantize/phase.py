@@ -42,6 +42,11 @@ def read_calibration(path: Path | None, form: Format | None, kv_cache: bool) -> 
         table = CalibrationTable.from_json(path.read_bytes())
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
+    if form and form.smoothed:
+        raise RequestError(
+            f"{form.name} takes nothing from a table of ranges: smoothing needs the range of every channel",
+            "give a text to calibrate on, or leave --calibration out for llmc's own",
+        )
     if form and not activations:
         raise RequestError(
             f"{form.name} takes nothing from a table of ranges: its activations are not rounded",
@@ -87,7 +92,8 @@ def quantize(
             ids = sequences(given, tokenizer, vocabulary, plan.max_seq_len)
             source = Source.of(given if tokenizer else "", ids, plan.checkpoint.config)
             found = layers(graph, tensors, ids)
-            made = produce_calibrated(plan.matrices, tensors, found, source, directory, on_matrix)
+            method = plan.request.calibration_method
+            made = produce_calibrated(plan.matrices, tensors, found, source, directory, method, on_matrix)
     if made.table is not None:
         writer.path(TABLE_FILE).write_text(made.table.to_json(), "utf-8")
         method, dtype = plan.request.calibration_method, SCALES_OF.get(plan.dtype, "F32")

@@ -56,7 +56,7 @@ def round_to_nearest(matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef]) 
     pieces = [
         quantize(rows, form, name, amax=amax, search=search)
         for name in matrix.weights
-        for rows in _chunks(tensors[name])
+        for rows in chunks(tensors[name])
     ]
     return join(pieces)
 
@@ -65,7 +65,7 @@ def largest_magnitude(matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef])
     """What the global scale comes from, over all layers multiplied as one; None for formats without one."""
     if not matrix.format.has_global_scale:
         return None
-    return max(absmax(_chunks(tensors[name]), name) for name in matrix.weights)
+    return max(absmax(chunks(tensors[name]), name) for name in matrix.weights)
 
 
 def join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -77,7 +77,7 @@ def join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def keep(produced: Produced, matrix: QuantizedMatrix, arrays: Mapping[str, np.ndarray], file: Path) -> None:
-    """Writes a matrix's arrays, and its "input_scale" if there is one, to `file` and notes where they are."""
+    """Writes a matrix's arrays, and its input's if there are any, to `file` and notes where they are."""
     named = {matrix.initializer(array): value for array, value in arrays.items()}
     entries = [(name, _NAMES[value.dtype], value.shape) for name, value in named.items()]
     write_safetensors(file, entries, lambda name: [_bytes(named[name])])
@@ -93,11 +93,11 @@ def add_input_scales(
 ) -> None:
     """The scales of static activations, of ranges by `method` ("max", "percentile", "mse") in the table.
 
-    dtype: of FP8's scales. Raises RequestError for a table of another model.
+    Smoothed ones have theirs. dtype: of FP8's scales. Raises RequestError for a table of another model.
     """
     assert produced.table is not None
     for index, matrix in enumerate(matrices):
-        if matrix.format.activations:
+        if matrix.format.activations and not matrix.format.smoothed:
             amax = max(produced.table.amax(module, method) for module in matrix.modules)
             scale = input_scale(matrix, amax, dtype)
             keep(produced, matrix, {"input_scale": scale}, directory / f"{index}.input.safetensors")
@@ -109,5 +109,6 @@ def input_scale(matrix: QuantizedMatrix, amax: float, dtype: str) -> np.ndarray:
     return (over if matrix.format.codes == "e2m1" else scales.round_up(over, dtype))[0].reshape(())
 
 
-def _chunks(ref: TensorRef) -> Iterator[np.ndarray]:
+def chunks(ref: TensorRef) -> Iterator[np.ndarray]:
+    """Rows of a tensor, in its dtype, a piece at a time."""
     return ref.iter_chunks(_CHUNK_BYTES)

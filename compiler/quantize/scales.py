@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from llmc.compiler.quantize.codes import decode, encode
-from llmc.compiler.quantize.formats import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, STORED, Format
+from llmc.compiler.quantize.formats import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, INT8_MAX, STORED, Format
 
 # Below the largest magnitude: clipping the extremes can make the rest finer.
 _RATIOS = tuple(1 - 0.04 * step for step in range(1, 11))
@@ -21,15 +21,17 @@ _RATIOS = tuple(1 - 0.04 * step for step in range(1, 11))
 # Six").
 _E4M3_STEPS = (1, -1, 2, -2, 3, -3, 4, -4, 5)
 _SMALLEST_NORMAL = np.float32(2.0**-126)  # never divide by less
+_LARGEST = {"int8": INT8_MAX, "e4m3": E4M3_MAX, "e2m1": E2M1_MAX * E4M3_MAX}
 
 
 def global_scale(amax: float, form: Format) -> np.float32:
     """The fp32 scale that spans a matrix, or the layers multiplied as one, of largest magnitude `amax`.
 
     fp8: amax / 448. nvfp4: amax / (6 x 448), which puts the largest block scale at 448, the largest E4M3
-    (ModelOpt's weight_scale_2; compressed-tensors stores the inverse). All zeros: 1.
+    (ModelOpt's weight_scale_2; compressed-tensors stores the inverse). int8, of activations: amax / 127. All
+    zeros: 1.
     """
-    limit = np.float32(E2M1_MAX * E4M3_MAX if form.codes == "e2m1" else E4M3_MAX)
+    limit = np.float32(_LARGEST[form.codes])
     return np.maximum(np.float32(amax) / limit, _SMALLEST_NORMAL) if amax else np.float32(1)
 
 
@@ -45,7 +47,11 @@ def first_scales(blocks: np.ndarray, form: Format, over: np.float32) -> np.ndarr
     if form.codes == "int4":
         scales = np.maximum(blocks.max(-1) / np.float32(7), blocks.min(-1) / np.float32(-8))
     else:
-        limit = {"int8": np.float32(127), "e4m3": np.float32(E4M3_MAX), "e2m1": np.float32(E2M1_MAX) * over}
+        limit = {
+            "int8": np.float32(INT8_MAX),
+            "e4m3": np.float32(E4M3_MAX),
+            "e2m1": np.float32(E2M1_MAX) * over,
+        }
         scales = np.abs(blocks).max(-1) / limit[form.codes]
     zero = ~blocks.any(-1)
     if form.codes == "e2m1":

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc.compiler.quantize.activations import round_e2m1, round_e4m3
+from llmc.compiler.quantize.activations import round_e2m1, round_e4m3, round_int8
 from llmc.compiler.quantize.formats import get_format
 from llmc.compiler.quantize.quantizer import dequantize
 from llmc.compiler.safetensors_index import TensorRef, read_header
@@ -21,10 +21,10 @@ from llmc.compiler.safetensors_index import TensorRef, read_header
 
 @dataclass(frozen=True)
 class InputRounding:
-    """kind "e4m3": one static scale; "e2m1": NVFP4, where `scale` is the global one. See activations.py.
+    """kind "int8" or "e4m3": one static scale; "e2m1": NVFP4, `scale` is the global one. See activations.py.
 
     factor: a safetensors file and the name of a tensor [in] in it that the input is multiplied by before it
-    is rounded (AWQ's `pre_quant_scale`), and that the weight is not.
+    is rounded (`pre_quant_scale` of AWQ and SmoothQuant), and that the weight is divided by.
     """
 
     kind: str
@@ -32,16 +32,18 @@ class InputRounding:
     factor: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("e4m3", "e2m1") or not self.scale > 0:
+        if self.kind not in _ROUNDINGS or not self.scale > 0:
             raise ValueError(f"inputs are not rounded to {self.kind!r} by {self.scale}")
 
     def apply(self, x: np.ndarray) -> np.ndarray:
         """`x` [..., in] as the layer multiplies it, float32."""
-        rounded = round_e4m3 if self.kind == "e4m3" else round_e2m1
-        if self.factor is None:
-            return rounded(x, self.scale)
-        factor = _tensor(*self.factor)
+        rounded, factor = _ROUNDINGS[self.kind], self.factors
         return rounded(x * factor, self.scale) / factor
+
+    @property
+    def factors(self) -> np.ndarray:
+        """float32 [in], or one 1."""
+        return _tensor(*self.factor) if self.factor else np.ones(1, np.float32)
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,20 @@ class StoredWeight:
     input: InputRounding | None = None
 
     def read(self, tensors: Mapping[str, TensorRef]) -> np.ndarray:
-        """float32 [rows, in]: what its codes stand for. `tensors`: the header of `file`."""
+        """float32 [rows, in]: what its codes stand for, times the factor of its input, by which transformers
+        does not multiply. `tensors`: the header of `file`."""
         refs = {array: tensors[name] for array, name in self.arrays.items()}
         height, rows = refs["weight"].shape[0], slice(*self.rows)
         arrays = {
             array: ref.read(rows if ref.shape and ref.shape[0] == height else None)
             for array, ref in refs.items()
         }
-        return dequantize(arrays, get_format(self.format))
+        wide = dequantize(arrays, get_format(self.format))
+        return wide * self.input.factors if self.input else wide
 
     def to_json(self) -> dict[str, Any]:
-        """Of an input: {"kind": "e4m3", "scale": float} or {"kind": "e2m1", "global_scale": float}."""
+        """Of an input: {"kind": "e4m3", "scale": float} or {"kind": "e2m1", "global_scale": float}, and
+        "factor" where it has one."""
         return asdict(self) | {"input": self._input_json(), "rows": list(self.rows)}
 
     def _input_json(self) -> dict[str, Any] | None:
@@ -98,4 +103,5 @@ def _tensor(file: str, name: str) -> np.ndarray:
     return read_header(file)[name].read().astype(np.float32)
 
 
-_SCALE_NAMES = {"e4m3": "scale", "e2m1": "global_scale"}
+_ROUNDINGS = {"int8": round_int8, "e4m3": round_e4m3, "e2m1": round_e2m1}
+_SCALE_NAMES = {"int8": "scale", "e4m3": "scale", "e2m1": "global_scale"}

@@ -19,9 +19,10 @@ from llmc.compiler.quantize.formats import get_format
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.safetensors_index import TensorRef
 from llmc.compiler.targets.base import GRAPH_FILE, Finished, PhaseClock
-from llmc.compiler.targets.exact_inputs import rounds_inputs, with_exact_inputs
+from llmc.compiler.targets.exact_inputs import rounded_to, with_exact_inputs
 from llmc.compiler.targets.finish import finish, serialize
 from llmc.compiler.targets.onnxruntime_fp4 import unpack_fp4
+from llmc.compiler.targets.onnxruntime_int8 import widen_int8_weights
 from llmc.compiler.targets.proof import prove
 from llmc.compiler.targets.stored_dtype import keep_stored_dtype
 from llmc.passes.spec import module_of
@@ -74,6 +75,7 @@ class CpuTarget:
             keep_stored_dtype(model, tensors)
         else:
             unpack_fp4(model)
+            widen_int8_weights(model)
             if any(node.op_type == round_fp4_spec.NAME for node in model.graph):
                 rounding = round_fp4.function()
                 model.functions[rounding.identifier()] = rounding
@@ -84,12 +86,13 @@ class CpuTarget:
 
     def finish(self, plan: Plan, writer: BundleWriter, progress: Progress, phase: PhaseClock) -> Finished:
         graph = writer.path(GRAPH_FILE)
-        also = {"kv_engine": str(graph), "kv_dtype": plan.kv_dtype} if plan.kv_dtype != plan.dtype else {}
-        proven, rounds = graph, rounds_inputs(plan.model)
+        proven, also, rounds = graph, {}, rounded_to(plan.model)
         if rounds:
             proven = writer.path(_EXACT_FILE)
             proven.write_bytes(serialize(with_exact_inputs(plan.model)))
             also["rounding_engine"] = str(graph)
+        if plan.kv_dtype != plan.dtype:
+            also |= {"kv_engine": str(proven), "kv_dtype": plan.kv_dtype}
         with phase("verify"):
             record = prove(plan, proven, plan.target.engine, progress, **also)
         if rounds:
@@ -99,11 +102,11 @@ class CpuTarget:
 
 def choose_engine(model: ir.Model) -> Target:
     """Which engine runs `model`, and why."""
-    if rounds_inputs(model):
+    if rounded_to(model) - {ir.DataType.INT8}:
         return Target(
             name="cpu",
             engine="onnxruntime",
-            reason="it rounds activations to 8 or 4 bits as a GPU does, which OpenVINO leaves out",
+            reason="it rounds activations to 8 or 4 bits (FP8, FP4) as a GPU does, which OpenVINO leaves out",
             requires={"onnxruntime": ONNXRUNTIME},
         )
     for node in attention_nodes(model):

@@ -14,9 +14,16 @@ from llmc.passes import edit
 from llmc.plugins.round_fp4 import spec as round_fp4
 
 
-def rounds_inputs(model: ir.Model) -> bool:
-    """Whether any layer rounds what it multiplies with."""
-    return any(_is_rounding(node) for node in model.graph)
+def rounded_to(model: ir.Model) -> set[ir.DataType]:
+    """The types of the codes that layers round to what they multiply with; none where none does."""
+    found = set()
+    for node in model.graph:
+        if node.op_type == round_fp4.NAME:
+            found.add(ir.DataType.FLOAT4E2M1)
+        elif node.op_type == "QuantizeLinear":
+            assert node.outputs[0].dtype is not None
+            found.add(node.outputs[0].dtype)
+    return found
 
 
 def with_exact_inputs(model: ir.Model) -> ir.Model:

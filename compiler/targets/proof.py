@@ -52,8 +52,10 @@ def stored_weights(plan: Plan, file: Path) -> dict[str, StoredWeight]:
         if kind := matrix.format.activations:
             scale = float(header[matrix.initializer("input_scale")].read())
             module = plan.quantization.quantized()[matrix.modules[0]] if plan.quantization else None
-            factor = module.pre_quant_scale if module else None
-            rounding = InputRounding(kind, scale, (str(file), factor.name) if factor else None)
+            factor = module.pre_quant_scale.name if module and module.pre_quant_scale else ""
+            if matrix.format.smoothed:
+                factor = matrix.initializer("pre_quant_scale")
+            rounding = InputRounding(kind, scale, (str(file), factor) if factor else None)
         for weight, rows in zip(matrix.weights, matrix.rows, strict=True):
             span = (first, first + rows)
             if not plan.stored:

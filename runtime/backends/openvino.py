@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from llmc.runtime.backends import openvino_attention
+from llmc.runtime.backends import openvino_attention, openvino_int8
 from llmc.runtime.backends.file_pages import releasing
 from llmc.runtime.backends.huge_pages import collapse_resident
 from llmc.runtime.batch import Batch
@@ -96,7 +96,11 @@ class OpenVinoBackend:
             # Only the logits: the caches are written in place, their outputs would copy them.
             model = ov.Model([model.output("logits")], model.get_parameters(), "llmc")
             narrow, integer = _keep_narrow(model), _has_integer_weights(model)
-            self._few_at_once = (narrow or integer) and activation_group is None
+            in_int8 = openvino_int8.rounds_inputs(model)
+            if in_int8 and not openvino_int8.is_exact(core, config):
+                config |= openvino_int8.IN_FP32
+                in_int8 = False
+            self._few_at_once = (narrow or integer) and activation_group is None and not in_int8
             compiled = core.compile_model(model, "CPU", config)
         except RuntimeError as error:  # OpenVINO's only kind
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
