@@ -80,7 +80,7 @@ def bench(
                 "engine": manifest.target.engine,
                 "precision": asdict(manifest.precision),
                 "weights": _weights(manifest),
-                "activations": "int8" if fast else manifest.precision.dtype,
+                "activations": "int8" if fast else _rounded(manifest) or manifest.precision.dtype,
                 "prompt_tokens": prompt_tokens,
                 "new_tokens": new_tokens,
                 "concurrency": concurrency,
@@ -150,8 +150,15 @@ def _weights(manifest: Manifest) -> str:
     return str((manifest.quantization or {}).get("format", manifest.source.dtype))
 
 
+def _rounded(manifest: Manifest) -> str:
+    """What the bundle itself rounds activations to, or ""."""
+    return ", ".join((manifest.quantization or {}).get("activations", ()))
+
+
 def _mode(manifest: Manifest, fast: bool) -> str:
     how = f"exact: {manifest.precision.dtype} activations"
+    if rounded := _rounded(manifest):
+        how = f"as built: layers' inputs rounded to {rounded}, the rest in {manifest.precision.dtype}"
     if fast:
         rest = ", the rest in bf16 where the CPU can" if manifest.precision.kv_dtype == "u8" else ""
         how = f"fast: activations rounded to int8{rest}"

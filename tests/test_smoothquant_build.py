@@ -172,3 +172,8 @@ def test_the_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path
     out = capsys.readouterr().out
     assert f"36 of 36 matrices in {FORM} and int8" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_says_what_is_rounded(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["bench", str(built), "--prompt-tokens", "20", "--new-tokens", "3"]) == 0
+    assert "as built: layers' inputs rounded to int8, the rest in fp32" in capsys.readouterr().out

@@ -97,10 +97,15 @@ class QuantPlan:
         return 8 * self.bytes_after / self.params
 
     def record(self) -> dict[str, Any]:
-        """The plan in short, for the manifest: what was quantized, what was not, and the size."""
+        """The plan in short, for the manifest: what was quantized, what was not, and the size.
+
+        "activations": the codes that layers round their inputs to, if any.
+        """
         kept = {module.name: module.reason for module in self.modules if not module.format}
+        formats = [module.format for module in self.modules if module.format]
         return {
             "format": self.format.name,
+            "activations": sorted({form.activations for form in formats if form.activations}),
             "modules": len(self.quantized()),
             "kept": kept,
             "bits_per_parameter": round(self.bits_per_parameter, 3),
