@@ -35,7 +35,7 @@ RUNTIME = {
     "f32": ("ARITHMETIC", "f32"),
 }
 WEIGHTS = {
-    "llmc": ("int8", "int4", "int4-block128"),
+    "llmc": ("int8", "int8-smoothquant", "int4", "int4-block128", "nvfp4-weight-only"),
     "openvino-genai": ("fp16", "int8", "int4"),
     "onnxruntime-genai": ("int4",),
     "llama-cpp": ("q8_0", "q4_0"),

@@ -69,6 +69,7 @@ def inspect(
         ("precision", f"{manifest.precision.dtype}, KV cache {manifest.precision.kv_dtype}"),
         ("weights", describe_weights(manifest)),
         *describe_loss(manifest),
+        *describe_worst(manifest),
         ("model", describe_geometry(geometry)),
         ("attention", ", ".join(f"{count} {kind}" for kind, count in kinds.items())),
         ("context", f"{manifest.limits.max_seq_len} tokens of prompt and answer together"),
@@ -125,6 +126,16 @@ def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
     if figures.positions is not None:
         facts.append(f"on {figures.positions:,} positions")
     return [("loss", f"{form}: {', '.join(facts)}")]
+
+
+def describe_worst(manifest: Manifest) -> list[tuple[str, str]]:
+    """The layers that rounding changed most: by the output on the calibration text, else by the weight."""
+    for what in ("output", "weight"):
+        errors = (manifest.quantization or {}).get(f"largest_{what}_errors")
+        if isinstance(errors, Mapping) and errors:
+            listed = ", ".join(f"{module} {error}" for module, error in errors.items())
+            return [("worst layers", f"relative error of the {what}: {listed}")]
+    return []
 
 
 def describe_gpu(manifest: Manifest) -> list[tuple[str, str]]:

@@ -51,6 +51,37 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return output, request.param
 
 
+def test_the_layers_that_lose_most_are_named(
+    built: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of int8, that saw no inputs, by |W - code x scale| / |W|; of calibrated int4 by the outputs."""
+    bundle, form = built
+    quantization = json.loads((bundle / "manifest.json").read_text())["quantization"]
+    what = {"int8": "weight", "int4": "output"}[form]
+    worst = quantization[f"largest_{what}_errors"]
+    assert len(worst) == 5
+    assert list(worst.values()) == sorted(worst.values(), reverse=True)
+    if form == "int8":
+        tensors, written = Checkpoint.open(TALES).tensors, read_header(bundle / "weights/model.safetensors")
+        errors = {}
+        for layer in range(5):
+            for projection in ("self_attn.o_proj", "mlp.down_proj"):  # (the others lie joined in the file)
+                name = f"model.layers.{layer}.{projection}.weight"
+                wide, codes = tensors[name].read().astype(np.float64), written[name].read().astype(np.float64)
+                lost = wide - codes * written[f"{name}_scale"].read()[:, None]
+                errors[name.removesuffix(".weight")] = np.linalg.norm(lost) / np.linalg.norm(wide)
+        shared = worst.keys() & errors.keys()
+        assert shared
+        assert all(worst[name] == pytest.approx(errors[name], rel=0.05) for name in shared)
+        assert max(errors.values()) <= max(worst.values()) * 1.05
+    assert main.main(["inspect", str(bundle)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"worst layers relative error of the {what}: {next(iter(worst))} {next(iter(worst.values()))}"
+        in shown
+    )
+
+
 def test_the_file_holds_the_codes_and_scales_of_the_checkpoint(built: tuple[Path, str]) -> None:
     bundle, form = built
     source = Checkpoint.open(TALES).tensors

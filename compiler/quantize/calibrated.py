@@ -66,7 +66,7 @@ def produce_calibrated(
             if matrix.format.smoothed:
                 write(matrix, _smoothed(produced, matrix, tensors, x, method))
             elif matrix.columns > MOST_COLUMNS:
-                write(matrix, round_to_nearest(matrix, tensors))
+                write(matrix, round_to_nearest(produced, matrix, tensors))
             else:
                 write(matrix, _rounded(produced, matrix, tensors, x))
             del x
@@ -78,7 +78,7 @@ def produce_calibrated(
                 f"leave it as it is: --exclude {matrix.modules[0]}",
             )
         del left[matrix.modules]
-        write(matrix, round_to_nearest(matrix, tensors))
+        write(matrix, round_to_nearest(produced, matrix, tensors))
     produced.table = CalibrationTable(entries, kv, source)
     return produced
 

@@ -122,7 +122,8 @@ def record(plan: Plan, made: Produced) -> Mapping[str, Any] | None:
         found["calibration"] = {"text_sha256": source.text_sha256, "tokens": source.tokens}
         if any(matrix.format.activations for matrix in plan.matrices):
             found["calibration"]["method"] = plan.request.calibration_method
-    if made.errors:
-        worst = sorted(made.errors.items(), key=lambda item: (-item[1], item[0]))[:_WORST]
-        found["largest_output_errors"] = {name: float(f"{error:.2g}") for name, error in worst}
+    for name, errors in (("output", made.errors), ("weight", made.weight_errors)):
+        if errors:
+            worst = sorted(errors.items(), key=lambda item: (-item[1], item[0]))[:_WORST]
+            found[f"largest_{name}_errors"] = {module: float(f"{error:.2g}") for module, error in worst}
     return found

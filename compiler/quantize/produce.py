@@ -6,6 +6,7 @@ range static activations get; without, the weights alone do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from llmc.compiler.calibrate.table import CalibrationTable
 from llmc.compiler.quantize import scales
 from llmc.compiler.quantize.formats import STORED
 from llmc.compiler.quantize.matrix import QuantizedMatrix
-from llmc.compiler.quantize.quantizer import absmax, quantize
+from llmc.compiler.quantize.quantizer import absmax, dequantize, quantize
 from llmc.compiler.safetensors_index import TensorRef, read_header
 from llmc.compiler.weights_writer import write_safetensors
 
@@ -27,10 +28,12 @@ _NAMES = {dtype: name for name, dtype in STORED.items()}
 @dataclass
 class Produced:
     """tensors: initializer -> its data on disk. errors: module -> relative error of its output, where
-    calibration measured it. table: the ranges of activations that it saw."""
+    calibration measured it. weight_errors: module -> that of its weight, of the others that were rounded.
+    table: the ranges of activations that calibration saw."""
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    weight_errors: dict[str, float] = field(default_factory=dict)
     table: CalibrationTable | None = None
 
 
@@ -44,21 +47,36 @@ def produce(
     produced = Produced()
     for index, matrix in enumerate(matrices):
         on_matrix(index)
-        keep(produced, matrix, round_to_nearest(matrix, tensors), directory / f"{index}.safetensors")
+        keep(
+            produced, matrix, round_to_nearest(produced, matrix, tensors), directory / f"{index}.safetensors"
+        )
     return produced
 
 
-def round_to_nearest(matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef]) -> dict[str, np.ndarray]:
-    """The arrays of the format's layout; 4-bit blocks get the scale of the least squared error."""
+def round_to_nearest(
+    produced: Produced, matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef]
+) -> dict[str, np.ndarray]:
+    """The arrays of the format's layout; 4-bit blocks get the scale of the least squared error.
+
+    Notes in `produced` what each weight loses: |W - dequantized| / |W| (Frobenius norms).
+    """
     form = matrix.format
     amax = largest_magnitude(matrix, tensors)
     search = "mse" if form.packed else "amax"
-    pieces = [
-        quantize(rows, form, name, amax=amax, search=search)
-        for name in matrix.weights
-        for rows in chunks(tensors[name])
-    ]
+    pieces = []
+    for module, name in zip(matrix.modules, matrix.weights, strict=True):
+        lost = whole = 0.0
+        for rows in chunks(tensors[name]):
+            pieces.append(quantize(rows, form, name, amax=amax, search=search))
+            wide = np.asarray(rows, np.float32)
+            lost += _energy(wide - dequantize(pieces[-1], form))
+            whole += _energy(wide)
+        produced.weight_errors[module] = math.sqrt(lost / whole) if whole else 0.0
     return join(pieces)
+
+
+def _energy(array: np.ndarray) -> float:
+    return float(np.square(array).sum(dtype=np.float64))
 
 
 def largest_magnitude(matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef]) -> float | None:
