@@ -178,6 +178,8 @@ def _run(peers: dict[str, Peer], rules: Rules, record: Record, options: argparse
                 continue
             log = log_of(tool, options)
             record.tools[tool] = {"imported_by_llmc_run": heavy_imports(peers[tool], log)}
+    if not options.phases:
+        return
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for tool, peer in peers.items():

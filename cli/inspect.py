@@ -133,7 +133,8 @@ def describe_worst(manifest: Manifest) -> list[tuple[str, str]]:
     for what in ("output", "weight"):
         errors = (manifest.quantization or {}).get(f"largest_{what}_errors")
         if isinstance(errors, Mapping) and errors:
-            listed = ", ".join(f"{module} {error}" for module, error in errors.items())
+            worst = sorted(errors.items(), key=lambda item: (-item[1], item[0]))
+            listed = ", ".join(f"{module} {error}" for module, error in worst)
             return [("worst layers", f"relative error of the {what}: {listed}")]
     return []
 

@@ -17,7 +17,7 @@ import pytest
 
 from llmc.cli import main
 from llmc.compiler.verify import evaluation, judge
-from llmc.runtime.bundle.manifest import Gpu, Manifest, Target, Verification
+from llmc.runtime.bundle.manifest import Gpu, Manifest, Precision, Target, Verification
 from llmc.runtime.bundle.reader import Bundle
 
 SHA = evaluation.sha256(evaluation.EVALUATION_TEXT.read_text("utf-8"))
@@ -115,6 +115,23 @@ def test_the_recorded_figures(llmc: Any, quantized: Path) -> None:
     ]
 
 
+def test_a_quantized_cache_must_meet_the_thresholds_too(llmc: Any, quantized: Path) -> None:
+    """Its loss is measured apart from that of the weights, and a user has both."""
+    cache = {"kv_dtype": "u8", "mean_kl": 0.0037, "positions": 148, "top1_agreement_without_ties": 0.88}
+    rewrite(
+        quantized,
+        verification=replace(PASSED, details={"quantization_loss": LOSS, "kv_cache_loss": cache}),
+        precision=Precision("fp32", "u8"),
+    )
+    code, out, errors = llmc("verify", quantized, "--min-top1", "0.89", "--max-kl", "0.05")
+    assert code == 1
+    assert "KV cache u8" in out
+    assert "apart from these: mean KL 0.0037, top-1 agreement 0.8800" in out
+    assert "top-1 agreement 0.8962 (at least 0.89)" in out
+    assert "mean KL of the KV cache 0.0037 (at most 0.05)" in out
+    assert "misses top-1 agreement of the KV cache 0.88 (at least 0.89)" in errors[0]
+
+
 def test_as_json(llmc: Any, quantized: Path) -> None:
     code, out, _ = llmc("verify", quantized, "--json", "--max-kl", "0.01")
     record = json.loads(out)
@@ -130,6 +147,8 @@ def test_as_json(llmc: Any, quantized: Path) -> None:
             for name, value in LOSS.items()
             if name not in ("text_sha256", "near_tie", "rms_logit_error")
         },
+        "kv_cache_top1_agreement": None,
+        "kv_cache_mean_kl": None,
     }
     assert record["thresholds"] == [
         {"name": "mean KL", "figure": 0.019, "bound": 0.01, "at_least": False, "met": False}

@@ -6,18 +6,24 @@ A process of its own keeps a build's memory small, and makes a message of an eng
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TextIO
 
 from llmc.runtime.errors import LlmcError
 
+_messages: TextIO = sys.stdout
+
 
 def _say(**message: Any) -> None:
-    print(json.dumps(message), flush=True)
+    print(json.dumps(message), file=_messages, flush=True)
 
 
 def main() -> None:
+    global _messages
+    _messages = os.fdopen(os.dup(1), "w")  # stdout is for messages alone:
+    os.dup2(2, 1)  # what libraries print goes to stderr
     task = json.load(sys.stdin)
     try:
         _say(**_prove(task["prove"]) if "prove" in task else _measure(task["measure"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from llmc.runtime.bundle.manifest import Manifest
@@ -15,6 +15,7 @@ class Figures:
 
     origin: whether this was measured now or when the bundle was built. top1_agreement counts near ties,
     mean_kl is in nats (docs/fidelity.md). perplexity: the engine's; perplexity_unquantized: the checkpoint's.
+    kv_cache_*: what a quantized cache adds to that, where the build measured it apart.
     """
 
     origin: Literal["measured", "recorded"]
@@ -26,6 +27,8 @@ class Figures:
     perplexity_unquantized: float | None = None
     perplexity: float | None = None
     perplexity_increase_percent: float | None = None
+    kv_cache_top1_agreement: float | None = None
+    kv_cache_mean_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,18 @@ class Threshold:
 
 def recorded(manifest: Manifest) -> Figures:
     """What the build found, against the unquantized checkpoint. In 16 bits it is what the engine loses as a
-    whole, else what rounding loses: in fp32 the engine adds nothing that counts."""
+    whole, else what rounding loses: in fp32 the engine adds nothing that counts. The loss of a quantized KV
+    cache is apart from both."""
+    cache = manifest.verification.details.get("kv_cache_loss")
+    lost = known(cache) if isinstance(cache, Mapping) else {}
+    return replace(
+        _without_cache(manifest),
+        kv_cache_top1_agreement=lost.get("top1_agreement_without_ties"),
+        kv_cache_mean_kl=lost.get("mean_kl"),
+    )
+
+
+def _without_cache(manifest: Manifest) -> Figures:
     record, details = manifest.verification, manifest.verification.details
     loss = details.get("quantization_loss")
     if isinstance(loss, Mapping):

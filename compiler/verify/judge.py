@@ -36,13 +36,19 @@ class Verdict:
     def thresholds(
         self, min_top1: float | None, max_kl: float | None, max_perplexity_increase: float | None
     ) -> list[Threshold]:
-        """Those that are asked for, beside their figures. The last is in percent."""
+        """Those that are asked for, beside their figures. The last is in percent. A quantized KV cache whose
+        loss was measured apart must meet the first two as well."""
         figures = self.figures
-        every = (
+        every = [
             ("top-1 agreement", figures.top1_agreement, min_top1, True),
             ("mean KL", figures.mean_kl, max_kl, False),
             ("perplexity increase in %", figures.perplexity_increase_percent, max_perplexity_increase, False),
-        )
+        ]
+        if figures.kv_cache_mean_kl is not None:
+            every += [
+                ("top-1 agreement of the KV cache", figures.kv_cache_top1_agreement, min_top1, True),
+                ("mean KL of the KV cache", figures.kv_cache_mean_kl, max_kl, False),
+            ]
         return [
             Threshold(name, figure, bound, at_least)
             for name, figure, bound, at_least in every

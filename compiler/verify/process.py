@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,32 +21,34 @@ def run_child(task: Mapping[str, Any], progress: Progress, out_of_memory: str) -
     Raises RequestError with the child's message for a text it cannot use; BuildError where it breaks.
     """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "llmc.compiler.verify.child"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert child.stdin and child.stdout and child.stderr
     result: dict[str, Any] | None = None
-    try:
-        child.stdin.write(json.dumps(task))
-        child.stdin.close()
-        for line in child.stdout:
-            message = json.loads(line)
-            if "done" in message:
-                progress.bar(message["done"], message["total"])
-            else:
-                result = message
-        complaint = child.stderr.read().strip().splitlines()
-        code = child.wait()
-    finally:
-        child.kill()
-        child.wait()
-        child.stdout.close()
-        child.stderr.close()
+    with tempfile.TemporaryFile("w+", errors="replace") as stderr:  # (a pipe that nobody reads would fill up)
+        child = subprocess.Popen(
+            [sys.executable, "-m", "llmc.compiler.verify.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=environment,
+        )
+        assert child.stdin and child.stdout
+        try:
+            with contextlib.suppress(BrokenPipeError):  # a child that is gone already says why on stderr
+                child.stdin.write(json.dumps(task))
+                child.stdin.close()
+            for line in child.stdout:
+                message = json.loads(line)
+                if "done" in message:
+                    progress.bar(message["done"], message["total"])
+                else:
+                    result = message
+            code = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+        stderr.seek(0)
+        complaint = stderr.read().strip().splitlines()
     if code == 0 and result is not None and "error" in result:
         raise _error(result["error"])
     if code != 0 or result is None:
