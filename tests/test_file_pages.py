@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc.runtime.backends.file_pages import release, releasing
+from llmc.runtime.backends.file_pages import releasing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are found through /proc")
 SIZE = 4 << 20
@@ -39,9 +39,11 @@ def mapped(tmp_path: Path) -> tuple[Path, mmap.mmap]:
 
 def test_pages_are_dropped_and_come_back(mapped: tuple[Path, mmap.mmap], tmp_path: Path) -> None:
     path, memory = mapped
-    assert release(tmp_path / "elsewhere") == 0
+    with releasing(tmp_path / "elsewhere"):
+        pass
     assert resident(path) == SIZE
-    assert release(tmp_path) == SIZE
+    with releasing(tmp_path):
+        pass
     assert resident(path) == 0
     assert memory[:] == path.read_bytes()
 
@@ -62,5 +64,6 @@ def test_mappings_that_can_be_written_are_left_alone(tmp_path: Path) -> None:
     with path.open("rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     memory[5] = 7
-    assert release(tmp_path) == 0
+    with releasing(tmp_path):
+        pass
     assert memory[5] == 7

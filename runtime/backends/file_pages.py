@@ -17,22 +17,14 @@ _INTERVAL = 0.004  # seconds: packing reads some MB in that time
 _LIBC = ctypes.CDLL(None)
 
 
-def release(directory: Path) -> int:
-    """Drops this process's resident pages of files below `directory`; returns the bytes of those mappings.
-
-    Only of mappings that cannot be written: nothing is lost, a page that is read again comes back from the
-    page cache. Does nothing where there is no /proc.
-    """
-    found = _mappings(directory)
-    _drop(found)
-    return sum(end - begin for begin, end in found)
-
-
 @contextlib.contextmanager
 def releasing(directory: Path) -> Iterator[None]:
-    """Drops the pages again and again while the block runs, and at its end. Free heap goes back before.
+    """Drops this process's resident pages of files below `directory`, again and again while the block runs
+    and at its end. Free heap goes back before.
 
-    The files are mapped before and stay mapped until the end: other memory at these addresses would be lost.
+    Only of mappings that cannot be written: nothing is lost, a page that is read again comes back from the
+    page cache. They must stay mapped until the end: other memory at these addresses would be lost. Does
+    nothing about pages where there is no /proc.
     """
     found, ended = _mappings(directory), threading.Event()
 
