@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.safetensors_index import TensorRef
+from llmc.compiler.targets.exact_fp16 import EXPONENT
 from llmc.compiler.weights_writer import Entry, write_safetensors
 from llmc.passes import edit
 from llmc.passes.fuse_linears import JOIN
@@ -144,8 +145,9 @@ def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.nd
                 f"tensor {name} is {ref.dtype}, which llmc cannot convert to {dtype}",
                 "`llmc check CHECKPOINT` says what is wrong with it",
             )
+        power = value.meta.get(EXPONENT, 0)
         for chunk in ref.iter_chunks(_CHUNK_BYTES):
-            yield _flat(chunk, dtype, name)
+            yield _flat(chunk.astype(np.float32) * np.float32(2.0**power) if power else chunk, dtype, name)
 
 
 def _flat(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -13,6 +14,8 @@ from llmc.compiler.checkpoint import Checkpoint
 from llmc.compiler.driver import compile_model
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.safetensors_index import read_header
+from llmc.compiler.targets.exact_fp16 import exponent
+from llmc.compiler.weights_writer import write_safetensors
 from llmc.runtime.backends.openvino import OpenVinoBackend
 from llmc.runtime.batch import Batch
 from llmc.runtime.llm import load_engine
@@ -41,28 +44,56 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return checkpoint, result.path, {"bfloat16": "BF16", "float16": "F16"}[dtype]
 
 
-def test_matrices_are_stored_as_they_are_and_vectors_widened(built: tuple[Path, Path, str]) -> None:
+def test_matrices_stay_16_bit_and_vectors_are_widened(built: tuple[Path, Path, str]) -> None:
+    """bf16 ones that are multiplied with become fp16 times a power of two, which is every bit of them."""
     checkpoint, bundle, dtype = built
     source = Checkpoint.open(checkpoint).tensors
     for name, ref in read_header(bundle / "weights" / "model.safetensors").items():
         parts = [source[part] for part in name.split("|") if part in source]
         if not parts:
             continue  # rotary tables
-        assert ref.dtype == (dtype if len(ref.shape) == 2 else "F32")
         expected = np.concatenate([part.read() for part in parts]).astype(np.float32)
+        if dtype == "BF16" and ref.dtype == "F16":
+            expected *= 2.0 ** (15 - np.floor(np.log2(np.abs(expected).max())))
+        looked_up = name == "model.embed_tokens.weight" and "lm_head.weight" in source
+        narrow = dtype if looked_up else "F16"
+        assert ref.dtype == (narrow if len(ref.shape) == 2 else "F32")
         assert np.array_equal(ref.read().astype(np.float32), expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "power"),
+    [
+        ([1.9921875, -(2.0**-31), 0], 15),  # 2^16 less half a step, and 2^-16: both fp16
+        ([1.0, 1.9921875 * 2.0**-32], 15),
+        ([1.0, 1.9921875 * 2.0**-33], None),  # one binary order too far
+        ([-3e38, 1e30], 15 - 127),
+        ([2.0**-130, 0], None),  # subnormal in bf16
+        ([0, -0.0], 0),
+        ([float("inf"), 1], None),
+        ([float("nan"), 1], None),
+    ],
+)
+def test_which_matrices_fp16_holds_exactly(tmp_path: Path, values: list[float], power: int | None) -> None:
+    array = np.array(values, np.float32).astype(ml_dtypes.bfloat16)
+    file = tmp_path / "x.safetensors"
+    write_safetensors(file, [("w", "BF16", array.shape)], lambda name: [array.view(np.uint8).data])
+    assert exponent([read_header(file)["w"]]) == power
+    if power is not None:
+        wide = array.astype(np.float64) * 2.0**power
+        assert np.array_equal(wide.astype(np.float16).astype(np.float64), wide)
 
 
 def test_openvino_multiplies_with_the_weights_as_they_are(built: tuple[Path, Path, str]) -> None:
     """The mark that asks for it is private to OpenVINO: a version that ignores it fails here."""
-    _, bundle, dtype = built
+    _, bundle, _ = built
     backend = OpenVinoBackend(bundle / "rank0.onnx", num_blocks=4)
     used = [
         node.get_rt_info()["runtimePrecision"].astype(str)
         for node in backend._request.get_compiled_model().get_runtime_model().get_ops()
         if node.get_rt_info()["layerType"].astype(str) == "FullyConnected"
     ]
-    assert set(used) == {dtype.lower()}
+    assert set(used) == {"f16"}
     assert len(used) >= 2 * 4 + 1  # two layers of four or more matrices, and the head
 
 

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 _EXACT_FILE = "rank0.exact.onnx"  # beside weights/ while it is needed; no part of a bundle
 OPENVINO, ONNXRUNTIME = "2026.4", "1.32"
 _WEIGHTS_NOTE = {
-    "openvino": "matrices as the checkpoint has them, widened as they are multiplied; the rest in fp32",
+    "openvino": "16-bit matrices as the checkpoint has them (bf16 as fp16 times a power of two, exactly), "
+    "widened as they are multiplied; the rest in fp32",
     "onnxruntime": "fp32, which the engine maps as it is",
 }
 
