@@ -36,6 +36,7 @@ from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import Backend
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import Manifest
+from llmc.runtime.errors import UnsupportedError
 from quantized_layouts import (
     BF16,
     HIDDEN,
@@ -296,6 +297,22 @@ def test_the_dry_run_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 # TensorRT: built for GPUs, and the same graph computed on the CPU
+
+
+def test_without_sm_the_gpu_that_is_here_decides_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_build, "is_installed", lambda library: True)
+    monkeypatch.setattr(target.TensorRTTarget, "lower", lambda *args: None)
+    root = checkpoint(tmp_path, "modelopt-nvfp4").write()
+    request = BuildRequest(str(root), tmp_path / "x.llmc", target="tensorrt")
+    monkeypatch.setattr(target, "_this_gpu", lambda wanted: (100,))
+    plan = plan_build(request)
+    assert plan.quantization is not None
+    assert plan.quantization.record()["formats"] == {"nvfp4": 14}
+    monkeypatch.setattr(target, "_this_gpu", lambda wanted: (90,))
+    with pytest.raises(UnsupportedError, match="is nvfp4, which needs SM100 or newer, and SM90"):
+        plan_build(request)
 
 
 def graph_for_tensorrt(made: Written, directory: Path, dtype: str, sm: int) -> Plan:
