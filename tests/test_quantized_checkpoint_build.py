@@ -37,6 +37,7 @@ from llmc.runtime.backends.base import Backend
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.errors import UnsupportedError
+from llmc.runtime.llm import load_engine
 from quantized_layouts import (
     BF16,
     HIDDEN,
@@ -279,6 +280,16 @@ def test_the_file_holds_the_codes_of_the_checkpoint(tmp_path: Path) -> None:
         if node.get_rt_info()["layerType"].astype(str) == "Const"
     ]
     assert kinds.count("f8e4m3") == 2 * 4  # compressed in memory too
+
+
+@pytest.mark.parametrize("layout", ["modelopt-awq", "ct-int4-asymmetric", "ct-int4-channel"])
+def test_fast_rounds_the_inputs_of_integer_weights(tmp_path: Path, layout: str) -> None:
+    """Blocks of 64 in 4 and in 8 bits, and a scale for each row."""
+    build(checkpoint(tmp_path, layout), tmp_path / "x.llmc")
+    engines = [load_engine(tmp_path / "x.llmc", kv_memory=1 << 20, fast=fast) for fast in (False, True)]
+    exact, fast = (logits(engine.backend, LONG[0]) for engine in engines)
+    error = np.abs(fast - exact).max() / np.abs(exact).max()
+    assert 1e-4 < error < 0.1
 
 
 def test_the_dry_run_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
