@@ -157,7 +157,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
                 apply.SCALES_OF.get(dtype),
                 compiler.head_format(request.quant),
             )
-        elif stored:
+        elif stored and stored.modules:  # none: only its KV cache is quantized
             quantization = apply.plan_stored(traced.model, stored, bits)
         if quantization:
             matrices = apply.apply_plan(traced.model, quantization)

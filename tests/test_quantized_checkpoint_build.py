@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmc.cli import main
 from llmc.compiler.checkpoint import Checkpoint
 from llmc.compiler.driver import Plan, compile_model, plan_build
+from llmc.compiler.geometry import attention_nodes
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.progress import Silent
-from llmc.compiler.quantize import stored_arrays
+from llmc.compiler.quantize import phase, stored_arrays
 from llmc.compiler.quantized.dequantize import dequantize
 from llmc.compiler.quantized.layout import QuantizedCheckpoint, read_quantized
 from llmc.compiler.request import BuildRequest
@@ -48,6 +50,7 @@ from quantized_layouts import (
     Quantizer,
     Written,
     assemble,
+    f32,
     fp8,
     modelopt,
     nvfp4,
@@ -338,6 +341,44 @@ def graph_for_tensorrt(made: Written, directory: Path, dtype: str, sm: int) -> P
         writer.path("rank0.onnx").write_bytes(serialize(without_functions(plan.model)))
         shutil.copytree(writer.path("rank0.onnx").parent, directory / "graph")
     return plan
+
+
+KV_ONLY = {
+    "modelopt": modelopt(None, kv_cache_quant_algo="FP8", exclude_modules=[]),
+    "compressed-tensors": {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "config_groups": {},
+            "kv_cache_scheme": {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("method", KV_ONLY)
+def test_a_checkpoint_whose_cache_alone_is_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Its weights are plain, and an FP8 cache has its scales."""
+
+    def plain(w: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        return {"weight": w.astype(BF16)}, w
+
+    made = complete(assemble(tmp_path / "m", dict.fromkeys(weights(), plain), KV_ONLY[method]))
+    made.tensors |= {f"{K0}.k_scale": f32(0.5), f"{K0.replace('k_proj', 'v_proj')}.v_scale": f32(0.25)}
+    assert build(made, tmp_path / "x.llmc").quantization is None
+    assert_equal(made, tmp_path / "x.llmc", False)
+    monkeypatch.setattr(tensorrt_build, "is_installed", lambda library: True)
+    monkeypatch.setattr(target.TensorRTTarget, "lower", lambda *args: None)
+    options: Any = {"target": "tensorrt-rtx", "kv_dtype": "fp8"}
+    plan = plan_build(BuildRequest(str(made.root), tmp_path / "y.llmc", **options))
+    with BundleWriter(tmp_path / "y.llmc") as writer:
+        phase.quantize(plan, writer, Silent(), nullcontext)
+        phase.discard(writer)
+    nodes = attention_nodes(plan.model)
+    scales = [[node.attributes[f"{one}_scale"].as_float() for one in ("key", "value")] for node in nodes]
+    assert scales == [[0.5, 0.25], [1.0, 1.0]]
 
 
 @needs_tensorrt
