@@ -33,6 +33,7 @@ from llmc.compiler.targets.finish import serialize
 from llmc.compiler.targets.tensorrt_lower import without_functions
 from llmc.compiler.targets.tensorrt_oracle import oracle_model
 from llmc.compiler.trace import export
+from llmc.compiler.verify.figures import recorded
 from llmc.compiler.weights import write_weights
 from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import Backend
@@ -293,6 +294,13 @@ def test_fast_rounds_the_inputs_of_integer_weights(tmp_path: Path, layout: str) 
     exact, fast = (logits(engine.backend, LONG[0]) for engine in engines)
     error = np.abs(fast - exact).max() / np.abs(exact).max()
     assert 1e-4 < error < 0.1
+
+
+def test_the_loss_of_rounded_inputs_is_against_the_dequantized_weights(tmp_path: Path) -> None:
+    made = checkpoint(tmp_path, "modelopt-fp8")
+    manifest = compile_model(BuildRequest(str(made.write()), tmp_path / "x.llmc")).manifest
+    assert manifest.verification.details["quantization_loss"]["reference"] == "dequantized"
+    assert recorded(manifest).against == "the dequantized checkpoint"
 
 
 def test_the_dry_run_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

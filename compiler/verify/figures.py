@@ -14,7 +14,9 @@ class Figures:
     """How far an engine is from its checkpoint. None: not known.
 
     origin: whether this was measured now or when the bundle was built. top1_agreement counts near ties,
-    mean_kl is in nats (docs/fidelity.md). perplexity: the engine's; perplexity_unquantized: the checkpoint's.
+    mean_kl is in nats (docs/fidelity.md). perplexity: the engine's; perplexity_unquantized: the reference's.
+    reference: "checkpoint", or "dequantized" of one that came quantized, whose weights had lost something
+    before; "" where that is not recorded.
     """
 
     origin: Literal["measured", "recorded"]
@@ -26,6 +28,12 @@ class Figures:
     perplexity_unquantized: float | None = None
     perplexity: float | None = None
     perplexity_increase_percent: float | None = None
+    reference: str = ""
+
+    @property
+    def against(self) -> str:
+        """What the loss is measured against, where it is not the checkpoint as it was trained; or ""."""
+        return "the dequantized checkpoint" if self.reference == "dequantized" else ""
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,9 @@ class Threshold:
 
 
 def recorded(manifest: Manifest) -> Figures:
-    """What the build found, against the unquantized checkpoint. In 16 bits it is what the engine loses as a
-    whole, else what rounding loses: in fp32 the engine adds nothing that counts."""
+    """What the build found, against the checkpoint; of one that came quantized, against what its weights
+    stand for. In 16 bits it is what the engine loses as a whole, else what rounding loses: in fp32 the engine
+    adds nothing that counts."""
     record, details = manifest.verification, manifest.verification.details
     loss = details.get("quantization_loss")
     if isinstance(loss, Mapping):
@@ -64,7 +73,7 @@ def recorded(manifest: Manifest) -> Figures:
             found.setdefault("perplexity_increase_percent", round(100 * (after / before - 1), 2))
         if "top1_agreement_without_ties" in found:
             found.setdefault("top1_agreement", found["top1_agreement_without_ties"])
-        return Figures("recorded", **found)
+        return Figures("recorded", reference=reference_of(loss), **found)
     engine = details.get("engine")
     return Figures(
         "recorded",
@@ -77,9 +86,15 @@ def recorded(manifest: Manifest) -> Figures:
 
 def known(figures: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a record that `Figures` has; `details` of a manifest may hold anything."""
-    names = asdict(Figures("recorded")).keys() - {"origin"}
+    names = asdict(Figures("recorded")).keys() - {"origin", "reference"}
     return {
         name: value
         for name, value in figures.items()
         if name in names and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
+
+
+def reference_of(figures: Mapping[str, Any]) -> str:
+    """`Figures.reference` from a record."""
+    reference = figures.get("reference")
+    return reference if isinstance(reference, str) else ""
