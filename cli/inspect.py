@@ -111,7 +111,7 @@ def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:
 
 
 def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
-    """What quantizing the weights has lost, against the unquantized checkpoint."""
+    """What quantizing has lost, against the checkpoint; of one that came quantized, what its inputs lose."""
     if manifest.quantization is None:
         return []
     from llmc.compiler.verify.figures import recorded
@@ -125,6 +125,8 @@ def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
         facts.append(f"perplexity {figures.perplexity_unquantized:g} -> {figures.perplexity:g} ({change})")
     if figures.positions is not None:
         facts.append(f"on {figures.positions:,} positions")
+    if figures.against:
+        facts.append(f"against {figures.against}")
     return [("loss", f"{form}: {', '.join(facts)}")]
 
 

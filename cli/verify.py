@@ -86,7 +86,8 @@ def _facts(verdict: Verdict, thresholds: list[Threshold]) -> list[tuple[str, str
     if verdict.checkpoint:
         facts.append(("checkpoint", f"{verdict.checkpoint}, the one it was made from"))
     where = f"{figures.positions:,} positions of {verdict.text}" if figures.positions else verdict.text
-    facts.append(("figures", f"{figures.origin}, on {where}"))
+    against = f", against {figures.against}" if figures.against else ""
+    facts.append(("figures", f"{figures.origin}, on {where}{against}"))
     if figures.top1_agreement is not None:
         plain = figures.top1_agreement_without_ties
         ties = "" if plain is None else f", {plain:.4f} without near ties"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,8 +114,8 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         family = recipe.load(checkpoint.model_type)
         compiler = target_compiler(request.target)
         dtype = request.compute_dtype(checkpoint.dtype)
-        compiler.check(request, dtype)
-        stored = read_stored(checkpoint, request, dtype)
+        sms = compiler.check(request, dtype)
+        stored = read_stored(checkpoint, replace(request, sms=sms), dtype)
         calibration = None if stored else _read_calibration(request)
     with clock.phase("import torch and transformers"):
         from llmc.compiler import weights
@@ -157,7 +157,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
                 apply.SCALES_OF.get(dtype),
                 compiler.head_format(request.quant),
             )
-        elif stored:
+        elif stored and stored.modules:  # none: only its KV cache is quantized
             quantization = apply.plan_stored(traced.model, stored, bits)
         if quantization:
             matrices = apply.apply_plan(traced.model, quantization)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llmc.plugins.paged_attention import spec
 from llmc.runtime.backends import load_backend, load_gpu_backend
@@ -15,9 +19,11 @@ from llmc.runtime.errors import BundleError, RequestError
 from llmc.runtime.tokenizer import Tokenizer
 
 _KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
-# Activations that share an int8 scale when `fast` is asked for, by the format of the weights: as many as
-# their blocks allow, up to 128. docs/performance.md has what was tried.
-_ACTIVATION_GROUP = {"int8": 128, "int4": 32, "int4-block128": 128}
+# Activations that share an int8 scale when `fast` is asked for: as many as the blocks of the weights allow.
+# docs/performance.md has what was tried. OpenVINO rounds none in groups that do not divide a block, nor in
+# groups of less than its 16 lanes.
+_LARGEST_GROUP, _SMALLEST_GROUP = 128, 16
+_INTEGER = re.compile(r"int[48](?:-per-channel|-block(\d+))?")
 _DEFAULT_SHARE = 0.25  # of the memory that is available now
 _DEFAULT_LIMIT = 4 << 30
 
@@ -81,14 +87,35 @@ def _activation_group(opened: Bundle) -> int:
         raise RequestError(
             f"{opened.name} runs on a GPU; `fast` is about engines for the CPU", "leave --fast out"
         )
-    form = str((manifest.quantization or {}).get("format", "none"))
-    if form not in _ACTIVATION_GROUP:
+    plan = manifest.quantization or {}
+    group = activation_group(formats_of(plan))
+    if group < _SMALLEST_GROUP:
+        names = " and ".join(formats_of(plan))
+        own = "recipe" in plan  # of a checkpoint that came quantized: --quant is not for those
         raise RequestError(
-            f"`fast` is for weights in {', '.join(_ACTIVATION_GROUP)}; {opened.name} has "
-            + (f"them in {form}" if manifest.quantization else "no quantized ones"),
-            "leave --fast out, or build with --quant int8 or int4",
+            f"`fast` is for int8 or int4 weights, in blocks of {_SMALLEST_GROUP} or more; {opened.name} has "
+            + (f"them in {names}" if names else "no quantized ones"),
+            "leave --fast out" + ("" if own else ", or build with --quant int8 or int4"),
         )
-    return _ACTIVATION_GROUP[form]
+    return group
+
+
+def formats_of(plan: Mapping[str, Any]) -> list[str]:
+    """The formats of the weights that a manifest's `quantization` names, which is an open field."""
+    formats = plan.get("formats")  # of checkpoints that came quantized, which may mix them
+    if isinstance(formats, Mapping):
+        return [str(name) for name in formats]
+    return [str(plan["format"])] if "format" in plan else []
+
+
+def activation_group(formats: Sequence[str]) -> int:
+    """The largest group, up to 128, that divides the blocks of all int8 and int4 formats; 0 without any.
+
+    A format with a scale for a whole row has no blocks.
+    """
+    found = [match for name in formats if (match := _INTEGER.fullmatch(name))]
+    blocks = [int(match[1] or (32 if match[0] == "int4" else 0)) for match in found]
+    return math.gcd(_LARGEST_GROUP, *blocks) if found else 0
 
 
 def _load_on_cpu(

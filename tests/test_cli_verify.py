@@ -23,6 +23,7 @@ from llmc.runtime.bundle.reader import Bundle
 SHA = evaluation.sha256(evaluation.EVALUATION_TEXT.read_text("utf-8"))
 LOSS = {
     "text_sha256": SHA,
+    "reference": "checkpoint",
     "positions": 1464,
     "max_logit_error": 2.3,
     "rms_logit_error": 0.26,
@@ -173,6 +174,15 @@ def test_inspect_shows_the_loss(llmc: Any, quantized: Path) -> None:
     )
     record = json.loads(llmc("inspect", quantized, "--json")[1])
     assert record["quantization_loss"] == {"format": "int4", **LOSS}
+
+
+def test_a_loss_against_dequantized_weights_is_called_that(llmc: Any, quantized: Path) -> None:
+    details = {"quantization_loss": LOSS | {"reference": "dequantized"}}
+    rewrite(quantized, verification=replace(PASSED, details=details))
+    assert "on 1,464 positions, against the dequantized checkpoint\n" in llmc("inspect", quantized)[1]
+    out = llmc("verify", quantized)[1]
+    assert re.search(r"^figures .*evaluation text, against the dequantized checkpoint$", out, re.MULTILINE)
+    assert json.loads(llmc("verify", quantized, "--json")[1])["figures"]["reference"] == "dequantized"
 
 
 def test_inspect_of_weights_that_are_not_quantized_or_not_measured(llmc: Any, tiny: Path) -> None:

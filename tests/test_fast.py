@@ -20,7 +20,7 @@ from llmc.runtime.bundle.manifest import Manifest, Target
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
 from llmc.runtime.errors import BackendError, RequestError
-from llmc.runtime.llm import _ACTIVATION_GROUP, block_bytes, load_engine
+from llmc.runtime.llm import activation_group, block_bytes, formats_of, load_engine
 from llmc.runtime.sampling import SamplingParams
 
 TALES = Path(__file__).parent.parent / "model_zoo/llama/tales"
@@ -65,8 +65,8 @@ def exact_and(bundle: Path, **changes: object) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_fast_rounds_activations_and_stays_near(built: Path) -> None:
-    form = json.loads((built / "manifest.json").read_text())["quantization"]["format"]
-    exact, fast = exact_and(built, activation_group=_ACTIVATION_GROUP[form])
+    formats = formats_of(json.loads((built / "manifest.json").read_text())["quantization"])
+    exact, fast = exact_and(built, activation_group=activation_group(formats))
     error = np.abs(fast - exact)
     assert 1e-3 < error.max() < 0.5  # of logits up to about 10; docs/quantization.md has the figures
     assert np.sqrt((error**2).mean()) < 0.1
@@ -123,6 +123,27 @@ def test_requests_together_get_what_each_gets_alone(built: Path, fast: bool) -> 
     assert same == 9 if not fast else same >= 7  # int8 rounding turns a last bit into a visible difference
 
 
+@pytest.mark.parametrize(
+    ("formats", "group"),
+    [
+        (["int8"], 128),
+        (["int4"], 32),
+        (["int4-block128"], 128),
+        (["int4-block64"], 64),
+        (["int8-block64"], 64),
+        (["int4-per-channel"], 128),
+        (["int4-block256", "int8"], 128),
+        (["int4-block128", "int8-block96", "fp8"], 32),
+        (["int8-block24"], 8),
+        (["int8-smoothquant"], 0),
+        (["nvfp4", "fp8"], 0),
+        ([], 0),
+    ],
+)
+def test_groups_of_activations_divide_every_block(formats: list[str], group: int) -> None:
+    assert activation_group(formats) == group
+
+
 def refused(opened: Bundle, change: Callable[[Manifest], Manifest]) -> RequestError | BackendError:
     with pytest.raises((RequestError, BackendError)) as caught:
         load_engine(replace(opened, manifest=change(opened.manifest)), fast=True)
@@ -135,6 +156,11 @@ def test_fast_is_refused_where_it_would_do_nothing(built: Path, bundle: Callable
     assert "--quant int8 or int4" in caught.value.hint
     error = refused(Bundle.open(built), lambda m: replace(m, quantization={"format": "nvfp4"}))
     assert "has them in nvfp4" in error.message
+    assert "--quant int8 or int4" in error.hint
+    stored = {"format": "fp8 and int8-block24", "formats": {"fp8": 2, "int8-block24": 1}, "recipe": "x"}
+    error = refused(Bundle.open(built), lambda m: replace(m, quantization=stored))
+    assert "has them in fp8 and int8-block24" in error.message
+    assert error.hint == "leave --fast out"  # --quant is not for checkpoints that come quantized
 
     def onnxruntime(manifest: Manifest) -> Manifest:
         target: Target = replace(manifest.target, engine="onnxruntime")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,3 +43,18 @@ def test_written_memory_moves_and_untouched_memory_stays_away() -> None:
     assert resident_bytes() < resident + 16 * MIB
     assert np.array_equal(written, np.arange(32 * MIB // 8))
     assert not untouched[:: 4 * MIB].any()
+
+
+def test_a_process_that_may_not_read_its_page_map_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was started as root and has given that up."""
+    really, refused = Path.open, []
+
+    def refuse(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == "pagemap":
+            refused.append(path)
+            raise PermissionError(13, "Permission denied", str(path))
+        return really(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert collapse_resident() == 0
+    assert refused or sys.platform != "linux"

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -306,6 +307,18 @@ def test_each_bound_is_one_that_a_build_can_fail(
     monkeypatch.setattr(verify, "_run_child", lambda job, progress: replace(FINE, **change))
     with pytest.raises(VerificationError, match=complaint):
         verify.run(job, Silent())
+
+
+@pytest.mark.parametrize(
+    ("weights", "ending"), [("checkpoint", "fp32"), ("dequantized", "fp32, on the dequantized weights")]
+)
+def test_the_record_says_once_which_weights_the_reference_has(
+    weights: str, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = verify.Job("", "", "onnxruntime", 256, 384, [], 1e-4, 0, "bf16")
+    monkeypatch.setattr(verify, "_run_child", lambda job, progress: FINE)
+    record = verify.run(replace(job, reference_weights=weights), Silent())
+    assert record.reference == f"transformers {transformers.__version__}, eager attention, {ending}"
 
 
 # Rounding.

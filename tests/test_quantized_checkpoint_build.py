@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmc.cli import main
 from llmc.compiler.checkpoint import Checkpoint
 from llmc.compiler.driver import Plan, compile_model, plan_build
+from llmc.compiler.geometry import attention_nodes
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.progress import Silent
-from llmc.compiler.quantize import stored_arrays
+from llmc.compiler.quantize import phase, stored_arrays
 from llmc.compiler.quantized.dequantize import dequantize
 from llmc.compiler.quantized.layout import QuantizedCheckpoint, read_quantized
 from llmc.compiler.request import BuildRequest
@@ -31,11 +33,14 @@ from llmc.compiler.targets.finish import serialize
 from llmc.compiler.targets.tensorrt_lower import without_functions
 from llmc.compiler.targets.tensorrt_oracle import oracle_model
 from llmc.compiler.trace import export
+from llmc.compiler.verify.figures import recorded
 from llmc.compiler.weights import write_weights
 from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import Backend
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import Manifest
+from llmc.runtime.errors import UnsupportedError
+from llmc.runtime.llm import load_engine
 from quantized_layouts import (
     BF16,
     HIDDEN,
@@ -46,6 +51,7 @@ from quantized_layouts import (
     Quantizer,
     Written,
     assemble,
+    f32,
     fp8,
     modelopt,
     nvfp4,
@@ -280,6 +286,23 @@ def test_the_file_holds_the_codes_of_the_checkpoint(tmp_path: Path) -> None:
     assert kinds.count("f8e4m3") == 2 * 4  # compressed in memory too
 
 
+@pytest.mark.parametrize("layout", ["modelopt-awq", "ct-int4-asymmetric", "ct-int4-channel"])
+def test_fast_rounds_the_inputs_of_integer_weights(tmp_path: Path, layout: str) -> None:
+    """Blocks of 64 in 4 and in 8 bits, and a scale for each row."""
+    build(checkpoint(tmp_path, layout), tmp_path / "x.llmc")
+    engines = [load_engine(tmp_path / "x.llmc", kv_memory=1 << 20, fast=fast) for fast in (False, True)]
+    exact, fast = (logits(engine.backend, LONG[0]) for engine in engines)
+    error = np.abs(fast - exact).max() / np.abs(exact).max()
+    assert 1e-4 < error < 0.1
+
+
+def test_the_loss_of_rounded_inputs_is_against_the_dequantized_weights(tmp_path: Path) -> None:
+    made = checkpoint(tmp_path, "modelopt-fp8")
+    manifest = compile_model(BuildRequest(str(made.write()), tmp_path / "x.llmc")).manifest
+    assert manifest.verification.details["quantization_loss"]["reference"] == "dequantized"
+    assert recorded(manifest).against == "the dequantized checkpoint"
+
+
 def test_the_dry_run_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = checkpoint(tmp_path, "ct-fp8-dynamic").write()
     output = tmp_path / "x.llmc"
@@ -298,6 +321,22 @@ def test_the_dry_run_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
 # TensorRT: built for GPUs, and the same graph computed on the CPU
 
 
+def test_without_sm_the_gpu_that_is_here_decides_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_build, "is_installed", lambda library: True)
+    monkeypatch.setattr(target.TensorRTTarget, "lower", lambda *args: None)
+    root = checkpoint(tmp_path, "modelopt-nvfp4").write()
+    request = BuildRequest(str(root), tmp_path / "x.llmc", target="tensorrt")
+    monkeypatch.setattr(target, "_this_gpu", lambda wanted: (100,))
+    plan = plan_build(request)
+    assert plan.quantization is not None
+    assert plan.quantization.record()["formats"] == {"nvfp4": 14}
+    monkeypatch.setattr(target, "_this_gpu", lambda wanted: (90,))
+    with pytest.raises(UnsupportedError, match="is nvfp4, which needs SM100 or newer, and SM90"):
+        plan_build(request)
+
+
 def graph_for_tensorrt(made: Written, directory: Path, dtype: str, sm: int) -> Plan:
     """Writes what TensorRT is given, and its weights, into `directory`."""
     options: Any = {"target": "tensorrt-rtx", "dtype": dtype, "sms": (sm,)}
@@ -310,6 +349,44 @@ def graph_for_tensorrt(made: Written, directory: Path, dtype: str, sm: int) -> P
         writer.path("rank0.onnx").write_bytes(serialize(without_functions(plan.model)))
         shutil.copytree(writer.path("rank0.onnx").parent, directory / "graph")
     return plan
+
+
+KV_ONLY = {
+    "modelopt": modelopt(None, kv_cache_quant_algo="FP8", exclude_modules=[]),
+    "compressed-tensors": {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "config_groups": {},
+            "kv_cache_scheme": {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("method", KV_ONLY)
+def test_a_checkpoint_whose_cache_alone_is_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Its weights are plain, and an FP8 cache has its scales."""
+
+    def plain(w: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        return {"weight": w.astype(BF16)}, w
+
+    made = complete(assemble(tmp_path / "m", dict.fromkeys(weights(), plain), KV_ONLY[method]))
+    made.tensors |= {f"{K0}.k_scale": f32(0.5), f"{K0.replace('k_proj', 'v_proj')}.v_scale": f32(0.25)}
+    assert build(made, tmp_path / "x.llmc").quantization is None
+    assert_equal(made, tmp_path / "x.llmc", False)
+    monkeypatch.setattr(tensorrt_build, "is_installed", lambda library: True)
+    monkeypatch.setattr(target.TensorRTTarget, "lower", lambda *args: None)
+    options: Any = {"target": "tensorrt-rtx", "kv_dtype": "fp8"}
+    plan = plan_build(BuildRequest(str(made.root), tmp_path / "y.llmc", **options))
+    with BundleWriter(tmp_path / "y.llmc") as writer:
+        phase.quantize(plan, writer, Silent(), nullcontext)
+        phase.discard(writer)
+    nodes = attention_nodes(plan.model)
+    scales = [[node.attributes[f"{one}_scale"].as_float() for one in ("key", "value")] for node in nodes]
+    assert scales == [[0.5, 0.25], [1.0, 1.0]]
 
 
 @needs_tensorrt

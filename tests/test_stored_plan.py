@@ -422,3 +422,47 @@ def test_scales_of_the_cache(write: Callable[..., Written]) -> None:
     made.tensors[f"{K0}.k_scale"] = f32(0)
     with pytest.raises(CheckpointError, match="not one positive number"):
         layer_kv_scales(read_quantized(Checkpoint.open(made.write())))
+
+
+@pytest.mark.parametrize(
+    ("said", "largest"),
+    [
+        ({}, 448),
+        ({"kv_cache_quant_algo": "FP8"}, 448),
+        ({"kv_cache_scheme": float_args(8, "tensor")}, 448),
+        ({"kv_cache_quant_algo": "NVFP4"}, 2688),
+        ({"kv_cache_quant_algo": "INT8"}, 127),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "int", "symmetric": True}}, 127),
+    ],
+)
+def test_scales_of_a_cache_stand_for_the_magnitudes_of_its_kind(
+    write: Callable[..., Written], said: dict[str, Any], largest: float
+) -> None:
+    """`largest`: of the codes, scales of blocks included."""
+    made, amax = write("modelopt-fp8"), np.array([12, 6], np.float32)
+    made.said.update(said)
+    key, value = amax / np.float32(largest)
+    made.tensors |= {f"{K0}.k_scale": f32(key), f"{V0}.v_scale": f32(value)}
+    stored = read(made, "bf16", kv_dtype="fp8")
+    np.testing.assert_allclose(stored.largest_kv[0], amax, rtol=1e-6)
+    assert stored.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ({"kv_cache_quant_algo": "NVFP4_AFFINE"}, "NVFP4_AFFINE"),
+        ({"kv_cache_quant_algo": "FP6"}, "FP6"),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "int", "symmetric": False}}, "INT8_AFFINE"),
+    ],
+)
+def test_scales_of_other_caches_are_left_out_and_that_is_said(
+    write: Callable[..., Written], said: dict[str, Any], kind: str
+) -> None:
+    made = write("modelopt-fp8")
+    made.said.update(said)
+    made.tensors |= {f"{K0}.k_scale": f32(0.5), f"{V0}.v_scale": f32(0.25)}
+    stored = read(made, "bf16", kv_dtype="fp8")
+    assert stored.largest_kv == {}
+    note = f"the KV cache's scales, {kind} in the recipe, are not used: they are 1.0"
+    assert plan_of(stored).notes == (note,)

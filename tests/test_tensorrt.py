@@ -271,9 +271,9 @@ def test_one_profile_covers_one_token_up_to_the_limits(tmp_path: Path) -> None:
 # What goes wrong.
 
 
-def check(name: str, sms: tuple[int, ...], dtype: str = "bf16") -> None:
-    request = BuildRequest("checkpoint", Path("x.llmc"), target=name, sms=sms)
-    target.TensorRTTarget(target.FLAVORS[name]).check(request, dtype)
+def check(name: str, sms: tuple[int, ...], dtype: str = "bf16", quant: str | None = None) -> tuple[int, ...]:
+    request = BuildRequest("checkpoint", Path("x.llmc"), target=name, sms=sms, quant=quant)
+    return target.TensorRTTarget(target.FLAVORS[name]).check(request, dtype)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +317,21 @@ def test_the_enterprise_target_wants_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     check("tensorrt", (90,))
     with pytest.raises(UnsupportedError, match="builds for the GPU that is here, SM90"):
         check("tensorrt", (100,))
+
+
+def test_without_sm_the_enterprise_target_asks_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "is_installed", lambda library: True)
+    monkeypatch.setattr(target, "_this_gpu", lambda wanted: (100,))
+    assert check("tensorrt", (), quant="fp8") == check("tensorrt", (), quant="nvfp4") == (100,)
+    monkeypatch.setattr(target, "_this_gpu", lambda wanted: (90,))
+    assert check("tensorrt", (), quant="fp8") == (90,)
+    with pytest.raises(UnsupportedError, match="nvfp4 needs SM100 or newer, and SM90 is asked for"):
+        check("tensorrt", (), quant="nvfp4")
+    monkeypatch.setattr(target, "_this_gpu", lambda wanted: (70,))
+    with pytest.raises(UnsupportedError, match="tensorrt builds no engine for SM70"):
+        check("tensorrt", ())
+    with pytest.raises(UnsupportedError, match="a portable engine must run on SM80"):
+        check("tensorrt-rtx", (), quant="fp8")
 
 
 @needs_tensorrt

@@ -63,7 +63,7 @@ def quantize(
 ) -> Produced:
     """Makes the data of the plan's matrices in files of `writer` that `discard` removes again, and gives an
     FP8 cache its scales. A calibrated build leaves its table in the bundle."""
-    if not plan.matrices and plan.calibration is None:
+    if not plan.matrices and plan.calibration is None and plan.stored is None:
         return Produced()
     directory = writer.path(f"{_SCRATCH}/x").parent
 

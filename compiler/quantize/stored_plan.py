@@ -9,7 +9,7 @@ from typing import Any
 
 from llmc.compiler.checkpoint import Checkpoint
 from llmc.compiler.quantize import capability
-from llmc.compiler.quantize.formats import E4M3_MAX
+from llmc.compiler.quantize.formats import E2M1_MAX, E4M3_MAX, INT8_MAX
 from llmc.compiler.quantize.plan import Module, QuantPlan
 from llmc.compiler.quantize.stored_module import StoredModule, joined_format, read_module, why_apart
 from llmc.compiler.quantized.kv_scales import layer_kv_scales
@@ -19,6 +19,8 @@ from llmc.runtime.errors import CheckpointError, RequestError, UnsupportedError
 
 _WEIGHT = ".weight"
 _DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what engines compute in -> safetensors' names
+# What the recipe's KV cache holds -> the largest magnitude over its scale. Others may have a bias as well.
+_KV_RANGES = {"": E4M3_MAX, "FP8": E4M3_MAX, "NVFP4": E4M3_MAX * E2M1_MAX, "INT8": INT8_MAX}
 _HARMLESS = ("exclude", "fused")  # faults of a list that the tensors overrule, and of layers kept apart
 
 
@@ -35,9 +37,19 @@ class StoredWeights:
 
     @property
     def largest_kv(self) -> dict[int, tuple[float, float]]:
-        """Layer -> the largest magnitudes of its keys and values that its FP8 cache's scales stand for."""
+        """Layer -> the largest magnitudes of its keys and values that the scales of the recipe's cache stand
+        for; empty for a cache whose scales mean something else."""
+        largest = _KV_RANGES.get(self._kv_kind)
+        if largest is None:
+            return {}
         scales = layer_kv_scales(self.checkpoint)
-        return {layer: (key * E4M3_MAX, value * E4M3_MAX) for layer, (key, value) in scales.items()}
+        return {layer: (key * largest, value * largest) for layer, (key, value) in scales.items()}
+
+    @property
+    def _kv_kind(self) -> str:
+        """What the recipe's KV cache holds; "" where it does not say."""
+        claims = self.checkpoint.claims
+        return claims.kv_cache if claims else ""
 
     def why_apart(self, weights: Sequence[str]) -> str:
         """Why layers that read one input cannot be multiplied as one; for `passes.FuseLinears`."""
@@ -48,9 +60,10 @@ class StoredWeights:
         """What the recipe asks for at run time and the engine leaves out."""
         counts = Counter(one.note for one in self.modules.values() if one.note)
         notes = [f"{note} ({count} modules)" for note, count in counts.items()]
-        claims = self.checkpoint.claims
-        if claims and claims.kv_cache and not self.fp8_cache:
-            notes.append(f"the KV cache, {claims.kv_cache} in the recipe, is not quantized")
+        if self._kv_kind and not self.fp8_cache:
+            notes.append(f"the KV cache, {self._kv_kind} in the recipe, is not quantized")
+        elif self._kv_kind not in _KV_RANGES and self.checkpoint.kv_scales:
+            notes.append(f"the KV cache's scales, {self._kv_kind} in the recipe, are not used: they are 1.0")
         return tuple(notes)
 
 

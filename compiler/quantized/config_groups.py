@@ -80,7 +80,8 @@ def first_group_size(config: Mapping[str, Any]) -> Any:
 def kv_format(scheme: Any) -> str:
     """ "FP8", or compressed-tensors' {"num_bits": 8, "type": "float"} -> "FP8"."""
     if isinstance(scheme, dict):
-        return f"{'FP' if scheme.get('type') == 'float' else 'INT'}{scheme.get('num_bits', '?')}"
+        affine = "_AFFINE" if scheme.get("symmetric") is False else ""
+        return f"{'FP' if scheme.get('type') == 'float' else 'INT'}{scheme.get('num_bits', '?')}{affine}"
     return str(scheme) if scheme else ""
 
 

@@ -1,4 +1,4 @@
-"""The scales of an FP8 KV cache, layer by layer."""
+"""The scales of a quantized KV cache, layer by layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\..*?(?:[kv]_proj\.)?([kv])_scale")
 
 
 def layer_kv_scales(checkpoint: QuantizedCheckpoint) -> dict[int, tuple[float, float]]:
-    """Layer -> (scale of its keys, scale of its values): a cached code times it is the value.
+    """Layer -> (scale of its keys, scale of its values): a cached code times it is the value, in NVFP4 times
+    the scale of its block too.
 
     ModelOpt has them on k_proj and v_proj, compressed-tensors on the attention module; one that is absent
     is 1. Empty for a checkpoint without any. Raises CheckpointError for one that is not a positive number.

@@ -39,9 +39,13 @@ class Finished:
 class TargetCompiler(Protocol):
     """One target of `llmc build`."""
 
-    def check(self, request: BuildRequest, dtype: str) -> None:
-        """Before anything is traced: whether this machine can build for that. Raises UnsupportedError where
-        it never could, BuildError where something is missing."""
+    def check(self, request: BuildRequest, dtype: str) -> tuple[int, ...]:
+        """Before anything is traced: whether this machine can build for that.
+
+        Returns the compute capabilities of the GPUs that it builds for, which `request` need not name; none
+        for a CPU and for a portable engine. Raises UnsupportedError where it never could, BuildError where
+        something is missing.
+        """
         ...
 
     def head_format(self, form: str) -> str | None:

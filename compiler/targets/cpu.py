@@ -50,10 +50,11 @@ class CpuTarget:
     def __init__(self) -> None:
         self._kv_dtype = "fp32"
 
-    def check(self, request: BuildRequest, dtype: str) -> None:
+    def check(self, request: BuildRequest, dtype: str) -> tuple[int, ...]:
         self._kv_dtype = request.cache_dtype(dtype)
         if request.quant:
             capability.check(request.quant, request.target, ())
+        return ()
 
     def head_format(self, form: str) -> str | None:
         """int8 beside integers: every token reads all of it, and int8 loses little (docs/quantization.md)."""

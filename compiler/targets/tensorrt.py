@@ -64,24 +64,35 @@ class TensorRTTarget:
         self.flavor = flavor
         self._sms: tuple[int, ...] = ()
 
-    def check(self, request: BuildRequest, dtype: str) -> None:
+    def check(self, request: BuildRequest, dtype: str) -> tuple[int, ...]:
         """See `TargetCompiler`. Libraries come last: what could never work is said first."""
         flavor = self.flavor
-        if unknown := [sm for sm in request.sms if sm not in flavor.compute_capabilities]:
-            known = ", ".join(map(str, flavor.compute_capabilities))
-            other = next((f for f in FLAVORS.values() if unknown[0] in f.compute_capabilities), None)
-            hint = f"--target {other.name} does" if other else f"it knows SM {known}"
-            raise UnsupportedError(f"{flavor.name} builds no engine for SM{unknown[0]}", hint)
-        if dtype == "bf16" and (old := [sm for sm in request.sms if sm < _BF16_FROM]):
-            raise UnsupportedError(f"SM{old[0]} has no bf16", "leave this GPU out of --sm")
-        tensorrt_kernels.check(request.sms)
-        if request.quant:
-            capability.check(request.quant, request.target, request.sms)
+        if request.sms or flavor.builds_without_gpu:
+            self._check_gpus(request, dtype, request.sms)
         if not tensorrt_build.is_installed(flavor.library):
             raise BuildError(
                 f"the target {flavor.name} needs the package {flavor.name}", f"pip install {flavor.name}"
             )
-        self._sms = request.sms if flavor.builds_without_gpu else _this_gpu(request.sms)
+        if flavor.builds_without_gpu:
+            self._sms = request.sms
+        else:
+            self._sms = _this_gpu(request.sms)
+            self._check_gpus(request, dtype, self._sms)
+        return self._sms
+
+    def _check_gpus(self, request: BuildRequest, dtype: str, sms: tuple[int, ...]) -> None:
+        """Raises UnsupportedError if one of them lacks what is asked for; none: a portable engine's do."""
+        flavor = self.flavor
+        if unknown := [sm for sm in sms if sm not in flavor.compute_capabilities]:
+            known = ", ".join(map(str, flavor.compute_capabilities))
+            other = next((f for f in FLAVORS.values() if unknown[0] in f.compute_capabilities), None)
+            hint = f"--target {other.name} does" if other else f"it knows SM {known}"
+            raise UnsupportedError(f"{flavor.name} builds no engine for SM{unknown[0]}", hint)
+        if dtype == "bf16" and (old := [sm for sm in sms if sm < _BF16_FROM]):
+            raise UnsupportedError(f"SM{old[0]} has no bf16", "leave this GPU out of --sm")
+        tensorrt_kernels.check(sms)
+        if request.quant:
+            capability.check(request.quant, request.target, sms)
 
     def head_format(self, form: str) -> str | None:
         del form

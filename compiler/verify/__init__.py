@@ -48,10 +48,9 @@ def run(job: Job, progress: Progress) -> Verification:
         )
     import transformers
 
-    weights = "the dequantized checkpoint, " if job.reference_weights == "dequantized" else ""
     return Verification(
         status="passed",
-        reference=f"transformers {transformers.__version__}, {weights}eager attention, fp32" + _weights(job),
+        reference=f"transformers {transformers.__version__}, eager attention, fp32" + _weights(job),
         max_logit_error=_round_up(findings.max_logit_error),
         tolerance=_round_up(findings.tolerance),
         top1_agreement=findings.top1_agreement,

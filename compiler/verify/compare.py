@@ -37,7 +37,7 @@ _TOP1_SLACK = 0.01  # below transformers' own agreement, where layers round thei
 
 
 class _Evaluation:
-    """The evaluation text through the unquantized reference, to be compared with what comes after."""
+    """The evaluation text through the reference that rounds nothing, to be compared with what comes after."""
 
     def __init__(self, job: Job, reference: Reference) -> None:
         tokenizer = Path(job.checkpoint) / "tokenizer.json"
@@ -55,6 +55,7 @@ class _Evaluation:
         others = loss.rows_of(rounded.head(), [rounded.states(ids) for ids in self.windows])
         difference = loss.measure(self.head, self.states, self.windows, others)
         about = {"text_sha256": evaluation.sha256(self.text)} if self.text else {"text": "random tokens"}
+        about |= {"reference": job.reference_weights}
         return about | loss.record(difference, 2 * scaled(job.tolerance, difference.scale), bool(self.text))
 
     def of_engine(self, backend: Backend, near_tie: float) -> dict[str, Any]:

@@ -14,8 +14,10 @@ class Figures:
     """How far an engine is from its checkpoint. None: not known.
 
     origin: whether this was measured now or when the bundle was built. top1_agreement counts near ties,
-    mean_kl is in nats (docs/fidelity.md). perplexity: the engine's; perplexity_unquantized: the checkpoint's.
+    mean_kl is in nats (docs/fidelity.md). perplexity: the engine's; perplexity_unquantized: the reference's.
     kv_cache_*: what a quantized cache adds to that, where the build measured it apart.
+    reference: "checkpoint", or "dequantized" of one that came quantized, whose weights had lost something
+    before; "" where that is not recorded.
     """
 
     origin: Literal["measured", "recorded"]
@@ -29,6 +31,12 @@ class Figures:
     perplexity_increase_percent: float | None = None
     kv_cache_top1_agreement: float | None = None
     kv_cache_mean_kl: float | None = None
+    reference: str = ""
+
+    @property
+    def against(self) -> str:
+        """What the loss is measured against, where it is not the checkpoint as it was trained; or ""."""
+        return "the dequantized checkpoint" if self.reference == "dequantized" else ""
 
 
 @dataclass(frozen=True)
@@ -55,9 +63,9 @@ class Threshold:
 
 
 def recorded(manifest: Manifest) -> Figures:
-    """What the build found, against the unquantized checkpoint. In 16 bits it is what the engine loses as a
-    whole, else what rounding loses: in fp32 the engine adds nothing that counts. The loss of a quantized KV
-    cache is apart from both."""
+    """What the build found, against the checkpoint; of one that came quantized, against what its weights
+    stand for. In 16 bits it is what the engine loses as a whole, else what rounding loses: in fp32 the engine
+    adds nothing that counts. The loss of a quantized KV cache is apart from both."""
     cache = manifest.verification.details.get("kv_cache_loss")
     lost = known(cache) if isinstance(cache, Mapping) else {}
     return replace(
@@ -78,7 +86,7 @@ def _without_cache(manifest: Manifest) -> Figures:
             found.setdefault("perplexity_increase_percent", round(100 * (after / before - 1), 2))
         if "top1_agreement_without_ties" in found:
             found.setdefault("top1_agreement", found["top1_agreement_without_ties"])
-        return Figures("recorded", **found)
+        return Figures("recorded", reference=reference_of(loss), **found)
     engine = details.get("engine")
     return Figures(
         "recorded",
@@ -91,9 +99,15 @@ def _without_cache(manifest: Manifest) -> Figures:
 
 def known(figures: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a record that `Figures` has; `details` of a manifest may hold anything."""
-    names = asdict(Figures("recorded")).keys() - {"origin"}
+    names = asdict(Figures("recorded")).keys() - {"origin", "reference"}
     return {
         name: value
         for name, value in figures.items()
         if name in names and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
+
+
+def reference_of(figures: Mapping[str, Any]) -> str:
+    """`Figures.reference` from a record."""
+    reference = figures.get("reference")
+    return reference if isinstance(reference, str) else ""

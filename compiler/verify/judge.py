@@ -9,7 +9,7 @@ from typing import Any
 
 from llmc.compiler.progress import Progress
 from llmc.compiler.verify import evaluation
-from llmc.compiler.verify.figures import Figures, Threshold, known, recorded
+from llmc.compiler.verify.figures import Figures, Threshold, known, recorded, reference_of
 from llmc.compiler.verify.job import Question
 from llmc.compiler.verify.memory import available_memory, memory_needed
 from llmc.compiler.verify.process import run_child
@@ -89,7 +89,8 @@ def judge(path: Path, against: str | None, text: Path | None, progress: Progress
             "the figures are those that its build recorded"
         )
     measured = bool(directory) and runs_here
-    figures = Figures("measured", **known(found)) if measured else recorded(manifest)
+    now = Figures("measured", reference=reference_of(found), **known(found))
+    figures = now if measured else recorded(manifest)
     about, digest = _about(manifest, figures, text if measured else None, given)
     return Verdict(
         bundle=bundle,

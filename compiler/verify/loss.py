@@ -1,4 +1,5 @@
-"""What rounding loses: logits against those of the unquantized checkpoint, window by window.
+"""What rounding loses: logits against those of the reference, window by window. That is the checkpoint; of
+one that came quantized it is a model with its dequantized weights, and inputs that are not rounded.
 
 No more than a few rows of logits exist at a time: of the reference only the last hidden states are kept, and
 the last matrix is applied to them when the other side's logits are there.

@@ -49,7 +49,8 @@ def measure(
     others = (in_chunks(backend, ids) for ids in windows)
     difference = loss.measure(head, states, windows, others, step)
     near_tie = 2 * scaled(question.tolerance, difference.scale)
-    return loss.record(difference, near_tie, bool(question.tokenizer))
+    figures = loss.record(difference, near_tie, bool(question.tokenizer))
+    return {"reference": question.reference_weights} | figures
 
 
 def _windows(question: Question) -> list[list[int]]:

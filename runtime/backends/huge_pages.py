@@ -7,6 +7,7 @@ packed weights lie in pages of 4 KiB; docs/performance.md has what moving them i
 from __future__ import annotations
 
 import ctypes
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +21,35 @@ _FULL = 7 / 8  # of a huge page must be resident already: a cache that nobody ha
 def collapse_resident() -> int:
     """Moves this process's anonymous memory into huge pages where it is resident; returns the bytes moved.
 
-    The contents and addresses stay. Does nothing on systems that cannot: it only ever changes speed.
+    The contents and addresses stay. Does nothing on systems that cannot, and stops where the process may not
+    read what is resident (one that was root and is no more): it only ever changes speed.
     """
-    maps, pagemap = Path("/proc/self/maps"), Path("/proc/self/pagemap")
-    if not maps.is_file() or not pagemap.is_file():
+    moved = 0
+    try:
+        maps = Path("/proc/self/maps").read_text()
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+            for line in maps.splitlines():
+                moved += _collapse(line, pagemap)
+    except OSError:
+        pass
+    return moved
+
+
+def _collapse(line: str, pagemap: FileIO) -> int:
+    """The same for the mapping that a line of /proc/self/maps is about. Raises OSError."""
+    addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
+    if not permissions.startswith("rw") or (name and name[0] != "[heap]"):
+        return 0
+    begin, end = (int(address, 16) for address in addresses.split("-"))
+    begin, end = -(-begin // _HUGE) * _HUGE, end // _HUGE * _HUGE
+    if begin >= end:
         return 0
     libc, moved = ctypes.CDLL(None), 0
-    with pagemap.open("rb", buffering=0) as file:
-        for line in maps.read_text().splitlines():
-            addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
-            if not permissions.startswith("rw") or (name and name[0] != "[heap]"):
-                continue
-            begin, end = (int(address, 16) for address in addresses.split("-"))
-            begin, end = -(-begin // _HUGE) * _HUGE, end // _HUGE * _HUGE
-            if begin >= end:
-                continue
-            file.seek(begin // _PAGE * 8)
-            entries = np.frombuffer(file.read((end - begin) // _PAGE * 8), np.uint64)
-            resident = ((entries & _PRESENT) != 0).reshape(-1, _HUGE // _PAGE).mean(axis=1)
-            for index in np.flatnonzero(resident >= _FULL):
-                address = ctypes.c_void_p(begin + int(index) * _HUGE)
-                if libc.madvise(address, ctypes.c_size_t(_HUGE), _MADV_COLLAPSE) == 0:
-                    moved += _HUGE
+    pagemap.seek(begin // _PAGE * 8)
+    entries = np.frombuffer(pagemap.read((end - begin) // _PAGE * 8), np.uint64)
+    resident = ((entries & _PRESENT) != 0).reshape(-1, _HUGE // _PAGE).mean(axis=1)
+    for index in np.flatnonzero(resident >= _FULL):
+        address = ctypes.c_void_p(begin + int(index) * _HUGE)
+        if libc.madvise(address, ctypes.c_size_t(_HUGE), _MADV_COLLAPSE) == 0:
+            moved += _HUGE
     return moved
