@@ -121,13 +121,15 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         from llmc.compiler import weights
         from llmc.compiler.config import context_length, load_config
         from llmc.compiler.geometry import read_geometry
-        from llmc.compiler.quantize import apply, kv_cache
+        from llmc.compiler.quantize import apply, kv_cache, phase
         from llmc.compiler.trace.export import trace
         from llmc.passes import contract
         from llmc.passes.pipeline import pipeline
     config = load_config(checkpoint)
     max_seq_len = context_length(config, request.max_seq_len)
-    expected = family.expected(int(config.num_hidden_layers))
+    num_layers, fp8_cache = int(config.num_hidden_layers), request.kv_dtype == kv_cache.FP8
+    phase.check_calibration(calibration, checkpoint.config, num_layers if fp8_cache else 0)
+    expected = family.expected(num_layers)
     with clock.phase("trace"):
         traced = trace(config, dtype, max_seq_len)
         compare_names(traced.parameters, stored.checkpoint.named if stored else checkpoint.tensors)
@@ -161,7 +163,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
             quantization = apply.plan_stored(traced.model, stored, bits)
         if quantization:
             matrices = apply.apply_plan(traced.model, quantization)
-        if request.kv_dtype == kv_cache.FP8:
+        if fp8_cache:
             kv_cache.set_kv_scales(traced.model, {})
         target = compiler.lower(traced.model, dtype, checkpoint.tensors)
     return Plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from llmc.cli import main
 from llmc.compiler.calibrate.table import CalibrationTable
-from llmc.compiler.driver import compile_model
+from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.safetensors_index import read_header
 from llmc.runtime.errors import BuildError, CheckpointError, RequestError
@@ -91,7 +92,7 @@ def test_what_is_refused(first: Path, checkpoint: Callable[[str], Path], tmp_pat
     with pytest.raises(CheckpointError, match="calibration table"):
         build(source, output, calibration=damaged)
     with pytest.raises(RequestError, match="has no module"):
-        build(checkpoint("gemma2-tiny"), output, calibration=renamed(first, tmp_path))
+        build(source, output, calibration=renamed(first, tmp_path))
     with pytest.raises(BuildError, match="--calibration is about quantization"):
         BuildRequest(str(source), output, calibration=damaged)
     with pytest.raises(BuildError, match="no calibration method 'median'"):
@@ -99,8 +100,36 @@ def test_what_is_refused(first: Path, checkpoint: Callable[[str], Path], tmp_pat
     assert not list(tmp_path.glob("*.llmc*"))
 
 
+def test_the_table_of_another_model_is_refused_before_the_trace(
+    first: Path, checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama-tiny-plain has the same modules as llama-tiny."""
+    command = ["build", str(checkpoint("llama-tiny-plain")), "-o", str(tmp_path / "x.llmc"), "--quant", "fp8"]
+    assert main.main([*command, "--calibration", str(first / "calibration.json"), "--dry-run"]) == 1
+    error, hint = capsys.readouterr().err.splitlines()[-2:]
+    assert error.startswith("error: the calibration table is of another model")
+    assert "leave --calibration out" in hint
+
+
+def test_an_fp8_cache_wants_every_layer_of_the_table(
+    first: Path, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    table = json.loads((first / "calibration.json").read_text())
+    del table["kv"]["1"]
+    path = tmp_path / "short.json"
+    path.write_text(json.dumps(table))
+    request = BuildRequest(
+        str(checkpoint("llama-tiny")), tmp_path / "x.llmc", "tensorrt-rtx", calibration=path, kv_dtype="fp8"
+    )
+    with pytest.raises(RequestError, match="no range of keys and values for layer 1") as caught:
+        plan_build(request)
+    assert caught.value.hint
+    plan_build(replace(request, calibration=first / "calibration.json"))
+    build(checkpoint("llama-tiny"), tmp_path / "y.llmc", calibration=path)  # the cache is fp32
+
+
 def renamed(first: Path, directory: Path) -> Path:
-    """A table of another model."""
+    """A table with the modules of another model."""
     path = directory / "other.json"
     path.write_text((first / "calibration.json").read_text().replace("model.layers", "transformer.h"))
     return path

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.calibrate.sequences import read_text, sequences
-from llmc.compiler.calibrate.table import CalibrationTable, Source
+from llmc.compiler.calibrate.table import CalibrationTable, Source, config_sha256
 from llmc.compiler.progress import Progress
 from llmc.compiler.quantize import kv_cache, produce
 from llmc.compiler.quantize.apply import SCALES_OF
@@ -53,6 +53,23 @@ def read_calibration(path: Path | None, form: Format | None, kv_cache: bool) -> 
             "give a text to calibrate on, or leave --calibration out",
         )
     return table
+
+
+def check_calibration(calibration: Calibration, config: Mapping[str, Any], layers: int) -> None:
+    """Raises RequestError for a table of another model than that of `config` (config.json), or one without
+    the ranges of the caches of `layers` layers."""
+    if not isinstance(calibration, CalibrationTable):
+        return
+    if calibration.source.config_sha256 != config_sha256(config):
+        raise RequestError(
+            "the calibration table is of another model: its config_sha256 is not that of this config.json",
+            "give the table of a build of this checkpoint, or leave --calibration out to measure it",
+        )
+    if missing := sorted(set(range(layers)) - calibration.kv.keys()):
+        raise RequestError(
+            f"the calibration table has no range of keys and values for layer {missing[0]}",
+            "it is not complete; leave --calibration out to measure this checkpoint",
+        )
 
 
 def quantize(
