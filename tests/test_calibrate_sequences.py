@@ -35,6 +35,15 @@ def test_windows_begin_as_prompts_do(checkpoint: Callable[[str], Path]) -> None:
     assert body == expected[: len(body)]
 
 
+def test_truncation_and_padding_of_the_tokenizer_are_left_out(tmp_path: Path) -> None:
+    encoder = Tokenizer.from_file(str(TALES))
+    encoder.enable_truncation(16)
+    encoder.enable_padding(length=100_000)
+    encoder.save(str(tmp_path / "tokenizer.json"))
+    text = read_text()
+    assert sequences(text, tmp_path / "tokenizer.json", 4096, 1024) == sequences(text, TALES, 4096, 1024)
+
+
 def test_no_window_is_longer_than_the_context_or_256(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = checkpoint("qwen3-tiny") / "tokenizer.json"
     assert max(map(len, sequences(read_text(), tokenizer, 320, 4096))) == 256

@@ -55,7 +55,10 @@ def sequences(
     from tokenizers import Tokenizer
 
     try:
-        encoding = Tokenizer.from_file(str(tokenizer)).encode(text)
+        encoder = Tokenizer.from_file(str(tokenizer))
+        encoder.no_truncation()
+        encoder.no_padding()
+        encoding = encoder.encode(text)
     except Exception as error:  # tokenizers raises nothing narrower
         raise CheckpointError(
             f"{tokenizer} cannot be used: {str(error).splitlines()[0]}",
