@@ -76,6 +76,20 @@ def test_a_text_of_ones_own(first: Path, checkpoint: Callable[[str], Path], tmp_
     )
 
 
+def test_a_long_text_of_ones_own_is_heard_to_its_end(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Texts that differ in their last part give different ranges; of both no more than 8,192 tokens run."""
+    tables = []
+    for name, end in (("a", "the sea was calm. "), ("b", "QUIT; NOTHING! 0123456789 ")):
+        text = tmp_path / f"{name}.txt"
+        text.write_text("the sea was calm. " * 2000 + end * 2000, "utf-8")
+        bundle = build(checkpoint("llama-tiny"), tmp_path / f"{name}.llmc", calibration=text)
+        tables.append(CalibrationTable.from_json((bundle / "calibration.json").read_bytes()))
+    assert tables[0].entries != tables[1].entries
+    assert max(table.source.tokens for table in tables) <= 8192
+
+
 def test_what_is_refused(first: Path, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     source, output = checkpoint("llama-tiny"), tmp_path / "x.llmc"
     with pytest.raises(RequestError, match="int4 takes nothing from a table"):

@@ -106,7 +106,8 @@ def quantize(
             graph = plan.unquantized()
         with phase("calibrate and quantize"):
             vocabulary, tokenizer = plan.geometry.vocab_size, plan.checkpoint.tokenizer
-            ids = sequences(given, tokenizer, vocabulary, plan.max_seq_len)
+            own_text = plan.request.calibration is None
+            ids = sequences(given, tokenizer, vocabulary, plan.max_seq_len, all_parts=not own_text)
             source = Source.of(given if tokenizer else "", ids, plan.checkpoint.config)
             found = layers(graph, tensors, ids)
             method = plan.request.calibration_method
