@@ -190,12 +190,13 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
 
 
 def _read_calibration(request: BuildRequest) -> Calibration:
-    form, kv_cache = request.quant, request.kv_dtype == "fp8"
-    if form is None and not kv_cache:
+    kv_cache = request.kv_dtype == "fp8"
+    if request.quant is None and not kv_cache:
         return None
     from llmc.compiler.quantize import formats, phase
 
-    return phase.read_calibration(request.calibration, formats.get_format(form) if form else None, kv_cache)
+    form = formats.get_format(request.quant) if request.quant else None
+    return phase.read_calibration(request.calibration, form, kv_cache, request.calibration_method)
 
 
 class _Clock:

@@ -114,6 +114,25 @@ def test_what_is_refused(first: Path, checkpoint: Callable[[str], Path], tmp_pat
     assert not list(tmp_path.glob("*.llmc*"))
 
 
+@pytest.mark.parametrize("method", ["percentile", "mse"])
+def test_a_method_where_no_activations_are_rounded_is_refused(
+    method: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    where = str(checkpoint("llama-tiny")), tmp_path / "x.llmc"
+    for form in ("int8", "int4", "nvfp4-weight-only"):
+        request = BuildRequest(*where, quant=form, calibration_method=method)  # type: ignore[arg-type]
+        with pytest.raises(
+            RequestError, match=f"{method} is about activations, and {form} does not"
+        ) as caught:
+            plan_build(request)
+        assert "such as fp8" in caught.value.hint
+    for options in ({}, {"target": "tensorrt-rtx", "kv_dtype": "fp8"}):
+        with pytest.raises(RequestError, match=f"{method} is about activations, and none") as caught:
+            BuildRequest(*where, calibration_method=method, **options)  # type: ignore[arg-type]
+        assert "--quant" in caught.value.hint
+    BuildRequest(*where, quant="nvfp4", calibration_method=method)  # type: ignore[arg-type]
+
+
 def test_the_table_of_another_model_is_refused_before_the_trace(
     first: Path, checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from llmc.compiler.quantize.apply import SCALES_OF
 from llmc.compiler.quantize.formats import Format
 from llmc.compiler.quantize.produce import Produced
 from llmc.compiler.quantize.stored_arrays import produce_stored
+from llmc.compiler.request import METHODS
 from llmc.runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -28,12 +29,18 @@ _WORST = 5
 Calibration = str | CalibrationTable | None  # a text, what an earlier build measured on one, or nothing
 
 
-def read_calibration(path: Path | None, form: Format | None, kv_cache: bool) -> Calibration:
+def read_calibration(path: Path | None, form: Format | None, kv_cache: bool, method: str) -> Calibration:
     """What `--calibration` names, or llmc's own text where `form` or an FP8 cache (`kv_cache`) needs one.
 
-    Raises RequestError for a file that cannot be read, and for a table where inputs must be seen.
+    Raises RequestError for a file that cannot be read, for a table where inputs must be seen, and for a
+    `method` other than the default where no activations are rounded.
     """
     activations = kv_cache or bool(form and form.activations)
+    if form and not form.activations and method != METHODS[0]:
+        raise RequestError(
+            f"--calibration-method {method} is about activations, and {form.name} does not round them",
+            "leave it out, or choose a format that rounds them, such as fp8",
+        )
     if path is None:
         return read_text(None) if activations or (form and form.packed) else None
     if path.suffix != ".json":
