@@ -121,13 +121,15 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         from llmc.compiler import weights
         from llmc.compiler.config import context_length, load_config
         from llmc.compiler.geometry import read_geometry
-        from llmc.compiler.quantize import apply, kv_cache
+        from llmc.compiler.quantize import apply, kv_cache, phase
         from llmc.compiler.trace.export import trace
         from llmc.passes import contract
         from llmc.passes.pipeline import pipeline
     config = load_config(checkpoint)
     max_seq_len = context_length(config, request.max_seq_len)
-    expected = family.expected(int(config.num_hidden_layers))
+    num_layers, fp8_cache = int(config.num_hidden_layers), request.kv_dtype == kv_cache.FP8
+    phase.check_calibration(calibration, checkpoint.config, num_layers if fp8_cache else 0)
+    expected = family.expected(num_layers)
     with clock.phase("trace"):
         traced = trace(config, dtype, max_seq_len)
         compare_names(traced.parameters, stored.checkpoint.named if stored else checkpoint.tensors)
@@ -161,7 +163,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
             quantization = apply.plan_stored(traced.model, stored, bits)
         if quantization:
             matrices = apply.apply_plan(traced.model, quantization)
-        if request.kv_dtype == kv_cache.FP8:
+        if fp8_cache:
             kv_cache.set_kv_scales(traced.model, {})
         target = compiler.lower(traced.model, dtype, checkpoint.tensors)
     return Plan(
@@ -188,12 +190,13 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
 
 
 def _read_calibration(request: BuildRequest) -> Calibration:
-    form, kv_cache = request.quant, request.kv_dtype == "fp8"
-    if form is None and not kv_cache:
+    kv_cache = request.kv_dtype == "fp8"
+    if request.quant is None and not kv_cache:
         return None
     from llmc.compiler.quantize import formats, phase
 
-    return phase.read_calibration(request.calibration, formats.get_format(form) if form else None, kv_cache)
+    form = formats.get_format(request.quant) if request.quant else None
+    return phase.read_calibration(request.calibration, form, kv_cache, request.calibration_method)
 
 
 class _Clock:

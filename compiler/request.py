@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llmc.runtime.errors import BuildError
+from llmc.runtime.errors import BuildError, RequestError
 
 TARGETS = {"cpu": ("fp32",), "tensorrt-rtx": ("bf16", "fp16"), "tensorrt": ("bf16", "fp16")}  # and dtypes
-METHODS = ("max", "percentile", "mse")  # of calibration
+METHODS = ("max", "percentile", "mse")  # of calibration, the default first
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 KV_DTYPES = ("auto", "fp8", "int8")
 _CACHES = {"cpu": {"int8": "u8"}, "tensorrt-rtx": {"fp8": "fp8"}, "tensorrt": {"fp8": "fp8"}}  # in a manifest
@@ -25,14 +25,15 @@ class BuildRequest:
     shell patterns.
     calibration: a text that the layers' inputs are measured on, or a table (.json) of what an earlier build
     measured; None is a text of llmc's own, where the format needs one. calibration_method: how the range of
-    static activations is taken from what was measured: the largest, a percentile, the least squared error.
+    static activations is taken from what was measured: the largest, a percentile, the least squared error;
+    for formats that round activations.
     kv_dtype: what the KV cache holds; `auto` is what the engine computes in, fp8 (E4M3) is for GPUs, int8 for
     OpenVINO on the CPU.
     sms: the GPUs' compute capabilities, 89 meaning 8.9; none means portable.
     max_seq_len: prompt and answer together, in tokens; None is the model's own context.
     verify: compare the engine with transformers, and fail the build when they differ.
     force: replace an existing bundle.
-    Raises BuildError for a value that means nothing.
+    Raises BuildError or RequestError for a value that means nothing.
     """
 
     checkpoint: str
@@ -72,6 +73,11 @@ class BuildRequest:
         if self.calibration_method not in METHODS:
             raise BuildError(
                 f"there is no calibration method {self.calibration_method!r}", f"known: {', '.join(METHODS)}"
+            )
+        if self.calibration_method != METHODS[0] and self.quant is None:
+            raise RequestError(
+                f"--calibration-method {self.calibration_method} is about activations, and none are rounded",
+                "leave it out, or add --quant with a format that rounds them, such as fp8",
             )
         if self.calibration is not None and self.quant is None and self.kv_dtype != "fp8":
             raise BuildError("--calibration is about quantization, and there is none", "add --quant FORMAT")

@@ -35,6 +35,30 @@ def test_windows_begin_as_prompts_do(checkpoint: Callable[[str], Path]) -> None:
     assert body == expected[: len(body)]
 
 
+def test_windows_from_all_parts_of_a_longer_text(checkpoint: Callable[[str], Path]) -> None:
+    tokenizer = checkpoint("llama-tiny") / "tokenizer.json"  # it puts 256 first
+    parts = [f"{letter} " * 10_000 for letter in "abcd"]
+    first = sequences("".join(parts), tokenizer, 320, 1024)
+    windows = sequences("".join(parts), tokenizer, 320, 1024, all_parts=True)
+    assert len(windows) == len(first) == 32
+    assert MAX_TOKENS - 256 < sum(map(len, windows)) <= MAX_TOKENS
+    assert all(ids[0] == 256 for ids in windows)
+    encoder = Tokenizer.from_file(str(tokenizer))
+    assert [encoder.decode(ids).split()[1] for ids in windows[::8]] == ["a", "b", "c", "d"]
+    assert {encoder.decode(ids).split()[1] for ids in first} == {"a"}
+    short = parts[0][:8000]
+    assert sequences(short, tokenizer, 320, 1024, all_parts=True) == sequences(short, tokenizer, 320, 1024)
+
+
+def test_truncation_and_padding_of_the_tokenizer_are_left_out(tmp_path: Path) -> None:
+    encoder = Tokenizer.from_file(str(TALES))
+    encoder.enable_truncation(16)
+    encoder.enable_padding(length=100_000)
+    encoder.save(str(tmp_path / "tokenizer.json"))
+    text = read_text()
+    assert sequences(text, tmp_path / "tokenizer.json", 4096, 1024) == sequences(text, TALES, 4096, 1024)
+
+
 def test_no_window_is_longer_than_the_context_or_256(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = checkpoint("qwen3-tiny") / "tokenizer.json"
     assert max(map(len, sequences(read_text(), tokenizer, 320, 4096))) == 256

@@ -191,6 +191,21 @@ def test_excluded_modules_stay_as_they_are(tmp_path: Path) -> None:
     assert written["model.layers.3.mlp.down_proj.weight"].dtype == "BF16"
 
 
+@pytest.mark.parametrize(("form", "pattern"), [("int8", "lm_head"), ("int4", "*head")])
+def test_a_tied_head_that_is_excluded_stays_the_embedding(form: str, pattern: str, tmp_path: Path) -> None:
+    manifest = build(TALES, tmp_path / "x.llmc", form, exclude=(pattern,))
+    assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
+    assert manifest["quantization"]["kept"] == {"lm_head": f"--exclude {pattern}"}  # type: ignore[index]
+    written = read_header(tmp_path / "x.llmc/weights/model.safetensors")
+    assert written["model.embed_tokens.weight"].dtype == "BF16"
+    assert not [name for name in written if name.startswith("lm_head")]
+
+
+def test_everything_excluded_with_a_tied_head_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="int8 quantizes nothing of this model"):
+        build(TALES, tmp_path / "x.llmc", "int8", exclude=("*",))
+
+
 def test_blocks_of_128_leave_out_what_they_cannot_take(tmp_path: Path) -> None:
     manifest = build(TALES, tmp_path / "x.llmc", "int4-block128")
     assert manifest["verification"]["status"] == "passed"  # type: ignore[index]

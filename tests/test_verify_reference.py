@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmc.compiler import verify
 from llmc.compiler.quantize.stored import InputRounding, StoredWeight
-from llmc.compiler.verify.compare import compare
+from llmc.compiler.verify.compare import _sequences, compare
 from llmc.compiler.verify.reference import Reference
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, CheckpointError
@@ -226,3 +227,16 @@ def test_an_engine_of_the_dequantized_weights_is_proven(
     weight = load_file(plain / "model.safetensors")[UP]
     stored, _ = int8(tmp_path / "w.safetensors", {UP: weight})
     assert verify.faults(compare(replace(job, quantized=stored)), "fp32")
+
+
+def test_truncation_and_padding_of_the_tokenizer_are_left_out_of_the_texts(tmp_path: Path) -> None:
+    tales = Path(__file__).parents[1] / "model_zoo/llama/tales"
+    encoder = Tokenizer.from_file(str(tales / "tokenizer.json"))
+    encoder.enable_truncation(4)
+    encoder.enable_padding(length=1000)
+    encoder.save(str(tmp_path / "tokenizer.json"))
+    given = [
+        _sequences(verify.Job(str(path), "", "openvino", 256, 4096, [], 1e-4, 0))
+        for path in (tales, tmp_path)
+    ]
+    assert given[0] == given[1]

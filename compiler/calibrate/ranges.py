@@ -13,9 +13,9 @@ import numpy as np
 from llmc.compiler.calibrate.layers import LayerInputs
 from llmc.compiler.quantize.codes import decode, encode
 from llmc.compiler.quantize.formats import E4M3_MAX, INT8_MAX
+from llmc.compiler.request import METHODS
 from llmc.runtime.errors import RequestError
 
-METHODS = ("max", "percentile", "mse")
 PERCENTILE = 99.99  # of the magnitudes
 _DROPPED_BITS = 12  # of the 23 of float32's mantissa
 _BINS = 1 << (31 - _DROPPED_BITS)

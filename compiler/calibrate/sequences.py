@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -39,11 +40,17 @@ def read_text(path: Path | None = None) -> str:
 
 
 def sequences(
-    text: str, tokenizer: Path | None, vocab_size: int, max_seq_len: int, max_tokens: int = MAX_TOKENS
+    text: str,
+    tokenizer: Path | None,
+    vocab_size: int,
+    max_seq_len: int,
+    max_tokens: int = MAX_TOKENS,
+    all_parts: bool = False,
 ) -> list[list[int]]:
     """`text` in consecutive windows of at most WINDOW and `max_seq_len` tokens, `max_tokens` in all.
 
-    Each window begins with the special tokens that the tokenizer puts before a text, as every prompt does.
+    Of a longer text the first ones, or with `all_parts` as many from all parts of it. Each window begins with
+    the special tokens that the tokenizer puts before a text, as every prompt does.
     Ids that the model has no embedding for are left out. `tokenizer` is the checkpoint's tokenizer.json;
     without one the ids are random, the same ones each time.
     Raises CheckpointError when the tokenizer cannot be read, or no token of the text is the model's.
@@ -55,7 +62,10 @@ def sequences(
     from tokenizers import Tokenizer
 
     try:
-        encoding = Tokenizer.from_file(str(tokenizer)).encode(text)
+        encoder = Tokenizer.from_file(str(tokenizer))
+        encoder.no_truncation()
+        encoder.no_padding()
+        encoding = encoder.encode(text)
     except Exception as error:  # tokenizers raises nothing narrower
         raise CheckpointError(
             f"{tokenizer} cannot be used: {str(error).splitlines()[0]}",
@@ -71,12 +81,22 @@ def sequences(
             f"{tokenizer} makes no token of the calibration text that is below the vocabulary's {vocab_size}",
             "is it this model's tokenizer?",
         )
-    return _windows(body, prefix[: width - 1], width, max_tokens)
+    return _windows(body, prefix[: width - 1], width, max_tokens, all_parts)
 
 
-def _windows(ids: list[int], prefix: list[int], width: int, max_tokens: int) -> list[list[int]]:
+def spread(windows: Sequence[list[int]], most: int) -> list[list[int]]:
+    """All `windows`, or `most` of them at equal distances, from the first to the last."""
+    chosen = np.linspace(0, len(windows) - 1, min(most, len(windows))).round().astype(int)
+    return [windows[index] for index in chosen]
+
+
+def _windows(
+    ids: list[int], prefix: list[int], width: int, max_tokens: int, all_parts: bool = False
+) -> list[list[int]]:
     step = width - len(prefix)
     windows = [prefix + ids[first : first + step] for first in range(0, len(ids), step)]
+    if all_parts:
+        windows = spread(windows, -(-max_tokens // width))
     kept, left = [], max_tokens
     for window in windows:
         kept.append(window[:left])

@@ -57,14 +57,19 @@ def plan_weights(
 ) -> QuantPlan:
     """The plan for the linear layers of a canonical graph, and lm_head's if `head` is its format.
 
-    A tied lm_head gets an initializer of its own, in place. Raises RequestError as `make_plan` does.
+    A tied lm_head that is quantized gets an initializer of its own, in place. Raises RequestError as
+    `make_plan` does.
     """
-    tied = _untie_head(model) if head else ()
+    tied = _untie_head(model) if head else {}
     shapes, groups, others = _survey(model)
-    return make_plan(
+    plan = make_plan(
         shapes, form, exclude, recipe_exclude, groups=groups, scales=scales, stored_bits=stored_bits,
-        other_params=others, head=head, tied=tied,
+        other_params=others, head=head, tied=tuple(tied),
     )  # fmt: skip
+    for module in plan.modules:
+        if module.tied and not module.format:
+            _tie_again(model, *tied[module.name])
+    return plan
 
 
 def plan_stored(model: ir.Model, stored: StoredWeights, stored_bits: int) -> StoredPlan:
@@ -114,9 +119,12 @@ def apply_plan(model: ir.Model, plan: QuantPlan) -> list[QuantizedMatrix]:
     return matrices
 
 
-def _untie_head(model: ir.Model) -> tuple[str, ...]:
-    """Gives Gemms that multiply with the embedding a matrix of their own. Returns their modules."""
-    found = []
+def _untie_head(model: ir.Model) -> dict[str, tuple[ir.Node, ir.Value]]:
+    """Gives Gemms that multiply with the embedding a matrix of their own, in place.
+
+    Returns their modules -> Gemm, embedding.
+    """
+    found = {}
     for node in model.graph:
         weight = edit.operand(node, 1) if node.op_type == "Gemm" else None
         if weight is None or not _is_weight(weight) or len(weight.uses()) == 1:
@@ -126,8 +134,15 @@ def _untie_head(model: ir.Model) -> tuple[str, ...]:
         own = ir.Value(name=name + _WEIGHT, shape=weight.shape, type=ir.TensorType(weight.dtype))
         model.graph.initializers.add(own)
         node.replace_input_with(1, own)
-        found.append(name)
-    return tuple(found)
+        found[name] = node, weight
+    return found
+
+
+def _tie_again(model: ir.Model, node: ir.Node, embedding: ir.Value) -> None:
+    """Undoes `_untie_head` for one Gemm."""
+    own = edit.operand(node, 1)
+    node.replace_input_with(1, embedding)
+    model.graph.initializers.pop(str(own.name))
 
 
 def _linears(model: ir.Model) -> list[ir.Node]:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.calibrate.sequences import read_text, sequences
-from llmc.compiler.calibrate.table import CalibrationTable, Source
+from llmc.compiler.calibrate.table import CalibrationTable, Source, config_sha256
 from llmc.compiler.progress import Progress
 from llmc.compiler.quantize import kv_cache, produce
 from llmc.compiler.quantize.apply import SCALES_OF
 from llmc.compiler.quantize.formats import Format
 from llmc.compiler.quantize.produce import Produced
 from llmc.compiler.quantize.stored_arrays import produce_stored
+from llmc.compiler.request import METHODS
 from llmc.runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -28,12 +29,18 @@ _WORST = 5
 Calibration = str | CalibrationTable | None  # a text, what an earlier build measured on one, or nothing
 
 
-def read_calibration(path: Path | None, form: Format | None, kv_cache: bool) -> Calibration:
+def read_calibration(path: Path | None, form: Format | None, kv_cache: bool, method: str) -> Calibration:
     """What `--calibration` names, or llmc's own text where `form` or an FP8 cache (`kv_cache`) needs one.
 
-    Raises RequestError for a file that cannot be read, and for a table where inputs must be seen.
+    Raises RequestError for a file that cannot be read, for a table where inputs must be seen, and for a
+    `method` other than the default where no activations are rounded.
     """
     activations = kv_cache or bool(form and form.activations)
+    if form and not form.activations and method != METHODS[0]:
+        raise RequestError(
+            f"--calibration-method {method} is about activations, and {form.name} does not round them",
+            "leave it out, or choose a format that rounds them, such as fp8",
+        )
     if path is None:
         return read_text(None) if activations or (form and form.packed) else None
     if path.suffix != ".json":
@@ -53,6 +60,23 @@ def read_calibration(path: Path | None, form: Format | None, kv_cache: bool) -> 
             "give a text to calibrate on, or leave --calibration out",
         )
     return table
+
+
+def check_calibration(calibration: Calibration, config: Mapping[str, Any], layers: int) -> None:
+    """Raises RequestError for a table of another model than that of `config` (config.json), or one without
+    the ranges of the caches of `layers` layers."""
+    if not isinstance(calibration, CalibrationTable):
+        return
+    if calibration.source.config_sha256 != config_sha256(config):
+        raise RequestError(
+            "the calibration table is of another model: its config_sha256 is not that of this config.json",
+            "give the table of a build of this checkpoint, or leave --calibration out to measure it",
+        )
+    if missing := sorted(set(range(layers)) - calibration.kv.keys()):
+        raise RequestError(
+            f"the calibration table has no range of keys and values for layer {missing[0]}",
+            "it is not complete; leave --calibration out to measure this checkpoint",
+        )
 
 
 def quantize(
@@ -89,7 +113,8 @@ def quantize(
             graph = plan.unquantized()
         with phase("calibrate and quantize"):
             vocabulary, tokenizer = plan.geometry.vocab_size, plan.checkpoint.tokenizer
-            ids = sequences(given, tokenizer, vocabulary, plan.max_seq_len)
+            own_text = plan.request.calibration is None
+            ids = sequences(given, tokenizer, vocabulary, plan.max_seq_len, all_parts=not own_text)
             source = Source.of(given if tokenizer else "", ids, plan.checkpoint.config)
             found = layers(graph, tensors, ids)
             method = plan.request.calibration_method

@@ -154,6 +154,8 @@ def _sequences(job: Job) -> list[list[int]]:
         from tokenizers import Tokenizer
 
         encoder = Tokenizer.from_file(str(tokenizer))
+        encoder.no_truncation()
+        encoder.no_padding()
         sequences = [
             [token for token in encoder.encode(text).ids if token < job.vocab_size][:length] or fallback
             for text, length, fallback in zip(TEXTS, lengths, random, strict=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmc.compiler.calibrate.sequences import spread
 from llmc.runtime.errors import RequestError
 
 EVALUATION_TEXT = Path(__file__).with_name("evaluation.txt")
@@ -58,8 +59,7 @@ def windows_of(
     windows = [window for window in cut if len(window) >= 2]
     if size < 1 or not windows:
         raise RequestError(f"the text has too few tokens: {len(tokens)}", "give a longer one")
-    chosen = np.linspace(0, len(windows) - 1, min(most, len(windows))).round().astype(int)
-    return [windows[index] for index in chosen]
+    return spread(windows, most)
 
 
 def random_windows(vocab_size: int, max_seq_len: int) -> list[list[int]]:
