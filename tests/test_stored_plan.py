@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmc.compiler.checkpoint import Checkpoint
-from llmc.compiler.quantize.formats import FORMATS, Format, format_named, get_format, stored_format
+from llmc.compiler.quantize.formats import FORMATS, Format, get_format, stored_format
 from llmc.compiler.quantize.plan import fused_groups
 from llmc.compiler.quantize.produce import join
 from llmc.compiler.quantize.quantizer import dequantize
@@ -313,7 +312,6 @@ def test_names_of_formats_say_all_but_the_dtype_of_scales(codes: str, block: int
     scales = "F8_E4M3" if codes == "e2m1" else "F32"
     form = stored_format(codes, block, scales, activations)
     assert form == Format(form.name, codes, block, scales, activations)
-    assert format_named(form.name) == form
 
 
 def test_names_that_llmc_writes_are_of_the_same_kind() -> None:
@@ -321,10 +319,7 @@ def test_names_that_llmc_writes_are_of_the_same_kind() -> None:
         if form.smoothed:
             continue  # named after its method
         assert stored_format(form.codes, form.block, form.scales, form.activations) == form
-        assert dataclasses.replace(format_named(name), scales=form.scales) == form
-    for name in ("fp8-block", "int4-weight", "mxfp4", ""):
-        with pytest.raises(RequestError):
-            format_named(name)
+        assert form.name == name
     with pytest.raises(RequestError):
         get_format("int4-block64")  # a checkpoint may hold it, --quant does not make it
 

@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from llmc.compiler.calibrate.layers import LayerInputs
-from llmc.compiler.calibrate.ranges import Entry, ranges
+from llmc.compiler.calibrate.ranges import Entry
 from llmc.runtime.errors import CheckpointError, RequestError
 
 FORMAT = 1
@@ -67,16 +66,6 @@ class CalibrationTable:
         }
         object.__setattr__(self, "entries", entries)
         object.__setattr__(self, "kv", kv)
-
-    @classmethod
-    def measure(cls, found: Iterable[LayerInputs], source: Source) -> CalibrationTable:
-        """The table of what `layers.layers` shows, a layer at a time."""
-        entries: dict[str, Entry] = {}
-        kv: dict[int, tuple[float, float]] = {}
-        for layer in found:
-            of_layer, kv[layer.layer] = ranges(layer)
-            entries |= of_layer
-        return cls(entries, kv, source)
 
     def amax(self, module: str, method: str) -> float:
         """The clip range of the input of `module` by "max", "percentile" or "mse".

@@ -30,7 +30,6 @@ wants scales in the dtype it multiplies in: `Format.with_scales`.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -148,7 +147,6 @@ def get_format(name: str) -> Format:
 _KINDS = {"int8": ("int8", 0, ""), "int4": ("int4", 32, ""), "fp8": ("e4m3", -1, "e4m3"),
           "nvfp4": ("e2m1", 16, "e2m1")}  # fmt: skip
 _INPUTS = {"-weight-only": "", "-fp8-inputs": "e4m3"}
-_NAME = re.compile(r"(int8|int4|fp8|nvfp4)(?:(-per-channel)|-block(\d+))?(-weight-only|-fp8-inputs)?")
 
 
 def stored_format(codes: str, block: int, scales: str, activations: str = "") -> Format:
@@ -161,16 +159,3 @@ def stored_format(codes: str, block: int, scales: str, activations: str = "") ->
     where = "" if block == usual else f"-block{block}" if block else "-per-channel"
     inputs = "" if activations == own else next(s for s, kind in _INPUTS.items() if kind == activations)
     return Format(f"{kind}{where}{inputs}", codes, block, scales, activations)
-
-
-def format_named(name: str) -> Format:
-    """The inverse of `stored_format`, with fp32 scales where the name leaves them open."""
-    found = _NAME.fullmatch(name)
-    if found is None:
-        raise RequestError(f"{name!r} names no weight format", f"such as {', '.join(FORMATS)}")
-    codes, block, activations = _KINDS[found[1]]
-    if found[2] or found[3]:
-        block = int(found[3] or 0)
-    if found[4]:
-        activations = _INPUTS[found[4]]
-    return Format(name, codes, block, "F8_E4M3" if codes == "e2m1" else "F32", activations)
