@@ -121,7 +121,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         from llmc.compiler import weights
         from llmc.compiler.config import context_length, load_config
         from llmc.compiler.geometry import read_geometry
-        from llmc.compiler.quantize import apply, kv_cache, phase
+        from llmc.compiler.quantize import apply, kv_cache, phase, qdq
         from llmc.compiler.trace.export import trace
         from llmc.passes import contract
         from llmc.passes.pipeline import pipeline
@@ -156,7 +156,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
                 request.exclude,
                 family.quantize_exclude,
                 bits,
-                apply.SCALES_OF.get(dtype),
+                qdq.SCALES_OF.get(dtype),
                 compiler.head_format(request.quant),
             )
         elif stored and stored.modules:  # none: only its KV cache is quantized

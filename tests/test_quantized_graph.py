@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from llmc.compiler.quantize import apply, produce
+from llmc.compiler.quantize import apply, produce, qdq
 from llmc.compiler.quantize.formats import FORMATS, STORED, Format
 from llmc.compiler.quantize.matrix import QuantizedMatrix
 from llmc.compiler.quantize.quantizer import dequantize
@@ -76,7 +76,7 @@ def quantized(
 ) -> tuple[ir.Model, QuantizedMatrix, produce.Produced]:
     model = two_linears(dtype)
     FuseLinears()(model)
-    plan = apply.plan_weights(model, form, (), (), 16, apply.SCALES_OF.get(dtype))
+    plan = apply.plan_weights(model, form, (), (), 16, qdq.SCALES_OF.get(dtype))
     (matrix,) = apply.apply_plan(model, plan)
     made = produce.produce([matrix], checkpoint, directory)
     if matrix.format.activations:

@@ -11,7 +11,7 @@ import pytest
 from llmc.compiler.calibrate.layers import LayerInputs
 from llmc.compiler.calibrate.table import Source
 from llmc.compiler.progress import Silent
-from llmc.compiler.quantize import apply, calibrated, smoothing
+from llmc.compiler.quantize import apply, calibrated, qdq, smoothing
 from llmc.compiler.quantize.calibrated import produce_calibrated
 from llmc.compiler.quantize.formats import STORED, get_format
 from llmc.compiler.quantize.matrix import QuantizedMatrix
@@ -213,7 +213,7 @@ def test_tensorrt_keeps_the_codes(dtype: str, sms: tuple[int, ...], tmp_path: Pa
     graph.initializers.add(w)
     model = ir.Model(graph, ir_version=10)
     (matrix,) = apply.apply_plan(
-        model, apply.plan_weights(model, FORM.name, (), (), 16, apply.SCALES_OF[dtype])
+        model, apply.plan_weights(model, FORM.name, (), (), 16, qdq.SCALES_OF[dtype])
     )
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((rows, columns), np.float32)

@@ -21,6 +21,7 @@ import math
 
 import onnx_ir as ir
 
+from llmc.compiler.quantize import qdq
 from llmc.compiler.quantize.formats import Format
 from llmc.compiler.quantize.matrix import QuantizedMatrix
 from llmc.compiler.quantize.plan import QuantPlan, make_plan
@@ -31,19 +32,6 @@ from llmc.passes.spec import module_of
 from llmc.plugins.round_fp4 import spec as round_fp4
 
 _WEIGHT = ".weight"
-_CODES = {
-    "int8": ir.DataType.INT8,
-    "int4": ir.DataType.INT4,
-    "e4m3": ir.DataType.FLOAT8E4M3FN,
-    "e2m1": ir.DataType.FLOAT4E2M1,
-}
-_SCALES = {
-    "F32": ir.DataType.FLOAT,
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
-}
-SCALES_OF = {"bf16": "BF16", "fp16": "F16"}  # what TensorRT computes in -> the dtype of its scales
 
 
 def plan_weights(
@@ -107,12 +95,12 @@ def apply_plan(model: ir.Model, plan: QuantPlan) -> list[QuantizedMatrix]:
         matrix = QuantizedMatrix(parts, tuple(_rows(node, len(parts))), columns, form)
         node.replace_input_with(1, _dequantized(model.graph, node, matrix))
         if factor:
-            multiplied = _multiplied_input(model.graph, node, factor.name, factor.dtype, factor.shape)
+            multiplied = qdq.multiplied_input(model.graph, node, factor.name, factor.dtype, factor.shape)
             node.replace_input_with(0, multiplied)
         if form.smoothed:
-            node.replace_input_with(0, _smoothed_input(model.graph, node, matrix))
+            node.replace_input_with(0, qdq.smoothed_input(model.graph, node, matrix))
         elif form.activations:
-            node.replace_input_with(0, _rounded_input(model.graph, node, matrix))
+            node.replace_input_with(0, qdq.rounded_input(model.graph, node, matrix))
         matrices.append(matrix)
     if any(matrix.format.activations == "e2m1" for matrix in matrices):
         model.graph.opset_imports[round_fp4.DOMAIN] = round_fp4.ABI_VERSION
@@ -172,97 +160,24 @@ def _rows(node: ir.Node, count: int) -> list[int]:
     return [int(size) for size in sizes.numpy()]
 
 
-def _initializer(graph: ir.Graph, name: str, dtype: str, shape: tuple[int, ...]) -> ir.Value:
-    value = ir.Value(name=name, type=ir.TensorType(_SCALES[dtype]), shape=ir.Shape(shape))
-    graph.initializers.add(value)
-    return value
-
-
 def _dequantized(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
     """The weight of `node`, from codes and scales, in the dtype of its other operand."""
     form, weight, x = matrix.format, edit.operand(node, 1), edit.operand(node, 0)
     wanted, name = x.dtype, str(weight.name)
     assert wanted is not None
-    weight.type = ir.TensorType(_CODES[form.codes])  # a new one: types may be shared
+    weight.type = ir.TensorType(qdq.CODES[form.codes])  # a new one: types may be shared
     arrays = form.layout(matrix.shape)
-    scale = _initializer(graph, matrix.initializer("weight_scale"), *arrays["weight_scale"])
+    scale = qdq.initializer(graph, matrix.initializer("weight_scale"), *arrays["weight_scale"])
     if form.codes == "e2m1":
-        over = _initializer(graph, matrix.initializer("weight_scale_2"), *arrays["weight_scale_2"])
-        scale = _dequantize(node, scale, over, {}, f"{scale.name}.wide")
+        over = qdq.initializer(graph, matrix.initializer("weight_scale_2"), *arrays["weight_scale_2"])
+        scale = qdq.dequantize(node, scale, over, {}, f"{scale.name}.wide")
     elif scale.dtype != wanted and wanted == ir.DataType.FLOAT:  # the product of code and scale is then exact
-        scale = _cast(node, scale, wanted)
-    wide = _dequantize(node, weight, scale, _axis(form), f"{name}.wide")
-    return wide if wide.dtype == wanted else _cast(node, wide, wanted)
+        scale = qdq.cast(node, scale, wanted)
+    wide = qdq.dequantize(node, weight, scale, _axis(form), f"{name}.wide")
+    return wide if wide.dtype == wanted else qdq.cast(node, wide, wanted)
 
 
 def _axis(form: Format) -> dict[str, int]:
     if form.block > 0:
         return {"axis": 1, "block_size": form.block}
     return {} if form.block == -1 else {"axis": 0}
-
-
-def _dequantize(
-    node: ir.Node, codes: ir.Value, scale: ir.Value, where: dict[str, int], name: str
-) -> ir.Value:
-    value = edit.insert(node, "DequantizeLinear", [codes, scale], where, name, list(codes.shape or []))
-    assert scale.dtype is not None
-    value.dtype = scale.dtype
-    return value
-
-
-def _cast(node: ir.Node, value: ir.Value, dtype: ir.DataType, name: str = "") -> ir.Value:
-    name = name or f"{value.name}.cast"
-    wide = edit.insert(node, "Cast", [value], {"to": dtype.value}, name, edit.dims(value))
-    wide.dtype = dtype
-    return wide
-
-
-def _multiplied_input(
-    graph: ir.Graph, node: ir.Node, name: str, dtype: str, shape: tuple[int, ...]
-) -> ir.Value:
-    """x times the factors `name`, in fp32 unless these have the dtype of x."""
-    x = edit.operand(node, 0)
-    assert x.dtype is not None
-    same = _SCALES[dtype] == x.dtype
-    values = _initializer(graph, name, dtype if same else "F32", shape)
-    wide = x if x.dtype == values.dtype else _cast(node, x, ir.DataType.FLOAT, f"{name}.x")
-    product = edit.insert(node, "Mul", [wide, values], {}, f"{name}.scaled", list(x.shape or []))
-    return product if product.dtype == x.dtype else _cast(node, product, x.dtype, f"{name}.narrow")
-
-
-def _smoothed_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
-    """Multiplied and rounded in fp32, whatever x is: only codes, and what they stand for, are narrow."""
-    x, name = edit.operand(node, 0), matrix.initializer("input_scale")
-    wanted, shape = x.dtype, list(x.shape or [])
-    assert wanted is not None
-    factors = _initializer(graph, matrix.initializer("pre_quant_scale"), "F32", (matrix.columns,))
-    scale = _initializer(graph, name, "F32", ())
-    wide = x if wanted == ir.DataType.FLOAT else _cast(node, x, ir.DataType.FLOAT, f"{name}.x")
-    smoothed = edit.insert(node, "Mul", [wide, factors], {}, f"{name}.smoothed", shape)
-    dtype = _CODES[matrix.format.activations]
-    settings = {"output_dtype": dtype.value}
-    codes = edit.insert(node, "QuantizeLinear", [smoothed, scale], settings, f"{name}.codes", shape)
-    codes.dtype = dtype
-    step = scale if wanted == ir.DataType.FLOAT else _cast(node, scale, wanted)
-    return _dequantize(node, codes, step, {}, f"{name}.rounded")
-
-
-def _rounded_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
-    x, form = edit.operand(node, 0), matrix.format
-    name, shape = matrix.initializer("input_scale"), list(x.shape or [])
-    assert x.dtype is not None
-    scale = ir.Value(name=name, shape=ir.Shape(()))
-    graph.initializers.add(scale)
-    if form.activations == "e2m1":
-        scale.type = ir.TensorType(ir.DataType.FLOAT)
-        return edit.insert(
-            node, round_fp4.NAME, [x, scale], {}, f"{name}.rounded", shape, domain=round_fp4.DOMAIN
-        )
-    narrow = form.scales in SCALES_OF.values()
-    scale.type = ir.TensorType(x.dtype if narrow else ir.DataType.FLOAT)
-    wide = x if scale.dtype == x.dtype else _cast(node, x, ir.DataType.FLOAT, f"{name}.x")
-    settings = {"output_dtype": _CODES[form.activations].value}
-    codes = edit.insert(node, "QuantizeLinear", [wide, scale], settings, f"{name}.codes", shape)
-    codes.dtype = _CODES[form.activations]
-    rounded = _dequantize(node, codes, scale, {}, f"{name}.rounded")
-    return rounded if rounded.dtype == x.dtype else _cast(node, rounded, x.dtype, f"{name}.narrow")

@@ -11,9 +11,9 @@ from llmc.compiler.calibrate.sequences import read_text, sequences
 from llmc.compiler.calibrate.table import CalibrationTable, Source, config_sha256
 from llmc.compiler.progress import Progress
 from llmc.compiler.quantize import kv_cache, produce
-from llmc.compiler.quantize.apply import SCALES_OF
 from llmc.compiler.quantize.formats import Format
 from llmc.compiler.quantize.produce import Produced
+from llmc.compiler.quantize.qdq import SCALES_OF
 from llmc.compiler.quantize.stored_arrays import produce_stored
 from llmc.compiler.request import METHODS
 from llmc.runtime.errors import RequestError
