@@ -98,11 +98,10 @@ def _facts(verdict: Verdict, thresholds: list[Threshold]) -> list[tuple[str, str
         change = f" ({figures.perplexity_increase_percent:+.2f} %)"
         facts.append(("perplexity", f"{figures.perplexity_unquantized:g} -> {figures.perplexity:g}{change}"))
     if figures.kv_cache_mean_kl is not None:
-        agreement = f"top-1 agreement {figures.kv_cache_top1_agreement or 0:.4f}"
-        kv_dtype = bundle.manifest.precision.kv_dtype
-        facts.append(
-            (f"KV cache {kv_dtype}", f"apart from these: mean KL {figures.kv_cache_mean_kl:g}, {agreement}")
-        )
+        lost = f"apart from these: mean KL {figures.kv_cache_mean_kl:g}"
+        if figures.kv_cache_top1_agreement is not None:
+            lost += f", top-1 agreement {figures.kv_cache_top1_agreement:.4f}"
+        facts.append((f"KV cache {bundle.manifest.precision.kv_dtype}", lost))
     if figures.max_logit_error is not None:
         facts.append(("max logit error", f"{figures.max_logit_error:g}"))
     if verdict.engine_perplexity is not None:

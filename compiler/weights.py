@@ -13,9 +13,9 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from llmc.compiler.exact_fp16 import EXPONENT
 from llmc.compiler.package import BundleWriter
 from llmc.compiler.safetensors_index import TensorRef
-from llmc.compiler.targets.exact_fp16 import EXPONENT
 from llmc.compiler.weights_writer import Entry, write_safetensors
 from llmc.passes import edit
 from llmc.passes.fuse_linears import JOIN

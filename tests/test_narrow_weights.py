@@ -12,9 +12,9 @@ import pytest
 from llmc.compiler import zoo
 from llmc.compiler.checkpoint import Checkpoint
 from llmc.compiler.driver import compile_model
+from llmc.compiler.exact_fp16 import exponent
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.safetensors_index import read_header
-from llmc.compiler.targets.exact_fp16 import exponent
 from llmc.compiler.weights_writer import write_safetensors
 from llmc.runtime.backends.openvino import OpenVinoBackend
 from llmc.runtime.batch import Batch

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from llmc.compiler.exact_fp16 import EXPONENT, exponent
 from llmc.compiler.safetensors_index import TensorRef
-from llmc.compiler.targets.exact_fp16 import EXPONENT, exponent
 from llmc.passes import edit
 from llmc.passes.fuse_linears import JOIN
 
