@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format bench gpu-check clean
+.PHONY: demo test check replay format bench gpu-check clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ test: $(STAMP)  ## the tests, without those marked slow (`make check` runs them 
 check: $(STAMP)  ## what CI runs: format, lint, types, import layers, all tests
 	.ci/checks $(BIN)
 	$(BIN)/python -m pytest -q -n auto
+
+replay: $(STAMP)  ## a sha256 for every file of 30 small builds; COMPARE=FILE shows what an edit changed
+	@$(BIN)/python tests/replay.py $(if $(COMPARE),--compare $(COMPARE))
 
 format: $(STAMP)
 	$(BIN)/ruff format .
