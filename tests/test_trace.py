@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +60,32 @@ def test_tracing_leaves_transformers_as_it_was() -> None:
     register = nn.Module.register_parameter
     trace(LlamaConfig(**TINY), "fp32", 128)
     assert modeling_llama.apply_rotary_pos_emb is before
+    assert "set" not in vars(modeling_llama)
     assert nn.Module.register_parameter is register
+
+
+@pytest.mark.slow
+def test_the_graph_does_not_depend_on_the_hash_seed() -> None:
+    """Gemma 3 computes its rotary tables in a loop over a set of strings."""
+    program = """
+from transformers import AutoConfig
+from llmc.compiler.trace.export import trace
+from llmc.compiler.zoo import zoo_config
+model = trace(AutoConfig.for_model(**zoo_config("gemma3-tiny")), "fp32", 128).model
+print([(node.op_type, node.name, [v and v.name for v in node.inputs]) for node in model.graph])
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": str(seed)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in (1, 2, 3)
+    ]
+    graphs = [process.communicate()[0] for process in processes]
+    assert "TracedAttention" in graphs[0]
+    assert len(set(graphs)) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"])

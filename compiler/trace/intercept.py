@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -39,13 +39,25 @@ class Interception:
         self.replaced[name] += 1
 
     def set_attribute(self, owner: ModuleType, name: str, value: object) -> None:
-        original = getattr(owner, name)
+        present, original = name in vars(owner), vars(owner).get(name)
         setattr(owner, name, value)
-        self._restore.append(lambda: setattr(owner, name, original))
+        self._restore.append(lambda: setattr(owner, name, original) if present else delattr(owner, name))
 
     def undo(self) -> None:
         while self._restore:
             self._restore.pop()()
+
+
+class _OrderedSet(set[Any]):
+    """A set that iterates in the order of insertion: the order of strings in a set changes from process to
+    process, and model code (Gemma 3) that loops over one would make another graph each time."""
+
+    def __init__(self, items: Iterable[Any] = ()) -> None:
+        self._order = dict.fromkeys(items)
+        super().__init__(self._order)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._order)
 
 
 _active: list[Interception] = []
@@ -63,6 +75,8 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
     _active.append(interception)
     try:
         repeats = set()
+        for owner in _python_modules(model):
+            interception.set_attribute(owner, "set", _OrderedSet)
         for name, module in model.named_modules():
             kind = type(module).__name__
             if type(module) is nn.Linear:
@@ -128,8 +142,7 @@ def _intercept_apply_rotary(
     model: PreTrainedModel, interception: Interception, repeat: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     """Replaces `apply_rotary_pos_emb` in the Python module that defines the model's attention."""
-    owners = {sys.modules[type(m).__module__] for m in model.modules() if type(m).__module__ != "torch.nn"}
-    owners = {owner for owner in owners if hasattr(owner, "apply_rotary_pos_emb")}
+    owners = [owner for owner in _python_modules(model) if hasattr(owner, "apply_rotary_pos_emb")]
     if not owners:
         raise UnsupportedError(
             f"{type(model).__name__} has rotary embeddings but no function `apply_rotary_pos_emb`",
@@ -155,6 +168,12 @@ def _intercept_apply_rotary(
             return rope(q, cos, sin, interleaved), rope(k, cos, sin, interleaved)
 
         interception.set_attribute(owner, "apply_rotary_pos_emb", apply)
+
+
+def _python_modules(model: PreTrainedModel) -> list[ModuleType]:
+    """The Python modules that define the model's layers, torch's own left out."""
+    names = dict.fromkeys(type(module).__module__ for module in model.modules())
+    return [sys.modules[name] for name in names if not name.startswith("torch.")]
 
 
 def _attention(
