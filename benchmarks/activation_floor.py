@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmc.compiler.quantize.activations import round_e2m1, round_e4m3
+from llmc.passes.quantize.fake_quantize import round_e2m1, round_e4m3
 
 Rounding = Callable[[torch.Tensor, float], torch.Tensor]  # of an input with that largest magnitude
 _CONTEXT, _BATCH = 512, 4

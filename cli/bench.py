@@ -54,7 +54,7 @@ def bench(
     Random prompts, greedy decoding, no prefix cache; one run to warm up, then the median of three.
     """
     from llmc.runtime.bundle.reader import Bundle
-    from llmc.runtime.llm import load_engine
+    from llmc.runtime.load import load_engine
 
     opened = Bundle.open(bundle)
     manifest = opened.manifest

@@ -295,7 +295,7 @@ def _plan_text(plan: Plan) -> str:
 
 def _kv_bytes(plan: Plan) -> int:
     """Bytes of KV cache for a token."""
-    from llmc.runtime.llm import block_bytes
+    from llmc.runtime.load import block_bytes
 
     return block_bytes(plan.geometry, plan.kv_dtype) // plan.geometry.block_size
 

@@ -11,7 +11,7 @@ from llmc.cli.text import print_json, size, table
 from llmc.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from llmc.compiler.quantized.check import CheckReport
+    from llmc.compiler.checkpoint.check.check import CheckReport
 
 
 def check(
@@ -27,7 +27,7 @@ def check(
     """
     from dataclasses import asdict
 
-    from llmc.compiler.quantized.check import check_checkpoint
+    from llmc.compiler.checkpoint.check.check import check_checkpoint
 
     report = check_checkpoint(checkpoint, full)
     if as_json:

@@ -123,7 +123,7 @@ def satisfies(version: str, wanted: str) -> bool:
 def attention_fault() -> LlmcError | None:
     """Runs the start-up test of the OpenVINO backend; what is wrong with it, or None."""
     try:
-        from llmc.runtime.backends.openvino import tested_core
+        from llmc.runtime.backends.openvino.backend import tested_core
 
         tested_core()
     except ImportError as error:

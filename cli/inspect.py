@@ -34,7 +34,7 @@ def inspect(
 
     from llmc.runtime.bundle.manifest import MANIFEST_NAME
     from llmc.runtime.bundle.reader import Bundle
-    from llmc.runtime.llm import block_bytes
+    from llmc.runtime.load import block_bytes
 
     opened = Bundle.open(bundle, verify_hashes=False)
     if verify:

@@ -119,7 +119,7 @@ def run(
         raise RequestError(f"--stream cannot be combined with {other}", "leave one of them out")
     read = read_prompts(prompt, prompts)
     started = time.perf_counter()
-    from llmc.runtime.llm import load_engine
+    from llmc.runtime.load import load_engine
 
     engine = load_engine(bundle, kv_memory=nbytes, threads=threads, fast=fast)
     if engine.tokenizer is None:

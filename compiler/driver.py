@@ -9,24 +9,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.compiler import hub, recipe, verify
-from llmc.compiler.checkpoint import Checkpoint
-from llmc.compiler.package import BundleWriter
+from llmc.compiler import verify
+from llmc.compiler.bundle_writer import BundleWriter
+from llmc.compiler.checkpoint import hub, recipe
+from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from llmc.compiler.checkpoint.names import compare_names
 from llmc.compiler.progress import Progress, Silent
-from llmc.compiler.quantize.stored_plan import read_stored
+from llmc.compiler.quantize.prequantized_plan import read_stored
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.base import GRAPH_FILE, TargetCompiler, target_compiler
-from llmc.compiler.weight_names import compare_names
 from llmc.runtime.bundle.manifest import Geometry, Manifest, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from llmc.compiler.quantize.matrix import QuantizedMatrix
-    from llmc.compiler.quantize.phase import Calibration
-    from llmc.compiler.quantize.plan import QuantPlan
-    from llmc.compiler.quantize.stored_plan import StoredWeights
+    from llmc.compiler.quantize.prequantized_plan import StoredWeights
+    from llmc.compiler.quantize.step import Calibration
     from llmc.passes.contract import PassReport
+    from llmc.passes.quantize.matrix import QuantizedMatrix
+    from llmc.passes.quantize.plan import QuantPlan
 
 
 @dataclass(frozen=True)
@@ -75,24 +76,26 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
     Raises LlmcError (CheckpointError, UnsupportedError, BuildError, VerificationError), each with a hint.
     Nothing carries the output's name unless the build succeeded.
     """
-    from llmc.compiler import record, tokenizer, weights
-    from llmc.compiler.quantize import phase
-    from llmc.compiler.targets.finish import serialize
+    from llmc.compiler import manifest as record
+    from llmc.compiler.checkpoint import tokenizer
+    from llmc.compiler.quantize import step
+    from llmc.compiler.weights import write
+    from llmc.passes.legalize.finalize import serialize
 
     progress = progress or Silent()
     clock = _Clock(progress)
     with BundleWriter(request.output, request.force) as writer:
         plan = plan_build(request, progress, clock)
-        made = phase.quantize(plan, writer, progress, clock.phase)
+        made = step.quantize(plan, writer, progress, clock.phase)
         with clock.phase("write weights"):
-            weights.write_weights(
+            write.write_weights(
                 plan.model,
                 plan.checkpoint.tensors,
                 writer,
                 lambda done: progress.bar(done, plan.weight_bytes),
                 made.tensors,
             )
-            phase.discard(writer)
+            step.discard(writer)
         with clock.phase("write graph"):
             writer.path(GRAPH_FILE).write_bytes(serialize(plan.model))
             tokenizer.save(plan.checkpoint, writer)
@@ -100,7 +103,7 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
             files = plan.checkpoint.file_hashes()
         finished = plan.compiler.finish(plan, writer, progress, clock.phase)
         with clock.phase("finish"):
-            manifest = record.manifest(plan, files, finished, phase.record(plan, made))
+            manifest = record.manifest(plan, files, finished, step.record(plan, made))
             path = writer.finish(manifest)
     manifest = Manifest.from_json((path / "manifest.json").read_bytes())
     return BuildResult(path, manifest, clock.seconds)
@@ -118,17 +121,18 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         stored = read_stored(checkpoint, replace(request, sms=sms), dtype)
         calibration = None if stored else _read_calibration(request)
     with clock.phase("import torch and transformers"):
-        from llmc.compiler import weights
-        from llmc.compiler.config import context_length, load_config
-        from llmc.compiler.geometry import read_geometry
-        from llmc.compiler.quantize import apply, kv_cache, phase, qdq
+        from llmc.compiler.checkpoint.config import context_length, load_config
+        from llmc.compiler.quantize import step
         from llmc.compiler.trace.export import trace
+        from llmc.compiler.weights import write
         from llmc.passes import contract
+        from llmc.passes.geometry import read_geometry
         from llmc.passes.pipeline import pipeline
+        from llmc.passes.quantize import qdq, quantize_kv_cache, quantize_linears
     config = load_config(checkpoint)
     max_seq_len = context_length(config, request.max_seq_len)
-    num_layers, fp8_cache = int(config.num_hidden_layers), request.kv_dtype == kv_cache.FP8
-    phase.check_calibration(calibration, checkpoint.config, num_layers if fp8_cache else 0)
+    num_layers, fp8_cache = int(config.num_hidden_layers), request.kv_dtype == quantize_kv_cache.FP8
+    step.check_calibration(calibration, checkpoint.config, num_layers if fp8_cache else 0)
     expected = family.expected(num_layers)
     with clock.phase("trace"):
         traced = trace(config, dtype, max_seq_len)
@@ -137,7 +141,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         passes = pipeline(stored.why_apart) if stored else pipeline()
         reports = contract.run(traced.model, passes, expected)
         geometry = read_geometry(traced.model)
-        parameters = weights.num_elements(traced.model)
+        parameters = write.num_elements(traced.model)
         quantization, matrices = None, []
         bits = 32 if checkpoint.dtype == "float32" else 16
         original = traced.model.clone() if calibration is not None and dtype == "fp32" else None
@@ -150,7 +154,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
             return again
 
         if request.quant:
-            quantization = apply.plan_weights(
+            quantization = quantize_linears.plan_weights(
                 traced.model,
                 request.quant,
                 request.exclude,
@@ -160,11 +164,11 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
                 compiler.head_format(request.quant),
             )
         elif stored and stored.modules:  # none: only its KV cache is quantized
-            quantization = apply.plan_stored(traced.model, stored, bits)
+            quantization = quantize_linears.plan_stored(traced.model, stored, bits)
         if quantization:
-            matrices = apply.apply_plan(traced.model, quantization)
+            matrices = quantize_linears.apply_plan(traced.model, quantization)
         if fp8_cache:
-            kv_cache.set_kv_scales(traced.model, {})
+            quantize_kv_cache.set_kv_scales(traced.model, {})
         target = compiler.lower(traced.model, dtype, checkpoint.tensors)
     return Plan(
         request=request,
@@ -184,7 +188,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         tied=traced.tied,
         unquantized=unquantized,
         calibration=calibration,
-        weight_bytes=weights.weight_bytes(traced.model),
+        weight_bytes=write.weight_bytes(traced.model),
         verification_bytes=verify.memory_needed(4 * parameters),
     )
 
@@ -193,10 +197,11 @@ def _read_calibration(request: BuildRequest) -> Calibration:
     kv_cache = request.kv_dtype == "fp8"
     if request.quant is None and not kv_cache:
         return None
-    from llmc.compiler.quantize import formats, phase
+    from llmc.compiler.quantize import step
+    from llmc.passes.quantize import formats
 
     form = formats.get_format(request.quant) if request.quant else None
-    return phase.read_calibration(request.calibration, form, kv_cache, request.calibration_method)
+    return step.read_calibration(request.calibration, form, kv_cache, request.calibration_method)
 
 
 class _Clock:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from llmc.passes.canonicalize.fold_reshapes import FoldReshapes
+from llmc.passes.canonicalize.fuse_linears import FuseLinears
+from llmc.passes.canonicalize.gather_logits import GatherLogits
+from llmc.passes.canonicalize.lower_layers import LowerLinear, LowerRMSNorm
+from llmc.passes.canonicalize.lower_rope import LowerRope
+from llmc.passes.canonicalize.pack_tokens import PackTokens
+from llmc.passes.canonicalize.page_attention import PageAttention
+from llmc.passes.canonicalize.sink_transposes import SinkTransposes
 from llmc.passes.contract import Pass
-from llmc.passes.fold_reshapes import FoldReshapes
-from llmc.passes.fuse_linears import FuseLinears
-from llmc.passes.gather_logits import GatherLogits
-from llmc.passes.lower_layers import LowerLinear, LowerRMSNorm
-from llmc.passes.lower_rope import LowerRope
-from llmc.passes.pack_tokens import PackTokens
-from llmc.passes.page_attention import PageAttention
-from llmc.passes.sink_transposes import SinkTransposes
 
 
 def pipeline(why_apart: Callable[[Sequence[str]], str] = lambda weights: "") -> list[Pass]:

@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from llmc.compiler import zoo
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.request import BuildRequest
-from llmc.compiler.targets.finish import serialize
-from llmc.compiler.targets.tensorrt_lower import without_functions
-from llmc.compiler.targets.tensorrt_oracle import oracle_model
-from quantized_layouts import LAYOUTS, assemble, weights
+from llmc.passes.legalize.emulate_16bit import oracle_model
+from llmc.passes.legalize.finalize import serialize
+from llmc.passes.legalize.lower_for_tensorrt import without_functions
+from support.quantized_layouts import LAYOUTS, assemble, weights
 
 TALES = Path(__file__).parents[1] / "model_zoo" / "llama" / "tales"
 # (checkpoint, options of BuildRequest); a checkpoint is a name of the zoo, "tales", or a pre-quantized layout

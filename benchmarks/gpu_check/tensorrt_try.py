@@ -27,7 +27,7 @@ def rows(options: Options) -> Iterator[Row]:
     row: Row = {"name": name, "library": f"{_LIBRARY} {version}"}
     begin = time.perf_counter()
     try:
-        from llmc.runtime.llm import load_engine
+        from llmc.runtime.load import load_engine
         from llmc.runtime.sampling import SamplingParams
 
         engine = load_engine(options.engine)

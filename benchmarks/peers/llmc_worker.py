@@ -17,7 +17,7 @@ import openvino as ov
 from protocol import Generation, main
 
 from llmc.runtime.bundle.reader import Bundle
-from llmc.runtime.llm import load_engine
+from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmc.compiler.calibrate.layers import LayerInputs
-from llmc.compiler.quantize.codes import decode, encode
-from llmc.compiler.quantize.formats import E4M3_MAX, INT8_MAX
+from llmc.compiler.calibrate.run_layers import LayerInputs
 from llmc.compiler.request import METHODS
+from llmc.passes.quantize.elements import decode, encode
+from llmc.passes.quantize.formats import E4M3_MAX, INT8_MAX
 from llmc.runtime.errors import RequestError
 
 PERCENTILE = 99.99  # of the magnitudes

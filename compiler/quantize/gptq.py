@@ -30,8 +30,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmc.compiler.quantize import codes, quantizer, scales
-from llmc.compiler.quantize.formats import Format
+from llmc.compiler.quantize import round_to_nearest, scales
+from llmc.passes.quantize import elements
+from llmc.passes.quantize.formats import Format
 from llmc.runtime.errors import BuildError, CheckpointError
 
 _WIDTH = 128  # columns rounded between two matrix products, where the format has no blocks of its own
@@ -61,18 +62,19 @@ def gptq(
     amax: float | None = None,
     damping: float = 0.01,
 ) -> dict[str, np.ndarray]:
-    """The arrays of `form.layout` for the weight `name`, `rows` [out, in], as `quantizer.quantize` gives
-    them, with codes and scales that keep the layer's output for inputs of second moment `hessian` [in, in].
+    """The arrays of `form.layout` for the weight `name`, `rows` [out, in], as `round_to_nearest.quantize`
+    gives them, with codes and scales that keep the layer's output for inputs of second moment `hessian`
+    [in, in].
 
     `amax` is as in `quantize`. `damping` times the mean of H's diagonal is added to the diagonal: inputs that
     calibration never saw are rounded to nearest.
     Raises what `quantize` raises; CheckpointError when `hessian` is not finite, and BuildError when it is not
     positive definite even so damped.
     """
-    wide, over = quantizer.prepare(rows, form, name, amax)
+    wide, over = round_to_nearest.prepare(rows, form, name, amax)
     factor, pivots = _factorize(hessian, damping, name)
     weight = np.ascontiguousarray(wide.T)  # [in, out]: the work is by column
-    array = np.empty(weight.shape, codes.encode(weight[:0], form.codes).dtype)
+    array = np.empty(weight.shape, elements.encode(weight[:0], form.codes).dtype)
     errors = np.empty_like(weight)
     chosen: list[np.ndarray] = []  # of each block, [out]
     factors = np.full(len(wide), over)
@@ -97,7 +99,7 @@ def gptq(
             factors = scales.effective(chosen[-1], over)
         array[span], errors[span], _ = _round(own, feedback, inner, pivots[span], factors, form)
     stored = np.stack(chosen, axis=1) if chosen else over
-    return quantizer.assemble(np.ascontiguousarray(array.T), stored, over, form)
+    return round_to_nearest.assemble(np.ascontiguousarray(array.T), stored, over, form)
 
 
 def _factorize(hessian: np.ndarray, damping: float, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -135,12 +137,12 @@ def _round(
     codes are multiplied by. Returns the codes, the errors w - q, and the loss [..., out].
     """
     target = np.broadcast_to(own + feedback, (len(own), *factors.shape)).copy()
-    array = np.empty(target.shape, codes.encode(target[:0], form.codes).dtype)
+    array = np.empty(target.shape, elements.encode(target[:0], form.codes).dtype)
     errors = np.empty_like(target)
     loss = np.zeros_like(factors)
     for j, column in enumerate(target):
-        array[j] = codes.encode(column / factors, form.codes)
-        rounded = codes.decode(array[j], form.codes) * factors
+        array[j] = elements.encode(column / factors, form.codes)
+        rounded = elements.decode(array[j], form.codes) * factors
         errors[j] = own[j] - rounded
         loss += pivots[j] * np.square(column - rounded)
         target[j + 1 :] += np.multiply.outer(inner[j, j + 1 :], errors[j])
@@ -150,7 +152,7 @@ def _round(
 def _candidates(columns: np.ndarray, form: Format, over: np.float32, name: str) -> np.ndarray:
     """Stored scales [n, out] to try for a block of columns [width, out]."""
     blocks = np.ascontiguousarray(columns.T)[:, None, :]
-    first = quantizer.first_scales(blocks, form, over, name)
+    first = round_to_nearest.first_scales(blocks, form, over, name)
     return np.stack([first, *scales.candidates(first, form)])[..., 0]
 
 
@@ -161,7 +163,9 @@ def _best(tried: np.ndarray, losses: np.ndarray) -> np.ndarray:
 
 def _weighted_error(columns: np.ndarray, stored: np.ndarray, weights: np.ndarray, form: Format) -> np.ndarray:
     factors = stored.astype(np.float32)
-    difference = codes.decode(codes.encode(columns / factors, form.codes), form.codes) * factors - columns
+    difference = (
+        elements.decode(elements.encode(columns / factors, form.codes), form.codes) * factors - columns
+    )
     return np.einsum("i,io,io->o", weights, difference, difference)
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from llmc.compiler.calibrate.table import CalibrationTable
+from llmc.compiler.checkpoint.safetensors import TensorRef, read_header
 from llmc.compiler.quantize import scales
-from llmc.compiler.quantize.formats import STORED
-from llmc.compiler.quantize.matrix import QuantizedMatrix
-from llmc.compiler.quantize.quantizer import absmax, dequantize, quantize
-from llmc.compiler.safetensors_index import TensorRef, read_header
-from llmc.compiler.weights_writer import write_safetensors
+from llmc.compiler.quantize.round_to_nearest import absmax, dequantize, quantize
+from llmc.compiler.weights.safetensors_writer import write_safetensors
+from llmc.passes.quantize.formats import STORED
+from llmc.passes.quantize.matrix import QuantizedMatrix
 
 _CHUNK_BYTES = 16 << 20
 _NAMES = {dtype: name for name, dtype in STORED.items()}

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-from llmc.compiler.quantize.codes import decode, encode
-from llmc.compiler.quantize.formats import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, INT8_MAX, STORED, Format
+from llmc.passes.quantize.elements import decode, encode
+from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, INT8_MAX, STORED, Format
 
 # Below the largest magnitude: clipping the extremes can make the rest finer.
 _RATIOS = tuple(1 - 0.04 * step for step in range(1, 11))

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from llmc.compiler.package import BundleWriter
+from llmc.compiler.bundle_writer import BundleWriter
+from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Progress
 from llmc.compiler.request import BuildRequest
-from llmc.compiler.safetensors_index import TensorRef
 from llmc.runtime.bundle.manifest import Gpu, Target, Verification
 
 if TYPE_CHECKING:
@@ -70,6 +70,6 @@ def target_compiler(name: str) -> TargetCompiler:
         from llmc.compiler.targets.cpu import CpuTarget
 
         return CpuTarget()
-    from llmc.compiler.targets.tensorrt import FLAVORS, TensorRTTarget
+    from llmc.compiler.targets.tensorrt.target import FLAVORS, TensorRTTarget
 
     return TensorRTTarget(FLAVORS[name])

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from llmc.compiler.geometry import attention_nodes
-from llmc.compiler.package import BundleWriter
+from llmc.compiler.bundle_writer import BundleWriter
+from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Progress
-from llmc.compiler.quantize import capability
-from llmc.compiler.quantize.formats import get_format
 from llmc.compiler.request import BuildRequest
-from llmc.compiler.safetensors_index import TensorRef
+from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import GRAPH_FILE, Finished, PhaseClock
-from llmc.compiler.targets.exact_inputs import rounded_to, with_exact_inputs
-from llmc.compiler.targets.finish import finish, serialize
-from llmc.compiler.targets.onnxruntime_fp4 import unpack_fp4
-from llmc.compiler.targets.onnxruntime_int8 import widen_int8_weights
-from llmc.compiler.targets.proof import prove
-from llmc.compiler.targets.stored_dtype import keep_stored_dtype
+from llmc.compiler.verify.prove import prove
+from llmc.passes.geometry import attention_nodes
+from llmc.passes.legalize.drop_activation_quantization import rounded_to, with_exact_inputs
+from llmc.passes.legalize.finalize import finish, serialize
+from llmc.passes.legalize.keep_16bit_weights import keep_stored_dtype
+from llmc.passes.legalize.unpack_fp4_weights import unpack_fp4
+from llmc.passes.legalize.widen_int8_weights import widen_int8_weights
+from llmc.passes.quantize.formats import get_format
 from llmc.passes.spec import module_of
 from llmc.plugins.paged_attention import body
 from llmc.plugins.round_fp4 import body as round_fp4

@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from llmc.compiler.child_process import run_child
 from llmc.compiler.progress import Progress
 from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
-from llmc.compiler.verify.memory import available_memory, memory_needed
-from llmc.compiler.verify.process import run_child
 from llmc.runtime.bundle.manifest import Verification
 from llmc.runtime.errors import VerificationError
+from llmc.runtime.memory import available_memory, memory_needed
 
 __all__ = ["MIN_TOP1", "Findings", "Job", "available_memory", "faults", "memory_needed", "run"]
 

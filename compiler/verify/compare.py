@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmc.compiler.verify import evaluation, loss
+from llmc.compiler import texts
+from llmc.compiler.verify import loss
 from llmc.compiler.verify.difference import Difference, scaled
 from llmc.compiler.verify.engine_logits import blocks_for, in_chunks, ragged
 from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
@@ -41,11 +42,11 @@ class _Evaluation:
 
     def __init__(self, job: Job, reference: Reference) -> None:
         tokenizer = Path(job.checkpoint) / "tokenizer.json"
-        self.text = evaluation.read_text(evaluation.EVALUATION_TEXT) if tokenizer.is_file() else ""
+        self.text = texts.read_text(texts.EVALUATION_TEXT) if tokenizer.is_file() else ""
         self.windows = (
-            evaluation.windows_of(self.text, tokenizer, job.vocab_size, job.max_seq_len)
+            texts.windows_of(self.text, tokenizer, job.vocab_size, job.max_seq_len)
             if self.text
-            else evaluation.random_windows(job.vocab_size, job.max_seq_len)
+            else texts.random_windows(job.vocab_size, job.max_seq_len)
         )
         self.states: list[torch.Tensor] = [reference.states(ids) for ids in self.windows]
         self.head: Head = reference.head()
@@ -54,7 +55,7 @@ class _Evaluation:
         """What the rounded weights and inputs alone lose: both sides in transformers, in fp32."""
         others = loss.rows_of(rounded.head(), [rounded.states(ids) for ids in self.windows])
         difference = loss.measure(self.head, self.states, self.windows, others)
-        about = {"text_sha256": evaluation.sha256(self.text)} if self.text else {"text": "random tokens"}
+        about = {"text_sha256": texts.sha256(self.text)} if self.text else {"text": "random tokens"}
         about |= {"reference": job.reference_weights}
         return about | loss.record(difference, 2 * scaled(job.tolerance, difference.scale), bool(self.text))
 

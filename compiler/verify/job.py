@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from llmc.compiler.quantize.stored import StoredWeight
+    from llmc.compiler.verify.engine_weights import StoredWeight
 
 MIN_TOP1 = {"fp32": 1.0, "fp16": 0.99, "bf16": 0.99}  # dtype that the engine computes in -> least agreement
 ReferenceWeights = Literal["checkpoint", "dequantized"]
@@ -48,7 +48,7 @@ class Job:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Job:
-        from llmc.compiler.quantize.stored import StoredWeight
+        from llmc.compiler.verify.engine_weights import StoredWeight
 
         quantized = {name: StoredWeight.from_json(one) for name, one in data["quantized"].items()}
         return cls(**{**data, "quantized": quantized})

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmc.compiler import texts
+from llmc.compiler.child_process import run_child
 from llmc.compiler.progress import Progress
-from llmc.compiler.verify import evaluation
 from llmc.compiler.verify.figures import Figures, Threshold, known, recorded, reference_of
 from llmc.compiler.verify.job import Question
-from llmc.compiler.verify.memory import available_memory, memory_needed
-from llmc.compiler.verify.process import run_child
 from llmc.runtime.bundle.manifest import Manifest, Source
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import CheckpointError, RequestError
+from llmc.runtime.memory import available_memory, memory_needed
 
 _TOKENIZER = "tokenizer/tokenizer.json"
 _OUT_OF_MEMORY = "use a machine with more, or judge the recorded figures, without --against and --text"
@@ -65,7 +65,7 @@ def judge(path: Path, against: str | None, text: Path | None, progress: Progress
     Raises BundleError, CheckpointError for another checkpoint, and RequestError for a text or an engine that
     cannot be used and for a lack of memory.
     """
-    given = evaluation.read_text(text) if text else ""
+    given = texts.read_text(text) if text else ""
     bundle = Bundle.open(path, verify_hashes=False)
     manifest = bundle.manifest
     runs_here = manifest.gpu is None
@@ -106,11 +106,11 @@ def judge(path: Path, against: str | None, text: Path | None, progress: Progress
 def _about(manifest: Manifest, figures: Figures, text: Path | None, given: str) -> tuple[str, str]:
     """Which text the figures are about, and its sha256."""
     if text:
-        return text.name, evaluation.sha256(given)
+        return text.name, texts.sha256(given)
     if figures.origin == "measured":
         if _TOKENIZER not in manifest.files:
             return "random tokens", ""
-        return "the evaluation text", evaluation.sha256(evaluation.read_text(evaluation.EVALUATION_TEXT))
+        return "the evaluation text", texts.sha256(texts.read_text(texts.EVALUATION_TEXT))
     loss = manifest.verification.details.get("quantization_loss")
     if isinstance(loss, Mapping) and isinstance(digest := loss.get("text_sha256"), str):
         return "the evaluation text", digest
@@ -119,8 +119,8 @@ def _about(manifest: Manifest, figures: Figures, text: Path | None, given: str) 
 
 def _own_checkpoint(source: Source, against: str, progress: Progress) -> Path:
     """Raises CheckpointError unless each file is the one that the bundle was made from."""
-    from llmc.compiler import hub
-    from llmc.compiler.checkpoint import Checkpoint
+    from llmc.compiler.checkpoint import hub
+    from llmc.compiler.checkpoint.checkpoint import Checkpoint
 
     progress.phase("hash the checkpoint")
     checkpoint = Checkpoint.open(hub.resolve(against))
@@ -145,7 +145,7 @@ def _own_checkpoint(source: Source, against: str, progress: Progress) -> Path:
 def _measure(
     bundle: Bundle, checkpoint: Path | None, text: Path | None, progress: Progress
 ) -> dict[str, Any]:
-    from llmc.compiler import recipe
+    from llmc.compiler.checkpoint import recipe
 
     manifest = bundle.manifest
     needed, quantized = manifest.weights.bytes, False
@@ -169,8 +169,8 @@ def _measure(
 
 def _size_of(checkpoint: Path) -> tuple[int, bool]:
     """Bytes of its values in fp32, and whether it is quantized."""
-    from llmc.compiler.checkpoint import Checkpoint
-    from llmc.compiler.quantized.layout import read_quantized
+    from llmc.compiler.checkpoint.checkpoint import Checkpoint
+    from llmc.compiler.checkpoint.prequantized.layout import read_quantized
 
     quantized = read_quantized(Checkpoint.open(checkpoint))
     return 4 * quantized.parameters, quantized.quantized

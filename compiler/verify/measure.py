@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmc.compiler.verify import evaluation, loss
+from llmc.compiler import texts
+from llmc.compiler.verify import loss
 from llmc.compiler.verify.difference import scaled
 from llmc.compiler.verify.engine_logits import blocks_for, in_chunks
 from llmc.compiler.verify.job import Question
@@ -55,11 +56,11 @@ def measure(
 
 def _windows(question: Question) -> list[list[int]]:
     if not question.tokenizer:
-        return evaluation.random_windows(question.vocab_size, question.max_seq_len)
-    most = evaluation.MAX_WINDOWS_OF_FILE if question.text else evaluation.MAX_WINDOWS
-    text = evaluation.read_text(Path(question.text) if question.text else evaluation.EVALUATION_TEXT)
+        return texts.random_windows(question.vocab_size, question.max_seq_len)
+    most = texts.MAX_WINDOWS_OF_FILE if question.text else texts.MAX_WINDOWS
+    text = texts.read_text(Path(question.text) if question.text else texts.EVALUATION_TEXT)
     tokenizer = Path(question.tokenizer)
-    return evaluation.windows_of(text, tokenizer, question.vocab_size, question.max_seq_len, most)
+    return texts.windows_of(text, tokenizer, question.vocab_size, question.max_seq_len, most)
 
 
 def _load(question: Question, windows: list[list[int]]) -> Backend:

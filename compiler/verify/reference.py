@@ -15,12 +15,12 @@ from torch import nn
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from llmc.compiler.checkpoint import Checkpoint
-from llmc.compiler.quantize.stored import InputRounding, StoredWeight
-from llmc.compiler.quantized.dequantize import iter_rows
-from llmc.compiler.quantized.layout import QuantizedCheckpoint, read_quantized
-from llmc.compiler.quantized.module import QuantizedModule
-from llmc.compiler.safetensors_index import TensorRef, read_header
+from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from llmc.compiler.checkpoint.prequantized.dequantize import iter_rows
+from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint, read_quantized
+from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
+from llmc.compiler.checkpoint.safetensors import TensorRef, read_header
+from llmc.compiler.verify.engine_weights import InputRounding, StoredWeight
 from llmc.compiler.verify.job import ReferenceWeights
 from llmc.runtime.errors import BuildError, CheckpointError
 

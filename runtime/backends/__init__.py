@@ -25,7 +25,7 @@ def load_backend(
     Raises BackendError where the backend has neither.
     """
     if name == "openvino":
-        from llmc.runtime.backends.openvino import OpenVinoBackend
+        from llmc.runtime.backends.openvino.backend import OpenVinoBackend
 
         return OpenVinoBackend(
             engine, num_blocks, threads, kv_dtype=kv_dtype, activation_group=activation_group
@@ -53,8 +53,8 @@ def load_gpu_backend(
 
     The arguments are those of `load_engine`. Raises BackendError, RequestError.
     """
-    from llmc.runtime.backends import tensorrt
+    from llmc.runtime.backends.tensorrt.load import load
 
-    return tensorrt.load(
+    return load.load(
         bundle, kv_memory=kv_memory, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens
     )

@@ -1,0 +1,171 @@
+"""Runs the canonical graph a decoder layer at a time, and shows what enters its linear layers and its cache.
+
+The graph is cut at the decoder layers. Memory holds the weights and the inputs of one of them, and the values
+that cross to later ones (the residual stream), whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.compiler.calibrate.steps import steps
+from llmc.compiler.calibrate.subgraph import Piece, is_parameter
+from llmc.compiler.checkpoint.safetensors import TensorRef
+from llmc.passes import edit
+from llmc.passes.canonicalize.fuse_linears import JOIN
+from llmc.passes.geometry import attention_nodes
+from llmc.passes.spec import module_of
+from llmc.runtime.batch import Batch
+from llmc.runtime.errors import BuildError, UnsupportedError
+
+_WEIGHT = ".weight"
+_NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")  # a module's name up to its first number
+_BEFORE = -1  # the piece in front of the first layer
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a decoder layer computes with, for the tokens of all sequences in their order; float32.
+
+    inputs: the modules that are multiplied as one -> what they are multiplied with, [tokens, in].
+    keys, values: what is written to the cache, [tokens, kv_heads x head_dim].
+    """
+
+    layer: int
+    inputs: dict[tuple[str, ...], np.ndarray]
+    keys: np.ndarray
+    values: np.ndarray
+
+
+def layers(
+    model: ir.Model, tensors: Mapping[str, TensorRef], sequences: Sequence[Sequence[int]]
+) -> Iterator[LayerInputs]:
+    """What enters the linear layers and the cache of each decoder layer of `model`, in order.
+
+    `model` is a canonical graph in fp32 whose parameters have no data yet; it is not changed, and must not be
+    before the last layer is out. `sequences` are token ids, none longer than the context of the graph.
+    Drop what one layer gave before asking for the next: memory then holds only one. Linear layers outside
+    of the decoder layers (lm_head) are left out, and so are those whose weight something else reads too.
+    Raises BuildError when a tensor is missing, is not of floating point, or the model overflows;
+    UnsupportedError for a graph whose layers cannot be told apart.
+    """
+    attention = attention_nodes(model)
+    layer_of = _layers(model, attention)
+    piece_of = _pieces(model, layer_of)
+    groups = [_groups(node for node in model.graph if layer_of[node] == n) for n in range(len(attention))]
+    caches = [(edit.operand(node, 1), edit.operand(node, 2)) for node in attention]
+    wanted = [{*found.values(), *cached} for found, cached in zip(groups, caches, strict=True)]
+    needed = _ancestors(model, {value for values in wanted for value in values})
+    batches = steps(sequences)
+    crossing: list[dict[ir.Value, np.ndarray]] = [{} for _ in batches]  # of each step
+    for piece in range(_BEFORE, len(attention)):
+        shown = wanted[piece] if piece != _BEFORE else set()
+        nodes = [node for node in needed if piece_of[node] == piece]
+        later = {
+            value
+            for node in needed
+            if piece_of[node] > piece
+            for value in node.inputs
+            if value is not None and value.producer() is not None
+        }
+        later |= {value for values in wanted[piece + 1 :] for value in values}
+        seen = _run(Piece(model, nodes, [*shown, *later], tensors), batches, crossing, shown, later)
+        if piece == _BEFORE:
+            continue
+        _refuse_overflow(seen, piece)
+        keys, values = (seen[value] for value in caches[piece])
+        inputs = {modules: seen[value] for modules, value in groups[piece].items()}
+        del seen
+        yield LayerInputs(piece, inputs, keys, values)
+        del inputs, keys, values
+
+
+def _run(
+    piece: Piece,
+    batches: Sequence[Batch],
+    crossing: list[dict[ir.Value, np.ndarray]],
+    shown: set[ir.Value],
+    later: set[ir.Value],
+) -> dict[ir.Value, np.ndarray]:
+    """The values in `shown` of all steps, one after the other. Leaves those in `later` in `crossing`."""
+    tokens = sum(len(batch.input_ids) for batch in batches)
+    seen = {value: np.empty((tokens, edit.dims(value)[-1]), np.float32) for value in shown}
+    first = 0
+    for index, batch in enumerate(batches):
+        arrays = piece(batch, crossing[index])
+        last = first + len(batch.input_ids)
+        for value, array in seen.items():
+            array[first:last] = arrays[value]
+        crossing[index] = {value: array for value, array in arrays.items() if value in later}
+        first = last
+    return seen
+
+
+def _layers(model: ir.Model, attention: Sequence[ir.Node]) -> dict[ir.Node, int]:
+    """The decoder layer that each node belongs to, by the name of its module; _BEFORE: none."""
+    prefixes = {_prefix(node): layer for layer, node in enumerate(attention)}
+    if not attention or len(prefixes) < len(attention) or "" in prefixes:
+        names = ", ".join(map(module_of, attention[:3]))
+        raise UnsupportedError(
+            f"the names of the model's attention ({names or 'none'}) do not tell its decoder layers apart",
+            "choose a quantization that needs no calibration",
+        )
+    return {node: prefixes.get(_prefix(node), _BEFORE) for node in model.graph}
+
+
+def _prefix(node: ir.Node) -> str:
+    match = _NUMBERED.match(module_of(node))
+    return match.group() if match else ""
+
+
+def _pieces(model: ir.Model, layer_of: Mapping[ir.Node, int]) -> dict[ir.Node, int]:
+    """The piece that each node is run in: its layer's, or else the first that has its inputs."""
+    piece_of: dict[ir.Node, int] = {}
+    for node in model.graph:
+        producers = (value.producer() for value in node.inputs if value is not None)
+        ready = max((piece_of[producer] for producer in producers if producer is not None), default=_BEFORE)
+        piece_of[node] = max(ready, layer_of[node])
+        if _BEFORE < layer_of[node] < ready:
+            raise UnsupportedError(
+                f"{module_of(node)} uses what a later decoder layer computes",
+                "choose a quantization that needs no calibration",
+            )
+    return piece_of
+
+
+def _groups(nodes: Iterable[ir.Node]) -> dict[tuple[str, ...], ir.Value]:
+    """The linear layers among `nodes`, those multiplied as one together -> their input."""
+    found = {}
+    for node in nodes:
+        if node.op_type != "Gemm":
+            continue
+        weight = edit.operand(node, 1)
+        if is_parameter(weight) and len(weight.uses()) == 1:
+            modules = tuple(part.removesuffix(_WEIGHT) for part in str(weight.name).split(JOIN))
+            found[modules] = edit.operand(node, 0)
+    return found
+
+
+def _ancestors(model: ir.Model, values: set[ir.Value]) -> list[ir.Node]:
+    """The nodes that `values` are computed by, in order."""
+    needed = set(values)
+    nodes = []
+    for node in reversed(list(model.graph)):
+        if needed.intersection(node.outputs):
+            nodes.append(node)
+            needed.update(value for value in node.inputs if value is not None)
+    return nodes[::-1]
+
+
+def _refuse_overflow(seen: Mapping[ir.Value, np.ndarray], layer: int) -> None:
+    for value, array in seen.items():
+        if not np.isfinite(array.sum(dtype=np.float64)):
+            raise BuildError(
+                f"{value.name} in decoder layer {layer} is infinite or NaN on the calibration text",
+                "are the weights damaged? `llmc check` reads them",
+            )

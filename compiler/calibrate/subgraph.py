@@ -1,0 +1,135 @@
+"""A piece of the canonical graph that runs: ONNX Runtime, with weights read from the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from llmc.compiler.checkpoint.safetensors import TensorRef
+from llmc.passes import edit
+from llmc.passes.canonicalize.fuse_linears import JOIN
+from llmc.passes.legalize.finalize import finish, serialize
+from llmc.plugins.paged_attention import body
+from llmc.runtime.batch import Batch
+from llmc.runtime.errors import BuildError
+
+_STEP = {field.name for field in fields(Batch)}  # other inputs of the graph are caches
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_CHUNK_BYTES = 16 << 20
+
+
+def is_parameter(value: ir.Value) -> bool:
+    """Whether the checkpoint has the data of `value`."""
+    return value.is_initializer() and value.const_value is None
+
+
+class Piece:
+    """Computes `outputs` from values that other nodes made and from the step.
+
+    `nodes` are those of `model`, in order, that `outputs` need and that were not run before; the model is not
+    changed. Parameters are read here and live as long as the piece. Of one that is only looked up by a
+    token's id, the embedding, a step reads its rows.
+    Raises BuildError when the checkpoint lacks a parameter or has it in something else than floating point.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        nodes: Iterable[ir.Node],
+        outputs: Iterable[ir.Value],
+        tensors: Mapping[str, TensorRef],
+    ) -> None:
+        nodes = list(nodes)
+        self._lookups = {node.outputs[0]: node for node in nodes if _is_lookup(node)}
+        computed = [node for node in nodes if node.outputs[0] not in self._lookups]
+        made = {value for node in computed for value in node.outputs}
+        self._tensors = tensors
+        self._inputs = [
+            value
+            for value in dict.fromkeys(
+                value for node in computed for value in node.inputs if value is not None
+            )
+            if value not in made and value.const_value is None
+        ]
+        self._weights = {v: read_float32(v, tensors) for v in self._inputs if is_parameter(v)}
+        self._outputs = [value for value in dict.fromkeys(outputs) if value in made]
+        self._session = _session(model, self._inputs, self._outputs) if self._outputs else None
+
+    def __call__(self, step: Batch, crossed: Mapping[ir.Value, np.ndarray]) -> dict[ir.Value, np.ndarray]:
+        """Every output, and what was looked up, for one step. `crossed`: what the pieces before this made."""
+        given = dict(crossed) | {value: self._look_up(node, step) for value, node in self._lookups.items()}
+        if self._session is None:
+            return given
+        feeds = {}
+        for value, port in zip(self._inputs, self._session.get_inputs(), strict=True):
+            if value in self._weights:
+                feeds[port.name] = self._weights[value]
+            elif value in given:
+                feeds[port.name] = given[value]
+            elif value.name in _STEP:
+                feeds[port.name] = getattr(step, str(value.name))
+            else:
+                blocks = len(step.block_indices)
+                feeds[port.name] = np.zeros((blocks, *edit.dims(value)[1:]), np.float32)
+        arrays = self._session.run(None, feeds)
+        return given | dict(zip(self._outputs, arrays, strict=True))
+
+    def _look_up(self, node: ir.Node, step: Batch) -> np.ndarray:
+        ids, places = np.unique(getattr(step, str(edit.operand(node, 1).name)), return_inverse=True)
+        ref = _tensor(str(edit.operand(node, 0).name), self._tensors)
+        return np.stack([ref.read(slice(i, i + 1))[0].astype(np.float32) for i in ids.tolist()])[places]
+
+
+def read_float32(value: ir.Value, tensors: Mapping[str, TensorRef]) -> np.ndarray:
+    """The data of a parameter in float32; of fused layers, the rows of one after those of the other."""
+    array = np.empty(edit.dims(value), np.float32)
+    first = 0
+    for name in str(value.name).split(JOIN):
+        ref = _tensor(name, tensors)
+        if not ref.shape:
+            array[...] = ref.read()
+            continue
+        for chunk in ref.iter_chunks(_CHUNK_BYTES):
+            array[first : first + len(chunk)] = chunk
+            first += len(chunk)
+    return array
+
+
+def _tensor(name: str, tensors: Mapping[str, TensorRef]) -> TensorRef:
+    ref = tensors.get(name)
+    if ref is None:
+        raise BuildError(f"the graph needs {name}, which the checkpoint lacks", "is the download complete?")
+    if ref.dtype not in _FLOATS:
+        raise BuildError(
+            f"tensor {name} is {ref.dtype}; calibration runs the model in floating point",
+            "calibrate with the original, unquantized weights",
+        )
+    return ref
+
+
+def _is_lookup(node: ir.Node) -> bool:
+    axis = node.attributes.get("axis")
+    if node.op_type != "Gather" or (axis is not None and axis.as_int() != 0):
+        return False
+    table, ids = edit.operand(node, 0), edit.operand(node, 1)
+    return is_parameter(table) and ids.is_graph_input() and ids.name in _STEP
+
+
+def _session(
+    model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]
+) -> ort.InferenceSession:
+    """The nodes between `inputs` and `outputs`; its ports are in their order."""
+    graph = ir.convenience.extract(model.graph, inputs, outputs)
+    for value in graph.inputs:
+        graph.initializers.pop(str(value.name), None)  # a parameter is given as an input instead
+    function = body.function()
+    part = ir.Model(graph, ir_version=10, functions=[function])
+    finish(part)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # sessions are short-lived
+    return ort.InferenceSession(serialize(part), options, providers=["CPUExecutionProvider"])

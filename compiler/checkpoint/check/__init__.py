@@ -1,0 +1,1 @@
+"""`llmc check`: whether a checkpoint is what it says it is."""

@@ -1,0 +1,99 @@
+"""Is a checkpoint what it says it is? What `llmc check` prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.compiler.checkpoint.check.magnitude import check_weights
+from llmc.compiler.checkpoint.check.values import check_plain, check_scales
+from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from llmc.compiler.checkpoint.finding import Fault
+from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint, read_quantized
+from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """quantization: "" if there is none. formats: modules by format. parameters: values of the model.
+
+    bits_per_parameter: of everything, scales and plain tensors included; quantized_bits: of the
+    quantized modules alone, 0 without any. full: whether every value was read, or a sample of the weights.
+    """
+
+    path: str
+    model_type: str
+    quantization: str
+    producer: str
+    formats: dict[str, int]
+    unread: tuple[str, ...]
+    excluded: tuple[str, ...]
+    tensors: int
+    bytes: int
+    parameters: int
+    bits_per_parameter: float
+    quantized_bits: float
+    kv_cache: str
+    kv_scales: int
+    full: bool
+    findings: tuple[Fault, ...]
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """The findings without the warnings."""
+        return tuple(one for one in self.findings if not one.warning)
+
+
+def check_checkpoint(path: Path | str, full: bool = False) -> CheckReport:
+    """Checks a checkpoint directory: headers, configuration, every scale, and the values of the weights.
+
+    Weights are read in samples, or in `full`; a few megabytes at a time in both cases.
+    Raises CheckpointError for files that cannot be read, UnsupportedError for an unknown quantization.
+    """
+    checkpoint = Checkpoint.open(path)
+    quantized = read_quantized(checkpoint)
+    scales = check_scales(quantized)
+    broken = {fault.tensor for fault in scales}
+    values = [*scales, *check_weights(quantized, broken, full), *check_plain(quantized, full)]
+    findings = sorted((*quantized.faults, *values), key=lambda fault: fault.warning)
+    return _report(checkpoint, quantized, full, findings)
+
+
+def _report(
+    checkpoint: Checkpoint, quantized: QuantizedCheckpoint, full: bool, findings: list[Fault]
+) -> CheckReport:
+    claims, modules = quantized.claims, quantized.modules.values()
+    weights = sum(module.shape[0] * module.shape[1] for module in modules)
+    stored = sum(module.nbytes - _bias_bytes(module) for module in modules)
+    label = claims.label if claims else "undeclared" if quantized.quantized else ""
+    return CheckReport(
+        path=str(checkpoint.path),
+        model_type=checkpoint.model_type,
+        quantization=label,
+        producer=claims.producer if claims else "",
+        formats=dict(Counter(map(describe, modules)).most_common()),
+        unread=quantized.unread,
+        excluded=quantized.excluded,
+        tensors=len(checkpoint.tensors),
+        bytes=checkpoint.total_bytes,
+        parameters=quantized.parameters,
+        bits_per_parameter=8 * checkpoint.total_bytes / max(1, quantized.parameters),
+        quantized_bits=8 * stored / max(1, weights),
+        kv_cache=claims.kv_cache if claims else "",
+        kv_scales=len(quantized.kv_scales),
+        full=full,
+        findings=tuple(findings),
+    )
+
+
+def describe(module: QuantizedModule) -> str:
+    """ "nvfp4 in groups of 16"."""
+    if module.format == "fp8-block":
+        return f"{module.format} of {module.block[0]} x {module.block[1]}"
+    groups = f" in groups of {module.group_size}" if module.group_size else ""
+    return f"{module.format}{groups}"
+
+
+def _bias_bytes(module: QuantizedModule) -> int:
+    return module.tensors["bias"].nbytes if "bias" in module.tensors else 0

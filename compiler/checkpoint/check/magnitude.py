@@ -1,0 +1,119 @@
+"""Whether dequantized weights are as large as weights are. Finds scales stored as their inverse.
+
+Let c be the root mean square of a module's codes and r that of its weights, so that its scale is about
+r / c. Read with the inverse scale the weights come out at c * c / r instead of r. Linear weights of
+language models have r between 0.001 and 1, codes have c of 2.5 (4-bit integers) to hundreds (FP8; NVFP4
+with its global scale counts as up to 2688), so an inverse scale always makes them larger, beyond:
+
+    LIMIT    an rms of 8, for every r below 0.78 and c of 2.5 or more
+    APART    100 times the median of the modules of the same name (`q_proj` of every layer) that are
+             below LIMIT, or of all modules where there are fewer than three
+
+Modules that are smaller than 1/1000 of that median get a warning: pruned and dead layers exist.
+
+Activations have no codes to look at, but NVFP4's input scale is amax / 2688, and its inverse is above 1
+unless amax is: it is wrong if more than half of a checkpoint's are above 1. FP8's input scale is stored
+in one way by every format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from statistics import median
+
+import numpy as np
+
+from llmc.compiler.checkpoint.finding import Fault
+from llmc.compiler.checkpoint.prequantized.dequantize import dequantize, iter_rows
+from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint
+from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
+
+LIMIT, APART, TINY = 8.0, 100.0, 1e-3
+_BLOCK = 1 << 23
+_SAMPLE = 1 << 20
+
+
+def check_weights(quantized: QuantizedCheckpoint, broken: set[str], full: bool) -> list[Fault]:
+    """NaN in the codes of every module, and its magnitude; `broken`: tensors known to be bad, left out."""
+    faults: list[Fault] = []
+    rms: dict[str, float] = {}
+    for name, module in quantized.modules.items():
+        if broken & {ref.name for ref in module.tensors.values()}:
+            continue
+        square, count = 0.0, 0
+        for block in iter_rows(module, _BLOCK) if full else _sample(module):
+            square += float(np.square(block, dtype=np.float64).sum())
+            count += block.size
+        if math.isnan(square):
+            faults.append(Fault("value", module.tensors["weight"].name, "has codes that are NaN"))
+        else:
+            rms[name] = math.sqrt(square / count)
+    return faults + _magnitudes(quantized, rms) + _inputs(quantized)
+
+
+def _sample(module: QuantizedModule) -> Iterator[np.ndarray]:
+    """Rows from the beginning, the middle and the end, as the activations' scale makes them."""
+    rows, columns = module.shape
+    count = max(2, _SAMPLE // (4 * columns))
+    starts = {0, max(0, (rows - count) // 2), max(0, rows - count)} if rows > 3 * count else {0}
+    for first in sorted(starts):
+        yield _effective(
+            module, dequantize(module, slice(first, first + (count if len(starts) > 1 else rows)))
+        )
+
+
+def _effective(module: QuantizedModule, weight: np.ndarray) -> np.ndarray:
+    """AWQ moves a factor from activations to weights; back with it, as the product has it."""
+    factor = module.tensors.get("pre_quant_scale")
+    return weight if factor is None else weight * factor.read().astype(np.float32)
+
+
+def _magnitudes(quantized: QuantizedCheckpoint, rms: dict[str, float]) -> list[Fault]:
+    by_end: defaultdict[str, list[float]] = defaultdict(list)
+    sound = {name: value for name, value in rms.items() if 0 < value <= LIMIT}
+    for name, value in sound.items():
+        by_end[name.rpartition(".")[2]].append(value)
+    faults = []
+    for name, value in rms.items():
+        weight = quantized.modules[name].tensors["weight"].name
+        kin = by_end[name.rpartition(".")[2]]
+        usual = median(kin if len(kin) >= 3 else list(sound.values()) or [value])
+        if value > LIMIT or value > APART * usual:
+            what = f"dequantized, its values are about {value:.3g}"
+            what += (
+                f" and those of its kind {usual:.3g}"
+                if value > APART * usual
+                else ", far too large for a weight"
+            )
+            faults.append(Fault("magnitude", weight, f"{what}: is its scale stored as the inverse?"))
+        elif value < TINY * usual:
+            what = (
+                "all sampled values are zero"
+                if value == 0
+                else f"values are about {value:.3g}, of its kind {usual:.3g}"
+            )
+            faults.append(Fault("magnitude", weight, what, warning=True))
+    return faults
+
+
+def _inputs(quantized: QuantizedCheckpoint) -> list[Fault]:
+    found: list[tuple[float, str]] = []
+    for module in quantized.modules.values():
+        if module.format != "nvfp4":
+            continue
+        if (ref := module.tensors.get("input_scale")) is not None:
+            found.append((float(ref.read().reshape(-1)[0]), ref.name))
+        elif (ref := module.tensors.get("inverse_input_scale")) is not None:
+            value = float(ref.read().reshape(-1)[0])
+            found.append((1 / value if value else math.inf, ref.name))
+    wrong = [(value, name) for value, name in found if value > 1 and math.isfinite(value)]
+    if 2 * len(wrong) <= len(found):
+        return []
+    value, name = wrong[0]
+    what = (
+        f"stands for activations up to {value * 2688:,.0f}, and {len(wrong)} of {len(found)} are like it: "
+        "are they stored as the inverse?"
+    )
+    return [Fault("magnitude", name, what)]

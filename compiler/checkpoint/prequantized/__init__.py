@@ -1,0 +1,1 @@
+"""Checkpoints whose weights are quantized already: their declared scheme, and their tensors."""

@@ -1,0 +1,32 @@
+"""The scales of a quantized KV cache, layer by layer."""
+
+from __future__ import annotations
+
+import re
+
+from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint
+from llmc.runtime.errors import CheckpointError
+
+_NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\..*?(?:[kv]_proj\.)?([kv])_scale")
+
+
+def layer_kv_scales(checkpoint: QuantizedCheckpoint) -> dict[int, tuple[float, float]]:
+    """Layer -> (scale of its keys, scale of its values): a cached code times it is the value, in NVFP4 times
+    the scale of its block too.
+
+    ModelOpt has them on k_proj and v_proj, compressed-tensors on the attention module; one that is absent
+    is 1. Empty for a checkpoint without any. Raises CheckpointError for one that is not a positive number.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for name, ref in checkpoint.kv_scales.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            continue  # of queries, or a bias
+        values = ref.read().astype("float32").reshape(-1)
+        if values.size != 1 or not 0 < values[0] < float("inf"):
+            raise CheckpointError(
+                f"tensor {name} of shape {list(ref.shape)} is not one positive number",
+                "llmc reads one scale for the keys and one for the values of a layer",
+            )
+        found.setdefault(int(match[1]), {})[match[2]] = float(values[0])
+    return {layer: (one.get("k", 1.0), one.get("v", 1.0)) for layer, one in sorted(found.items())}

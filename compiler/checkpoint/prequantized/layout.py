@@ -1,0 +1,212 @@
+"""The tensors of a whole checkpoint, sorted: quantized modules, plain weights, KV scales, and the rest."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmc.compiler.checkpoint.checkpoint import CONFIG, Checkpoint
+from llmc.compiler.checkpoint.finding import Fault
+from llmc.compiler.checkpoint.names import IGNORED_EXTRAS
+from llmc.compiler.checkpoint.prequantized.module import KV_NAMES, ROLES, QuantizedModule, Role
+from llmc.compiler.checkpoint.prequantized.read_config import read_claims
+from llmc.compiler.checkpoint.prequantized.recognize import is_quantized, recognize
+from llmc.compiler.checkpoint.prequantized.scheme import Claims
+from llmc.compiler.checkpoint.safetensors import TensorRef
+
+_IGNORED = re.compile("|".join(f"(?:{pattern})" for pattern in IGNORED_EXTRAS))
+_SCALE_LIKE = re.compile(
+    r"(weight|input|output)_.*(scale|zero_point).*|weight_(packed|shape|g_idx)|pre_quant_scale"
+    r"|qweight|qzeros|scales|g_idx|svdquant_.*"
+)
+_PLAIN = ("F64", "F32", "F16", "BF16")
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """claims: None if the configuration says nothing of quantization.
+
+    modules: of a sound layout, by name. plain: every tensor that is not quantized, by name.
+    unread: modules with codes or scales whose layout is not sound. excluded: modules with a plain matrix
+    that the exclude list names. faults: of the layout.
+    """
+
+    claims: Claims | None
+    modules: Mapping[str, QuantizedModule]
+    unread: tuple[str, ...]
+    plain: Mapping[str, TensorRef]
+    kv_scales: Mapping[str, TensorRef]
+    excluded: tuple[str, ...]
+    faults: tuple[Fault, ...]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the configuration or any tensor says so."""
+        return self.claims is not None or bool(self.modules) or bool(self.unread)
+
+    @property
+    def named(self) -> dict[str, QuantizedModule | TensorRef]:
+        """The model's own parameters by name, a quantized weight as its module: no scales."""
+        weights = {f"{name}.weight": module for name, module in self.modules.items()}
+        biases = [module.tensors["bias"] for module in self.modules.values() if "bias" in module.tensors]
+        return {**self.plain, **weights, **{ref.name: ref for ref in biases}}
+
+    @property
+    def parameters(self) -> int:
+        """Values of the model: of quantized weights as many as they stand for, and no scales."""
+        codes = sum(math.prod(module.shape) for module in self.modules.values())
+        biases = [module.tensors["bias"] for module in self.modules.values() if "bias" in module.tensors]
+        return codes + sum(math.prod(ref.shape) for ref in (*biases, *self.plain.values()))
+
+
+def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
+    """Sorts a checkpoint's tensors and compares them with its configuration. Reads no weights.
+
+    Raises UnsupportedError for a method that llmc does not read, CheckpointError for damaged files.
+    """
+    claims = read_claims(checkpoint)
+    faults = list(claims.faults) if claims else []
+    parts: defaultdict[str, dict[Role, TensorRef]] = defaultdict(dict)
+    others: dict[str, TensorRef] = {}
+    kv_scales: dict[str, TensorRef] = {}
+    for name, ref in checkpoint.tensors.items():
+        module, _, last = name.rpartition(".")
+        if last in KV_NAMES:
+            kv_scales[name] = ref
+        elif (role := ROLES.get(last)) is None or role in parts[module]:
+            others[name] = ref
+        else:
+            parts[module][role] = ref
+    modules: dict[str, QuantizedModule] = {}
+    plain: dict[str, TensorRef] = {}
+    broken: set[str] = set()
+    for name, tensors in parts.items():
+        if not is_quantized(tensors):
+            for role, ref in tensors.items():
+                (plain if role in ("weight", "bias") else others)[ref.name] = ref
+            continue
+        found, wrong = recognize(name, tensors, claims.of(name) if claims else None)
+        faults += wrong
+        if found is not None:
+            modules[name] = found
+        else:
+            broken.add(name)
+    for name, ref in others.items():
+        if ref.dtype in _PLAIN and name.rpartition(".")[0] not in modules and not _auxiliary(name):
+            plain[name] = ref
+        elif not _IGNORED.fullmatch(name):
+            buffer = ref.dtype in ("BOOL", "I64") and not _auxiliary(name)
+            what = f"{ref.dtype} {list(ref.shape)} belongs to no weight"
+            faults.append(Fault("unclaimed", name, what, warning=buffer))
+    faults += _against_config(claims, modules, plain, broken)
+    faults += _hidden_size(checkpoint, modules) + _fused(modules)
+    if claims and claims.kv_cache and not kv_scales:
+        what = f"says that the KV cache is {claims.kv_cache}, no tensor has its scales: 1.0 is used"
+        faults.append(Fault("missing", CONFIG, what, warning=True))
+    excluded = [name for name in _matrices(plain) if claims and claims.excludes(name)]
+    unread = tuple(sorted(broken))
+    return QuantizedCheckpoint(claims, modules, unread, plain, kv_scales, tuple(excluded), tuple(faults))
+
+
+def _auxiliary(name: str) -> bool:
+    """Whether a name is that of a scale, and not of a model's own parameter."""
+    return _SCALE_LIKE.fullmatch(name.rpartition(".")[2]) is not None
+
+
+def _matrices(plain: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    """Modules that could have been quantized: with a plain `weight` of two axes, embeddings apart."""
+    found = {}
+    for name, ref in plain.items():
+        module, _, last = name.rpartition(".")
+        end = module.rpartition(".")[2]
+        if last == "weight" and len(ref.shape) == 2 and "embed" not in end and end not in ("wte", "wpe"):
+            found[module] = ref
+    return found
+
+
+def _against_config(
+    claims: Claims | None,
+    modules: Mapping[str, QuantizedModule],
+    plain: Mapping[str, TensorRef],
+    broken: set[str],
+) -> list[Fault]:
+    """The exclude list against the tensors, in both directions, and claims without any tensor."""
+    if claims is None:
+        first = [(name, module.format) for name, module in modules.items()][:1]
+        what = "says nothing of quantization, but {} is {} ({} such modules)"
+        return [Fault("config", CONFIG, what.format(*one, len(modules))) for one in first]
+    if claims.groups and not modules and not broken:
+        return [Fault("config", CONFIG, f"says {claims.label}, but no tensor is quantized")]
+    faults = []
+    for name, module in modules.items():
+        weight = module.tensors["weight"].name
+        if claims.excludes(name):
+            faults.append(Fault("exclude", weight, f"is {module.format}, but the configuration excludes it"))
+        elif claims.groups and claims.of(name) is None:
+            faults.append(
+                Fault("exclude", weight, f"is {module.format}, but the configuration does not name it")
+            )
+    ends = {name.rpartition(".")[2] for name in (*modules, *broken)}
+    for name, ref in _matrices(plain).items():
+        if claims.excludes(name) or claims.of(name) is None:
+            continue
+        end = name.rpartition(".")[2]
+        sure = end in ends or (end == "lm_head" and claims.method == "compressed-tensors")
+        if sure or claims.exclude is not None:
+            what = f"is {ref.dtype}, not quantized, and the configuration does not exclude it"
+            faults.append(Fault("exclude", ref.name, what, warning=not sure))
+    return faults
+
+
+def _hidden_size(checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule]) -> list[Fault]:
+    """FP8 bytes with scales for half of them look like NVFP4 of twice the width: the model's size tells."""
+    hidden = checkpoint.config.get("hidden_size")
+    faults = []
+    for name, module in modules.items():
+        end = name.rpartition(".")[2]
+        reads_hidden = end in (
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "qkv_proj",
+            "gate_proj",
+            "up_proj",
+            "gate_up_proj",
+        )
+        if (
+            module.format == "nvfp4"
+            and module.block[1] == 16
+            and reads_hidden
+            and module.shape[1] == 2 * (hidden or 0)
+        ):
+            weight = module.tensors["weight"]
+            what = (
+                f"has {module.shape[1]} values of 4 bits a row, hidden_size is {hidden}: these are FP8 bytes"
+            )
+            faults.append(Fault("format", weight.name, what))
+    return faults
+
+
+def _fused(modules: Mapping[str, QuantizedModule]) -> list[Fault]:
+    """Projections that engines run as one must agree on the scales that one product has only one of."""
+    faults = []
+    for name in modules:
+        parent, _, end = name.rpartition(".")
+        for group in _FUSED:
+            if end != group[0]:
+                continue
+            members = [modules[one] for last in group if (one := f"{parent}.{last}") in modules]
+            for role in ("global_scale", "inverse_global_scale", "input_scale", "inverse_input_scale"):
+                refs = [one.tensors[role] for one in members if role in one.tensors]
+                values = {float(ref.read().reshape(-1)[0]) for ref in refs if math.prod(ref.shape) == 1}
+                if len(values) > 1:
+                    kin = ", ".join(group)
+                    what = (
+                        f"{kin} have different ones: {', '.join(f'{value:.4g}' for value in sorted(values))}"
+                    )
+                    faults.append(Fault("fused", refs[0].name, what, warning=True))
+    return faults

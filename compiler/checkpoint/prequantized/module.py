@@ -1,0 +1,81 @@
+"""What one quantized module of a checkpoint is: its format and the part that each of its tensors plays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from llmc.compiler.checkpoint.safetensors import TensorRef
+
+Format = Literal[
+    "fp8",  # E4M3, one scale
+    "fp8-channel",  # E4M3, a scale for each row
+    "fp8-block",  # E4M3, a scale for each block of (usually) 128 x 128
+    "nvfp4",  # E2M1, an E4M3 scale for each 16 of a row, and a global scale
+    "int4-awq",  # ModelOpt: two rows in a byte, a scale for each group of a row
+    "int4-packed",  # compressed-tensors: eight values in an int32
+    "int8-packed",  # compressed-tensors: four values in an int32
+    "int8",  # one byte a value, one scale or a scale for each row
+]
+Role = Literal[
+    "weight",
+    "weight_scale",  # multiplies, whatever it is called
+    "global_scale",  # multiplies
+    "inverse_global_scale",  # divides
+    "input_scale",  # a step of the activations' codes
+    "inverse_input_scale",  # 1 / such a step
+    "zero_point",
+    "shape",
+    "group_index",
+    "pre_quant_scale",  # multiplies the activation before the product
+    "bias",
+]
+
+# The tensors of a module by the last part of their names.
+ROLES: dict[str, Role] = {
+    "weight": "weight",
+    "weight_packed": "weight",
+    "weight_scale": "weight_scale",
+    "weight_scale_inv": "weight_scale",  # DeepSeek; in spite of its name it multiplies
+    "weight_scale_2": "global_scale",  # ModelOpt
+    "weight_global_scale": "inverse_global_scale",  # compressed-tensors
+    "input_scale": "input_scale",
+    "input_global_scale": "inverse_input_scale",  # compressed-tensors
+    "weight_zero_point": "zero_point",
+    "weight_shape": "shape",
+    "weight_g_idx": "group_index",
+    "pre_quant_scale": "pre_quant_scale",
+    "bias": "bias",
+}
+KV_NAMES = (
+    "k_scale",
+    "v_scale",
+    "q_scale",
+    "k_bias",
+    "v_bias",
+)  # of an attention module, or of k_proj, v_proj
+
+
+@dataclass(frozen=True)
+class QuantizedModule:
+    """One linear layer. `shape` is [out, in] of the weight it stands for.
+
+    block: how many rows and columns of the weight share one value of `weight_scale`.
+    """
+
+    name: str
+    format: Format
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    tensors: Mapping[Role, TensorRef]
+
+    @property
+    def group_size(self) -> int | None:
+        """Values of a row that share a scale, for the formats with groups inside a row; else None."""
+        return self.block[1] if self.block[0] == 1 and self.block[1] < self.shape[1] else None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        return sum(ref.nbytes for ref in self.tensors.values())

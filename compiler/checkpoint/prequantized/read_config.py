@@ -1,0 +1,203 @@
+"""What the configuration files of a checkpoint say about its quantization.
+
+    config.json           `quantization_config`: ModelOpt, compressed-tensors, or `fp8` (DeepSeek)
+    hf_quant_config.json  ModelOpt
+
+The tensors decide what a module is; this is what they are compared with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from llmc.compiler.checkpoint.checkpoint import CONFIG, Checkpoint
+from llmc.compiler.checkpoint.finding import Fault
+from llmc.compiler.checkpoint.prequantized.config_groups import (
+    Groups,
+    describe_groups,
+    first_group_size,
+    kv_format,
+    names,
+    read_groups,
+)
+from llmc.compiler.checkpoint.prequantized.scheme import Claim, Claims
+from llmc.compiler.checkpoint.safetensors import refuse_lfs_pointer
+from llmc.runtime.errors import CheckpointError, UnsupportedError
+
+MODELOPT_FILE = "hf_quant_config.json"
+METHODS = {"modelopt": "ModelOpt", "compressed-tensors": "compressed-tensors", "fp8": "block FP8 (DeepSeek)"}
+_KEY = "quantization_config"
+
+
+def read_claims(checkpoint: Checkpoint) -> Claims | None:
+    """The claims of a checkpoint's files, or None for one that says it is not quantized.
+
+    Raises UnsupportedError for a method or format that llmc does not read, and CheckpointError for
+    damaged files.
+    """
+    found = checkpoint.config.get(_KEY)
+    text = checkpoint.config.get("text_config")
+    if found is None and isinstance(text, dict):
+        found = text.get(_KEY)
+    beside = checkpoint.path / MODELOPT_FILE
+    extra = _read_json(checkpoint) if beside.is_file() else None
+    if found is None and extra is None:
+        return None
+    if found is not None and not isinstance(found, dict):
+        raise CheckpointError(
+            f"{checkpoint.path / CONFIG}: {_KEY} is not an object", hint="the file is damaged"
+        )
+    if found is None:
+        return _modelopt(extra or {})
+    method = found.get("quant_method") or ("modelopt" if extra is not None else None)
+    if not isinstance(method, str) or method not in METHODS:
+        raise UnsupportedError(
+            f"{checkpoint.path} is quantized with {method!r}, which llmc does not read",
+            hint=f"known: {', '.join(METHODS)}; or start from the checkpoint that was quantized",
+        )
+    if method == "compressed-tensors":
+        return _compressed_tensors(found)
+    if method == "fp8":
+        return _fp8(found)
+    claims = _modelopt(found)
+    return claims if extra is None else _compare(claims, _modelopt(extra))
+
+
+def _compare(claims: Claims, beside: Claims) -> Claims:
+    """`claims` of config.json, with what hf_quant_config.json says otherwise."""
+    faults = []
+    if claims.groups != beside.groups and claims.label != beside.label:
+        what = f"says {beside.label}, {CONFIG} says {claims.label}"
+        faults.append(Fault("config", MODELOPT_FILE, what))
+    if claims.exclude is None:
+        claims = replace(claims, exclude=beside.exclude)
+    elif beside.exclude is not None and set(claims.exclude) != set(beside.exclude):
+        odd = sorted(set(claims.exclude) ^ set(beside.exclude))
+        what = f"excludes other modules than {CONFIG} does, such as {odd[0]!r}"
+        faults.append(Fault("config", MODELOPT_FILE, what, warning=True))
+    return replace(
+        claims,
+        faults=(*claims.faults, *faults),
+        kv_cache=claims.kv_cache or beside.kv_cache,
+        producer=claims.producer or beside.producer,
+    )
+
+
+_STATIC = {"FP8": True, "NVFP4": True, "NVFP4_AWQ": True, "W4A8_NVFP4_FP8": True, "W8A8_SQ_PER_CHANNEL": None}
+
+_INPUTS = {
+    "FP8": "fp8",
+    "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
+    "FP8_PB": "fp8",
+    "NVFP4": "fp4",
+    "NVFP4_AWQ": "fp4",
+    "W4A8_NVFP4_FP8": "fp8",
+    "W8A8_SQ_PER_CHANNEL": "int8",
+}
+
+
+def _algorithm(name: Any, group: Any) -> Claim:
+    """ModelOpt's quant_algo."""
+    size = group if isinstance(group, int) and group > 0 else None
+    inputs = _INPUTS.get(name, "") if isinstance(name, str) else ""
+    if name in ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8"):
+        return Claim("nvfp4", size or 16, static_input=_STATIC.get(name), inputs=inputs)
+    if name == "FP8":
+        return Claim("fp8", static_input=True, inputs=inputs)
+    if name == "FP8_PER_CHANNEL_PER_TOKEN":
+        return Claim("fp8-channel", inputs=inputs)
+    if name in ("FP8_PB_WO", "FP8_PB"):
+        return Claim("fp8-block", block=(128, 128), inputs=inputs)
+    if name == "W4A16_AWQ":
+        return Claim("int4-awq", size)
+    if name in ("W8A16", "W8A8_SQ_PER_CHANNEL"):
+        return Claim("int8", inputs=inputs)
+    raise UnsupportedError(
+        f"ModelOpt's {name!r} is a format that llmc does not read",
+        hint="known: FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, NVFP4, W4A16_NVFP4, NVFP4_AWQ, "
+        "W4A8_NVFP4_FP8, W4A16_AWQ, W8A16, W8A8_SQ_PER_CHANNEL, MIXED_PRECISION",
+    )
+
+
+def _modelopt(config: Mapping[str, Any]) -> Claims:
+    inner = config.get("quantization")
+    said: Mapping[str, Any] = inner if isinstance(inner, dict) else config
+    algorithm = said.get("quant_algo")
+    layers = said.get("quantized_layers")
+    if isinstance(layers, dict) and algorithm in ("MIXED_PRECISION", None):
+        one = {
+            name: layer if isinstance(layer, dict) else {"quant_algo": layer}
+            for name, layer in layers.items()
+        }
+        groups: Groups = tuple(
+            ((name,), _algorithm(layer.get("quant_algo"), layer.get("group_size")))
+            for name, layer in one.items()
+        )
+    elif algorithm is None or algorithm == "MIXED_PRECISION":
+        groups = read_groups(said, "int4-awq")
+    else:
+        size = said.get("group_size") or first_group_size(said)
+        groups = ((("Linear",), _algorithm(algorithm, size)),)
+    producer = config.get("producer")
+    made_by = producer if isinstance(producer, dict) else {}
+    kv = said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme")
+    label = str(algorithm) if algorithm else describe_groups(groups)
+    return Claims(
+        method="modelopt",
+        label=f"{METHODS['modelopt']} {label}",
+        producer=" ".join(str(made_by[key]) for key in ("name", "version") if made_by.get(key)),
+        groups=groups,
+        exclude=names(said.get("exclude_modules", said.get("ignore"))),
+        kv_cache=kv_format(kv),
+    )
+
+
+def _compressed_tensors(config: Mapping[str, Any]) -> Claims:
+    groups = read_groups(config, "int4-packed")
+    status = config.get("quantization_status")
+    faults: tuple[Fault, ...] = ()
+    if status not in (None, "compressed"):
+        faults = (Fault("config", CONFIG, f"quantization_status is {status!r}, not 'compressed'"),)
+    return Claims(
+        method="compressed-tensors",
+        label=f"{METHODS['compressed-tensors']} {config.get('format', describe_groups(groups))}",
+        producer=f"compressed-tensors {config['version']}" if config.get("version") else "",
+        groups=groups,
+        exclude=names(config.get("ignore", [])),
+        kv_cache=kv_format(config.get("kv_cache_scheme")),
+        faults=faults,
+    )
+
+
+def _fp8(config: Mapping[str, Any]) -> Claims:
+    size = config.get("weight_block_size")
+    static = config.get("activation_scheme") == "static"
+    if isinstance(size, list) and len(size) == 2 and all(type(one) is int and one > 0 for one in size):
+        claim = Claim("fp8-block", block=(size[0], size[1]), static_input=static, inputs="fp8")
+    else:
+        claim = Claim("fp8", static_input=static, inputs="fp8")
+    exclude = config.get("modules_to_not_convert") or config.get("ignored_layers")
+    return Claims(
+        "fp8",
+        METHODS["fp8"],
+        "",
+        ((("Linear",), claim),),
+        names(exclude),
+        kv_format(config.get("kv_cache_scheme")),
+    )
+
+
+def _read_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    file = checkpoint.path / MODELOPT_FILE
+    try:
+        data = file.read_bytes()
+        refuse_lfs_pointer(file, data)
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}", hint="download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is not a JSON object", hint="download it again")
+    return value

@@ -1,0 +1,60 @@
+"""What a checkpoint says about its quantization; the tensors decide, and are compared with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llmc.compiler.checkpoint.finding import Fault
+from llmc.compiler.checkpoint.prequantized.module import Format
+from llmc.compiler.checkpoint.prequantized.patterns import matches
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a configuration says about one module. None: it does not say.
+
+    group_size: values of a row that share a scale; 0: the whole row. block: rows and columns.
+    inputs: what the recipe rounds a layer's inputs to, "fp8", "fp4" or "int8"; "" for nothing, or unsaid.
+    """
+
+    format: Format
+    group_size: int | None = None
+    block: tuple[int, int] | None = None
+    static_input: bool | None = None
+    symmetric: bool = True
+    inputs: str = ""
+
+
+@dataclass(frozen=True)
+class Claims:
+    """groups: (targets, claim), the first match counts; a target that is a class name is for every module.
+
+    exclude: None when the files have no such list. kv_cache: "" when they name no format for it.
+    """
+
+    method: str
+    label: str
+    producer: str
+    groups: tuple[tuple[tuple[str, ...], Claim], ...]
+    exclude: tuple[str, ...] | None
+    kv_cache: str
+    faults: tuple[Fault, ...] = field(default=(), compare=False)
+
+    def of(self, module: str) -> Claim | None:
+        """The claim for a module that is not excluded; None if the files do not name it."""
+        for targets, claim in self.groups:
+            if matches(module, targets):
+                return claim
+        return self.default
+
+    @property
+    def default(self) -> Claim | None:
+        """The claim for every linear layer that no other target names."""
+        return next((claim for targets, claim in self.groups if any(map(_is_class, targets))), None)
+
+    def excludes(self, module: str) -> bool:
+        return matches(module, self.exclude or ())
+
+
+def _is_class(target: str) -> bool:
+    return target[:1].isupper() and target.isidentifier()

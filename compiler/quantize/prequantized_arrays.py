@@ -1,0 +1,90 @@
+"""Rearranges the codes and scales of a quantized checkpoint for an engine; none of them changes its value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llmc.compiler.checkpoint.prequantized.dequantize import code_bits, spread, zero_points
+from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
+from llmc.compiler.checkpoint.prequantized.packing import unpack_int4_along_out, unpack_int32
+from llmc.compiler.quantize.prequantized_form import StoredModule
+from llmc.compiler.quantize.produce import Produced, join, keep
+from llmc.passes.quantize.elements import pack
+from llmc.passes.quantize.formats import STORED, Format
+from llmc.passes.quantize.matrix import QuantizedMatrix
+from llmc.runtime.errors import CheckpointError
+
+
+def produce_stored(
+    matrices: Sequence[QuantizedMatrix],
+    modules: Mapping[str, StoredModule],
+    directory: Path,
+    on_matrix: Callable[[int], None] = lambda done: None,
+) -> Produced:
+    """Writes the arrays of `matrices`, as the checkpoint has them, and their input scales.
+
+    Raises CheckpointError for scales that are not positive numbers.
+    """
+    produced = Produced()
+    for index, matrix in enumerate(matrices):
+        on_matrix(index)
+        parts = [modules[name] for name in matrix.modules]
+        arrays = join([arrays_of(part, matrix.format) for part in parts])
+        if (scale := parts[0].input_scale) is not None:
+            arrays["input_scale"] = np.asarray(scale)
+        keep(produced, matrix, arrays, directory / f"{index}.safetensors")
+    return produced
+
+
+def arrays_of(stored: StoredModule, form: Format) -> dict[str, np.ndarray]:
+    """The arrays of `form.layout` for one module; `form` may be that of the matrix it is a part of."""
+    module = stored.module
+    if form.codes == "e2m1":
+        arrays = {"weight": module.tensors["weight"].read(), "weight_scale": _read_scales(module)}
+        assert stored.global_scale is not None
+        return arrays | {"weight_scale_2": np.asarray(stored.global_scale)}
+    codes = _codes(module)
+    return {
+        "weight": pack(codes) if form.packed else codes,
+        "weight_scale": _scales(module, form).astype(STORED[form.scales]),
+    }
+
+
+def _codes(module: QuantizedModule) -> np.ndarray:
+    """[out, in], int8 or float8_e4m3fn, less their zero points."""
+    stored, (rows, columns) = module.tensors["weight"].read(), module.shape
+    if module.format == "int4-awq":
+        return unpack_int4_along_out(stored)
+    if module.format not in ("int4-packed", "int8-packed"):
+        return stored
+    codes = unpack_int32(stored, code_bits(module), columns)
+    if "zero_point" in module.tensors:
+        codes = codes - spread(module, zero_points(module, 0, rows))  # fits: see stored_module.py
+    return codes
+
+
+def _scales(module: QuantizedModule, form: Format) -> np.ndarray:
+    """As `form.layout` has them, in the dtype that the checkpoint has: values are repeated, not computed."""
+    stored, (height, width), (rows, columns) = _read_scales(module), module.block, module.shape
+    if form.block == -1:
+        return stored.reshape(())
+    grid = stored.reshape(-(-rows // height), -1)
+    by_row = np.repeat(grid, height, axis=0)[:rows]
+    if form.block == 0:
+        return by_row[:, 0]
+    return by_row[:, np.arange(0, columns, form.block) // width]
+
+
+def _read_scales(module: QuantizedModule) -> np.ndarray:
+    ref = module.tensors["weight_scale"]
+    scales = ref.read()
+    wide = scales.astype(np.float32)
+    if not (np.isfinite(wide).all() and (wide > 0).all()):
+        raise CheckpointError(
+            f"tensor {ref.name} has scales that are not positive numbers",
+            "`llmc check CHECKPOINT` counts them",
+        )
+    return scales

@@ -1,0 +1,198 @@
+"""What an engine holds of one quantized module of a checkpoint: the format, and the scales beside it.
+
+    in the checkpoint           in the engine
+    fp8, fp8-channel            E4M3, one scale or one a row
+    fp8-block [h, w]            E4M3, a scale for w columns; those of h rows are repeated
+    nvfp4                       E2M1, the same two scales
+    int4-awq, int4-packed       4 bits, a scale for each group or row
+    int4-packed, zero points    int8: code - zero point is within -15..15
+    int8, int8-packed           int8, a scale for each group or row
+
+Every code and scale is exactly the checkpoint's but for compressed-tensors' inverse scales, which become
+multipliers in fp32: 1 / x, rounded once. Blocks that do not divide a row become smaller ones with the same
+scales. Static inputs are rounded as in the recipe; those that are rounded dynamically, or to int8, are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmc.compiler.checkpoint.prequantized.dequantize import code_bits, zero_points
+from llmc.compiler.checkpoint.prequantized.module import QuantizedModule, Role
+from llmc.compiler.checkpoint.prequantized.scheme import Claims
+from llmc.compiler.checkpoint.safetensors import TensorRef
+from llmc.passes.quantize.formats import Format, stored_format
+from llmc.runtime.errors import CheckpointError, UnsupportedError
+
+_CODES = {
+    "fp8": "e4m3",
+    "fp8-channel": "e4m3",
+    "fp8-block": "e4m3",
+    "nvfp4": "e2m1",
+    "int4-awq": "int4",
+    "int4-packed": "int4",
+    "int8-packed": "int8",
+    "int8": "int8",
+}
+_WAY_OUT = "build from a checkpoint that was quantized without it, or from the unquantized one"
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """`global_scale` of NVFP4 and `input_scale` of static inputs are fp32 multipliers.
+
+    pre_quant_scale: the tensor that the layer's input is multiplied by, None where that changes nothing;
+    factors: its values. note: what the recipe does to the inputs and the engine does not.
+    """
+
+    module: QuantizedModule
+    format: Format
+    global_scale: np.float32 | None = None
+    input_scale: np.float32 | None = None
+    pre_quant_scale: TensorRef | None = None
+    factors: bytes = field(default=b"", repr=False)
+    note: str = ""
+
+
+def read_module(module: QuantizedModule, claims: Claims | None, dtype: str) -> StoredModule:
+    """Decides on the form, for an engine that computes in `dtype` ("F32", "BF16" or "F16").
+
+    Scales of 16 bits stay so where the engine computes in them or in fp32; else they are widened to fp32.
+    Raises UnsupportedError, naming the module, where no form has the same values.
+    """
+    codes, block = _CODES[module.format], _block(module)
+    _refuse_reordered(module)
+    if "zero_point" in module.tensors:
+        codes = _codes_less_zero_points(module)
+    claim = claims.of(module.name) if claims else None
+    wanted = claim.inputs if claim else ""
+    static = _scalar(module, "input_scale", "inverse_input_scale")
+    activations = ""
+    if static is not None and codes in ("e4m3", "e2m1") and (wanted or claim is None):
+        # ModelOpt's W4A8_NVFP4_FP8: NVFP4 weights, E4M3 inputs.
+        activations = "e4m3" if codes == "e4m3" or wanted == "fp8" else "e2m1"
+    stored = module.tensors["weight_scale"].dtype
+    keep = stored in ("F32", "F16", "BF16") and dtype in ("F32", stored) and not activations
+    scales = "F8_E4M3" if codes == "e2m1" else stored if keep else "F32"
+    form = stored_format(codes, block, scales, activations)
+    if reason := form.why_not(module.shape):
+        raise UnsupportedError(f"module {module.name} is {module.format}: {reason}", _WAY_OUT)
+    if codes == "e2m1" and block != 16:
+        raise UnsupportedError(
+            f"module {module.name} is NVFP4 in groups of {block}; engines know groups of 16", _WAY_OUT
+        )
+    factor = module.tensors.get("pre_quant_scale")
+    values = factor.read().astype(np.float32) if factor else np.ones(1, np.float32)
+    if (values == 1).all():
+        factor, values = None, values[:0]
+    return StoredModule(
+        module,
+        form,
+        _scalar(module, "global_scale", "inverse_global_scale"),
+        static if activations else None,
+        factor,
+        values.tobytes(),
+        f"inputs, {wanted} in the recipe, are not rounded" if wanted and not activations else "",
+    )
+
+
+def why_apart(parts: Sequence[StoredModule | None]) -> str:
+    """Why layers that read the same input cannot be multiplied as one matrix exactly, or "".
+
+    None: a layer that is not quantized.
+    """
+    stored = [part for part in parts if part is not None]
+    if not stored:
+        return ""
+    if len(stored) < len(parts):
+        return "some are quantized and some are not"
+    if joined_format(stored) is None:
+        return f"they are stored as {' and '.join(dict.fromkeys(one.format.name for one in stored))}"
+    first = stored[0]
+    for what, name in (
+        ("global_scale", "global scales"),
+        ("input_scale", "input scales"),
+        ("factors", "pre_quant_scales"),
+    ):
+        if any(getattr(one, what) != getattr(first, what) for one in stored):
+            return f"they have different {name}"
+    return ""
+
+
+def joined_format(parts: Sequence[StoredModule]) -> Format | None:
+    """The format of the rows of all `parts` as one matrix, or None.
+
+    FP8 weights with one scale each have, joined, one scale a row, unless it is the same scale.
+    """
+    forms = [part.format for part in parts]
+    if len({(form.codes, form.activations) for form in forms}) > 1:
+        return None
+    blocks = {form.block for form in forms}
+    if blocks == {-1} and len({_one_scale(part) for part in parts}) > 1:
+        blocks = {0}
+    blocks = {0} if blocks == {-1, 0} else blocks
+    if len(blocks) > 1:
+        return None
+    scales = {form.scales for form in forms}
+    form = forms[0]
+    return stored_format(
+        form.codes, blocks.pop(), scales.pop() if len(scales) == 1 else "F32", form.activations
+    )
+
+
+def _one_scale(part: StoredModule) -> float:
+    return float(part.module.tensors["weight_scale"].read().astype(np.float32).reshape(()))
+
+
+def _block(module: QuantizedModule) -> int:
+    """Columns that share a scale in the engine; 0: the row, -1: the matrix."""
+    width, columns = module.block[1], module.shape[1]
+    if module.format == "fp8":
+        return -1
+    return 0 if width >= columns else math.gcd(width, columns)
+
+
+def _scalar(module: QuantizedModule, role: Role, inverse: Role) -> np.float32 | None:
+    """The fp32 multiplier, from the tensor of either role; a reciprocal is rounded once."""
+    ref, over = module.tensors.get(role), module.tensors.get(inverse)
+    one = ref or over
+    if one is None:
+        return None
+    value = float(one.read().astype(np.float32).reshape(-1)[0])
+    with np.errstate(over="ignore"):
+        scale = np.float32(value if one is ref else 1 / value if value else math.inf)
+    if not np.isfinite(scale) or scale <= 0:
+        raise CheckpointError(
+            f"tensor {one.name} is {value}, which is no scale", "`llmc check CHECKPOINT` says more"
+        )
+    return scale
+
+
+def _refuse_reordered(module: QuantizedModule) -> None:
+    ref = module.tensors.get("group_index")
+    if ref is None:
+        return
+    index = ref.read()
+    in_order = np.arange(module.shape[1]) // module.block[1]
+    if (index >= 0).all() and not np.array_equal(index, in_order):  # -1: never filled in
+        raise UnsupportedError(
+            f"module {module.name} has columns out of the order of their groups (weight_g_idx)",
+            "engines have groups of neighbours; quantize with another activation ordering: actorder "
+            "`weight` or none",
+        )
+
+
+def _codes_less_zero_points(module: QuantizedModule) -> str:
+    """The codes that hold code - zero point."""
+    if code_bits(module) == 4:
+        return "int8"
+    if zero_points(module, 0, module.shape[0]).any():
+        raise UnsupportedError(
+            f"module {module.name} has 8-bit codes with zero points, whose differences need 9 bits",
+            "engines are symmetric; quantize it with `symmetric: true`",
+        )
+    return "int8"

@@ -1,0 +1,170 @@
+"""The plan of a checkpoint that comes quantized: every matrix in the format that the checkpoint has it in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from llmc.compiler.checkpoint.prequantized.kv_scales import layer_kv_scales
+from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint, read_quantized
+from llmc.compiler.quantize.prequantized_form import StoredModule, joined_format, read_module, why_apart
+from llmc.compiler.request import BuildRequest
+from llmc.compiler.targets import capability
+from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX, INT8_MAX
+from llmc.passes.quantize.plan import Module, QuantPlan
+from llmc.runtime.errors import CheckpointError, RequestError, UnsupportedError
+
+_WEIGHT = ".weight"
+_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what engines compute in -> safetensors' names
+# What the recipe's KV cache holds -> the largest magnitude over its scale. Others may have a bias as well.
+_KV_RANGES = {"": E4M3_MAX, "FP8": E4M3_MAX, "NVFP4": E4M3_MAX * E2M1_MAX, "INT8": INT8_MAX}
+_HARMLESS = ("exclude", "fused")  # faults of a list that the tensors overrule, and of layers kept apart
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """A quantized checkpoint, read for one target. modules: by name, in the order of the checkpoint.
+
+    fp8_cache: whether the engine's KV cache is FP8.
+    """
+
+    checkpoint: QuantizedCheckpoint
+    modules: Mapping[str, StoredModule]
+    fp8_cache: bool = False
+
+    @property
+    def largest_kv(self) -> dict[int, tuple[float, float]]:
+        """Layer -> the largest magnitudes of its keys and values that the scales of the recipe's cache stand
+        for; empty for a cache whose scales mean something else."""
+        largest = _KV_RANGES.get(self._kv_kind)
+        if largest is None:
+            return {}
+        scales = layer_kv_scales(self.checkpoint)
+        return {layer: (key * largest, value * largest) for layer, (key, value) in scales.items()}
+
+    @property
+    def _kv_kind(self) -> str:
+        """What the recipe's KV cache holds; "" where it does not say."""
+        claims = self.checkpoint.claims
+        return claims.kv_cache if claims else ""
+
+    def why_apart(self, weights: Sequence[str]) -> str:
+        """Why layers that read one input cannot be multiplied as one; for `passes.FuseLinears`."""
+        return why_apart([self.modules.get(name.removesuffix(_WEIGHT)) for name in weights])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the recipe asks for at run time and the engine leaves out."""
+        counts = Counter(one.note for one in self.modules.values() if one.note)
+        notes = [f"{note} ({count} modules)" for note, count in counts.items()]
+        if self._kv_kind and not self.fp8_cache:
+            notes.append(f"the KV cache, {self._kv_kind} in the recipe, is not quantized")
+        elif self._kv_kind not in _KV_RANGES and self.checkpoint.kv_scales:
+            notes.append(f"the KV cache's scales, {self._kv_kind} in the recipe, are not used: they are 1.0")
+        return tuple(notes)
+
+
+@dataclass(frozen=True)
+class StoredPlan(QuantPlan):
+    """`format` is the commonest. recipe: what the checkpoint says of itself; notes: see StoredWeights."""
+
+    recipe: str = ""
+    producer: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def record(self) -> dict[str, Any]:
+        formats = Counter(module.format.name for module in self.modules if module.format)
+        return super().record() | {
+            "format": self.formats,
+            "method": "as the checkpoint has it",
+            "recipe": self.recipe,
+            "producer": self.producer,
+            "formats": dict(formats),
+            "notes": list(self.notes),
+        }
+
+    def lines(self) -> list[str]:
+        made_by = f", written by {self.producer}" if self.producer else ""
+        return [*super().lines(), f"as the checkpoint has them: {self.recipe}{made_by}", *self.notes]
+
+
+def read_stored(checkpoint: Checkpoint, request: BuildRequest, dtype: str) -> StoredWeights | None:
+    """What an engine that computes in `dtype` will hold; None if the checkpoint is not quantized.
+
+    Raises RequestError if another quantization is asked for, CheckpointError for a layout that contradicts
+    itself, UnsupportedError, naming the module, for what no engine or not this target holds.
+    """
+    quantized = read_quantized(checkpoint)
+    if not quantized.quantized:
+        return None
+    label = quantized.claims.label if quantized.claims else "undeclared"
+    if request.quant:
+        raise RequestError(
+            f"--quant {request.quant}: the checkpoint is quantized already ({label})",
+            "build it as it is, without --quant; or quantize the checkpoint that it was made from",
+        )
+    if request.calibration is not None:
+        raise RequestError(
+            f"--calibration: the checkpoint is quantized already ({label}), with scales of its own",
+            "leave it out",
+        )
+    for fault in quantized.faults:
+        if not fault.warning and fault.kind not in _HARMLESS:
+            raise CheckpointError(
+                f"{fault.tensor} {fault.what}", f"`llmc check {checkpoint.path}` shows all that is wrong"
+            )
+    claims = quantized.claims
+    modules = {
+        name: read_module(module, claims, _DTYPES[dtype]) for name, module in quantized.modules.items()
+    }
+    for name, one in modules.items():
+        capability.check_stored(one.format, name, request.target, request.sms)
+    return StoredWeights(quantized, modules, request.kv_dtype == "fp8")
+
+
+def make_stored_plan(
+    stored: StoredWeights,
+    matrices: Mapping[str, tuple[int, int]],
+    groups: Iterable[Sequence[str]],
+    *,
+    stored_bits: int,
+    other_params: int,
+) -> StoredPlan:
+    """The plan for `matrices`, [out, in] by module; `groups` are multiplied as one, as `why_apart` let them.
+
+    Raises UnsupportedError for a quantized module that is none of them.
+    """
+    if extra := [name for name in stored.modules if name not in matrices]:
+        raise UnsupportedError(
+            f"module {extra[0]} is quantized, and is an embedding, a tied lm_head, or no layer of the model",
+            "llmc reads quantized weights of linear layers; leave this module out when quantizing",
+        )
+    modules = {name: _kept(stored.checkpoint, name, shape) for name, shape in matrices.items()}
+    for group in groups:
+        parts = [stored.modules[name] for name in group if name in stored.modules]
+        if not parts:
+            continue
+        form = joined_format(parts)
+        assert form is not None, f"{group} were joined"
+        factor = parts[0].pre_quant_scale
+        for name in group:
+            modules[name] = Module(name, matrices[name], form, "", tuple(group), factor)
+    formats = Counter(module.format for module in modules.values() if module.format)
+    claims = stored.checkpoint.claims
+    return StoredPlan(
+        formats.most_common(1)[0][0],
+        tuple(modules.values()),
+        stored_bits,
+        other_params,
+        recipe=claims.label if claims else "undeclared",
+        producer=claims.producer if claims else "",
+        notes=stored.notes,
+    )
+
+
+def _kept(checkpoint: QuantizedCheckpoint, name: str, shape: tuple[int, int]) -> Module:
+    listed = " (in its list of exceptions)" if name in checkpoint.excluded else ""
+    return Module(name, shape, None, f"not quantized in the checkpoint{listed}", (name,))

@@ -1,0 +1,115 @@
+"""Makes a plan's codes and scales by what the layers see on a text, a decoder layer at a time.
+
+Weights are rounded by GPTQ (`gptq.py`), of smoothed formats after that (`smoothing.py`); static activations
+get the range of their layer's input. With a table of ranges that an earlier build left, nothing is run, and
+weights are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llmc.compiler.calibrate.ranges import Entry, ranges
+from llmc.compiler.calibrate.run_layers import LayerInputs
+from llmc.compiler.calibrate.table import CalibrationTable, Source
+from llmc.compiler.checkpoint.safetensors import TensorRef
+from llmc.compiler.quantize.gptq import gptq, hessian, output_error
+from llmc.compiler.quantize.produce import (
+    Produced,
+    join,
+    keep,
+    largest_magnitude,
+    round_to_nearest,
+)
+from llmc.compiler.quantize.round_to_nearest import dequantize, quantize
+from llmc.compiler.quantize.smoothquant import smooth
+from llmc.passes.quantize.matrix import QuantizedMatrix
+from llmc.runtime.errors import UnsupportedError
+
+_ONE = np.float32(1)
+MOST_COLUMNS = 16384  # GPTQ factorizes [columns, columns] in fp64: 2 GiB; wider layers are rounded to nearest
+
+
+def produce_calibrated(
+    matrices: Sequence[QuantizedMatrix],
+    tensors: Mapping[str, TensorRef],
+    found: Iterable[LayerInputs],
+    source: Source,
+    directory: Path,
+    method: str,
+    on_matrix: Callable[[int], None] = lambda done: None,
+) -> Produced:
+    """The data of `matrices`, without the scales of activations, and the ranges that were seen.
+
+    `found`: what enters the layers of the unquantized graph (`calibrate.layers`), consumed once, in order.
+    Smoothed matrices come with the scale of their activations, of the range by `method`; UnsupportedError is
+    raised for one that `found` does not show.
+    """
+    produced, left = Produced(), {matrix.modules: matrix for matrix in matrices}
+    entries: dict[str, Entry] = {}
+    kv: dict[int, tuple[float, float]] = {}
+
+    def write(matrix: QuantizedMatrix, arrays: Mapping[str, np.ndarray]) -> None:
+        done = len(matrices) - len(left)
+        keep(produced, matrix, arrays, directory / f"{done}.safetensors")
+        on_matrix(done)
+
+    for layer in found:
+        of_layer, kv[layer.layer] = ranges(layer)
+        entries |= of_layer
+        for modules in [modules for modules in layer.inputs if modules in left]:
+            matrix = left.pop(modules)
+            x = layer.inputs[modules]
+            if matrix.format.smoothed:
+                write(matrix, _smoothed(produced, matrix, tensors, x, method))
+            elif matrix.columns > MOST_COLUMNS:
+                write(matrix, round_to_nearest(produced, matrix, tensors))
+            else:
+                write(matrix, _rounded(produced, matrix, tensors, x))
+            del x
+        del layer
+    for matrix in list(left.values()):  # outside of the decoder layers
+        if matrix.format.smoothed:
+            raise UnsupportedError(
+                f"{matrix.modules[0]} is in no decoder layer: calibration does not see its inputs",
+                f"leave it as it is: --exclude {matrix.modules[0]}",
+            )
+        del left[matrix.modules]
+        write(matrix, round_to_nearest(produced, matrix, tensors))
+    produced.table = CalibrationTable(entries, kv, source)
+    return produced
+
+
+def _rounded(
+    produced: Produced,
+    matrix: QuantizedMatrix,
+    tensors: Mapping[str, TensorRef],
+    x: np.ndarray,
+    factor: np.ndarray | np.float32 = _ONE,
+) -> dict[str, np.ndarray]:
+    """x: what the stored weights are multiplied with, [tokens, in]; factor: what columns are divided by."""
+    moments = hessian(x)
+    amax = largest_magnitude(matrix, tensors)
+    pieces = []
+    for module, name in zip(matrix.modules, matrix.weights, strict=True):
+        rows = tensors[name].read().astype(np.float32) / factor
+        pieces.append(gptq(rows, moments, matrix.format, name, amax=amax))
+        produced.errors[module] = output_error(rows, dequantize(pieces[-1], matrix.format), moments)
+    return join(pieces)
+
+
+def _smoothed(
+    produced: Produced, matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef], x: np.ndarray, method: str
+) -> dict[str, np.ndarray]:
+    found = smooth(matrix, tensors, x, method)
+    if matrix.columns > MOST_COLUMNS:
+        wide = [
+            (tensors[name].read().astype(np.float32) / found.pre_quant_scale, name) for name in matrix.weights
+        ]
+        arrays = join([quantize(rows, matrix.format, name) for rows, name in wide])
+    else:
+        arrays = _rounded(produced, matrix, tensors, x * found.pre_quant_scale, found.pre_quant_scale)
+    return arrays | {"pre_quant_scale": found.pre_quant_scale, "input_scale": found.input_scale}

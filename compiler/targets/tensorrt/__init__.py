@@ -1,0 +1,1 @@
+"""The targets `tensorrt-rtx` and `tensorrt`: start at target.py."""

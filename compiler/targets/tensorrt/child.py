@@ -1,0 +1,243 @@
+"""The process that `tensorrt_build.py` starts: an EngineJob as JSON on stdin, JSON lines on stdout.
+
+{"done", "total"}            how far the build is
+{"note"}                     a warning worth reading
+{"error", "hint", "kind"}    why it failed, in llmc's words; then exit code 1
+{"plan_bytes", ...}          a BuiltEngine; then exit code 0
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from llmc.compiler.targets.tensorrt.build import BuiltEngine, EngineJob
+from llmc.compiler.targets.tensorrt.errors import REPORT, EngineError, explain
+from llmc.compiler.targets.tensorrt.mapped_pages import kept_small
+from llmc.plugins.paged_attention.tensorrt_plugin import NAMESPACE, make_plugin
+
+_STEPS = 1000
+_ADDR_NO_RANDOMIZE, _ASK = 0x0040000, 0xFFFFFFFF  # personality(2)
+
+
+class _Protocol:
+    """JSON lines on the real stdout; whatever libraries print goes to stderr instead."""
+
+    def __init__(self) -> None:
+        self._file = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self._lock = threading.Lock()
+
+    def say(self, **message: Any) -> None:
+        with self._lock:
+            self._file.write(json.dumps(message) + "\n")
+            self._file.flush()
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message)
+                print(message, file=sys.stderr, flush=True)
+
+    return Logger()
+
+
+def _monitor(trt: Any, say: Callable[..., None]) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Phases nest; a step of a phase counts as far as the phase inside it has come."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._phases: dict[str, tuple[str | None, int, int]] = {}  # name -> parent, steps, steps done
+            self._said = 0
+            self._lock = threading.Lock()
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            with self._lock:
+                self._phases[name] = (parent, steps, 0)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            with self._lock:
+                parent, steps, _ = self._phases[name]
+                self._phases[name] = (parent, steps, step + 1)
+                now = int(_STEPS * self._done(None))
+                if now <= self._said:
+                    return True
+                self._said = now
+            try:
+                say(done=now, total=_STEPS)
+            except OSError:
+                return False  # the parent is gone: nobody wants this engine
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            with self._lock:
+                self._phases.pop(name, None)
+
+        def _done(self, inside: str | None) -> float:
+            """The share, 0 to 1, of the phases whose parent is `inside`."""
+            for name, (parent, steps, done) in self._phases.items():
+                if parent == inside:
+                    return min(1.0, (done + (self._done(name) if done < steps else 0.0)) / steps)
+            return 0.0
+
+    return Monitor()
+
+
+def _writer(trt: Any, path: str) -> Any:
+    class Writer(trt.IStreamWriter):
+        """The engine goes to the file as it is made: memory never holds it whole."""
+
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.file, self.digest, self.error = open(path, "wb"), hashlib.sha256(), ""  # noqa: SIM115
+
+        def write(self, data: bytes) -> int:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = str(error.strerror)
+                return 0
+            self.digest.update(data)
+            return len(data)
+
+    return Writer()
+
+
+def _modules(path: str) -> dict[str, str]:
+    """Node name -> module. Raises EngineError for a file that is no ONNX model."""
+    import onnx
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as error:  # protobuf's own kinds
+        raise EngineError(
+            f"the graph file {os.path.basename(path)} is damaged: {error}", "build again"
+        ) from error
+    return {
+        node.name: prop.value
+        for node in graph.node
+        for prop in node.metadata_props
+        if prop.key == "llmc.module"
+    }
+
+
+def _parse(parser: Any, path: str, modules: Mapping[str, str]) -> None:
+    if parser.parse_from_file(path):
+        return
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    for error in errors:
+        if name := error.node_name():
+            raise EngineError(
+                f"TensorRT's parser refuses operator {error.node_operator()} of module "
+                f"{modules.get(name, name)}: {error.desc()}",
+                REPORT,
+            )
+    raise explain([error.desc() for error in errors], modules)
+
+
+def _configure(trt: Any, builder: Any, job: EngineJob) -> Any:
+    config = builder.create_builder_config()
+    config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # RTX: steps can be captured as CUDA graphs
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if job.compute_capabilities:
+        config.num_compute_capabilities = len(job.compute_capabilities)
+    for index, sm in enumerate(job.compute_capabilities):
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index):
+            raise EngineError(
+                f"this TensorRT builds no engine for SM{sm}", "leave it out of --sm", "unsupported"
+            )
+    shapes = builder.create_optimization_profile()
+    for name, (least, best, most) in job.profile.items():
+        shapes.set_shape(name, tuple(least), tuple(best), tuple(most))
+    if config.add_optimization_profile(shapes) < 0:
+        raise EngineError("TensorRT refuses the range of shapes", REPORT)
+    return config
+
+
+def _build(job: EngineJob, say: Callable[..., None]) -> BuiltEngine:
+    trt = importlib.import_module(job.library)
+    modules = _modules(job.onnx)
+    logger, creator = _logger(trt), make_plugin(trt)
+    trt.get_plugin_registry().register_creator(creator, NAMESPACE)
+    builder = trt.Builder(logger)
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flags)
+    start = time.perf_counter()
+    _parse(trt.OnnxParser(network, logger), job.onnx, modules)
+    parsed = time.perf_counter()
+    config = _configure(trt, builder, job)
+    monitor = _monitor(trt, say)  # lives as long as the build, like the creator
+    config.progress_monitor = monitor
+    writer = _writer(trt, job.plan)
+    try:
+        with writer.file, kept_small(".safetensors"):
+            built = builder.build_serialized_network_to_stream(network, config, writer)
+    except OSError as error:  # from the file's last bytes; those before are in writer.error
+        built, writer.error = False, writer.error or str(error.strerror)
+    if writer.error:
+        raise EngineError(f"cannot write the engine: {writer.error}", "make room on the disk")
+    if not built:
+        raise explain(logger.errors, modules)
+    say(done=_STEPS, total=_STEPS)  # TensorRT skips the last steps of its own count
+    plugins = sum(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers))
+    return BuiltEngine(
+        plan_bytes=os.path.getsize(job.plan),
+        plan_sha256=writer.digest.hexdigest(),
+        attention_layers=plugins,
+        library_version=trt.__version__,
+        seconds={"parse": round(parsed - start, 3), "build": round(time.perf_counter() - parsed, 3)},
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+    )
+
+
+def _fix_addresses() -> None:
+    """Starts this process again without address randomization, where Linux lets it.
+
+    TensorRT-RTX 1.7.1 numbers symbolic dimensions in the order of memory addresses, and the numbers are in
+    the engine: with random addresses, no two builds are the same bytes (they compute the same). For the same
+    reason the graph names one dimension only (`tensorrt_lower`).
+    """
+    try:
+        personality = ctypes.CDLL(None).personality
+    except (AttributeError, OSError):
+        return  # not Linux
+    now = personality(ctypes.c_ulong(_ASK))
+    if now < 0 or now & _ADDR_NO_RANDOMIZE:
+        return
+    personality(ctypes.c_ulong(now | _ADDR_NO_RANDOMIZE))
+    if personality(ctypes.c_ulong(_ASK)) & _ADDR_NO_RANDOMIZE:  # containers may forbid it
+        os.execv(sys.executable, [sys.executable, "-m", "llmc.compiler.targets.tensorrt.child"])
+
+
+def main() -> int:
+    protocol = _Protocol()
+    try:
+        engine = _build(EngineJob(**json.load(sys.stdin)), protocol.say)
+    except EngineError as error:
+        protocol.say(error=str(error), hint=error.hint, kind=error.kind)
+        return 1
+    protocol.say(**asdict(engine))
+    return 0
+
+
+if __name__ == "__main__":
+    _fix_addresses()
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The kernels that a bundle carries, for its GPUs: the variants of attention that the model needs, and those
+that choose among its logits.
+
+Each GPU gets machine code (cubin), which the driver loads as it is. GPUs that are newer than any named, or
+that Triton has no portable code for, get PTX, which the driver compiles when it loads it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmc.compiler.bundle_writer import BundleWriter
+from llmc.compiler.progress import Progress
+from llmc.passes import edit
+from llmc.passes.geometry import attention_nodes
+from llmc.passes.quantize import quantize_kv_cache
+from llmc.plugins.paged_attention import launch
+from llmc.plugins.paged_attention.launch import SMS, Attention, Variant
+from llmc.plugins.sampling import launch as sampling
+from llmc.runtime.bundle.manifest import KernelFile
+from llmc.runtime.errors import BuildError, UnsupportedError
+
+if TYPE_CHECKING:
+    from llmc.compiler.driver import Plan
+    from llmc.plugins.paged_attention.compile_kernels import Kernel
+
+_PORTABLE = (80, 86, 89, 120)  # what a portable TensorRT-RTX engine runs on, of those we compile for
+_PTX = 89  # Triton's code for SM90 and newer is for exactly that GPU (sm_90a and so on)
+
+
+def check(sms: Iterable[int]) -> None:
+    """Raises UnsupportedError for a GPU that the kernels cannot be compiled for."""
+    for sm in sms:
+        if sm < min(SMS):
+            raise UnsupportedError(
+                f"llmc has no attention kernels for SM{sm}", f"the oldest GPU it knows is SM{min(SMS)}"
+            )
+
+
+def codes(sms: tuple[int, ...]) -> list[tuple[int, str]]:
+    """(SM, "cubin" or "ptx") to compile for GPUs of these compute capabilities; none: portable."""
+    cubins = [sm for sm in (sms or _PORTABLE) if sm in SMS]
+    needs_ptx = not sms or any(sm not in SMS for sm in sms)
+    return [(sm, "cubin") for sm in cubins] + ([(_PTX, "ptx")] if needs_ptx else [])
+
+
+def compile_into(
+    plan: Plan, sms: tuple[int, ...], writer: BundleWriter, progress: Progress
+) -> tuple[KernelFile, ...]:
+    """Compiles, or takes from the cache, every kernel of `plan`'s model and writes it to the bundle.
+
+    Raises BuildError when Triton is missing or refuses a kernel.
+    """
+    try:
+        from llmc.plugins.paged_attention.compile_kernels import CompileError, compile_variant
+        from llmc.plugins.sampling.compile_kernels import compile_kernel
+
+        made: dict[str, Callable[[int, Path], Kernel]]
+        made = {str(v): partial(compile_variant, v) for v in attention_variants(plan)}
+        made |= {sampling.variant(name): partial(compile_kernel, name) for name in sampling.ARGUMENTS}
+        jobs = [(variant, sm, kind) for variant in made for sm, kind in codes(sms)]
+        files = []
+        for done, (variant, sm, kind) in enumerate(jobs):
+            progress.bar(done, len(jobs))
+            files.append(_write(made[variant](sm, cache_directory()), variant, sm, kind, writer))
+    except ModuleNotFoundError as error:
+        raise BuildError(f"the GPU kernels need {error.name}", f"pip install {error.name}") from error
+    except CompileError as error:
+        raise BuildError(f"a GPU kernel: {error}", "please report this") from error
+    return tuple(files)
+
+
+def attention_variants(plan: Plan) -> tuple[Variant, ...]:
+    """Every attention kernel that the model needs, for its dtype and that of its KV cache."""
+    cache = launch.FP8 if plan.kv_dtype == quantize_kv_cache.FP8 else None
+    return launch.variants_for(layers(plan), [(plan.dtype, cache)])
+
+
+def layers(plan: Plan) -> list[Attention]:
+    """The attention layers of a canonical or lowered graph, as the kernels see them."""
+    found = []
+    for node in attention_nodes(plan.model):
+        _, kv_heads, _, head_dim = edit.dims(edit.operand(node, 3))
+        found.append(
+            Attention(
+                num_heads=int(edit.attribute(node, "num_heads")),
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
+                v_head_dim=edit.dims(edit.operand(node, 4))[3],
+                window=int(edit.attribute(node, "window")),
+                softcap=float(edit.attribute(node, "softcap")),
+            )
+        )
+    return found
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept between builds."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "llmc" / "kernels"
+
+
+def _write(kernel: Kernel, variant: str, sm: int, kind: str, writer: BundleWriter) -> KernelFile:
+    file = f"kernels/sm{sm}/{variant}.{kind}"
+    writer.path(file).write_bytes(kernel.cubin if kind == "cubin" else kernel.ptx)
+    return KernelFile(
+        variant=variant,
+        sm=sm,
+        kind="cubin" if kind == "cubin" else "ptx",
+        file=file,
+        entry=kernel.name,
+        shared_memory=kernel.shared_memory,
+        num_warps=kernel.num_warps,
+        registers=kernel.registers,
+    )

@@ -1,0 +1,37 @@
+"""Which bf16 matrices are fp16 times a power of two, exactly.
+
+bf16 has 8 significant bits; fp16 has 11, and holds 8 of them in magnitudes from 2^-17 (its subnormals are
+multiples of 2^-24) to below 2^16. So a matrix whose nonzero weights lie within 32 binary orders of the
+largest becomes fp16 when multiplied by the power of two that puts the largest there, and no bit is lost.
+OpenVINO widens fp16 faster than bf16 (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from llmc.compiler.checkpoint.safetensors import TensorRef
+
+EXPONENT = "llmc.exponent"  # in an initializer's `meta`: the file holds its values times 2 to that power
+_HIGHEST, _LOWEST = 15, -17  # of fp16, where 8 significant bits fit
+_MAGNITUDE, _FRACTION_BITS, _BIAS, _INFINITY = 0x7FFF, 7, 127, 0x7F80  # of bf16
+_CHUNK_BYTES = 16 << 20
+
+
+def exponent(refs: Iterable[TensorRef]) -> int | None:
+    """The power of two for bf16 tensors that are one matrix; None where fp16 cannot hold them exactly."""
+    largest, smallest = 0, _INFINITY  # magnitudes are in the order of their bits
+    for ref in refs:
+        for chunk in ref.iter_chunks(_CHUNK_BYTES):
+            bits = chunk.view(np.uint16) & np.uint16(_MAGNITUDE)
+            largest = max(largest, int(bits.max(initial=0)))
+            # Zeros become the largest number, by wrapping around.
+            smallest = min(smallest, int((bits - np.uint16(1)).min(initial=_INFINITY)) + 1)
+    if not largest:
+        return 0
+    highest, lowest = (bits >> _FRACTION_BITS for bits in (largest, smallest))
+    if largest >= _INFINITY or not lowest or highest - lowest > _HIGHEST - _LOWEST:
+        return None
+    return _HIGHEST - (highest - _BIAS)

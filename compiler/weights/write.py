@@ -1,0 +1,158 @@
+"""Writes the engine's weights: the checkpoint's tensors, in the dtype and the order of the graph.
+
+Piece by piece, so that memory never holds more than one piece. Tied tensors are stored once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.compiler.bundle_writer import BundleWriter
+from llmc.compiler.checkpoint.safetensors import TensorRef
+from llmc.compiler.weights.exact_fp16 import EXPONENT
+from llmc.compiler.weights.safetensors_writer import Entry, write_safetensors
+from llmc.passes import edit
+from llmc.passes.canonicalize.fuse_linears import JOIN
+from llmc.runtime.errors import BuildError
+
+WEIGHTS_FILE = "weights/model.safetensors"
+_CHUNK_BYTES = 16 << 20
+_INLINE_BYTES = 1024  # smaller constants (shapes, axes) stay in the graph
+_SAFETENSORS_NAMES = {
+    ir.DataType.FLOAT: "F32",
+    ir.DataType.FLOAT16: "F16",
+    ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.INT64: "I64",
+    ir.DataType.INT32: "I32",
+}
+_NAMES = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.INT8: "int8",
+    ir.DataType.INT4: "int4",
+    ir.DataType.FLOAT8E4M3FN: "fp8",
+    ir.DataType.FLOAT4E2M1: "fp4",
+    ir.DataType.UINT8: "fp4",  # as ONNX Runtime gets it
+}
+
+
+def write_weights(
+    model: ir.Model,
+    tensors: Mapping[str, TensorRef],
+    writer: BundleWriter,
+    on_bytes: Callable[[int], None] = lambda done: None,
+    made: Mapping[str, TensorRef] = MappingProxyType({}),
+) -> int:
+    """Streams every large initializer of `model` to the bundle and points the graph at it.
+
+    Parameters (initializers without data) come from `tensors` by name, those of fused layers by the names of
+    their parts; those in `made` are copied as they are. Returns the bytes written.
+    Raises BuildError if a tensor cannot be converted to the dtype that the graph wants.
+    """
+    values = [value for value in model.graph.initializers.values() if not _is_inline(value)]
+    entries = [_entry(value, made) for value in values]
+    by_name = {value.name: value for value in values}
+    writer.check_disk_space(sum(_nbytes(value) for value in values))
+    done = 0
+
+    def produce(name: str) -> Iterator[memoryview]:
+        nonlocal done
+        ref = made.get(name)
+        chunks = ref.iter_chunks(_CHUNK_BYTES) if ref else _chunks(by_name[name], tensors)
+        for chunk in chunks:
+            done += chunk.nbytes
+            yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
+            on_bytes(done)
+
+    path = writer.path(WEIGHTS_FILE)
+    sha256, nbytes, spans = write_safetensors(path, entries, produce)
+    writer.add_hash(WEIGHTS_FILE, sha256, nbytes)
+    for value in values:
+        offset, length = spans[str(value.name)]
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS_FILE,
+            offset,
+            length,
+            _dtype(value),
+            shape=ir.Shape(_shape(value)),
+            name=str(value.name),
+            base_dir=path.parent.parent,
+        )
+    return nbytes
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes that `write_weights` will write, without the header."""
+    return sum(_nbytes(value) for value in model.graph.initializers.values() if not _is_inline(value))
+
+
+def num_elements(model: ir.Model) -> int:
+    """Elements of all tensors that `write_weights` will write."""
+    values = model.graph.initializers.values()
+    return sum(math.prod(_shape(value)) for value in values if not _is_inline(value))
+
+
+def main_dtype(model: ir.Model) -> str:
+    """The dtype that most elements of the weights have: "fp32", "fp16", "bf16", "int8" or "int4"."""
+    sizes: Counter[ir.DataType] = Counter()
+    for value in model.graph.initializers.values():
+        sizes[_dtype(value)] += math.prod(_shape(value))
+    return _NAMES[sizes.most_common(1)[0][0]]
+
+
+def _entry(value: ir.Value, made: Mapping[str, TensorRef]) -> Entry:
+    name = str(value.name)
+    if ref := made.get(name):
+        return name, ref.dtype, ref.shape
+    return name, _SAFETENSORS_NAMES[_dtype(value)], _shape(value)
+
+
+def _is_inline(value: ir.Value) -> bool:
+    return value.const_value is not None and int(value.const_value.nbytes) <= _INLINE_BYTES
+
+
+def _nbytes(value: ir.Value) -> int:
+    return math.ceil(math.prod(_shape(value)) * _dtype(value).itemsize)
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    assert value.dtype is not None
+    return value.dtype
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    return tuple(edit.dims(value))
+
+
+def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.ndarray]:
+    dtype = _dtype(value).numpy()
+    if value.const_value is not None:
+        yield _flat(value.const_value.numpy(), dtype, str(value.name))
+        return
+    for name in str(value.name).split(JOIN):  # fused layers: one tensor after the other
+        ref = tensors.get(name)
+        if ref is None:
+            raise BuildError(f"the graph needs {name}, which the checkpoint lacks")
+        if ref.dtype not in ("F32", "F16", "BF16", "F64"):
+            raise BuildError(
+                f"tensor {name} is {ref.dtype}, which llmc cannot convert to {dtype}",
+                "`llmc check CHECKPOINT` says what is wrong with it",
+            )
+        power = value.meta.get(EXPONENT, 0)
+        for chunk in ref.iter_chunks(_CHUNK_BYTES):
+            yield _flat(chunk.astype(np.float32) * np.float32(2.0**power) if power else chunk, dtype, name)
+
+
+def _flat(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # said below, by name
+        converted = array.astype(dtype, copy=False)
+    if dtype == np.float16 and array.dtype != dtype and np.isinf(converted).any():
+        raise BuildError(f"tensor {name} has values that fp16 cannot hold", "build with --dtype bf16")
+    return np.ascontiguousarray(converted).reshape(-1)

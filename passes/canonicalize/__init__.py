@@ -1,0 +1,1 @@
+"""From the traced graph to the canonical one."""

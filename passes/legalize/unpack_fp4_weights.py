@@ -1,0 +1,69 @@
+"""E2M1 weights for ONNX Runtime, which has no 4-bit floats: the same bytes, looked up in a table.
+
+    before  DequantizeLinear(W [N, K] e2m1, scale [N, K/16])
+    after   Mul(Reshape(Gather(table, nibbles of W [N, K/2] uint8), [N, K/16, 16]), scale) as [N, K]
+
+A code stands for one of 16 numbers (codes.E2M1_VALUES), so the result is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.passes import edit
+from llmc.passes.quantize.elements import E2M1_VALUES
+
+
+def unpack_fp4(model: ir.Model) -> None:
+    """Rewrites every DequantizeLinear of E2M1 weights, in place. The original of a clone keeps its own."""
+    for node in list(model.graph):
+        if node.op_type == "DequantizeLinear":
+            codes = edit.operand(node, 0)
+            if codes.is_initializer() and codes.dtype == ir.DataType.FLOAT4E2M1:
+                _look_up(model.graph, node, _as_bytes(model.graph, codes))
+
+
+def _as_bytes(graph: ir.Graph, codes: ir.Value) -> ir.Value:
+    rows, columns = edit.dims(codes)
+    shape, data = ir.Shape((rows, columns // 2)), codes.const_value
+    packed = ir.Value(name=codes.name, shape=shape, type=ir.TensorType(ir.DataType.UINT8))
+    if data is not None:
+        assert isinstance(data, ir.ExternalTensor)
+        packed.const_value = ir.ExternalTensor(
+            data.location, data.offset, data.length, ir.DataType.UINT8, shape=shape, name=data.name,
+            base_dir=data.base_dir,
+        )  # fmt: skip
+    ir.convenience.replace_all_uses_with(codes, packed)
+    del graph.initializers[str(codes.name)]
+    graph.initializers.add(packed)
+    return packed
+
+
+def _look_up(graph: ir.Graph, node: ir.Node, packed: ir.Value) -> None:
+    scale, name, (rows, half) = edit.operand(node, 1), str(packed.name), edit.dims(packed)
+    columns, blocks = 2 * half, edit.dims(scale)[1]
+
+    def add(op: str, inputs: list[ir.Value], attributes: dict[str, object], shape: list[int]) -> ir.Value:
+        return edit.insert(node, op, inputs, attributes, f"{name}.{op}_{len(shape)}_{shape[-1]}", shape)
+
+    def constant(label: str, value: object, dtype: type) -> ir.Value:
+        return edit.constant(graph, np.array(value, dtype), label)
+
+    low = add("BitwiseAnd", [packed, constant("fp4_low_bits", 15, np.uint8)], {}, [rows, half])
+    bits = constant("fp4_bits", 4, np.uint8)
+    high = add("BitShift", [packed, bits], {"direction": "RIGHT"}, [rows, half])
+    last = constant("fp4_last_axis", [2], np.int64)
+    pair = [
+        edit.insert(node, "Unsqueeze", [n, last], {}, f"{n.name}.column", [rows, half, 1])
+        for n in (low, high)
+    ]
+    nibbles = add("Concat", pair, {"axis": 2}, [rows, half, 2])
+    index = add("Cast", [nibbles], {"to": ir.DataType.INT32.value}, [rows, half, 2])
+    index.dtype = ir.DataType.INT32
+    table = edit.constant(graph, E2M1_VALUES, "fp4_values")
+    values = add("Gather", [table, index], {"axis": 0}, [rows, half, 2])
+    blocked = edit.reshape(node, values, [rows, blocks, columns // blocks], f"{name}.blocks")
+    wide = edit.reshape(node, scale, [rows, blocks, 1], f"{name}.factors")
+    scaled = add("Mul", [blocked, wide], {}, [rows, blocks, columns // blocks])
+    edit.replace(node, edit.reshape(node, scaled, [rows, columns], f"{name}.unpacked"))

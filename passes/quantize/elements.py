@@ -1,0 +1,50 @@
+"""Scaled weights to codes and back: rounding, saturation, and two codes to a byte.
+
+All round to nearest, ties to even, and saturate, as ONNX's QuantizeLinear does.
+INT8: -127..127. The most negative code is left out, so that a scale of amax / 127 is exact at both ends.
+INT4: -8..7, all sixteen codes; with so few, the sixteenth is worth having (see `scales.first_scales`).
+E4M3: OCP 8-bit Floating Point Specification (OFP8) 1.0: bias 7, no infinity, largest 448 (saturating mode).
+E2M1: OCP Microscaling Formats (MX) Specification 1.0, FP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6, sign in bit 3.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX
+
+E2M1_VALUES = np.array(
+    [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32
+)  # by code
+_INT_RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
+
+
+def encode(values: np.ndarray, codes: str) -> np.ndarray:
+    """float32 values -> codes: int8 for "int8" and "int4", float8_e4m3fn for "e4m3", uint8 for "e2m1"."""
+    if codes in _INT_RANGES:
+        return np.clip(np.rint(values), *_INT_RANGES[codes]).astype(np.int8)
+    if codes == "e4m3":
+        return np.clip(values, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    return np.clip(values, -E2M1_MAX, E2M1_MAX).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+
+
+def decode(array: np.ndarray, codes: str) -> np.ndarray:
+    """Codes as `encode` gives them -> the float32 values they stand for, exactly."""
+    return E2M1_VALUES[array] if codes == "e2m1" else array.astype(np.float32)
+
+
+def pack(array: np.ndarray) -> np.ndarray:
+    """4-bit codes [..., n], n even -> uint8 [..., n / 2], the first of each two in the low nibble."""
+    nibbles = array.view(np.uint8) & 0xF
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+
+
+def unpack(packed: np.ndarray, codes: str) -> np.ndarray:
+    """What `pack` packed: int8 for "int4", uint8 for "e2m1"."""
+    array = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.uint8)
+    array[..., 0::2] = packed & 0xF
+    array[..., 1::2] = packed >> 4
+    if codes == "int4":  # extend the sign
+        return (array ^ 8).view(np.int8) - np.int8(8)
+    return array

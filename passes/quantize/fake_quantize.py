@@ -1,0 +1,56 @@
+"""What an engine does to the input of a layer that multiplies in INT8, FP8 or NVFP4: rounds and widens it.
+
+Plain numpy, in float32 throughout: the definition that the reference of a build and the oracle of TensorRT's
+graphs share. All roundings are to nearest, ties to even, and saturate.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from llmc.passes.quantize.elements import decode, encode
+from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX
+
+E2M1_BLOCK = 16
+
+
+def round_int8(x: np.ndarray, scale: float) -> np.ndarray:
+    """INT8 with one static scale: `x` of any shape -> float32, clip(rint(x / scale), -128, 127) x scale.
+
+    scale: positive; amax of the calibrated input / 127. Beyond -amax there is one code more, as in ONNX's
+    QuantizeLinear, TensorRT and OpenVINO.
+    """
+    step = np.float32(scale)
+    return np.clip(np.rint(np.asarray(x, np.float32) / step), np.float32(-128), np.float32(127)) * step
+
+
+def round_e4m3(x: np.ndarray, scale: float) -> np.ndarray:
+    """FP8 with one static scale: `x` of any shape -> float32, E4M3(clip(x / scale, -448, 448)) x scale.
+
+    scale: positive; amax of the calibrated input / 448 (ModelOpt's `input_scale`).
+    """
+    step = np.float32(scale)
+    return decode(encode(np.asarray(x, np.float32) / step, "e4m3"), "e4m3") * step
+
+
+def round_e2m1(x: np.ndarray, global_scale: float) -> np.ndarray:
+    """NVFP4 with scales found as it runs ("dynamic double quantization"): `x` [..., n] -> float32 [..., n].
+
+    Each 16 values of the last axis share the scale E4M3(amax / 6 / global_scale), of at most 448; a value
+    becomes E2M1(x / s) x s, with s = that scale x global_scale. A block whose scale rounds to 0 becomes 0.
+    global_scale: positive; amax of the calibrated input / (6 x 448) (ModelOpt's `input_scale`).
+    Source: TensorRT's IDynamicQuantizeLayer and `TRT_FP4DynamicQuantize`.
+    Raises ValueError where n is not a multiple of 16.
+    """
+    if x.shape[-1] % E2M1_BLOCK:
+        raise ValueError(f"{x.shape[-1]} values are not a multiple of the block of {E2M1_BLOCK}")
+    blocks = np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, E2M1_BLOCK)
+    over = np.float32(global_scale)
+    wanted = np.abs(blocks).max(-1, keepdims=True) / np.float32(E2M1_MAX) / over
+    scales = (
+        np.minimum(wanted, np.float32(E4M3_MAX)).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * over
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):  # by a scale of 0: replaced below
+        codes = encode(np.where(scales > 0, blocks / scales, np.float32(0)), "e2m1")
+    return (decode(codes, "e2m1") * scales).reshape(x.shape)

@@ -1,0 +1,238 @@
+"""Which linear layers are quantized, to what, and why the others are not. Frozen and printable.
+
+Layers that read the same input are multiplied as one (passes/canonicalize/fuse_linears.py): they share a
+decision, and the global scale of formats that have one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from llmc.cli.plan_table import table
+from llmc.compiler.checkpoint.safetensors import TensorRef
+from llmc.passes.quantize.formats import Format, get_format
+from llmc.runtime.errors import BuildError, RequestError
+
+# The embedding is read by the row, and most of the loss comes from the last matrix: ModelOpt,
+# compressed-tensors' recipes and llama.cpp leave them wider as well.
+HEADS = ("lm_head", "*.lm_head")
+ALWAYS_EXCLUDED = (*HEADS, "embed_tokens", "*.embed_tokens")
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class Module:
+    """One matrix [out, in] of the model. `format` is None when it stays as it is, for the `reason`."""
+
+    name: str
+    shape: tuple[int, int]
+    format: Format | None
+    reason: str
+    group: tuple[str, ...]  # the modules it is multiplied with as one, itself among them
+    pre_quant_scale: TensorRef | None = None  # [in], what the input is multiplied by first
+    tied: bool = False  # to the embedding, which stays: its codes come on top
+
+    @property
+    def params(self) -> int:
+        return 0 if self.tied else math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """The decision for every matrix, in the order of the model.
+
+    `stored_bits` is what a parameter takes that is not quantized, `other_params` counts those in no matrix.
+    """
+
+    format: Format
+    modules: tuple[Module, ...]
+    stored_bits: int
+    other_params: int
+
+    def quantized(self) -> dict[str, Module]:
+        """Module name -> the modules that are quantized."""
+        return {module.name: module for module in self.modules if module.format}
+
+    def groups(self) -> list[tuple[Module, ...]]:
+        """The quantized modules by what is multiplied as one: the unit of a global scale."""
+        by_name = self.quantized()
+        seen = dict.fromkeys(module.group for module in by_name.values())
+        return [tuple(by_name[name] for name in group) for group in seen]
+
+    @property
+    def params(self) -> int:
+        return sum(module.params for module in self.modules) + self.other_params
+
+    @property
+    def bytes_before(self) -> int:
+        return self.params * self.stored_bits // 8
+
+    @property
+    def bytes_after(self) -> int:
+        """Scales included, each shared one once."""
+        saved = 0
+        for group in self.groups():
+            fused = (sum(module.shape[0] for module in group), group[0].shape[1])
+            assert group[0].format is not None
+            before = sum(module.params for module in group) * self.stored_bits // 8
+            saved += before - group[0].format.nbytes(fused)
+        return self.bytes_before - saved
+
+    @property
+    def formats(self) -> str:
+        """The names of the formats, those of most modules first."""
+        counts = Counter(module.format.name for module in self.modules if module.format)
+        return " and ".join(name for name, _ in counts.most_common())
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Of the whole model, after."""
+        return 8 * self.bytes_after / self.params
+
+    def record(self) -> dict[str, Any]:
+        """The plan in short, for the manifest: what was quantized, what was not, and the size.
+
+        "activations": the codes that layers round their inputs to, if any.
+        """
+        kept = {module.name: module.reason for module in self.modules if not module.format}
+        formats = [module.format for module in self.modules if module.format]
+        return {
+            "format": self.format.name,
+            "activations": sorted({form.activations for form in formats if form.activations}),
+            "modules": len(self.quantized()),
+            "kept": kept,
+            "bits_per_parameter": round(self.bits_per_parameter, 3),
+        }
+
+    def lines(self) -> list[str]:
+        """The plan as a table of text, the layers of equal decisions in one row."""
+        rows = []
+        for module in self.modules:
+            if module.format:
+                what, bits = module.format.name, module.format.bits_per_parameter(module.shape)
+            else:
+                what, bits = module.reason, float(self.stored_bits)
+            size = f"{module.shape[0]} x {module.shape[1]}"
+            rows.append((module.name, size, f"{bits:.3f}".rstrip("0").rstrip("."), what))
+        mib = 2**20
+        return [
+            *table(("modules", "out x in", "bits", "format, or why not"), rows),
+            f"{len(self.quantized())} of {len(self.modules)} matrices in {self.formats}: "
+            f"{self.bits_per_parameter:.2f} bits per parameter, {self.bytes_after / mib:.1f} MiB "
+            f"(before: {self.stored_bits}, {self.bytes_before / mib:.1f} MiB)",
+        ]
+
+
+def make_plan(
+    matrices: Mapping[str, tuple[int, int]],
+    format: str,
+    exclude: Sequence[str] = (),
+    recipe_exclude: Sequence[str] = (),
+    *,
+    groups: Iterable[Sequence[str]] | None = None,
+    scales: str | None = None,
+    stored_bits: int = 16,
+    other_params: int = 0,
+    head: str | None = None,
+    tied: Sequence[str] = (),
+) -> QuantPlan:
+    """The plan for `matrices`: module name in the checkpoint (without ".weight") -> [out, in].
+
+    `exclude` is what the user asked to leave, `recipe_exclude` what the family's recipe does: shell
+    patterns (fnmatch, case-sensitive) of whole module names. `groups` are the modules multiplied as one; by
+    default q, k and v, and gate and up, by their names. What keeps one of a group keeps all of it.
+    `head` is the format of lm_head, None as it is; those in `tied` are embeddings too, and stay so beside it.
+    `scales` is the dtype of weight_scale where it is not the format's own ("F16", "BF16", "F32"); that of
+    NVFP4 is always E4M3. `stored_bits` and `other_params` are as in QuantPlan.
+    Raises RequestError for an unknown format, a pattern of the user's that matches nothing, and when
+    nothing is left to quantize; BuildError for a pattern of the recipe's that matches nothing.
+    """
+    form = get_format(format)
+    if scales is not None and form.codes != "e2m1":
+        form = form.with_scales(scales)
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in matrices):
+            raise RequestError(
+                f"--exclude {pattern} matches no matrix of the model", _nearest(pattern, matrices)
+            )
+    for pattern in recipe_exclude:
+        if not any(fnmatchcase(name, pattern) for name in matrices):
+            raise BuildError(
+                f"the recipe excludes {pattern} from quantization, which matches no matrix of the model",
+                "the recipe is for another version of this architecture; file an issue",
+            )
+    sources = (("--exclude ", exclude), ("recipe: ", recipe_exclude), ("default: ", ALWAYS_EXCLUDED))
+    reasons = {name: _why_not(name, shape, form, sources) for name, shape in matrices.items()}
+    modules = []
+    member_of = _member_of(matrices, fused_groups(matrices) if groups is None else groups)
+    for name, shape in matrices.items():
+        group = member_of[name]
+        reason = reasons[name]
+        if not reason:
+            kept = next((other for other in group if reasons[other]), None)
+            reason = f"multiplied with {kept.rpartition('.')[2]}: {reasons[kept]}" if kept else ""
+        chosen = None if reason else form
+        if head and reason.startswith("default: ") and any(fnmatchcase(name, one) for one in HEADS):
+            chosen = get_format(head)
+            reason = chosen.why_not(shape)
+        modules.append(Module(name, shape, None if reason else chosen, reason, group, tied=name in tied))
+    if all(module.format is not form for module in modules):
+        first = modules[0].name + ": " + modules[0].reason if modules else "it has no matrices"
+        raise RequestError(
+            f"{form.name} quantizes nothing of this model ({first})", "exclude less, or build without --quant"
+        )
+    return QuantPlan(form, tuple(modules), stored_bits, other_params)
+
+
+def fused_groups(matrices: Mapping[str, tuple[int, int]]) -> list[tuple[str, ...]]:
+    """The modules that are multiplied as one, judged by Hugging Face's names and that they fit one input."""
+    found = []
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in matrices):
+        for siblings in _SIBLINGS:
+            names = [f"{parent}.{sibling}" if parent else sibling for sibling in siblings]
+            group = tuple(name for name in names if name in matrices)
+            if len(group) > 1 and len({matrices[name][1] for name in group}) == 1:
+                found.append(group)
+    return found
+
+
+def _member_of(
+    matrices: Mapping[str, tuple[int, int]], groups: Iterable[Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    members: dict[str, tuple[str, ...]] = {name: (name,) for name in matrices}
+    for group in groups:
+        for name in group:
+            if members.get(name) != (name,) or matrices[name][1] != matrices[group[0]][1]:
+                raise ValueError(f"{name} is unknown, in two groups, or has another input than {group[0]}")
+            members[name] = tuple(group)
+    return members
+
+
+def _why_not(
+    name: str, shape: tuple[int, int], form: Format, sources: Iterable[tuple[str, Sequence[str]]]
+) -> str:
+    for origin, patterns in sources:
+        for pattern in patterns:
+            if fnmatchcase(name, pattern):
+                return origin + pattern
+    return form.why_not(shape)
+
+
+def _nearest(pattern: str, names: Iterable[str]) -> str:
+    """What the user may have meant, as a hint."""
+    for wider in (f"*.{pattern}", f"{pattern}.*", f"*{pattern}*"):
+        if any(fnmatchcase(name, wider) for name in names):
+            return f"a pattern is of the whole name of a module: did you mean {wider!r}?"
+    # Names that differ in the layer's number alone say the same; so do the ends of names.
+    candidates = {re.sub(r"\.\d+\.", ".*.", name) for name in names}
+    ends = {f"*.{name.rpartition('.')[2]}" for name in names if "." in name}
+    near = get_close_matches(pattern, sorted(candidates | ends), n=3, cutoff=0.5)
+    near = near or sorted(ends | {name for name in names if "." not in name})
+    return f"near: {', '.join(near)}"

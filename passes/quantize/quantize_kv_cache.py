@@ -1,0 +1,58 @@
+"""KV caches in FP8 E4M3: each attention layer stores keys and values as codes, with a scale for each.
+
+    before  PagedAttention(q, k, v, key_cache bf16, value_cache bf16, ...)
+    after   PagedAttention<key_scale, value_scale>(q, k, v, key_cache e4m3, value_cache e4m3, ...)
+
+The operator rounds what enters the cache (`plugins/paged_attention/spec.py`); the rest of the graph stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from llmc.passes.geometry import attention_nodes
+from llmc.passes.spec import module_of
+from llmc.plugins.paged_attention.spec import E4M3_MAX
+from llmc.runtime.errors import BuildError
+
+FP8 = "fp8"  # in a manifest
+_SMALLEST_NORMAL = 2.0**-126  # of fp32: below it a division would overflow
+_CACHES = {3: 1, 4: 2}  # input of the operator -> the output that is the same memory
+
+
+def set_kv_scales(model: ir.Model, largest: Mapping[int, tuple[float, float]]) -> None:
+    """Gives a canonical graph KV caches in FP8 E4M3, or other scales if it has them, even lowered. In place.
+
+    largest: layer -> the largest magnitudes of its keys (after rotary embedding, as they enter the cache) and
+    of its values. A scale is that over 448, as in ModelOpt's `k_scale` and `v_scale`; 1.0 for layers that
+    are not given and for keys or values that are all 0. Raises BuildError for a layer that the model lacks
+    and for a magnitude that is negative, infinite or NaN.
+    """
+    nodes = attention_nodes(model)
+    if unknown := sorted(largest.keys() - set(range(len(nodes)))):
+        raise BuildError(
+            f"KV scales for layer {unknown[0]} of a model with {len(nodes)} layers",
+            "calibrate with this checkpoint",
+        )
+    for layer, node in enumerate(nodes):
+        for name, amax in zip(("key_scale", "value_scale"), largest.get(layer, (0.0, 0.0)), strict=True):
+            if not math.isfinite(amax) or amax < 0:
+                raise BuildError(
+                    f"the largest magnitude of {name.partition('_')[0]}s of {module_of(node)} is {amax}",
+                    "calibrate with this checkpoint",
+                )
+            scale = max(amax / E4M3_MAX, _SMALLEST_NORMAL) if amax else 1.0
+            node.attributes[name] = ir.AttrFloat32(name, scale)
+        for index, output in _CACHES.items():
+            for value in (node.inputs[index], node.outputs[output]):
+                assert value is not None
+                value.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+
+
+def has_fp8_cache(node: ir.Node) -> bool:
+    """Whether a PagedAttention node reads and writes FP8 caches."""
+    cache = node.inputs[3]
+    return cache is not None and cache.dtype == ir.DataType.FLOAT8E4M3FN

@@ -1,0 +1,1 @@
+"""TensorRT on NVIDIA GPUs: start at load.py."""

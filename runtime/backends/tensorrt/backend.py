@@ -1,0 +1,229 @@
+"""Runs a TensorRT engine on a GPU. The KV cache is ours; the attention plugin writes it in place."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from llmc.plugins.paged_attention import spec
+from llmc.plugins.paged_attention.cuda_kernels import AttentionLauncher, CudaError, KernelImage, Kernels
+from llmc.plugins.sampling.launch import MAX_K, MAX_VOCAB
+from llmc.runtime.backends.base import Candidates
+from llmc.runtime.backends.tensorrt import checks, sizes
+from llmc.runtime.backends.tensorrt.bindings import LOGITS, STEP_INPUTS, bind
+from llmc.runtime.backends.tensorrt.checks import Device, Step
+from llmc.runtime.backends.tensorrt.cuda import Cuda, place
+from llmc.runtime.backends.tensorrt.engine import Context, LoadedEngine
+from llmc.runtime.backends.tensorrt.sampling import TokenSampler
+from llmc.runtime.backends.tensorrt.step import bucket_of, buckets, fill, room
+from llmc.runtime.batch import Batch
+from llmc.runtime.bundle.manifest import KernelFile, Manifest
+from llmc.runtime.errors import BackendError
+
+
+class TensorRtBackend:
+    """A TensorRT engine, its attention kernels and its paged KV cache, on one GPU.
+
+    Steps of one new token for each sequence are CUDA graphs, from the second of a size on
+    (`tensorrt_step.py`); others are launched kernel by kernel. Each graph has a TensorRT context of its own,
+    as TensorRT asks for; all contexts share their memory.
+    """
+
+    block_size = spec.BLOCK_SIZE
+
+    def __init__(
+        self, manifest: Manifest, directory: Path, device: Device, step: Step, kv_memory: int | None
+    ) -> None:
+        """Takes a bundle that `checks.faults` finds nothing wrong with. Raises as `tensorrt.load` does."""
+        self.name: str = manifest.target.engine
+        self._owned = contextlib.ExitStack()
+        self._contexts: list[Context] = []
+        self._decoders: dict[int, Callable[[], None]] = {}
+        self._sampler: TokenSampler | None = None
+        try:
+            with _told_as_backend_error("cannot load the engine"):
+                self._load(manifest, directory, device, step, kv_memory)
+            self._try(min(2, step.max_tokens))
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(
+        self, manifest: Manifest, directory: Path, device: Device, step: Step, kv_memory: int | None
+    ) -> None:
+        assert manifest.gpu is not None
+        cuda = self._cuda = Cuda()
+        self._owned.callback(cuda.close)  # freed in reverse: graphs, contexts, engine, kernels, memory
+        chosen = checks.choose_kernels(manifest.gpu.kernels, device)
+        kernels = Kernels(_image(directory, file) for file in chosen)
+        self._owned.callback(kernels.close)
+        engine = self._engine = LoadedEngine(
+            checks.MODULES[manifest.target.engine], directory / manifest.engines[0].file
+        )
+        self._owned.callback(engine.close)
+        table = bind(engine.tensors(), manifest)
+        self._owned.callback(self._contexts.clear)
+
+        # What a step brings: pinned arrays on the host, and their places on the GPU.
+        self._max_seq_len = manifest.limits.max_seq_len
+        most = room(step.max_tokens, step.max_sequences, self._max_seq_len)
+        if small := [name for name in STEP_INPUTS if most[name] > table.step[name]]:
+            raise BackendError(
+                f"the engine takes {table.step[small[0]]} {small[0]}, {most[small[0]]} are asked for",
+                "lower max_batch_tokens or max_sequences",
+            )
+        offsets, nbytes = place([4 * most[name] for name in STEP_INPUTS])
+        pinned, arrays = cuda.pinned(nbytes), cuda.allocate(nbytes)
+        self._host = {
+            name: pinned[at : at + 4 * most[name]].view(np.int32)
+            for name, at in zip(STEP_INPUTS, offsets, strict=True)
+        }
+        self._addresses = {name: arrays + at for name, at in zip(STEP_INPUTS, offsets, strict=True)}
+        logits_bytes = 4 * step.max_sequences * table.vocab_size
+        self._logits = cuda.pinned(logits_bytes).view(np.float32).reshape(-1, table.vocab_size)
+        self._addresses[LOGITS] = cuda.allocate(logits_bytes)
+        sampling = checks.choose_sampling_kernels(manifest.gpu.kernels, device)
+        if sampling and table.vocab_size <= MAX_VOCAB:
+            images = (_image(directory, file) for file in sampling)
+            self._sampler = TokenSampler(cuda, images, self._addresses[LOGITS], self._logits)
+            self._owned.callback(self._sampler.close)
+        self.max_candidates = MAX_K if self._sampler else 0
+
+        self._activations = cuda.allocate(engine.activation_bytes)
+        kernel_sm = chosen[0].sm
+        scratch = sizes.scratch_bytes(
+            manifest.geometry, step.max_sequences, self._max_seq_len, manifest.precision.dtype, kernel_sm,
+            device.multiprocessors,
+        )  # fmt: skip
+        self._launcher = AttentionLauncher(
+            kernels, kernel_sm, device.multiprocessors, cuda.allocate(scratch), scratch
+        )
+        self._buckets = buckets(step.max_sequences)
+        context = engine.context(self._activations, one_shape=False)
+        self._contexts.append(context)
+
+        # The KV cache gets what is left.
+        free, total = cuda.free_memory()
+        self.num_blocks = sizes.cache_blocks(
+            table.block_bytes, free=free, total=total, kv_memory=kv_memory, useful=most["block_indices"],
+            most=table.max_blocks,
+        )  # fmt: skip
+        self._fixed_shapes: dict[str, tuple[int, ...]] = {"block_indices": (most["block_indices"],)}
+        for cache in table.caches:
+            address = cuda.allocate(self.num_blocks * cache.block_bytes)
+            self._addresses |= {cache.input: address, cache.output: address}
+            self._fixed_shapes[cache.input] = (self.num_blocks, *cache.block_shape)
+        context.bind(self._addresses, self._fixed_shapes)
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Logits float32 [N, vocab] of the rows in `batch.logits_index`; valid until the next call."""
+        logits = self._logits[: len(batch.logits_index)]
+        with _told_as_backend_error("the step failed"):
+            self._cuda.use()
+            try:
+                self._run(batch)
+                if len(logits):
+                    self._cuda.download(self._addresses[LOGITS], logits)
+            finally:
+                self._cuda.wait()  # nothing still reads the pinned arrays when the next step fills them
+        return logits
+
+    def forward_sampled(self, batch: Batch, k: int) -> list[Candidates]:
+        """What the choice of tokens needs of each row in `batch.logits_index`: see `SamplingBackend`."""
+        assert self._sampler is not None  # the engine asks for no more than max_candidates
+        rows = len(batch.logits_index)
+        with _told_as_backend_error("the step failed"):
+            self._cuda.use()
+            try:
+                self._run(batch)
+                return self._sampler.candidates(rows, k) if rows else []
+            finally:
+                self._cuda.wait()
+
+    def _run(self, batch: Batch) -> None:
+        bucket = bucket_of(batch, self._buckets)
+        lengths = fill(batch, bucket, self._host)
+        for name, length in lengths.items():
+            self._cuda.upload(self._host[name][:length], self._addresses[name])
+        if bucket is None:
+            self._launcher.begin(batch.query_start, batch.past_lengths)
+            self._contexts[0].bind({}, _step_shapes(lengths))
+            self._contexts[0].run(self._launcher, self._cuda.stream)
+        elif bucket in self._decoders:
+            self._decoders[bucket]()
+        else:
+            self._decoders[bucket] = self._first_decode(bucket, lengths)
+
+    def _first_decode(self, bucket: int, lengths: dict[str, int]) -> Callable[[], None]:
+        """Runs the first step of a bucket, and returns what runs the next ones: a graph, where it can be.
+
+        The first run lets TensorRT and CUDA compile and load what a capture could not.
+        """
+        context = self._engine.context(self._activations, one_shape=True)
+        self._contexts.append(context)
+        context.bind(self._addresses, {**self._fixed_shapes, **_step_shapes(lengths)})
+
+        def run() -> None:
+            self._launcher.begin(*sizes.longest_decode(bucket, self._max_seq_len))
+            context.run(self._launcher, self._cuda.stream)
+
+        run()
+        reason = "TensorRT cannot run this engine in one"
+        if context.can_be_captured(self._cuda.stream):
+            try:
+                graph = self._cuda.capture(run)
+            except (BackendError, CudaError) as error:
+                reason = str(error)
+            else:
+                self._owned.callback(graph.close)
+                return graph.launch
+        warnings.warn(f"steps of {bucket} sequences go without a CUDA graph: {reason}", stacklevel=2)
+        return run
+
+    def _try(self, tokens: int) -> None:
+        """Two steps over a cache that nobody uses yet: a prompt, and the decoding of one token. What engine
+        or kernels lack shows now, and what is compiled at first use is there for the first request."""
+        for count in (tokens, 1):
+            places = np.arange(count, dtype=np.int32)
+            one, span = np.zeros(1, np.int32), np.array([0, count], np.int32)
+            table = np.array([0, 1], np.int32)
+            self.forward(Batch(np.zeros_like(places), places, span, one, one, table, span[1:] - 1))
+        if self._sampler:
+            with _told_as_backend_error("the sampling kernels failed"):
+                for k in (1, 2):  # both pairs of kernels, on the logits that lie there now
+                    self._sampler.candidates(1, k)
+
+    def close(self) -> None:
+        """Frees all memory on the GPU, and what TensorRT holds. The backend is of no use afterwards."""
+        owned = self._owned.pop_all()  # a second call finds nothing
+        self._decoders.clear()
+        with _told_as_backend_error("could not free the GPU's memory"), owned:
+            if self._contexts:
+                self._cuda.use()
+                self._cuda.wait()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+def _step_shapes(lengths: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    return {name: (length,) for name, length in lengths.items() if name != "block_indices"}
+
+
+def _image(directory: Path, file: KernelFile) -> KernelImage:
+    image = (directory / file.file).read_bytes()
+    return KernelImage(file.variant, file.entry, image, file.shared_memory, file.num_warps)
+
+
+@contextlib.contextmanager
+def _told_as_backend_error(what: str) -> Iterator[None]:
+    """CUDA's errors and those of the launcher, as ours."""
+    try:
+        yield
+    except (CudaError, ValueError, OSError) as error:
+        raise BackendError(f"{what}: {error}", "set LLMC_TRACEBACK=1 for where") from error

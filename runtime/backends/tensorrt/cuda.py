@@ -1,0 +1,138 @@
+"""One GPU, through cuda-python's driver API: its facts, memory, a stream and graphs, and who frees them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver
+
+from llmc.plugins.paged_attention.cuda_kernels import CudaError, call
+from llmc.runtime.backends.tensorrt.checks import Device
+
+_ALIGNMENT = 256  # of what lies in one allocation: TensorRT wants its tensors there
+
+
+def probe(ordinal: int = 0) -> Device:
+    """What there is to know of a GPU before anything is on it. Raises CudaError where there is none."""
+    call(driver.cuInit, 0)
+    handle = call(driver.cuDeviceGet, ordinal)
+    attributes = driver.CUdevice_attribute
+
+    def ask(attribute: Any) -> int:
+        return int(call(driver.cuDeviceGetAttribute, attribute, handle))
+
+    major = ask(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
+    minor = ask(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
+    version = int(call(driver.cuDriverGetVersion))
+    return Device(
+        name=call(driver.cuDeviceGetName, 256, handle).split(b"\0")[0].decode(),
+        sm=10 * major + minor,
+        cuda=(version // 1000, version % 1000 // 10),
+        multiprocessors=ask(attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
+        shared_memory=ask(attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
+    )
+
+
+class Cuda:
+    """A GPU's primary context, which TensorRT uses too, with one stream. Every method raises CudaError.
+
+    What is allocated here lives until `close`, which frees all of it, the last first.
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        call(driver.cuInit, 0)
+        device = call(driver.cuDeviceGet, ordinal)
+        self._owned = contextlib.ExitStack()
+        self._context = call(driver.cuDevicePrimaryCtxRetain, device)
+        self._owned.callback(call, driver.cuDevicePrimaryCtxRelease, device)
+        try:
+            self.use()
+            stream = call(driver.cuStreamCreate, int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+            self._owned.callback(call, driver.cuStreamDestroy, stream)
+        except BaseException:
+            self.close()
+            raise
+        self.stream = int(stream)
+
+    def use(self) -> None:
+        """Makes the context current in this thread; calls of a step may come from any."""
+        call(driver.cuCtxSetCurrent, self._context)
+
+    def free_memory(self) -> tuple[int, int]:
+        """Bytes free on the device now, and bytes that it has."""
+        free, total = call(driver.cuMemGetInfo)
+        return int(free), int(total)
+
+    def allocate(self, nbytes: int) -> int:
+        """The address of device memory, with unknown contents."""
+        address = call(driver.cuMemAlloc, max(1, nbytes))
+        self._owned.callback(call, driver.cuMemFree, address)
+        return int(address)
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        """Host memory, uint8, that the GPU copies from and to while the host goes on. Not to be used
+        after `close`."""
+        address = int(call(driver.cuMemHostAlloc, max(1, nbytes), 0))
+        self._owned.callback(call, driver.cuMemFreeHost, address)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+    def upload(self, source: np.ndarray, target: int) -> None:
+        """Starts to copy contiguous `source`, which lies in pinned memory, to the address `target`."""
+        call(driver.cuMemcpyHtoDAsync, target, source.ctypes.data, source.nbytes, self.stream)
+
+    def download(self, source: int, target: np.ndarray) -> None:
+        """Starts to copy from the address `source` what contiguous `target`, in pinned memory, holds."""
+        call(driver.cuMemcpyDtoHAsync, target.ctypes.data, source, target.nbytes, self.stream)
+
+    def wait(self) -> None:
+        """Until everything on the stream is done."""
+        call(driver.cuStreamSynchronize, self.stream)
+
+    def capture(self, record: Callable[[], None]) -> Graph:
+        """What `record` puts on the stream, as a graph; it is not run.
+
+        `record` may not wait, allocate, or copy from memory that is not pinned; what it raises passes.
+        """
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        call(driver.cuStreamBeginCapture, self.stream, mode)
+        try:
+            record()
+        except BaseException:
+            with contextlib.suppress(CudaError):  # says that the capture is invalid
+                call(driver.cuGraphDestroy, call(driver.cuStreamEndCapture, self.stream))
+            raise
+        graph = call(driver.cuStreamEndCapture, self.stream)
+        try:
+            return Graph(call(driver.cuGraphInstantiate, graph, 0), self.stream)
+        finally:
+            call(driver.cuGraphDestroy, graph)
+
+    def close(self) -> None:
+        """Frees everything; a second call does nothing. Goes on after an error, and raises the last."""
+        self._owned.close()
+
+
+class Graph:
+    """Work for the GPU that one call starts. Close it before what it uses is freed."""
+
+    def __init__(self, ready: Any, stream: int) -> None:
+        self._ready, self._stream = ready, stream
+
+    def launch(self) -> None:
+        call(driver.cuGraphLaunch, self._ready, self._stream)
+
+    def close(self) -> None:
+        call(driver.cuGraphExecDestroy, self._ready)
+
+
+def place(sizes: list[int]) -> tuple[list[int], int]:
+    """Offsets of pieces of these sizes, in bytes, in one allocation, and its size."""
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return offsets, end

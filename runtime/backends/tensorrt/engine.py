@@ -1,0 +1,127 @@
+"""An engine file in TensorRT's hands: loading it, its tensors, and contexts to run it in.
+
+`tensorrt_rtx` and `tensorrt` have the same classes; what only the first has is asked for by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmc.plugins.paged_attention.tensorrt_plugin import Launcher, launching, register
+from llmc.runtime.backends.tensorrt.bindings import Tensor
+from llmc.runtime.errors import BackendError
+
+_KEPT_MESSAGES = 8
+
+
+class LoadedEngine:
+    """A deserialized engine. Needs a current CUDA context, also when it is closed."""
+
+    def __init__(self, module: str, plan: Path) -> None:
+        """Loads the engine file with the Python module of its TensorRT. Raises BackendError."""
+        self._trt = importlib.import_module(module)
+        register(self._trt)
+        self._log = _logger(self._trt)
+        self._runtime = self._trt.Runtime(self._log)
+        with open(plan, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            self._engine = self._runtime.deserialize_cuda_engine(data)
+        if self._engine is None:
+            raise self._error(f"cannot load {plan.name}", "check the bundle with `llmc inspect --verify`")
+        self._cache: Any = None  # compiled kernels, shared by all contexts (TensorRT-RTX)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Device memory that a context works in, for the largest step that the engine was built for."""
+        return int(self._engine.device_memory_size_v2)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All inputs and outputs. Raises BackendError for one that would have to lie in host memory."""
+        trt, engine = self._trt, self._engine
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
+                raise BackendError(f"the engine wants {name} in host memory", "build the bundle again")
+            is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+            most = tuple(engine.get_tensor_profile_shape(name, 0)[2]) if is_input else ()
+            shape = tuple(engine.get_tensor_shape(name))
+            yield Tensor(name, is_input, engine.get_tensor_dtype(name).name, shape, most)
+
+    def context(self, memory: int, *, one_shape: bool) -> Context:
+        """A context that works in the `activation_bytes` at the address `memory`.
+
+        Several may share it, as long as one of them runs at a time. one_shape: TensorRT-RTX compiles kernels
+        for the context's shape when it first sees it; otherwise its general ones run, at every shape.
+        Raises BackendError.
+        """
+        trt = self._trt
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if strategies is not None:
+            chosen = strategies.EAGER if one_shape else strategies.NONE
+            config.dynamic_shapes_kernel_specialization_strategy = chosen
+            self._cache = self._cache or config.create_runtime_cache()
+            config.set_runtime_cache(self._cache)
+        context = self._engine.create_execution_context(config)
+        if context is None:
+            raise self._error("cannot make an execution context", "free memory on the GPU")
+        context.set_device_memory(memory, self.activation_bytes)
+        return Context(self, context)
+
+    def close(self) -> None:
+        """After all contexts are gone."""
+        self._cache = self._engine = self._runtime = None
+
+    def _error(self, what: str, hint: str) -> BackendError:
+        said = "; ".join(self._log.errors) or "it gave no reason"
+        self._log.errors.clear()
+        return BackendError(f"TensorRT {self._trt.__version__} {what}: {said}", hint)
+
+
+class Context:
+    """An execution context with the addresses and shapes of its tensors."""
+
+    def __init__(self, engine: LoadedEngine, context: Any) -> None:
+        self._engine, self._context = engine, context
+
+    def bind(self, addresses: Mapping[str, int], shapes: Mapping[str, Iterable[int]]) -> None:
+        """Sets addresses of tensors and shapes of inputs. Raises BackendError for what TensorRT refuses."""
+        for name, address in addresses.items():
+            if not self._context.set_tensor_address(name, address):
+                raise self._engine._error(f"refuses the address of {name}", "please report this")
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, tuple(shape)):
+                raise self._engine._error(f"refuses {name} of shape {list(shape)}", "please report this")
+
+    def run(self, launcher: Launcher, stream: int) -> None:
+        """Puts a run of the engine on the stream; attention goes through `launcher`, whose errors pass.
+
+        Raises BackendError."""
+        with launching(launcher):
+            if not self._context.execute_async_v3(stream):
+                raise self._engine._error("cannot run the step", "set LLMC_TRACEBACK=1 for where it failed")
+
+    def can_be_captured(self, stream: int) -> bool:
+        """Whether runs of this context may become a CUDA graph; TensorRT-RTX knows, TensorRT always can."""
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return ask is None or bool(ask(stream))
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        """Keeps the last errors, to be told with ours."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=_KEPT_MESSAGES)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message.strip())
+
+    return Logger()

@@ -1,0 +1,56 @@
+"""Greedy and top-k sampling without the logits: what is launched after a step, and what the host gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from llmc.plugins.paged_attention.cuda_kernels import KernelImage, Kernels
+from llmc.plugins.sampling import launch
+from llmc.runtime.backends.base import Candidates
+from llmc.runtime.backends.tensorrt.cuda import Cuda, place
+
+
+class TokenSampler:
+    """The sampling kernels, with the memory for their results. Its methods raise CudaError.
+
+    They are launched one by one, after a step's CUDA graph: k is not the same in every step, and a graph for
+    each would have to be captured.
+    """
+
+    def __init__(self, cuda: Cuda, images: Iterable[KernelImage], logits: int, host: np.ndarray) -> None:
+        """logits: the address of float32 [R, vocab]; host: pinned memory of that shape, for rows that must
+        come whole."""
+        self._cuda, self._host = cuda, host
+        rows, self._vocab = host.shape
+        result = 4 * rows * launch.width(launch.MAX_K)
+        sizes = {"result": result, **launch.scratch(rows, self._vocab)}
+        offsets, nbytes = place(list(sizes.values()))
+        first = cuda.allocate(nbytes)
+        self._arguments = {name: first + at for name, at in zip(sizes, offsets, strict=True)}
+        self._arguments |= {"logits": logits, "vocab": self._vocab, "parts": launch.parts(self._vocab)}
+        self._result = cuda.pinned(result).view(np.int32)
+        self._kernels = Kernels(images, launch.ARGUMENTS)
+
+    def candidates(self, rows: int, k: int) -> list[Candidates]:
+        """Of the first `rows` rows, once everything on the stream is done: see `SamplingBackend`."""
+        arguments = {**self._arguments, "k": k}
+        for kernel, grid in launch.launches(rows, self._vocab, k):
+            self._kernels.put(launch.variant(kernel), grid, arguments, self._cuda.stream)
+        result = self._result[: rows * launch.width(k)].reshape(rows, -1)
+        self._cuda.download(arguments["result"], result)
+        self._cuda.wait()
+        found = launch.read(result, k)
+        whole = [row for row, answer in enumerate(found) if answer is None]
+        for row in whole:
+            self._cuda.download(arguments["logits"] + row * self._host[row].nbytes, self._host[row])
+        if whole:
+            self._cuda.wait()
+        return [
+            Candidates(*answer) if answer else Candidates(None, self._host[row])
+            for row, answer in enumerate(found)
+        ]
+
+    def close(self) -> None:
+        self._kernels.close()

@@ -1,0 +1,185 @@
+"""`--calibration`: the table in a bundle, a table passed back, a text, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmc.cli import main
+from llmc.compiler.calibrate.table import CalibrationTable
+from llmc.compiler.checkpoint.safetensors import read_header
+from llmc.compiler.driver import compile_model, plan_build
+from llmc.compiler.request import BuildRequest
+from llmc.runtime.errors import BuildError, CheckpointError, RequestError
+
+MODULES = "model.layers.0.self_attn.{}_proj"
+
+
+def build(checkpoint: Path, output: Path, form: str = "fp8", **options: object) -> Path:
+    request = BuildRequest(str(checkpoint), output, quant=form, verify=False, **options)  # type: ignore[arg-type]
+    return compile_model(request).path
+
+
+@pytest.fixture(scope="module")
+def first(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(checkpoint("llama-tiny"), tmp_path_factory.mktemp("first") / "x.llmc")
+
+
+def scales(bundle: Path) -> dict[str, float]:
+    tensors = read_header(bundle / "weights/model.safetensors")
+    return {name: float(ref.read()) for name, ref in tensors.items() if name.endswith(".input_scale")}
+
+
+def test_a_scale_is_the_largest_magnitude_in_the_table_over_448(first: Path) -> None:
+    table = CalibrationTable.from_json((first / "calibration.json").read_bytes())
+    fused = "|".join(f"{MODULES.format(one)}.input_scale" for one in "qkv")
+    expected = np.float32(table.amax(MODULES.format("q"), "max")) / np.float32(448)
+    assert scales(first)[fused] == expected
+    manifest = json.loads((first / "manifest.json").read_text())
+    assert manifest["quantization"]["calibration"] == {
+        "text_sha256": table.source.text_sha256,
+        "tokens": table.source.tokens,
+        "method": "max",
+    }
+    worst = manifest["quantization"]["largest_output_errors"]
+    assert len(worst) == 5
+    assert all(0 < error < 0.1 for error in worst.values())
+
+
+def test_a_table_passed_back_gives_the_same_scales(
+    first: Path, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    table = first / "calibration.json"
+    again = build(checkpoint("llama-tiny"), tmp_path / "x.llmc", calibration=table)
+    assert scales(again) == scales(first)
+    assert (again / "calibration.json").read_bytes() == table.read_bytes()
+    other = build(
+        checkpoint("llama-tiny"), tmp_path / "y.llmc", calibration=table, calibration_method="percentile"
+    )
+    assert all(scale <= scales(first)[name] for name, scale in scales(other).items())
+    assert scales(other) != scales(first)
+
+
+def test_a_text_of_ones_own(first: Path, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The sea was calm, and nobody spoke. " * 30, "utf-8")
+    bundle = build(checkpoint("llama-tiny"), tmp_path / "x.llmc", "int8", calibration=text)
+    table = CalibrationTable.from_json((bundle / "calibration.json").read_bytes())
+    assert (
+        table.source.text_sha256
+        != json.loads((first / "calibration.json").read_text())["source"]["text_sha256"]
+    )
+
+
+def test_a_long_text_of_ones_own_is_heard_to_its_end(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Texts that differ in their last part give different ranges; of both no more than 8,192 tokens run."""
+    tables = []
+    for name, end in (("a", "the sea was calm. "), ("b", "QUIT; NOTHING! 0123456789 ")):
+        text = tmp_path / f"{name}.txt"
+        text.write_text("the sea was calm. " * 2000 + end * 2000, "utf-8")
+        bundle = build(checkpoint("llama-tiny"), tmp_path / f"{name}.llmc", calibration=text)
+        tables.append(CalibrationTable.from_json((bundle / "calibration.json").read_bytes()))
+    assert tables[0].entries != tables[1].entries
+    assert max(table.source.tokens for table in tables) <= 8192
+
+
+def test_what_is_refused(first: Path, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    source, output = checkpoint("llama-tiny"), tmp_path / "x.llmc"
+    with pytest.raises(RequestError, match="int4 takes nothing from a table"):
+        build(source, output, "int4", calibration=first / "calibration.json")
+    with pytest.raises(RequestError, match="cannot be read"):
+        build(source, output, calibration=tmp_path / "nowhere.txt")
+    with pytest.raises(RequestError, match="cannot read"):
+        build(source, output, calibration=tmp_path / "nowhere.json")
+    with pytest.raises(RequestError, match="smoothing needs the range of every channel") as caught:
+        build(source, output, "int8-smoothquant", calibration=first / "calibration.json")
+    assert "give a text" in caught.value.hint
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text("{}")
+    with pytest.raises(CheckpointError, match="calibration table"):
+        build(source, output, calibration=damaged)
+    with pytest.raises(RequestError, match="has no module"):
+        build(source, output, calibration=renamed(first, tmp_path))
+    with pytest.raises(BuildError, match="--calibration is about quantization"):
+        BuildRequest(str(source), output, calibration=damaged)
+    with pytest.raises(BuildError, match="no calibration method 'median'"):
+        BuildRequest(str(source), output, quant="fp8", calibration_method="median")  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("*.llmc*"))
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse"])
+def test_a_method_where_no_activations_are_rounded_is_refused(
+    method: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    where = str(checkpoint("llama-tiny")), tmp_path / "x.llmc"
+    for form in ("int8", "int4", "nvfp4-weight-only"):
+        request = BuildRequest(*where, quant=form, calibration_method=method)  # type: ignore[arg-type]
+        with pytest.raises(
+            RequestError, match=f"{method} is about activations, and {form} does not"
+        ) as caught:
+            plan_build(request)
+        assert "such as fp8" in caught.value.hint
+    for options in ({}, {"target": "tensorrt-rtx", "kv_dtype": "fp8"}):
+        with pytest.raises(RequestError, match=f"{method} is about activations, and none") as caught:
+            BuildRequest(*where, calibration_method=method, **options)  # type: ignore[arg-type]
+        assert "--quant" in caught.value.hint
+    BuildRequest(*where, quant="nvfp4", calibration_method=method)  # type: ignore[arg-type]
+
+
+def test_the_table_of_another_model_is_refused_before_the_trace(
+    first: Path, checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama-tiny-plain has the same modules as llama-tiny."""
+    command = ["build", str(checkpoint("llama-tiny-plain")), "-o", str(tmp_path / "x.llmc"), "--quant", "fp8"]
+    assert main.main([*command, "--calibration", str(first / "calibration.json"), "--dry-run"]) == 1
+    error, hint = capsys.readouterr().err.splitlines()[-2:]
+    assert error.startswith("error: the calibration table is of another model")
+    assert "leave --calibration out" in hint
+
+
+def test_an_fp8_cache_wants_every_layer_of_the_table(
+    first: Path, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    table = json.loads((first / "calibration.json").read_text())
+    del table["kv"]["1"]
+    path = tmp_path / "short.json"
+    path.write_text(json.dumps(table))
+    request = BuildRequest(
+        str(checkpoint("llama-tiny")), tmp_path / "x.llmc", "tensorrt-rtx", calibration=path, kv_dtype="fp8"
+    )
+    with pytest.raises(RequestError, match="no range of keys and values for layer 1") as caught:
+        plan_build(request)
+    assert caught.value.hint
+    plan_build(replace(request, calibration=first / "calibration.json"))
+    build(checkpoint("llama-tiny"), tmp_path / "y.llmc", calibration=path)  # the cache is fp32
+
+
+def renamed(first: Path, directory: Path) -> Path:
+    """A table with the modules of another model."""
+    path = directory / "other.json"
+    path.write_text((first / "calibration.json").read_text().replace("model.layers", "transformer.h"))
+    return path
+
+
+def test_the_command_line(
+    first: Path, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "build",
+        str(checkpoint("llama-tiny")),
+        "-o",
+        str(first.with_name("new.llmc")),
+        "--quant",
+        "int4",
+    ]
+    assert main.main([*command, "--calibration", str(first / "calibration.json")]) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: int4 takes nothing from a table of ranges")
+    assert hint.startswith("hint: give a text")

@@ -1,0 +1,68 @@
+"""Which formats a target has, and what a user is told of one that it has not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmc.cli import main
+from llmc.compiler.targets import capability
+from llmc.passes.quantize.formats import FORMATS
+from llmc.runtime.errors import RequestError, UnsupportedError
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_cpu_has_them_all(form: str) -> None:
+    assert capability.check(form, "cpu", ()) is FORMATS[form]
+
+
+@pytest.mark.parametrize(
+    ("form", "sms", "needed", "instead"),
+    [
+        ("fp8", (80, 89), "fp8 needs SM89 or newer, and SM80 is asked for", "int8"),
+        ("fp8-per-channel", (), "a portable engine must run on SM80", "int8"),
+        ("nvfp4", (89,), "nvfp4 needs SM100 or newer, and SM89 is asked for", "int4"),
+        ("nvfp4-weight-only", (), "a portable engine must run on SM80", "int4"),
+    ],
+)
+def test_what_a_gpu_lacks_is_said_with_the_nearest_format(
+    form: str, sms: tuple[int, ...], needed: str, instead: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=needed) as caught:
+        capability.check(form, "tensorrt-rtx", sms)
+    assert f"--quant {instead} runs there" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("form", "sms"),
+    [
+        ("fp8", (89, 120)),
+        ("nvfp4", (120,)),
+        ("nvfp4-weight-only", (100,)),
+        ("int4", ()),
+        ("int8", (80,)),
+        ("int8-smoothquant", ()),
+    ],
+)
+def test_what_a_gpu_has(form: str, sms: tuple[int, ...]) -> None:
+    assert capability.check(form, "tensorrt-rtx", sms) is FORMATS[form]
+
+
+def test_an_unknown_format_names_the_known_ones() -> None:
+    with pytest.raises(RequestError, match="'q4_0'") as caught:
+        capability.check("q4_0", "cpu", ())
+    assert "nvfp4-weight-only" in caught.value.hint
+
+
+def test_nothing_is_traced_first(
+    checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "x.llmc"
+    command = ["build", str(checkpoint("llama-tiny")), "-o", str(output), "--target", "tensorrt-rtx"]
+    assert main.main([*command, "--quant", "nvfp4", "--sm", "89"]) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == "error: nvfp4 needs SM100 or newer, and SM89 is asked for"
+    assert hint == "hint: --quant int4 runs there; or name newer GPUs only, as in --sm 120"
+    assert list(tmp_path.iterdir()) == []

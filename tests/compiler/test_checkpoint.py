@@ -1,0 +1,246 @@
+"""Opening checkpoint directories: what is read, and every way in which one can be wrong."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from llmc.compiler.checkpoint.names import compare_names
+from llmc.compiler.checkpoint.safetensors import TensorRef
+from llmc.runtime.errors import CheckpointError
+
+TENSORS = {
+    "model.embed_tokens.weight": np.arange(12, dtype=np.float16).reshape(4, 3),
+    "model.norm.weight": np.ones(3, np.float32),
+}
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    config = {"model_type": "llama", "eos_token_id": 2, "bos_token_id": 1, "torch_dtype": "float16"}
+    (path / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(TENSORS, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def edit(root: Path, **changes: object) -> None:
+    config = json.loads((root / "config.json").read_text()) | changes
+    (root / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def shard(root: Path) -> dict[str, str]:
+    (root / "model.safetensors").unlink()
+    weight_map = dict(zip(TENSORS, SHARDS, strict=True))
+    for name, file in weight_map.items():
+        safetensors.numpy.save_file({name: TENSORS[name]}, root / file)
+    (root / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
+
+
+def test_reads_a_directory(root: Path) -> None:
+    (root / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    (root / "chat_template.jinja").write_text("{{ messages }}")
+    checkpoint = Checkpoint.open(str(root))
+    assert checkpoint.path == root
+    assert checkpoint.model_type == "llama"
+    assert checkpoint.eos_token_ids == (2, 3)
+    assert checkpoint.bos_token_id == 1
+    assert checkpoint.dtype == "float16"
+    assert checkpoint.total_bytes == 36
+    names = [file.name for file in checkpoint.tokenizer_files]
+    assert names == ["tokenizer.json", "chat_template.jinja", "generation_config.json"]
+    assert checkpoint.require_tokenizer() == root / "tokenizer.json"
+    for name, values in TENSORS.items():
+        np.testing.assert_array_equal(checkpoint.tensors[name].read(), values)
+
+
+def test_token_ids_and_dtype_have_fallbacks(root: Path) -> None:
+    edit(root, eos_token_id=None, bos_token_id=None, torch_dtype=None)
+    checkpoint = Checkpoint.open(root)
+    assert checkpoint.eos_token_ids == ()
+    assert checkpoint.bos_token_id is None
+    assert checkpoint.dtype == "float16"  # 24 of 36 bytes
+    edit(root, text_config={"eos_token_id": 7, "dtype": "bfloat16"})
+    assert Checkpoint.open(root).eos_token_ids == (7,)
+    assert Checkpoint.open(root).dtype == "bfloat16"
+    edit(root, eos_token_id="</s>")
+    with pytest.raises(CheckpointError, match="eos_token_id is '</s>'"):
+        _ = Checkpoint.open(root).eos_token_ids
+
+
+def test_shards_hold_the_same_content(root: Path) -> None:
+    whole = Checkpoint.open(root)
+    content = whole.content_hash()
+    assert whole.file_hashes().keys() == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert (
+        whole.file_hashes()["config.json"] == hashlib.sha256((root / "config.json").read_bytes()).hexdigest()
+    )
+    shard(root)
+    sharded = Checkpoint.open(root)
+    assert sharded.tensors.keys() == whole.tensors.keys()
+    assert sharded.content_hash() == content
+    assert sharded.file_hashes().keys() == {"config.json", INDEX, "tokenizer.json", *SHARDS}
+    with (root / SHARDS[1]).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\7")
+    assert Checkpoint.open(root).content_hash() != content
+    edit(root, rms_norm_eps=1e-5)
+    assert Checkpoint.open(root).content_hash() != content
+
+
+def drop(name: str) -> Callable[[Path], object]:
+    return lambda root: (root / name).unlink()
+
+
+def put(name: str, text: str) -> Callable[[Path], object]:
+    return lambda root: (root / name).write_text(text)
+
+
+def swap(name: str, text: str = "x") -> Callable[[Path], object]:
+    """Replace model.safetensors with another file."""
+    return lambda root: (drop("model.safetensors")(root), put(name, text)(root))
+
+
+def index(change: Callable[[dict[str, str]], object]) -> Callable[[Path], object]:
+    def write(root: Path) -> None:
+        weight_map = shard(root)
+        change(weight_map)
+        (root / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("damage", "fact", "hint"),
+    [
+        (drop("config.json"), "has no config.json", "directory"),
+        (put("config.json", "{"), "config.json is not valid JSON", "download"),
+        (put("config.json", "[]"), "config.json is not a JSON object", "download"),
+        (put("config.json", "[" * 100_000), "config.json is not valid JSON", "download"),
+        (put("config.json", LFS), "config.json is a git-LFS pointer", "git lfs pull"),
+        (put("config.json", "{}"), "has no model_type", "save_pretrained"),
+        (put("generation_config.json", "{"), "generation_config.json is not valid JSON", "download"),
+        (put("tokenizer.json", LFS), "tokenizer.json is a git-LFS pointer", "git lfs pull"),
+        (put("model.safetensors", LFS), "model.safetensors is a git-LFS pointer", "git lfs pull"),
+        (put("model.safetensors", "\2\0\0\0\0\0\0\0{}"), "holds no tensors", "write"),
+        (drop("model.safetensors"), "has no weights", "complete"),
+        (swap("pytorch_model.bin"), r"only pickled weights \(pytorch_model.bin\)", "AutoModelForCausalLM"),
+        (swap("pytorch_model-00001-of-00002.bin"), "only pickled weights", "save_pretrained"),
+        (swap("model-00001-of-00002.safetensors"), "but neither model.safetensors nor", "index.json"),
+        (swap(INDEX, "{}"), "no weight_map", "download"),
+        (swap(INDEX, '{"weight_map": {"a": 1}}'), "no weight_map", "download"),
+        (swap(INDEX, '{"weight_map": {"a": "../other.safetensors"}}'), "no weight_map", "download"),
+        (swap(INDEX, '{"weight_map": {"a": ".."}}'), "no weight_map", "download"),
+        (index(lambda m: m.update(more="model-00003.safetensors")), "lacks model-00003", "resume"),
+        (index(lambda m: m.update(more=SHARDS[0])), "00001-of-00002.safetensors lacks 'more'", "versions"),
+        (index(lambda m: m.update({"model.norm.weight": SHARDS[0]})), "lacks 'model.norm", "versions"),
+    ],
+)
+def test_errors(root: Path, damage: Callable[[Path], object], fact: str, hint: str) -> None:
+    damage(root)
+    with pytest.raises(CheckpointError, match=fact) as caught:
+        Checkpoint.open(root)
+    assert hint in caught.value.hint
+    assert "\n" not in caught.value.message
+
+
+def test_a_shard_with_more_than_the_index_says(root: Path) -> None:
+    shard(root)
+    safetensors.numpy.save_file(TENSORS, root / SHARDS[1])
+    with pytest.raises(CheckpointError, match=r"holds 'model.embed_tokens.weight', against .* \(1 such"):
+        Checkpoint.open(root)
+
+
+def test_a_shard_that_the_index_does_not_name_is_not_part_of_the_checkpoint(root: Path) -> None:
+    index(lambda weight_map: weight_map.pop("model.norm.weight"))(root)
+    assert list(Checkpoint.open(root).tensors) == ["model.embed_tokens.weight"]
+
+
+def test_not_a_directory(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no directory"):
+        Checkpoint.open(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="is a file") as caught:
+        Checkpoint.open(root / "model.safetensors")
+    assert str(root) in caught.value.hint
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match="is a file") as caught:
+        Checkpoint.open(tmp_path / "model.gguf")
+    assert "GGUF" in caught.value.hint
+
+
+def test_without_tokenizer_json(root: Path) -> None:
+    (root / "tokenizer.json").unlink()
+    checkpoint = Checkpoint.open(root)
+    assert checkpoint.tokenizer is None
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json$"):
+        checkpoint.require_tokenizer()
+    (root / "tokenizer.model").touch()
+    with pytest.raises(CheckpointError, match=r"only tokenizer\.model") as caught:
+        Checkpoint.open(root).require_tokenizer()
+    assert "AutoTokenizer" in caught.value.hint
+
+
+def refs(**changes: tuple[int, ...] | None) -> dict[str, TensorRef]:
+    shapes = expected() | {name.replace("__", "."): shape for name, shape in changes.items()}
+    return {n: TensorRef(n, Path("f"), "F32", s, 0, 0) for n, s in shapes.items() if s is not None}
+
+
+def expected(layers: int = 12) -> dict[str, tuple[int, ...]]:
+    names = {"model.embed_tokens.weight": (8, 4), "model.norm.weight": (4,)}
+    for layer in range(layers):
+        names[f"model.layers.{layer}.self_attn.q_norm.weight"] = (2,)
+        names[f"model.layers.{layer}.mlp.up_proj.weight"] = (6, 4)
+    return names
+
+
+def difference(want: dict[str, tuple[int, ...]], have: dict[str, TensorRef]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        compare_names(want, have)
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
+    return caught.value.message.removeprefix("the checkpoint does not fit its config.json: ")
+
+
+def test_matching_names_and_ignorable_extras() -> None:
+    compare_names(expected(), refs())
+    extras = {
+        "lm_head__weight": (8, 4),
+        "model__layers__0__self_attn__rotary_emb__inv_freq": (1,),
+        "mtp__0": (1,),
+    }
+    compare_names(expected(), refs(**extras), ignore=[r"mtp\..*"])
+    assert difference(expected(), refs(**extras)) == "unexpected mtp.0"
+
+
+def test_names_that_differ_are_collapsed_and_paired() -> None:
+    renamed = {n.replace("q_norm", "query_norm"): r for n, r in refs(model__norm__weight=(5,)).items()}
+    assert difference(expected(), renamed) == (
+        "no model.layers.{0-11}.self_attn.q_norm.weight "
+        "(it has model.layers.{0-11}.self_attn.query_norm.weight); "
+        "model.norm.weight is [5], not [4]"
+    )
+    assert difference(expected(14), refs()) == (
+        "no model.layers.{12-13}.self_attn.q_norm.weight; no model.layers.{12-13}.mlp.up_proj.weight"
+    )
+    assert difference(expected(11), refs()) == (
+        "unexpected model.layers.11.self_attn.q_norm.weight; unexpected model.layers.11.mlp.up_proj.weight"
+    )
+    holes = {n: r for n, r in refs().items() if n.split(".")[2] not in ("1", "2", "7")}
+    assert "no model.layers.{1-2,7}.mlp.up_proj.weight" in difference(expected(), holes)
+
+
+def test_a_long_difference_is_cut() -> None:
+    text = difference({f"tensor_{i}": (1,) for i in range(30)}, refs())
+    assert text.endswith("; and 28 more differences")
+    assert text.count(";") == 6

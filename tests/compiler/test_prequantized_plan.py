@@ -1,0 +1,463 @@
+"""Quantized checkpoints for engines: formats, arrays, what can be one matrix, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from llmc.compiler.checkpoint.prequantized.kv_scales import layer_kv_scales
+from llmc.compiler.checkpoint.prequantized.layout import read_quantized
+from llmc.compiler.quantize.prequantized_arrays import arrays_of
+from llmc.compiler.quantize.prequantized_form import joined_format
+from llmc.compiler.quantize.prequantized_plan import StoredWeights, make_stored_plan, read_stored
+from llmc.compiler.quantize.produce import join
+from llmc.compiler.quantize.round_to_nearest import dequantize
+from llmc.compiler.request import BuildRequest
+from llmc.passes.quantize.formats import FORMATS, Format, get_format, stored_format
+from llmc.passes.quantize.plan import fused_groups
+from llmc.runtime.errors import CheckpointError, RequestError, UnsupportedError
+from support.quantized_layouts import (
+    BF16,
+    GATE0,
+    INTERMEDIATE,
+    K0,
+    LAYOUTS,
+    NVFP4_ARGS,
+    Q0,
+    Quantizer,
+    Written,
+    assemble,
+    compressed,
+    f32,
+    float_args,
+    fp8,
+    modelopt,
+    nvfp4,
+    packed,
+    weights,
+)
+
+V0, DOWN0 = Q0.replace("q_proj", "v_proj"), GATE0.replace("gate_proj", "down_proj")
+QKV = [f"{Q0}.weight", f"{K0}.weight", f"{V0}.weight"]
+# layout -> name of the format on a CPU, of matrices of 192 columns and, where it differs, of 320
+FORMS = {
+    "modelopt-fp8": ("fp8",),
+    "modelopt-fp8-channel": ("fp8-per-channel-weight-only",),
+    "modelopt-fp8-block": ("fp8-block64-weight-only",),
+    "modelopt-nvfp4": ("nvfp4",),
+    "modelopt-nvfp4-awq": ("nvfp4",),
+    "modelopt-awq": ("int4-block64",),
+    "modelopt-int8": ("int8",),
+    "ct-fp8": ("fp8",),
+    "ct-fp8-dynamic": ("fp8-per-channel-weight-only",),
+    "ct-fp8-block": ("fp8-block64-weight-only",),
+    "ct-nvfp4": ("nvfp4",),
+    "ct-int4": ("int4",),
+    "ct-int4-channel": ("int4-per-channel",),
+    "ct-int4-asymmetric": ("int8-block64",),
+    "ct-int8": ("int8",),
+    "ct-w8a8": ("int8",),
+    "deepseek": ("fp8-block64-weight-only",),
+}
+REFUSED = {"ct-int4-reordered": "out of the order", "ct-int8-asymmetric": "zero points"}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Written]:
+    """layout -> a checkpoint in it, whose layers share their scales if `share`."""
+
+    def make(layout: str, share: bool = True) -> Written:
+        quantizer, settings, _ = LAYOUTS[layout]
+        return assemble(tmp_path / layout, dict.fromkeys(weights(), quantizer), settings, share)
+
+    return make
+
+
+def read(made: Written, dtype: str = "fp32", **options: Any) -> StoredWeights:
+    target = "cpu" if dtype == "fp32" else "tensorrt-rtx"
+    if target != "cpu":
+        options.setdefault("sms", (120,))
+    request = BuildRequest(str(made.root), Path("x.llmc"), target=target, **options)
+    stored = read_stored(Checkpoint.open(made.write()), request, dtype)
+    assert stored is not None
+    return stored
+
+
+def mixed(root: Path, quantizer_of: Callable[[str], Quantizer | None], settings: dict[str, Any]) -> Written:
+    """A checkpoint whose modules are quantized each in its way; None: not at all."""
+
+    def plain(w: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        return {"weight": w.astype(BF16)}, w
+
+    quantizers = {name: quantizer_of(name) or plain for name in weights()}
+    return assemble(root, quantizers, settings)
+
+
+def test_every_layout_is_covered() -> None:
+    assert FORMS.keys() | REFUSED.keys() == LAYOUTS.keys()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("layout", FORMS)
+def test_arrays_have_the_values_of_the_checkpoint(
+    write: Callable[..., Written], layout: str, dtype: str
+) -> None:
+    made = write(layout)
+    stored = read(made, dtype)
+    for name, exact in made.exact.items():
+        part = stored.modules[name]
+        arrays = arrays_of(part, part.format)
+        assert part.format.name == FORMS[layout][0]
+        wanted = part.format.layout(exact.shape)
+        assert {key: value.shape for key, value in arrays.items()} == {
+            key: s for key, (_, s) in wanted.items()
+        }
+        got = dequantize(arrays, part.format)
+        if layout == "ct-nvfp4":  # its global scale is a reciprocal, which is rounded once to fp32
+            np.testing.assert_allclose(got, exact, rtol=2**-22, atol=0)
+        else:
+            np.testing.assert_array_equal(got, exact)
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["same scales", "different scales"])
+@pytest.mark.parametrize("layout", FORMS)
+def test_what_is_multiplied_as_one_has_the_values_of_its_parts(
+    write: Callable[..., Written], layout: str, share: bool
+) -> None:
+    made = write(layout, share)
+    stored = read(made)
+    reason = stored.why_apart(QKV)
+    if "nvfp4" in layout and not share:
+        assert reason == "they have different global scales"
+        return
+    assert reason == ""
+    parts = [stored.modules[name] for name in (Q0, K0, V0)]
+    form = joined_format(parts)
+    assert form is not None
+    one_scale = layout in ("modelopt-fp8", "ct-fp8")
+    assert form.name == ("fp8-per-channel" if one_scale and not share else FORMS[layout][0])
+    got = dequantize(join([arrays_of(part, form) for part in parts]), form)
+    exact = np.concatenate([made.exact[name] for name in (Q0, K0, V0)])
+    np.testing.assert_allclose(got, exact, rtol=2**-22 if layout == "ct-nvfp4" else 0, atol=0)
+
+
+def test_codes_and_scales_are_the_bytes_of_the_checkpoint(write: Callable[..., Written]) -> None:
+    made = write("modelopt-nvfp4")
+    part = read(made).modules[Q0]
+    arrays = arrays_of(part, part.format)
+    assert arrays["weight"].tobytes() == made.tensors[f"{Q0}.weight"].tobytes()
+    assert arrays["weight_scale"].tobytes() == made.tensors[f"{Q0}.weight_scale"].tobytes()
+    assert arrays["weight_scale_2"] == made.tensors[f"{Q0}.weight_scale_2"]
+    assert part.input_scale == made.tensors[f"{Q0}.input_scale"]
+
+
+def test_inverse_scales_become_multipliers_in_fp32(write: Callable[..., Written]) -> None:
+    made = write("ct-nvfp4")
+    part = read(made).modules[Q0]
+    for scale, tensor in (
+        (part.global_scale, "weight_global_scale"),
+        (part.input_scale, "input_global_scale"),
+    ):
+        assert scale == np.float32(1 / made.tensors[f"{Q0}.{tensor}"].astype(np.float64)[0])
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "scales"),
+    [
+        ("ct-fp8-dynamic", "fp32", "BF16"),
+        ("ct-fp8-dynamic", "bf16", "BF16"),
+        ("ct-fp8-dynamic", "fp16", "F32"),
+        ("modelopt-fp8-channel", "bf16", "F32"),
+        ("modelopt-fp8", "bf16", "F32"),
+        ("modelopt-awq", "fp16", "F32"),
+        ("ct-int4", "bf16", "BF16"),
+        ("modelopt-nvfp4", "bf16", "F8_E4M3"),
+    ],
+)
+def test_scales_are_never_rounded(
+    write: Callable[..., Written], layout: str, dtype: str, scales: str
+) -> None:
+    assert read(write(layout), dtype).modules[Q0].format.scales == scales
+
+
+@pytest.mark.parametrize("layout", REFUSED)
+def test_what_no_engine_holds(write: Callable[..., Written], layout: str) -> None:
+    with pytest.raises(UnsupportedError, match=REFUSED[layout]) as caught:
+        read(write(layout))
+    assert Q0 in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_group_index_in_order_and_zero_points_of_zero_are_nothing(tmp_path: Path) -> None:
+    settings = compressed(
+        "pack-quantized", {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}, None
+    )
+
+    def quantize(w: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        tensors, exact = packed(8, 0)(w)
+        tensors["weight_zero_point"] = np.full((-(-w.shape[0] // 4), 1), 0x80808080 - 2**32, np.int32)
+        tensors["weight_g_idx"] = np.zeros(w.shape[1], np.int32)
+        return tensors, exact
+
+    made = mixed(tmp_path / "x", lambda name: quantize, settings)
+    part = read(made).modules[DOWN0]
+    np.testing.assert_array_equal(dequantize(arrays_of(part, part.format), part.format), made.exact[DOWN0])
+
+
+# What can be one matrix
+
+
+def test_layers_of_which_one_is_not_quantized_stay_apart(tmp_path: Path) -> None:
+    settings = modelopt("FP8", exclude_modules=["lm_head", "*.k_proj"])
+    made = mixed(tmp_path / "x", lambda name: None if name.endswith("k_proj") else fp8, settings)
+    stored = read(made)
+    assert stored.why_apart(QKV) == "some are quantized and some are not"
+    assert stored.why_apart([f"{GATE0}.weight", f"{GATE0}.weight"]) == ""
+    assert stored.why_apart([f"{K0}.weight"]) == ""
+    plan = plan_of(stored)
+    kept = {m.name: m.reason for m in plan.modules if not m.format}
+    assert kept.keys() == {K0, K0.replace("0", "1"), "lm_head"}
+    assert set(kept.values()) == {"not quantized in the checkpoint (in its list of exceptions)"}
+
+
+def test_layers_of_different_formats_and_inputs_stay_apart(tmp_path: Path) -> None:
+    layers = {name: {"quant_algo": "FP8" if "k_proj" in name else "NVFP4"} for name in weights()}
+    settings = modelopt("MIXED_PRECISION", quantized_layers=layers)
+    made = mixed(tmp_path / "x", lambda name: fp8 if "k_proj" in name else nvfp4(False), settings)
+    stored = read(made)
+    assert stored.why_apart(QKV) == "they are stored as nvfp4 and fp8"
+    made.tensors[f"{GATE0}.input_scale"] = f32(0.5)
+    up = GATE0.replace("gate", "up")
+    assert read(made).why_apart([f"{GATE0}.weight", f"{up}.weight"]) == "they have different input scales"
+    made.tensors[f"{GATE0}.input_scale"] = made.tensors[f"{up}.input_scale"]
+    made.tensors[f"{up}.pre_quant_scale"] = np.linspace(1, 2, 192, dtype=np.float32).astype(BF16)
+    assert read(made).why_apart([f"{GATE0}.weight", f"{up}.weight"]) == "they have different pre_quant_scales"
+    record = plan_of(stored).record()
+    assert record["formats"] == {"nvfp4": 12, "fp8": 2}
+    assert record["format"] == "nvfp4 and fp8"
+    assert record["recipe"] == "ModelOpt MIXED_PRECISION"
+    assert record["producer"] == "modelopt 0.33.0"
+
+
+def plan_of(stored: StoredWeights) -> Any:
+    shapes = {name: weight.shape for name, weight in weights().items()} | {"lm_head": (96, 192)}
+    apart = {f: stored.why_apart([f"{name}.weight" for name in f]) for f in fused_groups(shapes)}
+    groups = [group for group, reason in apart.items() if not reason]
+    joined = {name for group in groups for name in group}
+    groups += [(name,) for name in shapes if name not in joined]
+    return make_stored_plan(stored, shapes, groups, stored_bits=16, other_params=1000)
+
+
+def test_bytes_are_those_of_the_arrays_and_the_table_says_where_they_come_from(tmp_path: Path) -> None:
+    made = mixed(
+        tmp_path / "x",
+        lambda name: nvfp4(True),
+        compressed("nvfp4-pack-quantized", NVFP4_ARGS, NVFP4_ARGS | {"dynamic": "local"}),
+    )
+    plan = plan_of(read(made))
+    arrays = [(192 + 2 * 64) * 192, 192 * 192, 2 * INTERMEDIATE * 192, 192 * INTERMEDIATE]
+    assert plan.bytes_after == 2 * 96 * 192 + 2000 + 2 * sum(size // 2 + size // 16 + 4 for size in arrays)
+    lines = plan.lines()
+    assert "as the checkpoint has them: compressed-tensors nvfp4-pack-quantized" in lines
+    assert any(line.startswith("14 of 15 matrices in nvfp4: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("layout", "note"),
+    [
+        ("ct-fp8-dynamic", "inputs, fp8 in the recipe, are not rounded (14 modules)"),
+        ("ct-w8a8", "inputs, fp8 in the recipe, are not rounded (14 modules)"),
+        ("modelopt-int8", "inputs, int8 in the recipe, are not rounded (14 modules)"),
+        ("deepseek", "inputs, fp8 in the recipe, are not rounded (14 modules)"),
+        ("modelopt-fp8", None),
+        ("ct-int4", None),
+        ("modelopt-nvfp4", None),
+    ],
+)
+def test_what_the_recipe_does_at_run_time_and_the_engine_does_not_is_said(
+    write: Callable[..., Written], layout: str, note: str | None
+) -> None:
+    plan = plan_of(read(write(layout)))
+    assert plan.notes == ((note,) if note else ())
+    assert plan.record()["notes"] == list(plan.notes)
+
+
+def test_weight_only_nvfp4_and_nvfp4_with_fp8_inputs(tmp_path: Path) -> None:
+    def without_input(w: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        tensors, exact = nvfp4(False)(w)
+        del tensors["input_scale"]
+        return tensors, exact
+
+    made = mixed(tmp_path / "a", lambda name: without_input, modelopt("W4A16_NVFP4"))
+    assert read(made).modules[Q0].format == FORMATS["nvfp4-weight-only"]
+    made = mixed(tmp_path / "b", lambda name: nvfp4(False), modelopt("W4A8_NVFP4_FP8"))
+    assert read(made).modules[Q0].format.name == "nvfp4-fp8-inputs"
+
+
+# Names
+
+
+@pytest.mark.parametrize("codes", ["int8", "int4", "e4m3", "e2m1"])
+@pytest.mark.parametrize("block", [-1, 0, 16, 32, 64])
+@pytest.mark.parametrize("activations", ["", "e4m3", "e2m1"])
+def test_names_of_formats_say_all_but_the_dtype_of_scales(codes: str, block: int, activations: str) -> None:
+    usual = {"int8": ("", "e4m3"), "int4": ("", "e4m3"), "e4m3": ("", "e4m3"), "e2m1": ("", "e4m3", "e2m1")}
+    if activations not in usual[codes] or (block == -1 and codes != "e4m3"):
+        return
+    scales = "F8_E4M3" if codes == "e2m1" else "F32"
+    form = stored_format(codes, block, scales, activations)
+    assert form == Format(form.name, codes, block, scales, activations)
+
+
+def test_names_that_llmc_writes_are_of_the_same_kind() -> None:
+    for name, form in FORMATS.items():
+        if form.smoothed:
+            continue  # named after its method
+        assert stored_format(form.codes, form.block, form.scales, form.activations) == form
+        assert form.name == name
+    with pytest.raises(RequestError):
+        get_format("int4-block64")  # a checkpoint may hold it, --quant does not make it
+
+
+# Refusals
+
+
+def test_quantizing_it_again(write: Callable[..., Written]) -> None:
+    with pytest.raises(RequestError, match=r"--quant int8: .* quantized already \(ModelOpt FP8\)") as caught:
+        read(write("modelopt-fp8"), quant="int8")
+    assert "without --quant" in caught.value.hint
+
+
+def test_a_layout_that_contradicts_itself_names_the_tensor(write: Callable[..., Written]) -> None:
+    made = write("modelopt-fp8")
+    del made.tensors[f"{K0}.weight_scale"]
+    with pytest.raises(CheckpointError, match=f"{K0}.weight its weight_scale is missing") as caught:
+        read(made)
+    assert "llmc check" in caught.value.hint
+
+
+@pytest.mark.parametrize("value", [0, -1, np.nan, np.inf])
+def test_scales_that_are_none(write: Callable[..., Written], value: float) -> None:
+    made = write("ct-int4")
+    made.tensors[f"{K0}.weight_scale"][3, 1] = value
+    part = read(made).modules[K0]
+    with pytest.raises(CheckpointError, match=f"{K0}.weight_scale has scales"):
+        arrays_of(part, part.format)
+    made = write("modelopt-fp8")
+    made.tensors[f"{K0}.input_scale"] = f32(value)
+    with pytest.raises(CheckpointError, match=f"{K0}.input_scale is"):
+        read(made)
+
+
+def test_a_quantized_module_that_is_no_linear_layer(write: Callable[..., Written]) -> None:
+    made = write("modelopt-fp8")
+    made.said["exclude_modules"] = ["lm_head"]
+    table, _ = fp8(made.tensors["model.embed_tokens.weight"].astype(np.float32))
+    made.tensors |= {f"model.embed_tokens.{last}": value for last, value in table.items()}
+    with pytest.raises(UnsupportedError, match=r"module model\.embed_tokens is quantized") as caught:
+        plan_of(read(made))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("layout", "sms", "needs"),
+    [
+        ("modelopt-fp8", (), "SM89"),
+        ("modelopt-fp8", (86, 89), "SM89"),
+        ("modelopt-nvfp4", (89,), "SM100"),
+        ("ct-int4", (75,), "SM80"),
+    ],
+)
+def test_gpus_that_lack_the_format(
+    write: Callable[..., Written], layout: str, sms: tuple[int, ...], needs: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=f"needs {needs} or newer") as caught:
+        read(write(layout), "bf16", sms=sms)
+    assert "--sm" in caught.value.hint
+    assert read(write("ct-int4"), "bf16", sms=()).modules  # portable engines hold integers
+
+
+def test_blocks_with_static_inputs_are_for_the_cpu(tmp_path: Path) -> None:
+    def quantize(w: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        tensors, exact = LAYOUTS["ct-fp8-block"][0](w)
+        return tensors | {"input_scale": f32(0.1)}, exact
+
+    block = float_args(8, "block", block_structure=[128, 128])
+    made = mixed(
+        tmp_path / "x", lambda name: quantize, compressed("float-quantized", block, float_args(8, "tensor"))
+    )
+    assert read(made).modules[Q0].format.name == "fp8-block64"
+    with pytest.raises(UnsupportedError, match="static inputs"):
+        read(made, "bf16")
+
+
+def test_a_plain_checkpoint_is_none_of_this(tmp_path: Path) -> None:
+    made = mixed(tmp_path / "x", lambda name: None, {})
+    request = BuildRequest("x", Path("x.llmc"), quant="int8")
+    assert read_stored(Checkpoint.open(made.write()), request, "fp32") is None
+
+
+# KV scales
+
+
+def test_scales_of_the_cache(write: Callable[..., Written]) -> None:
+    made = write("modelopt-fp8")
+    assert read(made).largest_kv == {}
+    made.said["kv_cache_quant_algo"] = "FP8"
+    made.tensors |= {f"{K0}.k_scale": f32(0.5), f"{V0}.v_scale": f32(0.25)}
+    made.tensors["model.layers.1.self_attn.k_scale"] = np.array([2], BF16)
+    stored = read(made)
+    assert stored.largest_kv == {0: (0.5 * 448, 0.25 * 448), 1: (2.0 * 448, 448)}
+    assert stored.notes == ("the KV cache, FP8 in the recipe, is not quantized",)
+    made.tensors[f"{K0}.k_scale"] = f32(0)
+    with pytest.raises(CheckpointError, match="not one positive number"):
+        layer_kv_scales(read_quantized(Checkpoint.open(made.write())))
+
+
+@pytest.mark.parametrize(
+    ("said", "largest"),
+    [
+        ({}, 448),
+        ({"kv_cache_quant_algo": "FP8"}, 448),
+        ({"kv_cache_scheme": float_args(8, "tensor")}, 448),
+        ({"kv_cache_quant_algo": "NVFP4"}, 2688),
+        ({"kv_cache_quant_algo": "INT8"}, 127),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "int", "symmetric": True}}, 127),
+    ],
+)
+def test_scales_of_a_cache_stand_for_the_magnitudes_of_its_kind(
+    write: Callable[..., Written], said: dict[str, Any], largest: float
+) -> None:
+    """`largest`: of the codes, scales of blocks included."""
+    made, amax = write("modelopt-fp8"), np.array([12, 6], np.float32)
+    made.said.update(said)
+    key, value = amax / np.float32(largest)
+    made.tensors |= {f"{K0}.k_scale": f32(key), f"{V0}.v_scale": f32(value)}
+    stored = read(made, "bf16", kv_dtype="fp8")
+    np.testing.assert_allclose(stored.largest_kv[0], amax, rtol=1e-6)
+    assert stored.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ({"kv_cache_quant_algo": "NVFP4_AFFINE"}, "NVFP4_AFFINE"),
+        ({"kv_cache_quant_algo": "FP6"}, "FP6"),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "int", "symmetric": False}}, "INT8_AFFINE"),
+    ],
+)
+def test_scales_of_other_caches_are_left_out_and_that_is_said(
+    write: Callable[..., Written], said: dict[str, Any], kind: str
+) -> None:
+    made = write("modelopt-fp8")
+    made.said.update(said)
+    made.tensors |= {f"{K0}.k_scale": f32(0.5), f"{V0}.v_scale": f32(0.25)}
+    stored = read(made, "bf16", kv_dtype="fp8")
+    assert stored.largest_kv == {}
+    note = f"the KV cache's scales, {kind} in the recipe, are not used: they are 1.0"
+    assert plan_of(stored).notes == (note,)

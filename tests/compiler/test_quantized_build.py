@@ -1,0 +1,243 @@
+"""`llmc build --quant`: the engine computes with the quantized weights, and the loss is measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmc.cli import main
+from llmc.compiler import zoo
+from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from llmc.compiler.checkpoint.safetensors import read_header
+from llmc.compiler.driver import compile_model
+from llmc.compiler.quantize.round_to_nearest import dequantize, quantize
+from llmc.compiler.request import BuildRequest
+from llmc.compiler.texts import EVALUATION_TEXT
+from llmc.passes.quantize.formats import get_format
+from llmc.runtime.backends.openvino.backend import OpenVinoBackend
+from llmc.runtime.errors import BuildError, RequestError
+
+TINY = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
+TALES = Path(__file__).parents[2] / "model_zoo/llama/tales"
+
+
+def build(checkpoint: Path, output: Path, form: str, **options: object) -> dict[str, object]:
+    request = BuildRequest(str(checkpoint), output, quant=form, **options)  # type: ignore[arg-type]
+    return json.loads(compile_model(request).manifest.to_json())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("name", TINY)
+def test_every_family_computes_with_its_rounded_weights(
+    name: str, form: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The build compares with transformers on the dequantized weights, to the bound of fp32."""
+    manifest = build(checkpoint(name), tmp_path / "x.llmc", form)
+    assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
+    assert manifest["quantization"]["format"] == form  # type: ignore[index]
+    assert manifest["verification"]["details"]["quantization_loss"]["rms_logit_error"] > 0  # type: ignore[index]
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp(request.param) / "tales.llmc"
+    build(TALES, output, request.param)
+    return output, request.param
+
+
+def test_the_layers_that_lose_most_are_named(
+    built: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of int8, that saw no inputs, by |W - code x scale| / |W|; of calibrated int4 by the outputs."""
+    bundle, form = built
+    quantization = json.loads((bundle / "manifest.json").read_text())["quantization"]
+    what = {"int8": "weight", "int4": "output"}[form]
+    worst = quantization[f"largest_{what}_errors"]
+    assert len(worst) == 5
+    if form == "int8":
+        tensors, written = Checkpoint.open(TALES).tensors, read_header(bundle / "weights/model.safetensors")
+        errors = {}
+        for layer in range(5):
+            for projection in ("self_attn.o_proj", "mlp.down_proj"):  # (the others lie joined in the file)
+                name = f"model.layers.{layer}.{projection}.weight"
+                wide, codes = tensors[name].read().astype(np.float64), written[name].read().astype(np.float64)
+                lost = wide - codes * written[f"{name}_scale"].read()[:, None]
+                errors[name.removesuffix(".weight")] = np.linalg.norm(lost) / np.linalg.norm(wide)
+        shared = worst.keys() & errors.keys()
+        assert shared
+        assert all(worst[name] == pytest.approx(errors[name], rel=0.05) for name in shared)
+        assert max(errors.values()) <= max(worst.values()) * 1.05
+    assert main.main(["inspect", str(bundle)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    listed = ", ".join(f"{name} {worst[name]}" for name in sorted(worst, key=lambda one: (-worst[one], one)))
+    assert f"worst layers relative error of the {what}: {listed}" in shown
+
+
+def test_the_file_holds_the_codes_and_scales_of_the_checkpoint(built: tuple[Path, str]) -> None:
+    bundle, form = built
+    source = Checkpoint.open(TALES).tensors
+    written = read_header(bundle / "weights" / "model.safetensors")
+    fused = [f"model.layers.0.self_attn.{one}_proj.weight" for one in "qkv"]
+    names = {"weight": "|".join(fused), "weight_scale": "|".join(f"{name}_scale" for name in fused)}
+    arrays = {array: written[name].read() for array, name in names.items()}
+    if form == "int8":  # rounded to nearest
+        expected = [quantize(source[name].read(), get_format(form), name) for name in fused]
+        for array, stored in arrays.items():
+            assert np.array_equal(stored, np.concatenate([one[array] for one in expected]))
+    else:  # rounded by what the layers see: not to the nearest code always, but to one near
+        whole = np.concatenate([source[name].read() for name in fused]).astype(np.float32)
+        steps = np.repeat(arrays["weight_scale"].astype(np.float32), 32, axis=1)
+        away = np.abs(dequantize(arrays, get_format(form)) - whole) / steps
+        assert np.mean(away > 0.5) > 0.01
+        assert np.mean(away > 1.5) < 0.01
+    assert written["model.embed_tokens.weight"].dtype == "BF16"
+    assert written["lm_head.weight"].dtype == "I8"  # tied, and yet of its own
+
+
+def test_openvino_keeps_the_codes_in_memory(built: tuple[Path, str]) -> None:
+    bundle, form = built
+    backend = OpenVinoBackend(bundle / "rank0.onnx", num_blocks=4)
+    inside = backend._request.get_compiled_model().get_runtime_model().get_ops()
+    constants = [
+        (node.get_output_element_type(0).get_type_name(), list(node.get_output_shape(0)))
+        for node in inside
+        if node.get_rt_info()["layerType"].astype(str) == "Const"
+    ]
+    codes = [shape for kind, shape in constants if kind == {"int8": "i8", "int4": "i4"}[form]]
+    assert len(codes) == 5 * 4 + (form == "int8")  # q/k/v and gate/up are one matrix each; lm_head is int8
+
+
+def test_the_loss_on_a_trained_model_is_small_and_recorded(built: tuple[Path, str]) -> None:
+    bundle, form = built
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    loss = manifest["verification"]["details"]["quantization_loss"]
+    assert loss["mean_kl"] < {"int8": 0.001, "int4": 0.1}[form]
+    assert loss["top1_agreement_without_ties"] > {"int8": 0.97, "int4": 0.8}[form]
+    assert loss["top1_agreement"] >= loss["top1_agreement_without_ties"]
+    assert loss["perplexity"] < 1.1 * loss["perplexity_unquantized"]
+    increase = 100 * (loss["perplexity"] / loss["perplexity_unquantized"] - 1)
+    assert loss["perplexity_increase_percent"] == pytest.approx(increase, abs=0.05)
+    assert loss["positions"] == 1464
+    assert loss["text_sha256"] == hashlib.sha256(EVALUATION_TEXT.read_bytes()).hexdigest()
+    # The embedding stays in bf16, and the lm_head that is tied to it has int8 codes of its own.
+    assert manifest["quantization"]["bits_per_parameter"] < {"int8": 12, "int4": 9}[form]
+
+
+def test_inspect_shows_the_format_and_the_loss(
+    built: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, form = built
+    assert main.main(["inspect", str(bundle)]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
+    assert f"format {form}, modules 36, bits per parameter" in lines["weights"]
+    assert lines["loss"].startswith(f"{form}: mean KL 0.0")
+    assert lines["loss"].endswith("on 1,464 positions")
+
+
+def test_a_threshold_tells_them_apart(built: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, form = built
+    assert main.main(["verify", str(bundle), "--min-top1", "0.97"]) == {"int8": 0, "int4": 1}[form]
+    assert main.main(["verify", str(bundle), "--max-kl", "0.001"]) == {"int8": 0, "int4": 1}[form]
+    assert ("misses mean KL 0.0" in capsys.readouterr().err) == (form == "int4")
+
+
+@pytest.mark.slow
+def test_measured_again_the_loss_is_what_the_build_recorded(
+    built: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The build compares transformers with itself, `llmc verify --against` the engine with transformers."""
+    bundle, _ = built
+    assert main.main(["verify", str(bundle), "--against", str(TALES), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["figures"]
+    assert measured["origin"] == "measured"
+    loss = json.loads((bundle / "manifest.json").read_text())["verification"]["details"]["quantization_loss"]
+    for name in ("mean_kl", "top1_agreement", "perplexity", "perplexity_unquantized", "max_logit_error"):
+        assert measured[name] == pytest.approx(loss[name], rel=0.02), name
+
+
+def test_two_builds_are_the_same_bytes(built: tuple[Path, str], tmp_path: Path) -> None:
+    bundle, form = built
+    build(TALES, tmp_path / "again.llmc", form, verify=False)
+    for name in ("rank0.onnx", "weights/model.safetensors"):
+        assert (bundle / name).read_bytes() == (tmp_path / "again.llmc" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_verified_builds_are_byte_identical(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Weights, graph and manifest, the measured loss included."""
+    for name in ("a", "b"):
+        build(checkpoint("qwen3-tiny"), tmp_path / name / "x.llmc", "int4")
+    for file in (path for path in (tmp_path / "a").rglob("*") if path.is_file()):
+        other = tmp_path / "b" / file.relative_to(tmp_path / "a")
+        assert file.read_bytes() == other.read_bytes(), file.name
+    assert "quantization_loss" in (tmp_path / "a/x.llmc/manifest.json").read_text()
+
+
+def test_excluded_modules_stay_as_they_are(tmp_path: Path) -> None:
+    manifest = build(
+        TALES, tmp_path / "x.llmc", "int4", exclude=("*.mlp.*", "*.0.self_attn.k_proj"), verify=False
+    )
+    kept = manifest["quantization"]["kept"]  # type: ignore[index]
+    assert kept["model.layers.3.mlp.gate_proj"] == "--exclude *.mlp.*"
+    assert "model.layers.0.self_attn.q_proj" in kept  # multiplied with k_proj as one
+    assert manifest["quantization"]["modules"] == 5 * 4 - 3 + 1  # type: ignore[index]  # lm_head is int8
+    written = read_header(tmp_path / "x.llmc/weights/model.safetensors")
+    assert written["model.layers.3.mlp.down_proj.weight"].dtype == "F16"  # bf16 times a power of two
+
+
+@pytest.mark.parametrize(("form", "pattern"), [("int8", "lm_head"), ("int4", "*head")])
+def test_a_tied_head_that_is_excluded_stays_the_embedding(form: str, pattern: str, tmp_path: Path) -> None:
+    manifest = build(TALES, tmp_path / "x.llmc", form, exclude=(pattern,))
+    assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
+    assert manifest["quantization"]["kept"] == {"lm_head": f"--exclude {pattern}"}  # type: ignore[index]
+    written = read_header(tmp_path / "x.llmc/weights/model.safetensors")
+    assert (
+        written["model.embed_tokens.weight"].dtype == "F16"
+    )  # bf16 times a power of two: it is multiplied with
+    assert not [name for name in written if name.startswith("lm_head")]
+
+
+def test_everything_excluded_with_a_tied_head_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="int8 quantizes nothing of this model"):
+        build(TALES, tmp_path / "x.llmc", "int8", exclude=("*",))
+
+
+def test_blocks_of_128_leave_out_what_they_cannot_take(tmp_path: Path) -> None:
+    manifest = build(TALES, tmp_path / "x.llmc", "int4-block128")
+    assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
+    kept = manifest["quantization"]["kept"]  # type: ignore[index]
+    assert set(kept) == {f"model.layers.{layer}.mlp.down_proj" for layer in range(5)}  # 704 columns
+    assert "multiple of the block of 128" in kept["model.layers.0.mlp.down_proj"]
+
+
+def test_the_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["build", str(TALES), "-o", str(tmp_path / "x.llmc"), "--quant", "int8", "--dry-run"]
+    assert main.main(command) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.0-4.mlp.down_proj" in out
+    assert "36 of 36 matrices in int8" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exclude": ("*",)}, "--exclude is about quantization"),
+    ],
+)
+def test_what_cannot_be_asked_for(options: dict[str, object], message: str) -> None:
+    with pytest.raises(BuildError, match=message) as error:
+        BuildRequest("x", Path("x.llmc"), **options)  # type: ignore[arg-type]
+    assert error.value.hint
+
+
+def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="down_proj"):
+        build(TALES, tmp_path / "x.llmc", "int8", exclude=("down_proj",))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,100 @@
+"""Every format on every target that has it, for every dense family of the zoo: built, and proven.
+
+The build itself is the proof: the engine (or the graph that TensorRT is given, in ONNX Runtime) against
+transformers with the same codes dequantized in numpy and the same rounding of inputs, to the bounds of
+docs/fidelity.md. What is not special to a format is shared: a trace is made once a family, and the
+verification runs in this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmc.compiler import verify, zoo
+from llmc.compiler.driver import compile_model
+from llmc.compiler.progress import Progress
+from llmc.compiler.request import BuildRequest
+from llmc.compiler.targets.tensorrt import build as tensorrt_build
+from llmc.compiler.trace import export
+from llmc.compiler.verify.compare import compare
+from llmc.passes.quantize.formats import FORMATS
+from llmc.runtime.bundle.manifest import Manifest
+from llmc.runtime.errors import RequestError
+from support.traces import copy_of
+
+FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
+NARROW = ("llama-tiny", "mistral-tiny")  # no block of 128 divides their 64 columns
+OLDEST_SM = {"int8": 80, "int4": 80, "e4m3": 89, "e2m1": 120}  # by the codes of the weights
+PAIRS = [(n, f) for n in FAMILIES for f in FORMATS if f != "int4-block128" or n not in NARROW]
+needs_tensorrt = pytest.mark.skipif(
+    not tensorrt_build.is_installed("tensorrt_rtx"), reason="the package tensorrt-rtx is not installed"
+)
+_traces: dict[tuple[str, str, int], export.Trace] = {}
+_trace = export.trace
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trace(config: Any, dtype: str, max_seq_len: int) -> export.Trace:
+        key = (config.to_json_string(), dtype, max_seq_len)
+        if key not in _traces:
+            _traces[key] = _trace(config, dtype, max_seq_len)
+        return copy_of(_traces[key])
+
+    def in_this_process(job: verify.Job, progress: Progress) -> verify.Findings:
+        return compare(verify.Job.from_json(job.to_json()))
+
+    monkeypatch.setattr(export, "trace", trace)
+    monkeypatch.setattr(verify, "_run_child", in_this_process)
+
+
+def build(checkpoint: Path, output: Path, form: str, **options: Any) -> Manifest:
+    manifest = compile_model(BuildRequest(str(checkpoint), output, quant=form, **options)).manifest
+    assert manifest.verification.status == "passed"
+    assert manifest.quantization is not None
+    assert manifest.quantization["format"] == form
+    loss = manifest.verification.details["quantization_loss"]
+    assert 0 < loss["rms_logit_error"] < 1.0
+    return manifest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "form"), PAIRS)
+def test_on_the_cpu(name: str, form: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    manifest = build(checkpoint(name), tmp_path / "x.llmc", form)
+    softcap = "gemma2" in name
+    exact = not FORMATS[form].activations
+    in_openvino = FORMATS[form].activations in ("", "int8")
+    assert manifest.target.engine == ("openvino" if in_openvino and not softcap else "onnxruntime")
+    assert ("calibration.json" in manifest.files) == (form != "int8")
+    if not exact:
+        inputs = manifest.verification.details["input_rounding"]
+        assert inputs["engine"]["rms_logit_error"] <= 0.5 * inputs["changes"]["rms_logit_error"]
+
+
+@pytest.mark.slow
+@needs_tensorrt
+@pytest.mark.parametrize(("name", "form"), PAIRS)
+def test_for_tensorrt(name: str, form: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    dtype = "bf16" if (FAMILIES.index(name) + list(FORMATS).index(form)) % 2 else "fp16"
+    sm = OLDEST_SM[FORMATS[form].codes]
+    manifest = build(
+        checkpoint(name), tmp_path / "x.llmc", form, target="tensorrt-rtx", sms=(sm,), dtype=dtype
+    )
+    assert manifest.operators[0].count == manifest.geometry.num_layers
+    assert "engine" in manifest.verification.details["quantization_loss"]
+    assert asdict(manifest.precision) == {"dtype": dtype, "kv_dtype": dtype}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_model_that_is_too_narrow_is_refused(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match="64 columns are not a multiple of the block of 128"):
+        build(checkpoint(name), tmp_path / "x.llmc", "int4-block128")
+    assert list(tmp_path.glob("*")) == []

@@ -1,0 +1,161 @@
+"""The weights writer against the safetensors library, and against itself."""
+
+import hashlib
+import math
+import resource
+import subprocess
+import sys
+import tracemalloc
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from llmc.compiler.weights.safetensors_writer import ALIGNMENT, DTYPE_BITS, write_safetensors
+from llmc.runtime.errors import BuildError
+
+NUMPY = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_}
+
+
+def tensors_of(shapes, seed=0):
+    random = np.random.default_rng(seed)
+    return {
+        name: (dtype, (random.integers(0, 2, shape) if dtype == "BOOL" else random.random(shape) * 99))
+        for name, (dtype, shape) in shapes.items()
+    }
+
+
+def write(path, tensors):
+    """Writes {name: (dtype, array)} and returns what the writer returned."""
+    arrays = {name: np.asarray(value, NUMPY[dtype]) for name, (dtype, value) in tensors.items()}
+    entries = [(name, tensors[name][0], array.shape) for name, array in arrays.items()]
+    return arrays, write_safetensors(path, entries, lambda name: [np.atleast_1d(arrays[name])])
+
+
+MIXED = {
+    "matrix": ("F32", (16, 8)),
+    "scalar": ("F32", ()),
+    "half": ("F16", (3, 5)),
+    "empty": ("F32", (0, 4)),
+    "mask": ("BOOL", (7,)),
+    "ids": ("I64", (5,)),
+}
+
+
+def test_the_library_reads_it(tmp_path):
+    path = tmp_path / "model.safetensors"
+    arrays, (sha256, nbytes, spans) = write(path, tensors_of(MIXED))
+    data = path.read_bytes()
+    assert (sha256, nbytes) == (hashlib.sha256(data).hexdigest(), len(data))
+    assert list(spans) == list(MIXED)
+    loaded = load_file(path)
+    assert {name for name in loaded if not name.startswith("__pad_")} == set(MIXED)
+    for name, array in arrays.items():
+        offset, size = spans[name]
+        assert offset % ALIGNMENT == 0
+        assert data[offset : offset + size] == array.tobytes()
+        np.testing.assert_array_equal(loaded[name], array)
+
+
+def test_whole_lines_need_no_pads(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write(path, tensors_of({"b": ("F32", (16, 2)), "a": ("F16", (64,)), "last": ("U8", (3,))}))
+    with safe_open(path, "np") as file:
+        assert set(file.keys()) == {"a", "b", "last"}
+
+
+def test_two_writes_are_identical(tmp_path):
+    hashes = {write(tmp_path / f"{i}.safetensors", tensors_of(MIXED))[1][0] for i in range(2)}
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BITS)
+def test_every_dtype_is_known_to_the_library(tmp_path, dtype):
+    path, shape = tmp_path / "model.safetensors", (4, 8)
+    nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+    write_safetensors(path, [("x", dtype, shape)], lambda name: [bytes(nbytes)])
+    with safe_open(path, "np") as file:
+        assert file.get_slice("x").get_dtype() == dtype
+        assert file.get_slice("x").get_shape() == list(shape)
+
+
+def test_bf16_goes_through_a_view(tmp_path):
+    path, value = tmp_path / "model.safetensors", np.arange(32, dtype=ml_dtypes.bfloat16)
+    _, _, spans = write_safetensors(path, [("x", "BF16", value.shape)], lambda name: [value.view(np.uint8)])
+    offset, size = spans["x"]
+    assert path.read_bytes()[offset : offset + size] == value.tobytes()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(NUMPY)), st.lists(st.integers(0, 9), max_size=3)), max_size=8)
+)
+def test_any_shapes_are_aligned_and_read_back(tmp_path_factory, shapes):
+    path = tmp_path_factory.mktemp("w") / "model.safetensors"
+    named = {f"layer.{i}": (dtype, tuple(shape)) for i, (dtype, shape) in enumerate(shapes)}
+    arrays, (_, nbytes, spans) = write(path, tensors_of(named))
+    assert nbytes == path.stat().st_size
+    assert all(offset % ALIGNMENT == 0 for offset, _ in spans.values())
+    loaded = load_file(path)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded[name], array)
+
+
+def test_memory_is_bounded(tmp_path):
+    piece, count = bytes(2**20), 96
+    tracemalloc.start()
+    try:
+        write_safetensors(
+            tmp_path / "w", [("x", "U8", (count, 2**20))], lambda name: (piece for _ in range(count))
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize(
+    ("entries", "buffers", "expected"),
+    [
+        ([("x", "F32", (2,))], [b"1234"], "tensor 'x': its producer yielded 4 of 8 bytes"),
+        ([("x", "F32", (2,))], [b"1234567", b"89"], "tensor 'x': its producer yielded more than 8 bytes"),
+        ([("x", "U8", (1,))] * 2, [b"1"], "tensor 'x': the name is used twice"),
+        ([("__pad_0", "U8", (1,))], [b"1"], "tensor '__pad_0': the name is reserved"),
+        ([("__metadata__", "U8", (1,))], [b"1"], "tensor '__metadata__': the name is reserved"),
+        ([("x", "FP32", (1,))], [b"1"], "tensor 'x': dtype 'FP32' is none of"),
+        ([("x", "U8", (-1,))], [b"1"], "tensor 'x': negative size in shape [-1]"),
+        ([("x", "F4", (3,))], [b"1"], "tensor 'x': F4 [3] does not fill whole bytes"),
+    ],
+)
+def test_faults_are_named(tmp_path, entries, buffers, expected):
+    with pytest.raises(BuildError) as caught:
+        write_safetensors(tmp_path / "model.safetensors", entries, lambda name: buffers)
+    assert expected in caught.value.message
+
+
+def test_a_header_the_library_would_refuse_is_refused_here(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmc.compiler.weights.safetensors_writer.MAX_HEADER_BYTES", 100)
+    with pytest.raises(BuildError) as caught:
+        write_safetensors(tmp_path / "w", [(f"{i}", "U8", (64,)) for i in range(9)], lambda name: [bytes(64)])
+    assert "spread the tensors" in caught.value.hint
+
+
+def test_a_write_that_fails_is_an_oserror(tmp_path):
+    """With a real limit on the file's size, in a child: the write stops half-way through a buffer."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from llmc.compiler.weights.safetensors_writer import write_safetensors\n"
+        "write_safetensors(Path(sys.argv[1]), [('x', 'U8', (100_000,))], lambda name: [bytes(100_000)])"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "w"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+        capture_output=True,
+        text=True,
+    )
+    assert "OSError: [Errno 27] File too large" in child.stderr
+    assert (tmp_path / "w").stat().st_size == 50_000

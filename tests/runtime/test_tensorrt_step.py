@@ -1,0 +1,163 @@
+"""Sizes, bindings and padded steps of a TensorRT engine: functions, tested as such."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.runtime.backends.tensorrt import sizes
+from llmc.runtime.backends.tensorrt.bindings import Tensor, bind
+from llmc.runtime.backends.tensorrt.step import bucket_of, buckets, fill, room
+from llmc.runtime.batch import Batch
+from llmc.runtime.bundle.manifest import Precision
+from llmc.runtime.errors import BackendError, RequestError
+from support.gpu_bundle import DV, HEADS, KV_HEADS, LAYERS, MAX_LEN, D, batch, manifest, tensors
+
+# Sizes.
+
+GIB = 1 << 30
+
+
+def blocks(**changes: Any) -> int:
+    given: dict[str, Any] = {"free": 20 * GIB, "total": 24 * GIB, "kv_memory": None}
+    given |= {"useful": 10**9, "most": 10**9}
+    return sizes.cache_blocks(1 << 20, **{**given, **changes})
+
+
+def test_the_cache_takes_what_is_left_and_useful() -> None:
+    assert blocks() == 20 * 1024 - int(0.03 * 24 * GIB) // 2**20 - 1  # the reserve of 737.28 MiB
+    assert blocks(total=8 * GIB) == 20 * 1024 - 512
+    assert blocks(kv_memory=GIB + 5) == 1024
+    assert blocks(useful=7) == 7
+    assert blocks(most=9) == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_memory": 20 * GIB}, r"21474836480 bytes of KV cache are asked for, the GPU has 20\d{9}"),
+        ({"kv_memory": 1000}, r"1000 bytes of KV cache hold no block \(1048576 bytes\)"),
+        ({"free": GIB // 2}, r"0 bytes of KV cache hold no block"),
+    ],
+)
+def test_a_cache_that_does_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as error:
+        blocks(**changes)
+    assert error.value.hint
+
+
+def test_scratch_is_enough_for_every_decode_step() -> None:
+    most = sizes.scratch_bytes(manifest().geometry, 16, MAX_LEN, "fp16", 89, 142)
+    # 16 sequences with 2 kv heads could have 9 splits on 142 multiprocessors, but a context of 1100 has room
+    # for 4 shares of 256 keys; so they have most: 16 * 4 heads * 4 splits * (16 + 1 + 1).
+    assert most == 16 * HEADS * 4 * (DV + 2) * 4
+    assert sizes.scratch_bytes(manifest().geometry, 16, 256, "fp16", 89, 142) == 0
+
+
+# The bindings table.
+
+
+def test_the_table_covers_every_tensor_once() -> None:
+    table = bind(tensors(), manifest())
+    caches = {name for cache in table.caches for name in (cache.input, cache.output)}
+    assert {*table.step, *caches, "logits"} == {tensor.name for tensor in tensors()}
+    assert set(table.step) == {field.name for field in fields(Batch)}
+    assert table.step["block_indices"] == 560
+    assert table.max_blocks == 1016
+    assert table.block_bytes == len(LAYERS) * KV_HEADS * 32 * (D + DV) * 2
+    assert all(cache.output == cache.input.replace("_cache.", "_cache_out.") for cache in table.caches)
+
+
+def test_fp8_caches_are_half_as_large() -> None:
+    fp8 = manifest(precision=Precision("fp16", "fp8"))
+    assert 2 * bind(tensors("FP8"), fp8).block_bytes == bind(tensors("HALF"), manifest()).block_bytes
+    for engine, said in (("HALF", fp8), ("FP8", manifest())):
+        with pytest.raises(BackendError, match=rf"it has input key_cache\.0, {engine} "):
+            bind(tensors(engine), said)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ts: ts[1:], r"it lacks input input_ids, INT32 \[-1\]"),
+        (
+            lambda ts: [*ts, Tensor("present.0", False, "HALF", (-1,))],
+            r"it has present\.0, which the model does not",
+        ),
+        (lambda ts: [replace(t, dtype="BF16") for t in ts], r"it has input input_ids, BF16"),
+        (
+            lambda ts: [replace(t, shape=(-1, 99)) if t.name == "logits" else t for t in ts],
+            r"output logits, FLOAT \[-1, 99\], not output logits, FLOAT \[-1, 53\]",
+        ),
+        (
+            lambda ts: [replace(t, is_input=True) if t.name == "key_cache_out.1" else t for t in ts],
+            r"it has input key_cache_out\.1",
+        ),
+    ],
+)  # fmt: skip
+def test_an_engine_of_another_model_is_refused(change: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(BackendError, match=message):
+        bind(change(tensors()), manifest())
+
+
+# Steps.
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (64, (1, 2, 4, 8, 16, 32, 64))]
+)
+def test_buckets(most: int, expected: tuple[int, ...]) -> None:
+    assert buckets(most) == expected
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (batch([5], [1]), 1),
+        (batch([5, 0, 70], [1, 1, 1]), 4),
+        (batch([5] * 5, [1] * 5), 6),
+        (batch([5, 0], [1, 2]), None),
+        (batch([5, 4], [1, 1], wants=[0]), None),
+        (batch([5] * 7, [1] * 7), None),
+    ],
+)
+def test_which_steps_are_decode_steps(step: Batch, expected: int | None) -> None:
+    assert bucket_of(step, buckets(6)) == expected
+
+
+def filled(step: Batch, bucket: int | None) -> dict[str, np.ndarray]:
+    arrays = {name: np.full(size, -7, np.int32) for name, size in room(64, 8, 256).items()}
+    lengths = fill(step, bucket, arrays)
+    for name, length in lengths.items():
+        assert (arrays[name][length:] == -7).all()
+    return {name: arrays[name][:length] for name, length in lengths.items()}
+
+
+def test_a_padded_step_holds_the_step_and_harmless_rows() -> None:
+    step = batch([5, 40, 0], [1, 1, 1])
+    got = filled(step, 8)
+    assert {name: len(array) for name, array in got.items()} == {
+        "input_ids": 8, "position_ids": 8, "query_start": 9, "past_lengths": 8, "block_indices": 4,
+        "block_begins": 9, "logits_index": 8,
+    }  # fmt: skip
+    for name, array in got.items():
+        assert (array[: len(getattr(step, name))] == getattr(step, name)).all()
+    assert got["query_start"].tolist() == [0, 1, 2, 3, 3, 3, 3, 3, 3]
+    assert got["block_begins"].tolist() == [0, 1, 3, 4, 4, 4, 4, 4, 4]
+    assert got["input_ids"][3:].tolist() == got["position_ids"][3:].tolist() == [0] * 5
+    assert got["past_lengths"][3:].tolist() == got["logits_index"][3:].tolist() == [0] * 5
+
+
+def test_a_step_without_logits_asks_for_one() -> None:
+    got = filled(batch([0], [9], wants=[]), None)
+    assert got["logits_index"].tolist() == [0]
+    assert len(got["input_ids"]) == 9
+
+
+def test_a_step_beyond_the_engine() -> None:
+    with pytest.raises(BackendError, match="the step has 65 input_ids, the engine was loaded for 64"):
+        filled(batch([0], [65]), None)

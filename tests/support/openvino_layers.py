@@ -1,0 +1,31 @@
+"""How OpenVINO runs the matrices of a model, and a first step to run it with."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from llmc.runtime.backends.openvino.backend import OpenVinoBackend
+from llmc.runtime.batch import Batch
+
+
+def layers_of(backend: OpenVinoBackend) -> tuple[Counter[str], list[str]]:
+    """How matrices are multiplied, with how many, and the types of the large constants."""
+    kinds: Counter[str] = Counter()
+    constants = []
+    for node in backend._request.get_compiled_model().get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        layer = info["layerType"].astype(str)
+        if layer == "FullyConnected":
+            kinds[info["primitiveType"].astype(str).rpartition("_")[2]] += 1
+        elif layer == "Const" and len(node.get_output_shape(0)) == 2 and min(node.get_output_shape(0)) > 1:
+            constants.append(node.get_output_element_type(0).get_type_name())
+    return kinds, constants
+
+
+def prompt() -> Batch:
+    """The first step of one sequence."""
+    ids = np.random.default_rng(0).integers(3, 4000, 40)
+    arrays = [ids, range(40), [0, 40], [0], [0, 1], [0, 2], range(40)]
+    return Batch(*(np.array(list(one), np.int32) for one in arrays))

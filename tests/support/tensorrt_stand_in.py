@@ -1,0 +1,239 @@
+"""A stand-in for TensorRT's engine, which is numpy between the attention layers; those are real plugins.
+
+`ReferenceBackend` is the same model with the reference of attention, to compare with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llmc.plugins.paged_attention import reference
+from llmc.runtime.batch import Batch
+from support.cuda_stand_in import StandIn
+from support.gpu_bundle import (
+    ATTENTION,
+    CACHE,
+    DV,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    NAMES,
+    PLAN_BYTES,
+    SCALE,
+    SCALES,
+    VOCAB,
+    D,
+    described,
+    make_layer,
+    tensors,
+)
+
+
+class Model:
+    """Weights between the attention layers."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+
+        def matrix(*shape: int) -> np.ndarray:
+            return (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
+
+        self.table, self.head = matrix(VOCAB, 24) * 7, matrix(24, VOCAB)
+        widths = (HEADS * D, KV_HEADS * D, KV_HEADS * DV)
+        self.qkv = [[matrix(24, width) for width in widths] for _ in LAYERS]
+        self.out = [matrix(HEADS * DV, 24) for _ in LAYERS]
+
+    def embed(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return self.table[ids] + np.sin(positions[:, None] / np.arange(1, 25))
+
+    def project(self, layer: int, x: np.ndarray) -> list[np.ndarray]:
+        return [(x @ matrix).astype(np.float16) for matrix in self.qkv[layer]]
+
+
+class ReferenceBackend:
+    """The model in numpy, with caches of its own."""
+
+    name, block_size = "reference", 32
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks, self.model = num_blocks, Model()
+        sizes = [(num_blocks, KV_HEADS, 32, width) for width in (D, DV)]
+        self.caches = [[np.full(size, np.nan, CACHE) for size in sizes] for _ in LAYERS]
+
+    def forward(self, step: Batch) -> np.ndarray:
+        x = self.model.embed(step.input_ids, step.position_ids)
+        tables = (step.query_start, step.past_lengths, step.block_indices, step.block_begins)
+        for i, layer in enumerate(LAYERS):
+            settings: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "window": layer.window}
+            settings |= SCALES
+            y = reference.paged_attention(
+                *self.model.project(i, x), *self.caches[i], *tables, scale=SCALE, **settings
+            )
+            x = x + y.astype(np.float32) @ self.model.out[i]
+        return (x[step.logits_index] @ self.model.head).astype(np.float32)
+
+
+class StandInTensorRt:
+    """TensorRT's module, but for the engine."""
+
+    def __init__(self, real: Any, gpu: StandIn, capturable: bool) -> None:
+        self._real, self.gpu, self.capturable = real, gpu, capturable
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def Runtime(self, log: Any) -> Any:
+        del log
+        return self
+
+    def deserialize_cuda_engine(self, data: Any) -> Any:
+        assert bytes(data) == PLAN_BYTES
+        return StandInEngine(self)
+
+
+class StandInEngine:
+    """An engine of `Model`, seen as the backend sees one."""
+
+    device_memory_size_v2 = 1 << 20
+
+    def __init__(self, trt: StandInTensorRt) -> None:
+        self.trt, self.model, self.contexts = trt, Model(), 0
+        self.given = {tensor.name: tensor for tensor in tensors()}
+        self.num_io_tensors = len(self.given)
+        self.layers = [make_layer(trt._real, attention, SCALE) for attention in ATTENTION]
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.given)[index]
+
+    def get_tensor_mode(self, name: str) -> Any:
+        return self.trt.TensorIOMode.INPUT if self.given[name].is_input else self.trt.TensorIOMode.OUTPUT
+
+    def get_tensor_location(self, name: str) -> Any:
+        return self.trt.TensorLocation.DEVICE
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return getattr(self.trt.DataType, self.given[name].dtype)
+
+    def get_tensor_shape(self, name: str) -> Any:
+        return self.trt.Dims(self.given[name].shape)
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[Any]:
+        assert self.given[name].is_input
+        return [None, None, self.trt.Dims(self.given[name].most)]
+
+    def create_runtime_config(self) -> Any:
+        return StandInConfig()
+
+    def create_execution_context(self, config: Any) -> Any:
+        self.contexts += 1
+        assert config.strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        assert config.cache == "one cache"
+        return StandInContext(self, config)
+
+
+class StandInConfig:
+    dynamic_shapes_kernel_specialization_strategy: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> str:
+        return "one cache"
+
+    def set_runtime_cache(self, cache: str) -> bool:
+        self.cache = cache
+        return True
+
+
+class StandInContext:
+    def __init__(self, engine: StandInEngine, config: StandInConfig) -> None:
+        self.engine, self.gpu = engine, engine.trt.gpu
+        kinds = engine.trt.DynamicShapesKernelSpecializationStrategy
+        self.one_shape = config.dynamic_shapes_kernel_specialization_strategy == kinds.EAGER
+        self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.seen: set[tuple[tuple[str, tuple[int, ...]], ...]] = set()
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self.memory = memory
+        assert memory % 256 == 0
+        assert size == self.engine.device_memory_size_v2
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return address % 256 == 0
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return all(1 <= size <= most for size, most in zip(shape, self.engine.given[name].most, strict=True))
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.trt.capturable
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == 34
+        engine, gpu, at, shapes = self.engine, self.gpu, dict(self.addresses), dict(self.shapes)
+        assert set(at) == set(engine.given)
+        assert set(shapes) == {tensor.name for tensor in engine.given.values() if tensor.is_input}
+        self.seen.add(tuple(sorted(shapes.items())))
+        assert not self.one_shape or len(self.seen) == 1
+        (tokens,), (sequences,), (rows,) = shapes["input_ids"], shapes["past_lengths"], shapes["logits_index"]
+        assert shapes["position_ids"] == (tokens,)
+        assert shapes["query_start"] == shapes["block_begins"] == (sequences + 1,)
+        widths = {
+            "x": 48,
+            "query": HEADS * D,
+            "key": KV_HEADS * D,
+            "value": KV_HEADS * DV,
+            "output": HEADS * DV,
+        }
+        place = {name: self.memory + i * (1 << 17) for i, name in enumerate(widths)}
+
+        def array(name: str, dtype: Any = np.float16) -> np.ndarray:
+            return gpu.view(place[name], dtype, (tokens, widths[name] * 2 // np.dtype(dtype).itemsize))
+
+        def integers(name: str) -> np.ndarray:
+            return gpu.view(at[name], np.int32, shapes[name])
+
+        def embed() -> None:
+            array("x", np.float32)[:] = engine.model.embed(integers("input_ids"), integers("position_ids"))
+
+        def project(layer: int) -> None:
+            for name, made in zip(
+                widths, [None, *engine.model.project(layer, array("x", np.float32))], strict=False
+            ):
+                if made is not None:
+                    array(name)[:] = made
+            array("output")[:] = np.nan  # memory that anything was in
+
+        def add(layer: int) -> None:
+            array("x", np.float32)[:] += array("output").astype(np.float32) @ engine.model.out[layer]
+
+        def head() -> None:
+            chosen = array("x", np.float32)[integers("logits_index")]
+            gpu.view(at["logits"], np.float32, (rows, VOCAB))[:] = chosen @ engine.model.head
+
+        gpu.submit(embed)
+        for i, (plugin, _creator) in enumerate(engine.layers):
+            gpu.submit(lambda i=i: project(i))
+            caches = [f"key_cache.{i}", f"value_cache.{i}"]
+            inputs = [place[name] for name in ("query", "key", "value")] + [at[name] for name in caches]
+            inputs += [at[name] for name in NAMES[5:]]
+            outputs = [place["output"], *(at[name.replace("_cache", "_cache_out")] for name in caches)]
+            blocks, (entries,) = shapes[caches[0]][0], shapes["block_indices"]
+            try:
+                plugin.enqueue(
+                    described(engine.trt._real, tokens, sequences, blocks, entries),
+                    [],
+                    inputs,
+                    outputs,
+                    0,
+                    stream,
+                )
+            except Exception:
+                return False
+            gpu.submit(lambda i=i: add(i))
+        gpu.submit(head)
+        return True

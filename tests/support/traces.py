@@ -1,0 +1,35 @@
+"""Traces that several tests start from: made once, copied for each."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import onnx_ir as ir
+
+from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from llmc.compiler.checkpoint.config import context_length, load_config
+from llmc.compiler.checkpoint.safetensors import TensorRef
+from llmc.compiler.trace.export import Trace, trace
+from llmc.passes import contract
+from llmc.passes.pipeline import pipeline
+
+
+def copy_of(done: Trace) -> Trace:
+    """A trace that can be rewritten; `done` stays as it is."""
+    model = done.model.clone()
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for value in (*values, *(value for node in model.graph for value in node.outputs)):
+        if value.dtype is not None:
+            value.type = ir.TensorType(value.dtype)  # a clone shares them with the original
+    return Trace(model, done.parameters, done.tied, done.replaced)
+
+
+@functools.cache  # callers must not change the graph
+def canonical(path: Path) -> tuple[ir.Model, dict[str, TensorRef]]:
+    """The canonical graph of a checkpoint in fp32, and the checkpoint's tensors."""
+    checkpoint = Checkpoint.open(path)
+    config = load_config(checkpoint)
+    model = trace(config, "fp32", context_length(config, None)).model
+    contract.run(model, pipeline(), {})
+    return model, checkpoint.tensors
