@@ -31,7 +31,7 @@ def check(
 
     report = check_checkpoint(checkpoint, full)
     if as_json:
-        print_json({**asdict(report), "ok": not report.faults})
+        print_json({**asdict(report), "ok": not report.findings})
     else:
         print(table(_facts(report)))
         if report.findings:
@@ -61,7 +61,7 @@ def _facts(report: CheckReport) -> list[tuple[str, str]]:
         facts.append(("quantization", "not quantized"))
     else:
         producer = f", written by {report.producer}" if report.producer else ""
-        formats = [f"{count:,} {form}" for form, count in report.formats.items()]
+        formats = [f"{count:,} {fmt}" for fmt, count in report.formats.items()]
         if report.unread:
             formats.append(f"{len(report.unread):,} that cannot be read")
         kv = f"{report.kv_cache or 'no format named'}, {report.kv_scales} scales"

@@ -106,8 +106,8 @@ def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:
     if manifest.quantization is None:
         return None
     loss = manifest.verification.details.get("quantization_loss")
-    form = {"format": manifest.quantization.get("format")}
-    return form | (dict(loss) if isinstance(loss, Mapping) else {})
+    fmt = {"format": manifest.quantization.get("format")}
+    return fmt | (dict(loss) if isinstance(loss, Mapping) else {})
 
 
 def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
@@ -116,9 +116,9 @@ def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
         return []
     from llmc.compiler.verify.figures import recorded
 
-    figures, form = recorded(manifest), manifest.quantization.get("format", "quantized")
+    figures, fmt = recorded(manifest), manifest.quantization.get("format", "quantized")
     if figures.mean_kl is None or figures.top1_agreement is None:
-        return [("loss", f"{form}: not measured")]
+        return [("loss", f"{fmt}: not measured")]
     facts = [f"mean KL {figures.mean_kl:g} nats", f"top-1 agreement {figures.top1_agreement:.4f}"]
     if figures.perplexity is not None and figures.perplexity_unquantized is not None:
         change = f"{figures.perplexity_increase_percent:+.2f} %"
@@ -127,7 +127,7 @@ def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
         facts.append(f"on {figures.positions:,} positions")
     if figures.against:
         facts.append(f"against {figures.against}")
-    return [("loss", f"{form}: {', '.join(facts)}")]
+    return [("loss", f"{fmt}: {', '.join(facts)}")]
 
 
 def describe_worst(manifest: Manifest) -> list[tuple[str, str]]:

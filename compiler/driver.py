@@ -15,7 +15,7 @@ from llmc.compiler.checkpoint import hub, recipe
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.names import compare_names
 from llmc.compiler.progress import Progress, Silent
-from llmc.compiler.quantize.prequantized_plan import read_stored
+from llmc.compiler.quantize.prequantized_plan import read_prequantized
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.base import GRAPH_FILE, TargetCompiler, target_compiler
 from llmc.runtime.bundle.manifest import Geometry, Manifest, Target
@@ -23,7 +23,7 @@ from llmc.runtime.bundle.manifest import Geometry, Manifest, Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from llmc.compiler.quantize.prequantized_plan import StoredWeights
+    from llmc.compiler.quantize.prequantized_plan import PrequantizedWeights
     from llmc.compiler.quantize.step import Calibration
     from llmc.passes.contract import PassReport
     from llmc.passes.quantize.matrix import QuantizedMatrix
@@ -51,7 +51,7 @@ class Plan:
     kv_dtype: str
     max_seq_len: int
     reports: list[PassReport]
-    stored: StoredWeights | None
+    stored: PrequantizedWeights | None
     quantization: QuantPlan | None
     matrices: list[QuantizedMatrix]
     tied: dict[str, str]
@@ -118,7 +118,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
         compiler = target_compiler(request.target)
         dtype = request.compute_dtype(checkpoint.dtype)
         sms = compiler.check(request, dtype)
-        stored = read_stored(checkpoint, replace(request, sms=sms), dtype)
+        stored = read_prequantized(checkpoint, replace(request, sms=sms), dtype)
         calibration = None if stored else _read_calibration(request)
     with clock.phase("import torch and transformers"):
         from llmc.compiler.checkpoint.config import context_length, load_config
@@ -164,7 +164,7 @@ def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _
                 compiler.head_format(request.quant),
             )
         elif stored and stored.modules:  # none: only its KV cache is quantized
-            quantization = quantize_linears.plan_stored(traced.model, stored, bits)
+            quantization = quantize_linears.plan_prequantized(traced.model, stored, bits)
         if quantization:
             matrices = quantize_linears.apply_plan(traced.model, quantization)
         if fp8_cache:
@@ -200,8 +200,8 @@ def _read_calibration(request: BuildRequest) -> Calibration:
     from llmc.compiler.quantize import step
     from llmc.passes.quantize import formats
 
-    form = formats.get_format(request.quant) if request.quant else None
-    return step.read_calibration(request.calibration, form, kv_cache, request.calibration_method)
+    fmt = formats.get_format(request.quant) if request.quant else None
+    return step.read_calibration(request.calibration, fmt, kv_cache, request.calibration_method)
 
 
 class _Clock:

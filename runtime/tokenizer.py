@@ -137,7 +137,7 @@ class Tokenizer:
         environment.filters["tojson"] = _to_json
         environment.globals.update(
             raise_exception=_raise_exception,
-            strftime_now=lambda form: datetime.now().strftime(form),
+            strftime_now=lambda fmt: datetime.now().strftime(fmt),
             namespace=_PublicNamespace,
         )
         return environment.from_string(self.chat_template or "")

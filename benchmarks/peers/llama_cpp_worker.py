@@ -78,14 +78,14 @@ class LlamaCpp:
 
 
 def convert(checkpoint: Path, model: Path) -> None:
-    form = os.environ["WEIGHT_FORMAT"]
+    fmt = os.environ["WEIGHT_FORMAT"]
     model.mkdir(parents=True)
     plain = model / "plain.gguf"
     write_gguf(checkpoint, plain)
     parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = FORMATS[form]
+    parameters.ftype = FORMATS[fmt]
     parameters.nthread = os.cpu_count() or 1
-    target = model / f"{form}.gguf"
+    target = model / f"{fmt}.gguf"
     if llama_cpp.llama_model_quantize(str(plain).encode(), str(target).encode(), parameters):
         raise SystemExit("llama_model_quantize failed")
     plain.unlink()

@@ -55,7 +55,7 @@ def ranges(layer: LayerInputs) -> tuple[dict[str, Entry], tuple[float, float]]:
     return entries, (_largest(layer.keys), _largest(layer.values))
 
 
-def entry(x: np.ndarray, codes: str = "e4m3") -> Entry:
+def entry(x: np.ndarray, element: str = "e4m3") -> Entry:
     """The figures of finite float32 inputs of any shape, which are rounded to `codes`, "e4m3" or "int8"."""
     largest = _largest(x)
     if not largest:
@@ -67,7 +67,7 @@ def entry(x: np.ndarray, codes: str = "e4m3") -> Entry:
     bits = (bins.astype(np.uint32) << _DROPPED_BITS) + np.uint32(1 << (_DROPPED_BITS - 1))
     magnitudes = np.minimum(bits.view(np.float32), np.float32(largest))
     rank = np.searchsorted(np.cumsum(counts), counts.sum() * (PERCENTILE / 100))
-    return Entry(largest, float(magnitudes[rank]), _least_error(magnitudes, counts, largest, codes))
+    return Entry(largest, float(magnitudes[rank]), _least_error(magnitudes, counts, largest, element))
 
 
 def _histogram(x: np.ndarray) -> np.ndarray:
@@ -79,11 +79,11 @@ def _histogram(x: np.ndarray) -> np.ndarray:
     return counts
 
 
-def _least_error(magnitudes: np.ndarray, counts: np.ndarray, largest: float, codes: str) -> float:
+def _least_error(magnitudes: np.ndarray, counts: np.ndarray, largest: float, element: str) -> float:
     errors = []
     for clip in largest * _RATIOS:
-        scale = np.float32(clip / _LARGEST[codes])
-        rounded = decode(encode(magnitudes / scale, codes), codes) * scale
+        scale = np.float32(clip / _LARGEST[element])
+        rounded = decode(encode(magnitudes / scale, element), element) * scale
         errors.append(counts @ np.square((rounded - magnitudes).astype(np.float64)))
     return float(largest * _RATIOS[np.argmin(errors)])
 

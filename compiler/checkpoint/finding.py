@@ -20,7 +20,7 @@ KINDS = (
 
 
 @dataclass(frozen=True)
-class Fault:
+class Finding:
     """kind: one of KINDS; tensor: its name (or a module's, or a file's); warning: suspicious, but usable."""
 
     kind: str

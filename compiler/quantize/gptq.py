@@ -56,13 +56,13 @@ def output_error(rows: np.ndarray, dequantized: np.ndarray, hessian: np.ndarray)
 def gptq(
     rows: np.ndarray,
     hessian: np.ndarray,
-    form: Format,
+    fmt: Format,
     name: str,
     *,
     amax: float | None = None,
     damping: float = 0.01,
 ) -> dict[str, np.ndarray]:
-    """The arrays of `form.layout` for the weight `name`, `rows` [out, in], as `round_to_nearest.quantize`
+    """The arrays of `fmt.layout` for the weight `name`, `rows` [out, in], as `round_to_nearest.quantize`
     gives them, with codes and scales that keep the layer's output for inputs of second moment `hessian`
     [in, in].
 
@@ -71,35 +71,35 @@ def gptq(
     Raises what `quantize` raises; CheckpointError when `hessian` is not finite, and BuildError when it is not
     positive definite even so damped.
     """
-    wide, over = round_to_nearest.prepare(rows, form, name, amax)
+    wide, global_scale = round_to_nearest.prepare(rows, fmt, name, amax)
     factor, pivots = _factorize(hessian, damping, name)
     weight = np.ascontiguousarray(wide.T)  # [in, out]: the work is by column
-    array = np.empty(weight.shape, elements.encode(weight[:0], form.codes).dtype)
+    array = np.empty(weight.shape, elements.encode(weight[:0], fmt.element).dtype)
     errors = np.empty_like(weight)
     chosen: list[np.ndarray] = []  # of each block, [out]
-    factors = np.full(len(wide), over)
-    if form.block == 0:
-        tried = _candidates(weight, form, over, name)
+    factors = np.full(len(wide), global_scale)
+    if fmt.block == 0:
+        tried = _candidates(weight, fmt, global_scale, name)
         diagonal = np.square(factor) @ pivots  # of the damped H
-        losses = np.stack([_weighted_error(weight, one, diagonal, form) for one in tried])
+        losses = np.stack([_weighted_error(weight, one, diagonal, fmt) for one in tried])
         chosen.append(_best(tried, losses))
-        factors = scales.effective(chosen[0], over)
-    width = form.block if form.block > 0 else _WIDTH
+        factors = scales.effective(chosen[0], global_scale)
+    width = fmt.block if fmt.block > 0 else _WIDTH
     for first in range(0, len(weight), width):
         span = slice(first, first + width)
         own, inner = weight[span], factor[span, span]
         feedback = factor[:first, span].T @ errors[:first]
-        if form.block > 0:
+        if fmt.block > 0:
             # As the columns were if none of the block were rounded: the next takes back what one adds.
             free = own + np.linalg.solve(inner.T, feedback)
-            tried = _candidates(free, form, over, name)
-            every = scales.effective(tried, over)
-            _, _, losses = _round(own[:, None], feedback[:, None], inner, pivots[span], every, form)
+            tried = _candidates(free, fmt, global_scale, name)
+            every = scales.effective(tried, global_scale)
+            _, _, losses = _round(own[:, None], feedback[:, None], inner, pivots[span], every, fmt)
             chosen.append(_best(tried, losses))
-            factors = scales.effective(chosen[-1], over)
-        array[span], errors[span], _ = _round(own, feedback, inner, pivots[span], factors, form)
-    stored = np.stack(chosen, axis=1) if chosen else over
-    return round_to_nearest.assemble(np.ascontiguousarray(array.T), stored, over, form)
+            factors = scales.effective(chosen[-1], global_scale)
+        array[span], errors[span], _ = _round(own, feedback, inner, pivots[span], factors, fmt)
+    stored = np.stack(chosen, axis=1) if chosen else global_scale
+    return round_to_nearest.assemble(np.ascontiguousarray(array.T), stored, global_scale, fmt)
 
 
 def _factorize(hessian: np.ndarray, damping: float, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +129,7 @@ def _round(
     inner: np.ndarray,
     pivots: np.ndarray,
     factors: np.ndarray,
-    form: Format,
+    fmt: Format,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rounds some columns [width, ..., out], one after the other.
 
@@ -137,23 +137,23 @@ def _round(
     codes are multiplied by. Returns the codes, the errors w - q, and the loss [..., out].
     """
     target = np.broadcast_to(own + feedback, (len(own), *factors.shape)).copy()
-    array = np.empty(target.shape, elements.encode(target[:0], form.codes).dtype)
+    array = np.empty(target.shape, elements.encode(target[:0], fmt.element).dtype)
     errors = np.empty_like(target)
     loss = np.zeros_like(factors)
     for j, column in enumerate(target):
-        array[j] = elements.encode(column / factors, form.codes)
-        rounded = elements.decode(array[j], form.codes) * factors
+        array[j] = elements.encode(column / factors, fmt.element)
+        rounded = elements.decode(array[j], fmt.element) * factors
         errors[j] = own[j] - rounded
         loss += pivots[j] * np.square(column - rounded)
         target[j + 1 :] += np.multiply.outer(inner[j, j + 1 :], errors[j])
     return array, errors, loss
 
 
-def _candidates(columns: np.ndarray, form: Format, over: np.float32, name: str) -> np.ndarray:
+def _candidates(columns: np.ndarray, fmt: Format, global_scale: np.float32, name: str) -> np.ndarray:
     """Stored scales [n, out] to try for a block of columns [width, out]."""
     blocks = np.ascontiguousarray(columns.T)[:, None, :]
-    first = round_to_nearest.first_scales(blocks, form, over, name)
-    return np.stack([first, *scales.candidates(first, form)])[..., 0]
+    first = round_to_nearest.first_scales(blocks, fmt, global_scale, name)
+    return np.stack([first, *scales.candidates(first, fmt)])[..., 0]
 
 
 def _best(tried: np.ndarray, losses: np.ndarray) -> np.ndarray:
@@ -161,10 +161,10 @@ def _best(tried: np.ndarray, losses: np.ndarray) -> np.ndarray:
     return np.take_along_axis(tried, losses.argmin(0)[None], 0)[0]
 
 
-def _weighted_error(columns: np.ndarray, stored: np.ndarray, weights: np.ndarray, form: Format) -> np.ndarray:
+def _weighted_error(columns: np.ndarray, stored: np.ndarray, weights: np.ndarray, fmt: Format) -> np.ndarray:
     factors = stored.astype(np.float32)
     difference = (
-        elements.decode(elements.encode(columns / factors, form.codes), form.codes) * factors - columns
+        elements.decode(elements.encode(columns / factors, fmt.element), fmt.element) * factors - columns
     )
     return np.einsum("i,io,io->o", weights, difference, difference)
 

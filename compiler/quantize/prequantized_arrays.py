@@ -10,7 +10,7 @@ import numpy as np
 from llmc.compiler.checkpoint.prequantized.dequantize import code_bits, spread, zero_points
 from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
 from llmc.compiler.checkpoint.prequantized.packing import unpack_int4_along_out, unpack_int32
-from llmc.compiler.quantize.prequantized_form import StoredModule
+from llmc.compiler.quantize.prequantized_form import PrequantizedModule
 from llmc.compiler.quantize.produce import Produced, join, keep
 from llmc.passes.quantize.elements import pack
 from llmc.passes.quantize.formats import STORED, Format
@@ -18,9 +18,9 @@ from llmc.passes.quantize.matrix import QuantizedMatrix
 from llmc.runtime.errors import CheckpointError
 
 
-def produce_stored(
+def produce_prequantized(
     matrices: Sequence[QuantizedMatrix],
-    modules: Mapping[str, StoredModule],
+    modules: Mapping[str, PrequantizedModule],
     directory: Path,
     on_matrix: Callable[[int], None] = lambda done: None,
 ) -> Produced:
@@ -39,17 +39,17 @@ def produce_stored(
     return produced
 
 
-def arrays_of(stored: StoredModule, form: Format) -> dict[str, np.ndarray]:
-    """The arrays of `form.layout` for one module; `form` may be that of the matrix it is a part of."""
+def arrays_of(stored: PrequantizedModule, fmt: Format) -> dict[str, np.ndarray]:
+    """The arrays of `fmt.layout` for one module; `fmt` may be that of the matrix it is a part of."""
     module = stored.module
-    if form.codes == "e2m1":
+    if fmt.element == "e2m1":
         arrays = {"weight": module.tensors["weight"].read(), "weight_scale": _read_scales(module)}
         assert stored.global_scale is not None
         return arrays | {"weight_scale_2": np.asarray(stored.global_scale)}
     codes = _codes(module)
     return {
-        "weight": pack(codes) if form.packed else codes,
-        "weight_scale": _scales(module, form).astype(STORED[form.scales]),
+        "weight": pack(codes) if fmt.packed else codes,
+        "weight_scale": _scales(module, fmt).astype(STORED[fmt.scales]),
     }
 
 
@@ -66,16 +66,16 @@ def _codes(module: QuantizedModule) -> np.ndarray:
     return codes
 
 
-def _scales(module: QuantizedModule, form: Format) -> np.ndarray:
-    """As `form.layout` has them, in the dtype that the checkpoint has: values are repeated, not computed."""
+def _scales(module: QuantizedModule, fmt: Format) -> np.ndarray:
+    """As `fmt.layout` has them, in the dtype that the checkpoint has: values are repeated, not computed."""
     stored, (height, width), (rows, columns) = _read_scales(module), module.block, module.shape
-    if form.block == -1:
+    if fmt.block == -1:
         return stored.reshape(())
     grid = stored.reshape(-(-rows // height), -1)
     by_row = np.repeat(grid, height, axis=0)[:rows]
-    if form.block == 0:
+    if fmt.block == 0:
         return by_row[:, 0]
-    return by_row[:, np.arange(0, columns, form.block) // width]
+    return by_row[:, np.arange(0, columns, fmt.block) // width]
 
 
 def _read_scales(module: QuantizedModule) -> np.ndarray:

@@ -23,9 +23,9 @@ import numpy as np
 
 from llmc.compiler.checkpoint.prequantized.dequantize import code_bits, zero_points
 from llmc.compiler.checkpoint.prequantized.module import QuantizedModule, Role
-from llmc.compiler.checkpoint.prequantized.scheme import Claims
+from llmc.compiler.checkpoint.prequantized.scheme import DeclaredSchemes
 from llmc.compiler.checkpoint.safetensors import TensorRef
-from llmc.passes.quantize.formats import Format, stored_format
+from llmc.passes.quantize.formats import Format, systematic_format
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 
 _CODES = {
@@ -42,7 +42,7 @@ _WAY_OUT = "build from a checkpoint that was quantized without it, or from the u
 
 
 @dataclass(frozen=True)
-class StoredModule:
+class PrequantizedModule:
     """`global_scale` of NVFP4 and `input_scale` of static inputs are fp32 multipliers.
 
     pre_quant_scale: the tensor that the layer's input is multiplied by, None where that changes nothing;
@@ -58,30 +58,30 @@ class StoredModule:
     note: str = ""
 
 
-def read_module(module: QuantizedModule, claims: Claims | None, dtype: str) -> StoredModule:
+def read_module(module: QuantizedModule, schemes: DeclaredSchemes | None, dtype: str) -> PrequantizedModule:
     """Decides on the form, for an engine that computes in `dtype` ("F32", "BF16" or "F16").
 
     Scales of 16 bits stay so where the engine computes in them or in fp32; else they are widened to fp32.
     Raises UnsupportedError, naming the module, where no form has the same values.
     """
-    codes, block = _CODES[module.format], _block(module)
+    element, block = _CODES[module.format], _block(module)
     _refuse_reordered(module)
     if "zero_point" in module.tensors:
-        codes = _codes_less_zero_points(module)
-    claim = claims.of(module.name) if claims else None
-    wanted = claim.inputs if claim else ""
+        element = _codes_less_zero_points(module)
+    scheme = schemes.of(module.name) if schemes else None
+    wanted = scheme.inputs if scheme else ""
     static = _scalar(module, "input_scale", "inverse_input_scale")
     activations = ""
-    if static is not None and codes in ("e4m3", "e2m1") and (wanted or claim is None):
+    if static is not None and element in ("e4m3", "e2m1") and (wanted or scheme is None):
         # ModelOpt's W4A8_NVFP4_FP8: NVFP4 weights, E4M3 inputs.
-        activations = "e4m3" if codes == "e4m3" or wanted == "fp8" else "e2m1"
+        activations = "e4m3" if element == "e4m3" or wanted == "fp8" else "e2m1"
     stored = module.tensors["weight_scale"].dtype
     keep = stored in ("F32", "F16", "BF16") and dtype in ("F32", stored) and not activations
-    scales = "F8_E4M3" if codes == "e2m1" else stored if keep else "F32"
-    form = stored_format(codes, block, scales, activations)
-    if reason := form.why_not(module.shape):
+    scales = "F8_E4M3" if element == "e2m1" else stored if keep else "F32"
+    fmt = systematic_format(element, block, scales, activations)
+    if reason := fmt.why_not(module.shape):
         raise UnsupportedError(f"module {module.name} is {module.format}: {reason}", _WAY_OUT)
-    if codes == "e2m1" and block != 16:
+    if element == "e2m1" and block != 16:
         raise UnsupportedError(
             f"module {module.name} is NVFP4 in groups of {block}; engines know groups of 16", _WAY_OUT
         )
@@ -89,9 +89,9 @@ def read_module(module: QuantizedModule, claims: Claims | None, dtype: str) -> S
     values = factor.read().astype(np.float32) if factor else np.ones(1, np.float32)
     if (values == 1).all():
         factor, values = None, values[:0]
-    return StoredModule(
+    return PrequantizedModule(
         module,
-        form,
+        fmt,
         _scalar(module, "global_scale", "inverse_global_scale"),
         static if activations else None,
         factor,
@@ -100,7 +100,7 @@ def read_module(module: QuantizedModule, claims: Claims | None, dtype: str) -> S
     )
 
 
-def why_apart(parts: Sequence[StoredModule | None]) -> str:
+def why_apart(parts: Sequence[PrequantizedModule | None]) -> str:
     """Why layers that read the same input cannot be multiplied as one matrix exactly, or "".
 
     None: a layer that is not quantized.
@@ -123,28 +123,28 @@ def why_apart(parts: Sequence[StoredModule | None]) -> str:
     return ""
 
 
-def joined_format(parts: Sequence[StoredModule]) -> Format | None:
+def joined_format(parts: Sequence[PrequantizedModule]) -> Format | None:
     """The format of the rows of all `parts` as one matrix, or None.
 
     FP8 weights with one scale each have, joined, one scale a row, unless it is the same scale.
     """
     forms = [part.format for part in parts]
-    if len({(form.codes, form.activations) for form in forms}) > 1:
+    if len({(fmt.element, fmt.activations) for fmt in forms}) > 1:
         return None
-    blocks = {form.block for form in forms}
+    blocks = {fmt.block for fmt in forms}
     if blocks == {-1} and len({_one_scale(part) for part in parts}) > 1:
         blocks = {0}
     blocks = {0} if blocks == {-1, 0} else blocks
     if len(blocks) > 1:
         return None
-    scales = {form.scales for form in forms}
-    form = forms[0]
-    return stored_format(
-        form.codes, blocks.pop(), scales.pop() if len(scales) == 1 else "F32", form.activations
+    scales = {fmt.scales for fmt in forms}
+    fmt = forms[0]
+    return systematic_format(
+        fmt.element, blocks.pop(), scales.pop() if len(scales) == 1 else "F32", fmt.activations
     )
 
 
-def _one_scale(part: StoredModule) -> float:
+def _one_scale(part: PrequantizedModule) -> float:
     return float(part.module.tensors["weight_scale"].read().astype(np.float32).reshape(()))
 
 
@@ -158,8 +158,8 @@ def _block(module: QuantizedModule) -> int:
 
 def _scalar(module: QuantizedModule, role: Role, inverse: Role) -> np.float32 | None:
     """The fp32 multiplier, from the tensor of either role; a reciprocal is rounded once."""
-    ref, over = module.tensors.get(role), module.tensors.get(inverse)
-    one = ref or over
+    ref, global_scale = module.tensors.get(role), module.tensors.get(inverse)
+    one = ref or global_scale
     if one is None:
         return None
     value = float(one.read().astype(np.float32).reshape(-1)[0])

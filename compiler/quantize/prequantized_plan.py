@@ -10,7 +10,7 @@ from typing import Any
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.prequantized.kv_scales import layer_kv_scales
 from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint, read_quantized
-from llmc.compiler.quantize.prequantized_form import StoredModule, joined_format, read_module, why_apart
+from llmc.compiler.quantize.prequantized_form import PrequantizedModule, joined_format, read_module, why_apart
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets import capability
 from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX, INT8_MAX
@@ -25,14 +25,14 @@ _HARMLESS = ("exclude", "fused")  # faults of a list that the tensors overrule, 
 
 
 @dataclass(frozen=True)
-class StoredWeights:
+class PrequantizedWeights:
     """A quantized checkpoint, read for one target. modules: by name, in the order of the checkpoint.
 
     fp8_cache: whether the engine's KV cache is FP8.
     """
 
     checkpoint: QuantizedCheckpoint
-    modules: Mapping[str, StoredModule]
+    modules: Mapping[str, PrequantizedModule]
     fp8_cache: bool = False
 
     @property
@@ -48,8 +48,8 @@ class StoredWeights:
     @property
     def _kv_kind(self) -> str:
         """What the recipe's KV cache holds; "" where it does not say."""
-        claims = self.checkpoint.claims
-        return claims.kv_cache if claims else ""
+        schemes = self.checkpoint.schemes
+        return schemes.kv_cache if schemes else ""
 
     def why_apart(self, weights: Sequence[str]) -> str:
         """Why layers that read one input cannot be multiplied as one; for `passes.FuseLinears`."""
@@ -68,8 +68,9 @@ class StoredWeights:
 
 
 @dataclass(frozen=True)
-class StoredPlan(QuantPlan):
-    """`format` is the commonest. recipe: what the checkpoint says of itself; notes: see StoredWeights."""
+class PrequantizedPlan(QuantPlan):
+    """`format` is the commonest. recipe: the scheme that the checkpoint declares. notes: as in
+    PrequantizedWeights."""
 
     recipe: str = ""
     producer: str = ""
@@ -91,7 +92,9 @@ class StoredPlan(QuantPlan):
         return [*super().lines(), f"as the checkpoint has them: {self.recipe}{made_by}", *self.notes]
 
 
-def read_stored(checkpoint: Checkpoint, request: BuildRequest, dtype: str) -> StoredWeights | None:
+def read_prequantized(
+    checkpoint: Checkpoint, request: BuildRequest, dtype: str
+) -> PrequantizedWeights | None:
     """What an engine that computes in `dtype` will hold; None if the checkpoint is not quantized.
 
     Raises RequestError if another quantization is asked for, CheckpointError for a layout that contradicts
@@ -100,7 +103,7 @@ def read_stored(checkpoint: Checkpoint, request: BuildRequest, dtype: str) -> St
     quantized = read_quantized(checkpoint)
     if not quantized.quantized:
         return None
-    label = quantized.claims.label if quantized.claims else "undeclared"
+    label = quantized.schemes.label if quantized.schemes else "undeclared"
     if request.quant:
         raise RequestError(
             f"--quant {request.quant}: the checkpoint is quantized already ({label})",
@@ -111,28 +114,28 @@ def read_stored(checkpoint: Checkpoint, request: BuildRequest, dtype: str) -> St
             f"--calibration: the checkpoint is quantized already ({label}), with scales of its own",
             "leave it out",
         )
-    for fault in quantized.faults:
-        if not fault.warning and fault.kind not in _HARMLESS:
+    for finding in quantized.findings:
+        if not finding.warning and finding.kind not in _HARMLESS:
             raise CheckpointError(
-                f"{fault.tensor} {fault.what}", f"`llmc check {checkpoint.path}` shows all that is wrong"
+                f"{finding.tensor} {finding.what}", f"`llmc check {checkpoint.path}` shows all that is wrong"
             )
-    claims = quantized.claims
+    schemes = quantized.schemes
     modules = {
-        name: read_module(module, claims, _DTYPES[dtype]) for name, module in quantized.modules.items()
+        name: read_module(module, schemes, _DTYPES[dtype]) for name, module in quantized.modules.items()
     }
     for name, one in modules.items():
-        capability.check_stored(one.format, name, request.target, request.sms)
-    return StoredWeights(quantized, modules, request.kv_dtype == "fp8")
+        capability.check_prequantized(one.format, name, request.target, request.sms)
+    return PrequantizedWeights(quantized, modules, request.kv_dtype == "fp8")
 
 
-def make_stored_plan(
-    stored: StoredWeights,
+def make_prequantized_plan(
+    stored: PrequantizedWeights,
     matrices: Mapping[str, tuple[int, int]],
     groups: Iterable[Sequence[str]],
     *,
     stored_bits: int,
     other_params: int,
-) -> StoredPlan:
+) -> PrequantizedPlan:
     """The plan for `matrices`, [out, in] by module; `groups` are multiplied as one, as `why_apart` let them.
 
     Raises UnsupportedError for a quantized module that is none of them.
@@ -147,20 +150,20 @@ def make_stored_plan(
         parts = [stored.modules[name] for name in group if name in stored.modules]
         if not parts:
             continue
-        form = joined_format(parts)
-        assert form is not None, f"{group} were joined"
+        fmt = joined_format(parts)
+        assert fmt is not None, f"{group} were joined"
         factor = parts[0].pre_quant_scale
         for name in group:
-            modules[name] = Module(name, matrices[name], form, "", tuple(group), factor)
+            modules[name] = Module(name, matrices[name], fmt, "", tuple(group), factor)
     formats = Counter(module.format for module in modules.values() if module.format)
-    claims = stored.checkpoint.claims
-    return StoredPlan(
+    schemes = stored.checkpoint.schemes
+    return PrequantizedPlan(
         formats.most_common(1)[0][0],
         tuple(modules.values()),
         stored_bits,
         other_params,
-        recipe=claims.label if claims else "undeclared",
-        producer=claims.producer if claims else "",
+        recipe=schemes.label if schemes else "undeclared",
+        producer=schemes.producer if schemes else "",
         notes=stored.notes,
     )
 

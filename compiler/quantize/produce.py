@@ -60,16 +60,16 @@ def round_to_nearest(
 
     Notes in `produced` what each weight loses: |W - dequantized| / |W| (Frobenius norms).
     """
-    form = matrix.format
+    fmt = matrix.format
     amax = largest_magnitude(matrix, tensors)
-    search = "mse" if form.packed else "amax"
+    search = "mse" if fmt.packed else "amax"
     pieces = []
     for module, name in zip(matrix.modules, matrix.weights, strict=True):
         lost = whole = 0.0
         for rows in chunks(tensors[name]):
-            pieces.append(quantize(rows, form, name, amax=amax, search=search))
+            pieces.append(quantize(rows, fmt, name, amax=amax, search=search))
             wide = np.asarray(rows, np.float32)
-            lost += _energy(wide - dequantize(pieces[-1], form))
+            lost += _energy(wide - dequantize(pieces[-1], fmt))
             whole += _energy(wide)
         produced.weight_errors[module] = math.sqrt(lost / whole) if whole else 0.0
     return join(pieces)
@@ -123,8 +123,10 @@ def add_input_scales(
 
 def input_scale(matrix: QuantizedMatrix, amax: float, dtype: str) -> np.ndarray:
     """The 0-d scale of activations of range `amax`: fp32 for NVFP4, else `dtype` (F32, F16 or BF16)."""
-    over = np.atleast_1d(scales.global_scale(amax, matrix.format))
-    return (over if matrix.format.codes == "e2m1" else scales.round_up(over, dtype))[0].reshape(())
+    global_scale = np.atleast_1d(scales.global_scale(amax, matrix.format))
+    return (global_scale if matrix.format.element == "e2m1" else scales.round_up(global_scale, dtype))[
+        0
+    ].reshape(())
 
 
 def chunks(ref: TensorRef) -> Iterator[np.ndarray]:

@@ -28,9 +28,9 @@ def absmax(chunks: Iterable[np.ndarray], name: str) -> float:
 
 
 def quantize(
-    rows: np.ndarray, form: Format, name: str, *, amax: float | None = None, search: str = "amax"
+    rows: np.ndarray, fmt: Format, name: str, *, amax: float | None = None, search: str = "amax"
 ) -> dict[str, np.ndarray]:
-    """The arrays of `form.layout` for `rows` [any, in] of the weight `name`, given in any float dtype.
+    """The arrays of `fmt.layout` for `rows` [any, in] of the weight `name`, given in any float dtype.
 
     `amax` is the `absmax` that the global scale of fp8 and nvfp4 comes from, that of `rows` by default;
     other formats do not look at it. `search` is how the scales of channels and blocks are chosen: "amax",
@@ -39,62 +39,62 @@ def quantize(
     Raises CheckpointError for NaN or infinity; UnsupportedError when the shape does not fit the format
     (blocks are never padded: engines read the matrix as it is) or a scale does not fit its dtype.
     """
-    if search not in SEARCHES or (search == "mse" and form.block == -1):
-        raise ValueError(f"{form.name} has no search {search!r}")
-    wide, over = prepare(rows, form, name, amax)
-    if form.block == -1:
-        return assemble(elements.encode(wide / over, form.codes), over, over, form)
-    blocks = wide.reshape(len(wide), -1, form.block or wide.shape[1])
-    chosen = first_scales(blocks, form, over, name)
+    if search not in SEARCHES or (search == "mse" and fmt.block == -1):
+        raise ValueError(f"{fmt.name} has no search {search!r}")
+    wide, global_scale = prepare(rows, fmt, name, amax)
+    if fmt.block == -1:
+        return assemble(elements.encode(wide / global_scale, fmt.element), global_scale, global_scale, fmt)
+    blocks = wide.reshape(len(wide), -1, fmt.block or wide.shape[1])
+    chosen = first_scales(blocks, fmt, global_scale, name)
     if search == "mse":
-        chosen = scales.search_scales(blocks, chosen, form, over)
-    array = elements.encode(blocks / scales.effective(chosen, over)[..., None], form.codes)
-    return assemble(array.reshape(wide.shape), chosen, over, form)
+        chosen = scales.search_scales(blocks, chosen, fmt, global_scale)
+    array = elements.encode(blocks / scales.effective(chosen, global_scale)[..., None], fmt.element)
+    return assemble(array.reshape(wide.shape), chosen, global_scale, fmt)
 
 
 def prepare(
-    rows: np.ndarray, form: Format, name: str, amax: float | None = None
+    rows: np.ndarray, fmt: Format, name: str, amax: float | None = None
 ) -> tuple[np.ndarray, np.float32]:
-    """`rows` in float32, and the global scale of `form` (1 where it has none), as `quantize` takes and
+    """`rows` in float32, and the global scale of `fmt` (1 where it has none), as `quantize` takes and
     raises."""
-    if reason := form.why_not(rows.shape):
-        raise UnsupportedError(f"tensor {name} cannot be stored as {form.name}: {reason}", _WAY_OUT)
+    if reason := fmt.why_not(rows.shape):
+        raise UnsupportedError(f"tensor {name} cannot be stored as {fmt.name}: {reason}", _WAY_OUT)
     wide = _checked(rows, name)
     largest = float(np.abs(wide).max())
     if amax is not None and amax < largest:
         raise ValueError(f"amax {amax} of {name} is smaller than its weight {largest}")
-    if not form.has_global_scale:
+    if not fmt.has_global_scale:
         return wide, np.float32(1)
-    over = scales.global_scale(largest if amax is None else amax, form)
-    if form.block == -1:
-        stored = scales.round_up(np.atleast_1d(over), form.scales)
-        _check_scales(stored, form, name)
-        over = stored.astype(np.float32)[0]
-    return wide, over
+    global_scale = scales.global_scale(largest if amax is None else amax, fmt)
+    if fmt.block == -1:
+        stored = scales.round_up(np.atleast_1d(global_scale), fmt.scales)
+        _check_scales(stored, fmt, name)
+        global_scale = stored.astype(np.float32)[0]
+    return wide, global_scale
 
 
-def first_scales(blocks: np.ndarray, form: Format, over: np.float32, name: str) -> np.ndarray:
+def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32, name: str) -> np.ndarray:
     """`scales.first_scales`, checked. Raises UnsupportedError when one does not fit its dtype."""
-    chosen = scales.first_scales(blocks, form, over)
-    _check_scales(chosen, form, name)
+    chosen = scales.first_scales(blocks, fmt, global_scale)
+    _check_scales(chosen, fmt, name)
     return chosen
 
 
 def assemble(
-    array: np.ndarray, chosen: np.ndarray | np.float32, over: np.float32, form: Format
+    array: np.ndarray, chosen: np.ndarray | np.float32, global_scale: np.float32, fmt: Format
 ) -> dict[str, np.ndarray]:
-    """The arrays of `form.layout` from codes [rows, in] and stored scales [rows, blocks] (or the one)."""
-    stored = np.asarray(chosen, STORED[form.scales])
+    """The arrays of `fmt.layout` from codes [rows, in] and stored scales [rows, blocks] (or the one)."""
+    stored = np.asarray(chosen, STORED[fmt.scales])
     arrays = {
-        "weight": elements.pack(array) if form.packed else array,
-        "weight_scale": stored[:, 0] if form.block == 0 else stored,
+        "weight": elements.pack(array) if fmt.packed else array,
+        "weight_scale": stored[:, 0] if fmt.block == 0 else stored,
     }
-    if form.codes == "e2m1":
-        arrays["weight_scale_2"] = np.asarray(over)
+    if fmt.element == "e2m1":
+        arrays["weight_scale_2"] = np.asarray(global_scale)
     return arrays
 
 
-def dequantize(arrays: Mapping[str, np.ndarray], form: Format) -> np.ndarray:
+def dequantize(arrays: Mapping[str, np.ndarray], fmt: Format) -> np.ndarray:
     """float32 [rows, in]: code x scale, in float32, as DequantizeLinear computes it.
 
     NVFP4: weight_scale x weight_scale_2 is rounded to float32 first, the inner of the two DequantizeLinear;
@@ -102,11 +102,11 @@ def dequantize(arrays: Mapping[str, np.ndarray], form: Format) -> np.ndarray:
     values once more.
     """
     weight = arrays["weight"]
-    array = elements.decode(elements.unpack(weight, form.codes) if form.packed else weight, form.codes)
+    array = elements.decode(elements.unpack(weight, fmt.element) if fmt.packed else weight, fmt.element)
     factors = scales.effective(arrays["weight_scale"], arrays.get("weight_scale_2", np.float32(1)))
-    if form.block == -1:
+    if fmt.block == -1:
         return array * factors
-    blocks = array.reshape(len(array), -1, form.block or array.shape[1])
+    blocks = array.reshape(len(array), -1, fmt.block or array.shape[1])
     return (blocks * factors.reshape(len(array), -1, 1)).reshape(array.shape)
 
 
@@ -123,9 +123,9 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
     return wide
 
 
-def _check_scales(stored: np.ndarray, form: Format, name: str) -> None:
+def _check_scales(stored: np.ndarray, fmt: Format, name: str) -> None:
     if not np.isfinite(np.asarray(stored, np.float32)).all():
         raise UnsupportedError(
-            f"tensor {name} has weights so large that a scale of {form.name} does not fit {form.scales}",
+            f"tensor {name} has weights so large that a scale of {fmt.name} does not fit {fmt.scales}",
             _WAY_OUT,
         )

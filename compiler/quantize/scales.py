@@ -24,18 +24,18 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)  # never divide by less
 _LARGEST = {"int8": INT8_MAX, "e4m3": E4M3_MAX, "e2m1": E2M1_MAX * E4M3_MAX}
 
 
-def global_scale(amax: float, form: Format) -> np.float32:
+def global_scale(amax: float, fmt: Format) -> np.float32:
     """The fp32 scale that spans a matrix, or the layers multiplied as one, of largest magnitude `amax`.
 
     fp8: amax / 448. nvfp4: amax / (6 x 448), which puts the largest block scale at 448, the largest E4M3
     (ModelOpt's weight_scale_2; compressed-tensors stores the inverse). int8, of activations: amax / 127. All
     zeros: 1.
     """
-    limit = np.float32(_LARGEST[form.codes])
+    limit = np.float32(_LARGEST[fmt.element])
     return np.maximum(np.float32(amax) / limit, _SMALLEST_NORMAL) if amax else np.float32(1)
 
 
-def first_scales(blocks: np.ndarray, form: Format, over: np.float32) -> np.ndarray:
+def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32) -> np.ndarray:
     """The stored scales [out, n] of blocks [out, n, size], each the smallest that clips nothing.
 
     `over` is the global scale of NVFP4; its block scales are block_amax / (6 x over), within 2^-9..448 and
@@ -44,42 +44,42 @@ def first_scales(blocks: np.ndarray, form: Format, over: np.float32) -> np.ndarr
     turn the longer side to where the larger weight is (llama.cpp's Q4_0 does that). Against amax / 7 it saves
     a tenth of the squared error of our trained checkpoint.
     """
-    if form.codes == "int4":
+    if fmt.element == "int4":
         scales = np.maximum(blocks.max(-1) / np.float32(7), blocks.min(-1) / np.float32(-8))
     else:
         limit = {
             "int8": np.float32(INT8_MAX),
             "e4m3": np.float32(E4M3_MAX),
-            "e2m1": np.float32(E2M1_MAX) * over,
+            "e2m1": np.float32(E2M1_MAX) * global_scale,
         }
-        scales = np.abs(blocks).max(-1) / limit[form.codes]
+        scales = np.abs(blocks).max(-1) / limit[fmt.element]
     zero = ~blocks.any(-1)
-    if form.codes == "e2m1":
+    if fmt.element == "e2m1":
         scales = np.clip(scales, E4M3_SMALLEST, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
     else:
-        scales = round_up(np.maximum(scales, _SMALLEST_NORMAL), form.scales)
+        scales = round_up(np.maximum(scales, _SMALLEST_NORMAL), fmt.scales)
     scales[zero] = 1
     return scales
 
 
-def search_scales(blocks: np.ndarray, first: np.ndarray, form: Format, over: np.float32) -> np.ndarray:
+def search_scales(blocks: np.ndarray, first: np.ndarray, fmt: Format, global_scale: np.float32) -> np.ndarray:
     """The scales around `first` with the least squared error in each block; ties keep the earlier."""
     best = first.copy()
-    error = _squared_error(blocks, best, form, over)
-    for scales in candidates(first, form):
-        other = _squared_error(blocks, scales, form, over)
+    error = _squared_error(blocks, best, fmt, global_scale)
+    for scales in candidates(first, fmt):
+        other = _squared_error(blocks, scales, fmt, global_scale)
         better = other < error
         best[better] = scales[better]
         error[better] = other[better]
     return best
 
 
-def candidates(first: np.ndarray, form: Format) -> Iterator[np.ndarray]:
+def candidates(first: np.ndarray, fmt: Format) -> Iterator[np.ndarray]:
     """The stored scales around `first` that a search tries, each of its shape and dtype."""
-    if form.codes != "e2m1":
+    if fmt.element != "e2m1":
         for ratio in _RATIOS:
             yield round_up(
-                np.maximum(first.astype(np.float32) * np.float32(ratio), _SMALLEST_NORMAL), form.scales
+                np.maximum(first.astype(np.float32) * np.float32(ratio), _SMALLEST_NORMAL), fmt.scales
             )
         return
     # Positive E4M3 bytes are in the order of their values: 0x01 is 2^-9, 0x7E is 448.
@@ -88,9 +88,9 @@ def candidates(first: np.ndarray, form: Format) -> Iterator[np.ndarray]:
         yield steps.astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
 
 
-def effective(scales: np.ndarray, over: np.ndarray | np.float32) -> np.ndarray:
+def effective(scales: np.ndarray, global_scale: np.ndarray | np.float32) -> np.ndarray:
     """Stored scales, times the global scale of NVFP4 (else 1), in fp32: what a code is multiplied by."""
-    return scales.astype(np.float32) * over
+    return scales.astype(np.float32) * global_scale
 
 
 def round_up(scales: np.ndarray, stored: str) -> np.ndarray:
@@ -103,7 +103,9 @@ def round_up(scales: np.ndarray, stored: str) -> np.ndarray:
     return narrow
 
 
-def _squared_error(blocks: np.ndarray, scales: np.ndarray, form: Format, over: np.float32) -> np.ndarray:
-    factors = effective(scales, over)[..., None]
-    difference = decode(encode(blocks / factors, form.codes), form.codes) * factors - blocks
+def _squared_error(
+    blocks: np.ndarray, scales: np.ndarray, fmt: Format, global_scale: np.float32
+) -> np.ndarray:
+    factors = effective(scales, global_scale)[..., None]
+    difference = decode(encode(blocks / factors, fmt.element), fmt.element) * factors - blocks
     return np.einsum("...i,...i->...", difference, difference)

@@ -53,13 +53,13 @@ def smooth(
     method: of the range of activations, "max", "percentile" or "mse". Both arrays are fp32; input_scale is a
     number of the dtype of the format's scales too. Raises what `quantize` raises.
     """
-    form, refs = matrix.format, [tensors[name] for name in matrix.weights]
+    fmt, refs = matrix.format, [tensors[name] for name in matrix.weights]
     columns = np.max([_largest(chunk) for ref in refs for chunk in chunks(ref)], axis=0)
     tried = []
     for a in STRENGTHS:
         factor = pre_quant_scale(_largest(x), columns, a)
-        amax = entry(x * factor, form.activations).amax(method)
-        tried.append(Smoothing(factor, input_scale(matrix, amax, form.scales).astype(np.float32)))
+        amax = entry(x * factor, fmt.activations).amax(method)
+        tried.append(Smoothing(factor, input_scale(matrix, amax, fmt.scales).astype(np.float32)))
     sample = x[:: max(1, len(x) // _TOKENS)]
     errors = np.zeros(len(tried))
     for ref in refs:
@@ -67,7 +67,7 @@ def smooth(
         exact = sample @ rows.T
         for index, one in enumerate(tried):
             rounded = round_int8(sample * one.pre_quant_scale, float(one.input_scale))
-            weight = dequantize(quantize(rows / one.pre_quant_scale, form, ref.name), form)
+            weight = dequantize(quantize(rows / one.pre_quant_scale, fmt, ref.name), fmt)
             errors[index] += np.square(rounded @ weight.T - exact).sum(dtype=np.float64)
     return tried[int(errors.argmin())]
 

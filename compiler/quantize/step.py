@@ -11,7 +11,7 @@ from llmc.compiler.calibrate.sequences import read_text, sequences
 from llmc.compiler.calibrate.table import CalibrationTable, Source, config_sha256
 from llmc.compiler.progress import Progress
 from llmc.compiler.quantize import produce
-from llmc.compiler.quantize.prequantized_arrays import produce_stored
+from llmc.compiler.quantize.prequantized_arrays import produce_prequantized
 from llmc.compiler.quantize.produce import Produced
 from llmc.compiler.request import METHODS
 from llmc.passes.quantize import quantize_kv_cache
@@ -30,34 +30,34 @@ _WORST = 5
 Calibration = str | CalibrationTable | None  # a text, what an earlier build measured on one, or nothing
 
 
-def read_calibration(path: Path | None, form: Format | None, kv_cache: bool, method: str) -> Calibration:
-    """What `--calibration` names, or llmc's own text where `form` or an FP8 cache (`kv_cache`) needs one.
+def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, method: str) -> Calibration:
+    """What `--calibration` names, or llmc's own text where `fmt` or an FP8 cache (`kv_cache`) needs one.
 
     Raises RequestError for a file that cannot be read, for a table where inputs must be seen, and for a
     `method` other than the default where no activations are rounded.
     """
-    activations = kv_cache or bool(form and form.activations)
-    if form and not form.activations and method != METHODS[0]:
+    activations = kv_cache or bool(fmt and fmt.activations)
+    if fmt and not fmt.activations and method != METHODS[0]:
         raise RequestError(
-            f"--calibration-method {method} is about activations, and {form.name} does not round them",
+            f"--calibration-method {method} is about activations, and {fmt.name} does not round them",
             "leave it out, or choose a format that rounds them, such as fp8",
         )
     if path is None:
-        return read_text(None) if activations or (form and form.packed) else None
+        return read_text(None) if activations or (fmt and fmt.packed) else None
     if path.suffix != ".json":
         return read_text(path)
     try:
         table = CalibrationTable.from_json(path.read_bytes())
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
-    if form and form.smoothed:
+    if fmt and fmt.smoothed:
         raise RequestError(
-            f"{form.name} takes nothing from a table of ranges: smoothing needs the range of every channel",
+            f"{fmt.name} takes nothing from a table of ranges: smoothing needs the range of every channel",
             "give a text to calibrate on, or leave --calibration out for llmc's own",
         )
-    if form and not activations:
+    if fmt and not activations:
         raise RequestError(
-            f"{form.name} takes nothing from a table of ranges: its activations are not rounded",
+            f"{fmt.name} takes nothing from a table of ranges: its activations are not rounded",
             "give a text to calibrate on, or leave --calibration out",
         )
     return table
@@ -99,7 +99,7 @@ def quantize(
     tensors |= {name: tensors[own] for name, own in plan.tied.items() if own in tensors}
     if plan.stored:
         with phase("copy the quantized weights"):
-            made = produce_stored(plan.matrices, plan.stored.modules, directory, on_matrix)
+            made = produce_prequantized(plan.matrices, plan.stored.modules, directory, on_matrix)
             if plan.kv_dtype == quantize_kv_cache.FP8:
                 quantize_kv_cache.set_kv_scales(plan.model, plan.stored.largest_kv)
     elif not isinstance(given, str):

@@ -48,8 +48,8 @@ class TargetCompiler(Protocol):
         """
         ...
 
-    def head_format(self, form: str) -> str | None:
-        """The format that lm_head gets where the layers get `form`; None: it stays as it is."""
+    def head_format(self, fmt: str) -> str | None:
+        """The format that lm_head gets where the layers get `fmt`; None: it stays as it is."""
         ...
 
     def lower(self, model: ir.Model, dtype: str, tensors: Mapping[str, TensorRef]) -> Target:

@@ -32,46 +32,46 @@ def check(name: str, target: str, sms: Sequence[int]) -> Format:
 
     Raises RequestError for an unknown format, UnsupportedError naming the nearest format that would do.
     """
-    form = get_format(name)
+    fmt = get_format(name)
     if target == "cpu":
-        return form
+        return fmt
     oldest = min(sms, default=PORTABLE)
-    if oldest >= _OLDEST[form.codes]:
-        return form
-    needed = f"{name} needs SM{_OLDEST[form.codes]} or newer"
-    names = "89,120" if form.codes == "e4m3" else "120"
+    if oldest >= _OLDEST[fmt.element]:
+        return fmt
+    needed = f"{name} needs SM{_OLDEST[fmt.element]} or newer"
+    names = "89,120" if fmt.element == "e4m3" else "120"
     raise UnsupportedError(
         f"{needed}, and SM{oldest} is asked for"
         if sms
         else f"{needed}, and a portable engine must run on SM{PORTABLE}",
-        f"--quant {nearest(form, oldest)} runs there; or name newer GPUs only, as in --sm {names}",
+        f"--quant {nearest(fmt, oldest)} runs there; or name newer GPUs only, as in --sm {names}",
     )
 
 
-def check_stored(form: Format, module: str, target: str, sms: Sequence[int]) -> None:
+def check_prequantized(fmt: Format, module: str, target: str, sms: Sequence[int]) -> None:
     """Whether `target` computes with `module` in the format that a checkpoint has it in.
 
     Raises UnsupportedError.
     """
     if target == "cpu":
         return
-    if form.codes == "e4m3" and form.block > 0 and form.activations:
+    if fmt.element == "e4m3" and fmt.block > 0 and fmt.activations:
         raise UnsupportedError(
             f"module {module} is FP8 in blocks with static inputs, which TensorRT does not build",
             "--target cpu computes with it; or quantize it with dynamic inputs",
         )
-    needed = max(_OLDEST[form.codes], _OLDEST.get(form.activations, 0))
+    needed = max(_OLDEST[fmt.element], _OLDEST.get(fmt.activations, 0))
     if (oldest := min(sms, default=PORTABLE)) < needed:
         names = "89,120" if needed == _OLDEST["e4m3"] else "120"
         asked = f"SM{oldest} is asked for" if sms else f"a portable engine must run on SM{PORTABLE}"
         raise UnsupportedError(
-            f"module {module} is {form.name}, which needs SM{needed} or newer, and {asked}",
+            f"module {module} is {fmt.name}, which needs SM{needed} or newer, and {asked}",
             f"name newer GPUs only, as in --sm {names}; or --target cpu",
         )
 
 
-def nearest(form: Format, oldest: int) -> str:
+def nearest(fmt: Format, oldest: int) -> str:
     """The name of the format nearest in size that GPUs from SM`oldest` on compute in."""
-    if form.codes == "e4m3":
+    if fmt.element == "e4m3":
         return "int8"
-    return "int4" if oldest < _OLDEST["e2m1"] else form.name
+    return "int4" if oldest < _OLDEST["e2m1"] else fmt.name

@@ -56,9 +56,9 @@ class CpuTarget:
             capability.check(request.quant, request.target, ())
         return ()
 
-    def head_format(self, form: str) -> str | None:
+    def head_format(self, fmt: str) -> str | None:
         """int8 beside integers: every token reads all of it, and int8 loses little (docs/quantization.md)."""
-        return "int8" if get_format(form).codes in ("int8", "int4") else None
+        return "int8" if get_format(fmt).element in ("int8", "int4") else None
 
     def lower(self, model: ir.Model, dtype: str, tensors: Mapping[str, TensorRef]) -> Target:
         """Completes the graph to a file that both engines read. In place.

@@ -20,7 +20,7 @@ from llmc.passes.quantize.formats import get_format
 
 
 @dataclass(frozen=True)
-class InputRounding:
+class ActivationQuantization:
     """kind "int8" or "e4m3": one static scale; "e2m1": NVFP4, `scale` is the global one. See activations.py.
 
     factor: a safetensors file and the name of a tensor [in] in it that the input is multiplied by before it
@@ -47,7 +47,7 @@ class InputRounding:
 
 
 @dataclass(frozen=True)
-class StoredWeight:
+class EngineWeight:
     """One weight [out, in] of the checkpoint as the engine has it.
 
     format: a name in FORMATS. file: a safetensors file. arrays: "weight", "weight_scale" and, for NVFP4,
@@ -60,7 +60,7 @@ class StoredWeight:
     file: str
     arrays: Mapping[str, str]
     rows: tuple[int, int]
-    input: InputRounding | None = None
+    input: ActivationQuantization | None = None
 
     def read(self, tensors: Mapping[str, TensorRef]) -> np.ndarray:
         """float32 [rows, in]: what its codes stand for, times the factor of its input, by which transformers
@@ -86,7 +86,7 @@ class StoredWeight:
         return {"kind": self.input.kind, _SCALE_NAMES[self.input.kind]: self.input.scale, **factor}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> StoredWeight:
+    def from_json(cls, data: Mapping[str, Any]) -> EngineWeight:
         """The inverse of `to_json`."""
         first, stop = data["rows"]
         given = data["input"]
@@ -94,7 +94,7 @@ class StoredWeight:
         if given:
             file = given.get("factor")
             factor = (file[0], file[1]) if file else None
-            rounding = InputRounding(given["kind"], given[_SCALE_NAMES[given["kind"]]], factor)
+            rounding = ActivationQuantization(given["kind"], given[_SCALE_NAMES[given["kind"]]], factor)
         return cls(data["format"], data["file"], dict(data["arrays"]), (first, stop), rounding)
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from llmc.compiler.verify.engine_weights import StoredWeight
+    from llmc.compiler.verify.engine_weights import EngineWeight
 
 MIN_TOP1 = {"fp32": 1.0, "fp16": 0.99, "bf16": 0.99}  # dtype that the engine computes in -> least agreement
 ReferenceWeights = Literal["checkpoint", "dequantized"]
@@ -37,7 +37,7 @@ class Job:
     needed_bytes: int
     dtype: str = "fp32"
     compared: str = ""
-    quantized: Mapping[str, StoredWeight] = field(default_factory=dict)
+    quantized: Mapping[str, EngineWeight] = field(default_factory=dict)
     reference_weights: ReferenceWeights = "checkpoint"
     kv_engine: str = ""
     kv_dtype: str = ""
@@ -48,9 +48,9 @@ class Job:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Job:
-        from llmc.compiler.verify.engine_weights import StoredWeight
+        from llmc.compiler.verify.engine_weights import EngineWeight
 
-        quantized = {name: StoredWeight.from_json(one) for name, one in data["quantized"].items()}
+        quantized = {name: EngineWeight.from_json(one) for name, one in data["quantized"].items()}
         return cls(**{**data, "quantized": quantized})
 
 

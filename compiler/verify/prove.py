@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmc.compiler import verify
 from llmc.compiler.checkpoint.safetensors import read_header
 from llmc.compiler.progress import Progress
-from llmc.compiler.verify.engine_weights import InputRounding, StoredWeight
+from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
 from llmc.compiler.weights.write import WEIGHTS_FILE
 from llmc.runtime.bundle.manifest import Verification
 
@@ -32,14 +32,14 @@ def prove(plan: Plan, graph: Path, backend: str, progress: Progress, **criteria:
         windows=sorted({layer.window for layer in plan.geometry.layers if layer.window}),
         tolerance=plan.recipe.logit_tolerance,
         needed_bytes=plan.verification_bytes,
-        quantized=stored_weights(plan, graph.parent / WEIGHTS_FILE),
+        quantized=engine_weights(plan, graph.parent / WEIGHTS_FILE),
         reference_weights="dequantized" if plan.stored else "checkpoint",
         **criteria,
     )
     return verify.run(job, progress)
 
 
-def stored_weights(plan: Plan, file: Path) -> dict[str, StoredWeight]:
+def engine_weights(plan: Plan, file: Path) -> dict[str, EngineWeight]:
     """Quantized weight of the checkpoint -> where its rounded version lies in `file`.
 
     Of a checkpoint that came quantized, only the layers that round their inputs, and no versions.
@@ -55,12 +55,12 @@ def stored_weights(plan: Plan, file: Path) -> dict[str, StoredWeight]:
             factor = module.pre_quant_scale.name if module and module.pre_quant_scale else ""
             if matrix.format.smoothed:
                 factor = matrix.initializer("pre_quant_scale")
-            rounding = InputRounding(kind, scale, (str(file), factor) if factor else None)
+            rounding = ActivationQuantization(kind, scale, (str(file), factor) if factor else None)
         for weight, rows in zip(matrix.weights, matrix.rows, strict=True):
             span = (first, first + rows)
             if not plan.stored:
-                found[weight] = StoredWeight(matrix.format.name, str(file), arrays, span, rounding)
+                found[weight] = EngineWeight(matrix.format.name, str(file), arrays, span, rounding)
             elif rounding:
-                found[weight] = StoredWeight(matrix.format.name, str(file), {}, span, rounding)
+                found[weight] = EngineWeight(matrix.format.name, str(file), {}, span, rounding)
             first += rows
     return found

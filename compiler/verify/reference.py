@@ -20,7 +20,7 @@ from llmc.compiler.checkpoint.prequantized.dequantize import iter_rows
 from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint, read_quantized
 from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
 from llmc.compiler.checkpoint.safetensors import TensorRef, read_header
-from llmc.compiler.verify.engine_weights import InputRounding, StoredWeight
+from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
 from llmc.compiler.verify.job import ReferenceWeights
 from llmc.runtime.errors import BuildError, CheckpointError
 
@@ -42,7 +42,7 @@ class Reference:
         self._decoder = next(name for name, module in self.model.named_modules() if module is decoder)
 
     @torch.no_grad()
-    def round(self, stored: Mapping[str, StoredWeight]) -> None:
+    def round(self, stored: Mapping[str, EngineWeight]) -> None:
         """From now on the model has these weights, as the engine does.
 
         A weight that a module shares with another one (a tied lm_head) changes in the named module alone.
@@ -61,7 +61,7 @@ class Reference:
                 )
             module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
 
-    def round_inputs(self, stored: Mapping[str, StoredWeight]) -> None:
+    def round_inputs(self, stored: Mapping[str, EngineWeight]) -> None:
         """From now on layers round their inputs as the engine does."""
         for name, one in stored.items():
             if one.input is not None:
@@ -173,7 +173,7 @@ def _forward(module: Any, forward: Any) -> Iterator[None]:
         del module.forward
 
 
-def _rounding(rounding: InputRounding) -> Any:
+def _rounding(rounding: ActivationQuantization) -> Any:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x = args[0]
         return (torch.from_numpy(rounding.apply(x.float().numpy())).to(x.dtype), *args[1:])

@@ -20,18 +20,18 @@ E2M1_VALUES = np.array(
 _INT_RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
 
 
-def encode(values: np.ndarray, codes: str) -> np.ndarray:
+def encode(values: np.ndarray, element: str) -> np.ndarray:
     """float32 values -> codes: int8 for "int8" and "int4", float8_e4m3fn for "e4m3", uint8 for "e2m1"."""
-    if codes in _INT_RANGES:
-        return np.clip(np.rint(values), *_INT_RANGES[codes]).astype(np.int8)
-    if codes == "e4m3":
+    if element in _INT_RANGES:
+        return np.clip(np.rint(values), *_INT_RANGES[element]).astype(np.int8)
+    if element == "e4m3":
         return np.clip(values, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
     return np.clip(values, -E2M1_MAX, E2M1_MAX).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
 
 
-def decode(array: np.ndarray, codes: str) -> np.ndarray:
+def decode(array: np.ndarray, element: str) -> np.ndarray:
     """Codes as `encode` gives them -> the float32 values they stand for, exactly."""
-    return E2M1_VALUES[array] if codes == "e2m1" else array.astype(np.float32)
+    return E2M1_VALUES[array] if element == "e2m1" else array.astype(np.float32)
 
 
 def pack(array: np.ndarray) -> np.ndarray:
@@ -40,11 +40,11 @@ def pack(array: np.ndarray) -> np.ndarray:
     return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
 
 
-def unpack(packed: np.ndarray, codes: str) -> np.ndarray:
+def unpack(packed: np.ndarray, element: str) -> np.ndarray:
     """What `pack` packed: int8 for "int4", uint8 for "e2m1"."""
     array = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.uint8)
     array[..., 0::2] = packed & 0xF
     array[..., 1::2] = packed >> 4
-    if codes == "int4":  # extend the sign
+    if element == "int4":  # extend the sign
         return (array ^ 8).view(np.int8) - np.int8(8)
     return array

@@ -65,7 +65,7 @@ class Format:
     """
 
     name: str
-    codes: str
+    element: str
     block: int
     scales: str
     activations: str = ""
@@ -74,16 +74,16 @@ class Format:
     @property
     def has_global_scale(self) -> bool:
         """Whether one scale spans the matrix; layers that are multiplied as one must then share it."""
-        return self.block == -1 or self.codes == "e2m1"
+        return self.block == -1 or self.element == "e2m1"
 
     @property
     def packed(self) -> bool:
         """Whether a byte of `weight` holds two weights."""
-        return self.codes in ("int4", "e2m1")
+        return self.element in ("int4", "e2m1")
 
     def with_scales(self, dtype: str) -> Format:
         """The same format with `weight_scale` in "F16", "BF16" or "F32". NVFP4's scales are always E4M3."""
-        if self.codes == "e2m1" or dtype not in ("F16", "BF16", "F32"):
+        if self.element == "e2m1" or dtype not in ("F16", "BF16", "F32"):
             raise ValueError(f"{self.name} cannot have {dtype} scales")
         return replace(self, scales=dtype)
 
@@ -100,7 +100,7 @@ class Format:
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype in safetensors' names, shape) of the arrays that a weight of `shape` becomes."""
         rows, columns = shape
-        weight = {"int8": "I8", "e4m3": "F8_E4M3"}.get(self.codes, "U8")
+        weight = {"int8": "I8", "e4m3": "F8_E4M3"}.get(self.element, "U8")
         scales: tuple[int, ...] = () if self.block == -1 else (rows,)
         if self.block > 0:
             scales = (rows, columns // self.block)
@@ -108,7 +108,7 @@ class Format:
             "weight": (weight, (rows, columns // 2 if self.packed else columns)),
             "weight_scale": (self.scales, scales),
         }
-        if self.codes == "e2m1":
+        if self.element == "e2m1":
             arrays["weight_scale_2"] = ("F32", ())
         return arrays
 
@@ -122,8 +122,8 @@ class Format:
 
 
 FORMATS: Mapping[str, Format] = {
-    form.name: form
-    for form in (
+    fmt.name: fmt
+    for fmt in (
         Format("int8", "int8", 0, "F32"),
         Format("int8-smoothquant", "int8", 0, "F32", activations="int8", smoothed=True),
         Format("int4", "int4", 32, "F16"),
@@ -149,13 +149,13 @@ _KINDS = {"int8": ("int8", 0, ""), "int4": ("int4", 32, ""), "fp8": ("e4m3", -1,
 _INPUTS = {"-weight-only": "", "-fp8-inputs": "e4m3"}
 
 
-def stored_format(codes: str, block: int, scales: str, activations: str = "") -> Format:
+def systematic_format(element: str, block: int, scales: str, activations: str = "") -> Format:
     """The format that a checkpoint's weight is in, under a systematic name.
 
     The names in FORMATS are of that kind, but for int8-smoothquant, which is a method's; others are
     int4-block64, fp8-per-channel-weight-only, nvfp4-fp8-inputs.
     """
-    kind, (_, usual, own) = next((name, one) for name, one in _KINDS.items() if one[0] == codes)
+    kind, (_, usual, own) = next((name, one) for name, one in _KINDS.items() if one[0] == element)
     where = "" if block == usual else f"-block{block}" if block else "-per-channel"
     inputs = "" if activations == own else next(s for s, kind in _INPUTS.items() if kind == activations)
-    return Format(f"{kind}{where}{inputs}", codes, block, scales, activations)
+    return Format(f"{kind}{where}{inputs}", element, block, scales, activations)

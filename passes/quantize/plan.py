@@ -105,7 +105,7 @@ class QuantPlan:
         formats = [module.format for module in self.modules if module.format]
         return {
             "format": self.format.name,
-            "activations": sorted({form.activations for form in formats if form.activations}),
+            "activations": sorted({fmt.activations for fmt in formats if fmt.activations}),
             "modules": len(self.quantized()),
             "kept": kept,
             "bits_per_parameter": round(self.bits_per_parameter, 3),
@@ -154,9 +154,9 @@ def make_plan(
     Raises RequestError for an unknown format, a pattern of the user's that matches nothing, and when
     nothing is left to quantize; BuildError for a pattern of the recipe's that matches nothing.
     """
-    form = get_format(format)
-    if scales is not None and form.codes != "e2m1":
-        form = form.with_scales(scales)
+    fmt = get_format(format)
+    if scales is not None and fmt.element != "e2m1":
+        fmt = fmt.with_scales(scales)
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in matrices):
             raise RequestError(
@@ -169,7 +169,7 @@ def make_plan(
                 "the recipe is for another version of this architecture; file an issue",
             )
     sources = (("--exclude ", exclude), ("recipe: ", recipe_exclude), ("default: ", ALWAYS_EXCLUDED))
-    reasons = {name: _why_not(name, shape, form, sources) for name, shape in matrices.items()}
+    reasons = {name: _why_not(name, shape, fmt, sources) for name, shape in matrices.items()}
     modules = []
     member_of = _member_of(matrices, fused_groups(matrices) if groups is None else groups)
     for name, shape in matrices.items():
@@ -178,17 +178,17 @@ def make_plan(
         if not reason:
             kept = next((other for other in group if reasons[other]), None)
             reason = f"multiplied with {kept.rpartition('.')[2]}: {reasons[kept]}" if kept else ""
-        chosen = None if reason else form
+        chosen = None if reason else fmt
         if head and reason.startswith("default: ") and any(fnmatchcase(name, one) for one in HEADS):
             chosen = get_format(head)
             reason = chosen.why_not(shape)
         modules.append(Module(name, shape, None if reason else chosen, reason, group, tied=name in tied))
-    if all(module.format is not form for module in modules):
+    if all(module.format is not fmt for module in modules):
         first = modules[0].name + ": " + modules[0].reason if modules else "it has no matrices"
         raise RequestError(
-            f"{form.name} quantizes nothing of this model ({first})", "exclude less, or build without --quant"
+            f"{fmt.name} quantizes nothing of this model ({first})", "exclude less, or build without --quant"
         )
-    return QuantPlan(form, tuple(modules), stored_bits, other_params)
+    return QuantPlan(fmt, tuple(modules), stored_bits, other_params)
 
 
 def fused_groups(matrices: Mapping[str, tuple[int, int]]) -> list[tuple[str, ...]]:
@@ -216,13 +216,13 @@ def _member_of(
 
 
 def _why_not(
-    name: str, shape: tuple[int, int], form: Format, sources: Iterable[tuple[str, Sequence[str]]]
+    name: str, shape: tuple[int, int], fmt: Format, sources: Iterable[tuple[str, Sequence[str]]]
 ) -> str:
     for origin, patterns in sources:
         for pattern in patterns:
             if fnmatchcase(name, pattern):
                 return origin + pattern
-    return form.why_not(shape)
+    return fmt.why_not(shape)
 
 
 def _nearest(pattern: str, names: Iterable[str]) -> str:

@@ -77,21 +77,21 @@ def smoothed_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> i
 
 
 def rounded_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
-    x, form = edit.operand(node, 0), matrix.format
+    x, fmt = edit.operand(node, 0), matrix.format
     name, shape = matrix.initializer("input_scale"), list(x.shape or [])
     assert x.dtype is not None
     scale = ir.Value(name=name, shape=ir.Shape(()))
     graph.initializers.add(scale)
-    if form.activations == "e2m1":
+    if fmt.activations == "e2m1":
         scale.type = ir.TensorType(ir.DataType.FLOAT)
         return edit.insert(
             node, round_fp4.NAME, [x, scale], {}, f"{name}.rounded", shape, domain=round_fp4.DOMAIN
         )
-    narrow = form.scales in SCALES_OF.values()
+    narrow = fmt.scales in SCALES_OF.values()
     scale.type = ir.TensorType(x.dtype if narrow else ir.DataType.FLOAT)
     wide = x if scale.dtype == x.dtype else cast(node, x, ir.DataType.FLOAT, f"{name}.x")
-    settings = {"output_dtype": CODES[form.activations].value}
+    settings = {"output_dtype": CODES[fmt.activations].value}
     codes = edit.insert(node, "QuantizeLinear", [wide, scale], settings, f"{name}.codes", shape)
-    codes.dtype = CODES[form.activations]
+    codes.dtype = CODES[fmt.activations]
     rounded = dequantize(node, codes, scale, {}, f"{name}.rounded")
     return rounded if rounded.dtype == x.dtype else cast(node, rounded, x.dtype, f"{name}.narrow")

@@ -21,7 +21,11 @@ import math
 
 import onnx_ir as ir
 
-from llmc.compiler.quantize.prequantized_plan import StoredPlan, StoredWeights, make_stored_plan
+from llmc.compiler.quantize.prequantized_plan import (
+    PrequantizedPlan,
+    PrequantizedWeights,
+    make_prequantized_plan,
+)
 from llmc.passes import edit
 from llmc.passes.canonicalize.fuse_linears import JOIN
 from llmc.passes.quantize import qdq
@@ -36,7 +40,7 @@ _WEIGHT = ".weight"
 
 def plan_weights(
     model: ir.Model,
-    form: str,
+    fmt: str,
     exclude: tuple[str, ...],
     recipe_exclude: tuple[str, ...],
     stored_bits: int,
@@ -51,7 +55,7 @@ def plan_weights(
     tied = _untie_head(model) if head else {}
     shapes, groups, others = _survey(model)
     plan = make_plan(
-        shapes, form, exclude, recipe_exclude, groups=groups, scales=scales, stored_bits=stored_bits,
+        shapes, fmt, exclude, recipe_exclude, groups=groups, scales=scales, stored_bits=stored_bits,
         other_params=others, head=head, tied=tuple(tied),
     )  # fmt: skip
     for module in plan.modules:
@@ -60,11 +64,11 @@ def plan_weights(
     return plan
 
 
-def plan_stored(model: ir.Model, stored: StoredWeights, stored_bits: int) -> StoredPlan:
+def plan_prequantized(model: ir.Model, stored: PrequantizedWeights, stored_bits: int) -> PrequantizedPlan:
     """The plan for a quantized checkpoint; `stored_bits` is what its other weights have. Raises
-    UnsupportedError as `make_stored_plan` does."""
+    UnsupportedError as `make_prequantized_plan` does."""
     shapes, groups, others = _survey(model)
-    return make_stored_plan(stored, shapes, groups, stored_bits=stored_bits, other_params=others)
+    return make_prequantized_plan(stored, shapes, groups, stored_bits=stored_bits, other_params=others)
 
 
 def _survey(model: ir.Model) -> tuple[dict[str, tuple[int, int]], list[tuple[str, ...]], int]:
@@ -89,17 +93,17 @@ def apply_plan(model: ir.Model, plan: QuantPlan) -> list[QuantizedMatrix]:
         parts = _parts(node)
         if parts[0] not in quantized:
             continue
-        form, factor = quantized[parts[0]].format, quantized[parts[0]].pre_quant_scale
-        assert form is not None
+        fmt, factor = quantized[parts[0]].format, quantized[parts[0]].pre_quant_scale
+        assert fmt is not None
         columns = edit.dims(edit.operand(node, 1))[1]
-        matrix = QuantizedMatrix(parts, tuple(_rows(node, len(parts))), columns, form)
+        matrix = QuantizedMatrix(parts, tuple(_rows(node, len(parts))), columns, fmt)
         node.replace_input_with(1, _dequantized(model.graph, node, matrix))
         if factor:
             multiplied = qdq.multiplied_input(model.graph, node, factor.name, factor.dtype, factor.shape)
             node.replace_input_with(0, multiplied)
-        if form.smoothed:
+        if fmt.smoothed:
             node.replace_input_with(0, qdq.smoothed_input(model.graph, node, matrix))
-        elif form.activations:
+        elif fmt.activations:
             node.replace_input_with(0, qdq.rounded_input(model.graph, node, matrix))
         matrices.append(matrix)
     if any(matrix.format.activations == "e2m1" for matrix in matrices):
@@ -162,22 +166,22 @@ def _rows(node: ir.Node, count: int) -> list[int]:
 
 def _dequantized(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
     """The weight of `node`, from codes and scales, in the dtype of its other operand."""
-    form, weight, x = matrix.format, edit.operand(node, 1), edit.operand(node, 0)
+    fmt, weight, x = matrix.format, edit.operand(node, 1), edit.operand(node, 0)
     wanted, name = x.dtype, str(weight.name)
     assert wanted is not None
-    weight.type = ir.TensorType(qdq.CODES[form.codes])  # a new one: types may be shared
-    arrays = form.layout(matrix.shape)
+    weight.type = ir.TensorType(qdq.CODES[fmt.element])  # a new one: types may be shared
+    arrays = fmt.layout(matrix.shape)
     scale = qdq.initializer(graph, matrix.initializer("weight_scale"), *arrays["weight_scale"])
-    if form.codes == "e2m1":
-        over = qdq.initializer(graph, matrix.initializer("weight_scale_2"), *arrays["weight_scale_2"])
-        scale = qdq.dequantize(node, scale, over, {}, f"{scale.name}.wide")
+    if fmt.element == "e2m1":
+        global_scale = qdq.initializer(graph, matrix.initializer("weight_scale_2"), *arrays["weight_scale_2"])
+        scale = qdq.dequantize(node, scale, global_scale, {}, f"{scale.name}.wide")
     elif scale.dtype != wanted and wanted == ir.DataType.FLOAT:  # the product of code and scale is then exact
         scale = qdq.cast(node, scale, wanted)
-    wide = qdq.dequantize(node, weight, scale, _axis(form), f"{name}.wide")
+    wide = qdq.dequantize(node, weight, scale, _axis(fmt), f"{name}.wide")
     return wide if wide.dtype == wanted else qdq.cast(node, wide, wanted)
 
 
-def _axis(form: Format) -> dict[str, int]:
-    if form.block > 0:
-        return {"axis": 1, "block_size": form.block}
-    return {} if form.block == -1 else {"axis": 0}
+def _axis(fmt: Format) -> dict[str, int]:
+    if fmt.block > 0:
+        return {"axis": 1, "block_size": fmt.block}
+    return {} if fmt.block == -1 else {"axis": 0}

@@ -169,8 +169,8 @@ class AttentionLauncher:
                 f"a step of {query_start[-1]} tokens, {len(past_lengths)} sequences does not fit tensors of "
                 f"{tokens} and {sequences}"
             )
-        if crooked := [name for name, address in tensors.items() if address % _ALIGNMENT]:
-            raise ValueError(f"{crooked[0]} does not begin at a multiple of {_ALIGNMENT} bytes")
+        if misaligned := [name for name, address in tensors.items() if address % _ALIGNMENT]:
+            raise ValueError(f"{misaligned[0]} does not begin at a multiple of {_ALIGNMENT} bytes")
         kind = (attention, dtype, launch.FP8 if kv_scales else None)
         plan = self._plans.get(kind)
         if plan is None:

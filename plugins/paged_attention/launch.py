@@ -258,7 +258,7 @@ def run_interpreted(
     """
     from llmc.plugins.paged_attention import kernels
 
-    _mend_interpreter()
+    _patch_interpreter()
     nothing = tensors["query"].float().new_full((1,), float("nan"))
     scalars = {
         "scale": scale, "softcap": attention.softcap, "window": attention.window, "k_scale": k_scale,
@@ -273,7 +273,7 @@ def run_interpreted(
         kernel[launch.grid](**arguments, **configure(launch.variant, sm).constants)
 
 
-def _mend_interpreter() -> None:
+def _patch_interpreter() -> None:
     """Triton 3.9's interpreter multiplies bfloat16 matrices by their bits and truncates float32 to bfloat16;
     a GPU multiplies numbers and rounds to nearest even. Bits of a bfloat16 are a float32's upper half."""
     import triton.language as tl

@@ -53,7 +53,7 @@ def load_gpu_backend(
 
     The arguments are those of `load_engine`. Raises BackendError, RequestError.
     """
-    from llmc.runtime.backends.tensorrt.load import load
+    from llmc.runtime.backends.tensorrt import load
 
     return load.load(
         bundle, kv_memory=kv_memory, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens

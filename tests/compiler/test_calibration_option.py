@@ -20,8 +20,8 @@ from llmc.runtime.errors import BuildError, CheckpointError, RequestError
 MODULES = "model.layers.0.self_attn.{}_proj"
 
 
-def build(checkpoint: Path, output: Path, form: str = "fp8", **options: object) -> Path:
-    request = BuildRequest(str(checkpoint), output, quant=form, verify=False, **options)  # type: ignore[arg-type]
+def build(checkpoint: Path, output: Path, fmt: str = "fp8", **options: object) -> Path:
+    request = BuildRequest(str(checkpoint), output, quant=fmt, verify=False, **options)  # type: ignore[arg-type]
     return compile_model(request).path
 
 
@@ -119,10 +119,10 @@ def test_a_method_where_no_activations_are_rounded_is_refused(
     method: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     where = str(checkpoint("llama-tiny")), tmp_path / "x.llmc"
-    for form in ("int8", "int4", "nvfp4-weight-only"):
-        request = BuildRequest(*where, quant=form, calibration_method=method)  # type: ignore[arg-type]
+    for fmt in ("int8", "int4", "nvfp4-weight-only"):
+        request = BuildRequest(*where, quant=fmt, calibration_method=method)  # type: ignore[arg-type]
         with pytest.raises(
-            RequestError, match=f"{method} is about activations, and {form} does not"
+            RequestError, match=f"{method} is about activations, and {fmt} does not"
         ) as caught:
             plan_build(request)
         assert "such as fp8" in caught.value.hint

@@ -13,13 +13,13 @@ from llmc.passes.quantize.formats import FORMATS
 from llmc.runtime.errors import RequestError, UnsupportedError
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_the_cpu_has_them_all(form: str) -> None:
-    assert capability.check(form, "cpu", ()) is FORMATS[form]
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_cpu_has_them_all(fmt: str) -> None:
+    assert capability.check(fmt, "cpu", ()) is FORMATS[fmt]
 
 
 @pytest.mark.parametrize(
-    ("form", "sms", "needed", "instead"),
+    ("fmt", "sms", "needed", "instead"),
     [
         ("fp8", (80, 89), "fp8 needs SM89 or newer, and SM80 is asked for", "int8"),
         ("fp8-per-channel", (), "a portable engine must run on SM80", "int8"),
@@ -28,15 +28,15 @@ def test_the_cpu_has_them_all(form: str) -> None:
     ],
 )
 def test_what_a_gpu_lacks_is_said_with_the_nearest_format(
-    form: str, sms: tuple[int, ...], needed: str, instead: str
+    fmt: str, sms: tuple[int, ...], needed: str, instead: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=needed) as caught:
-        capability.check(form, "tensorrt-rtx", sms)
+        capability.check(fmt, "tensorrt-rtx", sms)
     assert f"--quant {instead} runs there" in caught.value.hint
 
 
 @pytest.mark.parametrize(
-    ("form", "sms"),
+    ("fmt", "sms"),
     [
         ("fp8", (89, 120)),
         ("nvfp4", (120,)),
@@ -46,8 +46,8 @@ def test_what_a_gpu_lacks_is_said_with_the_nearest_format(
         ("int8-smoothquant", ()),
     ],
 )
-def test_what_a_gpu_has(form: str, sms: tuple[int, ...]) -> None:
-    assert capability.check(form, "tensorrt-rtx", sms) is FORMATS[form]
+def test_what_a_gpu_has(fmt: str, sms: tuple[int, ...]) -> None:
+    assert capability.check(fmt, "tensorrt-rtx", sms) is FORMATS[fmt]
 
 
 def test_an_unknown_format_names_the_known_ones() -> None:

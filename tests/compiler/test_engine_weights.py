@@ -11,7 +11,7 @@ import pytest
 
 from llmc.compiler.checkpoint.safetensors import read_header
 from llmc.compiler.quantize.round_to_nearest import quantize
-from llmc.compiler.verify.engine_weights import InputRounding, StoredWeight
+from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
 from llmc.compiler.weights.safetensors_writer import write_safetensors
 from llmc.passes.quantize.formats import FORMATS, STORED
 
@@ -23,12 +23,12 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_safetensors(path, entries, lambda name: [arrays[name].reshape(-1).view(np.uint8).data])
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_the_rows_of_one_of_three_weights(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_rows_of_one_of_three_weights(fmt: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     parts = [rng.standard_normal((rows, 256)).astype(np.float32) for rows in (6, 2, 4)]
     amax = max(float(np.abs(part).max()) for part in parts)
-    made = [quantize(part, FORMATS[form], "w", amax=amax) for part in parts]
+    made = [quantize(part, FORMATS[fmt], "w", amax=amax) for part in parts]
     joined = {
         array: made[0][array] if made[0][array].ndim == 0 else np.concatenate([one[array] for one in made])
         for array in made[0]
@@ -37,13 +37,13 @@ def test_the_rows_of_one_of_three_weights(form: str, tmp_path: Path) -> None:
     arrays = {array: f"fused_{array}" for array in joined}
     first = 0
     for part in parts:
-        stored = StoredWeight(form, str(tmp_path / "w.safetensors"), arrays, (first, first + len(part)))
+        stored = EngineWeight(fmt, str(tmp_path / "w.safetensors"), arrays, (first, first + len(part)))
         got = stored.read(read_header(stored.file))
         first += len(part)
         assert got.shape == part.shape
         # Not what was stored but what it stands for: within half a step of the coarsest code.
         steps = {"int8": 1 / 254, "int4": 1 / 14, "e4m3": 1 / 16, "e2m1": 1 / 6 * 1.15}
-        bound = np.abs(part).max(1, keepdims=True) * steps[FORMATS[form].codes] * 1.01
+        bound = np.abs(part).max(1, keepdims=True) * steps[FORMATS[fmt].element] * 1.01
         assert (np.abs(got - part) <= bound).all()
 
 
@@ -52,7 +52,7 @@ def test_scales_are_used_as_they_are_stored(dtype: str, tmp_path: Path) -> None:
     codes = np.array([[1, -2], [127, 0]], np.int8)
     scales = np.array([0.1, 0.3]).astype(STORED[dtype])
     write(tmp_path / "w.safetensors", {"c": codes, "s": scales})
-    stored = StoredWeight(
+    stored = EngineWeight(
         "int8", str(tmp_path / "w.safetensors"), {"weight": "c", "weight_scale": "s"}, (0, 2)
     )
     expected = codes.astype(np.float32) * scales.astype(np.float32)[:, None]
@@ -65,8 +65,8 @@ def test_a_factor_of_the_input_is_one_of_the_weight_where_the_input_lacks_it(tmp
     factor = np.array([2, 0.125], np.float32)
     file = tmp_path / "w.safetensors"
     write(file, {"c": codes, "s": scales, "f": factor})
-    rounding = InputRounding("int8", 0.5, (str(file), "f"))
-    stored = StoredWeight("int8", str(file), {"weight": "c", "weight_scale": "s"}, (0, 2), rounding)
+    rounding = ActivationQuantization("int8", 0.5, (str(file), "f"))
+    stored = EngineWeight("int8", str(file), {"weight": "c", "weight_scale": "s"}, (0, 2), rounding)
     np.testing.assert_array_equal(stored.read(read_header(file)), [[1, -0.125], [63.5, 0]])
     x = np.array([[3.1, -16.3], [-100, 0.1]], np.float32)
     # x times 2 and 1/8 is 6.2, -2.0375 and -200, 0.0125; in codes of 0.5: 12, -4 and -128 (saturated), 0.
@@ -79,10 +79,10 @@ def test_two_of_four_bits_in_a_byte(tmp_path: Path) -> None:
     block = np.ones((1, 2), ml_dtypes.float8_e4m3fn)
     write(tmp_path / "w.safetensors", {"p": packed, "s": block, "one": np.asarray(np.float32(0.5))})
     arrays = {"weight": "p", "weight_scale": "s", "weight_scale_2": "one"}
-    nvfp4 = StoredWeight("nvfp4", str(tmp_path / "w.safetensors"), arrays, (0, 1))
+    nvfp4 = EngineWeight("nvfp4", str(tmp_path / "w.safetensors"), arrays, (0, 1))
     assert nvfp4.read(read_header(nvfp4.file))[0, :4].tolist() == [0.25, 3, -3, 0]
     write(tmp_path / "i.safetensors", {"p": packed, "s": np.full((1, 1), 0.5, np.float16)})
-    int4 = StoredWeight("int4", str(tmp_path / "i.safetensors"), {"weight": "p", "weight_scale": "s"}, (0, 1))
+    int4 = EngineWeight("int4", str(tmp_path / "i.safetensors"), {"weight": "p", "weight_scale": "s"}, (0, 1))
     assert int4.read(read_header(int4.file))[0, :4].tolist() == [0.5, 3.5, -0.5, -4]
 
 
@@ -90,13 +90,16 @@ def test_two_of_four_bits_in_a_byte(tmp_path: Path) -> None:
     ("rounding", "said"),
     [
         (None, None),
-        (InputRounding("e4m3", 0.5), {"kind": "e4m3", "scale": 0.5}),
-        (InputRounding("e2m1", 0.25), {"kind": "e2m1", "global_scale": 0.25}),
-        (InputRounding("int8", 0.5, ("f", "n")), {"kind": "int8", "scale": 0.5, "factor": ["f", "n"]}),
+        (ActivationQuantization("e4m3", 0.5), {"kind": "e4m3", "scale": 0.5}),
+        (ActivationQuantization("e2m1", 0.25), {"kind": "e2m1", "global_scale": 0.25}),
+        (
+            ActivationQuantization("int8", 0.5, ("f", "n")),
+            {"kind": "int8", "scale": 0.5, "factor": ["f", "n"]},
+        ),
     ],
 )
-def test_it_crosses_a_pipe(rounding: InputRounding | None, said: object) -> None:
-    stored = StoredWeight("fp8", "f", {"weight": "a", "weight_scale": "b"}, (3, 5), rounding)
+def test_it_crosses_a_pipe(rounding: ActivationQuantization | None, said: object) -> None:
+    stored = EngineWeight("fp8", "f", {"weight": "a", "weight_scale": "b"}, (3, 5), rounding)
     data = json.loads(json.dumps(stored.to_json()))
     assert data == {
         "format": "fp8",
@@ -105,7 +108,7 @@ def test_it_crosses_a_pipe(rounding: InputRounding | None, said: object) -> None
         "rows": [3, 5],
         "input": said,
     }
-    assert StoredWeight.from_json(data) == stored
+    assert EngineWeight.from_json(data) == stored
 
 
 @pytest.mark.parametrize(
@@ -113,4 +116,4 @@ def test_it_crosses_a_pipe(rounding: InputRounding | None, said: object) -> None
 )
 def test_an_input_is_rounded_to_nothing_else(kind: str, scale: float) -> None:
     with pytest.raises(ValueError, match="not rounded"):
-        InputRounding(kind, scale)
+        ActivationQuantization(kind, scale)

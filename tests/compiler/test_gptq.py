@@ -30,12 +30,12 @@ def inputs(tokens: int = 1500) -> np.ndarray:
     return (mixed * rng.lognormal(0, 0.7, IN)).astype(np.float32)
 
 
-def nearest(rows: np.ndarray, form: Format) -> dict[str, np.ndarray]:
-    return quantize(rows, form, "w", search="amax" if form.block == -1 else "mse")
+def nearest(rows: np.ndarray, fmt: Format) -> dict[str, np.ndarray]:
+    return quantize(rows, fmt, "w", search="amax" if fmt.block == -1 else "mse")
 
 
 def plain_gptq(
-    rows: np.ndarray, second_moment: np.ndarray, form: Format, stored: np.ndarray, over: np.float32
+    rows: np.ndarray, second_moment: np.ndarray, fmt: Format, stored: np.ndarray, over: np.float32
 ) -> np.ndarray:
     """The dequantized weights by algorithm 1 of arXiv:2210.17323, without its lazy batches, in float64.
 
@@ -47,23 +47,23 @@ def plain_gptq(
     left = rows.astype(np.float64)
     rounded = np.zeros_like(left)
     for j in range(left.shape[1]):
-        factors = scales.effective(stored[:, j // form.block if form.block > 0 else 0], over)
-        code = elements.encode(left[:, j].astype(np.float32) / factors, form.codes)
-        rounded[:, j] = elements.decode(code, form.codes) * factors
+        factors = scales.effective(stored[:, j // fmt.block if fmt.block > 0 else 0], over)
+        code = elements.encode(left[:, j].astype(np.float32) / factors, fmt.element)
+        rounded[:, j] = elements.decode(code, fmt.element) * factors
         left[:, j:] -= np.outer((left[:, j] - rounded[:, j]) / upper[j, j], upper[j, j:])
     return rounded.astype(np.float32)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_are_those_of_the_paper(name: str) -> None:
-    form, rows, second = get_format(name), weights(), hessian(inputs())
-    arrays = gptq(rows, second, form, "w")
+    fmt, rows, second = get_format(name), weights(), hessian(inputs())
+    arrays = gptq(rows, second, fmt, "w")
     stored = arrays["weight_scale"]
-    if form.block <= 0:  # one for each row, or for all of them
+    if fmt.block <= 0:  # one for each row, or for all of them
         stored = np.broadcast_to(stored.reshape(-1, 1), (OUT, 1))
     over = np.float32(arrays.get("weight_scale_2", 1))
-    expected = plain_gptq(rows, second, form, stored, over)
-    found = dequantize(arrays, form)
+    expected = plain_gptq(rows, second, fmt, stored, over)
+    found = dequantize(arrays, fmt)
     assert (
         found != expected
     ).mean() < 0.01  # float32 puts a few on the other side of a tie; then on from there
@@ -72,51 +72,51 @@ def test_codes_are_those_of_the_paper(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loses_less_of_the_output_than_rounding_to_nearest(name: str) -> None:
-    form, rows, x = get_format(name), weights(), inputs()
+    fmt, rows, x = get_format(name), weights(), inputs()
     second = hessian(x)
-    plain, better = nearest(rows, form), gptq(rows, second, form, "w")
-    for array, (dtype, shape) in form.layout((OUT, IN)).items():
+    plain, better = nearest(rows, fmt), gptq(rows, second, fmt, "w")
+    for array, (dtype, shape) in fmt.layout((OUT, IN)).items():
         assert better[array].dtype == plain[array].dtype, dtype
         assert better[array].shape == plain[array].shape == shape
     assert list(better) == list(plain)
-    found = dequantize(better, form)
+    found = dequantize(better, fmt)
     assert not found[5].any()
     error = np.linalg.norm(x @ (rows - found).T) / np.linalg.norm(x @ rows.T)
     assert output_error(rows, found, second) == pytest.approx(error, rel=1e-3)
-    assert output_error(rows, found, second) < 0.9 * output_error(rows, dequantize(plain, form), second)
+    assert output_error(rows, found, second) < 0.9 * output_error(rows, dequantize(plain, fmt), second)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("second", [np.eye(IN), np.zeros((IN, IN))], ids=["identity", "zero"])
 def test_independent_inputs_are_rounded_to_nearest(name: str, second: np.ndarray) -> None:
-    form, rows = get_format(name), weights()
-    found = gptq(rows, second.astype(np.float32), form, "w")
-    for array, expected in nearest(rows, form).items():
+    fmt, rows = get_format(name), weights()
+    found = gptq(rows, second.astype(np.float32), fmt, "w")
+    for array, expected in nearest(rows, fmt).items():
         assert np.array_equal(found[array], expected), array
 
 
 def test_the_global_scale_may_come_from_other_layers() -> None:
     rows = weights()
     for name in ("fp8", "nvfp4"):
-        form = get_format(name)
-        found = gptq(rows, hessian(inputs()), form, "w", amax=3.0)
+        fmt = get_format(name)
+        found = gptq(rows, hessian(inputs()), fmt, "w", amax=3.0)
         key = "weight_scale" if name == "fp8" else "weight_scale_2"
-        assert found[key] == scales.global_scale(3.0, form)
+        assert found[key] == scales.global_scale(3.0, fmt)
 
 
 def test_inputs_never_seen_are_rounded_to_nearest_in_place() -> None:
-    x, form = inputs(), get_format("fp8")
+    x, fmt = inputs(), get_format("fp8")
     x[:, [3, 200]] = 0
     rows = weights()
-    found, expected = gptq(rows, hessian(x), form, "w"), nearest(rows, form)
+    found, expected = gptq(rows, hessian(x), fmt, "w"), nearest(rows, fmt)
     assert np.array_equal(found["weight"][:, [3, 200]], expected["weight"][:, [3, 200]])
 
 
 def test_fewer_tokens_than_inputs_will_do() -> None:
-    x, rows, form = inputs(tokens=40), weights(), get_format("int4")
+    x, rows, fmt = inputs(tokens=40), weights(), get_format("int4")
     second = hessian(x)
-    error = output_error(rows, dequantize(gptq(rows, second, form, "w"), form), second)
-    assert error < 0.5 * output_error(rows, dequantize(nearest(rows, form), form), second)
+    error = output_error(rows, dequantize(gptq(rows, second, fmt, "w"), fmt), second)
+    assert error < 0.5 * output_error(rows, dequantize(nearest(rows, fmt), fmt), second)
 
 
 def test_what_cannot_be_rounded_is_refused_by_name() -> None:

@@ -344,7 +344,7 @@ def graph_for_tensorrt(made: Written, directory: Path, dtype: str, sm: int) -> P
     request = BuildRequest(str(made.write()), directory / "unused.llmc", verify=False, **options)
     plan = plan_build(request)
     assert plan.stored is not None
-    tensors = prequantized_arrays.produce_stored(plan.matrices, plan.stored.modules, directory).tensors
+    tensors = prequantized_arrays.produce_prequantized(plan.matrices, plan.stored.modules, directory).tensors
     with BundleWriter(directory / "graph.llmc") as writer:
         write_weights(plan.model, plan.checkpoint.tensors, writer, made=tensors)
         writer.path("rank0.onnx").write_bytes(serialize(without_functions(plan.model)))

@@ -59,7 +59,7 @@ def test_dequantizes_every_layout_exactly(write: Callable[..., Written], layout:
     made = write(layout)
     quantized = read_quantized(Checkpoint.open(made.write()))
     assert quantized.modules.keys() == made.exact.keys()
-    assert quantized.faults == ()
+    assert quantized.findings == ()
     for name, exact in made.exact.items():
         module = quantized.modules[name]
         assert module.shape == exact.shape
@@ -119,9 +119,11 @@ def test_mixed_precision(tmp_path: Path) -> None:
     assert report.findings == ()
     assert report.formats == {"fp8": 8, "nvfp4 in groups of 16": 6}
     del made.said["quantized_layers"][Q0]
-    assert "does not name it" in made.fault("exclude", f"{Q0}.weight")
+    assert "does not name it" in made.finding("exclude", f"{Q0}.weight")
     made.said["quantized_layers"][Q0] = {"quant_algo": "NVFP4", "group_size": 16}
-    assert "is fp8 (F8_E4M3 [192, 192]), the configuration says nvfp4" in made.fault("format", f"{Q0}.weight")
+    assert "is fp8 (F8_E4M3 [192, 192]), the configuration says nvfp4" in made.finding(
+        "format", f"{Q0}.weight"
+    )
 
 
 def test_modelopt_in_config_json(write: Callable[..., Written]) -> None:
@@ -145,10 +147,10 @@ def test_modelopt_in_config_json(write: Callable[..., Written]) -> None:
     assert (report.kv_cache, report.kv_scales) == ("FP8", 4)
     made.said["quant_algo"] = "FP8"
     assert (
-        made.fault("config", "hf_quant_config.json") == "says ModelOpt FP8, config.json says ModelOpt NVFP4"
+        made.finding("config", "hf_quant_config.json") == "says ModelOpt FP8, config.json says ModelOpt NVFP4"
     )
     made.said.update(quant_algo="NVFP4", exclude_modules=["lm_head", "model.layers.9*"])
-    assert "'model.layers.9*'" in made.fault("config", "hf_quant_config.json", warning=True)
+    assert "'model.layers.9*'" in made.finding("config", "hf_quant_config.json", warning=True)
     made.hf_quant = None
     (made.root / "hf_quant_config.json").unlink()
     assert made.findings() == []
@@ -177,11 +179,11 @@ def test_fp8_bytes_stored_as_nvfp4(write: Callable[..., Written]) -> None:
     draw = np.random.default_rng(5)
     byte = draw.integers(0, 0x70, (HIDDEN, HIDDEN), np.uint8)
     made.tensors[f"{Q0}.weight"] = byte
-    assert "groups of 32, the configuration says 16, or the weight is FP8 bytes" in made.fault(
+    assert "groups of 32, the configuration says 16, or the weight is FP8 bytes" in made.finding(
         "shape", f"{Q0}.weight_scale"
     )
     made.tensors[f"{Q0}.weight_scale"] = np.ones((HIDDEN, HIDDEN // 8), E4M3)  # consistent, but twice as wide
-    assert "hidden_size is 192: these are FP8 bytes" in made.fault("format", f"{Q0}.weight")
+    assert "hidden_size is 192: these are FP8 bytes" in made.finding("format", f"{Q0}.weight")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_missing_scales(write: Callable[..., Written], layout: str, last: str, m
     made = write(layout)
     del made.tensors[f"{K0}.{last}"]
     weight = next(name for name in made.tensors if name in (f"{K0}.weight", f"{K0}.weight_packed"))
-    assert f"its {missing} is missing" in made.fault("missing", weight)
+    assert f"its {missing} is missing" in made.finding("missing", weight)
 
 
 @pytest.mark.parametrize("layout", ["modelopt-fp8", "ct-nvfp4", "ct-int4", "deepseek"])
@@ -237,19 +239,19 @@ def test_bad_scales_among_many(write: Callable[..., Written]) -> None:
     made = write("modelopt-nvfp4")
     scales = made.tensors[f"{K0}.weight_scale"]
     scales[-1, -1], scales[0, 0], scales[1, 2] = np.nan, 0, -1
-    assert made.fault("value", f"{K0}.weight_scale") == "1 NaN and 1 zero and 1 negative of 768 values"
+    assert made.finding("value", f"{K0}.weight_scale") == "1 NaN and 1 zero and 1 negative of 768 values"
 
 
 def test_codes_that_are_nan(write: Callable[..., Written]) -> None:
     made = write("deepseek")
     made.tensors[f"{K0}.weight"][7, 7] = np.nan
-    assert made.fault("value", f"{K0}.weight") == "has codes that are NaN"
+    assert made.finding("value", f"{K0}.weight") == "has codes that are NaN"
 
 
 def test_bad_values_in_plain_tensors(write: Callable[..., Written]) -> None:
     made = write("modelopt-fp8")
     made.tensors["model.norm.weight"][3] = np.inf
-    assert made.fault("value", "model.norm.weight") == "1 infinite of 192 values"
+    assert made.finding("value", "model.norm.weight") == "1 infinite of 192 values"
 
 
 def test_the_sample_misses_what_full_finds(write: Callable[..., Written]) -> None:
@@ -298,13 +300,13 @@ def test_wrong_shapes(
 ) -> None:
     made = write(layout)
     made.tensors[f"{K0}.{last}"] = np.ones(shape, dtype)
-    assert what in made.fault("shape", f"{K0}.{last}")
+    assert what in made.finding("shape", f"{K0}.{last}")
 
 
 def test_wrong_dtypes(write: Callable[..., Written]) -> None:
     made = write("modelopt-nvfp4")
     made.tensors[f"{K0}.weight_scale"] = made.tensors[f"{K0}.weight_scale"].astype(np.float32)
-    assert made.fault("dtype", f"{K0}.weight_scale") == "is F32, of nvfp4 it is F8_E4M3"
+    assert made.finding("dtype", f"{K0}.weight_scale") == "is F32, of nvfp4 it is F8_E4M3"
 
 
 @pytest.mark.parametrize("layout", ["modelopt-fp8", "ct-nvfp4", "deepseek"])
@@ -313,7 +315,7 @@ def test_excluded_but_quantized(write: Callable[..., Written], layout: str) -> N
     key = {"modelopt-fp8": "exclude_modules", "ct-nvfp4": "ignore"}.get(layout, "modules_to_not_convert")
     made.said[key] = ["lm_head", K0]
     weight = f"{K0}.weight_packed" if layout == "ct-nvfp4" else f"{K0}.weight"
-    assert "but the configuration excludes it" in made.fault("exclude", weight)
+    assert "but the configuration excludes it" in made.finding("exclude", weight)
 
 
 @pytest.mark.parametrize("layout", ["modelopt-fp8", "ct-int4", "deepseek"])
@@ -322,17 +324,19 @@ def test_plain_but_not_excluded(write: Callable[..., Written], layout: str) -> N
     for name in [name for name in made.tensors if name.startswith(f"{K0}.")]:
         del made.tensors[name]
     made.tensors[f"{K0}.weight"] = made.exact[K0].astype(BF16)
-    assert "not quantized, and the configuration does not exclude it" in made.fault("exclude", f"{K0}.weight")
+    assert "not quantized, and the configuration does not exclude it" in made.finding(
+        "exclude", f"{K0}.weight"
+    )
 
 
 def test_an_incomplete_exclude_list(write: Callable[..., Written]) -> None:
     """Old ModelOpt files omit modules, which is a warning; a loader of compressed-tensors would fail."""
     made = write("modelopt-fp8")
     made.said["exclude_modules"] = []
-    made.fault("exclude", "lm_head.weight", warning=True)
+    made.finding("exclude", "lm_head.weight", warning=True)
     made = write("ct-fp8")
     made.said["ignore"] = []
-    made.fault("exclude", "lm_head.weight")
+    made.finding("exclude", "lm_head.weight")
 
 
 # What each inversion does to FP8, NVFP4 (both ways of writing) and integers
@@ -396,7 +400,7 @@ def test_a_module_out_of_line_with_its_kind(tmp_path: Path) -> None:
     )
     made.tensors[f"{GATE0}.weight_scale"] *= np.float32(1000)
     assert re.search(
-        r"are about 2\.\d+ and those of its kind 0\.002", made.fault("magnitude", f"{GATE0}.weight")
+        r"are about 2\.\d+ and those of its kind 0\.002", made.finding("magnitude", f"{GATE0}.weight")
     )
 
 
@@ -408,13 +412,15 @@ def test_inverse_input_scales(write: Callable[..., Written], layout: str, last: 
     for name in made.tensors:
         if name.endswith(f".{last}"):
             made.tensors[name] = 1 / made.tensors[name]
-    assert "14 of 14 are like it: are they stored as the inverse?" in made.fault("magnitude", f"{Q0}.{last}")
+    assert "14 of 14 are like it: are they stored as the inverse?" in made.finding(
+        "magnitude", f"{Q0}.{last}"
+    )
 
 
 def test_dead_layers_are_a_warning(write: Callable[..., Written]) -> None:
     made = write("modelopt-fp8")
     made.tensors[f"{K0}.weight"][:] = 0
-    assert made.fault("magnitude", f"{K0}.weight", warning=True) == "all sampled values are zero"
+    assert made.finding("magnitude", f"{K0}.weight", warning=True) == "all sampled values are zero"
 
 
 def test_fused_projections_with_different_scales(write: Callable[..., Written]) -> None:
@@ -433,13 +439,13 @@ def test_fused_projections_with_different_scales(write: Callable[..., Written]) 
 def test_tensors_that_nobody_claims(write: Callable[..., Written]) -> None:
     made = write("modelopt-fp8")
     made.tensors[f"{K0}.weight_scale_3"] = f32(1)
-    made.fault("unclaimed", f"{K0}.weight_scale_3")
+    made.finding("unclaimed", f"{K0}.weight_scale_3")
     del made.tensors[f"{K0}.weight_scale_3"]
     made.tensors["model.norm.input_scale"] = f32(1)
-    made.fault("unclaimed", "model.norm.input_scale")
+    made.finding("unclaimed", "model.norm.input_scale")
     del made.tensors["model.norm.input_scale"]
     made.tensors["model.blob"] = np.zeros(4, np.uint8)
-    assert made.fault("unclaimed", "model.blob") == "U8 [4] belongs to no weight"
+    assert made.finding("unclaimed", "model.blob") == "U8 [4] belongs to no weight"
     del made.tensors["model.blob"]
     made.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     made.tensors["model.layers.0.mlp.router.scale"] = np.ones(8, np.float32)  # a parameter of the model
@@ -449,14 +455,14 @@ def test_tensors_that_nobody_claims(write: Callable[..., Written]) -> None:
 def test_config_and_tensors_disagree_on_being_quantized(write: Callable[..., Written]) -> None:
     made = write("ct-fp8")
     settings = made.config.pop("quantization_config")
-    assert "says nothing of quantization" in made.fault("config", "config.json")
+    assert "says nothing of quantization" in made.finding("config", "config.json")
     plain = {name: value for name, value in made.tensors.items() if "proj" not in name}
     plain |= {f"{name}.weight": value.astype(BF16) for name, value in made.exact.items()}
     made.tensors = plain
     report = check_checkpoint(made.write())
     assert (report.quantization, report.findings) == ("", ())
     made.config["quantization_config"] = settings
-    assert "but no tensor is quantized" in made.fault("config", "config.json")
+    assert "but no tensor is quantized" in made.finding("config", "config.json")
     made.config["quantization_config"] = settings | {"quantization_status": "calibration"}
     assert "'calibration'" in made.findings()[0].what
 
@@ -464,10 +470,10 @@ def test_config_and_tensors_disagree_on_being_quantized(write: Callable[..., Wri
 def test_kv_scales(write: Callable[..., Written]) -> None:
     made = write("modelopt-fp8")
     made.said["kv_cache_quant_algo"] = "FP8"
-    assert "1.0 is used" in made.fault("missing", "config.json", warning=True)
+    assert "1.0 is used" in made.finding("missing", "config.json", warning=True)
     name = "model.layers.0.self_attn.k_proj.k_scale"
     made.tensors[name] = f32(0)
-    assert made.fault("value", name) == "1 zero of 1 values"
+    assert made.finding("value", name) == "1 zero of 1 values"
 
 
 # Files

@@ -14,11 +14,15 @@ from llmc.compiler.checkpoint.prequantized.kv_scales import layer_kv_scales
 from llmc.compiler.checkpoint.prequantized.layout import read_quantized
 from llmc.compiler.quantize.prequantized_arrays import arrays_of
 from llmc.compiler.quantize.prequantized_form import joined_format
-from llmc.compiler.quantize.prequantized_plan import StoredWeights, make_stored_plan, read_stored
+from llmc.compiler.quantize.prequantized_plan import (
+    PrequantizedWeights,
+    make_prequantized_plan,
+    read_prequantized,
+)
 from llmc.compiler.quantize.produce import join
 from llmc.compiler.quantize.round_to_nearest import dequantize
 from llmc.compiler.request import BuildRequest
-from llmc.passes.quantize.formats import FORMATS, Format, get_format, stored_format
+from llmc.passes.quantize.formats import FORMATS, Format, get_format, systematic_format
 from llmc.passes.quantize.plan import fused_groups
 from llmc.runtime.errors import CheckpointError, RequestError, UnsupportedError
 from support.quantized_layouts import (
@@ -78,12 +82,12 @@ def write(tmp_path: Path) -> Callable[..., Written]:
     return make
 
 
-def read(made: Written, dtype: str = "fp32", **options: Any) -> StoredWeights:
+def read(made: Written, dtype: str = "fp32", **options: Any) -> PrequantizedWeights:
     target = "cpu" if dtype == "fp32" else "tensorrt-rtx"
     if target != "cpu":
         options.setdefault("sms", (120,))
     request = BuildRequest(str(made.root), Path("x.llmc"), target=target, **options)
-    stored = read_stored(Checkpoint.open(made.write()), request, dtype)
+    stored = read_prequantized(Checkpoint.open(made.write()), request, dtype)
     assert stored is not None
     return stored
 
@@ -137,11 +141,11 @@ def test_what_is_multiplied_as_one_has_the_values_of_its_parts(
         return
     assert reason == ""
     parts = [stored.modules[name] for name in (Q0, K0, V0)]
-    form = joined_format(parts)
-    assert form is not None
+    fmt = joined_format(parts)
+    assert fmt is not None
     one_scale = layout in ("modelopt-fp8", "ct-fp8")
-    assert form.name == ("fp8-per-channel" if one_scale and not share else FORMS[layout][0])
-    got = dequantize(join([arrays_of(part, form) for part in parts]), form)
+    assert fmt.name == ("fp8-per-channel" if one_scale and not share else FORMS[layout][0])
+    got = dequantize(join([arrays_of(part, fmt) for part in parts]), fmt)
     exact = np.concatenate([made.exact[name] for name in (Q0, K0, V0)])
     np.testing.assert_allclose(got, exact, rtol=2**-22 if layout == "ct-nvfp4" else 0, atol=0)
 
@@ -244,13 +248,13 @@ def test_layers_of_different_formats_and_inputs_stay_apart(tmp_path: Path) -> No
     assert record["producer"] == "modelopt 0.33.0"
 
 
-def plan_of(stored: StoredWeights) -> Any:
+def plan_of(stored: PrequantizedWeights) -> Any:
     shapes = {name: weight.shape for name, weight in weights().items()} | {"lm_head": (96, 192)}
     apart = {f: stored.why_apart([f"{name}.weight" for name in f]) for f in fused_groups(shapes)}
     groups = [group for group, reason in apart.items() if not reason]
     joined = {name for group in groups for name in group}
     groups += [(name,) for name in shapes if name not in joined]
-    return make_stored_plan(stored, shapes, groups, stored_bits=16, other_params=1000)
+    return make_prequantized_plan(stored, shapes, groups, stored_bits=16, other_params=1000)
 
 
 def test_bytes_are_those_of_the_arrays_and_the_table_says_where_they_come_from(tmp_path: Path) -> None:
@@ -310,16 +314,16 @@ def test_names_of_formats_say_all_but_the_dtype_of_scales(codes: str, block: int
     if activations not in usual[codes] or (block == -1 and codes != "e4m3"):
         return
     scales = "F8_E4M3" if codes == "e2m1" else "F32"
-    form = stored_format(codes, block, scales, activations)
-    assert form == Format(form.name, codes, block, scales, activations)
+    fmt = systematic_format(codes, block, scales, activations)
+    assert fmt == Format(fmt.name, codes, block, scales, activations)
 
 
 def test_names_that_llmc_writes_are_of_the_same_kind() -> None:
-    for name, form in FORMATS.items():
-        if form.smoothed:
+    for name, fmt in FORMATS.items():
+        if fmt.smoothed:
             continue  # named after its method
-        assert stored_format(form.codes, form.block, form.scales, form.activations) == form
-        assert form.name == name
+        assert systematic_format(fmt.element, fmt.block, fmt.scales, fmt.activations) == fmt
+        assert fmt.name == name
     with pytest.raises(RequestError):
         get_format("int4-block64")  # a checkpoint may hold it, --quant does not make it
 
@@ -399,7 +403,7 @@ def test_blocks_with_static_inputs_are_for_the_cpu(tmp_path: Path) -> None:
 def test_a_plain_checkpoint_is_none_of_this(tmp_path: Path) -> None:
     made = mixed(tmp_path / "x", lambda name: None, {})
     request = BuildRequest("x", Path("x.llmc"), quant="int8")
-    assert read_stored(Checkpoint.open(made.write()), request, "fp32") is None
+    assert read_prequantized(Checkpoint.open(made.write()), request, "fp32") is None
 
 
 # KV scales

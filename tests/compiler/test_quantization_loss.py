@@ -72,39 +72,39 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def figures(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     measured: dict[str, tuple[Any, list[str]]] = {}
 
-    def measure(form: str) -> tuple[Any, list[str]]:
-        if form not in measured:
-            bundle = tmp_path_factory.mktemp("loss") / f"{form}.llmc"
-            request = BuildRequest(str(TALES), bundle, quant=form, verify=False)
+    def measure(fmt: str) -> tuple[Any, list[str]]:
+        if fmt not in measured:
+            bundle = tmp_path_factory.mktemp("loss") / f"{fmt}.llmc"
+            request = BuildRequest(str(TALES), bundle, quant=fmt, verify=False)
             manifest = json.loads(compile_model(request).manifest.to_json())
             worst = manifest["quantization"].get("largest_output_errors", {})
-            measured[form] = judge(bundle, str(TALES), text, Silent()).figures, list(worst)
-        return measured[form]
+            measured[fmt] = judge(bundle, str(TALES), text, Silent()).figures, list(worst)
+        return measured[fmt]
 
     return measure
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", BARS)
-def test_perplexity(form: str, figures: Any) -> None:
-    found, worst = figures(form)
-    print(f"{form}: {found}")
+@pytest.mark.parametrize("fmt", BARS)
+def test_perplexity(fmt: str, figures: Any) -> None:
+    found, worst = figures(fmt)
+    print(f"{fmt}: {found}")
     assert found.positions > 8000
-    assert abs(found.perplexity_increase_percent) <= BARS[form].perplexity, worst
+    assert abs(found.perplexity_increase_percent) <= BARS[fmt].perplexity, worst
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "form",
+    "fmt",
     [
         pytest.param(
-            form, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=f"{form}: {BELOW[form]}")
+            fmt, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=f"{fmt}: {BELOW[fmt]}")
         )
-        if form in BELOW
-        else form
-        for form in BARS
+        if fmt in BELOW
+        else fmt
+        for fmt in BARS
     ],
 )
-def test_top1_agreement(form: str, figures: Any) -> None:
-    found, worst = figures(form)
-    assert found.top1_agreement_without_ties >= BARS[form].top1, worst
+def test_top1_agreement(fmt: str, figures: Any) -> None:
+    found, worst = figures(fmt)
+    assert found.top1_agreement_without_ties >= BARS[fmt].top1, worst

@@ -126,47 +126,47 @@ def test_packing_is_that_of_onnx() -> None:
 # Whole matrices against a loop over blocks, written from the formulas in FORMATS' docstring.
 
 
-def slow_quantize(w: np.ndarray, form: Format) -> dict[str, np.ndarray]:
+def slow_quantize(w: np.ndarray, fmt: Format) -> dict[str, np.ndarray]:
     """search="amax", one float32 operation at a time."""
     f32 = np.float32
     rows, columns = w.shape
-    size = {-1: columns, 0: columns}.get(form.block, form.block)
+    size = {-1: columns, 0: columns}.get(fmt.block, fmt.block)
     over = f32(1)
-    if form.name.startswith("nvfp4"):
+    if fmt.name.startswith("nvfp4"):
         over = abs(w).max() / f32(2688) if w.any() else f32(1)
     shared = abs(w).max() / f32(448) if w.any() else f32(1)
-    scales = np.zeros((rows, columns // size), STORED[form.scales])
+    scales = np.zeros((rows, columns // size), STORED[fmt.scales])
     bits = np.zeros((rows, columns), np.int64)
     for row in range(rows):
         for block in range(columns // size):
             x = w[row, block * size : (block + 1) * size]
-            if form.block == -1:
+            if fmt.block == -1:
                 scale = shared
             elif not x.any():
                 scale = f32(1)
-            elif form.codes == "int8":
+            elif fmt.element == "int8":
                 scale = abs(x).max() / f32(127)
-            elif form.codes == "int4":
+            elif fmt.element == "int4":
                 exact = max(x.max() / f32(7), x.min() / f32(-8))
                 scale = min(s for s in EVERY_FP16 if s >= exact)
-            elif form.codes == "e4m3":
+            elif fmt.element == "e4m3":
                 scale = abs(x).max() / f32(448)
             else:
                 exact = min(max(abs(x).max() / (f32(6) * over), f32(2**-9)), f32(448))
                 scale = f32(E4M3[slow_code(float(exact), E4M3)])
             scales[row, block] = scale
             effective = scale * over
-            bits[row, block * size : (block + 1) * size] = [ENCODERS[form.codes](v / effective) for v in x]
-    if form.packed:
+            bits[row, block * size : (block + 1) * size] = [ENCODERS[fmt.element](v / effective) for v in x]
+    if fmt.packed:
         weight = np.array(
             [[(a & 15) + 16 * (b & 15) for a, b in zip(r[::2], r[1::2], strict=True)] for r in bits.tolist()]
         ).astype(np.uint8)
     else:
-        weight = bits.astype(np.uint8 if form.codes == "e4m3" else np.int8)
+        weight = bits.astype(np.uint8 if fmt.element == "e4m3" else np.int8)
     arrays = {"weight": weight, "weight_scale": scales}
-    if form.block <= 0:
-        arrays["weight_scale"] = scales[0, 0] if form.block else scales[:, 0]
-    if form.codes == "e2m1":
+    if fmt.block <= 0:
+        arrays["weight_scale"] = scales[0, 0] if fmt.block else scales[:, 0]
+    if fmt.element == "e2m1":
         arrays["weight_scale_2"] = np.asarray(over)
     return arrays
 
@@ -189,8 +189,8 @@ def matrix(rows: int = 5, columns: int = 256, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("name", NAMES)
 def test_matrix_is_bit_exact(name: str, scale: float) -> None:
     w = matrix() * np.float32(scale)
-    form = FORMATS[name]
-    ours, slow = quantize(w, form, "w"), slow_quantize(w, form)
+    fmt = FORMATS[name]
+    ours, slow = quantize(w, fmt, "w"), slow_quantize(w, fmt)
     assert ours.keys() == slow.keys()
     for key, expected in slow.items():
         assert ours[key].tobytes() == expected.tobytes(), key
@@ -198,12 +198,12 @@ def test_matrix_is_bit_exact(name: str, scale: float) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_arrays_are_those_of_the_layout(name: str) -> None:
-    form = FORMATS[name]
-    arrays = quantize(matrix(), form, "w")
+    fmt = FORMATS[name]
+    arrays = quantize(matrix(), fmt, "w")
     assert {key: (array.dtype, array.shape) for key, array in arrays.items()} == {
-        key: (STORED[dtype], shape) for key, (dtype, shape) in form.layout((5, 256)).items()
+        key: (STORED[dtype], shape) for key, (dtype, shape) in fmt.layout((5, 256)).items()
     }
-    assert sum(array.nbytes for array in arrays.values()) == form.nbytes((5, 256))
+    assert sum(array.nbytes for array in arrays.values()) == fmt.nbytes((5, 256))
 
 
 @pytest.mark.parametrize(
@@ -215,12 +215,12 @@ def test_bits_per_parameter(name: str, bits: float) -> None:
 
 @pytest.mark.parametrize(("name", "search"), SEARCHED)
 def test_blocks_of_rows_join_to_the_whole(name: str, search: str) -> None:
-    form, w = FORMATS[name], matrix(7)
+    fmt, w = FORMATS[name], matrix(7)
     chunks = [w[:3], w[3:4], w[4:]]
     amax = absmax(chunks, "w")
     assert amax == abs(w).max()
-    parts = [quantize(chunk, form, "w", amax=amax, search=search) for chunk in chunks]
-    for key, whole in quantize(w, form, "w", search=search).items():
+    parts = [quantize(chunk, fmt, "w", amax=amax, search=search) for chunk in chunks]
+    for key, whole in quantize(w, fmt, "w", search=search).items():
         if whole.ndim:
             np.testing.assert_array_equal(np.concatenate([part[key] for part in parts]), whole)
         else:
@@ -234,15 +234,15 @@ weights = hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.just(128)), ele
 magnitudes = st.sampled_from([1e-12, 1e-3, 1.0, 1e3])
 
 
-def step_bound(form: Format, w: np.ndarray, arrays: dict[str, np.ndarray]) -> np.ndarray:
+def step_bound(fmt: Format, w: np.ndarray, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """The largest error that rounding may cause to each weight."""
     over = arrays.get("weight_scale_2", np.float32(1))
     stored = arrays["weight_scale"].astype(np.float64)
-    size = w.shape[1] if form.block <= 0 else form.block
+    size = w.shape[1] if fmt.block <= 0 else fmt.block
     scale = np.repeat((stored * over).reshape(-1, w.shape[1] // size), size, 1)
-    if form.codes in ("int8", "int4"):
+    if fmt.element in ("int8", "int4"):
         bound = scale / 2
-    elif form.codes == "e4m3":  # half of 2^-3 of the value's power of two; of 2^-9 below 2^-6
+    elif fmt.element == "e4m3":  # half of 2^-3 of the value's power of two; of 2^-9 below 2^-6
         bound = np.maximum(abs(w) / 16, scale * 2.0**-10)
     else:  # half of the gap 4..6; a subnormal block scale, rounded by up to a half, saturates more
         subnormal = np.repeat((stored < 2.0**-6).reshape(-1, w.shape[1] // size), size, 1)
@@ -268,29 +268,29 @@ def test_error_is_at_most_half_a_step(name: str, w: np.ndarray, magnitude: float
 @given(w=weights)
 def test_representable_weights_stay(name: str, search: str, w: np.ndarray) -> None:
     """Codes again the same; values too, but for the last bit of an fp32 scale."""
-    form = FORMATS[name]
-    once = quantize(w, form, "w", search=search)
-    values = dequantize(once, form)
-    if form.codes == "e2m1":  # below, a rounded block scale may be off by half, and the first time clipped
+    fmt = FORMATS[name]
+    once = quantize(w, fmt, "w", search=search)
+    values = dequantize(once, fmt)
+    if fmt.element == "e2m1":  # below, a rounded block scale may be off by half, and the first time clipped
         dull = once["weight_scale"].astype(np.float32) < 2.0**-6
         values[np.repeat(dull, 16, axis=1)] = 0
         # and the largest weight, which the global scale comes from, may have been clipped itself
         amax: float | None = max(abs(w).max(), abs(values).max())
     else:
         amax = None
-    again = quantize(values, form, "w", search=search, amax=amax)
-    np.testing.assert_allclose(dequantize(again, form), values, rtol=1e-6, atol=0)
+    again = quantize(values, fmt, "w", search=search, amax=amax)
+    np.testing.assert_allclose(dequantize(again, fmt), values, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", [name for name, search in SEARCHED if search == "mse"])
 @settings(max_examples=25, deadline=None)
 @given(w=weights)
 def test_search_is_never_worse(name: str, w: np.ndarray) -> None:
-    form = FORMATS[name]
-    size = form.block or w.shape[1]
+    fmt = FORMATS[name]
+    size = fmt.block or w.shape[1]
 
     def error(search: str) -> Any:
-        difference = dequantize(quantize(w, form, "w", search=search), form).astype(np.float64) - w
+        difference = dequantize(quantize(w, fmt, "w", search=search), fmt).astype(np.float64) - w
         return (difference**2).reshape(-1, size).sum(1)
 
     assert (error("mse") <= error("amax") * (1 + 1e-5) + 1e-30).all()
@@ -373,21 +373,21 @@ def test_a_shared_global_scale() -> None:
     """Two layers multiplied as one: the same weight_scale_2, and values as if they were one matrix."""
     q, k = matrix(4, seed=1), matrix(3, seed=2) * np.float32(0.1)
     for name in ("fp8", "nvfp4"):
-        form, amax = FORMATS[name], absmax([q, k], "q|k")
-        parts = [dequantize(quantize(part, form, "w", amax=amax), form) for part in (q, k)]
+        fmt, amax = FORMATS[name], absmax([q, k], "q|k")
+        parts = [dequantize(quantize(part, fmt, "w", amax=amax), fmt) for part in (q, k)]
         both = np.concatenate([q, k])
-        np.testing.assert_array_equal(np.concatenate(parts), dequantize(quantize(both, form, "w"), form))
+        np.testing.assert_array_equal(np.concatenate(parts), dequantize(quantize(both, fmt, "w"), fmt))
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8", "fp8-per-channel"])
 def test_scales_of_another_dtype(name: str, dtype: str) -> None:
-    form = FORMATS[name].with_scales(dtype)
+    fmt = FORMATS[name].with_scales(dtype)
     w = matrix()
     w[3] = 1
-    arrays = quantize(w, form, "w")
+    arrays = quantize(w, fmt, "w")
     assert arrays["weight_scale"].dtype == STORED[dtype]
-    assert (abs(dequantize(arrays, form) - w) <= step_bound(form, w, arrays)).all()
+    assert (abs(dequantize(arrays, fmt) - w) <= step_bound(fmt, w, arrays)).all()
 
 
 def test_nvfp4_scales_are_e4m3() -> None:
@@ -453,7 +453,7 @@ def test_unknown_format() -> None:
     assert "nvfp4-weight-only" in caught.value.hint
 
 
-def dequantize_linear(arrays: dict[str, np.ndarray], form: Format, shape: tuple[int, int]) -> Any:
+def dequantize_linear(arrays: dict[str, np.ndarray], fmt: Format, shape: tuple[int, int]) -> Any:
     """What onnx's reference evaluator makes of the arrays: scales to fp32, then DequantizeLinear."""
     from onnx import TensorProto, helper
     from onnx.reference import ReferenceEvaluator
@@ -467,15 +467,15 @@ def dequantize_linear(arrays: dict[str, np.ndarray], form: Format, shape: tuple[
 
     scale = arrays["weight_scale"]
     tensors = [
-        tensor("w", types[form.codes], shape, "weight"),
-        tensor("s", stored[form.scales], scale.shape, "weight_scale"),
+        tensor("w", types[fmt.element], shape, "weight"),
+        tensor("s", stored[fmt.scales], scale.shape, "weight_scale"),
     ]
-    if form.codes == "e2m1":
+    if fmt.element == "e2m1":
         tensors.append(tensor("g", TensorProto.FLOAT, (), "weight_scale_2"))
         nodes = [helper.make_node("DequantizeLinear", ["s", "g"], ["wide"])]
     else:
         nodes = [helper.make_node("Cast", ["s"], ["wide"], to=TensorProto.FLOAT)]
-    blocked = {"axis": 1, "block_size": form.block} if form.block > 0 else {"axis": 0}
+    blocked = {"axis": 1, "block_size": fmt.block} if fmt.block > 0 else {"axis": 0}
     nodes.append(helper.make_node("DequantizeLinear", ["w", "wide"], ["y"], **blocked))
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)
     graph = helper.make_graph(nodes, "dequantize", [], [y], tensors)
@@ -485,6 +485,6 @@ def dequantize_linear(arrays: dict[str, np.ndarray], form: Format, shape: tuple[
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dequantize_is_that_of_onnx(name: str) -> None:
-    w, form = matrix(), FORMATS[name]
-    arrays = quantize(w, form, "w")
-    np.testing.assert_array_equal(dequantize_linear(arrays, form, (5, 256)), dequantize(arrays, form))
+    w, fmt = matrix(), FORMATS[name]
+    arrays = quantize(w, fmt, "w")
+    np.testing.assert_array_equal(dequantize_linear(arrays, fmt, (5, 256)), dequantize(arrays, fmt))

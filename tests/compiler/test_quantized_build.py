@@ -26,21 +26,21 @@ TINY = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", 
 TALES = Path(__file__).parents[2] / "model_zoo/llama/tales"
 
 
-def build(checkpoint: Path, output: Path, form: str, **options: object) -> dict[str, object]:
-    request = BuildRequest(str(checkpoint), output, quant=form, **options)  # type: ignore[arg-type]
+def build(checkpoint: Path, output: Path, fmt: str, **options: object) -> dict[str, object]:
+    request = BuildRequest(str(checkpoint), output, quant=fmt, **options)  # type: ignore[arg-type]
     return json.loads(compile_model(request).manifest.to_json())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
 @pytest.mark.parametrize("name", TINY)
 def test_every_family_computes_with_its_rounded_weights(
-    name: str, form: str, checkpoint: Callable[[str], Path], tmp_path: Path
+    name: str, fmt: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """The build compares with transformers on the dequantized weights, to the bound of fp32."""
-    manifest = build(checkpoint(name), tmp_path / "x.llmc", form)
+    manifest = build(checkpoint(name), tmp_path / "x.llmc", fmt)
     assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
-    assert manifest["quantization"]["format"] == form  # type: ignore[index]
+    assert manifest["quantization"]["format"] == fmt  # type: ignore[index]
     assert manifest["verification"]["details"]["quantization_loss"]["rms_logit_error"] > 0  # type: ignore[index]
 
 
@@ -55,12 +55,12 @@ def test_the_layers_that_lose_most_are_named(
     built: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of int8, that saw no inputs, by |W - code x scale| / |W|; of calibrated int4 by the outputs."""
-    bundle, form = built
+    bundle, fmt = built
     quantization = json.loads((bundle / "manifest.json").read_text())["quantization"]
-    what = {"int8": "weight", "int4": "output"}[form]
+    what = {"int8": "weight", "int4": "output"}[fmt]
     worst = quantization[f"largest_{what}_errors"]
     assert len(worst) == 5
-    if form == "int8":
+    if fmt == "int8":
         tensors, written = Checkpoint.open(TALES).tensors, read_header(bundle / "weights/model.safetensors")
         errors = {}
         for layer in range(5):
@@ -80,20 +80,20 @@ def test_the_layers_that_lose_most_are_named(
 
 
 def test_the_file_holds_the_codes_and_scales_of_the_checkpoint(built: tuple[Path, str]) -> None:
-    bundle, form = built
+    bundle, fmt = built
     source = Checkpoint.open(TALES).tensors
     written = read_header(bundle / "weights" / "model.safetensors")
     fused = [f"model.layers.0.self_attn.{one}_proj.weight" for one in "qkv"]
     names = {"weight": "|".join(fused), "weight_scale": "|".join(f"{name}_scale" for name in fused)}
     arrays = {array: written[name].read() for array, name in names.items()}
-    if form == "int8":  # rounded to nearest
-        expected = [quantize(source[name].read(), get_format(form), name) for name in fused]
+    if fmt == "int8":  # rounded to nearest
+        expected = [quantize(source[name].read(), get_format(fmt), name) for name in fused]
         for array, stored in arrays.items():
             assert np.array_equal(stored, np.concatenate([one[array] for one in expected]))
     else:  # rounded by what the layers see: not to the nearest code always, but to one near
         whole = np.concatenate([source[name].read() for name in fused]).astype(np.float32)
         steps = np.repeat(arrays["weight_scale"].astype(np.float32), 32, axis=1)
-        away = np.abs(dequantize(arrays, get_format(form)) - whole) / steps
+        away = np.abs(dequantize(arrays, get_format(fmt)) - whole) / steps
         assert np.mean(away > 0.5) > 0.01
         assert np.mean(away > 1.5) < 0.01
     assert written["model.embed_tokens.weight"].dtype == "BF16"
@@ -101,7 +101,7 @@ def test_the_file_holds_the_codes_and_scales_of_the_checkpoint(built: tuple[Path
 
 
 def test_openvino_keeps_the_codes_in_memory(built: tuple[Path, str]) -> None:
-    bundle, form = built
+    bundle, fmt = built
     backend = OpenVinoBackend(bundle / "rank0.onnx", num_blocks=4)
     inside = backend._request.get_compiled_model().get_runtime_model().get_ops()
     constants = [
@@ -109,16 +109,16 @@ def test_openvino_keeps_the_codes_in_memory(built: tuple[Path, str]) -> None:
         for node in inside
         if node.get_rt_info()["layerType"].astype(str) == "Const"
     ]
-    codes = [shape for kind, shape in constants if kind == {"int8": "i8", "int4": "i4"}[form]]
-    assert len(codes) == 5 * 4 + (form == "int8")  # q/k/v and gate/up are one matrix each; lm_head is int8
+    codes = [shape for kind, shape in constants if kind == {"int8": "i8", "int4": "i4"}[fmt]]
+    assert len(codes) == 5 * 4 + (fmt == "int8")  # q/k/v and gate/up are one matrix each; lm_head is int8
 
 
 def test_the_loss_on_a_trained_model_is_small_and_recorded(built: tuple[Path, str]) -> None:
-    bundle, form = built
+    bundle, fmt = built
     manifest = json.loads((bundle / "manifest.json").read_text())
     loss = manifest["verification"]["details"]["quantization_loss"]
-    assert loss["mean_kl"] < {"int8": 0.001, "int4": 0.1}[form]
-    assert loss["top1_agreement_without_ties"] > {"int8": 0.97, "int4": 0.8}[form]
+    assert loss["mean_kl"] < {"int8": 0.001, "int4": 0.1}[fmt]
+    assert loss["top1_agreement_without_ties"] > {"int8": 0.97, "int4": 0.8}[fmt]
     assert loss["top1_agreement"] >= loss["top1_agreement_without_ties"]
     assert loss["perplexity"] < 1.1 * loss["perplexity_unquantized"]
     increase = 100 * (loss["perplexity"] / loss["perplexity_unquantized"] - 1)
@@ -126,25 +126,25 @@ def test_the_loss_on_a_trained_model_is_small_and_recorded(built: tuple[Path, st
     assert loss["positions"] == 1464
     assert loss["text_sha256"] == hashlib.sha256(EVALUATION_TEXT.read_bytes()).hexdigest()
     # The embedding stays in bf16, and the lm_head that is tied to it has int8 codes of its own.
-    assert manifest["quantization"]["bits_per_parameter"] < {"int8": 12, "int4": 9}[form]
+    assert manifest["quantization"]["bits_per_parameter"] < {"int8": 12, "int4": 9}[fmt]
 
 
 def test_inspect_shows_the_format_and_the_loss(
     built: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle, form = built
+    bundle, fmt = built
     assert main.main(["inspect", str(bundle)]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
-    assert f"format {form}, modules 36, bits per parameter" in lines["weights"]
-    assert lines["loss"].startswith(f"{form}: mean KL 0.0")
+    assert f"format {fmt}, modules 36, bits per parameter" in lines["weights"]
+    assert lines["loss"].startswith(f"{fmt}: mean KL 0.0")
     assert lines["loss"].endswith("on 1,464 positions")
 
 
 def test_a_threshold_tells_them_apart(built: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-    bundle, form = built
-    assert main.main(["verify", str(bundle), "--min-top1", "0.97"]) == {"int8": 0, "int4": 1}[form]
-    assert main.main(["verify", str(bundle), "--max-kl", "0.001"]) == {"int8": 0, "int4": 1}[form]
-    assert ("misses mean KL 0.0" in capsys.readouterr().err) == (form == "int4")
+    bundle, fmt = built
+    assert main.main(["verify", str(bundle), "--min-top1", "0.97"]) == {"int8": 0, "int4": 1}[fmt]
+    assert main.main(["verify", str(bundle), "--max-kl", "0.001"]) == {"int8": 0, "int4": 1}[fmt]
+    assert ("misses mean KL 0.0" in capsys.readouterr().err) == (fmt == "int4")
 
 
 @pytest.mark.slow
@@ -162,8 +162,8 @@ def test_measured_again_the_loss_is_what_the_build_recorded(
 
 
 def test_two_builds_are_the_same_bytes(built: tuple[Path, str], tmp_path: Path) -> None:
-    bundle, form = built
-    build(TALES, tmp_path / "again.llmc", form, verify=False)
+    bundle, fmt = built
+    build(TALES, tmp_path / "again.llmc", fmt, verify=False)
     for name in ("rank0.onnx", "weights/model.safetensors"):
         assert (bundle / name).read_bytes() == (tmp_path / "again.llmc" / name).read_bytes()
 
@@ -191,9 +191,9 @@ def test_excluded_modules_stay_as_they_are(tmp_path: Path) -> None:
     assert written["model.layers.3.mlp.down_proj.weight"].dtype == "F16"  # bf16 times a power of two
 
 
-@pytest.mark.parametrize(("form", "pattern"), [("int8", "lm_head"), ("int4", "*head")])
-def test_a_tied_head_that_is_excluded_stays_the_embedding(form: str, pattern: str, tmp_path: Path) -> None:
-    manifest = build(TALES, tmp_path / "x.llmc", form, exclude=(pattern,))
+@pytest.mark.parametrize(("fmt", "pattern"), [("int8", "lm_head"), ("int4", "*head")])
+def test_a_tied_head_that_is_excluded_stays_the_embedding(fmt: str, pattern: str, tmp_path: Path) -> None:
+    manifest = build(TALES, tmp_path / "x.llmc", fmt, exclude=(pattern,))
     assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
     assert manifest["quantization"]["kept"] == {"lm_head": f"--exclude {pattern}"}  # type: ignore[index]
     written = read_header(tmp_path / "x.llmc/weights/model.safetensors")

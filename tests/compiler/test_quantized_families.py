@@ -53,25 +53,25 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "_run_child", in_this_process)
 
 
-def build(checkpoint: Path, output: Path, form: str, **options: Any) -> Manifest:
-    manifest = compile_model(BuildRequest(str(checkpoint), output, quant=form, **options)).manifest
+def build(checkpoint: Path, output: Path, fmt: str, **options: Any) -> Manifest:
+    manifest = compile_model(BuildRequest(str(checkpoint), output, quant=fmt, **options)).manifest
     assert manifest.verification.status == "passed"
     assert manifest.quantization is not None
-    assert manifest.quantization["format"] == form
+    assert manifest.quantization["format"] == fmt
     loss = manifest.verification.details["quantization_loss"]
     assert 0 < loss["rms_logit_error"] < 1.0
     return manifest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "form"), PAIRS)
-def test_on_the_cpu(name: str, form: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    manifest = build(checkpoint(name), tmp_path / "x.llmc", form)
+@pytest.mark.parametrize(("name", "fmt"), PAIRS)
+def test_on_the_cpu(name: str, fmt: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    manifest = build(checkpoint(name), tmp_path / "x.llmc", fmt)
     softcap = "gemma2" in name
-    exact = not FORMATS[form].activations
-    in_openvino = FORMATS[form].activations in ("", "int8")
+    exact = not FORMATS[fmt].activations
+    in_openvino = FORMATS[fmt].activations in ("", "int8")
     assert manifest.target.engine == ("openvino" if in_openvino and not softcap else "onnxruntime")
-    assert ("calibration.json" in manifest.files) == (form != "int8")
+    assert ("calibration.json" in manifest.files) == (fmt != "int8")
     if not exact:
         inputs = manifest.verification.details["input_rounding"]
         assert inputs["engine"]["rms_logit_error"] <= 0.5 * inputs["changes"]["rms_logit_error"]
@@ -79,12 +79,12 @@ def test_on_the_cpu(name: str, form: str, checkpoint: Callable[[str], Path], tmp
 
 @pytest.mark.slow
 @needs_tensorrt
-@pytest.mark.parametrize(("name", "form"), PAIRS)
-def test_for_tensorrt(name: str, form: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    dtype = "bf16" if (FAMILIES.index(name) + list(FORMATS).index(form)) % 2 else "fp16"
-    sm = OLDEST_SM[FORMATS[form].codes]
+@pytest.mark.parametrize(("name", "fmt"), PAIRS)
+def test_for_tensorrt(name: str, fmt: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    dtype = "bf16" if (FAMILIES.index(name) + list(FORMATS).index(fmt)) % 2 else "fp16"
+    sm = OLDEST_SM[FORMATS[fmt].element]
     manifest = build(
-        checkpoint(name), tmp_path / "x.llmc", form, target="tensorrt-rtx", sms=(sm,), dtype=dtype
+        checkpoint(name), tmp_path / "x.llmc", fmt, target="tensorrt-rtx", sms=(sm,), dtype=dtype
     )
     assert manifest.operators[0].count == manifest.geometry.num_layers
     assert "engine" in manifest.verification.details["quantization_loss"]

@@ -157,7 +157,7 @@ def test_gptq_on_our_text_keeps_the_outputs_on_another() -> None:
     than by rounding to nearest; all of them on average less than two thirds of that."""
     tales = Path(__file__).parents[2] / "model_zoo/llama/tales"
     model, tensors = canonical(tales)
-    form = get_format("int4")
+    fmt = get_format("int4")
     unseen = [Tokenizer.from_file(str(tales / "tokenizer.json")).encode(text).ids for text in TEXTS]
     ours = sequences(read_text(), tales / "tokenizer.json", 4096, 1024)
     ratios = []
@@ -165,8 +165,8 @@ def test_gptq_on_our_text_keeps_the_outputs_on_another() -> None:
         for group, x in one.inputs.items():
             for module in group:
                 rows = tensors[f"{module}.weight"].read().astype(np.float32)
-                nearest = dequantize(quantize(rows, form, module, search="mse"), form)
-                rounded = dequantize(gptq(rows, hessian(x), form, module), form)
+                nearest = dequantize(quantize(rows, fmt, module, search="mse"), fmt)
+                rounded = dequantize(gptq(rows, hessian(x), fmt, module), fmt)
                 judge = hessian(other.inputs[group])
                 ratios.append(output_error(rows, rounded, judge) / output_error(rows, nearest, judge))
     assert len(ratios) == 35

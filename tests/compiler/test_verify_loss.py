@@ -17,7 +17,7 @@ from llmc.compiler.child_process import run_child
 from llmc.compiler.progress import Silent
 from llmc.compiler.verify import difference, loss
 from llmc.compiler.verify.difference import DifferenceMeter
-from llmc.compiler.verify.engine_weights import StoredWeight
+from llmc.compiler.verify.engine_weights import EngineWeight
 from llmc.compiler.verify.job import Question
 from llmc.compiler.verify.reference import Reference
 from llmc.runtime.errors import RequestError
@@ -156,7 +156,7 @@ def test_what_an_engine_in_16_bits_loses_is_recorded_apart(tmp_path: Path) -> No
             tensors[name] = (codes.float() * scale).bfloat16()
             arrays |= {name: codes, f"{name}_scale": torch.tensor(scale)}
             names = {"weight": name, "weight_scale": f"{name}_scale"}
-            stored[name] = StoredWeight("fp8", str(tmp_path / "w.safetensors"), names, (0, len(weight)))
+            stored[name] = EngineWeight("fp8", str(tmp_path / "w.safetensors"), names, (0, len(weight)))
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     save_file(arrays, tmp_path / "w.safetensors")
     findings = compare_oracle(source, stored, tmp_path)
@@ -172,7 +172,7 @@ def test_what_an_engine_in_16_bits_loses_is_recorded_apart(tmp_path: Path) -> No
     assert abs(engine["perplexity_increase_percent"]) < 1
 
 
-def compare_oracle(source: Path, stored: dict[str, StoredWeight], directory: Path) -> verify.Findings:
+def compare_oracle(source: Path, stored: dict[str, EngineWeight], directory: Path) -> verify.Findings:
     """The oracle of a TensorRT build in bf16, against `source`."""
     from llmc.compiler.bundle_writer import BundleWriter
     from llmc.compiler.checkpoint.checkpoint import Checkpoint

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmc.compiler import verify
 from llmc.compiler.verify.compare import _sequences, compare
-from llmc.compiler.verify.engine_weights import InputRounding, StoredWeight
+from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
 from llmc.compiler.verify.reference import Reference
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, CheckpointError
@@ -33,7 +33,7 @@ def own_logits(model: Any) -> np.ndarray:
 
 def int8(
     path: Path, weights: dict[str, torch.Tensor]
-) -> tuple[dict[str, StoredWeight], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, EngineWeight], dict[str, torch.Tensor]]:
     """Each weight in int8, one scale a row -> where it lies, and what it stands for."""
     arrays, stored, exact = {}, {}, {}
     for name, weight in weights.items():
@@ -41,7 +41,7 @@ def int8(
         codes = (weight / scale[:, None]).round()
         arrays |= {name: codes.to(torch.int8), f"{name}_scale": scale}
         names = {"weight": name, "weight_scale": f"{name}_scale"}
-        stored[name] = StoredWeight("int8", str(path), names, (0, len(weight)))
+        stored[name] = EngineWeight("int8", str(path), names, (0, len(weight)))
         exact[name] = codes * scale[:, None]
     save_file(arrays, path)
     return stored, exact
@@ -53,7 +53,7 @@ def test_weights_are_replaced_and_inputs_rounded(checkpoint: Callable[[str], Pat
     weights = {name: model.get_parameter(name).detach() for name in (UP, DOWN)}
     stored, exact = int8(tmp_path / "w.safetensors", weights)
     step = 0.013
-    stored[UP] = replace(stored[UP], input=InputRounding("e4m3", step))
+    stored[UP] = replace(stored[UP], input=ActivationQuantization("e4m3", step))
     reference = Reference(str(source), "fp32")
     np.testing.assert_allclose(reference.logits(IDS), own_logits(model), atol=1e-5)
     reference.round(stored)
@@ -99,7 +99,7 @@ def test_a_rounded_head_leaves_the_other_one_and_the_embedding(
     reference = Reference(str(checkpoint("llama-tiny")), "fp32")
     embedding = reference.model.get_input_embeddings().weight
     stored, exact = int8(tmp_path / "w.safetensors", {"lm_head.weight": embedding.detach().clone()})
-    rounding = InputRounding("e2m1", 0.001)
+    rounding = ActivationQuantization("e2m1", 0.001)
     before, states, head = reference.logits(IDS), reference.states(IDS), reference.head()
     stored["lm_head.weight"] = replace(stored["lm_head.weight"], input=rounding)
     reference.round(stored)

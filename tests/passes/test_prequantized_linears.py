@@ -17,8 +17,8 @@ import pytest
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Silent
-from llmc.compiler.quantize.prequantized_arrays import produce_stored
-from llmc.compiler.quantize.prequantized_plan import StoredWeights, read_stored
+from llmc.compiler.quantize.prequantized_arrays import produce_prequantized
+from llmc.compiler.quantize.prequantized_plan import PrequantizedWeights, read_prequantized
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.tensorrt import build
 from llmc.compiler.targets.tensorrt.target import RTX
@@ -50,10 +50,10 @@ def written(root: Path, layout: str, same: bool) -> Written:
     return Written(root, tensors, exact, settings)
 
 
-def read(made: Written, dtype: str) -> StoredWeights:
+def read(made: Written, dtype: str) -> PrequantizedWeights:
     options: dict[str, Any] = {} if dtype == "fp32" else {"target": "tensorrt-rtx", "sms": (120,)}
     request = BuildRequest(str(made.root), Path("x.llmc"), **options)
-    stored = read_stored(Checkpoint.open(made.write()), request, dtype)
+    stored = read_prequantized(Checkpoint.open(made.write()), request, dtype)
     assert stored is not None
     return stored
 
@@ -63,9 +63,9 @@ def run(made: Written, dtype: str, directory: Path, x: np.ndarray) -> tuple[np.n
     stored = read(made, dtype)
     model = two_linears(dtype)
     fused = FuseLinears(stored.why_apart)(model).count == 1
-    matrices = quantize_linears.apply_plan(model, quantize_linears.plan_stored(model, stored, 16))
+    matrices = quantize_linears.apply_plan(model, quantize_linears.plan_prequantized(model, stored, 16))
     refs: dict[str, TensorRef] = {
-        **produce_stored(matrices, stored.modules, directory).tensors,
+        **produce_prequantized(matrices, stored.modules, directory).tensors,
         **{name: ref for name, ref in Checkpoint.open(made.root).tensors.items() if "pre_quant" in name},
     }
     for name, value in model.graph.initializers.items():
@@ -160,8 +160,8 @@ def test_tensorrt_keeps_the_codes(
     graph = ir.Graph([x], [y], nodes=[gemm], name="g", opset_imports={"": 23})
     graph.initializers.add(w)
     model = ir.Model(graph, ir_version=10)
-    matrices = quantize_linears.apply_plan(model, quantize_linears.plan_stored(model, stored, 16))
-    for name, ref in produce_stored(matrices, stored.modules, tmp_path).tensors.items():
+    matrices = quantize_linears.apply_plan(model, quantize_linears.plan_prequantized(model, stored, 16))
+    for name, ref in produce_prequantized(matrices, stored.modules, tmp_path).tensors.items():
         value = graph.initializers.get(name)
         if value is None:
             continue  # padding of the file

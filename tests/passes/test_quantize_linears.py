@@ -41,11 +41,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TensorRef]
 
 
 def quantized(
-    dtype: str, form: str, checkpoint: dict[str, TensorRef], directory: Path
+    dtype: str, fmt: str, checkpoint: dict[str, TensorRef], directory: Path
 ) -> tuple[ir.Model, QuantizedMatrix, produce.Produced]:
     model = two_linears(dtype)
     FuseLinears()(model)
-    plan = quantize_linears.plan_weights(model, form, (), (), 16, qdq.SCALES_OF.get(dtype))
+    plan = quantize_linears.plan_weights(model, fmt, (), (), 16, qdq.SCALES_OF.get(dtype))
     (matrix,) = quantize_linears.apply_plan(model, plan)
     made = produce.produce([matrix], checkpoint, directory)
     if matrix.format.activations:
@@ -71,24 +71,24 @@ def quantized(
 
 
 def reference(
-    x: np.ndarray, form: Format, made: produce.Produced, dtype: str, matrix: QuantizedMatrix
+    x: np.ndarray, fmt: Format, made: produce.Produced, dtype: str, matrix: QuantizedMatrix
 ) -> np.ndarray:
     """Each step as its definition has it, in float64 where the definition does not round."""
-    arrays = {array: made.tensors[matrix.initializer(array)].read() for array in form.layout(matrix.shape)}
-    weight = dequantize(arrays, form).astype(NUMPY[dtype]).astype(np.float64)
+    arrays = {array: made.tensors[matrix.initializer(array)].read() for array in fmt.layout(matrix.shape)}
+    weight = dequantize(arrays, fmt).astype(NUMPY[dtype]).astype(np.float64)
     wide = x.astype(np.float32)
-    if form.smoothed:
+    if fmt.smoothed:
         factor = made.tensors["a.pre_quant_scale|b.pre_quant_scale"].read()
         wide = wide * factor
-    if form.activations == "int8":
+    if fmt.activations == "int8":
         scale = made.tensors[matrix.initializer("input_scale")].read().astype(np.float32)
         codes = np.clip(np.rint(wide / scale), -128, 127)
         wide = (codes * scale).astype(NUMPY[dtype]).astype(np.float32)
-    elif form.activations == "e4m3":
+    elif fmt.activations == "e4m3":
         scale = made.tensors[matrix.initializer("input_scale")].read().astype(np.float32)
         codes = np.clip(wide / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
         wide = (codes.astype(np.float32) * scale).astype(NUMPY[dtype]).astype(np.float32)
-    elif form.activations == "e2m1":
+    elif fmt.activations == "e2m1":
         over = made.tensors[matrix.initializer("input_scale")].read()
         blocks = wide.reshape(len(x), -1, 16)
         short = np.clip(np.abs(blocks).max(-1, keepdims=True) / np.float32(6) / over, 0, 448)
@@ -99,11 +99,11 @@ def reference(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("fmt", FORMATS)
 def test_a_fused_pair_of_layers_multiplies_with_its_codes(
-    form: str, dtype: str, checkpoint: dict[str, TensorRef], tmp_path: Path
+    fmt: str, dtype: str, checkpoint: dict[str, TensorRef], tmp_path: Path
 ) -> None:
-    model, matrix, made = quantized(dtype, form, checkpoint, tmp_path)
+    model, matrix, made = quantized(dtype, fmt, checkpoint, tmp_path)
     if dtype == "fp32":
         unpack_fp4(model)
         function = round_fp4.function()
@@ -120,14 +120,14 @@ def test_a_fused_pair_of_layers_multiplies_with_its_codes(
     assert np.abs(got - expected).max() <= TOLERANCE[dtype] * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("fmt", FORMATS)
 def test_layers_multiplied_as_one_share_a_global_scale(
-    form: str, checkpoint: dict[str, TensorRef], tmp_path: Path
+    fmt: str, checkpoint: dict[str, TensorRef], tmp_path: Path
 ) -> None:
-    _, matrix, made = quantized("fp32", form, checkpoint, tmp_path)
-    name = matrix.initializer("weight_scale_2" if matrix.format.codes == "e2m1" else "weight_scale")
+    _, matrix, made = quantized("fp32", fmt, checkpoint, tmp_path)
+    name = matrix.initializer("weight_scale_2" if matrix.format.element == "e2m1" else "weight_scale")
     largest = max(float(np.abs(ref.read()).max()) for ref in checkpoint.values())
-    limit = {"e2m1": 6 * 448, "e4m3": 448}.get(matrix.format.codes, 0)
+    limit = {"e2m1": 6 * 448, "e4m3": 448}.get(matrix.format.element, 0)
     scale = made.tensors[name].read()
     assert (scale.shape == ()) == matrix.format.has_global_scale
     if matrix.format.has_global_scale:

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from llmc.compiler.checkpoint.check.check import check_checkpoint
-from llmc.compiler.checkpoint.finding import KINDS, Fault
+from llmc.compiler.checkpoint.finding import KINDS, Finding
 from llmc.compiler.checkpoint.safetensors import DTYPES
 
 E4M3, E2M1, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn, ml_dtypes.bfloat16
@@ -182,7 +182,7 @@ def modelopt(algorithm: str | None, **more: Any) -> dict[str, Any]:
     return {"hf_quant": {"producer": {"name": "modelopt", "version": "0.33.0"}, "quantization": said}}
 
 
-def compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+def compressed(fmt: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
     group = {
         "targets": ["Linear"],
         "weights": weights,
@@ -191,7 +191,7 @@ def compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None
     }
     config = {
         "quant_method": "compressed-tensors",
-        "format": form,
+        "format": fmt,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
@@ -313,10 +313,10 @@ class Written:
         save(self.root / "model.safetensors", self.tensors)
         return self.root
 
-    def findings(self, full: bool = False) -> list[Fault]:
+    def findings(self, full: bool = False) -> list[Finding]:
         return list(check_checkpoint(self.write(), full).findings)
 
-    def fault(self, kind: str, tensor: str, warning: bool = False) -> str:
+    def finding(self, kind: str, tensor: str, warning: bool = False) -> str:
         """What the only finding says; it must be of this kind and about this tensor."""
         [found] = self.findings()
         assert (found.kind, found.tensor, found.warning) == (kind, tensor, warning), found

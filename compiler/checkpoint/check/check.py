@@ -9,7 +9,7 @@ from pathlib import Path
 from llmc.compiler.checkpoint.check.magnitude import check_weights
 from llmc.compiler.checkpoint.check.values import check_plain, check_scales
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
-from llmc.compiler.checkpoint.finding import Fault
+from llmc.compiler.checkpoint.finding import Finding
 from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint, read_quantized
 from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
 
@@ -37,10 +37,10 @@ class CheckReport:
     kv_cache: str
     kv_scales: int
     full: bool
-    findings: tuple[Fault, ...]
+    findings: tuple[Finding, ...]
 
     @property
-    def faults(self) -> tuple[Fault, ...]:
+    def faults(self) -> tuple[Finding, ...]:
         """The findings without the warnings."""
         return tuple(one for one in self.findings if not one.warning)
 
@@ -54,24 +54,24 @@ def check_checkpoint(path: Path | str, full: bool = False) -> CheckReport:
     checkpoint = Checkpoint.open(path)
     quantized = read_quantized(checkpoint)
     scales = check_scales(quantized)
-    broken = {fault.tensor for fault in scales}
+    broken = {finding.tensor for finding in scales}
     values = [*scales, *check_weights(quantized, broken, full), *check_plain(quantized, full)]
-    findings = sorted((*quantized.faults, *values), key=lambda fault: fault.warning)
+    findings = sorted((*quantized.findings, *values), key=lambda finding: finding.warning)
     return _report(checkpoint, quantized, full, findings)
 
 
 def _report(
-    checkpoint: Checkpoint, quantized: QuantizedCheckpoint, full: bool, findings: list[Fault]
+    checkpoint: Checkpoint, quantized: QuantizedCheckpoint, full: bool, findings: list[Finding]
 ) -> CheckReport:
-    claims, modules = quantized.claims, quantized.modules.values()
+    schemes, modules = quantized.schemes, quantized.modules.values()
     weights = sum(module.shape[0] * module.shape[1] for module in modules)
     stored = sum(module.nbytes - _bias_bytes(module) for module in modules)
-    label = claims.label if claims else "undeclared" if quantized.quantized else ""
+    label = schemes.label if schemes else "undeclared" if quantized.quantized else ""
     return CheckReport(
         path=str(checkpoint.path),
         model_type=checkpoint.model_type,
         quantization=label,
-        producer=claims.producer if claims else "",
+        producer=schemes.producer if schemes else "",
         formats=dict(Counter(map(describe, modules)).most_common()),
         unread=quantized.unread,
         excluded=quantized.excluded,
@@ -80,7 +80,7 @@ def _report(
         parameters=quantized.parameters,
         bits_per_parameter=8 * checkpoint.total_bytes / max(1, quantized.parameters),
         quantized_bits=8 * stored / max(1, weights),
-        kv_cache=claims.kv_cache if claims else "",
+        kv_cache=schemes.kv_cache if schemes else "",
         kv_scales=len(quantized.kv_scales),
         full=full,
         findings=tuple(findings),

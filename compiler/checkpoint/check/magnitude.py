@@ -25,7 +25,7 @@ from statistics import median
 
 import numpy as np
 
-from llmc.compiler.checkpoint.finding import Fault
+from llmc.compiler.checkpoint.finding import Finding
 from llmc.compiler.checkpoint.prequantized.dequantize import dequantize, iter_rows
 from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint
 from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
@@ -35,9 +35,9 @@ _BLOCK = 1 << 23
 _SAMPLE = 1 << 20
 
 
-def check_weights(quantized: QuantizedCheckpoint, broken: set[str], full: bool) -> list[Fault]:
+def check_weights(quantized: QuantizedCheckpoint, broken: set[str], full: bool) -> list[Finding]:
     """NaN in the codes of every module, and its magnitude; `broken`: tensors known to be bad, left out."""
-    faults: list[Fault] = []
+    findings: list[Finding] = []
     rms: dict[str, float] = {}
     for name, module in quantized.modules.items():
         if broken & {ref.name for ref in module.tensors.values()}:
@@ -47,10 +47,10 @@ def check_weights(quantized: QuantizedCheckpoint, broken: set[str], full: bool) 
             square += float(np.square(block, dtype=np.float64).sum())
             count += block.size
         if math.isnan(square):
-            faults.append(Fault("value", module.tensors["weight"].name, "has codes that are NaN"))
+            findings.append(Finding("value", module.tensors["weight"].name, "has codes that are NaN"))
         else:
             rms[name] = math.sqrt(square / count)
-    return faults + _magnitudes(quantized, rms) + _inputs(quantized)
+    return findings + _magnitudes(quantized, rms) + _inputs(quantized)
 
 
 def _sample(module: QuantizedModule) -> Iterator[np.ndarray]:
@@ -70,12 +70,12 @@ def _effective(module: QuantizedModule, weight: np.ndarray) -> np.ndarray:
     return weight if factor is None else weight * factor.read().astype(np.float32)
 
 
-def _magnitudes(quantized: QuantizedCheckpoint, rms: dict[str, float]) -> list[Fault]:
+def _magnitudes(quantized: QuantizedCheckpoint, rms: dict[str, float]) -> list[Finding]:
     by_end: defaultdict[str, list[float]] = defaultdict(list)
     sound = {name: value for name, value in rms.items() if 0 < value <= LIMIT}
     for name, value in sound.items():
         by_end[name.rpartition(".")[2]].append(value)
-    faults = []
+    findings = []
     for name, value in rms.items():
         weight = quantized.modules[name].tensors["weight"].name
         kin = by_end[name.rpartition(".")[2]]
@@ -87,18 +87,18 @@ def _magnitudes(quantized: QuantizedCheckpoint, rms: dict[str, float]) -> list[F
                 if value > APART * usual
                 else ", far too large for a weight"
             )
-            faults.append(Fault("magnitude", weight, f"{what}: is its scale stored as the inverse?"))
+            findings.append(Finding("magnitude", weight, f"{what}: is its scale stored as the inverse?"))
         elif value < TINY * usual:
             what = (
                 "all sampled values are zero"
                 if value == 0
                 else f"values are about {value:.3g}, of its kind {usual:.3g}"
             )
-            faults.append(Fault("magnitude", weight, what, warning=True))
-    return faults
+            findings.append(Finding("magnitude", weight, what, warning=True))
+    return findings
 
 
-def _inputs(quantized: QuantizedCheckpoint) -> list[Fault]:
+def _inputs(quantized: QuantizedCheckpoint) -> list[Finding]:
     found: list[tuple[float, str]] = []
     for module in quantized.modules.values():
         if module.format != "nvfp4":
@@ -116,4 +116,4 @@ def _inputs(quantized: QuantizedCheckpoint) -> list[Fault]:
         f"stands for activations up to {value * 2688:,.0f}, and {len(wrong)} of {len(found)} are like it: "
         "are they stored as the inverse?"
     )
-    return [Fault("magnitude", name, what)]
+    return [Finding("magnitude", name, what)]

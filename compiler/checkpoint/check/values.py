@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llmc.compiler.checkpoint.finding import Fault
+from llmc.compiler.checkpoint.finding import Finding
 from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint
 from llmc.compiler.checkpoint.prequantized.module import Role
 from llmc.compiler.checkpoint.safetensors import TensorRef
@@ -22,7 +22,7 @@ _SCALES: tuple[Role, ...] = (
 )
 
 
-def check_scales(quantized: QuantizedCheckpoint) -> list[Fault]:
+def check_scales(quantized: QuantizedCheckpoint) -> list[Finding]:
     """Every scale of every module and of the KV cache, all of their values."""
     refs = [
         module.tensors[role]
@@ -31,17 +31,17 @@ def check_scales(quantized: QuantizedCheckpoint) -> list[Fault]:
         if role in module.tensors
     ]
     refs += [ref for name, ref in quantized.kv_scales.items() if not name.endswith("_bias")]
-    return [fault for ref in refs if (fault := _bad_values(ref, ref.iter_chunks(_BLOCK), scale=True))]
+    return [finding for ref in refs if (finding := _bad_values(ref, ref.iter_chunks(_BLOCK), scale=True))]
 
 
-def check_plain(quantized: QuantizedCheckpoint, full: bool) -> list[Fault]:
+def check_plain(quantized: QuantizedCheckpoint, full: bool) -> list[Finding]:
     """NaN and inf in every tensor that is not quantized: in all values, or in a sample of its rows."""
     biases = [m.tensors["bias"] for m in quantized.modules.values() if "bias" in m.tensors]
     found = []
     for ref in (*quantized.plain.values(), *biases):
         blocks = ref.iter_chunks(_BLOCK) if full else (ref.read(rows) for rows in sample(ref))
-        if fault := _bad_values(ref, blocks, scale=False):
-            found.append(fault)
+        if finding := _bad_values(ref, blocks, scale=False):
+            found.append(finding)
     return found
 
 
@@ -56,7 +56,7 @@ def sample(ref: TensorRef) -> list[slice | None]:
     ] or [None]
 
 
-def _bad_values(ref: TensorRef, blocks: Iterator[np.ndarray], scale: bool) -> Fault | None:
+def _bad_values(ref: TensorRef, blocks: Iterator[np.ndarray], scale: bool) -> Finding | None:
     counts = {"NaN": 0, "infinite": 0, "zero": 0, "negative": 0}
     total = 0
     for block in blocks:
@@ -70,4 +70,4 @@ def _bad_values(ref: TensorRef, blocks: Iterator[np.ndarray], scale: bool) -> Fa
             counts["zero"] += int((values == 0).sum())
             counts["negative"] += int((values < 0).sum())
     bad = [f"{count:,} {what}" for what, count in counts.items() if count]
-    return Fault("value", ref.name, f"{' and '.join(bad)} of {total:,} values") if bad else None
+    return Finding("value", ref.name, f"{' and '.join(bad)} of {total:,} values") if bad else None

@@ -7,16 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from llmc.compiler.checkpoint.prequantized.module import Format
-from llmc.compiler.checkpoint.prequantized.scheme import Claim
+from llmc.compiler.checkpoint.prequantized.scheme import DeclaredScheme
 from llmc.runtime.errors import UnsupportedError
 
-Groups = tuple[tuple[tuple[str, ...], Claim], ...]
+Groups = tuple[tuple[tuple[str, ...], DeclaredScheme], ...]
 
 
 def read_groups(config: Mapping[str, Any], int4: Format) -> Groups:
     """`config_groups`, which ModelOpt has from compressed-tensors. int4: the layout of 4-bit integers."""
     groups = config.get("config_groups")
-    found: list[tuple[tuple[str, ...], Claim]] = []
+    found: list[tuple[tuple[str, ...], DeclaredScheme]] = []
     for name, group in groups.items() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
@@ -24,32 +24,34 @@ def read_groups(config: Mapping[str, Any], int4: Format) -> Groups:
         inputs = group.get("input_activations")
         static = isinstance(inputs, dict) and inputs.get("dynamic") in (False, "local", None)
         layout = group.get("format") or config.get("format")
-        claim = replace(_group_claim(name, weights, static, layout, int4), inputs=_inputs(inputs))
-        found.append((names(group.get("targets")) or ("Linear",), claim))
+        scheme = replace(_group_claim(name, weights, static, layout, int4), inputs=_inputs(inputs))
+        found.append((names(group.get("targets")) or ("Linear",), scheme))
     return tuple(found)
 
 
-def _group_claim(name: str, weights: Mapping[str, Any], static: bool, layout: Any, int4: Format) -> Claim:
+def _group_claim(
+    name: str, weights: Mapping[str, Any], static: bool, layout: Any, int4: Format
+) -> DeclaredScheme:
     bits, kind, size = weights.get("num_bits"), weights.get("type", "int"), weights.get("group_size")
     strategy = weights.get("strategy") or ("group" if size else "tensor")
     group = 0 if strategy == "channel" else size if isinstance(size, int) and size > 0 else None
     symmetric = weights.get("symmetric", True) is not False
     if kind == "float" and bits == 8 and strategy in ("tensor", "channel"):
-        return Claim("fp8" if strategy == "tensor" else "fp8-channel", static_input=static)
+        return DeclaredScheme("fp8" if strategy == "tensor" else "fp8-channel", static_input=static)
     if kind == "float" and bits == 8 and strategy == "block":
         block = weights.get("block_structure")
         sizes = block.split("x") if isinstance(block, str) else block  # "128x128" in old files
         numbers = [int(one) for one in sizes or () if str(one).isdecimal() and int(one)]
         shape = (numbers[0], numbers[1]) if len(numbers) == 2 else (128, 128)
-        return Claim("fp8-block", block=shape, static_input=static)
+        return DeclaredScheme("fp8-block", block=shape, static_input=static)
     if kind == "float" and bits == 4 and layout in (None, "nvfp4-pack-quantized", "mixed-precision"):
-        return Claim("nvfp4", group or 16, static_input=static)
+        return DeclaredScheme("nvfp4", group or 16, static_input=static)
     if kind == "int" and bits == 4 and (layout == "pack-quantized" or int4 == "int4-awq"):
-        return Claim(int4, group, symmetric=symmetric)
+        return DeclaredScheme(int4, group, symmetric=symmetric)
     if kind == "int" and bits == 8 and layout == "pack-quantized":
-        return Claim("int8-packed", group, symmetric=symmetric)
+        return DeclaredScheme("int8-packed", group, symmetric=symmetric)
     if kind == "int" and bits == 8 and strategy in ("tensor", "channel") and symmetric:
-        return Claim("int8")
+        return DeclaredScheme("int8")
     raise UnsupportedError(
         f"the weights of {name} are {bits}-bit {kind}, {strategy}, {layout}: llmc does not read that",
         hint="known: float-quantized FP8, nvfp4-pack-quantized, pack-quantized with 4 or 8 bits, "
@@ -65,7 +67,7 @@ def _inputs(activations: Any) -> str:
 
 
 def describe_groups(groups: Groups) -> str:
-    return " and ".join(dict.fromkeys(claim.format for _, claim in groups)) or "without a format"
+    return " and ".join(dict.fromkeys(scheme.format for _, scheme in groups)) or "without a format"
 
 
 def first_group_size(config: Mapping[str, Any]) -> Any:

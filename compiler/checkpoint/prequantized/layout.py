@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmc.compiler.checkpoint.checkpoint import CONFIG, Checkpoint
-from llmc.compiler.checkpoint.finding import Fault
+from llmc.compiler.checkpoint.finding import Finding
 from llmc.compiler.checkpoint.names import IGNORED_EXTRAS
 from llmc.compiler.checkpoint.prequantized.module import KV_NAMES, ROLES, QuantizedModule, Role
 from llmc.compiler.checkpoint.prequantized.read_config import read_claims
 from llmc.compiler.checkpoint.prequantized.recognize import is_quantized, recognize
-from llmc.compiler.checkpoint.prequantized.scheme import Claims
+from llmc.compiler.checkpoint.prequantized.scheme import DeclaredSchemes
 from llmc.compiler.checkpoint.safetensors import TensorRef
 
 _IGNORED = re.compile("|".join(f"(?:{pattern})" for pattern in IGNORED_EXTRAS))
@@ -32,21 +32,21 @@ class QuantizedCheckpoint:
 
     modules: of a sound layout, by name. plain: every tensor that is not quantized, by name.
     unread: modules with codes or scales whose layout is not sound. excluded: modules with a plain matrix
-    that the exclude list names. faults: of the layout.
+    that the exclude list names. findings: of the layout.
     """
 
-    claims: Claims | None
+    schemes: DeclaredSchemes | None
     modules: Mapping[str, QuantizedModule]
     unread: tuple[str, ...]
     plain: Mapping[str, TensorRef]
     kv_scales: Mapping[str, TensorRef]
     excluded: tuple[str, ...]
-    faults: tuple[Fault, ...]
+    findings: tuple[Finding, ...]
 
     @property
     def quantized(self) -> bool:
         """Whether the configuration or any tensor says so."""
-        return self.claims is not None or bool(self.modules) or bool(self.unread)
+        return self.schemes is not None or bool(self.modules) or bool(self.unread)
 
     @property
     def named(self) -> dict[str, QuantizedModule | TensorRef]:
@@ -68,8 +68,8 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
 
     Raises UnsupportedError for a method that llmc does not read, CheckpointError for damaged files.
     """
-    claims = read_claims(checkpoint)
-    faults = list(claims.faults) if claims else []
+    schemes = read_claims(checkpoint)
+    findings = list(schemes.findings) if schemes else []
     parts: defaultdict[str, dict[Role, TensorRef]] = defaultdict(dict)
     others: dict[str, TensorRef] = {}
     kv_scales: dict[str, TensorRef] = {}
@@ -89,8 +89,8 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
             for role, ref in tensors.items():
                 (plain if role in ("weight", "bias") else others)[ref.name] = ref
             continue
-        found, wrong = recognize(name, tensors, claims.of(name) if claims else None)
-        faults += wrong
+        found, wrong = recognize(name, tensors, schemes.of(name) if schemes else None)
+        findings += wrong
         if found is not None:
             modules[name] = found
         else:
@@ -101,15 +101,15 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
         elif not _IGNORED.fullmatch(name):
             buffer = ref.dtype in ("BOOL", "I64") and not _auxiliary(name)
             what = f"{ref.dtype} {list(ref.shape)} belongs to no weight"
-            faults.append(Fault("unclaimed", name, what, warning=buffer))
-    faults += _against_config(claims, modules, plain, broken)
-    faults += _hidden_size(checkpoint, modules) + _fused(modules)
-    if claims and claims.kv_cache and not kv_scales:
-        what = f"says that the KV cache is {claims.kv_cache}, no tensor has its scales: 1.0 is used"
-        faults.append(Fault("missing", CONFIG, what, warning=True))
-    excluded = [name for name in _matrices(plain) if claims and claims.excludes(name)]
+            findings.append(Finding("unclaimed", name, what, warning=buffer))
+    findings += _against_config(schemes, modules, plain, broken)
+    findings += _hidden_size(checkpoint, modules) + _fused(modules)
+    if schemes and schemes.kv_cache and not kv_scales:
+        what = f"says that the KV cache is {schemes.kv_cache}, no tensor has its scales: 1.0 is used"
+        findings.append(Finding("missing", CONFIG, what, warning=True))
+    excluded = [name for name in _matrices(plain) if schemes and schemes.excludes(name)]
     unread = tuple(sorted(broken))
-    return QuantizedCheckpoint(claims, modules, unread, plain, kv_scales, tuple(excluded), tuple(faults))
+    return QuantizedCheckpoint(schemes, modules, unread, plain, kv_scales, tuple(excluded), tuple(findings))
 
 
 def _auxiliary(name: str) -> bool:
@@ -129,43 +129,45 @@ def _matrices(plain: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
 
 
 def _against_config(
-    claims: Claims | None,
+    schemes: DeclaredSchemes | None,
     modules: Mapping[str, QuantizedModule],
     plain: Mapping[str, TensorRef],
     broken: set[str],
-) -> list[Fault]:
+) -> list[Finding]:
     """The exclude list against the tensors, in both directions, and claims without any tensor."""
-    if claims is None:
+    if schemes is None:
         first = [(name, module.format) for name, module in modules.items()][:1]
         what = "says nothing of quantization, but {} is {} ({} such modules)"
-        return [Fault("config", CONFIG, what.format(*one, len(modules))) for one in first]
-    if claims.groups and not modules and not broken:
-        return [Fault("config", CONFIG, f"says {claims.label}, but no tensor is quantized")]
-    faults = []
+        return [Finding("config", CONFIG, what.format(*one, len(modules))) for one in first]
+    if schemes.groups and not modules and not broken:
+        return [Finding("config", CONFIG, f"says {schemes.label}, but no tensor is quantized")]
+    findings = []
     for name, module in modules.items():
         weight = module.tensors["weight"].name
-        if claims.excludes(name):
-            faults.append(Fault("exclude", weight, f"is {module.format}, but the configuration excludes it"))
-        elif claims.groups and claims.of(name) is None:
-            faults.append(
-                Fault("exclude", weight, f"is {module.format}, but the configuration does not name it")
+        if schemes.excludes(name):
+            findings.append(
+                Finding("exclude", weight, f"is {module.format}, but the configuration excludes it")
+            )
+        elif schemes.groups and schemes.of(name) is None:
+            findings.append(
+                Finding("exclude", weight, f"is {module.format}, but the configuration does not name it")
             )
     ends = {name.rpartition(".")[2] for name in (*modules, *broken)}
     for name, ref in _matrices(plain).items():
-        if claims.excludes(name) or claims.of(name) is None:
+        if schemes.excludes(name) or schemes.of(name) is None:
             continue
         end = name.rpartition(".")[2]
-        sure = end in ends or (end == "lm_head" and claims.method == "compressed-tensors")
-        if sure or claims.exclude is not None:
+        sure = end in ends or (end == "lm_head" and schemes.method == "compressed-tensors")
+        if sure or schemes.exclude is not None:
             what = f"is {ref.dtype}, not quantized, and the configuration does not exclude it"
-            faults.append(Fault("exclude", ref.name, what, warning=not sure))
-    return faults
+            findings.append(Finding("exclude", ref.name, what, warning=not sure))
+    return findings
 
 
-def _hidden_size(checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule]) -> list[Fault]:
+def _hidden_size(checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule]) -> list[Finding]:
     """FP8 bytes with scales for half of them look like NVFP4 of twice the width: the model's size tells."""
     hidden = checkpoint.config.get("hidden_size")
-    faults = []
+    findings = []
     for name, module in modules.items():
         end = name.rpartition(".")[2]
         reads_hidden = end in (
@@ -187,13 +189,13 @@ def _hidden_size(checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule])
             what = (
                 f"has {module.shape[1]} values of 4 bits a row, hidden_size is {hidden}: these are FP8 bytes"
             )
-            faults.append(Fault("format", weight.name, what))
-    return faults
+            findings.append(Finding("format", weight.name, what))
+    return findings
 
 
-def _fused(modules: Mapping[str, QuantizedModule]) -> list[Fault]:
+def _fused(modules: Mapping[str, QuantizedModule]) -> list[Finding]:
     """Projections that engines run as one must agree on the scales that one product has only one of."""
-    faults = []
+    findings = []
     for name in modules:
         parent, _, end = name.rpartition(".")
         for group in _FUSED:
@@ -208,5 +210,5 @@ def _fused(modules: Mapping[str, QuantizedModule]) -> list[Fault]:
                     what = (
                         f"{kin} have different ones: {', '.join(f'{value:.4g}' for value in sorted(values))}"
                     )
-                    faults.append(Fault("fused", refs[0].name, what, warning=True))
-    return faults
+                    findings.append(Finding("fused", refs[0].name, what, warning=True))
+    return findings

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmc.compiler.checkpoint.checkpoint import CONFIG, Checkpoint
-from llmc.compiler.checkpoint.finding import Fault
+from llmc.compiler.checkpoint.finding import Finding
 from llmc.compiler.checkpoint.prequantized.config_groups import (
     Groups,
     describe_groups,
@@ -23,7 +23,7 @@ from llmc.compiler.checkpoint.prequantized.config_groups import (
     names,
     read_groups,
 )
-from llmc.compiler.checkpoint.prequantized.scheme import Claim, Claims
+from llmc.compiler.checkpoint.prequantized.scheme import DeclaredScheme, DeclaredSchemes
 from llmc.compiler.checkpoint.safetensors import refuse_lfs_pointer
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 
@@ -32,7 +32,7 @@ METHODS = {"modelopt": "ModelOpt", "compressed-tensors": "compressed-tensors", "
 _KEY = "quantization_config"
 
 
-def read_claims(checkpoint: Checkpoint) -> Claims | None:
+def read_claims(checkpoint: Checkpoint) -> DeclaredSchemes | None:
     """The claims of a checkpoint's files, or None for one that says it is not quantized.
 
     Raises UnsupportedError for a method or format that llmc does not read, and CheckpointError for
@@ -62,27 +62,27 @@ def read_claims(checkpoint: Checkpoint) -> Claims | None:
         return _compressed_tensors(found)
     if method == "fp8":
         return _fp8(found)
-    claims = _modelopt(found)
-    return claims if extra is None else _compare(claims, _modelopt(extra))
+    schemes = _modelopt(found)
+    return schemes if extra is None else _compare(schemes, _modelopt(extra))
 
 
-def _compare(claims: Claims, beside: Claims) -> Claims:
-    """`claims` of config.json, with what hf_quant_config.json says otherwise."""
-    faults = []
-    if claims.groups != beside.groups and claims.label != beside.label:
-        what = f"says {beside.label}, {CONFIG} says {claims.label}"
-        faults.append(Fault("config", MODELOPT_FILE, what))
-    if claims.exclude is None:
-        claims = replace(claims, exclude=beside.exclude)
-    elif beside.exclude is not None and set(claims.exclude) != set(beside.exclude):
-        odd = sorted(set(claims.exclude) ^ set(beside.exclude))
+def _compare(schemes: DeclaredSchemes, beside: DeclaredSchemes) -> DeclaredSchemes:
+    """`schemes` of config.json, with what hf_quant_config.json says otherwise."""
+    findings = []
+    if schemes.groups != beside.groups and schemes.label != beside.label:
+        what = f"says {beside.label}, {CONFIG} says {schemes.label}"
+        findings.append(Finding("config", MODELOPT_FILE, what))
+    if schemes.exclude is None:
+        schemes = replace(schemes, exclude=beside.exclude)
+    elif beside.exclude is not None and set(schemes.exclude) != set(beside.exclude):
+        odd = sorted(set(schemes.exclude) ^ set(beside.exclude))
         what = f"excludes other modules than {CONFIG} does, such as {odd[0]!r}"
-        faults.append(Fault("config", MODELOPT_FILE, what, warning=True))
+        findings.append(Finding("config", MODELOPT_FILE, what, warning=True))
     return replace(
-        claims,
-        faults=(*claims.faults, *faults),
-        kv_cache=claims.kv_cache or beside.kv_cache,
-        producer=claims.producer or beside.producer,
+        schemes,
+        findings=(*schemes.findings, *findings),
+        kv_cache=schemes.kv_cache or beside.kv_cache,
+        producer=schemes.producer or beside.producer,
     )
 
 
@@ -99,22 +99,22 @@ _INPUTS = {
 }
 
 
-def _algorithm(name: Any, group: Any) -> Claim:
+def _algorithm(name: Any, group: Any) -> DeclaredScheme:
     """ModelOpt's quant_algo."""
     size = group if isinstance(group, int) and group > 0 else None
     inputs = _INPUTS.get(name, "") if isinstance(name, str) else ""
     if name in ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8"):
-        return Claim("nvfp4", size or 16, static_input=_STATIC.get(name), inputs=inputs)
+        return DeclaredScheme("nvfp4", size or 16, static_input=_STATIC.get(name), inputs=inputs)
     if name == "FP8":
-        return Claim("fp8", static_input=True, inputs=inputs)
+        return DeclaredScheme("fp8", static_input=True, inputs=inputs)
     if name == "FP8_PER_CHANNEL_PER_TOKEN":
-        return Claim("fp8-channel", inputs=inputs)
+        return DeclaredScheme("fp8-channel", inputs=inputs)
     if name in ("FP8_PB_WO", "FP8_PB"):
-        return Claim("fp8-block", block=(128, 128), inputs=inputs)
+        return DeclaredScheme("fp8-block", block=(128, 128), inputs=inputs)
     if name == "W4A16_AWQ":
-        return Claim("int4-awq", size)
+        return DeclaredScheme("int4-awq", size)
     if name in ("W8A16", "W8A8_SQ_PER_CHANNEL"):
-        return Claim("int8", inputs=inputs)
+        return DeclaredScheme("int8", inputs=inputs)
     raise UnsupportedError(
         f"ModelOpt's {name!r} is a format that llmc does not read",
         hint="known: FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, NVFP4, W4A16_NVFP4, NVFP4_AWQ, "
@@ -122,7 +122,7 @@ def _algorithm(name: Any, group: Any) -> Claim:
     )
 
 
-def _modelopt(config: Mapping[str, Any]) -> Claims:
+def _modelopt(config: Mapping[str, Any]) -> DeclaredSchemes:
     inner = config.get("quantization")
     said: Mapping[str, Any] = inner if isinstance(inner, dict) else config
     algorithm = said.get("quant_algo")
@@ -145,7 +145,7 @@ def _modelopt(config: Mapping[str, Any]) -> Claims:
     made_by = producer if isinstance(producer, dict) else {}
     kv = said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme")
     label = str(algorithm) if algorithm else describe_groups(groups)
-    return Claims(
+    return DeclaredSchemes(
         method="modelopt",
         label=f"{METHODS['modelopt']} {label}",
         producer=" ".join(str(made_by[key]) for key in ("name", "version") if made_by.get(key)),
@@ -155,36 +155,36 @@ def _modelopt(config: Mapping[str, Any]) -> Claims:
     )
 
 
-def _compressed_tensors(config: Mapping[str, Any]) -> Claims:
+def _compressed_tensors(config: Mapping[str, Any]) -> DeclaredSchemes:
     groups = read_groups(config, "int4-packed")
     status = config.get("quantization_status")
-    faults: tuple[Fault, ...] = ()
+    findings: tuple[Finding, ...] = ()
     if status not in (None, "compressed"):
-        faults = (Fault("config", CONFIG, f"quantization_status is {status!r}, not 'compressed'"),)
-    return Claims(
+        findings = (Finding("config", CONFIG, f"quantization_status is {status!r}, not 'compressed'"),)
+    return DeclaredSchemes(
         method="compressed-tensors",
         label=f"{METHODS['compressed-tensors']} {config.get('format', describe_groups(groups))}",
         producer=f"compressed-tensors {config['version']}" if config.get("version") else "",
         groups=groups,
         exclude=names(config.get("ignore", [])),
         kv_cache=kv_format(config.get("kv_cache_scheme")),
-        faults=faults,
+        findings=findings,
     )
 
 
-def _fp8(config: Mapping[str, Any]) -> Claims:
+def _fp8(config: Mapping[str, Any]) -> DeclaredSchemes:
     size = config.get("weight_block_size")
     static = config.get("activation_scheme") == "static"
     if isinstance(size, list) and len(size) == 2 and all(type(one) is int and one > 0 for one in size):
-        claim = Claim("fp8-block", block=(size[0], size[1]), static_input=static, inputs="fp8")
+        scheme = DeclaredScheme("fp8-block", block=(size[0], size[1]), static_input=static, inputs="fp8")
     else:
-        claim = Claim("fp8", static_input=static, inputs="fp8")
+        scheme = DeclaredScheme("fp8", static_input=static, inputs="fp8")
     exclude = config.get("modules_to_not_convert") or config.get("ignored_layers")
-    return Claims(
+    return DeclaredSchemes(
         "fp8",
         METHODS["fp8"],
         "",
-        ((("Linear",), claim),),
+        ((("Linear",), scheme),),
         names(exclude),
         kv_format(config.get("kv_cache_scheme")),
     )

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from llmc.compiler.checkpoint.finding import Fault
+from llmc.compiler.checkpoint.finding import Finding
 from llmc.compiler.checkpoint.prequantized.module import Format, QuantizedModule, Role
-from llmc.compiler.checkpoint.prequantized.scheme import Claim
+from llmc.compiler.checkpoint.prequantized.scheme import DeclaredScheme
 from llmc.compiler.checkpoint.prequantized.shapes import lay_out
 from llmc.compiler.checkpoint.safetensors import TensorRef
 
@@ -30,82 +30,85 @@ def is_quantized(tensors: Mapping[Role, TensorRef]) -> bool:
 
 
 def recognize(
-    name: str, tensors: Mapping[Role, TensorRef], claim: Claim | None
-) -> tuple[QuantizedModule | None, list[Fault]]:
+    name: str, tensors: Mapping[Role, TensorRef], scheme: DeclaredScheme | None
+) -> tuple[QuantizedModule | None, list[Finding]]:
     """The module, if its layout is sound, and every fault of the layout."""
     weight = tensors.get("weight")
     if weight is None:
         first = next(iter(tensors.values()))
-        return None, [Fault("missing", first.name, f"{name} has this, but no weight")]
+        return None, [Finding("missing", first.name, f"{name} has this, but no weight")]
     if weight.dtype not in _CODES:
         scale = tensors.get("weight_scale") or next(iter(tensors.values()))
-        return None, [Fault("format", scale.name, f"scales a weight of {weight.dtype}, which has no codes")]
+        return None, [Finding("format", scale.name, f"scales a weight of {weight.dtype}, which has no codes")]
     if len(weight.shape) != 2 or 0 in weight.shape:
-        return None, [Fault("shape", weight.name, f"is {list(weight.shape)}; llmc reads [out, in] only")]
-    missing = _missing_scales(weight, tensors, claim)
+        return None, [Finding("shape", weight.name, f"is {list(weight.shape)}; llmc reads [out, in] only")]
+    missing = _missing_scales(weight, tensors, scheme)
     if missing:
-        return None, [Fault("missing", weight.name, f"its {one} is missing") for one in missing]
-    guess = _format(tensors, claim)
+        return None, [Finding("missing", weight.name, f"its {one} is missing") for one in missing]
+    guess = _format(tensors, scheme)
     if guess is None:
-        expected = f" ({claim.format} was expected)" if claim else ""
+        expected = f" ({scheme.format} was expected)" if scheme else ""
         what = f"{weight.dtype} {list(weight.shape)} with these scales is no layout that llmc knows{expected}"
-        return None, [Fault("format", weight.name, what)]
-    faults = _dtypes(guess, tensors)
-    if faults:
-        return None, faults
-    laid_out = lay_out(name, guess, tensors, claim)
-    if isinstance(laid_out, Fault):
+        return None, [Finding("format", weight.name, what)]
+    findings = _dtypes(guess, tensors)
+    if findings:
+        return None, findings
+    laid_out = lay_out(name, guess, tensors, scheme)
+    if isinstance(laid_out, Finding):
         return None, [laid_out]
-    return laid_out, compare(laid_out, claim) if claim else []
+    return laid_out, compare(laid_out, scheme) if scheme else []
 
 
-def compare(module: QuantizedModule, claim: Claim) -> list[Fault]:
+def compare(module: QuantizedModule, scheme: DeclaredScheme) -> list[Finding]:
     """Where a module of a sound layout contradicts the configuration."""
     weight, scale = module.tensors["weight"], module.tensors["weight_scale"]
-    if module.format != claim.format:
-        what = (
-            f"is {module.format} ({weight.dtype} {list(weight.shape)}), the configuration says {claim.format}"
-        )
-        return [Fault("format", weight.name, what)]
-    if claim.group_size is not None:
-        size = claim.group_size or module.shape[1]
+    if module.format != scheme.format:
+        found = f"{weight.dtype} {list(weight.shape)}"
+        what = f"is {module.format} ({found}), the configuration says {scheme.format}"
+        return [Finding("format", weight.name, what)]
+    if scheme.group_size is not None:
+        size = scheme.group_size or module.shape[1]
         groups = math.ceil(module.shape[1] / size)
         stored = scale.shape[1] if len(scale.shape) > 1 else 1
         if stored != groups:
-            said = claim.group_size or "one for the row"
+            said = scheme.group_size or "one for the row"
             what = f"has {stored} scales a row of {module.shape[1]}: groups of {module.block[1]}, "
             what += f"the configuration says {said}"
             if module.format == "nvfp4" and module.block[1] == 2 * size:
                 what += ", or the weight is FP8 bytes"
-            return [Fault("shape", scale.name, what)]
-    faults = []
-    if claim.static_input and not {"input_scale", "inverse_input_scale"} & module.tensors.keys():
+            return [Finding("shape", scale.name, what)]
+    findings = []
+    if scheme.static_input and not {"input_scale", "inverse_input_scale"} & module.tensors.keys():
         which = "input_global_scale" if "inverse_global_scale" in module.tensors else "input_scale"
-        faults.append(
-            Fault("missing", weight.name, f"its {which} is missing: the activations' scale is static")
+        findings.append(
+            Finding("missing", weight.name, f"its {which} is missing: the activations' scale is static")
         )
-    if not claim.symmetric and "zero_point" not in module.tensors:
-        faults.append(Fault("missing", weight.name, "its weight_zero_point is missing: it is not symmetric"))
-    if claim.symmetric and (point := module.tensors.get("zero_point")) is not None:
-        faults.append(Fault("format", point.name, "is there, although the configuration says symmetric"))
-    return faults
+    if not scheme.symmetric and "zero_point" not in module.tensors:
+        findings.append(
+            Finding("missing", weight.name, "its weight_zero_point is missing: it is not symmetric")
+        )
+    if scheme.symmetric and (point := module.tensors.get("zero_point")) is not None:
+        findings.append(Finding("format", point.name, "is there, although the configuration says symmetric"))
+    return findings
 
 
-def _missing_scales(weight: TensorRef, tensors: Mapping[Role, TensorRef], claim: Claim | None) -> list[str]:
+def _missing_scales(
+    weight: TensorRef, tensors: Mapping[Role, TensorRef], scheme: DeclaredScheme | None
+) -> list[str]:
     packed = weight.name.endswith("weight_packed")
     missing = [] if "weight_scale" in tensors else ["weight_scale"]
     if weight.dtype == "I32" and packed and "shape" not in tensors:
         missing.append("weight_shape")
     scale = tensors.get("weight_scale")
     four_bits = weight.dtype == "U8" and (
-        packed or (scale.dtype == "F8_E4M3" if scale else claim is not None and claim.format == "nvfp4")
+        packed or (scale.dtype == "F8_E4M3" if scale else scheme is not None and scheme.format == "nvfp4")
     )
     if four_bits and not {"global_scale", "inverse_global_scale"} & tensors.keys():
         missing.append("weight_global_scale" if packed else "weight_scale_2")
     return missing
 
 
-def _format(tensors: Mapping[Role, TensorRef], claim: Claim | None) -> Format | None:
+def _format(tensors: Mapping[Role, TensorRef], scheme: DeclaredScheme | None) -> Format | None:
     weight, scale = tensors["weight"], tensors["weight_scale"]
     packed = weight.name.endswith("weight_packed")
     if weight.dtype == "U8":
@@ -118,13 +121,13 @@ def _format(tensors: Mapping[Role, TensorRef], claim: Claim | None) -> Format | 
         shape = tensors["shape"].read().reshape(-1)
         columns = int(shape[-1]) if shape.size else 0
         by_bits: dict[int, Format] = {4: "int4-packed", 8: "int8-packed"}
-        fitting = [
-            form for bits, form in by_bits.items() if math.ceil(columns * bits / 32) == weight.shape[1]
-        ]
+        fitting = [fmt for bits, fmt in by_bits.items() if math.ceil(columns * bits / 32) == weight.shape[1]]
         if len(fitting) == 2:  # one word a row
-            return claim.format if claim and claim.format in fitting else fitting[0]
+            return scheme.format if scheme and scheme.format in fitting else fitting[0]
         return (
-            fitting[0] if fitting else (claim.format if claim and claim.format in by_bits.values() else None)
+            fitting[0]
+            if fitting
+            else (scheme.format if scheme and scheme.format in by_bits.values() else None)
         )
     if weight.dtype == "I8":
         return "int8"
@@ -132,27 +135,27 @@ def _format(tensors: Mapping[Role, TensorRef], claim: Claim | None) -> Format | 
         if scale.name.endswith("_inv") and len(scale.shape) == 2:
             return "fp8-block"
         if math.prod(scale.shape) == 1:
-            return "fp8-block" if claim and claim.format == "fp8-block" else "fp8"
+            return "fp8-block" if scheme and scheme.format == "fp8-block" else "fp8"
         if len(scale.shape) == 1 or (len(scale.shape) == 2 and scale.shape == (weight.shape[0], 1)):
             return "fp8-channel"
         return "fp8-block"
     return None
 
 
-def _dtypes(form: Format, tensors: Mapping[Role, TensorRef]) -> list[Fault]:
+def _dtypes(fmt: Format, tensors: Mapping[Role, TensorRef]) -> list[Finding]:
     """Scales of a dtype that the format does not have."""
     allowed = {
-        "weight_scale": _SCALE_DTYPES.get(form, _FLOATS),
+        "weight_scale": _SCALE_DTYPES.get(fmt, _FLOATS),
         "zero_point": ("I32",),
         "group_index": _INDICES,
         "shape": _INDICES,
     }
-    faults = []
+    findings = []
     for role, ref in tensors.items():
         if role not in ("weight", "bias") and ref.dtype not in (known := allowed.get(role, _FLOATS)):
-            what = f"is {ref.dtype}, of {form} it is {' or '.join(known)}"
-            faults.append(Fault("dtype", ref.name, what))
+            what = f"is {ref.dtype}, of {fmt} it is {' or '.join(known)}"
+            findings.append(Finding("dtype", ref.name, what))
         scalars = ("global_scale", "inverse_global_scale", "input_scale", "inverse_input_scale")
         if role in scalars and math.prod(ref.shape) != 1:
-            faults.append(Fault("shape", ref.name, f"is {list(ref.shape)}, not one number"))
-    return faults
+            findings.append(Finding("shape", ref.name, f"is {list(ref.shape)}, not one number"))
+    return findings

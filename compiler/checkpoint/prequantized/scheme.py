@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llmc.compiler.checkpoint.finding import Fault
+from llmc.compiler.checkpoint.finding import Finding
 from llmc.compiler.checkpoint.prequantized.module import Format
 from llmc.compiler.checkpoint.prequantized.patterns import matches
 
 
 @dataclass(frozen=True)
-class Claim:
+class DeclaredScheme:
     """What a configuration says about one module. None: it does not say.
 
     group_size: values of a row that share a scale; 0: the whole row. block: rows and columns.
@@ -26,7 +26,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Claims:
+class DeclaredSchemes:
     """groups: (targets, claim), the first match counts; a target that is a class name is for every module.
 
     exclude: None when the files have no such list. kv_cache: "" when they name no format for it.
@@ -35,22 +35,22 @@ class Claims:
     method: str
     label: str
     producer: str
-    groups: tuple[tuple[tuple[str, ...], Claim], ...]
+    groups: tuple[tuple[tuple[str, ...], DeclaredScheme], ...]
     exclude: tuple[str, ...] | None
     kv_cache: str
-    faults: tuple[Fault, ...] = field(default=(), compare=False)
+    findings: tuple[Finding, ...] = field(default=(), compare=False)
 
-    def of(self, module: str) -> Claim | None:
+    def of(self, module: str) -> DeclaredScheme | None:
         """The claim for a module that is not excluded; None if the files do not name it."""
-        for targets, claim in self.groups:
+        for targets, scheme in self.groups:
             if matches(module, targets):
-                return claim
+                return scheme
         return self.default
 
     @property
-    def default(self) -> Claim | None:
+    def default(self) -> DeclaredScheme | None:
         """The claim for every linear layer that no other target names."""
-        return next((claim for targets, claim in self.groups if any(map(_is_class, targets))), None)
+        return next((scheme for targets, scheme in self.groups if any(map(_is_class, targets))), None)
 
     def excludes(self, module: str) -> bool:
         return matches(module, self.exclude or ())

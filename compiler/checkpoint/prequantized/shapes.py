@@ -5,63 +5,63 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from llmc.compiler.checkpoint.finding import Fault
+from llmc.compiler.checkpoint.finding import Finding
 from llmc.compiler.checkpoint.prequantized.module import Format, QuantizedModule, Role
-from llmc.compiler.checkpoint.prequantized.scheme import Claim
+from llmc.compiler.checkpoint.prequantized.scheme import DeclaredScheme
 from llmc.compiler.checkpoint.safetensors import TensorRef
 
 
 def lay_out(
-    name: str, form: Format, tensors: Mapping[Role, TensorRef], claim: Claim | None
-) -> QuantizedModule | Fault:
+    name: str, fmt: Format, tensors: Mapping[Role, TensorRef], scheme: DeclaredScheme | None
+) -> QuantizedModule | Finding:
     """The module with its shape [out, in] and block, or the first contradiction of shapes."""
     weight, scale = tensors["weight"], tensors["weight_scale"]
     rows, columns = weight.shape
-    if form == "nvfp4":
+    if fmt == "nvfp4":
         columns *= 2
-    elif form == "int4-awq":
+    elif fmt == "int4-awq":
         rows *= 2
-    elif form in ("int4-packed", "int8-packed"):
+    elif fmt in ("int4-packed", "int8-packed"):
         stored = tuple(int(one) for one in tensors["shape"].read().reshape(-1))
-        words = math.ceil(stored[-1] * (4 if form == "int4-packed" else 8) / 32) if len(stored) == 2 else -1
+        words = math.ceil(stored[-1] * (4 if fmt == "int4-packed" else 8) / 32) if len(stored) == 2 else -1
         if len(stored) != 2 or (stored[0], words) != weight.shape:
-            what = f"says {list(stored)}, which is not what {form} {list(weight.shape)} holds"
-            return Fault("shape", tensors["shape"].name, what)
+            what = f"says {list(stored)}, which is not what {fmt} {list(weight.shape)} holds"
+            return Finding("shape", tensors["shape"].name, what)
         rows, columns = stored
-    block = _block(form, (rows, columns), scale, claim)
+    block = _block(fmt, (rows, columns), scale, scheme)
     if block is None:
         what = f"is {list(scale.shape)}, which does not divide the weight of {[rows, columns]}"
-        if form == "fp8-block":
-            want = claim.block if claim and claim.block else (128, 128)
+        if fmt == "fp8-block":
+            want = scheme.block if scheme and scheme.block else (128, 128)
             need = _ceil((rows, columns), want)
             what = f"is {list(scale.shape)}; blocks of {list(want)} in {[rows, columns]} need {need}"
-        return Fault("shape", scale.name, what)
-    module = QuantizedModule(name, form, (rows, columns), block, dict(tensors))
+        return Finding("shape", scale.name, what)
+    module = QuantizedModule(name, fmt, (rows, columns), block, dict(tensors))
     return _others(module) or module
 
 
 def _block(
-    form: Format, shape: tuple[int, int], scale: TensorRef, claim: Claim | None
+    fmt: Format, shape: tuple[int, int], scale: TensorRef, scheme: DeclaredScheme | None
 ) -> tuple[int, int] | None:
     """Rows and columns that share a scale; None if the scale's shape does not fit."""
     rows, columns = shape
-    if form in ("fp8", "int8") and math.prod(scale.shape) == 1:
+    if fmt in ("fp8", "int8") and math.prod(scale.shape) == 1:
         return rows, columns
-    if form in ("fp8-channel", "int8"):
+    if fmt in ("fp8-channel", "int8"):
         return (1, columns) if scale.shape in ((rows,), (rows, 1)) else None
-    if form == "fp8-block":
+    if fmt == "fp8-block":
         grid = scale.shape[::2] if len(scale.shape) == 4 and scale.shape[1::2] == (1, 1) else scale.shape
-        block = claim.block if claim and claim.block else (128, 128)
+        block = scheme.block if scheme and scheme.block else (128, 128)
         return block if list(grid) == _ceil(shape, block) else None
     if len(scale.shape) != 2 or scale.shape[0] != rows or not scale.shape[1]:
         return None
-    size = claim.group_size if claim and claim.group_size else None
+    size = scheme.group_size if scheme and scheme.group_size else None
     if size and math.ceil(columns / size) == scale.shape[1]:
         return 1, min(size, columns)  # of int4-packed the last group may be short
     return None if columns % scale.shape[1] else (1, columns // scale.shape[1])
 
 
-def _others(module: QuantizedModule) -> Fault | None:
+def _others(module: QuantizedModule) -> Finding | None:
     """The first tensor, other than the weight and its scale, whose shape does not fit."""
     rows, columns = module.shape
     groups = math.ceil(columns / module.block[1])
@@ -69,11 +69,11 @@ def _others(module: QuantizedModule) -> Fault | None:
     wanted = {"zero_point": (words, groups), "group_index": (columns,), "pre_quant_scale": (columns,)}
     for role, ref in module.tensors.items():
         if role in wanted and ref.shape != wanted[role]:
-            return Fault("shape", ref.name, f"is {list(ref.shape)}, not {list(wanted[role])}")
+            return Finding("shape", ref.name, f"is {list(ref.shape)}, not {list(wanted[role])}")
         if role == "zero_point" and module.format not in ("int4-packed", "int8-packed"):
-            return Fault("format", ref.name, f"is not read with {module.format}")
+            return Finding("format", ref.name, f"is not read with {module.format}")
     if (index := module.tensors.get("group_index")) is not None and int(index.read().max()) >= groups:
-        return Fault("value", index.name, f"names groups beyond the {groups} there are")
+        return Finding("value", index.name, f"names groups beyond the {groups} there are")
     return None
 
 

@@ -95,8 +95,8 @@ class TensorRTTarget:
         if request.quant:
             capability.check(request.quant, request.target, sms)
 
-    def head_format(self, form: str) -> str | None:
-        del form
+    def head_format(self, fmt: str) -> str | None:
+        del fmt
         return None
 
     def lower(self, model: ir.Model, dtype: str, tensors: Mapping[str, TensorRef]) -> Target:

@@ -45,7 +45,7 @@ class TensorRtBackend:
         self._decoders: dict[int, Callable[[], None]] = {}
         self._sampler: TokenSampler | None = None
         try:
-            with _told_as_backend_error("cannot load the engine"):
+            with _as_backend_error("cannot load the engine"):
                 self._load(manifest, directory, device, step, kv_memory)
             self._try(min(2, step.max_tokens))
         except BaseException:
@@ -122,7 +122,7 @@ class TensorRtBackend:
     def forward(self, batch: Batch) -> np.ndarray:
         """Logits float32 [N, vocab] of the rows in `batch.logits_index`; valid until the next call."""
         logits = self._logits[: len(batch.logits_index)]
-        with _told_as_backend_error("the step failed"):
+        with _as_backend_error("the step failed"):
             self._cuda.use()
             try:
                 self._run(batch)
@@ -136,7 +136,7 @@ class TensorRtBackend:
         """What the choice of tokens needs of each row in `batch.logits_index`: see `SamplingBackend`."""
         assert self._sampler is not None  # the engine asks for no more than max_candidates
         rows = len(batch.logits_index)
-        with _told_as_backend_error("the step failed"):
+        with _as_backend_error("the step failed"):
             self._cuda.use()
             try:
                 self._run(batch)
@@ -193,7 +193,7 @@ class TensorRtBackend:
             table = np.array([0, 1], np.int32)
             self.forward(Batch(np.zeros_like(places), places, span, one, one, table, span[1:] - 1))
         if self._sampler:
-            with _told_as_backend_error("the sampling kernels failed"):
+            with _as_backend_error("the sampling kernels failed"):
                 for k in (1, 2):  # both pairs of kernels, on the logits that lie there now
                     self._sampler.candidates(1, k)
 
@@ -201,7 +201,7 @@ class TensorRtBackend:
         """Frees all memory on the GPU, and what TensorRT holds. The backend is of no use afterwards."""
         owned = self._owned.pop_all()  # a second call finds nothing
         self._decoders.clear()
-        with _told_as_backend_error("could not free the GPU's memory"), owned:
+        with _as_backend_error("could not free the GPU's memory"), owned:
             if self._contexts:
                 self._cuda.use()
                 self._cuda.wait()
@@ -221,7 +221,7 @@ def _image(directory: Path, file: KernelFile) -> KernelImage:
 
 
 @contextlib.contextmanager
-def _told_as_backend_error(what: str) -> Iterator[None]:
+def _as_backend_error(what: str) -> Iterator[None]:
     """CUDA's errors and those of the launcher, as ours."""
     try:
         yield
