@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="gpu-check needs triton")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu_check import aot, correctness, graph, jit, parts, peers, report, speed, steps, tensorrt_try  # noqa: E402
+from gpu_check import aot, ceilings, correctness, graph, jit, parts, peers, report, speed, steps, tensorrt_try  # noqa: E402
 from gpu_check import cases as planned  # noqa: E402
 from gpu_check.card import Card  # noqa: E402
 from gpu_check.cases import Case, Step  # noqa: E402
@@ -33,6 +33,7 @@ from gpu_check.work import Workload, visible_pairs, workloads  # noqa: E402
 
 from llmc.plugins.paged_attention import compile_kernels, launch, reference  # noqa: E402
 from llmc.plugins.paged_attention.launch import FP8  # noqa: E402
+from llmc.runtime.bundle.reader import Bundle  # noqa: E402
 
 CARD = Card("NVIDIA Made-Up 1", 90, 100, 80 << 30, 50 << 20, "driver 1.2.3, 700 W")
 SMALL = Case("6/2x48/80 everything", "fp16", "mixed", planned.STEPS["mixed"])
@@ -421,14 +422,57 @@ def test_a_peer_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_engine_that_cannot_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = tensorrt_try.rows(Options(1))
     assert (row["status"], row["error"]) == ("absent", "no --engine BUNDLE was given")
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    (row,) = tensorrt_try.rows(Options(1, engine=str(tmp_path)))
-    assert row["status"] == "absent"
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="1.0"))
     (row,) = tensorrt_try.rows(Options(1, engine=str(tmp_path / "none")))
     assert row["status"] == "failed"
     assert row["error"].startswith("BundleError: ")
-    assert row["library"] == "tensorrt_rtx 1.0"
+    for engine, library in (("tensorrt-rtx", "tensorrt_rtx"), ("tensorrt", "tensorrt")):
+        made = SimpleNamespace(manifest=SimpleNamespace(target=SimpleNamespace(engine=engine)))
+        monkeypatch.setattr(Bundle, "open", lambda *_, made=made, **__: made)
+        monkeypatch.setitem(sys.modules, library, None)
+        (row,) = tensorrt_try.rows(Options(1, engine=str(tmp_path)))
+        assert row["status"] == "absent"
+        assert library in row["error"]
+        monkeypatch.setitem(sys.modules, library, SimpleNamespace(__version__="1.0"))
+        (row,) = tensorrt_try.rows(Options(1, engine=str(tmp_path)))
+        assert row["status"] == "failed"
+        assert row["library"] == f"{library} 1.0"
+
+
+def test_a_workload_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = SMALL_WORK * 2
+    done: list[Workload] = []
+
+    def contest(w: Workload, *_: Any) -> Any:
+        done.append(w)
+        if len(done) == 1:
+            raise MemoryError("none left")
+        yield {"name": str(w), "status": "measured"}
+
+    def synchronize() -> None:
+        if len(done) == 3:
+            raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(speed, "workloads", lambda **_: planned)
+    monkeypatch.setattr(speed, "current", lambda: CARD)
+    monkeypatch.setattr(speed, "L2", lambda _: None)
+    monkeypatch.setattr(speed, "_contest", contest)
+    for name, fake in (("synchronize", synchronize), ("mem_get_info", lambda: (64 << 30, 80 << 30))):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    found = list(speed.rows(Options(1), ("llmc",)))
+    assert [row["status"] for row in found] == ["failed", "measured", "measured", "failed"]
+    assert found[0]["error"] == "MemoryError: none left"
+    assert found[3]["error"] == "1 workloads not run after a fault"
+
+
+def test_a_ceiling_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory(_: int) -> Any:
+        yield {"name": "memory, copy", "status": "measured"}
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(ceilings, "_memory", memory)
+    monkeypatch.setattr(ceilings, "_matmul", lambda *_: iter([{"name": "matmul", "status": "measured"}]))
+    statuses = [row["status"] for row in ceilings.rows(Options(1))]
+    assert statuses == ["measured", "failed", "measured", "measured"]
 
 
 # The report.
