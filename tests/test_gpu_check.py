@@ -5,6 +5,7 @@ The numbers in fabricated results are made up; no measurement is meant.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -24,7 +25,21 @@ pytest.importorskip("triton", reason="gpu-check needs triton")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu_check import aot, ceilings, correctness, graph, jit, parts, peers, report, speed, steps, tensorrt_try  # noqa: E402
+from gpu_check import (  # noqa: E402
+    aot,
+    ceilings,
+    correctness,
+    graph,
+    jit,
+    parts,
+    peers,
+    report,
+    speed,
+    steps,
+    tensorrt_try,
+    tiles,
+    tune,
+)
 from gpu_check import cases as planned  # noqa: E402
 from gpu_check.card import Card  # noqa: E402
 from gpu_check.cases import Case, Step  # noqa: E402
@@ -598,3 +613,84 @@ def test_every_element_of_a_step_is_in_the_dtype() -> None:
     every = torch.from_numpy(np.arange(256).astype(np.uint8))
     back = steps.to_e4m3(steps.from_e4m3(every, 0.5), 0.5)
     assert torch.equal(back, every)
+
+
+# The tiles that `--tune` tries.
+
+
+@pytest.mark.parametrize("sm", [80, 90, 120])
+def test_tiles_begin_with_the_default(sm: int) -> None:
+    for v in map(tiles.variant, tiles.workloads()):
+        found = tiles.tiles(v, sm)
+        assert found[0].config(v, sm) == launch.configure(v, sm)
+        assert len({tiles.name(v, tile) for tile in found}) == len(found) > 8
+
+
+class Filled:
+    """Kernels that fill the output with ones; one tile's with twos."""
+
+    def __init__(self, _: Any = ()) -> None:
+        self.grids: dict[str, tuple[int, ...]] = {}
+
+    def put(self, name: str, grid: tuple[int, ...], given: dict[str, Any], _: int) -> None:
+        self.grids[name] = grid
+        value = 2.0 if name.endswith("-64-32-4-2") else 1.0
+        data = torch.full((64,), value, dtype=torch.bfloat16).view(torch.int16).numpy()
+        ctypes.memmove(given["output"], data.ctypes.data, data.nbytes)
+
+
+@pytest.fixture
+def no_gpu_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "make_tensors", lambda w, seed: speed.make_tensors(w, seed, "cpu"))
+    monkeypatch.setattr(tune, "difference", lambda a, b: speed.difference(a.flatten()[:64], b.flatten()[:64]))
+    monkeypatch.setattr(tune, "L2", lambda _: None)
+    monkeypatch.setattr(tune.jit, "run", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    times = iter(range(1000, 0, -1))  # later ones are faster
+
+    def seconds(call: Any, **_: Any) -> float:
+        call()
+        return next(times) / 1e6
+
+    monkeypatch.setattr(tune, "seconds", seconds)
+
+
+@pytest.mark.usefixtures("no_gpu_is_needed")
+def test_candidates_are_sorted_and_wrong_ones_told() -> None:
+    w = Workload("32/8x64", "bf16", None, 1, 0, 256)
+    v = tiles.variant(w)
+    known: Any = SimpleNamespace(registers=99, spills=0, shared_memory=1)
+    made = dict.fromkeys(tiles.tiles(v, 90), known)
+    kernels = Filled()
+    found = tune.measure(w, kernels, made, CARD, 3, None)  # type: ignore[arg-type]
+    assert len(found) == len(made)
+    times = [row["seconds"] for row in found[:-1]]
+    assert times == sorted(times)
+    assert found[-1]["error"] == "ValueError: differs from the default by 1, relative"
+    assert [row["rows"] for row in found if row["default"]] == [128]
+    assert kernels.grids["prefill-256-32-8-2"] == (256 // (256 // 4) + 1, 8, 1)
+    w = Workload("32/8x64", "bf16", FP8, 1, 8191, 1)
+    made = dict.fromkeys(tiles.tiles(tiles.variant(w), 90), known)
+    found = tune.measure(w, Filled(), made, CARD, 3, None)  # type: ignore[arg-type]
+    assert {row["splits"] for row in found} == {25, 1, 12, 50}
+    assert len(found) == len(made) + 3 * 5
+
+
+@pytest.mark.usefixtures("no_gpu_is_needed")
+def test_tuning_compiles_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    from llmc.plugins.paged_attention import cuda_kernels
+
+    w = Workload("32/8x64", "bf16", None, 1, 31, 1)
+    monkeypatch.setattr(cuda_kernels, "Kernels", Filled)
+    monkeypatch.setattr(tune, "workloads", lambda: [w])
+    monkeypatch.setattr(tune, "tiles", lambda v, sm: tiles.tiles(v, sm)[:2])
+    assert tune.run(CARD, 3, {}, tmp_path, 100.0) == 0
+    (entry,) = json.loads((tmp_path / "tiles-sm90.json").read_text())["workloads"]
+    assert entry["workload"] == str(w)
+    assert [row["default"] for row in entry["candidates"]] == [False] * 5 + [True]  # 2 tiles, 3 splits
+    assert "1000.0 us; rows 16 keys 64" in capsys.readouterr().out
+    assert tune.run(CARD, 3, {}, tmp_path, -1.0) == 0
