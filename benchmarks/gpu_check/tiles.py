@@ -17,6 +17,9 @@ _PREFILLS = (4096, 1024, 16384)
 _DECODES = (  # batch, context
     (8, 8192), (1, 8192), (64, 1024), (1, 32768), (64, 8192), (8, 1024), (8, 32768), (1, 1024), (64, 32768),
 )  # fmt: skip
+# Keys wait for their block's number: of three stages one copy is under way, of 5 two, of 7 three.
+_STAGES = (2, 3, 5, 7)
+MAX_SPILLS = 128  # bytes a thread; those beyond are not timed
 _REGISTERS = 200  # that sums and scores may take of a thread's 255
 
 
@@ -43,13 +46,13 @@ def tiles(v: Variant, sm: int) -> list[Tile]:
     """The default, then all others that might fit registers and shared memory."""
     first = default(v, sm)
     rows, warps = ((64, 128, 256), (4, 8)) if v.kernel == "prefill" else ((first.rows,), (2, 4, 8))
-    found = [Tile(*sizes) for sizes in itertools.product(rows, (32, 64, 128), warps, (2, 3, 4, 5))]
+    found = [Tile(*sizes) for sizes in itertools.product(rows, (32, 64, 128), warps, _STAGES)]
     wide, v_wide = launch.padded(v.head_dim), launch.padded(v.v_head_dim)
     element = 1 if v.kv_dtype == FP8 else 2
 
     def fits(tile: Tile) -> bool:
         registers = tile.rows * (v_wide + tile.keys) / (32 * tile.warps)
-        shared = tile.keys * (wide + v_wide) * element * (tile.stages - 1)
+        shared = tile.keys * (wide + v_wide) * element * (tile.stages // 2)
         return registers <= _REGISTERS and shared <= SHARED_LIMIT[sm] and tile.rows >= v.group
 
     return [first, *(tile for tile in found if tile != first and fits(tile))]
@@ -74,11 +77,12 @@ def name(v: Variant, tile: Tile) -> str:
 
 
 def build(v: Variant, sm: int, tile: Tile, cache: str) -> Kernel | None:
-    """Compiled, in a process of its own; None where it wants more than the SM has."""
+    """Compiled, in a process of its own; None where it wants more than the SM has, or spills much."""
     from llmc.plugins.paged_attention import kernels
 
     try:
         function, config = getattr(kernels, v.kernel), tile.config(v, sm)
-        return compile_source(function, str(v), launch.signature(v), config, sm, Path(cache))
+        made = compile_source(function, str(v), launch.signature(v), config, sm, Path(cache))
     except CompileError:
         return None
+    return made if made.spills <= MAX_SPILLS or tile == default(v, sm) else None
