@@ -70,7 +70,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @needs_packages
 @pytest.mark.slow
-@pytest.mark.parametrize("graphs", ["graphs", "no graphs", "graphs, FP8 cache"])
+@pytest.mark.parametrize("graphs", ["graphs", "no graphs", "no room", "graphs, FP8 cache"])
 def test_steps_on_a_stand_in_for_the_gpu(graphs: str, stand_in: Path, directory: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "LD_LIBRARY_PATH": str(stand_in)}
     if "FP8" in graphs:
