@@ -41,7 +41,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
         return 1
     seed = secrets.randbits(31) if arguments.seed is None else arguments.seed
-    return _check(card, Options(seed, arguments.quick, arguments.engine), arguments)
+    options = Options(seed, arguments.quick, arguments.engine)
+    if arguments.tune:
+        from . import tune
+        from .report import machine
+
+        return tune.run(card, seed, machine(card, options), arguments.output, arguments.time_limit)
+    return _check(card, options, arguments)
 
 
 def _check(card: Any, options: Options, arguments: argparse.Namespace) -> int:
@@ -72,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpu-check", description="Check and measure the kernels on a GPU.")
     parser.add_argument("--quick", action="store_true", help="fewer cases: about two minutes")
     parser.add_argument("--engine", metavar="BUNDLE", help="a TensorRT bundle to load and run")
+    parser.add_argument("--tune", action="store_true", help="time other tiles instead of checking")
     parser.add_argument("--seed", type=int, help="of the random inputs (default: a new one)")
     parser.add_argument("--part", action="append", choices=[p.name for p in PARTS], help="only this part")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "gpu", help="where results go")

@@ -71,9 +71,13 @@ def image(launcher: Any, variant: launch.Variant, sm: int, cache: Path) -> Any:
     """The variant's cubin as `launcher` (plugins/paged_attention/cuda_kernels.py) takes it."""
     from llmc.plugins.paged_attention.compile_kernels import compile_variant
 
-    made = compile_variant(variant, sm, cache)
+    return kernel_image(launcher, str(variant), compile_variant(variant, sm, cache))
+
+
+def kernel_image(launcher: Any, name: str, made: Any) -> Any:
+    """`compile_kernels.Kernel` -> `KernelImage` of that name."""
     return launcher.KernelImage(
-        variant=str(variant), entry=made.name, image=made.cubin,
+        variant=name, entry=made.name, image=made.cubin,
         shared_memory=made.shared_memory, num_warps=made.num_warps,
     )  # fmt: skip
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
-from .options import Options, Row
+from .options import Options, Row, failure
 from .timing import seconds
 
 _SIZE = 8192  # of the matrices
@@ -15,10 +16,18 @@ _BYTES = 4 << 30
 
 def rows(options: Options) -> Iterator[Row]:
     repeats = 10 if options.quick else 20
-    yield from _memory(repeats)
-    torch.cuda.empty_cache()
+    yield from _kept("memory", partial(_memory, repeats))
     for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        yield _matmul(dtype, torch_dtype, repeats)
+        yield from _kept(f"matmul, {dtype}", partial(_matmul, dtype, torch_dtype, repeats))
+
+
+def _kept(name: str, measure: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """One measurement; where it fails, the others are made all the same."""
+    try:
+        yield from measure()
+    except Exception as error:
+        yield failure(name, error)
+    torch.cuda.empty_cache()
 
 
 def _memory(repeats: int) -> Iterator[Row]:
@@ -31,11 +40,11 @@ def _memory(repeats: int) -> Iterator[Row]:
     yield measured("memory, read", gbps=source.nbytes / took / 1e9, seconds=took)
 
 
-def _matmul(dtype: str, torch_dtype: torch.dtype, repeats: int) -> Row:
+def _matmul(dtype: str, torch_dtype: torch.dtype, repeats: int) -> Iterator[Row]:
     a, b = (torch.randn(_SIZE, _SIZE, device="cuda").to(torch_dtype) for _ in range(2))
     c = torch.empty_like(a)
     took = seconds(lambda: torch.matmul(a, b, out=c), repeats=repeats)
-    return measured(f"matmul, {dtype}", dtype=dtype, tflops=2 * _SIZE**3 / took / 1e12, seconds=took)
+    yield measured(f"matmul, {dtype}", dtype=dtype, tflops=2 * _SIZE**3 / took / 1e12, seconds=took)
 
 
 def measured(name: str, **figures: object) -> Row:

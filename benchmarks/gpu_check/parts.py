@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .options import Options, Row
+from .options import Options, Row, failure
 
 _TAIL = 1500  # characters kept of what a process that died had to say
 
@@ -61,10 +61,7 @@ def _rows(part: Part, options: Options) -> Iterator[Row]:
         module = importlib.import_module(f".{part.module}", __package__)
         yield from module.rows(options, *part.arguments)
     except Exception as error:
-        import traceback
-
-        said = f"{type(error).__name__}: {error}"
-        yield {"name": part.name, "status": "failed", "error": said, "traceback": traceback.format_exc()}
+        yield failure(part.name, error)
 
 
 def run_part(part: Part, options: Options, seconds_left: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from . import jit, peers
 from .card import Card, current
 from .ceilings import measured
-from .options import Options, Row
+from .options import Options, Row, failure
 from .steps import MODEL
 from .timing import L2, seconds
 from .work import Workload, workloads
@@ -43,14 +43,24 @@ def rows(options: Options, contenders: tuple[str, ...]) -> Iterator[Row]:
     if not (left := [name for name in contenders if name not in absent]):
         return
     l2 = L2(card.l2)
-    for workload in workloads(quick=options.quick):
+    planned = list(workloads(quick=options.quick))
+    for number, workload in enumerate(planned):
         if all(name != OURS and peers.cannot(name, workload) for name in left):
             continue
         torch.cuda.empty_cache()
         if workload.cache_bytes + _SLACK > torch.cuda.mem_get_info()[0]:
             yield {"name": str(workload), "status": "absent", "error": "the cache does not fit this card"}
             continue
-        yield from _contest(workload, left, options, card, l2)
+        try:
+            yield from _contest(workload, left, options, card, l2)
+        except Exception as error:  # before any contender ran: this workload's are lost, not the others'
+            yield failure(str(workload), error)
+        try:
+            torch.cuda.synchronize()
+        except Exception:  # the context is lost, with all that would follow
+            rest = len(planned) - number - 1
+            yield {"name": "the rest", "status": "failed", "error": f"{rest} workloads not run after a fault"}
+            return
 
 
 def _contest(w: Workload, contenders: list[str], options: Options, card: Card, l2: L2) -> Iterator[Row]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from .options import Options, Row
 
-_LIBRARY = "tensorrt_rtx"
 _PROMPT = [1, 2, 3, 4, 5]
 _TOKENS = 8
 
@@ -19,12 +18,17 @@ def rows(options: Options) -> Iterator[Row]:
     if not options.engine:
         yield {"name": name, "status": "absent", "error": "no --engine BUNDLE was given"}
         return
+    row: Row = {"name": name}
     try:
-        version = importlib.import_module(_LIBRARY).__version__
+        library = _library(options.engine)
+        version = importlib.import_module(library).__version__
     except ImportError as error:
-        yield {"name": name, "status": "absent", "error": f"{type(error).__name__}: {error}"}
+        yield row | {"status": "absent", "error": f"{type(error).__name__}: {error}"}
         return
-    row: Row = {"name": name, "library": f"{_LIBRARY} {version}"}
+    except Exception as error:
+        yield row | {"status": "failed", "error": _said(error)}
+        return
+    row["library"] = f"{library} {version}"
     begin = time.perf_counter()
     try:
         from llmc.runtime.load import load_engine
@@ -36,6 +40,17 @@ def rows(options: Options) -> Iterator[Row]:
         row |= {"load_seconds": loaded - begin, "seconds": time.perf_counter() - loaded}
         yield row | {"status": "passed", "token_ids": list(output.token_ids), "text": output.text}
     except Exception as error:
-        hint = getattr(error, "hint", "")
-        said = f"{type(error).__name__}: {error}" + (f" ({hint})" if hint else "")
-        yield row | {"status": "failed", "error": said}
+        yield row | {"status": "failed", "error": _said(error)}
+
+
+def _library(engine: str) -> str:
+    """The Python module of the TensorRT that the bundle was built for: there are two."""
+    from llmc.runtime.backends.tensorrt.checks import MODULES
+    from llmc.runtime.bundle.reader import Bundle
+
+    return MODULES[Bundle.open(engine, verify_hashes=False).manifest.target.engine]
+
+
+def _said(error: Exception) -> str:
+    hint = getattr(error, "hint", "")
+    return f"{type(error).__name__}: {error}" + (f" ({hint})" if hint else "")

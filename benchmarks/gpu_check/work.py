@@ -12,9 +12,17 @@ SHAPES = {
     "64/8x64": Attention(64, 8, 64, 64),
     "64/8x64 window sinks": Attention(64, 8, 64, 64, window=128, sinks=True),
 }
+# Those whose tiles `--tune` tries: head sizes and groups.
+TUNED = ("32/8x128", "32/8x64", "32/8x256", "64/8x128", "64/8x64", "64/8x256")
 PREFILLS = (1024, 4096, 16384)
 CONTEXTS = (1024, 8192, 32768)
 BATCHES = (1, 8, 64, 256)
+
+
+def _plain(shape: str) -> Attention:
+    """Of "query heads/key and value heads x head size"."""
+    heads, kv_heads, size = map(int, shape.replace("/", "x").split("x"))
+    return Attention(heads, kv_heads, size, size)
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Workload:
 
     @property
     def attention(self) -> Attention:
-        return SHAPES[self.shape]
+        return SHAPES.get(self.shape) or _plain(self.shape)
 
     @property
     def kind(self) -> str:

@@ -73,7 +73,10 @@ def _encode_e4m3(x):
 def _from_cache(x, dtype: tl.constexpr, FP8: tl.constexpr):
     """Cache entries in the model's dtype, exactly; those read by shifts come out divided by E4M3_IN_HALF."""
     if FP8 == 2:
-        result = x.to(tl.float8e4nv, bitcast=True).to(dtype)
+        # By way of float16, which holds every E4M3. Straight to bfloat16, Triton 3.6 (torch 2.11) emits
+        # cvt.bf16.f16, which SM89 lacks.
+        half = x.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        result = half if dtype == tl.float16 else half.to(tl.float32).to(dtype)
     elif FP8 == 1:
         code = x.to(tl.uint16)
         half = (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.float16, bitcast=True)

@@ -141,7 +141,7 @@ def make_plugin(trt: Any) -> Any:
     ):
         """One attention layer."""
 
-        def __init__(self, attributes: Attributes) -> None:
+        def __init__(self, attributes: Attributes, builds: bool) -> None:
             trt.IPluginV3.__init__(self)
             trt.IPluginV3OneCore.__init__(self)
             trt.IPluginV3OneBuildV2.__init__(self)
@@ -149,6 +149,7 @@ def make_plugin(trt: Any) -> Any:
             self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, VERSION, NAMESPACE
             self.num_outputs = _OUTPUTS
             self.attributes = attributes
+            self._builds = builds
             self._stored: list[np.ndarray] = []  # what get_fields_to_serialize points to
 
         def get_capability_interface(self, kind: Any) -> Any:
@@ -156,7 +157,7 @@ def make_plugin(trt: Any) -> Any:
             return self
 
         def clone(self) -> Any:
-            return PagedAttentionPlugin(self.attributes)
+            return PagedAttentionPlugin(self.attributes, self._builds)
 
         # Build.
 
@@ -226,6 +227,8 @@ def make_plugin(trt: Any) -> Any:
             outputs: Sequence[int], workspace: int, stream: int,
         ) -> None:  # fmt: skip
             del output_desc, workspace
+            if self._builds:
+                return  # TensorRT's builder times what it is given; here there is nothing to choose
             if _lent.launcher is None:
                 raise RuntimeError(
                     f"{DOMAIN}.{NAME} has no kernels in this process and cannot launch: "
@@ -243,7 +246,7 @@ def make_plugin(trt: Any) -> Any:
         ) -> None:  # fmt: skip
             for output, cache in _ALIASES.items():
                 if outputs[output] != inputs[cache]:
-                    raise RuntimeError(f"TensorRT gave {DOMAIN}.{NAME} a copy of {_INPUT_NAMES[cache]}")
+                    raise ValueError(f"TensorRT gave {DOMAIN}.{NAME} a copy of {_INPUT_NAMES[cache]}")
             key, value = described[_KEY_CACHE].dims, described[_VALUE_CACHE].dims
             scales = (self.attributes.key_scale, self.attributes.value_scale)
             launcher.launch(
@@ -267,7 +270,8 @@ def make_plugin(trt: Any) -> Any:
             self.field_names = trt.PluginFieldCollection(described)
 
         def create_plugin(self, name: str, given: Any, phase: Any) -> Any:
-            del name, phase
-            return PagedAttentionPlugin(Attributes.read({f.name: np.asarray(f.data).item() for f in given}))
+            del name
+            attributes = Attributes.read({f.name: np.asarray(f.data).item() for f in given})
+            return PagedAttentionPlugin(attributes, phase == trt.TensorRTPhase.BUILD)
 
     return PagedAttentionCreator()

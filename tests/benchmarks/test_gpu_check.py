@@ -5,6 +5,7 @@ The numbers in fabricated results are made up; no measurement is meant.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -24,7 +25,21 @@ pytest.importorskip("triton", reason="gpu-check needs triton")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu_check import aot, correctness, graph, jit, parts, peers, report, speed, steps, tensorrt_try  # noqa: E402
+from gpu_check import (  # noqa: E402
+    aot,
+    ceilings,
+    correctness,
+    graph,
+    jit,
+    parts,
+    peers,
+    report,
+    speed,
+    steps,
+    tensorrt_try,
+    tiles,
+    tune,
+)
 from gpu_check import cases as planned  # noqa: E402
 from gpu_check.card import Card  # noqa: E402
 from gpu_check.cases import Case, Step  # noqa: E402
@@ -33,6 +48,7 @@ from gpu_check.work import Workload, visible_pairs, workloads  # noqa: E402
 
 from llmc.plugins.paged_attention import compile_kernels, launch, reference  # noqa: E402
 from llmc.plugins.paged_attention.launch import FP8  # noqa: E402
+from llmc.runtime.bundle.reader import Bundle  # noqa: E402
 
 CARD = Card("NVIDIA Made-Up 1", 90, 100, 80 << 30, 50 << 20, "driver 1.2.3, 700 W")
 SMALL = Case("6/2x48/80 everything", "fp16", "mixed", planned.STEPS["mixed"])
@@ -421,14 +437,57 @@ def test_a_peer_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_engine_that_cannot_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = tensorrt_try.rows(Options(1))
     assert (row["status"], row["error"]) == ("absent", "no --engine BUNDLE was given")
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    (row,) = tensorrt_try.rows(Options(1, engine=str(tmp_path)))
-    assert row["status"] == "absent"
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="1.0"))
     (row,) = tensorrt_try.rows(Options(1, engine=str(tmp_path / "none")))
     assert row["status"] == "failed"
     assert row["error"].startswith("BundleError: ")
-    assert row["library"] == "tensorrt_rtx 1.0"
+    for engine, library in (("tensorrt-rtx", "tensorrt_rtx"), ("tensorrt", "tensorrt")):
+        made = SimpleNamespace(manifest=SimpleNamespace(target=SimpleNamespace(engine=engine)))
+        monkeypatch.setattr(Bundle, "open", lambda *_, made=made, **__: made)
+        monkeypatch.setitem(sys.modules, library, None)
+        (row,) = tensorrt_try.rows(Options(1, engine=str(tmp_path)))
+        assert row["status"] == "absent"
+        assert library in row["error"]
+        monkeypatch.setitem(sys.modules, library, SimpleNamespace(__version__="1.0"))
+        (row,) = tensorrt_try.rows(Options(1, engine=str(tmp_path)))
+        assert row["status"] == "failed"
+        assert row["library"] == f"{library} 1.0"
+
+
+def test_a_workload_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = SMALL_WORK * 2
+    done: list[Workload] = []
+
+    def contest(w: Workload, *_: Any) -> Any:
+        done.append(w)
+        if len(done) == 1:
+            raise MemoryError("none left")
+        yield {"name": str(w), "status": "measured"}
+
+    def synchronize() -> None:
+        if len(done) == 3:
+            raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(speed, "workloads", lambda **_: planned)
+    monkeypatch.setattr(speed, "current", lambda: CARD)
+    monkeypatch.setattr(speed, "L2", lambda _: None)
+    monkeypatch.setattr(speed, "_contest", contest)
+    for name, fake in (("synchronize", synchronize), ("mem_get_info", lambda: (64 << 30, 80 << 30))):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    found = list(speed.rows(Options(1), ("llmc",)))
+    assert [row["status"] for row in found] == ["failed", "measured", "measured", "failed"]
+    assert found[0]["error"] == "MemoryError: none left"
+    assert found[3]["error"] == "1 workloads not run after a fault"
+
+
+def test_a_ceiling_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory(_: int) -> Any:
+        yield {"name": "memory, copy", "status": "measured"}
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(ceilings, "_memory", memory)
+    monkeypatch.setattr(ceilings, "_matmul", lambda *_: iter([{"name": "matmul", "status": "measured"}]))
+    statuses = [row["status"] for row in ceilings.rows(Options(1))]
+    assert statuses == ["measured", "failed", "measured", "measured"]
 
 
 # The report.
@@ -554,3 +613,84 @@ def test_every_element_of_a_step_is_in_the_dtype() -> None:
     every = torch.from_numpy(np.arange(256).astype(np.uint8))
     back = steps.to_e4m3(steps.from_e4m3(every, 0.5), 0.5)
     assert torch.equal(back, every)
+
+
+# The tiles that `--tune` tries.
+
+
+@pytest.mark.parametrize("sm", [80, 90, 120])
+def test_tiles_begin_with_the_default(sm: int) -> None:
+    for v in map(tiles.variant, tiles.workloads()):
+        found = tiles.tiles(v, sm)
+        assert found[0].config(v, sm) == launch.configure(v, sm)
+        assert len({tiles.name(v, tile) for tile in found}) == len(found) > 8
+
+
+class Filled:
+    """Kernels that fill the output with ones; one tile's with twos."""
+
+    def __init__(self, _: Any = ()) -> None:
+        self.grids: dict[str, tuple[int, ...]] = {}
+
+    def put(self, name: str, grid: tuple[int, ...], given: dict[str, Any], _: int) -> None:
+        self.grids[name] = grid
+        value = 2.0 if name.endswith("-64-32-4-2") else 1.0
+        data = torch.full((64,), value, dtype=torch.bfloat16).view(torch.int16).numpy()
+        ctypes.memmove(given["output"], data.ctypes.data, data.nbytes)
+
+
+@pytest.fixture
+def no_gpu_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "make_tensors", lambda w, seed: speed.make_tensors(w, seed, "cpu"))
+    monkeypatch.setattr(tune, "difference", lambda a, b: speed.difference(a.flatten()[:64], b.flatten()[:64]))
+    monkeypatch.setattr(tune, "L2", lambda _: None)
+    monkeypatch.setattr(tune.jit, "run", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    times = iter(range(1000, 0, -1))  # later ones are faster
+
+    def seconds(call: Any, **_: Any) -> float:
+        call()
+        return next(times) / 1e6
+
+    monkeypatch.setattr(tune, "seconds", seconds)
+
+
+@pytest.mark.usefixtures("no_gpu_is_needed")
+def test_candidates_are_sorted_and_wrong_ones_told() -> None:
+    w = Workload("32/8x64", "bf16", None, 1, 0, 256)
+    v = tiles.variant(w)
+    known: Any = SimpleNamespace(registers=99, spills=0, shared_memory=1)
+    made = dict.fromkeys(tiles.tiles(v, 90), known)
+    kernels = Filled()
+    found = tune.measure(w, kernels, made, CARD, 3, None)  # type: ignore[arg-type]
+    assert len(found) == len(made)
+    times = [row["seconds"] for row in found[:-1]]
+    assert times == sorted(times)
+    assert found[-1]["error"] == "ValueError: differs from the default by 1, relative"
+    assert [row["rows"] for row in found if row["default"]] == [128]
+    assert kernels.grids["prefill-256-32-8-2"] == (256 // (256 // 4) + 1, 8, 1)
+    w = Workload("32/8x64", "bf16", FP8, 1, 8191, 1)
+    made = dict.fromkeys(tiles.tiles(tiles.variant(w), 90), known)
+    found = tune.measure(w, Filled(), made, CARD, 3, None)  # type: ignore[arg-type]
+    assert {row["splits"] for row in found} == {25, 1, 12, 50}
+    assert len(found) == len(made) + 3 * 5
+
+
+@pytest.mark.usefixtures("no_gpu_is_needed")
+def test_tuning_compiles_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    from llmc.plugins.paged_attention import cuda_kernels
+
+    w = Workload("32/8x64", "bf16", None, 1, 31, 1)
+    monkeypatch.setattr(cuda_kernels, "Kernels", Filled)
+    monkeypatch.setattr(tune, "workloads", lambda: [w])
+    monkeypatch.setattr(tune, "tiles", lambda v, sm: tiles.tiles(v, sm)[:2])
+    assert tune.run(CARD, 3, {}, tmp_path, 100.0) == 0
+    (entry,) = json.loads((tmp_path / "tiles-sm90.json").read_text())["workloads"]
+    assert entry["workload"] == str(w)
+    assert [row["default"] for row in entry["candidates"]] == [False] * 5 + [True]  # 2 tiles, 3 splits
+    assert "1000.0 us; rows 16 keys 64" in capsys.readouterr().out
+    assert tune.run(CARD, 3, {}, tmp_path, -1.0) == 0

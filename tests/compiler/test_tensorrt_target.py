@@ -179,6 +179,13 @@ def test_the_plugin_refuses_to_run_without_kernels() -> None:
     assert [plugin.clone().get_aliased_input(output) for output in range(3)] == [-1, 3, 4]
     with pytest.raises(RuntimeError, match="cannot launch"):
         plugin.enqueue(None, None, None, None, None, None)
+    builds = creator.create_plugin("p", given, trt.TensorRTPhase.BUILD)
+    for plugin in (
+        builds,
+        builds.clone(),
+        builds.attach_to_context(None),
+    ):  # timed by the builder, with nothing lent
+        plugin.enqueue(None, None, None, None, None, None)
 
 
 # Lowering.

@@ -65,7 +65,7 @@ def test_a_plugin_launches_what_its_tensors_say(trt: Any) -> None:
 
 def test_a_copied_cache_is_an_error_not_a_wrong_answer(trt: Any) -> None:
     plugin, _creator = make_layer(trt, ATTENTION[0], 0.25)
-    with pytest.raises(RuntimeError, match="a copy of value_cache"), launching(Recorder()):
+    with pytest.raises(ValueError, match="a copy of value_cache"), launching(Recorder()):
         plugin.enqueue(described(trt, 8, 3, 99, 7), [], INPUTS, [800, INPUTS[3], 16 * 77], 0, 5)
 
 

@@ -26,12 +26,15 @@ import pytest
 from llmc.plugins.paged_attention import launch, reference
 from llmc.plugins.sampling import launch as sampling
 from llmc.runtime.backends.tensorrt.checks import Device
+from llmc.runtime.backends.tensorrt.sizes import longest_decode
+from llmc.runtime.backends.tensorrt.step import fill, room
 from support.cuda_stand_in import compile_driver
 from support.gpu_bundle import (
     ATTENTION,
     DV,
     HEADS,
     KV_HEADS,
+    MAX_LEN,
     NAMES,
     SCALE,
     VARIANTS,
@@ -67,7 +70,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @needs_packages
 @pytest.mark.slow
-@pytest.mark.parametrize("graphs", ["graphs", "no graphs", "graphs, FP8 cache"])
+@pytest.mark.parametrize("graphs", ["graphs", "no graphs", "no room", "graphs, FP8 cache"])
 def test_steps_on_a_stand_in_for_the_gpu(graphs: str, stand_in: Path, directory: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "LD_LIBRARY_PATH": str(stand_in)}
     if "FP8" in graphs:
@@ -95,22 +98,29 @@ def gpu() -> Device:
         pytest.skip(f"there is no GPU: {error}")
 
 
+def attention_images(gpu: Device, folder: Path) -> tuple[int, list[Any]]:
+    """The SM that the attention kernels are compiled for, and those of `ATTENTION`."""
+    from llmc.plugins.paged_attention.compile_kernels import compile_variant
+    from llmc.plugins.paged_attention.cuda_kernels import KernelImage
+
+    exact = gpu.sm in launch.SMS
+    sm = gpu.sm if exact else max(s for s in launch.SMS if s < min(gpu.sm, 90))
+    made = [compile_variant(v, sm, folder) for v in launch.variants_for(ATTENTION, [("fp16", None)])]
+    named = zip(VARIANTS, made, strict=True)
+    return sm, [
+        KernelImage(v, k.name, k.cubin if exact else k.ptx, k.shared_memory, k.num_warps) for v, k in named
+    ]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("captured", [False, True])
 def test_attention_on_a_gpu(gpu: Device, captured: bool, tmp_path: Path) -> None:
     """A mixed step with splits, by the launcher alone: no TensorRT."""
     pytest.importorskip("triton")
-    from llmc.plugins.paged_attention.compile_kernels import compile_variant
-    from llmc.plugins.paged_attention.cuda_kernels import AttentionLauncher, KernelImage, Kernels
+    from llmc.plugins.paged_attention.cuda_kernels import AttentionLauncher, Kernels
     from llmc.runtime.backends.tensorrt.cuda import Cuda
 
-    exact = gpu.sm in launch.SMS
-    sm = gpu.sm if exact else max(s for s in launch.SMS if s < min(gpu.sm, 90))
-    made = [compile_variant(v, sm, tmp_path) for v in launch.variants_for(ATTENTION, [("fp16", None)])]
-    named = zip(VARIANTS, made, strict=True)
-    images = [
-        KernelImage(v, k.name, k.cubin if exact else k.ptx, k.shared_memory, k.num_warps) for v, k in named
-    ]
+    sm, images = attention_images(gpu, tmp_path)
     past, new = [1000, 3, 0, 40, 0], [1, 40, 5, 1, 0]
     step, rng = batch(past, new), np.random.default_rng(0)
     tokens, blocks = sum(new), len(step.block_indices) + 1
@@ -150,6 +160,68 @@ def test_attention_on_a_gpu(gpu: Device, captured: bool, tmp_path: Path) -> None
         np.testing.assert_allclose(host["output"], wanted, atol=4e-3)
         np.testing.assert_array_equal(host["key_cache"], given[3])
         np.testing.assert_array_equal(host["value_cache"], given[4])
+        loaded.close()
+        cuda.close()
+
+
+@pytest.mark.gpu
+def test_one_graph_serves_every_decode_step(gpu: Device, tmp_path: Path) -> None:
+    """As the runtime does it: captured for the longest decode of four sequences, replayed on what comes,
+    fewer and shorter sequences, padded. No TensorRT."""
+    pytest.importorskip("triton")
+    from llmc.plugins.paged_attention.cuda_kernels import AttentionLauncher, Kernels
+    from llmc.runtime.backends.tensorrt.cuda import Cuda
+
+    sm, images = attention_images(gpu, tmp_path)
+    bucket, rng = 4, np.random.default_rng(0)
+    most = room(bucket, bucket, MAX_LEN)
+    blocks = most["block_indices"] + 1
+    shapes = [(bucket, HEADS * D), (bucket, KV_HEADS * D), (bucket, KV_HEADS * DV)]
+    shapes += [(blocks, KV_HEADS, 32, D), (blocks, KV_HEADS, 32, DV), (bucket, HEADS * DV)]
+    for attention in ATTENTION:
+        cuda = Cuda()
+        loaded = Kernels(images)
+        host = {name: cuda.pinned(4 * size).view(np.int32) for name, size in most.items()}
+        for name, shape in zip([*NAMES[:5], "output"], shapes, strict=True):
+            host[name] = cuda.pinned(2 * int(np.prod(shape))).view(np.float16).reshape(shape)
+        places = {name: cuda.allocate(array.nbytes) for name, array in host.items()}
+        for name in NAMES[3:5]:
+            host[name][:] = rng.standard_normal(host[name].shape)
+            host[name][0] = np.nan  # belongs to nobody
+            cuda.upload(host[name], places[name])
+        cuda.wait()
+        caches = [host[name].copy() for name in NAMES[3:5]]
+        scratch = 1 << 22
+        launcher = AttentionLauncher(loaded, sm, gpu.multiprocessors, cuda.allocate(scratch), scratch)
+        launcher.begin(*longest_decode(bucket, MAX_LEN))
+        run = partial(launcher.launch, attention, "fp16", SCALE, places, bucket, bucket, cuda.stream)
+        graph = None
+        for past in ([1000, 3, 70, 31], [1001, 4, 71], [MAX_LEN - 1, 0], [255], [5, 700, 39, 40]):
+            step = batch(past, [1] * len(past))
+            fill(step, bucket, host)
+            for name in NAMES[:3]:
+                host[name][:] = rng.standard_normal(host[name].shape)
+            host["output"][:] = np.nan
+            for name in places.keys() - set(NAMES[3:5]):
+                cuda.upload(host[name], places[name])
+            if graph is None:  # a first run may load what a capture could not
+                run()
+                cuda.wait()
+                graph = cuda.capture(run)
+            graph.launch()
+            cuda.download(places["output"], host["output"])
+            cuda.wait()
+            given = [host[name][: len(past)].copy() for name in NAMES[:3]] + caches
+            given += [getattr(step, name) for name in NAMES[5:]]
+            settings: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "scale": SCALE}
+            wanted = reference.paged_attention(*given, window=attention.window, **settings)
+            np.testing.assert_allclose(host["output"][: len(past)], wanted, atol=4e-3)
+        for name, cache in zip(NAMES[3:5], caches, strict=True):  # padding wrote to nobody's
+            cuda.download(places[name], host[name])
+            cuda.wait()
+            np.testing.assert_array_equal(host[name], cache)
+        assert graph is not None
+        graph.close()
         loaded.close()
         cuda.close()
 

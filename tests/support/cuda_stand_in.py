@@ -61,6 +61,7 @@ R cuGraphExecDestroy(U e) { return SAY("drop graph", e, 0, 0); }
 R cuModuleLoadData(U *m, const void *d) { *m = 0; return SAY("load", m, d, 0); }
 R cuModuleUnload(U m) { return SAY("unload", m, 0, 0); }
 R cuModuleGetFunction(U *f, U m, const char *n) { *f = m; return SAY("function", m, n, 0); }
+R cuFuncLoad(U f) { return SAY("load function", f, 0, 0); }
 R cuFuncSetAttribute(U f, int a, int v) { return SAY("attribute", f, a, v); }
 R cuLaunchKernel(U f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                  unsigned shared, U s, void **parameters, void **extra) {

@@ -44,7 +44,7 @@ def main(graphs: str, directory: Path) -> None:
 
     real = importlib.import_module("tensorrt_rtx")
     gpu = StandIn(fail="end capture" if graphs == "no graphs" else "")
-    trt: Any = StandInTensorRt(real, gpu, capturable=True)
+    trt: Any = StandInTensorRt(real, gpu, capturable=True, most_contexts=1 if graphs == "no room" else 99)
     sys.modules["tensorrt_rtx"] = trt
     files = (*kernels((89, "cubin"), (80, "ptx")), *sampling_kernels((89, "cubin")))
     made = manifest(**gpu_changes(kernels=files))
@@ -99,15 +99,20 @@ def main(graphs: str, directory: Path) -> None:
             np.testing.assert_allclose(mine, theirs, atol=0.02, rtol=STEP_OF_E4M3 if KV_SCALES else 0)
             assert not KV_SCALES or (mine != theirs)[~np.isnan(mine)].mean() < 0.02
     used = {next(size for size in (1, 2, 4, 6) if size >= count) for count in (1, *decodes)}
-    assert backend._engine._engine.contexts == 1 + len(used)
-    if graphs != "no graphs":
+    assert backend._engine._engine.contexts == 1 + (0 if graphs == "no room" else len(used))
+    if not graphs.startswith("no "):
         assert gpu.log.count("instantiate") == len(used), told
         assert gpu.log.count("replay") == len(decodes) + 1 - len(used)
         assert told == []
     else:
         assert gpu.log.count("replay") == 0
         assert len(told) == len(used)
-        assert "CUDA_ERROR_STAND_IN: as it was told to" in told[0]
+        reason = (
+            "cannot make an execution context"
+            if graphs == "no room"
+            else "CUDA_ERROR_STAND_IN: as it was told"
+        )
+        assert reason in told[0]
     sample_on(backend, gpu)
     steps = gpu.log[gpu.log.index("wait") :]
     assert steps.count("allocate") == steps.count("pin") == 0  # nothing is allocated for a step

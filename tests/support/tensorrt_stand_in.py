@@ -78,8 +78,8 @@ class ReferenceBackend:
 class StandInTensorRt:
     """TensorRT's module, but for the engine."""
 
-    def __init__(self, real: Any, gpu: StandIn, capturable: bool) -> None:
-        self._real, self.gpu, self.capturable = real, gpu, capturable
+    def __init__(self, real: Any, gpu: StandIn, capturable: bool, most_contexts: int = 99) -> None:
+        self._real, self.gpu, self.capturable, self.most_contexts = real, gpu, capturable, most_contexts
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
@@ -127,6 +127,8 @@ class StandInEngine:
         return StandInConfig()
 
     def create_execution_context(self, config: Any) -> Any:
+        if self.contexts == self.trt.most_contexts:
+            return None  # the GPU has no room for it
         self.contexts += 1
         assert config.strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         assert config.cache == "one cache"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -161,28 +162,41 @@ class TensorRtBackend:
     def _first_decode(self, bucket: int, lengths: dict[str, int]) -> Callable[[], None]:
         """Runs the first step of a bucket, and returns what runs the next ones: a graph, where it can be.
 
-        The first run lets TensorRT and CUDA compile and load what a capture could not.
+        The first run lets TensorRT and CUDA compile and load what a capture could not. Where the GPU has no
+        room for a context of the bucket's own, its steps run in the one that takes every shape.
         """
-        context = self._engine.context(self._activations, one_shape=True)
-        self._contexts.append(context)
-        context.bind(self._addresses, {**self._fixed_shapes, **_step_shapes(lengths)})
+        shapes = _step_shapes(lengths)
+        longest = sizes.longest_decode(bucket, self._max_seq_len)
 
-        def run() -> None:
-            self._launcher.begin(*sizes.longest_decode(bucket, self._max_seq_len))
+        def run(context: Context) -> None:
+            self._launcher.begin(*longest)
             context.run(self._launcher, self._cuda.stream)
 
-        run()
+        def run_in_general() -> None:
+            self._contexts[0].bind({}, shapes)
+            run(self._contexts[0])
+
+        try:
+            context = self._engine.context(self._activations, one_shape=True)
+            context.bind(self._addresses, {**self._fixed_shapes, **shapes})
+            run(context)
+            self._cuda.wait()  # what TensorRT puts off until its first run is done before a capture
+        except (BackendError, CudaError) as error:
+            _warn_without_graph(bucket, str(error))
+            run_in_general()
+            return run_in_general
+        self._contexts.append(context)
         reason = "TensorRT cannot run this engine in one"
         if context.can_be_captured(self._cuda.stream):
             try:
-                graph = self._cuda.capture(run)
+                graph = self._cuda.capture(partial(run, context))
             except (BackendError, CudaError) as error:
                 reason = str(error)
             else:
                 self._owned.callback(graph.close)
                 return graph.launch
-        warnings.warn(f"steps of {bucket} sequences go without a CUDA graph: {reason}", stacklevel=2)
-        return run
+        _warn_without_graph(bucket, reason)
+        return partial(run, context)
 
     def _try(self, tokens: int) -> None:
         """Two steps over a cache that nobody uses yet: a prompt, and the decoding of one token. What engine
@@ -209,6 +223,10 @@ class TensorRtBackend:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self.close()
+
+
+def _warn_without_graph(bucket: int, reason: str) -> None:
+    warnings.warn(f"steps of {bucket} sequences go without a CUDA graph: {reason}", stacklevel=3)
 
 
 def _step_shapes(lengths: dict[str, int]) -> dict[str, tuple[int, ...]]:

@@ -59,6 +59,7 @@ class LoadedEngine:
         Raises BackendError.
         """
         trt = self._trt
+        self._log.errors.clear()  # what came before is not why this fails
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
@@ -91,6 +92,7 @@ class Context:
 
     def bind(self, addresses: Mapping[str, int], shapes: Mapping[str, Iterable[int]]) -> None:
         """Sets addresses of tensors and shapes of inputs. Raises BackendError for what TensorRT refuses."""
+        self._engine._log.errors.clear()
         for name, address in addresses.items():
             if not self._context.set_tensor_address(name, address):
                 raise self._engine._error(f"refuses the address of {name}", "please report this")
@@ -102,6 +104,7 @@ class Context:
         """Puts a run of the engine on the stream; attention goes through `launcher`, whose errors pass.
 
         Raises BackendError."""
+        self._engine._log.errors.clear()
         with launching(launcher):
             if not self._context.execute_async_v3(stream):
                 raise self._engine._error("cannot run the step", "set LLMC_TRACEBACK=1 for where it failed")

@@ -1,0 +1,88 @@
+"""The tiles that `--tune` tries, and for which steps. Their compilation, in processes that need no torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.plugins.paged_attention import launch
+from llmc.plugins.paged_attention.compile_kernels import CompileError, Kernel, compile_source
+from llmc.plugins.paged_attention.launch import FP8, SHARED_LIMIT, Config, Variant
+
+from .work import TUNED, Workload
+
+_PREFILLS = (4096, 1024, 16384)
+_DECODES = (  # batch, context
+    (8, 8192), (1, 8192), (64, 1024), (1, 32768), (64, 8192), (8, 1024), (8, 32768), (1, 1024), (64, 32768),
+)  # fmt: skip
+# Keys wait for their block's number: of three stages one copy is under way, of 5 two, of 7 three.
+_STAGES = (2, 3, 5, 7)
+MAX_SPILLS = 128  # bytes a thread; those beyond are not timed
+_REGISTERS = 200  # that sums and scores may take of a thread's 255
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a candidate changes of a `Config`."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    def config(self, v: Variant, sm: int) -> Config:
+        constants = {**launch.configure(v, sm).constants, "ROWS": self.rows, "KEYS": self.keys}
+        return Config(constants, self.warps, self.stages)
+
+
+def default(v: Variant, sm: int) -> Tile:
+    config = launch.configure(v, sm)
+    return Tile(config.constants["ROWS"], config.constants["KEYS"], config.num_warps, config.num_stages)
+
+
+def tiles(v: Variant, sm: int) -> list[Tile]:
+    """The default, then all others that might fit registers and shared memory."""
+    first = default(v, sm)
+    rows, warps = ((64, 128, 256), (4, 8)) if v.kernel == "prefill" else ((first.rows,), (2, 4, 8))
+    found = [Tile(*sizes) for sizes in itertools.product(rows, (32, 64, 128), warps, _STAGES)]
+    wide, v_wide = launch.padded(v.head_dim), launch.padded(v.v_head_dim)
+    element = 1 if v.kv_dtype == FP8 else 2
+
+    def fits(tile: Tile) -> bool:
+        registers = tile.rows * (v_wide + tile.keys) / (32 * tile.warps)
+        shared = tile.keys * (wide + v_wide) * element * (tile.stages // 2)
+        return registers <= _REGISTERS and shared <= SHARED_LIMIT[sm] and tile.rows >= v.group
+
+    return [first, *(tile for tile in found if tile != first and fits(tile))]
+
+
+def workloads() -> Iterator[Workload]:
+    """The most telling first: the time limit may end the list anywhere."""
+    for place, (batch, context) in enumerate(_DECODES):
+        if place < len(_PREFILLS):
+            for shape in TUNED[:3]:
+                yield Workload(shape, "bf16", None, 1, 0, _PREFILLS[place])
+        for kv_dtype, shape in itertools.product((None, FP8), TUNED):
+            yield Workload(shape, "bf16", kv_dtype, batch, context - 1, 1)
+
+
+def variant(w: Workload) -> Variant:
+    return launch.variant(w.kind, w.attention, w.dtype, w.kv_dtype)
+
+
+def name(v: Variant, tile: Tile) -> str:
+    return f"{v.kernel}-{tile.rows}-{tile.keys}-{tile.warps}-{tile.stages}"
+
+
+def build(v: Variant, sm: int, tile: Tile, cache: str) -> Kernel | None:
+    """Compiled, in a process of its own; None where it wants more than the SM has, or spills much."""
+    from llmc.plugins.paged_attention import kernels
+
+    try:
+        function, config = getattr(kernels, v.kernel), tile.config(v, sm)
+        made = compile_source(function, str(v), launch.signature(v), config, sm, Path(cache))
+    except CompileError:
+        return None
+    return made if made.spills <= MAX_SPILLS or tile == default(v, sm) else None
