@@ -14,7 +14,8 @@ from llmc.cli.text import print_json, size, table
 from llmc.runtime.errors import BuildError
 
 if TYPE_CHECKING:
-    from llmc.compiler.driver import BuildResult, Plan
+    from llmc.compiler.driver import BuildResult
+    from llmc.compiler.plan import BuildPlan
     from llmc.compiler.request import BuildRequest
     from llmc.runtime.bundle.manifest import Geometry, Manifest, Target, Verification
 
@@ -130,7 +131,7 @@ def build(
     )
     with shown() as progress:
         if dry_run:
-            plan = plan_build(request, progress)
+            plan, _ = plan_build(request, progress)
         else:
             result = compile_model(request, progress)
     if dry_run:
@@ -234,20 +235,20 @@ def _result_record(result: BuildResult) -> dict[str, Any]:
     }
 
 
-def _plan_record(plan: Plan) -> dict[str, Any]:
-    expected = plan.recipe.expected(plan.geometry.num_layers)
+def _plan_record(plan: BuildPlan) -> dict[str, Any]:
+    expected = plan.checkpoint.expected_matches
     return {
         "checkpoint": str(plan.checkpoint.path),
         "model_type": plan.checkpoint.model_type,
-        "known_family": plan.recipe.known,
+        "known_family": plan.checkpoint.known_family,
         "output": str(plan.request.output),
         "output_exists": os.path.lexists(plan.request.output),
         "target": asdict(plan.target),
-        "precision": {"dtype": plan.dtype, "kv_dtype": plan.kv_dtype},
+        "precision": {"dtype": plan.resolved.dtype, "kv_dtype": plan.resolved.kv_dtype},
         "quantization": plan.quantization.record() if plan.quantization else None,
-        "max_seq_len": plan.max_seq_len,
+        "max_seq_len": plan.sizes.max_seq_len,
         "geometry": asdict(plan.geometry),
-        "bytes": {"weights": plan.weight_bytes, "verification_memory": plan.verification_bytes},
+        "bytes": {"weights": plan.sizes.weight_bytes, "verification_memory": plan.sizes.verification_bytes},
         "verify": plan.request.verify,
         "passes": [
             {
@@ -257,17 +258,19 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
                 "near_misses": list(report.near_misses),
                 "seconds": report.seconds,
             }
-            for report in plan.reports
+            for report in plan.passes
         ],
     }
 
 
-def _plan_text(plan: Plan) -> str:
-    from llmc.compiler.verify import available_memory
+def _plan_text(plan: BuildPlan) -> str:
+    from llmc.runtime.memory import available_memory
 
     checkpoint, request = plan.checkpoint, plan.request
     family = (
-        "a family with a recipe" if plan.recipe.known else "no recipe: only the verification speaks for it"
+        "a family with a recipe"
+        if plan.checkpoint.known_family
+        else "no recipe: only the verification vouches for it"
     )
     output = str(request.output)
     if os.path.lexists(request.output):
@@ -275,38 +278,38 @@ def _plan_text(plan: Plan) -> str:
     verification = "switched off with --no-verify"
     if request.verify:
         available = available_memory()
-        verification = f"needs about {size(plan.verification_bytes)} of memory" + (
+        verification = f"needs about {size(plan.sizes.verification_bytes)} of memory" + (
             f", {size(available)} are available" if available is not None else ""
         )
     facts = [
         ("checkpoint", f"{checkpoint.path} ({size(checkpoint.total_bytes)}, {checkpoint.dtype})"),
         ("family", f"{checkpoint.model_type}: {family}"),
         ("model", describe_geometry(plan.geometry)),
-        ("context", f"{plan.max_seq_len} tokens"),
-        ("engine", f"{describe_target(plan.target)}, {plan.dtype}: {plan.target.reason}"),
-        ("KV cache", f"{plan.kv_dtype}, {size(_kv_bytes(plan))} a token"),
+        ("context", f"{plan.sizes.max_seq_len} tokens"),
+        ("engine", f"{describe_target(plan.target)}, {plan.resolved.dtype}: {plan.target.reason}"),
+        ("KV cache", f"{plan.resolved.kv_dtype}, {size(_kv_bytes(plan))} a token"),
         ("output", output),
-        ("weights", f"{size(plan.weight_bytes)} to write ({plan.weight_bytes:,} bytes)"),
+        ("weights", f"{size(plan.sizes.weight_bytes)} to write ({plan.sizes.weight_bytes:,} bytes)"),
         ("verification", verification),
     ]
     quantization = "\n\n" + "\n".join(plan.quantization.lines()) if plan.quantization else ""
     return f"{table(facts)}{quantization}\n\n{_pass_table(plan)}"
 
 
-def _kv_bytes(plan: Plan) -> int:
+def _kv_bytes(plan: BuildPlan) -> int:
     """Bytes of KV cache for a token."""
     from llmc.runtime.load import block_bytes
 
-    return block_bytes(plan.geometry, plan.kv_dtype) // plan.geometry.block_size
+    return block_bytes(plan.geometry, plan.resolved.kv_dtype) // plan.geometry.block_size
 
 
-def _pass_table(plan: Plan) -> str:
+def _pass_table(plan: BuildPlan) -> str:
     """What each pass rewrote, what the family's recipe demands, and where a pass nearly matched."""
-    expected = plan.recipe.expected(plan.geometry.num_layers)
+    expected = plan.checkpoint.expected_matches
     rows = [("pass", "matches", "expected", "near misses")]
     rows += [
         (report.name, str(report.matches), str(expected.get(report.name, "-")), str(len(report.near_misses)))
-        for report in plan.reports
+        for report in plan.passes
     ]
-    misses = [f"near miss of {report.name}: {miss}" for report in plan.reports for miss in report.near_misses]
+    misses = [f"near miss of {report.name}: {miss}" for report in plan.passes for miss in report.near_misses]
     return "\n".join([table(rows, right=(1, 2, 3)), *misses])

@@ -2,63 +2,54 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.compiler import verify
+from llmc.compiler import targets
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint import hub, recipe
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.names import compare_names
-from llmc.compiler.progress import Progress, Silent
+from llmc.compiler.progress import Clock, Progress, Silent
 from llmc.compiler.quantize.prequantized_plan import read_prequantized
 from llmc.compiler.request import BuildRequest
-from llmc.compiler.targets.base import GRAPH_FILE, TargetCompiler, target_compiler
-from llmc.runtime.bundle.manifest import Geometry, Manifest, Target
+from llmc.compiler.targets import capability
+from llmc.compiler.targets.base import GRAPH_FILE, Resolved, Sizes
+from llmc.runtime.bundle.manifest import Manifest, Verification
+from llmc.runtime.memory import memory_needed
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from llmc.compiler.calibrate.source import Calibration
+    from llmc.compiler.checkpoint.safetensors import TensorRef
+    from llmc.compiler.plan import BuildPlan
     from llmc.compiler.quantize.prequantized_plan import PrequantizedWeights
-    from llmc.compiler.quantize.step import Calibration
-    from llmc.passes.contract import PassReport
+    from llmc.compiler.quantize.produce import Produced
+    from llmc.compiler.quantize.step import Maker
     from llmc.passes.quantize.matrix import QuantizedMatrix
     from llmc.passes.quantize.plan import QuantPlan
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A build up to the point where files are written.
+class BuildInputs:
+    """What a plan is carried out with."""
 
-    dtype: what the engine computes in; kv_dtype: what its KV cache holds, as the manifest says it; stored: a
-    checkpoint that comes quantized; matrices: those whose codes and scales are still to be made; tied: weight
-    -> the one in the checkpoint that it is; unquantized: makes the graph before quantization, in fp32, for
-    calibration; calibration: what to measure on.
-    """
-
-    request: BuildRequest
     checkpoint: Checkpoint
-    recipe: recipe.Recipe
+    #: The legalized graph.
     model: ir.Model
-    geometry: Geometry
-    compiler: TargetCompiler
-    target: Target
-    dtype: str
-    kv_dtype: str
-    max_seq_len: int
-    reports: list[PassReport]
-    stored: PrequantizedWeights | None
-    quantization: QuantPlan | None
+    #: The checkpoint's tensors, under the names of tied parameters too.
+    tensors: Mapping[str, TensorRef]
+    #: Those whose codes and scales are still to be made.
     matrices: list[QuantizedMatrix]
-    tied: dict[str, str]
-    unquantized: Callable[[], ir.Model]
+    #: None: the checkpoint is not quantized.
+    prequantized: PrequantizedWeights | None
+    #: What to calibrate on.
     calibration: Calibration
-    weight_bytes: int
-    verification_bytes: int
+    #: Makes the canonical graph in fp32, before quantization, which calibration runs.
+    unquantized: Callable[[], ir.Model]
 
 
 @dataclass(frozen=True)
@@ -71,149 +62,231 @@ class BuildResult:
 
 
 def compile_model(request: BuildRequest, progress: Progress | None = None) -> BuildResult:
-    """Builds the bundle that `request` describes and returns where it is.
+    """Build the bundle that `request` describes and return where it is.
 
     Raises LlmcError (CheckpointError, UnsupportedError, BuildError, VerificationError), each with a hint.
     Nothing carries the output's name unless the build succeeded.
     """
-    from llmc.compiler import manifest as record
+    from llmc.compiler import manifest
     from llmc.compiler.checkpoint import tokenizer
     from llmc.compiler.quantize import step
-    from llmc.compiler.weights import write
+    from llmc.compiler.weights.write import write_weights
     from llmc.passes.legalize.finalize import serialize
 
-    progress = progress or Silent()
-    clock = _Clock(progress)
-    with BundleWriter(request.output, request.force) as writer:
-        plan = plan_build(request, progress, clock)
-        made = step.quantize(plan, writer, progress, clock.phase)
+    clock = Clock(progress or Silent())
+    target = targets.target(request.target)
+    with BundleWriter(request.output, request.force) as work:
+        plan, inputs = plan_build(request, progress, clock)
+        resolved, engine, model = plan.resolved, plan.target.engine, inputs.model
+        made = make_weights(plan, inputs, work, clock)
         with clock.phase("write weights"):
-            write.write_weights(
-                plan.model,
-                plan.checkpoint.tensors,
-                writer,
-                lambda done: progress.bar(done, plan.weight_bytes),
-                made.tensors,
-            )
-            step.discard(writer)
+            total = plan.sizes.weight_bytes
+            tensors = inputs.checkpoint.tensors
+            write_weights(model, tensors, work, lambda done: clock.progress.bar(done, total), made.tensors)
+            step.discard(work)
         with clock.phase("write graph"):
-            writer.path(GRAPH_FILE).write_bytes(serialize(plan.model))
-            tokenizer.save(plan.checkpoint, writer)
+            work.path(GRAPH_FILE).write_bytes(serialize(model))
+            tokenizer.save(inputs.checkpoint, work)
         with clock.phase("hash the checkpoint"):
-            files = plan.checkpoint.file_hashes()
-        finished = plan.compiler.finish(plan, writer, progress, clock.phase)
+            files = inputs.checkpoint.file_hashes()
+        target.check_machine(plan.sizes, clock)
+        with clock.phase("verify"):
+            verification = verify(plan, inputs, work, clock)
+        artifact = target.build(resolved, engine, model, plan.sizes, work, clock)
         with clock.phase("finish"):
-            manifest = record.manifest(plan, files, finished, step.record(plan, made))
-            path = writer.finish(manifest)
-    manifest = Manifest.from_json((path / "manifest.json").read_bytes())
-    return BuildResult(path, manifest, clock.seconds)
+            quantization = step.record(plan.quantization, inputs.matrices, made, request.calibration_method)
+            path = work.finish(
+                manifest.manifest(plan, inputs.checkpoint, model, files, verification, artifact, quantization)
+            )
+    return BuildResult(path, Manifest.from_json((path / "manifest.json").read_bytes()), clock.seconds)
 
 
-def plan_build(request: BuildRequest, progress: Progress | None = None, clock: _Clock | None = None) -> Plan:
-    """Everything before the first byte is written: reads, traces, rewrites and lowers the graph."""
-    clock = clock or _Clock(progress or Silent())
+def plan_build(
+    request: BuildRequest, progress: Progress | None = None, clock: Clock | None = None
+) -> tuple[BuildPlan, BuildInputs]:
+    """Do everything before the first byte is written: read, trace, rewrite, quantize and legalize."""
+    clock = clock or Clock(progress or Silent())
     with clock.phase("read checkpoint"):
         checkpoint = Checkpoint.open(hub.resolve(request.checkpoint, request.revision))
         family = recipe.load(checkpoint.model_type)
-        compiler = target_compiler(request.target)
-        dtype = request.compute_dtype(checkpoint.dtype)
-        sms = compiler.check(request, dtype)
-        stored = read_prequantized(checkpoint, replace(request, sms=sms), dtype)
-        calibration = None if stored else _read_calibration(request)
+        target = targets.target(request.target)
+        resolved = target.resolve(request, checkpoint.dtype)
+        prequantized = _read_prequantized(checkpoint, request, resolved)
+        calibration = None if prequantized else _read_calibration(request)
     with clock.phase("import torch and transformers"):
+        from llmc.compiler.calibrate.source import check_calibration
         from llmc.compiler.checkpoint.config import context_length, load_config
-        from llmc.compiler.quantize import step
+        from llmc.compiler.plan import BuildPlan, CheckpointFacts
         from llmc.compiler.trace.export import trace
         from llmc.compiler.weights import write
         from llmc.passes import contract
         from llmc.passes.geometry import read_geometry
         from llmc.passes.pipeline import pipeline
-        from llmc.passes.quantize import qdq, quantize_kv_cache, quantize_linears
+        from llmc.passes.quantize import quantize_kv_cache, quantize_linears
     config = load_config(checkpoint)
     max_seq_len = context_length(config, request.max_seq_len)
-    num_layers, fp8_cache = int(config.num_hidden_layers), request.kv_dtype == quantize_kv_cache.FP8
-    step.check_calibration(calibration, checkpoint.config, num_layers if fp8_cache else 0)
+    num_layers, fp8_cache = int(config.num_hidden_layers), resolved.kv_dtype == quantize_kv_cache.FP8
+    check_calibration(calibration, checkpoint.config, num_layers if fp8_cache else 0)
     expected = family.expected(num_layers)
     with clock.phase("trace"):
-        traced = trace(config, dtype, max_seq_len)
-        compare_names(traced.parameters, stored.checkpoint.named if stored else checkpoint.tensors)
+        traced = trace(config, resolved.dtype, max_seq_len)
+        model = traced.model
+        compare_names(
+            traced.parameters, prequantized.checkpoint.named if prequantized else checkpoint.tensors
+        )
     with clock.phase("rewrite the graph"):
-        passes = pipeline(stored.why_apart) if stored else pipeline()
-        reports = contract.run(traced.model, passes, expected)
-        geometry = read_geometry(traced.model)
-        parameters = write.num_elements(traced.model)
-        quantization, matrices = None, []
-        bits = 32 if checkpoint.dtype == "float32" else 16
-        original = traced.model.clone() if calibration is not None and dtype == "fp32" else None
-
-        def unquantized() -> ir.Model:
-            if original is not None:
-                return original
-            again = trace(config, "fp32", max_seq_len).model
-            contract.run(again, pipeline(), expected)
-            return again
-
-        if request.quant:
-            quantization = quantize_linears.plan_weights(
-                traced.model,
-                request.quant,
-                request.exclude,
-                family.quantize_exclude,
-                bits,
-                qdq.SCALES_OF.get(dtype),
-                compiler.head_format(request.quant),
-            )
-        elif stored and stored.modules:  # none: only its KV cache is quantized
-            quantization = quantize_linears.plan_prequantized(traced.model, stored, bits)
-        if quantization:
-            matrices = quantize_linears.apply_plan(traced.model, quantization)
+        reports = contract.run(
+            model, pipeline(prequantized.why_apart) if prequantized else pipeline(), expected
+        )
+        geometry, parameters = read_geometry(model), write.num_elements(model)
+        canonical = model.clone() if calibration is not None and resolved.dtype == "fp32" else None
+    with clock.phase("quantize the graph"):
+        quantization = _quantization_plan(request, resolved, checkpoint, family, prequantized, model)
+        matrices = quantize_linears.apply_plan(model, quantization) if quantization else []
         if fp8_cache:
-            quantize_kv_cache.set_kv_scales(traced.model, {})
-        target = compiler.lower(traced.model, dtype, checkpoint.tensors)
-    return Plan(
+            quantize_kv_cache.set_kv_scales(model, {})
+    with clock.phase("legalize the graph"):
+        engine = target.choose_engine(resolved, model)
+        target.legalize(resolved, engine.engine, model, checkpoint.tensors)
+
+    def unquantized() -> ir.Model:
+        if canonical is not None:
+            return canonical
+        again = trace(config, "fp32", max_seq_len).model
+        contract.run(again, pipeline(), expected)
+        return again
+
+    plan = BuildPlan(
         request=request,
-        checkpoint=checkpoint,
-        recipe=family,
-        model=traced.model,
+        checkpoint=CheckpointFacts(
+            path=checkpoint.path,
+            model_type=checkpoint.model_type,
+            dtype=checkpoint.dtype,
+            prequantized=prequantized is not None,
+            known_family=family.known,
+            logit_tolerance=family.logit_tolerance,
+            expected_matches=expected,
+            total_bytes=checkpoint.total_bytes,
+        ),
+        resolved=resolved,
+        target=engine,
         geometry=geometry,
-        compiler=compiler,
-        target=target,
-        dtype=dtype,
-        kv_dtype=request.cache_dtype(dtype),
-        max_seq_len=max_seq_len,
-        reports=reports,
-        stored=stored,
+        sizes=Sizes(max_seq_len, write.weight_bytes(model), memory_needed(4 * parameters)),
         quantization=quantization,
-        matrices=matrices,
-        tied=traced.tied,
-        unquantized=unquantized,
-        calibration=calibration,
-        weight_bytes=write.weight_bytes(traced.model),
-        verification_bytes=verify.memory_needed(4 * parameters),
+        passes=tuple(reports),
     )
+    tied = {name: checkpoint.tensors[of] for name, of in traced.tied.items() if of in checkpoint.tensors}
+    tensors = dict(checkpoint.tensors) | tied
+    return plan, BuildInputs(checkpoint, model, tensors, matrices, prequantized, calibration, unquantized)
+
+
+def _quantization_plan(
+    request: BuildRequest,
+    resolved: Resolved,
+    checkpoint: Checkpoint,
+    family: recipe.Recipe,
+    prequantized: PrequantizedWeights | None,
+    model: ir.Model,
+) -> QuantPlan | None:
+    from llmc.passes.quantize import qdq, quantize_linears
+
+    bits = 32 if checkpoint.dtype == "float32" else 16
+    if request.quant:
+        return quantize_linears.plan_weights(
+            model,
+            request.quant,
+            request.exclude,
+            family.quantize_exclude,
+            bits,
+            qdq.SCALES_OF.get(resolved.dtype),
+            resolved.head_format,
+        )
+    if prequantized and prequantized.modules:  # without modules, only its KV cache is quantized
+        return quantize_linears.plan_prequantized(model, prequantized, bits)
+    return None
+
+
+def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Clock) -> Produced:
+    """Make the codes and scales of the quantized matrices, and give an FP8 cache its scales."""
+    from llmc.compiler.quantize import step
+    from llmc.compiler.quantize.produce import Produced
+    from llmc.passes.quantize import quantize_kv_cache
+
+    if not inputs.matrices and inputs.calibration is None and inputs.prequantized is None:
+        return Produced()
+    maker = _maker(plan, inputs, clock)
+    with clock.phase("copy the quantized weights" if inputs.prequantized else "quantize the weights"):
+        made = step.make_weights(
+            maker,
+            inputs.matrices,
+            plan.resolved.dtype,
+            plan.request.calibration_method,
+            work,
+            lambda done: clock.progress.bar(done, len(inputs.matrices)),
+        )
+    if plan.resolved.kv_dtype == quantize_kv_cache.FP8:
+        if inputs.prequantized:
+            quantize_kv_cache.set_kv_scales(inputs.model, inputs.prequantized.largest_kv)
+        elif made.table is not None:
+            quantize_kv_cache.set_kv_scales(inputs.model, made.table.kv)
+    return made
+
+
+def verify(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Clock) -> Verification:
+    """Compare the engine, or the graph that stands in for it, with the checkpoint."""
+    if not plan.request.verify:
+        return Verification(status="skipped", reason="switched off with --no-verify")
+    from llmc.compiler.verify.prove import prove
+
+    target = targets.target(plan.request.target)
+    files = target.proof(plan.resolved, plan.target.engine, inputs.model, work)
+    record = prove(plan, files, inputs.matrices, work, clock.progress)
+    for file in files.scratch:
+        work.discard(file)
+    return record
+
+
+def _maker(plan: BuildPlan, inputs: BuildInputs, clock: Clock) -> Maker:
+    from llmc.compiler.quantize import step
+
+    if inputs.prequantized:
+        return step.Prequantized(inputs.prequantized.modules)
+    text = inputs.calibration
+    if not isinstance(text, str):
+        return step.RoundToNearest(inputs.tensors, text)
+    from llmc.compiler.calibrate.run_layers import layers
+    from llmc.compiler.calibrate.sequences import sequences
+    from llmc.compiler.calibrate.table import Source
+
+    with clock.phase("trace for calibration"):
+        graph = inputs.unquantized()
+    checkpoint, own_text = inputs.checkpoint, plan.request.calibration is None
+    vocabulary, tokenizer = plan.geometry.vocab_size, checkpoint.tokenizer
+    ids = sequences(text, tokenizer, vocabulary, plan.sizes.max_seq_len, all_parts=not own_text)
+    source = Source.of(text if tokenizer else "", ids, checkpoint.config)
+    method = plan.request.calibration_method
+    return step.Calibrated(inputs.tensors, layers(graph, inputs.tensors, ids), source, method)
+
+
+def _read_prequantized(
+    checkpoint: Checkpoint, request: BuildRequest, resolved: Resolved
+) -> PrequantizedWeights | None:
+    """Read what an engine keeps of a pre-quantized checkpoint.
+
+    Raises UnsupportedError for a format that the target lacks.
+    """
+    prequantized = read_prequantized(checkpoint, request, resolved.dtype)
+    for name, module in prequantized.modules.items() if prequantized else ():
+        capability.check_prequantized(module.format, name, resolved.target, resolved.sms)
+    return prequantized
 
 
 def _read_calibration(request: BuildRequest) -> Calibration:
     kv_cache = request.kv_dtype == "fp8"
     if request.quant is None and not kv_cache:
         return None
-    from llmc.compiler.quantize import step
-    from llmc.passes.quantize import formats
+    from llmc.compiler.calibrate.source import read_calibration
+    from llmc.passes.quantize.formats import get_format
 
-    fmt = formats.get_format(request.quant) if request.quant else None
-    return step.read_calibration(request.calibration, fmt, kv_cache, request.calibration_method)
-
-
-class _Clock:
-    """Times the phases of a build and announces them."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._progress.phase(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
+    fmt = get_format(request.quant) if request.quant else None
+    return read_calibration(request.calibration, fmt, kv_cache, request.calibration_method)

@@ -9,7 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.compiler.targets.base import Finished
+from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from llmc.compiler.plan import BuildPlan
+from llmc.compiler.targets.base import Artifact
 from llmc.compiler.weights import write
 from llmc.passes.geometry import attention_nodes
 from llmc.plugins.paged_attention.spec import ABI_VERSION
@@ -23,24 +25,33 @@ from llmc.runtime.bundle.manifest import (
     Producer,
     Source,
     Tokens,
+    Verification,
     Weights,
 )
 
 if TYPE_CHECKING:
-    from llmc.compiler.driver import Plan
+    import onnx_ir as ir
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")  # what shapes the graph
 _KERNEL_LIBRARIES = ("triton",)
 
 
 def manifest(
-    plan: Plan, files: dict[str, str], finished: Finished, quantization: Mapping[str, Any] | None
+    plan: BuildPlan,
+    checkpoint: Checkpoint,
+    model: ir.Model,
+    files: dict[str, str],
+    verification: Verification,
+    artifact: Artifact,
+    quantization: Mapping[str, Any] | None,
 ) -> Manifest:
-    """The manifest of `plan`'s bundle; the writer adds what is on disk. `files`: the checkpoint's hashes."""
-    checkpoint = plan.checkpoint
+    """Return the manifest of a finished build; the writer adds what is on disk.
+
+    model: the legalized graph. files: sha256 of the checkpoint's files, by name.
+    """
     architectures = checkpoint.config.get("architectures") or ["unknown"]
     config = json.dumps(checkpoint.config, sort_keys=True).encode()
-    libraries = _LIBRARIES + (_KERNEL_LIBRARIES if finished.gpu else ())
+    libraries = _LIBRARIES + (_KERNEL_LIBRARIES if artifact.gpu else ())
     return Manifest(
         producer=Producer(llmc=version("llmc"), libraries={name: version(name) for name in libraries}),
         source=Source(
@@ -52,23 +63,23 @@ def manifest(
             files=files,
         ),
         geometry=plan.geometry,
-        limits=Limits(max_seq_len=plan.max_seq_len),
-        precision=Precision(dtype=plan.dtype, kv_dtype=plan.kv_dtype),  # type: ignore[arg-type]  # checked when written
+        limits=Limits(max_seq_len=plan.sizes.max_seq_len),
+        precision=Precision(dtype=plan.resolved.dtype, kv_dtype=plan.resolved.kv_dtype),  # type: ignore[arg-type]  # checked when written
         target=plan.target,
-        operators=(Operator("llmc.PagedAttention", ABI_VERSION, len(attention_nodes(plan.model))),),
+        operators=(Operator("llmc.PagedAttention", ABI_VERSION, len(attention_nodes(model))),),
         tokens=Tokens(bos=checkpoint.bos_token_id, eos=checkpoint.eos_token_ids),
-        passes=tuple(PassRecord(r.name, r.matches, len(r.near_misses)) for r in plan.reports),
-        verification=finished.verification,
-        engines=(Engine(rank=0, file=finished.engine_file),),
+        passes=tuple(PassRecord(r.name, r.matches, len(r.near_misses)) for r in plan.passes),
+        verification=verification,
+        engines=(Engine(rank=0, file=artifact.engine_file),),
         weights=Weights(
-            files=(write.WEIGHTS_FILE,) if finished.weights_file else (),
+            files=(write.WEIGHTS_FILE,) if artifact.weights_file else (),
             bytes=0,
-            dtype=write.main_dtype(plan.model),
-            note=finished.weights_note,
+            dtype=write.main_dtype(model),
+            note=artifact.weights_note,
         ),
         quantization=quantization,
-        gpu=finished.gpu,
-        format_version=2 if finished.gpu else 1,
+        gpu=artifact.gpu,
+        format_version=2 if artifact.gpu else 1,
     )
 
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from llmc.runtime.errors import BuildError, RequestError
 
-TARGETS = {"cpu": ("fp32",), "tensorrt-rtx": ("bf16", "fp16"), "tensorrt": ("bf16", "fp16")}  # and dtypes
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What a target can be asked for."""
+
+    #: What an engine computes in, the default first.
+    dtypes: tuple[str, ...]
+    #: Value of --kv-dtype -> what the manifest calls that KV cache.
+    caches: Mapping[str, str]
+
+
+TARGETS: Mapping[str, TargetOptions] = {
+    "cpu": TargetOptions(("fp32",), {"int8": "u8"}),
+    "tensorrt-rtx": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
+    "tensorrt": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
+}
 METHODS = ("max", "percentile", "mse")  # of calibration, the default first
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 KV_DTYPES = ("auto", "fp8", "int8")
-_CACHES = {"cpu": {"int8": "u8"}, "tensorrt-rtx": {"fp8": "fp8"}, "tensorrt": {"fp8": "fp8"}}  # in a manifest
 
 
 @dataclass(frozen=True)
@@ -56,17 +71,18 @@ class BuildRequest:
             raise BuildError(f"there is no target {self.target!r}", f"known targets: {', '.join(TARGETS)}")
         if self.dtype not in DTYPES:
             raise BuildError(f"there is no dtype {self.dtype!r}", f"known dtypes: {', '.join(DTYPES)}")
-        if self.dtype not in ("auto", *TARGETS[self.target]):
-            possible = " or ".join(TARGETS[self.target])
+        options = TARGETS[self.target]
+        if self.dtype not in ("auto", *options.dtypes):
+            possible = " or ".join(options.dtypes)
             raise BuildError(
                 f"the target {self.target} does not compute in {self.dtype}", f"--dtype auto, {possible}"
             )
         if self.kv_dtype not in KV_DTYPES:
             raise BuildError(f"there is no KV cache of {self.kv_dtype!r}", f"known: {', '.join(KV_DTYPES)}")
-        if self.kv_dtype not in ("auto", *_CACHES[self.target]):
+        if self.kv_dtype not in ("auto", *options.caches):
             raise BuildError(
                 f"the target {self.target} has no KV cache of {self.kv_dtype}",
-                f"--kv-dtype {' or '.join(_CACHES[self.target])}, or leave it out",
+                f"--kv-dtype {' or '.join(options.caches)}, or leave it out",
             )
         if self.exclude and self.quant is None:
             raise BuildError("--exclude is about quantization, and there is none", "add --quant FORMAT")
@@ -86,17 +102,19 @@ class BuildRequest:
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise BuildError(f"--max-seq-len is {self.max_seq_len}", "give a number of tokens, at least 1")
 
-    def compute_dtype(self, stored: str) -> str:
-        """What the engine computes in, for a checkpoint of dtype `stored` (torch's name)."""
-        if self.dtype != "auto":
-            return self.dtype
-        if self.target != "cpu" and stored == "float16":
-            return "fp16"
-        return TARGETS[self.target][0]
 
-    def cache_dtype(self, dtype: str) -> str:
-        """What the KV cache of an engine that computes in `dtype` holds, as the manifest calls it."""
-        return _CACHES[self.target].get(self.kv_dtype, dtype)
+def compute_dtype(request: BuildRequest, checkpoint_dtype: str) -> str:
+    """Return what the engine computes in, for a checkpoint of `checkpoint_dtype` (torch's name)."""
+    if request.dtype != "auto":
+        return request.dtype
+    if request.target != "cpu" and checkpoint_dtype == "float16":
+        return "fp16"
+    return TARGETS[request.target].dtypes[0]
+
+
+def cache_dtype(request: BuildRequest, dtype: str) -> str:
+    """Return what the KV cache of an engine that computes in `dtype` holds, as the manifest names it."""
+    return TARGETS[request.target].caches.get(request.kv_dtype, dtype)
 
 
 def parse_sms(text: str) -> tuple[int, ...]:

@@ -96,11 +96,11 @@ def lines(work: Path) -> Iterator[str]:
         request = BuildRequest(
             _checkpoint(name, work), work / "unused.llmc", target="tensorrt-rtx", **options
         )
-        plan = plan_build(request)
-        yield _line(case, "rank0.onnx", serialize(plan.model))
-        yield _line(case, "inlined.onnx", serialize(without_functions(plan.model)))
+        plan, inputs = plan_build(request)
+        yield _line(case, "rank0.onnx", serialize(inputs.model))
+        yield _line(case, "inlined.onnx", serialize(without_functions(inputs.model)))
         for rounded in (False, True):
-            oracle = oracle_model(plan.model, plan.dtype, round_cache=rounded)
+            oracle = oracle_model(inputs.model, plan.resolved.dtype, round_cache=rounded)
             yield _line(case, f"oracle-{rounded}.onnx", serialize(oracle))
 
 

@@ -12,7 +12,6 @@ from llmc.compiler.checkpoint.prequantized.kv_scales import layer_kv_scales
 from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint, read_quantized
 from llmc.compiler.quantize.prequantized_form import PrequantizedModule, joined_format, read_module, why_apart
 from llmc.compiler.request import BuildRequest
-from llmc.compiler.targets import capability
 from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX, INT8_MAX
 from llmc.passes.quantize.plan import Module, QuantPlan
 from llmc.runtime.errors import CheckpointError, RequestError, UnsupportedError
@@ -123,8 +122,6 @@ def read_prequantized(
     modules = {
         name: read_module(module, schemes, _DTYPES[dtype]) for name, module in quantized.modules.items()
     }
-    for name, one in modules.items():
-        capability.check_prequantized(one.format, name, request.target, request.sms)
     return PrequantizedWeights(quantized, modules, request.kv_dtype == "fp8")
 
 

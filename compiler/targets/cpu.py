@@ -7,33 +7,27 @@ function body that the file carries here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import TensorRef
-from llmc.compiler.progress import Progress
-from llmc.compiler.request import BuildRequest
+from llmc.compiler.progress import Clock
+from llmc.compiler.request import BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
-from llmc.compiler.targets.base import GRAPH_FILE, Finished, PhaseClock
-from llmc.compiler.verify.prove import prove
+from llmc.compiler.targets.base import GRAPH_FILE, Artifact, ProofFiles, Resolved, Sizes
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.drop_activation_quantization import rounded_to, with_exact_inputs
 from llmc.passes.legalize.finalize import finish, serialize
 from llmc.passes.legalize.keep_16bit_weights import keep_stored_dtype
 from llmc.passes.legalize.unpack_fp4_weights import unpack_fp4
 from llmc.passes.legalize.widen_int8_weights import widen_int8_weights
-from llmc.passes.quantize.formats import get_format
 from llmc.passes.spec import module_of
 from llmc.plugins.paged_attention import body
 from llmc.plugins.round_fp4 import body as round_fp4
 from llmc.plugins.round_fp4 import spec as round_fp4_spec
-from llmc.runtime.bundle.manifest import Target
+from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from llmc.compiler.driver import Plan
 
 _EXACT_FILE = "rank0.exact.onnx"  # beside weights/ while it is needed; no part of a bundle
 OPENVINO, ONNXRUNTIME = "2026.4", "1.32"
@@ -47,33 +41,35 @@ _WEIGHTS_NOTE = {
 class CpuTarget:
     """Computes in fp32, on every CPU that OpenVINO and ONNX Runtime know."""
 
-    def __init__(self) -> None:
-        self._kv_dtype = "fp32"
-
-    def check(self, request: BuildRequest, dtype: str) -> tuple[int, ...]:
-        self._kv_dtype = request.cache_dtype(dtype)
+    def resolve(self, request: BuildRequest, checkpoint_dtype: str) -> Resolved:
+        dtype = compute_dtype(request, checkpoint_dtype)
+        head = None
         if request.quant:
-            capability.check(request.quant, request.target, ())
-        return ()
+            fmt = capability.check(request.quant, request.target, ())
+            # lm_head takes int8 beside integer formats: every token reads all of it, and int8 loses little
+            # (docs/quantization.md).
+            head = "int8" if fmt.element in ("int8", "int4") else None
+        return Resolved(request.target, dtype, cache_dtype(request, dtype), head_format=head)
 
-    def head_format(self, fmt: str) -> str | None:
-        """int8 beside integers: every token reads all of it, and int8 loses little (docs/quantization.md)."""
-        return "int8" if get_format(fmt).element in ("int8", "int4") else None
+    def choose_engine(self, resolved: Resolved, model: ir.Model) -> EngineTarget:
+        chosen = choose_engine(model)
+        if resolved.kv_dtype != "fp32" and chosen.engine != "openvino":
+            raise UnsupportedError(
+                f"a KV cache of {resolved.kv_dtype} needs OpenVINO, and ONNX Runtime must run this model: "
+                f"{chosen.reason}",
+                "leave --kv-dtype out",
+            )
+        return chosen
 
-    def lower(self, model: ir.Model, dtype: str, tensors: Mapping[str, TensorRef]) -> Target:
-        """Completes the graph to a file that both engines read. In place.
+    def legalize(
+        self, resolved: Resolved, engine: str, model: ir.Model, tensors: Mapping[str, TensorRef]
+    ) -> None:
+        """Completes the graph to a file that both engines read.
 
         Only for OpenVINO do 16-bit weights stay so: ONNX Runtime would widen them all at every start.
         """
-        del dtype
-        target = choose_engine(model)
-        if self._kv_dtype != "fp32" and target.engine != "openvino":
-            raise UnsupportedError(
-                f"a KV cache of {self._kv_dtype} needs OpenVINO, and ONNX Runtime must run this model: "
-                f"{target.reason}",
-                "leave --kv-dtype out",
-            )
-        if target.engine == "openvino":
+        del resolved
+        if engine == "openvino":
             keep_stored_dtype(model, tensors)
         else:
             unpack_fp4(model)
@@ -84,28 +80,31 @@ class CpuTarget:
         function = body.function()
         model.functions[function.identifier()] = function
         finish(model)
-        return target
 
-    def finish(self, plan: Plan, writer: BundleWriter, progress: Progress, phase: PhaseClock) -> Finished:
-        graph = writer.path(GRAPH_FILE)
-        proven, also, rounds = graph, {}, rounded_to(plan.model)
-        if rounds:
-            proven = writer.path(_EXACT_FILE)
-            proven.write_bytes(serialize(with_exact_inputs(plan.model)))
-            also["rounding_engine"] = str(graph)
-        if plan.kv_dtype != plan.dtype:
-            also |= {"kv_engine": str(proven), "kv_dtype": plan.kv_dtype}
-        with phase("verify"):
-            record = prove(plan, proven, plan.target.engine, progress, **also)
-        if rounds:
-            writer.discard(_EXACT_FILE)
-        return Finished(GRAPH_FILE, record, weights_note=_WEIGHTS_NOTE[plan.target.engine])
+    def check_machine(self, sizes: Sizes, clock: Clock) -> None:
+        del sizes, clock
+
+    def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
+        graph, quantizing = GRAPH_FILE, ""
+        if rounded_to(model):
+            work.path(_EXACT_FILE).write_bytes(serialize(with_exact_inputs(model)))
+            graph, quantizing = _EXACT_FILE, GRAPH_FILE
+        kv_graph = graph if resolved.kv_dtype != resolved.dtype else ""
+        scratch = (graph,) if quantizing else ()
+        return ProofFiles(graph, engine, "", kv_graph, quantizing, scratch)
+
+    def build(
+        self, resolved: Resolved, engine: str, model: ir.Model, sizes: Sizes, work: BundleWriter, clock: Clock
+    ) -> Artifact:
+        """The graph and the weights are the engine: nothing is left to do."""
+        del resolved, model, sizes, work, clock
+        return Artifact(GRAPH_FILE, weights_note=_WEIGHTS_NOTE[engine])
 
 
-def choose_engine(model: ir.Model) -> Target:
+def choose_engine(model: ir.Model) -> EngineTarget:
     """Which engine runs `model`, and why."""
     if rounded_to(model) - {ir.DataType.INT8}:
-        return Target(
+        return EngineTarget(
             name="cpu",
             engine="onnxruntime",
             reason="it rounds activations to 8 or 4 bits (FP8, FP4) as a GPU does, which OpenVINO leaves out",
@@ -113,13 +112,13 @@ def choose_engine(model: ir.Model) -> Target:
         )
     for node in attention_nodes(model):
         if node.attributes["softcap"].as_float():
-            return Target(
+            return EngineTarget(
                 name="cpu",
                 engine="onnxruntime",
                 reason=f"{module_of(node)} has an attention softcap, which OpenVINO's attention lacks",
                 requires={"onnxruntime": ONNXRUNTIME},
             )
-    return Target(
+    return EngineTarget(
         name="cpu",
         engine="openvino",
         reason="its paged attention takes every attention layer of this model",

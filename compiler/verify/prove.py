@@ -1,52 +1,164 @@
-"""The verification step of a build, as every target asks for it."""
+"""The verification step of a build: compare an engine with its checkpoint and hold the figures to bounds.
+
+The comparison runs in a process of its own (`child.py`), one model after the other. docs/fidelity.md states
+what must hold, in fp32 and in 16 bits.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmc.compiler import verify
+from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import read_header
+from llmc.compiler.child_process import run_child
+from llmc.compiler.plan import BuildPlan
 from llmc.compiler.progress import Progress
+from llmc.compiler.targets.base import ProofFiles
 from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
+from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
 from llmc.compiler.weights.write import WEIGHTS_FILE
+from llmc.passes.quantize.matrix import QuantizedMatrix
 from llmc.runtime.bundle.manifest import Verification
+from llmc.runtime.errors import VerificationError
+from llmc.runtime.memory import available_memory
 
-if TYPE_CHECKING:
-    from llmc.compiler.driver import Plan
+MAX_RMS_RATIO = 1.5  # 16 bits: the engine's rms error over transformers' own; 0.9 to 1.0 were measured
+MAX_ROUNDING_RATIO = 0.5  # fp32, layers that round their inputs: what edges between codes may make of it
 
 
-def prove(plan: Plan, graph: Path, backend: str, progress: Progress, **criteria: Any) -> Verification:
-    """Compares `graph`, run by `backend`, with the checkpoint. `criteria`: fields of `verify.Job`.
+def prove(
+    plan: BuildPlan,
+    files: ProofFiles,
+    matrices: Sequence[QuantizedMatrix],
+    work: BundleWriter,
+    progress: Progress,
+) -> Verification:
+    """Compare the engine that `files` describe with the checkpoint, and return the record for the manifest.
 
-    The weights lie beside the graph. Raises VerificationError when it computes something else.
+    The weights are in `work`, beside the graphs. Raises VerificationError and BuildError as `run` does.
     """
-    if not plan.request.verify:
-        return Verification(status="skipped", reason="switched off with --no-verify")
-    job = verify.Job(
+    geometry, resolved = plan.geometry, plan.resolved
+    job = Job(
         checkpoint=str(plan.checkpoint.path),
-        engine=str(graph),
-        backend=backend,
-        max_seq_len=plan.max_seq_len,
-        vocab_size=plan.geometry.vocab_size,
-        windows=sorted({layer.window for layer in plan.geometry.layers if layer.window}),
-        tolerance=plan.recipe.logit_tolerance,
-        needed_bytes=plan.verification_bytes,
-        quantized=engine_weights(plan, graph.parent / WEIGHTS_FILE),
-        reference_weights="dequantized" if plan.stored else "checkpoint",
-        **criteria,
+        engine=str(work.path(files.graph)),
+        backend=files.backend,
+        max_seq_len=plan.sizes.max_seq_len,
+        vocab_size=geometry.vocab_size,
+        windows=sorted({layer.window for layer in geometry.layers if layer.window}),
+        tolerance=plan.checkpoint.logit_tolerance,
+        needed_bytes=plan.sizes.verification_bytes,
+        dtype=resolved.dtype,
+        compared=files.stand_in,
+        quantized=engine_weights(plan, matrices, work.path(WEIGHTS_FILE)),
+        reference_weights="dequantized" if plan.checkpoint.prequantized else "checkpoint",
+        kv_engine=str(work.path(files.kv_graph)) if files.kv_graph else "",
+        kv_dtype=resolved.kv_dtype if files.kv_graph else "",
+        rounding_engine=str(work.path(files.quantizing_graph)) if files.quantizing_graph else "",
     )
-    return verify.run(job, progress)
+    return run(job, progress)
 
 
-def engine_weights(plan: Plan, file: Path) -> dict[str, EngineWeight]:
-    """Quantized weight of the checkpoint -> where its rounded version lies in `file`.
+def run(job: Job, progress: Progress) -> Verification:
+    """Runs the comparison and returns its record for the manifest.
 
-    Of a checkpoint that came quantized, only the layers that round their inputs, and no versions.
+    Raises VerificationError when the engine does not reproduce the checkpoint, and BuildError when the
+    comparison itself breaks. A model too large for this machine is recorded as not verified.
     """
-    header = read_header(file) if plan.matrices else {}
+    available = available_memory()
+    need = f"{job.needed_bytes / 2**30:.1f} GiB"
+    if available is not None and job.needed_bytes > available:
+        reason = f"verification needs about {need} of memory, {available / 2**30:.1f} GiB were available"
+        progress.note(f"not verified: {reason}")
+        return Verification(status="skipped", reason=f"verification needs about {need} of memory")
+    progress.note(f"verification needs about {need} of memory")
+    findings = compare_in_child(job, progress)
+    if wrong := faults(findings, job.dtype):
+        raise VerificationError(
+            f"the engine does not reproduce the checkpoint: {', '.join(wrong)}",
+            "this model's numbers do not fit into fp16; build with --dtype bf16"
+            if job.dtype == "fp16" and not math.isfinite(findings.max_logit_error + findings.tolerance)
+            else "please report this with the model's config.json; no bundle was written",
+        )
+    import transformers
+
+    return Verification(
+        status="passed",
+        reference=f"transformers {transformers.__version__}, eager attention, fp32" + _weights(job),
+        max_logit_error=_round_up(findings.max_logit_error),
+        tolerance=_round_up(findings.tolerance),
+        top1_agreement=findings.top1_agreement,
+        greedy_tokens_equal=findings.greedy_equal,
+        tokens_compared=findings.positions,
+        details={
+            **({"compared": job.compared} if job.compared else {}),
+            **({"greedy_tokens": findings.greedy_tokens} if findings.greedy_equal is not None else {}),
+            **findings.details,
+        },
+    )
+
+
+def _weights(job: Job) -> str:
+    if job.reference_weights == "dequantized":
+        return ", on the dequantized weights"
+    return ", on the quantized weights" if job.quantized else ""
+
+
+def faults(findings: Findings, dtype: str) -> list[str]:
+    """Everything that was measured, if any of it is out of bounds. NaN is."""
+    error, bound = findings.max_logit_error, findings.tolerance
+    share, least = findings.top1_agreement, findings.least_top1
+    least = MIN_TOP1[dtype] if least is None else least
+    measured = [
+        (error <= bound, f"max logit error {error:.2e} (tolerance {bound:.2e})"),
+        (share >= least, f"top-1 agreement {share:.4f} (at least {least:g})"),
+    ]
+    if (ratio := findings.rms_ratio) is not None:
+        text = f"rms error {ratio:.2f} times that of transformers in {dtype} (at most {MAX_RMS_RATIO:g})"
+        measured.append((ratio <= MAX_RMS_RATIO, text))
+    if (ratio := findings.rounding_ratio) is not None:
+        text = f"rounded inputs: rms {ratio:.2f} of what they change (at most {MAX_ROUNDING_RATIO:g})"
+        measured.append((ratio <= MAX_ROUNDING_RATIO, text))
+    if (equal := findings.greedy_equal) is not None:
+        measured.append((equal, f"greedy text {'equal' if equal else 'different'}"))
+    if not _is_finite(findings.details):
+        measured.append((False, "logits of the evaluation text that are not finite"))
+    return [] if all(good for good, _ in measured) else [text for _, text in measured]
+
+
+def _is_finite(figures: Any) -> bool:
+    """Whether every number in nested dicts is."""
+    if isinstance(figures, dict):
+        return all(map(_is_finite, figures.values()))
+    return not isinstance(figures, float) or math.isfinite(figures)
+
+
+def _round_up(error: float) -> float:
+    """Two digits: more would record the noise of the machine that built the bundle."""
+    if error == 0:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(error)) - 1)
+    return float(f"{math.ceil(error / unit) * unit:.1e}")
+
+
+def compare_in_child(job: Job, progress: Progress) -> Findings:
+    """Run the comparison in a process of its own."""
+    found = run_child({"prove": job.to_json()}, progress, "--no-verify builds without the proof")
+    return Findings(**found)
+
+
+def engine_weights(
+    plan: BuildPlan, matrices: Sequence[QuantizedMatrix], file: Path
+) -> dict[str, EngineWeight]:
+    """Map each quantized weight of the checkpoint to where its quantized version lies in `file`.
+
+    For a pre-quantized checkpoint, only layers with activation quantization are listed, without arrays.
+    """
+    header = read_header(file) if matrices else {}
     found = {}
-    for matrix in plan.matrices:
+    for matrix in matrices:
         arrays = {array: matrix.initializer(array) for array in matrix.format.layout(matrix.shape)}
         rounding, first = None, 0
         if kind := matrix.format.activations:
@@ -58,7 +170,7 @@ def engine_weights(plan: Plan, file: Path) -> dict[str, EngineWeight]:
             rounding = ActivationQuantization(kind, scale, (str(file), factor) if factor else None)
         for weight, rows in zip(matrix.weights, matrix.rows, strict=True):
             span = (first, first + rows)
-            if not plan.stored:
+            if not plan.checkpoint.prequantized:
                 found[weight] = EngineWeight(matrix.format.name, str(file), arrays, span, rounding)
             elif rounding:
                 found[weight] = EngineWeight(matrix.format.name, str(file), {}, span, rounding)

@@ -13,13 +13,14 @@ import numpy as np
 import onnx
 import pytest
 
-from llmc.compiler import verify
 from llmc.compiler.checkpoint import recipe
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.safetensors import read_header
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.progress import Silent
 from llmc.compiler.request import BuildRequest
+from llmc.compiler.verify import prove
+from llmc.compiler.verify.job import Findings, Job
 from llmc.compiler.zoo import list_zoo, make
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, CheckpointError, VerificationError
@@ -50,11 +51,11 @@ def tree(path: Path) -> dict[str, str]:
     }
 
 
-def job(checkpoint: Path, bundle: Path) -> verify.Job:
+def job(checkpoint: Path, bundle: Path) -> Job:
     opened = Bundle.open(bundle)
     geometry = opened.manifest.geometry
     windows = sorted({layer.window for layer in geometry.layers if layer.window})
-    return verify.Job(
+    return Job(
         checkpoint=str(checkpoint),
         engine=str(opened.engine_path()),
         backend=opened.manifest.target.engine,
@@ -135,11 +136,11 @@ def test_16_bit_weights_become_fp32_exactly(tmp_path: Path) -> None:
 
 
 def test_a_plan_writes_nothing(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    plan = plan_build(BuildRequest(str(checkpoint("mistral-tiny")), tmp_path / "x.llmc", max_seq_len=100))
+    plan, _ = plan_build(BuildRequest(str(checkpoint("mistral-tiny")), tmp_path / "x.llmc", max_seq_len=100))
     assert list(tmp_path.iterdir()) == []
-    assert plan.max_seq_len == 100
+    assert plan.sizes.max_seq_len == 100
     assert {layer.window for layer in plan.geometry.layers} == {24}
-    assert plan.weight_bytes > 135_488 * 4
+    assert plan.sizes.weight_bytes > 135_488 * 4
 
 
 def test_the_context_is_a_limit_of_the_bundle(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -157,14 +158,14 @@ def test_an_engine_with_other_weights_fails_verification(
 ) -> None:
     other = make("llama-tiny", tmp_path / "other", seed=1)
     with pytest.raises(VerificationError, match="does not reproduce the checkpoint"):
-        verify.run(job(other, bundle("llama-tiny")), Silent())
+        prove.run(job(other, bundle("llama-tiny")), Silent())
 
 
 def test_a_failed_verification_leaves_no_bundle(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = verify.Findings(1.0, 1e-4, 0.5, 100, False, 48)
-    monkeypatch.setattr(verify, "_run_child", lambda job, progress: wrong)
+    wrong = Findings(1.0, 1e-4, 0.5, 100, False, 48)
+    monkeypatch.setattr(prove, "compare_in_child", lambda job, progress: wrong)
     with pytest.raises(VerificationError, match=r"max logit error 1\.00e\+00"):
         compile_model(BuildRequest(str(checkpoint("llama-tiny")), tmp_path / "x.llmc"))
     assert list(tmp_path.iterdir()) == []
@@ -173,9 +174,9 @@ def test_a_failed_verification_leaves_no_bundle(
 def test_a_model_too_large_to_verify_is_recorded_as_such(
     checkpoint: Callable[[str], Path], bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "available_memory", lambda: 0)
+    monkeypatch.setattr(prove, "available_memory", lambda: 0)
     progress = Notes()
-    record = verify.run(job(checkpoint("llama-tiny"), bundle("llama-tiny")), progress)
+    record = prove.run(job(checkpoint("llama-tiny"), bundle("llama-tiny")), progress)
     assert record.status == "skipped"
     assert "memory" in str(record.reason)
     assert any("not verified" in note for note in progress.notes)
@@ -192,7 +193,7 @@ def test_a_killed_verification_process_is_a_message(
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(BuildError, match="verification process was killed by signal 9") as caught:
-        verify.run(job(checkpoint("llama-tiny"), bundle("llama-tiny")), Silent())
+        prove.run(job(checkpoint("llama-tiny"), bundle("llama-tiny")), Silent())
     assert "memory" in caught.value.hint
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.prequantized.dequantize import dequantize
 from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint, read_quantized
 from llmc.compiler.checkpoint.safetensors import read_header
-from llmc.compiler.driver import Plan, compile_model, plan_build
-from llmc.compiler.progress import Silent
+from llmc.compiler.driver import BuildInputs, compile_model, make_weights, plan_build
+from llmc.compiler.progress import Clock, Silent
 from llmc.compiler.quantize import prequantized_arrays
-from llmc.compiler.quantize import step as phase
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.tensorrt import build as tensorrt_build
 from llmc.compiler.targets.tensorrt import target
@@ -326,11 +324,12 @@ def test_without_sm_the_gpu_that_is_here_decides_what_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensorrt_build, "is_installed", lambda library: True)
-    monkeypatch.setattr(target.TensorRTTarget, "lower", lambda *args: None)
+    monkeypatch.setattr(target.TensorRTTarget, "legalize", lambda *args: None)
+    monkeypatch.setattr(target, "version", lambda package: "1.0")
     root = checkpoint(tmp_path, "modelopt-nvfp4").write()
     request = BuildRequest(str(root), tmp_path / "x.llmc", target="tensorrt")
     monkeypatch.setattr(target, "_this_gpu", lambda wanted: (100,))
-    plan = plan_build(request)
+    plan, _ = plan_build(request)
     assert plan.quantization is not None
     assert plan.quantization.record()["formats"] == {"nvfp4": 14}
     monkeypatch.setattr(target, "_this_gpu", lambda wanted: (90,))
@@ -338,18 +337,20 @@ def test_without_sm_the_gpu_that_is_here_decides_what_it_takes(
         plan_build(request)
 
 
-def graph_for_tensorrt(made: Written, directory: Path, dtype: str, sm: int) -> Plan:
+def graph_for_tensorrt(made: Written, directory: Path, dtype: str, sm: int) -> BuildInputs:
     """Writes what TensorRT is given, and its weights, into `directory`."""
     options: Any = {"target": "tensorrt-rtx", "dtype": dtype, "sms": (sm,)}
     request = BuildRequest(str(made.write()), directory / "unused.llmc", verify=False, **options)
-    plan = plan_build(request)
-    assert plan.stored is not None
-    tensors = prequantized_arrays.produce_prequantized(plan.matrices, plan.stored.modules, directory).tensors
+    _, inputs = plan_build(request)
+    assert inputs.prequantized is not None
+    tensors = prequantized_arrays.produce_prequantized(
+        inputs.matrices, inputs.prequantized.modules, directory
+    ).tensors
     with BundleWriter(directory / "graph.llmc") as writer:
-        write_weights(plan.model, plan.checkpoint.tensors, writer, made=tensors)
-        writer.path("rank0.onnx").write_bytes(serialize(without_functions(plan.model)))
+        write_weights(inputs.model, inputs.checkpoint.tensors, writer, made=tensors)
+        writer.path("rank0.onnx").write_bytes(serialize(without_functions(inputs.model)))
         shutil.copytree(writer.path("rank0.onnx").parent, directory / "graph")
-    return plan
+    return inputs
 
 
 KV_ONLY = {
@@ -379,13 +380,13 @@ def test_a_checkpoint_whose_cache_alone_is_quantized(
     assert build(made, tmp_path / "x.llmc").quantization is None
     assert_equal(made, tmp_path / "x.llmc", False)
     monkeypatch.setattr(tensorrt_build, "is_installed", lambda library: True)
-    monkeypatch.setattr(target.TensorRTTarget, "lower", lambda *args: None)
+    monkeypatch.setattr(target.TensorRTTarget, "legalize", lambda *args: None)
+    monkeypatch.setattr(target, "version", lambda package: "1.0")
     options: Any = {"target": "tensorrt-rtx", "kv_dtype": "fp8"}
-    plan = plan_build(BuildRequest(str(made.root), tmp_path / "y.llmc", **options))
+    plan, inputs = plan_build(BuildRequest(str(made.root), tmp_path / "y.llmc", **options))
     with BundleWriter(tmp_path / "y.llmc") as writer:
-        phase.quantize(plan, writer, Silent(), nullcontext)
-        phase.discard(writer)
-    nodes = attention_nodes(plan.model)
+        make_weights(plan, inputs, writer, Clock(Silent()))
+    nodes = attention_nodes(inputs.model)
     scales = [[node.attributes[f"{one}_scale"].as_float() for one in ("key", "value")] for node in nodes]
     assert scales == [[0.5, 0.25], [1.0, 1.0]]
 
@@ -413,17 +414,17 @@ def test_tensorrt_builds_every_kind_and_its_graph_loses_what_16_bits_lose(
 ) -> None:
     """Where inputs are rounded to 8 or 4 bits, 16 bits decide on codes: test_stored_graph.py has those."""
     made = checkpoint(tmp_path, layout)
-    plan = graph_for_tensorrt(made, tmp_path, "bf16", sm)
+    inputs = graph_for_tensorrt(made, tmp_path, "bf16", sm)
     oracle = tmp_path / "graph/oracle.onnx"
-    oracle.write_bytes(serialize(oracle_model(moved(plan.model, tmp_path / "graph"), "bf16")))
-    if not any(matrix.format.activations for matrix in plan.matrices):
+    oracle.write_bytes(serialize(oracle_model(moved(inputs.model, tmp_path / "graph"), "bf16")))
+    if not any(matrix.format.activations for matrix in inputs.matrices):
         [expected] = reference(made, LONG)
         got = logits(load_backend("onnxruntime", oracle, 4), LONG[0])
         assert np.sqrt(np.mean((got - expected) ** 2)) < 0.02 * np.sqrt(np.mean(expected**2))
     limits = tensorrt_build.EngineLimits(128, 64, 4, 8)
     job = tensorrt_build.EngineJob(
         target.RTX.library, str(tmp_path / "graph/rank0.onnx"), str(tmp_path / "x.plan"),
-        tensorrt_build.profile(plan.model, limits), (sm,),
+        tensorrt_build.profile(inputs.model, limits), (sm,),
     )  # fmt: skip
     assert tensorrt_build.build(job, Silent()).attention_layers == 2
 
@@ -432,11 +433,11 @@ def test_tensorrt_builds_every_kind_and_its_graph_loses_what_16_bits_lose(
 @pytest.mark.slow
 def test_fp8_with_a_scale_each_builds_as_well(tmp_path: Path) -> None:
     made = checkpoint(tmp_path, "modelopt-fp8", share=False)
-    plan = graph_for_tensorrt(made, tmp_path, "fp16", 89)
+    inputs = graph_for_tensorrt(made, tmp_path, "fp16", 89)
     limits = tensorrt_build.EngineLimits(128, 64, 4, 8)
     job = tensorrt_build.EngineJob(
         target.RTX.library, str(tmp_path / "graph/rank0.onnx"), str(tmp_path / "x.plan"),
-        tensorrt_build.profile(plan.model, limits), (89,),
+        tensorrt_build.profile(inputs.model, limits), (89,),
     )  # fmt: skip
     assert tensorrt_build.build(job, Silent()).attention_layers == 2
 

@@ -15,13 +15,15 @@ from typing import Any
 
 import pytest
 
-from llmc.compiler import verify, zoo
+from llmc.compiler import zoo
 from llmc.compiler.driver import compile_model
 from llmc.compiler.progress import Progress
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.tensorrt import build as tensorrt_build
 from llmc.compiler.trace import export
+from llmc.compiler.verify import prove
 from llmc.compiler.verify.compare import compare
+from llmc.compiler.verify.job import Findings, Job
 from llmc.passes.quantize.formats import FORMATS
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.errors import RequestError
@@ -46,11 +48,11 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
             _traces[key] = _trace(config, dtype, max_seq_len)
         return copy_of(_traces[key])
 
-    def in_this_process(job: verify.Job, progress: Progress) -> verify.Findings:
-        return compare(verify.Job.from_json(job.to_json()))
+    def in_this_process(job: Job, progress: Progress) -> Findings:
+        return compare(Job.from_json(job.to_json()))
 
     monkeypatch.setattr(export, "trace", trace)
-    monkeypatch.setattr(verify, "_run_child", in_this_process)
+    monkeypatch.setattr(prove, "compare_in_child", in_this_process)
 
 
 def build(checkpoint: Path, output: Path, fmt: str, **options: Any) -> Manifest:

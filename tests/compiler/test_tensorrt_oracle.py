@@ -17,13 +17,15 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llmc.compiler import verify, zoo
+from llmc.compiler import zoo
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.config import context_length, load_config
 from llmc.compiler.progress import Silent
 from llmc.compiler.trace.export import trace
+from llmc.compiler.verify import prove
 from llmc.compiler.verify.compare import compare
 from llmc.compiler.verify.difference import Difference
+from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
 from llmc.compiler.weights import write
 from llmc.passes import contract
 from llmc.passes.geometry import attention_nodes, read_geometry
@@ -78,7 +80,7 @@ def canonical(checkpoint: Path, dtype: str) -> ir.Model:
 
 def prepare(
     checkpoint: Path, dtype: str, directory: Path, change: Callable[[ir.Model], None] = lambda model: None
-) -> verify.Job:
+) -> Job:
     """Writes the oracle of a checkpoint, lowered in `dtype` and then changed."""
     model = canonical(checkpoint, dtype).clone()
     lower_for_tensorrt(model, dtype)
@@ -88,7 +90,7 @@ def prepare(
     path = directory / ORACLE_FILE
     path.write_bytes(serialize(oracle_model(model, dtype)))
     geometry = read_geometry(model)
-    return verify.Job(
+    return Job(
         checkpoint=str(checkpoint),
         engine=str(path),
         backend="onnxruntime",
@@ -112,7 +114,7 @@ def test_in_fp32_every_family_is_transformers(
     assert findings.top1_agreement == 1
     assert findings.max_logit_error <= 1e-4
     assert findings.greedy_equal
-    assert not verify.faults(findings, "fp32")
+    assert not prove.faults(findings, "fp32")
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -121,7 +123,7 @@ def test_in_16_bits_every_family_is_as_exact_as_transformers(
     name: str, dtype: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     findings = compare(prepare(checkpoint(name), dtype, tmp_path))
-    assert not verify.faults(findings, dtype)
+    assert not prove.faults(findings, dtype)
     assert findings.rms_ratio is not None
     assert 0.8 < findings.rms_ratio < 1.1
     assert findings.greedy_equal is None
@@ -132,7 +134,7 @@ def test_in_16_bits_every_family_is_as_exact_as_transformers(
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_the_trained_checkpoint(dtype: str, tmp_path: Path) -> None:
     findings = compare(prepare(TALES, dtype, tmp_path))
-    assert not verify.faults(findings, dtype)
+    assert not prove.faults(findings, dtype)
     if dtype == "fp32":
         return
     assert findings.positions == 400
@@ -160,7 +162,7 @@ def test_positions_beyond_the_rows_of_a_small_rotary_table(rope: str, tmp_path: 
     assert findings.positions > 600
     assert findings.top1_agreement == 1
     assert findings.greedy_equal
-    assert not verify.faults(findings, "fp32")
+    assert not prove.faults(findings, "fp32")
 
 
 # Families without a recipe.
@@ -188,7 +190,7 @@ def test_families_without_a_recipe_are_as_exact_too(family: str, tmp_path: Path)
     model.save_pretrained(tmp_path / family)
     for dtype in ("fp16", "bf16"):
         findings = compare(prepare(tmp_path / family, dtype, tmp_path / dtype))
-        assert not verify.faults(findings, dtype), dtype
+        assert not prove.faults(findings, dtype), dtype
 
 
 # What it must not let through.
@@ -241,18 +243,18 @@ def test_a_wrong_graph_fails(
     tmp_path: Path,
 ) -> None:
     findings = compare(prepare(checkpoint(name), dtype, tmp_path, change))
-    assert verify.faults(findings, dtype)
+    assert prove.faults(findings, dtype)
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [("bf16", 1.05), ("fp16", 1.01)])
 def test_a_slightly_wrong_scale_of_attention_fails(dtype: str, factor: float, tmp_path: Path) -> None:
-    assert verify.faults(compare(prepare(TALES, dtype, tmp_path, scaled_attention(factor))), dtype)
+    assert prove.faults(compare(prepare(TALES, dtype, tmp_path, scaled_attention(factor))), dtype)
 
 
 def test_a_coarser_rounding_fails(tmp_path: Path) -> None:
     coarse = prepare(TALES, "bf16", tmp_path)
     findings = compare(replace(coarse, dtype="fp16"))
-    assert verify.faults(findings, "fp16")
+    assert prove.faults(findings, "fp16")
     assert findings.rms_ratio is not None
     assert 6 < findings.rms_ratio < 10  # three bits
 
@@ -266,26 +268,26 @@ def test_numbers_that_overflow_fp16_fail(checkpoint: Callable[[str], Path], tmp_
     model.save_pretrained(tmp_path / "large")
     job = prepare(tmp_path / "large", "fp16", tmp_path)
     with pytest.raises(VerificationError, match="does not reproduce the checkpoint") as error:
-        verify.run(job, Silent())
+        prove.run(job, Silent())
     assert "--dtype bf16" in error.value.hint
 
 
 def test_the_build_records_what_was_compared(tmp_path: Path) -> None:
     job = replace(prepare(TALES, "bf16", tmp_path), compared="the graph")
-    record = verify.run(job, Silent())
+    record = prove.run(job, Silent())
     assert record.status == "passed"
     assert record.greedy_tokens_equal is None
     assert record.max_logit_error is not None
     assert record.tolerance is not None
     assert record.max_logit_error <= record.tolerance
     assert record.top1_agreement is not None
-    assert record.top1_agreement >= verify.MIN_TOP1["bf16"]
+    assert record.top1_agreement >= MIN_TOP1["bf16"]
     assert record.details["compared"] == "the graph"
     assert record.details["dtype"] == "bf16"
     assert set(record.details["engine"]) == set(record.details["transformers_bf16"])
 
 
-FINE = verify.Findings(0.2, 0.4, 0.995, 400, None, 0, 0.9)
+FINE = Findings(0.2, 0.4, 0.995, 400, None, 0, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -302,12 +304,12 @@ FINE = verify.Findings(0.2, 0.4, 0.995, 400, None, 0, 0.9)
 def test_each_bound_is_one_that_a_build_can_fail(
     change: dict[str, float], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = verify.Job("", "", "onnxruntime", 256, 384, [], 1e-4, 0, "bf16")
-    monkeypatch.setattr(verify, "_run_child", lambda job, progress: FINE)
-    assert verify.run(job, Silent()).status == "passed"
-    monkeypatch.setattr(verify, "_run_child", lambda job, progress: replace(FINE, **change))
+    job = Job("", "", "onnxruntime", 256, 384, [], 1e-4, 0, "bf16")
+    monkeypatch.setattr(prove, "compare_in_child", lambda job, progress: FINE)
+    assert prove.run(job, Silent()).status == "passed"
+    monkeypatch.setattr(prove, "compare_in_child", lambda job, progress: replace(FINE, **change))
     with pytest.raises(VerificationError, match=complaint):
-        verify.run(job, Silent())
+        prove.run(job, Silent())
 
 
 @pytest.mark.parametrize(
@@ -316,9 +318,9 @@ def test_each_bound_is_one_that_a_build_can_fail(
 def test_the_record_says_once_which_weights_the_reference_has(
     weights: str, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = verify.Job("", "", "onnxruntime", 256, 384, [], 1e-4, 0, "bf16")
-    monkeypatch.setattr(verify, "_run_child", lambda job, progress: FINE)
-    record = verify.run(replace(job, reference_weights=weights), Silent())
+    job = Job("", "", "onnxruntime", 256, 384, [], 1e-4, 0, "bf16")
+    monkeypatch.setattr(prove, "compare_in_child", lambda job, progress: FINE)
+    record = prove.run(replace(job, reference_weights=weights), Silent())
     assert record.reference == f"transformers {transformers.__version__}, eager attention, {ending}"
 
 

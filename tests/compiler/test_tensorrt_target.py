@@ -279,7 +279,8 @@ def test_one_profile_covers_one_token_up_to_the_limits(tmp_path: Path) -> None:
 
 def check(name: str, sms: tuple[int, ...], dtype: str = "bf16", quant: str | None = None) -> tuple[int, ...]:
     request = BuildRequest("checkpoint", Path("x.llmc"), target=name, sms=sms, quant=quant)
-    return target.TensorRTTarget(target.FLAVORS[name]).check(request, dtype)
+    stored = {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+    return target.TensorRTTarget(target.FLAVORS[name]).resolve(request, stored).sms
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmc.compiler import texts, verify
+from llmc.compiler import texts
 from llmc.compiler.child_process import run_child
 from llmc.compiler.progress import Silent
-from llmc.compiler.verify import difference, loss
+from llmc.compiler.verify import difference, loss, prove
 from llmc.compiler.verify.difference import DifferenceMeter
 from llmc.compiler.verify.engine_weights import EngineWeight
-from llmc.compiler.verify.job import Question
+from llmc.compiler.verify.job import Findings, Job, Question
 from llmc.compiler.verify.reference import Reference
 from llmc.runtime.errors import RequestError
 
@@ -60,8 +60,8 @@ def test_numbers_that_are_not_finite_are_seen() -> None:
     meter.add(np.zeros((2, 8), np.float32), np.array([[0.0] * 8, [np.inf] + [0.0] * 7], np.float32), [1, 2])
     record = loss.record(meter.result(), 0.1, text=True)
     assert not np.isfinite(record["mean_kl"])
-    found = verify.Findings(0.1, 0.2, 1.0, 10, None, 0, 1.0, {"quantization_loss": {"engine": record}})
-    assert "logits of the evaluation text that are not finite" in verify.faults(found, "bf16")
+    found = Findings(0.1, 0.2, 1.0, 10, None, 0, 1.0, {"quantization_loss": {"engine": record}})
+    assert "logits of the evaluation text that are not finite" in prove.faults(found, "bf16")
 
 
 def test_the_last_matrix_is_applied_a_few_rows_at_a_time(checkpoint: Callable[[str], Path]) -> None:
@@ -160,7 +160,7 @@ def test_what_an_engine_in_16_bits_loses_is_recorded_apart(tmp_path: Path) -> No
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     save_file(arrays, tmp_path / "w.safetensors")
     findings = compare_oracle(source, stored, tmp_path)
-    assert not verify.faults(findings, "bf16")
+    assert not prove.faults(findings, "bf16")
     found = findings.details["quantization_loss"]
     assert (found["max_logit_error"], found["mean_kl"], found["top1_agreement"]) == (0, 0, 1)
     assert found["perplexity"] == found["perplexity_unquantized"]
@@ -172,7 +172,7 @@ def test_what_an_engine_in_16_bits_loses_is_recorded_apart(tmp_path: Path) -> No
     assert abs(engine["perplexity_increase_percent"]) < 1
 
 
-def compare_oracle(source: Path, stored: dict[str, EngineWeight], directory: Path) -> verify.Findings:
+def compare_oracle(source: Path, stored: dict[str, EngineWeight], directory: Path) -> Findings:
     """The oracle of a TensorRT build in bf16, against `source`."""
     from llmc.compiler.bundle_writer import BundleWriter
     from llmc.compiler.checkpoint.checkpoint import Checkpoint
@@ -201,5 +201,5 @@ def compare_oracle(source: Path, stored: dict[str, EngineWeight], directory: Pat
             "tolerance": 1e-4,
             "needed_bytes": 0,
         }
-        job = verify.Job(str(source), str(path), "onnxruntime", **common, dtype="bf16", quantized=stored)  # type: ignore[arg-type]
+        job = Job(str(source), str(path), "onnxruntime", **common, dtype="bf16", quantized=stored)  # type: ignore[arg-type]
         return compare(job)

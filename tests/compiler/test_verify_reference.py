@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmc.compiler import verify
+from llmc.compiler.verify import prove
 from llmc.compiler.verify.compare import _sequences, compare
 from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
+from llmc.compiler.verify.job import Job
 from llmc.compiler.verify.reference import Reference
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, CheckpointError
@@ -209,7 +210,7 @@ def test_an_engine_of_the_dequantized_weights_is_proven(
 
     quantized, plain = modelopt(checkpoint("llama-tiny"), tmp_path, "FP8", fp8)
     bundle = Bundle.open(compile_model(BuildRequest(str(plain), tmp_path / "x.llmc", verify=False)).path)
-    job = verify.Job(
+    job = Job(
         checkpoint=str(quantized),
         engine=str(bundle.engine_path()),
         backend=bundle.manifest.target.engine,
@@ -220,13 +221,13 @@ def test_an_engine_of_the_dequantized_weights_is_proven(
         needed_bytes=0,
         reference_weights="dequantized",
     )
-    findings = compare(verify.Job.from_json(json.loads(json.dumps(job.to_json()))))
-    assert not verify.faults(findings, "fp32")
+    findings = compare(Job.from_json(json.loads(json.dumps(job.to_json()))))
+    assert not prove.faults(findings, "fp32")
     assert "quantization_loss" not in findings.details
     # With weights that differ from these in one module the proof fails.
     weight = load_file(plain / "model.safetensors")[UP]
     stored, _ = int8(tmp_path / "w.safetensors", {UP: weight})
-    assert verify.faults(compare(replace(job, quantized=stored)), "fp32")
+    assert prove.faults(compare(replace(job, quantized=stored)), "fp32")
 
 
 def test_truncation_and_padding_of_the_tokenizer_are_left_out_of_the_texts(tmp_path: Path) -> None:
@@ -235,8 +236,5 @@ def test_truncation_and_padding_of_the_tokenizer_are_left_out_of_the_texts(tmp_p
     encoder.enable_truncation(4)
     encoder.enable_padding(length=1000)
     encoder.save(str(tmp_path / "tokenizer.json"))
-    given = [
-        _sequences(verify.Job(str(path), "", "openvino", 256, 4096, [], 1e-4, 0))
-        for path in (tales, tmp_path)
-    ]
+    given = [_sequences(Job(str(path), "", "openvino", 256, 4096, [], 1e-4, 0)) for path in (tales, tmp_path)]
     assert given[0] == given[1]

@@ -367,17 +367,21 @@ def test_compiled_kernels_are_cached_by_content(tmp_path: Path, monkeypatch: pyt
 
 @compiles
 def test_a_bundle_carries_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmc.compiler.progress import Silent
+    from llmc.compiler.targets.base import Resolved
     from llmc.compiler.targets.tensorrt import kernels
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(kernels, "layers", lambda plan: [])
+    monkeypatch.setattr(kernels, "layers", lambda model: [])
 
     def path(file: str) -> Path:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         return tmp_path / file
 
-    given: list[Any] = [SimpleNamespace(dtype="bf16", kv_dtype="bf16"), (86, 121), SimpleNamespace(path=path)]
-    files = kernels.compile_into(*given, SimpleNamespace(bar=lambda *_: None))  # type: ignore[arg-type]
+    resolved = Resolved("tensorrt-rtx", "bf16", "bf16", (86, 121))
+    model: Any = None  # `layers` above needs none
+    work: Any = SimpleNamespace(path=path)
+    files = kernels.compile_into(model, resolved, work, Silent())
     assert [(f.variant, f.sm, f.kind) for f in files] == [
         (f"{name}-abi1", *code) for name in launch.ARGUMENTS for code in ((86, "cubin"), (89, "ptx"))
     ]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.progress import Progress
+from llmc.compiler.targets.base import Resolved
 from llmc.passes import edit
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.quantize import quantize_kv_cache
@@ -25,7 +26,8 @@ from llmc.runtime.bundle.manifest import KernelFile
 from llmc.runtime.errors import BuildError, UnsupportedError
 
 if TYPE_CHECKING:
-    from llmc.compiler.driver import Plan
+    import onnx_ir as ir
+
     from llmc.plugins.paged_attention.compile_kernels import Kernel
 
 _PORTABLE = (80, 86, 89, 120)  # what a portable TensorRT-RTX engine runs on, of those we compile for
@@ -49,9 +51,9 @@ def codes(sms: tuple[int, ...]) -> list[tuple[int, str]]:
 
 
 def compile_into(
-    plan: Plan, sms: tuple[int, ...], writer: BundleWriter, progress: Progress
+    model: ir.Model, resolved: Resolved, work: BundleWriter, progress: Progress
 ) -> tuple[KernelFile, ...]:
-    """Compiles, or takes from the cache, every kernel of `plan`'s model and writes it to the bundle.
+    """Compile every kernel that `model` needs, or take it from the cache, and write it to the bundle.
 
     Raises BuildError when Triton is missing or refuses a kernel.
     """
@@ -60,13 +62,13 @@ def compile_into(
         from llmc.plugins.sampling.compile_kernels import compile_kernel
 
         made: dict[str, Callable[[int, Path], Kernel]]
-        made = {str(v): partial(compile_variant, v) for v in attention_variants(plan)}
+        made = {str(v): partial(compile_variant, v) for v in attention_variants(model, resolved)}
         made |= {sampling.variant(name): partial(compile_kernel, name) for name in sampling.ARGUMENTS}
-        jobs = [(variant, sm, kind) for variant in made for sm, kind in codes(sms)]
+        jobs = [(variant, sm, kind) for variant in made for sm, kind in codes(resolved.sms)]
         files = []
         for done, (variant, sm, kind) in enumerate(jobs):
             progress.bar(done, len(jobs))
-            files.append(_write(made[variant](sm, cache_directory()), variant, sm, kind, writer))
+            files.append(_write(made[variant](sm, cache_directory()), variant, sm, kind, work))
     except ModuleNotFoundError as error:
         raise BuildError(f"the GPU kernels need {error.name}", f"pip install {error.name}") from error
     except CompileError as error:
@@ -74,16 +76,16 @@ def compile_into(
     return tuple(files)
 
 
-def attention_variants(plan: Plan) -> tuple[Variant, ...]:
+def attention_variants(model: ir.Model, resolved: Resolved) -> tuple[Variant, ...]:
     """Every attention kernel that the model needs, for its dtype and that of its KV cache."""
-    cache = launch.FP8 if plan.kv_dtype == quantize_kv_cache.FP8 else None
-    return launch.variants_for(layers(plan), [(plan.dtype, cache)])
+    cache = launch.FP8 if resolved.kv_dtype == quantize_kv_cache.FP8 else None
+    return launch.variants_for(layers(model), [(resolved.dtype, cache)])
 
 
-def layers(plan: Plan) -> list[Attention]:
+def layers(model: ir.Model) -> list[Attention]:
     """The attention layers of a canonical or lowered graph, as the kernels see them."""
     found = []
-    for node in attention_nodes(plan.model):
+    for node in attention_nodes(model):
         _, kv_heads, _, head_dim = edit.dims(edit.operand(node, 3))
         found.append(
             Attention(

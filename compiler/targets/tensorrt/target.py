@@ -12,35 +12,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import TensorRef
-from llmc.compiler.progress import Progress
-from llmc.compiler.request import BuildRequest
+from llmc.compiler.progress import Clock, Progress
+from llmc.compiler.request import BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
-from llmc.compiler.targets.base import GRAPH_FILE, Finished, PhaseClock
-from llmc.compiler.targets.tensorrt import build, kernels
+from llmc.compiler.targets.base import GRAPH_FILE, Artifact, ProofFiles, Resolved, Sizes
+from llmc.compiler.targets.tensorrt import build as tensorrt_build
+from llmc.compiler.targets.tensorrt import kernels
 from llmc.compiler.targets.tensorrt.build import EngineJob, EngineLimits
-from llmc.compiler.verify import available_memory
-from llmc.compiler.verify.prove import prove
 from llmc.compiler.weights.write import WEIGHTS_FILE
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.emulate_16bit import KV_ORACLE_FILE, ORACLE_FILE, oracle_model
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.legalize.lower_for_tensorrt import lower_for_tensorrt, without_functions
 from llmc.passes.quantize import quantize_kv_cache
-from llmc.runtime.bundle.manifest import Gpu, Target, Verification
+from llmc.runtime.bundle.manifest import Gpu
+from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import BuildError, UnsupportedError
-
-if TYPE_CHECKING:
-    from llmc.compiler.driver import Plan
+from llmc.runtime.memory import available_memory
 
 PLAN_FILE = "engines/rank0.plan"
 _BF16_FROM = 80
-_COMPARED = "the graph that TensorRT is given, in ONNX Runtime with the same roundings"
+_STAND_IN = "the graph that TensorRT is given, in ONNX Runtime with the same roundings"
 
 
 @dataclass(frozen=True)
@@ -63,23 +60,21 @@ class TensorRTTarget:
 
     def __init__(self, flavor: Flavor) -> None:
         self.flavor = flavor
-        self._sms: tuple[int, ...] = ()
 
-    def check(self, request: BuildRequest, dtype: str) -> tuple[int, ...]:
-        """See `TargetCompiler`. Libraries come last: what could never work is said first."""
-        flavor = self.flavor
+    def resolve(self, request: BuildRequest, checkpoint_dtype: str) -> Resolved:
+        """See `Target`. Libraries come last: what could never work is said first."""
+        flavor, dtype = self.flavor, compute_dtype(request, checkpoint_dtype)
         if request.sms or flavor.builds_without_gpu:
             self._check_gpus(request, dtype, request.sms)
-        if not build.is_installed(flavor.library):
+        if not tensorrt_build.is_installed(flavor.library):
             raise BuildError(
                 f"the target {flavor.name} needs the package {flavor.name}", f"pip install {flavor.name}"
             )
-        if flavor.builds_without_gpu:
-            self._sms = request.sms
-        else:
-            self._sms = _this_gpu(request.sms)
-            self._check_gpus(request, dtype, self._sms)
-        return self._sms
+        sms = request.sms
+        if not flavor.builds_without_gpu:
+            sms = _this_gpu(request.sms)
+            self._check_gpus(request, dtype, sms)
+        return Resolved(request.target, dtype, cache_dtype(request, dtype), sms)
 
     def _check_gpus(self, request: BuildRequest, dtype: str, sms: tuple[int, ...]) -> None:
         """Raises UnsupportedError if one of them lacks what is asked for; none: a portable engine's do."""
@@ -95,79 +90,82 @@ class TensorRTTarget:
         if request.quant:
             capability.check(request.quant, request.target, sms)
 
-    def head_format(self, fmt: str) -> str | None:
-        del fmt
-        return None
-
-    def lower(self, model: ir.Model, dtype: str, tensors: Mapping[str, TensorRef]) -> Target:
-        del tensors  # the engine stores its weights in the dtype that it computes in
-        lower_for_tensorrt(model, dtype)
-        return Target(
+    def choose_engine(self, resolved: Resolved, model: ir.Model) -> EngineTarget:
+        del model
+        return EngineTarget(
             name=self.flavor.name,  # type: ignore[arg-type]  # a key of FLAVORS
             engine=self.flavor.name,  # type: ignore[arg-type]
-            reason=f"for {describe_sms(self._sms)}",
+            reason=f"for {describe_sms(resolved.sms)}",
             requires={self.flavor.name: version(self.flavor.name)},
         )
 
-    def finish(self, plan: Plan, writer: BundleWriter, progress: Progress, phase: PhaseClock) -> Finished:
-        _check_memory(plan, progress)
-        with phase("verify"):
-            record = _verify(plan, writer, progress)
-        with phase("compile the GPU kernels"):
-            compiled = kernels.compile_into(plan, self._sms, writer, progress)
-        if plan.model.functions:
-            writer.path(GRAPH_FILE).write_bytes(serialize(without_functions(plan.model)))
-        limits = EngineLimits(plan.max_seq_len)
-        with phase("build the TensorRT engine"):
-            self._build(plan, limits, writer, progress)
-        writer.discard(GRAPH_FILE)
-        writer.discard(WEIGHTS_FILE)
-        gpu = Gpu(self._sms, limits.max_tokens, limits.max_sequences, limits.max_logits, compiled)
-        note = "in the engine; tied tensors once"
-        return Finished(PLAN_FILE, record, weights_file=False, weights_note=note, gpu=gpu)
+    def legalize(
+        self, resolved: Resolved, engine: str, model: ir.Model, tensors: Mapping[str, TensorRef]
+    ) -> None:
+        del engine, tensors  # the engine stores its weights in the dtype that it computes in
+        lower_for_tensorrt(model, resolved.dtype)
 
-    def _build(self, plan: Plan, limits: EngineLimits, writer: BundleWriter, progress: Progress) -> None:
-        writer.check_disk_space(plan.weight_bytes)
+    def check_machine(self, sizes: Sizes, clock: Clock) -> None:
+        needed, available = tensorrt_build.memory_needed(sizes.weight_bytes), available_memory()
+        clock.progress.note(f"the TensorRT build needs about {needed / 2**30:.1f} GiB of memory")
+        if available is not None and needed > available:
+            raise BuildError(
+                f"the TensorRT build needs about {needed / 2**30:.1f} GiB of memory, "
+                f"{available / 2**30:.1f} GiB are available",
+                "build on a larger machine: the bundle does not have to run there",
+            )
+
+    def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
+        """The graph is proven with its cache in the model's dtype; what FP8 loses is measured beside it."""
+        del engine
+        scratch = [ORACLE_FILE]
+        work.path(ORACLE_FILE).write_bytes(serialize(oracle_model(model, resolved.dtype, round_cache=False)))
+        if resolved.kv_dtype == quantize_kv_cache.FP8:
+            scratch.append(KV_ORACLE_FILE)
+            work.path(KV_ORACLE_FILE).write_bytes(serialize(oracle_model(model, resolved.dtype)))
+        kv_graph = KV_ORACLE_FILE if len(scratch) > 1 else ""
+        return ProofFiles(ORACLE_FILE, "onnxruntime", _STAND_IN, kv_graph, scratch=tuple(scratch))
+
+    def build(
+        self, resolved: Resolved, engine: str, model: ir.Model, sizes: Sizes, work: BundleWriter, clock: Clock
+    ) -> Artifact:
+        del engine
+        with clock.phase("compile the GPU kernels"):
+            compiled = kernels.compile_into(model, resolved, work, clock.progress)
+        if model.functions:
+            work.path(GRAPH_FILE).write_bytes(serialize(without_functions(model)))
+        limits = EngineLimits(sizes.max_seq_len)
+        with clock.phase("build the TensorRT engine"):
+            self._build(resolved, model, limits, sizes, work, clock.progress)
+        work.discard(GRAPH_FILE)
+        work.discard(WEIGHTS_FILE)
+        gpu = Gpu(resolved.sms, limits.max_tokens, limits.max_sequences, limits.max_logits, compiled)
+        return Artifact(PLAN_FILE, False, "in the engine; tied tensors once", gpu)
+
+    def _build(
+        self,
+        resolved: Resolved,
+        model: ir.Model,
+        limits: EngineLimits,
+        sizes: Sizes,
+        work: BundleWriter,
+        progress: Progress,
+    ) -> None:
+        work.check_disk_space(sizes.weight_bytes)
         job = EngineJob(
             library=self.flavor.library,
-            onnx=str(writer.path(GRAPH_FILE)),
-            plan=str(writer.path(PLAN_FILE)),
-            profile=build.profile(plan.model, limits),
-            compute_capabilities=self._sms if self.flavor.builds_without_gpu else (),
+            onnx=str(work.path(GRAPH_FILE)),
+            plan=str(work.path(PLAN_FILE)),
+            profile=tensorrt_build.profile(model, limits),
+            compute_capabilities=resolved.sms if self.flavor.builds_without_gpu else (),
         )
-        built = build.build(job, progress)
-        writer.add_hash(PLAN_FILE, built.plan_sha256, built.plan_bytes)
-        if built.attention_layers != (expected := len(attention_nodes(plan.model))):
+        built = tensorrt_build.build(job, progress)
+        work.add_hash(PLAN_FILE, built.plan_sha256, built.plan_bytes)
+        if built.attention_layers != (expected := len(attention_nodes(model))):
             raise BuildError(
                 f"TensorRT made {built.attention_layers} attention plugins of {expected} layers",
                 "please report this with the model's config.json",
             )
-
-
-def _verify(plan: Plan, writer: BundleWriter, progress: Progress) -> Verification:
-    """The proof is of the graph with its cache in the model's dtype; what FP8 loses is measured beside it."""
-    criteria = {"dtype": plan.dtype, "compared": _COMPARED}
-    oracle, rounded = writer.path(ORACLE_FILE), writer.path(KV_ORACLE_FILE)
-    oracle.write_bytes(serialize(oracle_model(plan.model, plan.dtype, round_cache=False)))
-    if plan.kv_dtype == quantize_kv_cache.FP8:
-        rounded.write_bytes(serialize(oracle_model(plan.model, plan.dtype)))
-        criteria |= {"kv_engine": str(rounded), "kv_dtype": plan.kv_dtype}
-    record = prove(plan, oracle, "onnxruntime", progress, **criteria)
-    if plan.kv_dtype == quantize_kv_cache.FP8:
-        writer.discard(KV_ORACLE_FILE)
-    writer.discard(ORACLE_FILE)
-    return record
-
-
-def _check_memory(plan: Plan, progress: Progress) -> None:
-    needed, available = build.memory_needed(plan.weight_bytes), available_memory()
-    progress.note(f"the TensorRT build needs about {needed / 2**30:.1f} GiB of memory")
-    if available is not None and needed > available:
-        raise BuildError(
-            f"the TensorRT build needs about {needed / 2**30:.1f} GiB of memory, "
-            f"{available / 2**30:.1f} GiB are available",
-            "build on a larger machine: the bundle does not have to run there",
-        )
 
 
 def describe_sms(sms: tuple[int, ...]) -> str:

@@ -1,0 +1,75 @@
+"""Find what a build calibrates on: a text, the table of an earlier build, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmc.compiler.calibrate.sequences import read_text
+from llmc.compiler.calibrate.table import CalibrationTable, config_sha256
+from llmc.compiler.request import METHODS
+from llmc.passes.quantize.formats import Format
+from llmc.runtime.errors import RequestError
+
+Calibration = str | CalibrationTable | None  # a text, the table of an earlier build, or no calibration
+
+
+def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, method: str) -> Calibration:
+    """Read what `--calibration` names; without it, llmc's own text if the build needs calibration.
+
+    path: a table (`.json`) or a text (any other name); None for llmc's own text
+    fmt: the format of quantized weights, None for unquantized ones
+    kv_cache: whether the KV cache is FP8
+
+    Returns None if nothing needs calibration.
+    Raises RequestError for a file that cannot be read, for a table where the format needs the activations
+    themselves, and for a `method` other than the default where activations are not quantized.
+    """
+    activations = kv_cache or bool(fmt and fmt.activations)
+    if fmt and not fmt.activations and method != METHODS[0]:
+        raise RequestError(
+            f"--calibration-method {method} is about activations, and {fmt.name} does not round them",
+            "leave it out, or choose a format that rounds them, such as fp8",
+        )
+    if path is None:
+        return read_text(None) if activations or (fmt and fmt.packed) else None
+    if path.suffix != ".json":
+        return read_text(path)
+    try:
+        table = CalibrationTable.from_json(path.read_bytes())
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
+    if fmt and fmt.smoothed:
+        raise RequestError(
+            f"{fmt.name} takes nothing from a table of ranges: smoothing needs the range of every channel",
+            "give a text to calibrate on, or leave --calibration out for llmc's own",
+        )
+    if fmt and not activations:
+        raise RequestError(
+            f"{fmt.name} takes nothing from a table of ranges: its activations are not rounded",
+            "give a text to calibrate on, or leave --calibration out",
+        )
+    return table
+
+
+def check_calibration(calibration: Calibration, config: Mapping[str, Any], layers: int) -> None:
+    """Check that a calibration table belongs to this model. A text always does.
+
+    config: the values of config.json
+    layers: the number of layers whose KV cache needs a range
+
+    Raises RequestError for the table of another model, and for one that lacks a layer's KV cache.
+    """
+    if not isinstance(calibration, CalibrationTable):
+        return
+    if calibration.source.config_sha256 != config_sha256(config):
+        raise RequestError(
+            "the calibration table is of another model: its config_sha256 is not that of this config.json",
+            "give the table of a build of this checkpoint, or leave --calibration out to measure it",
+        )
+    if missing := sorted(set(range(layers)) - calibration.kv.keys()):
+        raise RequestError(
+            f"the calibration table has no range of keys and values for layer {missing[0]}",
+            "it is not complete; leave --calibration out to measure this checkpoint",
+        )

@@ -1,0 +1,50 @@
+"""What a build has decided before it writes a file: frozen, printable, comparable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.compiler.request import BuildRequest
+from llmc.compiler.targets.base import Resolved, Sizes
+from llmc.passes.contract import PassReport
+from llmc.passes.quantize.plan import QuantPlan
+from llmc.runtime.bundle.manifest import Geometry, Target
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What the plan needs to know of the checkpoint."""
+
+    #: The directory that it lies in.
+    path: Path
+    model_type: str
+    #: torch's name of the dtype that its configuration names.
+    dtype: str
+    #: Whether its weights, or its KV cache, are quantized already.
+    prequantized: bool
+    #: Whether its family has a recipe.
+    known_family: bool
+    #: The largest logit error that the verification accepts in fp32 (`recipe.Recipe`).
+    logit_tolerance: float
+    #: Pass name -> matches that the family's recipe demands.
+    expected_matches: dict[str, int]
+    #: Bytes of its weight files.
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """One build, decided: what is asked for, what it is made from, and what it will be."""
+
+    request: BuildRequest
+    checkpoint: CheckpointFacts
+    resolved: Resolved
+    #: The engine that runs the graph, and why.
+    target: Target
+    geometry: Geometry
+    sizes: Sizes
+    #: None: the weights stay unquantized.
+    quantization: QuantPlan | None
+    #: What each pass did.
+    passes: tuple[PassReport, ...]
