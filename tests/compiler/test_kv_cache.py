@@ -22,7 +22,7 @@ from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.config import load_config
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.progress import Silent
-from llmc.compiler.request import BuildRequest
+from llmc.compiler.request import BuildRequest, cache_dtype
 from llmc.compiler.targets.tensorrt import build
 from llmc.compiler.trace.export import trace
 from llmc.compiler.verify.judge import judge
@@ -350,7 +350,8 @@ def test_the_dry_run_shows_the_cache(
     ],
 )
 def test_what_a_cache_holds(target: str, dtype: str, kv_dtype: Any, held: str) -> None:
-    assert BuildRequest("x", Path("x.llmc"), target=target, kv_dtype=kv_dtype).cache_dtype(dtype) == held
+    request = BuildRequest("x", Path("x.llmc"), target=target, kv_dtype=kv_dtype)
+    assert cache_dtype(request, dtype) == held
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from llmc.cli import main
 from llmc.compiler import zoo
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.driver import compile_model, plan_build
-from llmc.compiler.request import BuildRequest
+from llmc.compiler.request import BuildRequest, compute_dtype
 from llmc.compiler.targets.tensorrt import build, kernels, target
 from llmc.compiler.weights.safetensors_writer import write_safetensors
 from llmc.runtime.bundle.manifest import Manifest
@@ -148,8 +148,8 @@ def test_code_for_gpus(sms: tuple[int, ...], expected: list[tuple[int, str]]) ->
     ("stored", "computes"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float32", "bf16")]
 )
 def test_auto_takes_the_checkpoints_16_bits(stored: str, computes: str) -> None:
-    assert request(Path("x"), Path("x.llmc")).compute_dtype(stored) == computes
-    assert BuildRequest("x", Path("x.llmc")).compute_dtype(stored) == "fp32"
+    assert compute_dtype(request(Path("x"), Path("x.llmc")), stored) == computes
+    assert compute_dtype(BuildRequest("x", Path("x.llmc")), stored) == "fp32"
 
 
 # What goes wrong leaves nothing behind.
