@@ -1,9 +1,10 @@
-"""The proof: an engine's logits and greedy text against those of the reference, and what rounding loses."""
+"""Compare an engine's logits and greedy text with the reference, and measure the quantization loss."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,11 @@ STEPS = 6
 _BLOCKS = 64
 _NEAR_TIE = 4  # times transformers' rms error in 16 bits: 2.8 deviations of the difference of two logits
 _TOLERANCE_16BIT = 2  # times transformers' largest error
-_TOP1_SLACK = 0.01  # below transformers' own agreement, where layers round their inputs
+_TOP1_SLACK = 0.01  # below the agreement of transformers in 16 bits, with activation quantization
 
 
 class _Evaluation:
-    """The evaluation text through the reference that rounds nothing, to be compared with what comes after."""
+    """The evaluation text through the unquantized reference, which quantized models are compared with."""
 
     def __init__(self, job: Job, reference: Reference) -> None:
         tokenizer = Path(job.checkpoint) / "tokenizer.json"
@@ -51,81 +52,64 @@ class _Evaluation:
         self.states: list[torch.Tensor] = [reference.states(ids) for ids in self.windows]
         self.head: Head = reference.head()
 
-    def of_rounding(self, job: Job, rounded: Reference) -> dict[str, Any]:
-        """What the rounded weights and inputs alone lose: both sides in transformers, in fp32."""
-        others = loss.rows_of(rounded.head(), [rounded.states(ids) for ids in self.windows])
+    def of_quantization(self, job: Job, quantized: Reference) -> dict[str, Any]:
+        """Measure the loss of quantization alone: both sides in transformers, in fp32."""
+        others = loss.rows_of(quantized.head(), [quantized.states(ids) for ids in self.windows])
         difference = loss.measure(self.head, self.states, self.windows, others)
         about = {"text_sha256": texts.sha256(self.text)} if self.text else {"text": "random tokens"}
         about |= {"reference": job.reference_weights}
         return about | loss.record(difference, 2 * scaled(job.tolerance, difference.scale), bool(self.text))
 
     def of_engine(self, backend: Backend, near_tie: float) -> dict[str, Any]:
-        """What an engine in 16 bits loses, its own rounding included."""
+        """Measure the loss of an engine in 16 bits, its 16-bit arithmetic included."""
         others = (in_chunks(backend, ids) for ids in self.windows)
         return loss.record(
             loss.measure(self.head, self.states, self.windows, others), near_tie, bool(self.text)
         )
 
 
-def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Findings:
-    """Does the job in this process. `on_step`: how many of STEPS are done.
+@dataclass
+class _Expected:
+    """What the reference computed. The model is freed by then."""
 
-    Of the reference in fp32, that in 16 bits and the engine only one is in memory at a time.
+    #: Logits float32 [length, vocabulary] of each sequence.
+    logits: list[np.ndarray]
+    #: The same with activation quantization, where `logits` are without it; else empty.
+    quantized_logits: list[np.ndarray]
+    #: Greedy continuations of the prompts, in fp32.
+    continuations: list[list[int]]
+    #: In 16 bits, the evaluation text through the unquantized reference; None: no weight is quantized.
+    evaluation: _Evaluation | None
+    #: For the record.
+    details: dict[str, Any]
+
+
+def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Findings:
+    """Compare an engine with its checkpoint in this process.
+
+    on_step: called with how many of STEPS are done
+
+    Only one of the reference in fp32, the reference in 16 bits and the engine is in memory at a time.
     """
-    exact = job.dtype == "fp32"
     sequences = _sequences(job)
-    prompts = [ids[:count] for ids, count in zip(sequences, (12, 7), strict=False)] if exact else []
-    on_step(0)
-    model = Reference(job.checkpoint, "fp32", job.reference_weights)
-    evaluated = _Evaluation(job, model) if job.quantized else None
-    on_step(1)
-    model.round(job.quantized)
-    if not job.rounding_engine:
-        model.round_inputs(job.quantized)
-    reference = [model.logits(ids) for ids in sequences]
-    continuations = [model.continuation(ids, job.max_seq_len) for ids in prompts]
-    on_step(2)
-    details: dict[str, Any] = {}
-    rounded: list[np.ndarray] = []
-    if job.rounding_engine:
-        model.round_inputs(job.quantized)
-        rounded = [model.logits(ids) for ids in sequences]
-    if evaluated:
-        details["quantization_loss"] = evaluated.of_rounding(job, model)
-    model.drop_decoder()
-    if exact:
-        evaluated = None
-    del model
-    gc.collect()
+    prompts = [ids[:count] for ids, count in zip(sequences, (12, 7), strict=False)]
+    if job.dtype != "fp32":
+        prompts = []
+    expected = _run_reference(job, sequences, prompts, on_step)
     on_step(3)
-    own = None if exact else Difference.between(reference, _in_16_bits(job, sequences))
-    gc.collect()
-    on_step(4)
-    blocks = (_BLOCKS if exact else 0) + blocks_for(sequences)
-    backend = load_backend(job.backend, Path(job.engine), blocks)
-    on_step(5)
-    logits = ragged(backend, sequences)
-    difference = Difference.between(reference, logits)
-    found = _findings_16bit(job, difference, own) if own else _findings_fp32(job, difference)
-    details |= found.pop("details", {})
-    if exact:
-        engine = Engine(backend, None, (), job.max_seq_len, max_batch_tokens=16, max_sequences=4)
-        params = [SamplingParams(max_tokens=max(1, len(new)), ignore_eos=True) for new in continuations]
-        greedy = [list(output.token_ids) for output in engine.generate(prompts, params)]
-        found["greedy_equal"] = greedy == continuations
-    elif evaluated and own:
-        near_tie = _near_tie(own)
-        details["quantization_loss"]["engine"] = evaluated.of_engine(backend, near_tie)
-    if job.rounding_engine:
-        del backend
+    own = None
+    if job.dtype != "fp32":
+        own = Difference.between(expected.logits, _in_16_bits(job, sequences))
         gc.collect()
-        backend = load_backend(job.backend, Path(job.rounding_engine), blocks)
-        off = Difference.between(rounded, ragged(backend, sequences))
-        whole = Difference.between(reference, rounded)
-        found["rounding_ratio"] = off.rms / max(whole.rms, 1e-30)
-        details["input_rounding"] = {"changes": whole.summary(), "engine": off.summary()}
+    on_step(4)
+    logits, found = _run_engine(job, sequences, prompts, expected, own, on_step)
+    details = expected.details | found.pop("details", {})
+    blocks = blocks_for(sequences)
+    if job.quantizing_engine:
+        change, error = _compare_quantizing_engine(job, sequences, expected, blocks)
+        found["activation_ratio"] = error.rms / max(change.rms, 1e-30)
+        details["activation_quantization"] = {"changes": change.summary(), "engine": error.summary()}
     if job.kv_engine:
-        del backend
         gc.collect()
         quantized = ragged(load_quantized(job, blocks), sequences)
         details["kv_cache_loss"] = kv_cache_loss(logits, quantized, job.kv_dtype)
@@ -134,16 +118,79 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
         longest = max(len(ids) for ids in sequences)
         details["window_crossed"] = all(window < longest for window in job.windows)
     return Findings(
-        max_logit_error=difference.largest,
-        positions=len(difference.shortfall),
-        greedy_tokens=sum(len(new) for new in continuations),
+        positions=sum(len(ids) for ids in sequences),
+        greedy_tokens=sum(len(new) for new in expected.continuations),
         details=details,
         **({"greedy_equal": None} | found),
     )
 
 
+def _run_reference(
+    job: Job,
+    sequences: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    on_step: Callable[[int], None],
+) -> _Expected:
+    on_step(0)
+    model = Reference(job.checkpoint, "fp32", job.reference_weights)
+    evaluation = _Evaluation(job, model) if job.quantized else None
+    on_step(1)
+    model.use_weights(job.quantized)
+    if not job.quantizing_engine:
+        model.quantize_activations(job.quantized)
+    logits = [model.logits(ids) for ids in sequences]
+    continuations = [model.continuation(ids, job.max_seq_len) for ids in prompts]
+    on_step(2)
+    quantized_logits = []
+    if job.quantizing_engine:
+        model.quantize_activations(job.quantized)
+        quantized_logits = [model.logits(ids) for ids in sequences]
+    details = {"quantization_loss": evaluation.of_quantization(job, model)} if evaluation else {}
+    model.drop_decoder()
+    kept = evaluation if job.dtype != "fp32" else None
+    return _Expected(logits, quantized_logits, continuations, kept, details)
+
+
+def _run_engine(
+    job: Job,
+    sequences: Sequence[Sequence[int]],
+    prompts: Sequence[list[int]],
+    expected: _Expected,
+    own: Difference | None,
+    on_step: Callable[[int], None],
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """Return the engine's logits and fields of Findings. own: the error of transformers in 16 bits."""
+    gc.collect()
+    blocks = (_BLOCKS if prompts else 0) + blocks_for(sequences)
+    backend = load_backend(job.backend, Path(job.engine), blocks)
+    on_step(5)
+    logits = ragged(backend, sequences)
+    difference = Difference.between(expected.logits, logits)
+    found = _findings_16bit(job, difference, own) if own else _findings_fp32(job, difference)
+    if own is None:
+        engine = Engine(backend, None, (), job.max_seq_len, max_batch_tokens=16, max_sequences=4)
+        new = [max(1, len(continuation)) for continuation in expected.continuations]
+        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in new]
+        greedy = [list(output.token_ids) for output in engine.generate(prompts, params)]
+        found["greedy_equal"] = greedy == expected.continuations
+    elif expected.evaluation:
+        loss_of_engine = expected.evaluation.of_engine(backend, _near_tie(own))
+        expected.details["quantization_loss"]["engine"] = loss_of_engine
+    return logits, found | {"max_logit_error": difference.largest}
+
+
+def _compare_quantizing_engine(
+    job: Job, sequences: Sequence[Sequence[int]], expected: _Expected, blocks: int
+) -> tuple[Difference, Difference]:
+    """Return what activation quantization changes in the reference, and how far the engine is from that."""
+    gc.collect()
+    backend = load_backend(job.backend, Path(job.quantizing_engine), _BLOCKS + blocks)
+    error = Difference.between(expected.quantized_logits, ragged(backend, sequences))
+    return Difference.between(expected.logits, expected.quantized_logits), error
+
+
 def _sequences(job: Job) -> list[list[int]]:
-    """Token ids of the texts, or random ones without a tokenizer; one longer than the smallest window."""
+    """Return token ids of the texts, or random ones; one sequence is longer than the smallest window."""
     wanted = _LENGTHS if job.dtype == "fp32" else _LENGTHS_16BIT
     lengths = [min(length, job.max_seq_len) for length in wanted]
     rng = np.random.default_rng(0)
@@ -169,10 +216,10 @@ def _sequences(job: Job) -> list[list[int]]:
 
 
 def _in_16_bits(job: Job, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """transformers' logits in the engine's dtype, with the engine's weights."""
+    """Return transformers' logits in the engine's dtype, with the engine's weights."""
     model = Reference(job.checkpoint, job.dtype, job.reference_weights)
-    model.round(job.quantized)
-    model.round_inputs(job.quantized)
+    model.use_weights(job.quantized)
+    model.quantize_activations(job.quantized)
     return [model.logits(ids) for ids in sequences]
 
 
@@ -182,10 +229,12 @@ def _findings_fp32(job: Job, difference: Difference) -> dict[str, Any]:
 
 
 def _findings_16bit(job: Job, difference: Difference, own: Difference) -> dict[str, Any]:
-    """`own`: what transformers itself loses in that dtype. Where that is not finite, nothing passes."""
+    """own: the error of transformers in that dtype. Nothing passes where it is not finite."""
     near_tie = _near_tie(own)
     found: dict[str, Any] = {}
-    if any(one.input for one in job.quantized.values()):  # errors are whole codes, few and large
+    if any(
+        one.input for one in job.quantized.values()
+    ):  # one value that falls to the other side of a code is a large error
         found["least_top1"] = min(MIN_TOP1[job.dtype], own.agreement(near_tie) - _TOP1_SLACK)
     return found | {
         "tolerance": _TOLERANCE_16BIT * own.largest if np.isfinite(own.largest) else np.nan,

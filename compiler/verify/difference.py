@@ -8,30 +8,30 @@ from dataclasses import dataclass, field
 import numpy as np
 
 _BLOCK_ELEMENTS = 1 << 21  # rows x vocabulary that are looked at together: 16 MB in fp64
-_KL_OF_ROUNDING = 1e-12  # what fp64 makes of 0, which may be negative
+_KL_OF_ROUNDING = 1e-12  # rounding of fp64 turns 0 into less than this, also below 0
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far logits are from the reference's, over all positions and the whole vocabulary.
+    """How far logits are from the reference's, over all positions and the whole vocabulary."""
 
-    kl: KL divergence from the reference's distribution, mean over positions, in nats.
-    shortfall [positions]: how far below its own best logit the reference has the token that is best here;
-    0 where both choose the same. scale: the reference's largest logit by magnitude. perplexity: exp of the
-    mean negative log likelihood of the tokens that follow, None where none were given.
-    """
-
+    #: Largest absolute error.
     largest: float
+    #: Root mean square error.
     rms: float
+    #: KL divergence from the reference's distribution, mean over positions, in nats.
     kl: float
-    shortfall: np.ndarray
+    #: [positions]: the reference's best logit less its logit of the token that is best here; 0 if both agree.
+    top1_gap: np.ndarray
+    #: The reference's largest logit by magnitude.
     scale: float
+    #: exp of the mean negative log likelihood of the tokens that follow; None: no tokens were given.
     perplexity: float | None = None
     reference_perplexity: float | None = None
 
     @classmethod
     def between(cls, reference: Iterable[np.ndarray], logits: Iterable[np.ndarray]) -> Difference:
-        """Of logits [positions, vocabulary] of several sequences."""
+        """Compare logits [positions, vocabulary] of several sequences."""
         meter = DifferenceMeter()
         for expected, got in zip(reference, logits, strict=True):
             meter.add(expected, got)
@@ -39,17 +39,17 @@ class Difference:
 
     @property
     def perplexity_increase(self) -> float | None:
-        """In percent."""
+        """The increase of the perplexity over the reference's, in percent."""
         if self.perplexity is None or self.reference_perplexity is None:
             return None
         return 100 * (self.perplexity / self.reference_perplexity - 1)
 
     def agreement(self, near_tie: float = 0.0) -> float:
         """Share of positions whose best token is the reference's, or at most `near_tie` below that."""
-        return float((self.shortfall <= near_tie).mean())
+        return float((self.top1_gap <= near_tie).mean())
 
     def summary(self) -> dict[str, float]:
-        """For the record: two digits, as more would be the noise of this machine."""
+        """Return the figures for the manifest, in two digits: more would be the noise of this machine."""
         figures = {"max_logit_error": self.largest, "rms_logit_error": self.rms, "mean_kl": self.kl}
         shown = {name: two_digits(figure) for name, figure in figures.items()}
         return shown | {"top1_agreement_without_ties": round(self.agreement(), 4)}
@@ -57,17 +57,17 @@ class Difference:
 
 @dataclass
 class DifferenceMeter:
-    """Adds up a Difference. Numbers that are not finite end up in the result, and in no exception."""
+    """Accumulates a Difference. Numbers that are not finite reach the result and raise nothing."""
 
     _largest: list[float] = field(default_factory=list)
     _squares: list[float] = field(default_factory=list)
     _kl: list[float] = field(default_factory=list)
-    _shortfall: list[np.ndarray] = field(default_factory=list)
+    _top1_gap: list[np.ndarray] = field(default_factory=list)
     _scale: list[float] = field(default_factory=list)
     _losses: list[tuple[float, float]] = field(default_factory=list)
 
     def add(self, reference: np.ndarray, logits: np.ndarray, following: Sequence[int] = ()) -> None:
-        """Logits float32 [n, vocabulary] of n positions; `following`: the tokens after the first of them."""
+        """Add logits float32 [n, vocabulary] of n positions. following: the tokens after each of them."""
         step = max(1, _BLOCK_ELEMENTS // reference.shape[1])
         for start in range(0, len(reference), step):
             rows = slice(start, start + step)
@@ -80,7 +80,7 @@ class DifferenceMeter:
         self._scale.append(float(np.abs(reference).max()))
         self._squares += np.square(error).mean(1).tolist()
         best = np.arange(len(logits)), logits.argmax(1)
-        self._shortfall.append(reference.max(1) - reference[best])
+        self._top1_gap.append(reference.max(1) - reference[best])
         # KL = log E exp(e) - E e, with e the error and E the mean over the reference's distribution.
         logs = log_softmax(reference)
         weights = np.exp(logs)
@@ -99,7 +99,7 @@ class DifferenceMeter:
             largest=float(np.max(self._largest)),
             rms=float(np.sqrt(np.mean(self._squares))),
             kl=0.0 if kl < _KL_OF_ROUNDING else kl,
-            shortfall=np.concatenate(self._shortfall),
+            top1_gap=np.concatenate(self._top1_gap),
             scale=float(np.max(self._scale)),
             perplexity=None if ours is None else float(np.exp(ours)),
             reference_perplexity=None if theirs is None else float(np.exp(theirs)),
@@ -107,7 +107,7 @@ class DifferenceMeter:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 [n, vocabulary]."""
+    """Return log probabilities, float64 [n, vocabulary]."""
     wide = logits.astype(np.float64)
     wide -= wide.max(1, keepdims=True)
     wide -= np.log(np.exp(wide).sum(1, keepdims=True))
@@ -119,5 +119,5 @@ def two_digits(figure: float) -> float:
 
 
 def scaled(tolerance: float, largest_logit: float) -> float:
-    """The bound of fp32 for logits of that size: errors grow with them."""
+    """Return the bound of fp32 for logits of that size: errors grow with them."""
     return tolerance * max(1.0, largest_logit / 10)

@@ -1,7 +1,7 @@
-"""Where the rounded version of one weight lies, and how the engine rounds what it is multiplied with.
+"""The quantized weights that an engine computes with, and the quantization of its activations.
 
-This is how a build tells whoever checks it what the engine computes with, whatever made the codes: rounding,
-calibration, or a checkpoint that came quantized.
+The verification gives the reference the same weights, whatever made them: rounding, calibration, or a
+pre-quantized checkpoint.
 """
 
 from __future__ import annotations
@@ -21,50 +21,52 @@ from llmc.passes.quantize.formats import get_format
 
 @dataclass(frozen=True)
 class ActivationQuantization:
-    """kind "int8" or "e4m3": one static scale; "e2m1": NVFP4, `scale` is the global one. See activations.py.
+    """How a linear layer quantizes its input (passes/quantize/fake_quantize.py)."""
 
-    factor: a safetensors file and the name of a tensor [in] in it that the input is multiplied by before it
-    is rounded (`pre_quant_scale` of AWQ and SmoothQuant), and that the weight is divided by.
-    """
-
+    #: Element type: "int8", "e4m3" or "e2m1".
     kind: str
+    #: The static scale; for "e2m1" (NVFP4) the global scale.
     scale: float
+    #: A safetensors file and the name of a tensor [in] in it. The input is multiplied by it before it is
+    #: quantized, and the weight divided by it (`pre_quant_scale` of AWQ and SmoothQuant).
     factor: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in _ROUNDINGS or not self.scale > 0:
-            raise ValueError(f"inputs are not rounded to {self.kind!r} by {self.scale}")
+        if self.kind not in _QUANTIZERS or not self.scale > 0:
+            raise ValueError(f"there is no quantization of activations to {self.kind!r} by {self.scale}")
 
     def apply(self, x: np.ndarray) -> np.ndarray:
-        """`x` [..., in] as the layer multiplies it, float32."""
-        rounded, factor = _ROUNDINGS[self.kind], self.factors
-        return rounded(x * factor, self.scale) / factor
+        """Return the quantized input, float32, for `x` [..., in]."""
+        quantize, factor = _QUANTIZERS[self.kind], self.factors
+        return quantize(x * factor, self.scale) / factor
 
     @property
     def factors(self) -> np.ndarray:
-        """float32 [in], or one 1."""
+        """The factors of the input, float32 [in]; without any, [1] with the value 1."""
         return _tensor(*self.factor) if self.factor else np.ones(1, np.float32)
 
 
 @dataclass(frozen=True)
 class EngineWeight:
-    """One weight [out, in] of the checkpoint as the engine has it.
+    """One quantized weight [out, in] of the engine."""
 
-    format: a name in FORMATS. file: a safetensors file. arrays: "weight", "weight_scale" and, for NVFP4,
-    "weight_scale_2" -> names of tensors in it. rows: first and stop of its rows in these tensors, in which
-    several weights may follow one another; a tensor without as many rows as the codes is for all of them.
-    No arrays: the checkpoint itself has the weight in codes, which need no replacement.
-    """
-
+    #: A name in FORMATS.
     format: str
+    #: A safetensors file.
     file: str
+    #: "weight", "weight_scale" and, for NVFP4, "weight_scale_2" -> names of tensors in the file. Empty for a
+    #: weight of a pre-quantized checkpoint: the reference has it already.
     arrays: Mapping[str, str]
+    #: First row and stop in these tensors, which may hold several weights one after the other. A tensor with
+    #: another number of rows than the weight's belongs to all of them.
     rows: tuple[int, int]
     input: ActivationQuantization | None = None
 
     def read(self, tensors: Mapping[str, TensorRef]) -> np.ndarray:
-        """float32 [rows, in]: what its codes stand for, times the factor of its input, by which transformers
-        does not multiply. `tensors`: the header of `file`."""
+        """Return the dequantized weight, float32 [rows, in], times the factor of its input.
+
+        The reference does not multiply its inputs by that factor. tensors: the header of `file`.
+        """
         refs = {array: tensors[name] for array, name in self.arrays.items()}
         height, rows = refs["weight"].shape[0], slice(*self.rows)
         arrays = {
@@ -75,8 +77,8 @@ class EngineWeight:
         return wide * self.input.factors if self.input else wide
 
     def to_json(self) -> dict[str, Any]:
-        """Of an input: {"kind": "e4m3", "scale": float} or {"kind": "e2m1", "global_scale": float}, and
-        "factor" where it has one."""
+        """Return JSON. An input is {"kind": "e4m3", "scale": x} or {"kind": "e2m1", "global_scale": x}, with
+        "factor" where there is one."""
         return asdict(self) | {"input": self._input_json(), "rows": list(self.rows)}
 
     def _input_json(self) -> dict[str, Any] | None:
@@ -90,12 +92,12 @@ class EngineWeight:
         """The inverse of `to_json`."""
         first, stop = data["rows"]
         given = data["input"]
-        rounding = None
+        quantization = None
         if given:
             file = given.get("factor")
             factor = (file[0], file[1]) if file else None
-            rounding = ActivationQuantization(given["kind"], given[_SCALE_NAMES[given["kind"]]], factor)
-        return cls(data["format"], data["file"], dict(data["arrays"]), (first, stop), rounding)
+            quantization = ActivationQuantization(given["kind"], given[_SCALE_NAMES[given["kind"]]], factor)
+        return cls(data["format"], data["file"], dict(data["arrays"]), (first, stop), quantization)
 
 
 @functools.cache
@@ -103,5 +105,5 @@ def _tensor(file: str, name: str) -> np.ndarray:
     return read_header(file)[name].read().astype(np.float32)
 
 
-_ROUNDINGS = {"int8": round_int8, "e4m3": round_e4m3, "e2m1": round_e2m1}
+_QUANTIZERS = {"int8": round_int8, "e4m3": round_e4m3, "e2m1": round_e2m1}
 _SCALE_NAMES = {"int8": "scale", "e4m3": "scale", "e2m1": "global_scale"}

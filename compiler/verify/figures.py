@@ -1,4 +1,4 @@
-"""How close a bundle's engine is to its checkpoint, in numbers, and what a pipeline may demand of them."""
+"""The fidelity figures of a bundle, and the thresholds that a pipeline may set for them."""
 
 from __future__ import annotations
 
@@ -11,46 +11,48 @@ from llmc.runtime.bundle.manifest import Manifest
 
 @dataclass(frozen=True)
 class Figures:
-    """How far an engine is from its checkpoint. None: not known.
+    """How far an engine is from its checkpoint. None: not known."""
 
-    origin: whether this was measured now or when the bundle was built. top1_agreement counts near ties,
-    mean_kl is in nats (docs/fidelity.md). perplexity: the engine's; perplexity_unquantized: the reference's.
-    kv_cache_*: what a quantized cache adds to that, where the build measured it apart.
-    reference: "checkpoint", or "dequantized" of one that came quantized, whose weights had lost something
-    before; "" where that is not recorded.
-    """
-
+    #: Whether this was measured now or when the bundle was built.
     origin: Literal["measured", "recorded"]
     positions: int | None = None
+    #: Near ties count as agreement.
     top1_agreement: float | None = None
     top1_agreement_without_ties: float | None = None
+    #: In nats.
     mean_kl: float | None = None
     max_logit_error: float | None = None
+    #: The reference's.
     perplexity_unquantized: float | None = None
+    #: The engine's.
     perplexity: float | None = None
     perplexity_increase_percent: float | None = None
+    #: The loss of a quantized KV cache, where the build measured it apart.
     kv_cache_top1_agreement: float | None = None
     kv_cache_mean_kl: float | None = None
+    #: "checkpoint", or "dequantized" for a pre-quantized checkpoint; "": not recorded.
     reference: str = ""
 
     @property
     def against(self) -> str:
-        """What the loss is measured against, where it is not the checkpoint as it was trained; or ""."""
+        """The reference in words, where it is not the checkpoint itself; else ""."""
         return "the dequantized checkpoint" if self.reference == "dequantized" else ""
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """name: in words; figure: None where it is not known."""
+    """A bound of one figure."""
 
+    #: The figure in words.
     name: str
+    #: None: not known.
     figure: float | None
     bound: float
     at_least: bool
 
     @property
     def met(self) -> bool:
-        """An unknown figure meets nothing, and neither does NaN."""
+        """Whether the figure is within its bound. An unknown figure and NaN are not."""
         if self.figure is None:
             return False
         return self.figure >= self.bound if self.at_least else self.figure <= self.bound
@@ -63,9 +65,12 @@ class Threshold:
 
 
 def recorded(manifest: Manifest) -> Figures:
-    """What the build found, against the checkpoint; of one that came quantized, against what its weights
-    stand for. In 16 bits it is what the engine loses as a whole, else what rounding loses: in fp32 the engine
-    adds nothing that counts. The loss of a quantized KV cache is apart from both."""
+    """Return the figures that the build recorded, against the checkpoint.
+
+    The weights of a pre-quantized checkpoint are dequantized. In 16 bits the figures are the loss of the
+    whole engine, in fp32 those of quantization: there the engine adds nothing that counts. The loss of a
+    quantized KV cache is apart from both.
+    """
     cache = manifest.verification.details.get("kv_cache_loss")
     lost = known(cache) if isinstance(cache, Mapping) else {}
     return replace(
@@ -98,7 +103,7 @@ def _without_cache(manifest: Manifest) -> Figures:
 
 
 def known(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a record that `Figures` has; `details` of a manifest may hold anything."""
+    """Return the figures of a record that `Figures` has; `details` of a manifest may hold anything."""
     names = asdict(Figures("recorded")).keys() - {"origin", "reference"}
     return {
         name: value
@@ -108,6 +113,6 @@ def known(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reference_of(figures: Mapping[str, Any]) -> str:
-    """`Figures.reference` from a record."""
+    """Return `Figures.reference` from a record."""
     reference = figures.get("reference")
     return reference if isinstance(reference, str) else ""

@@ -1,4 +1,4 @@
-"""What the process that compares is asked, and what it answers. Both cross a pipe as JSON."""
+"""What the comparing process is asked and what it answers. Both cross a pipe as JSON."""
 
 from __future__ import annotations
 
@@ -9,39 +9,42 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from llmc.compiler.verify.engine_weights import EngineWeight
 
-MIN_TOP1 = {"fp32": 1.0, "fp16": 0.99, "bf16": 0.99}  # dtype that the engine computes in -> least agreement
+MIN_TOP1 = {"fp32": 1.0, "fp16": 0.99, "bf16": 0.99}  # by the dtype that the engine computes in
 ReferenceWeights = Literal["checkpoint", "dequantized"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the child is asked to compare.
+    """What the child compares."""
 
-    tolerance: see `recipe.Recipe`; of fp32 only, as 16 bits are measured against transformers in the same
-    dtype. dtype: what the engine computes in, "fp32", "fp16" or "bf16". compared: what stands in for the
-    engine, for the record; empty where it is the engine itself. quantized: name of a weight of the checkpoint
-    -> what the engine has in its place; it must then reproduce the checkpoint with these, and what they lose
-    is recorded. reference_weights: "dequantized" where the checkpoint itself holds quantized weights.
-    kv_engine: the engine with its KV cache in kv_dtype, whose loss against `engine` is recorded; "" for none.
-    rounding_engine: where layers round their inputs in fp32, the engine that does; `engine` is then the same
-    one without that rounding.
-    """
-
+    #: The checkpoint's directory.
     checkpoint: str
+    #: The engine's file, and the backend that runs it.
     engine: str
     backend: str
+    #: Tokens of prompt and answer together.
     max_seq_len: int
     vocab_size: int
+    #: Sizes of the model's attention windows.
     windows: list[int]
+    #: Largest logit error accepted in fp32 (`recipe.Recipe`). 16 bits are held to transformers' own error.
     tolerance: float
+    #: Bytes of memory that the comparison needs.
     needed_bytes: int
+    #: What the engine computes in: "fp32", "fp16" or "bf16".
     dtype: str = "fp32"
+    #: What stands in for the engine, for the record; "": nothing does.
     compared: str = ""
+    #: Name of a weight in the checkpoint -> the engine's quantized weight. The reference uses it as well, and
+    #: the quantization loss is recorded.
     quantized: Mapping[str, EngineWeight] = field(default_factory=dict)
+    #: "dequantized" for a pre-quantized checkpoint.
     reference_weights: ReferenceWeights = "checkpoint"
+    #: The same engine with its KV cache in `kv_dtype`, whose loss against `engine` is recorded; "": none.
     kv_engine: str = ""
     kv_dtype: str = ""
-    rounding_engine: str = ""
+    #: In fp32, the same engine with activation quantization, which `engine` lacks then; "": none.
+    quantizing_engine: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"quantized": {name: one.to_json() for name, one in self.quantized.items()}}
@@ -56,46 +59,43 @@ class Job:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the child measured.
+    """What the child measured."""
 
-    max_logit_error: absolute, over all positions and the whole vocabulary; tolerance: scaled to the
-    logits; top1_agreement: share of positions where the engine's best token is the reference's, or as
-    good as it within what rounding hides; greedy_equal: None in 16 bits, where texts part at the first near
-    tie; rms_ratio: the engine's rms error over that of transformers in the same dtype, None in fp32;
-    rounding_ratio: of an fp32 engine that rounds the inputs of layers, the rms difference from the reference
-    that rounds them too, over the rms of what that rounding changes; least_top1: what top1_agreement must be,
-    where that is not the dtype's own bar.
-    """
-
+    #: Largest absolute error of a logit, over all positions and the whole vocabulary.
     max_logit_error: float
+    #: The bound of that error, scaled to the logits.
     tolerance: float
+    #: Share of positions where the engine's best token is the reference's, near ties included.
     top1_agreement: float
     positions: int
+    #: None in 16 bits, where texts part at the first near tie.
     greedy_equal: bool | None
     greedy_tokens: int
+    #: The engine's rms error over that of transformers in the same dtype; None in fp32.
     rms_ratio: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
-    rounding_ratio: float | None = None
+    #: In fp32 with activation quantization: rms difference from the reference that quantizes its activations
+    #: too, over the rms of what that quantization changes; else None.
+    activation_ratio: float | None = None
+    #: The bound of top1_agreement where it is not the dtype's own; else None.
     least_top1: float | None = None
 
 
 @dataclass(frozen=True)
 class Question:
-    """What `llmc verify` asks the child: how an engine does on a text.
-
-    engine, backend, max_seq_len, vocab_size: as in Job. tokenizer: a tokenizer.json, "" without one. text: a
-    file in UTF-8, "" for the evaluation text. checkpoint: what it is compared with in transformers, "" for
-    nothing (only its perplexity is measured then). dequantized: whether that checkpoint is quantized.
-    kv_dtype: what the engine's KV cache holds.
-    """
+    """What `llmc verify` asks the child: how an engine does on a text."""
 
     engine: str
     backend: str
     max_seq_len: int
     vocab_size: int
+    #: A tokenizer.json; "": there is none.
     tokenizer: str
+    #: A file in UTF-8; "": the evaluation text.
     text: str
+    #: The checkpoint to compare with; "": none, only the engine's perplexity is measured.
     checkpoint: str
     tolerance: float
     reference_weights: ReferenceWeights = "checkpoint"
+    #: What the engine's KV cache holds.
     kv_dtype: str = "fp32"

@@ -1,8 +1,8 @@
-"""What a quantized KV cache loses. It is measured beside the proof, and is no part of it.
+"""The loss of a quantized KV cache, measured beside the comparison with the checkpoint.
 
-The proof is about the graph with a cache in the dtype that the engine computes in: only there can it be held
-to what transformers does. The same graph with the quantized cache then gets the same tokens in the same
-steps, and what its logits differ by from the former's is the loss of the cache and of nothing else.
+That comparison is of the graph with a cache in the dtype that the engine computes in: only there can it be
+held to what transformers does. The same graph with the quantized cache gets the same tokens in the same
+steps, and the difference of the logits is the error of the cache alone.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from llmc.runtime.backends.base import Backend
 
 
 def load_quantized(job: Job, blocks: int) -> Backend:
-    """The engine with the quantized cache. OpenVINO quantizes by itself; an oracle's graph rounds what enters
-    its cache, which the backend holds in fp32."""
+    """Load the engine with the quantized cache.
+
+    OpenVINO quantizes by itself. The graph that stands in for TensorRT rounds what enters its cache, which
+    the backend holds in fp32.
+    """
     kv_dtype = job.kv_dtype if job.backend == "openvino" else "fp32"
     return load_backend(job.backend, Path(job.kv_engine), blocks, kv_dtype=kv_dtype)
 
 
 def kv_cache_loss(exact: list[np.ndarray], quantized: list[np.ndarray], kv_dtype: str) -> dict[str, Any]:
-    """For the record: mean KL divergence (nats), top-1 agreement, largest and rms difference of the logits.
+    """Return mean KL divergence (nats), top-1 agreement, largest and rms difference of the logits.
 
     exact, quantized: logits float32 [length, vocabulary] of each sequence, by the cache that they came from;
     kv_dtype: the quantized one, as the manifest calls it.
     """
     difference = Difference.between(exact, quantized)
-    return {"kv_dtype": kv_dtype, "positions": len(difference.shortfall), **difference.summary()}
+    return {"kv_dtype": kv_dtype, "positions": len(difference.top1_gap), **difference.summary()}

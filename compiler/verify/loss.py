@@ -1,8 +1,8 @@
-"""What rounding loses: logits against those of the reference, window by window. That is the checkpoint; of
-one that came quantized it is a model with its dequantized weights, and inputs that are not rounded.
+"""Quantization loss: KL divergence, top-1 agreement and perplexity against the reference.
 
-No more than a few rows of logits exist at a time: of the reference only the last hidden states are kept, and
-the last matrix is applied to them when the other side's logits are there.
+The reference is the checkpoint in transformers, in fp32. For a pre-quantized checkpoint it is the model with
+dequantized weights and without activation quantization. Only a few rows of logits exist at a time: the
+reference's last hidden states are kept, and its last matrix is applied to them chunk by chunk.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ def measure(
     others: Iterable[Iterable[np.ndarray]],
     on_window: Callable[[], None] = lambda: None,
 ) -> Difference:
-    """The reference's `states` [tokens, hidden], under `head`, against `others`: for each window consecutive
-    logits [n, vocabulary]."""
+    """Compare the reference with other logits.
+
+    head, states: the reference's last matrix and its last hidden states [tokens, hidden] of each window
+    windows: the token ids
+    others: for each window consecutive chunks of logits, float32 [n, vocabulary]
+    """
     meter = DifferenceMeter()
     for kept, ids, chunks in zip(states, windows, others, strict=True):
         start = 0
@@ -43,15 +47,15 @@ def measure(
 
 
 def rows_of(head: Head, states: Sequence[torch.Tensor]) -> Iterator[Iterator[np.ndarray]]:
-    """The logits of each window, a few rows at a time, for `measure`."""
+    """Yield the logits of each window, a few rows at a time, for `measure`."""
     for kept in states:
         yield (head.logits(part) for part in kept.split(_ROWS))
 
 
 def record(difference: Difference, near_tie: float, text: bool) -> dict[str, Any]:
-    """The figures for the manifest. text: False for random tokens, whose perplexity means nothing."""
+    """Return the figures for the manifest. text: False for random tokens, which have no perplexity."""
     figures: dict[str, Any] = {
-        "positions": len(difference.shortfall),
+        "positions": len(difference.top1_gap),
         **difference.summary(),
         "top1_agreement": round(difference.agreement(near_tie), 4),
         "near_tie": two_digits(near_tie),
@@ -67,7 +71,7 @@ def record(difference: Difference, near_tie: float, text: bool) -> dict[str, Any
 
 
 def perplexity(windows: Sequence[Sequence[int]], others: Iterable[Iterable[np.ndarray]]) -> float:
-    """Of logits alone, as `measure` takes them: exp of the mean negative log likelihood of what follows."""
+    """Return the perplexity of logits as `measure` takes them."""
     losses: list[float] = []
     for ids, chunks in zip(windows, others, strict=True):
         start = 0

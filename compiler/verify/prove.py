@@ -25,8 +25,8 @@ from llmc.runtime.bundle.manifest import Verification
 from llmc.runtime.errors import VerificationError
 from llmc.runtime.memory import available_memory
 
-MAX_RMS_RATIO = 1.5  # 16 bits: the engine's rms error over transformers' own; 0.9 to 1.0 were measured
-MAX_ROUNDING_RATIO = 0.5  # fp32, layers that round their inputs: what edges between codes may make of it
+MAX_RMS_RATIO = 1.5  # 16 bits: the engine's rms error over that of transformers; 0.9 to 1.0 were measured
+MAX_ACTIVATION_RATIO = 0.5  # fp32: values that fall to the other side of a code
 
 
 def prove(
@@ -56,13 +56,13 @@ def prove(
         reference_weights="dequantized" if plan.checkpoint.prequantized else "checkpoint",
         kv_engine=str(work.path(files.kv_graph)) if files.kv_graph else "",
         kv_dtype=resolved.kv_dtype if files.kv_graph else "",
-        rounding_engine=str(work.path(files.quantizing_graph)) if files.quantizing_graph else "",
+        quantizing_engine=str(work.path(files.quantizing_graph)) if files.quantizing_graph else "",
     )
     return run(job, progress)
 
 
 def run(job: Job, progress: Progress) -> Verification:
-    """Runs the comparison and returns its record for the manifest.
+    """Run the comparison and return its record for the manifest.
 
     Raises VerificationError when the engine does not reproduce the checkpoint, and BuildError when the
     comparison itself breaks. A model too large for this machine is recorded as not verified.
@@ -107,7 +107,7 @@ def _weights(job: Job) -> str:
 
 
 def faults(findings: Findings, dtype: str) -> list[str]:
-    """Everything that was measured, if any of it is out of bounds. NaN is."""
+    """Return every figure, in words, if any is out of bounds; NaN always is. Else an empty list."""
     error, bound = findings.max_logit_error, findings.tolerance
     share, least = findings.top1_agreement, findings.least_top1
     least = MIN_TOP1[dtype] if least is None else least
@@ -118,9 +118,9 @@ def faults(findings: Findings, dtype: str) -> list[str]:
     if (ratio := findings.rms_ratio) is not None:
         text = f"rms error {ratio:.2f} times that of transformers in {dtype} (at most {MAX_RMS_RATIO:g})"
         measured.append((ratio <= MAX_RMS_RATIO, text))
-    if (ratio := findings.rounding_ratio) is not None:
-        text = f"rounded inputs: rms {ratio:.2f} of what they change (at most {MAX_ROUNDING_RATIO:g})"
-        measured.append((ratio <= MAX_ROUNDING_RATIO, text))
+    if (ratio := findings.activation_ratio) is not None:
+        text = f"activation quantization: rms {ratio:.2f} of its effect (at most {MAX_ACTIVATION_RATIO:g})"
+        measured.append((ratio <= MAX_ACTIVATION_RATIO, text))
     if (equal := findings.greedy_equal) is not None:
         measured.append((equal, f"greedy text {'equal' if equal else 'different'}"))
     if not _is_finite(findings.details):
@@ -129,14 +129,14 @@ def faults(findings: Findings, dtype: str) -> list[str]:
 
 
 def _is_finite(figures: Any) -> bool:
-    """Whether every number in nested dicts is."""
+    """Whether every number in nested dicts is finite."""
     if isinstance(figures, dict):
         return all(map(_is_finite, figures.values()))
     return not isinstance(figures, float) or math.isfinite(figures)
 
 
 def _round_up(error: float) -> float:
-    """Two digits: more would record the noise of the machine that built the bundle."""
+    """Round up to two digits: more would record the noise of the machine."""
     if error == 0:
         return 0.0
     unit = 10.0 ** (math.floor(math.log10(error)) - 1)

@@ -1,4 +1,4 @@
-"""The reference: transformers in eager attention, with the checkpoint's weights or the rounded ones."""
+"""The reference: transformers with eager attention, on the checkpoint's weights or the engine's."""
 
 from __future__ import annotations
 
@@ -42,14 +42,15 @@ class Reference:
         self._decoder = next(name for name, module in self.model.named_modules() if module is decoder)
 
     @torch.no_grad()
-    def round(self, stored: Mapping[str, EngineWeight]) -> None:
-        """From now on the model has these weights, as the engine does.
+    def use_weights(self, weights: Mapping[str, EngineWeight]) -> None:
+        """Replace weights by the engine's quantized ones.
 
-        A weight that a module shares with another one (a tied lm_head) changes in the named module alone.
+        weights: name in the checkpoint -> the engine's weight
+        A weight that two modules share (a tied lm_head) changes in the named module alone.
         Raises BuildError for a name or a shape that the model does not have.
         """
-        headers = {one.file: read_header(one.file) for one in stored.values() if one.arrays}
-        for name, one in stored.items():
+        headers = {one.file: read_header(one.file) for one in weights.values() if one.arrays}
+        for name, one in weights.items():
             if not one.arrays:
                 continue
             module = self._module_of(name)
@@ -61,11 +62,11 @@ class Reference:
                 )
             module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
 
-    def round_inputs(self, stored: Mapping[str, EngineWeight]) -> None:
-        """From now on layers round their inputs as the engine does."""
-        for name, one in stored.items():
+    def quantize_activations(self, weights: Mapping[str, EngineWeight]) -> None:
+        """Quantize the inputs of linear layers as the engine does."""
+        for name, one in weights.items():
             if one.input is not None:
-                self._module_of(name).register_forward_pre_hook(_rounding(one.input))
+                self._module_of(name).register_forward_pre_hook(_quantizer(one.input))
 
     def _module_of(self, name: str) -> Any:
         try:
@@ -74,18 +75,18 @@ class Reference:
             module = None
         if not name.endswith(".weight") or not isinstance(getattr(module, "weight", None), nn.Parameter):
             raise BuildError(
-                f"transformers' model has no {name}, which the engine rounds", "please report this"
+                f"transformers' model has no {name}, which the engine quantizes", "please report this"
             )
         return module
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """float32 [len, vocabulary]."""
+        """Return float32 [len, vocabulary]."""
         return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
 
     @torch.no_grad()
     def continuation(self, prompt: Sequence[int], max_seq_len: int) -> list[int]:
-        """Greedy, of at most _NEW_TOKENS tokens."""
+        """Return the greedy continuation, at most _NEW_TOKENS tokens."""
         tokens, cache = torch.tensor([prompt]), None
         new: list[int] = []
         for _ in range(min(_NEW_TOKENS, max_seq_len - len(prompt))):
@@ -97,7 +98,7 @@ class Reference:
 
     @torch.no_grad()
     def states(self, ids: Sequence[int]) -> torch.Tensor:
-        """What the last matrix is applied to: [len, hidden], a hundredth of the size of the logits.
+        """Return the last hidden states [len, hidden], which are far smaller than the logits.
 
         Raises BuildError for a model whose logits depend on anything else.
         """
@@ -121,16 +122,16 @@ class Reference:
         )
 
     def head(self) -> Head:
-        """What turns states into logits, with the weights that it has now."""
+        """Return what turns hidden states into logits, with the present weights."""
         return Head(self.model, self._decoder)
 
     def drop_decoder(self) -> None:
-        """Frees everything but the last matrix; heads that were taken before go on to work."""
+        """Free everything but the last matrix; heads that were taken before still work."""
         self.model.set_submodule(self._decoder, nn.Identity())
 
 
 class Head:
-    """The end of a model: its last matrix, as it is now, and whatever the model does to logits."""
+    """The end of a model: its last matrix and whatever the model does to logits."""
 
     def __init__(self, model: Any, decoder: str) -> None:
         self._model, self._decoder = model, decoder
@@ -139,7 +140,7 @@ class Head:
 
     @torch.no_grad()
     def logits(self, states: torch.Tensor) -> np.ndarray:
-        """[n, hidden] -> float32 [n, vocabulary]."""
+        """Turn hidden states [n, hidden] into logits, float32 [n, vocabulary]."""
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
         with (
             self._as_it_was(),
@@ -165,7 +166,7 @@ class Head:
 
 @contextlib.contextmanager
 def _forward(module: Any, forward: Any) -> Iterator[None]:
-    """`module` computes `forward` for a while."""
+    """Let `module` compute `forward` inside the context."""
     module.forward = forward  # an attribute of the instance, which goes before the method of its class
     try:
         yield
@@ -173,10 +174,10 @@ def _forward(module: Any, forward: Any) -> Iterator[None]:
         del module.forward
 
 
-def _rounding(rounding: ActivationQuantization) -> Any:
+def _quantizer(quantization: ActivationQuantization) -> Any:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x = args[0]
-        return (torch.from_numpy(rounding.apply(x.float().numpy())).to(x.dtype), *args[1:])
+        return (torch.from_numpy(quantization.apply(x.float().numpy())).to(x.dtype), *args[1:])
 
     return hook
 
@@ -200,7 +201,7 @@ def _load(checkpoint: str, dtype: torch.dtype, weights: ReferenceWeights) -> Any
 
 @torch.no_grad()
 def _fill(model: Any, quantized: QuantizedCheckpoint) -> None:
-    """Every parameter from the checkpoint, widened, a block of rows at a time."""
+    """Fill every parameter from the checkpoint, dequantized, a block of rows at a time."""
     tied = {alias for alias, name in model.all_tied_weights_keys.items() if alias != name}
     for name, parameter in model.named_parameters():
         if name in tied:
@@ -220,7 +221,7 @@ def _fill(model: Any, quantized: QuantizedCheckpoint) -> None:
 
 
 def _values(name: str, quantized: QuantizedCheckpoint) -> Iterator[np.ndarray]:
-    """Blocks of rows of a parameter in float32; nothing for one that the checkpoint lacks."""
+    """Yield blocks of rows of a parameter; nothing for one that the checkpoint lacks."""
     module_name, _, last = name.rpartition(".")
     module = quantized.modules.get(module_name)
     if module is None or last not in ("weight", "bias"):
@@ -233,7 +234,7 @@ def _values(name: str, quantized: QuantizedCheckpoint) -> Iterator[np.ndarray]:
 
 
 def _weight(module: QuantizedModule) -> Iterator[np.ndarray]:
-    """AWQ multiplies the input by `pre_quant_scale`: here the weight's columns are, to the same end."""
+    """Yield rows of a dequantized weight. AWQ's factor of the input is multiplied into the columns."""
     scale: TensorRef | None = module.tensors.get("pre_quant_scale")
     columns = np.float32(1) if scale is None else scale.read().astype(np.float32)
     for rows in iter_rows(module, _CHUNK_BYTES):

@@ -75,7 +75,7 @@ def test_on_the_cpu(name: str, fmt: str, checkpoint: Callable[[str], Path], tmp_
     assert manifest.target.engine == ("openvino" if in_openvino and not softcap else "onnxruntime")
     assert ("calibration.json" in manifest.files) == (fmt != "int8")
     if not exact:
-        inputs = manifest.verification.details["input_rounding"]
+        inputs = manifest.verification.details["activation_quantization"]
         assert inputs["engine"]["rms_logit_error"] <= 0.5 * inputs["changes"]["rms_logit_error"]
 
 

@@ -41,7 +41,7 @@ def test_it_is_proven_and_its_loss_recorded(built: Path, capsys: pytest.CaptureF
     assert manifest["target"]["engine"] == "openvino"
     assert manifest["quantization"]["format"] == FORM
     assert manifest["quantization"]["calibration"]["method"] == "max"
-    inputs = verification["details"]["input_rounding"]
+    inputs = verification["details"]["activation_quantization"]
     assert 0 < inputs["engine"]["rms_logit_error"] <= 0.5 * inputs["changes"]["rms_logit_error"]
     loss = verification["details"]["quantization_loss"]
     assert loss["mean_kl"] < 0.005

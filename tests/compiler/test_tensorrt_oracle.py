@@ -458,6 +458,6 @@ def test_differences_are_what_their_definitions_say() -> None:
     assert difference.largest == pytest.approx(float((p - q).abs().max()))
     assert difference.rms == pytest.approx(float((p - q).square().mean().sqrt()))
     swapped = [np.array([[1.0, 3.0, 2.5]], np.float32)]
-    assert Difference.between(swapped, [np.array([[0.0, 1.0, 2.0]], np.float32)]).shortfall == [0.5]
+    assert Difference.between(swapped, [np.array([[0.0, 1.0, 2.0]], np.float32)]).top1_gap == [0.5]
     same = Difference.between(reference, reference)
-    assert (same.largest, same.kl, same.shortfall.max()) == (0, 0, 0)
+    assert (same.largest, same.kl, same.top1_gap.max()) == (0, 0, 0)

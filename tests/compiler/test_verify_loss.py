@@ -73,7 +73,7 @@ def test_the_last_matrix_is_applied_a_few_rows_at_a_time(checkpoint: Callable[[s
     assert shapes == [(64, 384), (36, 384)] * len(windows)
     same = loss.measure(head, states, windows, loss.rows_of(head, states))
     assert (same.largest, same.kl, same.agreement(), same.perplexity_increase) == (0, 0, 1, 0)
-    assert len(same.shortfall) == 100 * len(windows)
+    assert len(same.top1_gap) == 100 * len(windows)
     whole = [reference.logits(ids) for ids in windows]
     assert loss.perplexity(windows, ([one] for one in whole)) == pytest.approx(same.perplexity, rel=1e-3)
 

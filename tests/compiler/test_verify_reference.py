@@ -57,8 +57,8 @@ def test_weights_are_replaced_and_inputs_rounded(checkpoint: Callable[[str], Pat
     stored[UP] = replace(stored[UP], input=ActivationQuantization("e4m3", step))
     reference = Reference(str(source), "fp32")
     np.testing.assert_allclose(reference.logits(IDS), own_logits(model), atol=1e-5)
-    reference.round(stored)
-    reference.round_inputs(stored)
+    reference.use_weights(stored)
+    reference.quantize_activations(stored)
 
     for name, values in exact.items():
         model.get_parameter(name).data = values
@@ -103,8 +103,8 @@ def test_a_rounded_head_leaves_the_other_one_and_the_embedding(
     rounding = ActivationQuantization("e2m1", 0.001)
     before, states, head = reference.logits(IDS), reference.states(IDS), reference.head()
     stored["lm_head.weight"] = replace(stored["lm_head.weight"], input=rounding)
-    reference.round(stored)
-    reference.round_inputs(stored)
+    reference.use_weights(stored)
+    reference.quantize_activations(stored)
     np.testing.assert_allclose(head.logits(states), before, atol=1e-5)
     rounded = torch.from_numpy(rounding.apply(states.numpy())) @ exact["lm_head.weight"].T
     np.testing.assert_allclose(reference.logits(IDS), rounded.numpy(), atol=1e-5)
@@ -118,13 +118,13 @@ def test_a_weight_that_transformers_lacks(
 ) -> None:
     stored, _ = int8(tmp_path / "w.safetensors", {name: torch.ones(4, 4)})
     with pytest.raises(BuildError, match=name):
-        Reference(str(checkpoint("llama-tiny")), "fp32").round(stored)
+        Reference(str(checkpoint("llama-tiny")), "fp32").use_weights(stored)
 
 
 def test_a_weight_of_another_shape(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     stored, _ = int8(tmp_path / "w.safetensors", {UP: torch.ones(4, 4)})
     with pytest.raises(BuildError, match=r"as \[4, 4\], transformers as \[160, 64\]"):
-        Reference(str(checkpoint("llama-tiny")), "fp32").round(stored)
+        Reference(str(checkpoint("llama-tiny")), "fp32").use_weights(stored)
 
 
 # Checkpoints that are quantized themselves
