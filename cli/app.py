@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmc import __version__
 from llmc.cli import bench, build, check, doctor, inspect, run, verify, zoo
 from llmc.runtime.errors import LlmcError
 
@@ -78,9 +79,7 @@ def _usage_error(error: Any) -> UsageError:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        print(f"llmc {version('llmc')}")
+        print(f"llmc {__version__}")
         raise typer.Exit
 
 

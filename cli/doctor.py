@@ -8,18 +8,21 @@ from typing import Annotated
 
 import typer
 
+from llmc import __version__
 from llmc.cli.machine import Machine
 from llmc.cli.text import print_json, size, table
 from llmc.runtime.errors import BackendError, LlmcError
+from llmc.runtime.installation import DISTRIBUTION, install_hint
 
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*([^;]*?)\s*(?:;\s*(.*))?")
-_EXTRAS = {
-    "": "pip install --upgrade llmc",
-    "build": "pip install 'llmc[build]'",
-    "tensorrt-rtx": "pip install 'llmc[tensorrt-rtx]'",
-    "kernels": "pip install 'llmc[kernels]'",
+_USES = {  # extra of llmc ("": none) -> what it is for
+    "": "llmc run",
+    "build": "llmc build",
+    "kernels": "GPU kernels",
+    "tensorrt-rtx": "tensorrt-rtx",
+    "tensorrt": "tensorrt",
 }
-_USES = {"": "llmc run", "build": "llmc build", "tensorrt-rtx": "GPU engines", "kernels": "GPU engines"}
+_GPU_TARGETS = ("tensorrt-rtx", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Library:
     def remark(self) -> str:
         if self.fits:
             return ""
-        return f"{'missing' if self.version is None else 'the wrong version'}: {_EXTRAS[self.extra]}"
+        return f"{'missing' if self.version is None else 'the wrong version'}: {install_hint(self.extra)}"
 
 
 def doctor(
@@ -52,8 +55,6 @@ def doctor(
 
     Fails if `llmc run` cannot work on this CPU; what only `llmc build` or GPU engines need may be missing.
     """
-    from importlib.metadata import version
-
     machine = Machine.this()
     found = libraries()
     fault = attention_fault()
@@ -61,18 +62,18 @@ def doctor(
     if as_json:
         print_json(
             {
-                "llmc": version("llmc"),
+                "llmc": __version__,
                 "machine": asdict(machine),
                 "libraries": [{**asdict(library), "fits": library.fits} for library in found],
                 "openvino_attention": {"passed": fault is None, "fault": fault.message if fault else None},
                 "run": not broken and fault is None,
-                "build": all(library.fits for library in found if library.extra in ("", "build")),
-                "tensorrt-rtx": all(library.fits for library in found),
+                "build": complete(found, "", "build"),
+                **{target: complete(found, "", "build", "kernels", target) for target in _GPU_TARGETS},
             }
         )
     else:
         facts = [
-            ("llmc", version("llmc")),
+            ("llmc", __version__),
             ("python", machine.python),
             ("system", machine.system),
             ("processor", f"{machine.cpu}, {machine.cores} cores for this process"),
@@ -84,7 +85,7 @@ def doctor(
         print(f"{table(facts)}\n\n{table(rows)}")
     if broken:
         raise BackendError(
-            f"`llmc run` cannot work here: {broken[0].name} is {broken[0].remark}", _EXTRAS[""]
+            f"`llmc run` cannot work here: {broken[0].name} is {broken[0].remark}", install_hint()
         )
     if fault:
         raise fault
@@ -95,15 +96,20 @@ def libraries() -> list[Library]:
     from importlib.metadata import requires
 
     found = []
-    for line in requires("llmc") or []:
+    for line in requires(DISTRIBUTION) or []:
         match = _REQUIREMENT.fullmatch(line)
         assert match is not None, line
         name, wanted, marker = match[1], match[2], match[3] or ""
         extra = re.search(r"extra == ['\"](.+?)['\"]", marker)
-        if (extra is None and marker) or (extra and extra[1] not in _EXTRAS):
+        if (extra is None and marker) or (extra and extra[1] not in _USES):
             continue  # for another Python, or for developers
         found.append(Library(name, extra[1] if extra else "", wanted, _installed(name)))
     return found
+
+
+def complete(found: list[Library], *extras: str) -> bool:
+    """Return whether every library of these extras is there in a version that fits."""
+    return all(library.fits for library in found if library.extra in extras)
 
 
 def satisfies(version: str, wanted: str) -> bool:
@@ -127,12 +133,12 @@ def attention_fault() -> LlmcError | None:
 
         tested_core()
     except ImportError as error:
-        return BackendError(f"OpenVINO cannot be imported: {error}", _EXTRAS[""])
+        return BackendError(f"OpenVINO cannot be imported: {error}", install_hint())
     except LlmcError as error:
         return error
     except Exception as error:  # the operator is private: another OpenVINO may refuse it in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return BackendError(f"OpenVINO refuses its own attention: {reason}", _EXTRAS[""])
+        return BackendError(f"OpenVINO refuses its own attention: {reason}", install_hint())
     return None
 
 

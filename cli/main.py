@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from llmc.runtime.errors import LlmcError
+from llmc.runtime.installation import install_hint
 
 OK, ERROR, USAGE, INTERNAL, INTERRUPTED, OUTPUT_CLOSED = 0, 1, 2, 70, 130, 141
 TRACEBACK = "LLMC_TRACEBACK"  # set to 1: tracebacks for every error
@@ -87,14 +88,12 @@ def _internal(error: Exception) -> int:
 def _missing_library(error: ModuleNotFoundError) -> int:
     name = (error.name or "").partition(".")[0]
     if name in _RUN_LIBRARIES:
-        return report(
-            error, ERROR, f"llmc needs {name}, which is not installed", "pip install --upgrade llmc"
-        )
+        return report(error, ERROR, f"llmc needs {name}, which is not installed", install_hint())
     from llmc.cli.build import LIBRARIES
 
     if name in LIBRARIES:
         message = f"this command needs {name}, which is not installed"
-        return report(error, ERROR, message, "pip install 'llmc[build]'")
+        return report(error, ERROR, message, install_hint("build"))
     return _internal(error)
 
 

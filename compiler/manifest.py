@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc import __version__
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.plan import BuildPlan
 from llmc.compiler.targets.base import Artifact
@@ -53,7 +54,7 @@ def manifest(
     config = json.dumps(checkpoint.config, sort_keys=True).encode()
     libraries = _LIBRARIES + (_KERNEL_LIBRARIES if artifact.gpu else ())
     return Manifest(
-        producer=Producer(llmc=version("llmc"), libraries={name: version(name) for name in libraries}),
+        producer=Producer(llmc=__version__, libraries={name: version(name) for name in libraries}),
         source=Source(
             name=source_name(plan.request.checkpoint, checkpoint.path),
             model_type=checkpoint.model_type,

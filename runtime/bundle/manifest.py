@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal
 
 from llmc.runtime.bundle.strict_json import DAMAGED, bad, decode, no_constants, plain, shown, unique_keys
 from llmc.runtime.errors import BundleError
+from llmc.runtime.installation import upgrade_hint
 
 FORMAT_VERSION: Final = 2
 _GPU_FROM: Final = 2  # the first format with the field `gpu`
@@ -327,9 +328,9 @@ def _refuse_newer(tree: Any) -> None:
     producer = tree.get("producer")
     needed = producer.get("llmc") if isinstance(producer, dict) else None
     if isinstance(needed, str) and re.fullmatch(r"[0-9A-Za-z.+-]{1,64}", needed):
-        message, hint = f"needs llmc >= {needed}", f"pip install 'llmc>={needed}'"
+        message, hint = f"needs llmc >= {needed}", upgrade_hint(needed)
     else:
-        message, hint = "needs a newer llmc", "pip install --upgrade llmc"
+        message, hint = "needs a newer llmc", upgrade_hint()
     known = f"this llmc reads formats 1 to {FORMAT_VERSION}"
     raise BundleError(f"bundle format {shown(version)} {message}; {known}", hint)
 

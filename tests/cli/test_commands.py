@@ -365,6 +365,11 @@ def test_doctor(llmc):
     assert re.search(r"^openvino +llmc run +==2026\.4\.\* +2026\.4\.\d+$", out, re.MULTILINE)
     record = json.loads(llmc("doctor", "--json"))
     assert record["run"] is record["build"] is True
+    gpu = {library["name"] for library in record["libraries"] if library["extra"] == "tensorrt"}
+    assert gpu == {"tensorrt", "cuda-python"}
+    missing = {library["name"] for library in record["libraries"] if not library["fits"]}
+    assert record["tensorrt"] == (not missing & {"triton", *gpu})
+    assert record["tensorrt-rtx"] == (not missing & {"triton", "tensorrt-rtx", "cuda-python"})
     assert record["openvino_attention"] == {"passed": True, "fault": None}
     assert {"torch", "numpy"} <= {library["name"] for library in record["libraries"]}
 

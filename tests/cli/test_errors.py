@@ -17,6 +17,7 @@ import pytest
 from llmc.cli import main
 from llmc.cli.build import LIBRARIES
 from llmc.runtime.bundle.manifest import FileRecord, Manifest
+from llmc.runtime.installation import install_hint, upgrade_hint
 
 
 @pytest.fixture(autouse=True)
@@ -291,7 +292,7 @@ def test_missing_build_libraries_stop_builds_only(tiny, model):
     ]
     done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True, timeout=60)
     lines = done.stderr.splitlines()
-    missing = ["error: this command needs torch, which is not installed", "hint: pip install 'llmc[build]'"]
+    missing = ["error: this command needs torch, which is not installed", f"hint: {install_hint('build')}"]
     assert lines == missing * 2
     assert done.stdout.splitlines()[-1] == "[1, 1, 0, 0, 0]"
     assert os.listdir(model.parent) == ["model"]
@@ -382,7 +383,7 @@ def test_newer_format(fails, tiny):
     (tiny / "manifest.json").write_text(json.dumps(manifest))
     error, hint = fails("run", tiny, "Once")
     assert error == "bundle format 3 needs llmc >= 9.1; this llmc reads formats 1 to 2"
-    assert hint == "pip install 'llmc>=9.1'"
+    assert hint == upgrade_hint("9.1")
 
 
 def edit_bundle(path, **contents):

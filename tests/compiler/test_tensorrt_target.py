@@ -36,6 +36,7 @@ from llmc.passes.legalize.lower_for_tensorrt import DTYPES, lower_for_tensorrt
 from llmc.passes.pipeline import pipeline
 from llmc.plugins.paged_attention.tensorrt_plugin import Attributes, make_plugin
 from llmc.runtime.errors import BuildError, UnsupportedError
+from llmc.runtime.installation import install_hint
 
 FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -303,7 +304,7 @@ def test_a_missing_library_is_named_with_the_command(name: str, monkeypatch: pyt
     monkeypatch.setattr(build, "is_installed", lambda library: False)
     with pytest.raises(BuildError, match=f"needs the package {name}") as error:
         check(name, ())
-    assert error.value.hint == f"pip install {name}"
+    assert error.value.hint == install_hint(name)
 
 
 def test_the_enterprise_target_wants_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from llmc.plugins.paged_attention.launch import SMS, Attention, Variant
 from llmc.plugins.sampling import launch as sampling
 from llmc.runtime.bundle.manifest import KernelFile
 from llmc.runtime.errors import BuildError, UnsupportedError
+from llmc.runtime.installation import install_hint
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -70,7 +71,7 @@ def compile_into(
             progress.bar(done, len(jobs))
             files.append(_write(made[variant](sm, cache_directory()), variant, sm, kind, work))
     except ModuleNotFoundError as error:
-        raise BuildError(f"the GPU kernels need {error.name}", f"pip install {error.name}") from error
+        raise BuildError(f"the GPU kernels need {error.name}", install_hint("kernels")) from error
     except CompileError as error:
         raise BuildError(f"a GPU kernel: {error}", "please report this") from error
     return tuple(files)

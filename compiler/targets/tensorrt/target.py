@@ -33,6 +33,7 @@ from llmc.passes.quantize import quantize_kv_cache
 from llmc.runtime.bundle.manifest import Gpu
 from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import BuildError, UnsupportedError
+from llmc.runtime.installation import install_hint
 from llmc.runtime.memory import available_memory
 
 PLAN_FILE = "engines/rank0.plan"
@@ -68,7 +69,7 @@ class TensorRTTarget:
             self._check_gpus(request, dtype, request.sms)
         if not tensorrt_build.is_installed(flavor.library):
             raise BuildError(
-                f"the target {flavor.name} needs the package {flavor.name}", f"pip install {flavor.name}"
+                f"the target {flavor.name} needs the package {flavor.name}", install_hint(flavor.name)
             )
         sms = request.sms
         if not flavor.builds_without_gpu:
@@ -181,7 +182,7 @@ def _this_gpu(wanted: tuple[int, ...]) -> tuple[int, ...]:
         from llmc.plugins.paged_attention.cuda_kernels import CudaError
         from llmc.runtime.backends.tensorrt.cuda import probe
     except ImportError as error:
-        raise BuildError(f"the target tensorrt needs {error.name}", "pip install cuda-python") from error
+        raise BuildError(f"the target tensorrt needs {error.name}", install_hint("tensorrt")) from error
     try:
         device = probe()
     except CudaError as error:
