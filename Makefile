@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check replay format bench gpu-check clean
+.PHONY: demo test fuzz check replay format bench gpu-check clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ demo: $(STAMP)  ## builds the bundled checkpoint for the CPU and generates from 
 
 test: $(STAMP)  ## the tests, without those marked slow (`make check` runs them too)
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
+
+fuzz: $(STAMP)  ## the property tests with new seeds, for FUZZ_SECONDS seconds
+	$(BIN)/python tests/fuzz.py --seconds $(or $(FUZZ_SECONDS),120)
 
 check: $(STAMP)  ## what CI runs: format, lint, types, import layers, all tests
 	.ci/checks $(BIN)

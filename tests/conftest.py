@@ -7,6 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Property tests try the same examples everywhere and always; `make fuzz` searches with new seeds.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.register_profile(
+    "fuzz", derandomize=False, deadline=None, database=None, max_examples=1000, print_blob=True
+)
+settings.load_profile("fixed")  # `pytest --hypothesis-profile=...` comes later and wins
 
 # Tiny models: more threads of torch's only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

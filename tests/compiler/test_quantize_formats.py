@@ -251,7 +251,7 @@ def step_bound(fmt: Format, w: np.ndarray, arrays: dict[str, np.ndarray]) -> np.
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(w=weights, magnitude=magnitudes)
 def test_error_is_at_most_half_a_step(name: str, w: np.ndarray, magnitude: float) -> None:
     w = w * np.float32(magnitude)
@@ -264,7 +264,7 @@ def test_error_is_at_most_half_a_step(name: str, w: np.ndarray, magnitude: float
 
 
 @pytest.mark.parametrize(("name", "search"), SEARCHED)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(w=weights)
 def test_representable_weights_stay(name: str, search: str, w: np.ndarray) -> None:
     """Codes again the same; values too, but for the last bit of an fp32 scale."""
@@ -283,7 +283,7 @@ def test_representable_weights_stay(name: str, search: str, w: np.ndarray) -> No
 
 
 @pytest.mark.parametrize("name", [name for name, search in SEARCHED if search == "mse"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(w=weights)
 def test_search_is_never_worse(name: str, w: np.ndarray) -> None:
     fmt = FORMATS[name]
@@ -395,7 +395,6 @@ def test_nvfp4_scales_are_e4m3() -> None:
         FORMATS["nvfp4"].with_scales("F16")
 
 
-@settings(deadline=None)
 @given(st.floats(2.0**-100, 2.0**13, width=32), st.sampled_from(["F16", "BF16", "F32"]))
 def test_round_up_is_the_next(x: float, dtype: str) -> None:
     up = round_up(np.array([x], np.float32), dtype)

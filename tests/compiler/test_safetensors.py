@@ -189,7 +189,7 @@ def damaged_files(draw: st.DrawFn) -> bytes:
     return bytes(content[: draw(st.none() | st.integers(0, len(content)))])
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=damaged_files())
 def test_only_checkpoint_errors_come_out(tmp_path: Path, content: bytes) -> None:
     """And what is accepted is accepted by the library too, with the same data."""

@@ -90,7 +90,7 @@ def test_bf16_goes_through_a_view(tmp_path):
     assert path.read_bytes()[offset : offset + size] == value.tobytes()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(NUMPY)), st.lists(st.integers(0, 9), max_size=3)), max_size=8)
 )

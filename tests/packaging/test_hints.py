@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOREIGN = re.compile(r"\b(?:pip|pipx|uv)\s[^\n`]*?(?<![\w./-])llmc(?![\w./-])")
+FOREIGN = re.compile(r"\b(?:pipx? install|uv add|uv tool install)\b[^\n`#&;|]*?(?<![\w./-])llmc(?![\w./-])")
 
 
 @pytest.mark.parametrize(
@@ -15,12 +15,14 @@ FOREIGN = re.compile(r"\b(?:pip|pipx|uv)\s[^\n`]*?(?<![\w./-])llmc(?![\w./-])")
     [
         ("pip install 'llmc[build]'", True),
         ("pip install --upgrade llmc", True),
-        ("pip install '"llmc>=9.1"', True),
+        ('pip install "llmc>=9.1"', True),
         ("uv pip install llmc", True),
+        ("uv add llmc", True),
         ("pip install 'llmc-aot[build]'", False),
         ("pip install -e '.[build]'", False),
         ("pip install -e ./llmc", False),
-        ("with pip, `llmc build` works", False),
+        ("pip install -e . && llmc --version", False),
+        ("pip installed llmc", False),
     ],
 )
 def test_what_is_wrong(text, wrong):

@@ -82,7 +82,7 @@ def token(logits: np.ndarray, params: SamplingParams, ids: np.ndarray | None) ->
         return str(error), rng.bit_generator.state
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(rows(), requests, st.integers(0, 40))
 def test_candidates_give_the_token_that_all_logits_give(
     row: np.ndarray, params: SamplingParams, more: int

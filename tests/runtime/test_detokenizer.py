@@ -78,7 +78,7 @@ def pieces(family: str, ids: list[int], previous: int | None = None) -> list[str
 
 @FAMILIES
 @given(text=TEXT)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_pieces_add_up_to_the_decoded_text_and_hold_no_half_character(family: str, text: str) -> None:
     ids = TOKENIZERS[family].encode(text).ids
     parts = pieces(family, ids)
@@ -89,7 +89,7 @@ def test_pieces_add_up_to_the_decoded_text_and_hold_no_half_character(family: st
 
 @FAMILIES
 @given(prompt=TEXT, text=TEXT)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_output_continues_the_prompt_with_its_leading_space(family: str, prompt: str, text: str) -> None:
     tokenizer = TOKENIZERS[family]
     prompt_ids, ids = tokenizer.encode(prompt).ids, tokenizer.encode(text).ids
@@ -125,7 +125,7 @@ def test_an_unfinished_character_is_flushed_as_a_replacement_at_the_end(family: 
 
 
 @given(ids=st.lists(st.integers(0, TOKENIZERS["byte-level"].get_vocab_size() + 3), max_size=30))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_arbitrary_bytes_come_out_as_the_library_decodes_them(ids: list[int]) -> None:
     expected = TOKENIZERS["byte-level"].decode(ids, skip_special_tokens=True)
     assert "".join(pieces("byte-level", ids)) == expected
@@ -185,7 +185,7 @@ def run(checker: StopChecker, parts: list[str]) -> str:
 
 
 @given(stop=STOPS, parts=st.lists(st.text("abc", max_size=4), max_size=8))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_the_text_ends_before_the_first_stop_string_however_it_is_cut(
     stop: list[str], parts: list[str]
 ) -> None:
@@ -202,7 +202,7 @@ def test_the_text_ends_before_the_first_stop_string_however_it_is_cut(
 
 
 @given(stop=STOPS, parts=st.lists(st.text("abc", max_size=4), max_size=8))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_only_what_may_begin_a_stop_string_is_held_back(stop: list[str], parts: list[str]) -> None:
     checker, text, shown = StopChecker(stop), "", ""
     for part in parts:

@@ -380,13 +380,13 @@ def reads_or_complains(data):
     return manifest.to_json() == data or Manifest.from_json(manifest.to_json()) == manifest
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=200))
 def test_fuzz_bytes(data):
     assert reads_or_complains(data)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(JSON)
 def test_fuzz_json(value):
     assert reads_or_complains(json.dumps(value).encode())
@@ -395,7 +395,7 @@ def test_fuzz_json(value):
 PLACES = [path for path, _ in places(example_tree()) if path]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @example([(("operators",), {}), (("operators", 0), 1), (("operators", "a"), 1)], True)
 @given(st.lists(st.tuples(st.sampled_from(PLACES), JSON), min_size=1, max_size=3), st.booleans())
 def test_fuzz_mutated_manifests(changes, seal):

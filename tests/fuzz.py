@@ -1,0 +1,53 @@
+"""Runs the property tests with one new seed after another, until a test fails or the time is up.
+
+A failure prints the command that repeats it; without one the exit code is 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+COMMAND = (sys.executable, "-m", "pytest", "-q", "-m", "hypothesis", "--hypothesis-profile=fuzz")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("tests", nargs="*", default=["tests"], help="files or directories (default: tests)")
+    options = parser.parse_args()
+    end, rounds = time.monotonic() + options.seconds, 0
+    while (left := end - time.monotonic()) > 0:
+        command = [*COMMAND, f"--hypothesis-seed={random.getrandbits(32)}", *options.tests]
+        code = run([*command, "-n", "auto", "--maxfail=1"], left)
+        if code is None:
+            break
+        if code:
+            print(f"\nto repeat it: {shlex.join(command)}", flush=True)
+            return code
+        rounds += 1
+    print(f"no failure in {rounds} rounds and the beginning of another")
+    return 0
+
+
+def run(command: list[str], seconds: float) -> int | None:
+    """The exit code of a command, or None if `seconds` end it; its children end with it."""
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())
