@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llmc.cli import main
+from support.waiting import LONG
 
 Run = Callable[..., tuple[int, str, str]]
 WIDTH = 64
@@ -184,7 +185,7 @@ def test_imports_neither_torch_nor_an_engine(tmp_path: Path) -> None:
         "print(json.dumps([code, *{name.partition('.')[0] for name in sys.modules}]), file=sys.stderr)"
     )
     command = [sys.executable, "-c", code, "check", str(write(tmp_path / "fp8"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG, check=True)
     code, *modules = json.loads(done.stderr.splitlines()[-1])
     assert code == 0
     assert not set(modules) & {

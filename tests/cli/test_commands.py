@@ -14,6 +14,7 @@ import pytest
 
 from llmc.cli import bench, doctor, main, progress, run, text
 from llmc.runtime.sampling import SamplingParams
+from support.waiting import LONG
 
 COMMANDS = ("build", "run", "inspect", "verify", "check", "bench", "doctor", "zoo")
 OPTIONS = {
@@ -85,7 +86,7 @@ def engine(tiny):
 def process(*arguments, **options):
     """`llmc` in a process of its own."""
     command = [sys.executable, "-m", "llmc.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=LONG, **options)
 
 
 # Help
@@ -139,7 +140,7 @@ def imported_by(*arguments):
         "print(json.dumps([code, *{name.partition('.')[0] for name in sys.modules}]), file=sys.stderr)"
     )
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG, check=True)
     code, *modules = json.loads(done.stderr.splitlines()[-1])
     assert code == 0
     return set(modules)
@@ -485,7 +486,7 @@ def test_a_closed_output_ends_quietly():
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "llmc.cli.main", "zoo", "list"]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=LONG)
     os.close(write)
     assert (done.returncode, done.stderr) == (main.OUTPUT_CLOSED, b"")
 
@@ -494,7 +495,7 @@ def test_a_closed_output_ends_quietly():
 def test_a_full_output_is_an_error():
     with open("/dev/full", "wb") as full:
         command = [sys.executable, "-m", "llmc.cli.main", "zoo", "list"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=LONG)
     assert done.returncode == main.ERROR
     assert done.stderr == (
         "error: cannot write: No space left on device\nhint: free some space, or write elsewhere\n"

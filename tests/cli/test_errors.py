@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -18,6 +17,7 @@ from llmc.cli import main
 from llmc.cli.build import LIBRARIES
 from llmc.runtime.bundle.manifest import FileRecord, Manifest
 from llmc.runtime.installation import install_hint, upgrade_hint
+from support.waiting import LONG, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -290,7 +290,9 @@ def test_missing_build_libraries_stop_builds_only(tiny, model):
         f"inspect|{tiny}",
         "zoo|list",
     ]
-    done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *commands], capture_output=True, text=True, timeout=LONG
+    )
     lines = done.stderr.splitlines()
     missing = ["error: this command needs torch, which is not installed", f"hint: {install_hint('build')}"]
     assert lines == missing * 2
@@ -318,13 +320,11 @@ def test_interrupted_build_leaves_nothing(model, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     with child:
-        deadline = time.monotonic() + 60
-        while not list((tmp_path / "out").glob(".new.llmc.tmp-*/rank0.onnx")):  # hashing or verifying now
-            assert child.poll() is None, child.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        graph = ".new.llmc.tmp-*/rank0.onnx"  # written: the child is hashing or verifying now
+        wait_until(lambda: list((tmp_path / "out").glob(graph)) or child.poll() is not None)
+        assert child.poll() is None, child.stderr.read()
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=LONG)
     assert (child.returncode, out) == (main.INTERRUPTED, "")
     lines = [line for line in err.splitlines() if not line.startswith("note: ")]
     assert lines == ["error: interrupted", "hint: nothing was left half-written"]
@@ -338,7 +338,7 @@ def test_an_interrupt_inside_an_import_is_an_exit_code_too(tmp_path):
         "app.invoke = lambda argv: exec('raise KeyboardInterrupt')\nsys.exit(main.main([]))\n"
     )
     command = [sys.executable, "-m", "interrupted"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LONG)
     assert done.returncode == main.INTERRUPTED
     assert done.stderr.splitlines() == ["error: interrupted", "hint: nothing was left half-written"]
 

@@ -18,6 +18,7 @@ import pytest
 
 from llmc.compiler.checkpoint.hub import resolve
 from llmc.runtime.errors import CheckpointError
+from support.waiting import LONG
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -128,7 +129,7 @@ def ask(cache: Path, endpoint: str, *names: tuple[str, str | None], offline: boo
         cwd=cache,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=LONG,
     )
     assert child.returncode == 0, child.stderr
     return [json.loads(line) for line in child.stdout.splitlines()]

@@ -217,7 +217,7 @@ def interpret() -> Iterator[Run]:
 
     yield run
     process.stdin.close()
-    assert process.wait(60) == 0
+    assert process.wait(600) == 0
 
 
 def main() -> None:

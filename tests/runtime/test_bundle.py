@@ -20,6 +20,7 @@ from llmc.runtime.bundle import reader
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, BundleError
+from support.waiting import LONG
 
 WEIGHTS = "weights/model-00001.safetensors"
 CONTENTS = {"rank0.onnx": b"graph", WEIGHTS: bytes(range(256)) * 64, "tokenizer/tokenizer.json": b"{}"}
@@ -527,7 +528,7 @@ HALF_WAY = """
 with BundleWriter(output, force=True) as writer:
     writer.path(weights).write_bytes(b"half of it")
     print("writing", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 KILLED_AT_CALL = """
@@ -561,7 +562,7 @@ def test_an_interrupted_build_cleans_up(bundle, sent):
         assert process.stdout.readline() == "writing\n"
         assert len(neighbours(bundle)) == 2
         process.send_signal(sent)
-        assert process.wait(10) in (-signal.SIGINT, 128 + sent)
+        assert process.wait(LONG) in (-signal.SIGINT, 128 + sent)
     assert neighbours(bundle) == ["tiny.llmc"]
     assert Bundle.open(bundle).manifest.source.name == "tiny"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import mmap
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from llmc.runtime.backends.openvino.file_pages import releasing
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are found through /proc")
 SIZE = 4 << 20
@@ -52,8 +52,7 @@ def test_while_a_block_runs_and_at_its_end(mapped: tuple[Path, mmap.mmap], tmp_p
     path, memory = mapped
     with releasing(tmp_path):
         assert memory[:] == path.read_bytes()
-        time.sleep(0.1)  # several times the interval
-        assert resident(path) == 0
+        wait_until(lambda: resident(path) == 0)
         assert memory[SIZE - 1] == 255
     assert resident(path) == 0
 
