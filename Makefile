@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The tests of a file share what they build: one process runs them all.
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test fuzz check replay format bench gpu-check clean
 
@@ -17,14 +19,14 @@ demo: $(STAMP)  ## builds the bundled checkpoint for the CPU and generates from 
 	$(BIN)/llmc run tales.llmc "Once upon a time there was a" --max-tokens 120 --temperature 0.5 --top-k 20 --seed 1
 
 test: $(STAMP)  ## the tests, without those marked slow (`make check` runs them too)
-	$(BIN)/python -m pytest -q -n auto -m "not slow"
+	$(PYTEST) -m "not slow"
 
 fuzz: $(STAMP)  ## the property tests with new seeds, for FUZZ_SECONDS seconds
 	$(BIN)/python tests/fuzz.py --seconds $(or $(FUZZ_SECONDS),120)
 
 check: $(STAMP)  ## what CI runs: format, lint, types, import layers, all tests
 	.ci/checks $(BIN)
-	$(BIN)/python -m pytest -q -n auto
+	$(PYTEST)
 
 replay: $(STAMP)  ## a sha256 for every file of 30 small builds; COMPARE=FILE shows what an edit changed
 	@$(BIN)/python tests/replay.py $(if $(COMPARE),--compare $(COMPARE))

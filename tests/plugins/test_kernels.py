@@ -391,7 +391,8 @@ QUICK = [
 def test_kernels_compile_without_a_gpu_and_fit(sm: int, tmp_path: Path) -> None:
     from llmc.plugins.paged_attention.compile_kernels import compile_variant
 
-    for variant in QUICK:
+    half = launch.SMS.index(sm) % 2  # a variant for every second SM; the full matrix has every one
+    for variant in QUICK[half::2]:
         look_at(compile_variant(variant, sm, tmp_path), variant, sm)
 
 
