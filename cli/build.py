@@ -26,6 +26,7 @@ LIBRARIES = (
     "onnx",
     "onnx_ir",
     "onnxscript",
+    "onnx_graphsurgeon",
     "ml_dtypes",
     "safetensors",
     "huggingface_hub",
