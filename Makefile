@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check replay format bench gpu-check clean
+.PHONY: demo test check replay docs format bench gpu-check clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ check: $(STAMP)  ## what CI runs: format, lint, types, import layers, all tests
 
 replay: $(STAMP)  ## a sha256 for every file of 30 small builds; COMPARE=FILE shows what an edit changed
 	@$(BIN)/python tests/replay.py $(if $(COMPARE),--compare $(COMPARE))
+
+docs: $(STAMP)  ## writes the reference pages that follow from the code
+	$(BIN)/python docs/reference/generate.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

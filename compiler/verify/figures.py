@@ -14,7 +14,8 @@ class Figures:
     """How far an engine is from its checkpoint. None: not known.
 
     origin: whether this was measured now or when the bundle was built. top1_agreement counts near ties,
-    mean_kl is in nats (docs/fidelity.md). perplexity: the engine's; perplexity_unquantized: the reference's.
+    mean_kl is in nats (docs/explanation/fidelity.md). perplexity: the engine's; perplexity_unquantized: the
+    reference's.
     kv_cache_*: what a quantized cache adds to that, where the build measured it apart.
     reference: "checkpoint", or "dequantized" of one that came quantized, whose weights had lost something
     before; "" where that is not recorded.

@@ -50,7 +50,7 @@ def cli_page() -> str:
 
     intro = (
         f"{app.info.help} Every command has `--help`. Output that can be piped goes to stdout.\n"
-        "Progress, errors and hints go to stderr. [environment.md](environment.md) has exit codes and variables."
+        "Progress, errors and hints go to stderr. Exit codes are in [environment.md](environment.md)."
     )
     commands = list(_commands(app, "llmc"))
     index = [(f"[`{path}`](#{path.replace(' ', '-')})", _summary(function)) for path, function in commands]
@@ -115,8 +115,8 @@ def capabilities_page() -> str:
             [
                 "# Capabilities",
                 NOTE,
-                "What each model family, quantization format, KV cache and target can be combined with. "
-                "The compiler refuses\neverything else before it traces the model, and names the nearest choice that works.",
+                "Which model families, quantization formats, KV caches and targets go together.\n"
+                "The compiler refuses other combinations, and names the nearest choice that works.",
                 "## Model families",
                 _families(),
                 "## Quantization formats (`--quant`)",
@@ -144,14 +144,13 @@ def _families() -> str:
         models = [entry.name for entry in list_zoo() if entry.model_type == family]
         softcap = any(zoo_config(name).get("attn_logit_softcapping") for name in models)
         engine = "ONNX Runtime" if softcap else "OpenVINO"
-        rows.append((f"`{family}`", engine, "yes", "yes", ", ".join(f"`{m}`" for m in models), note))
-    header = ("family", "`cpu`", "`tensorrt-rtx`", "`tensorrt`", "zoo models", "")
-    others = ", ".join(f"`{name}`" for name in _tests("test_families").OTHERS)
+        rows.append((f"`{family}`", engine, _names(models), note))
+    header = ("family", "`cpu` engine", "zoo models", "")
     return (
-        f"A family with a recipe has tested match counts for every pass ([recipe format](recipe-format.md)).\n\n"
+        "A recipe states what every pass must find in a family ([recipe format](recipe-format.md)).\n\n"
         f"{_table(header, rows)}\n\n"
         "A family without a recipe is traced in the same way and accepted on verification alone. "
-        f"Tiny models of these pass\nthe same tests: {others}."
+        f"Tiny models of\nthese pass the same tests: {_names(_tests('test_families').OTHERS)}."
     )
 
 
@@ -198,8 +197,9 @@ def _gpus() -> str:
         rows.append((f"target `{flavor.name}`", *("yes" if one else "-" for one in built), portable))
     header = ("", *(f"SM{sm}" for sm in sms), "portable")
     return (
-        "The attention kernels are compiled for the GPUs below. A combination needs *yes* in the row of the format\n"
-        f"and in the row of the target. *Portable* is an engine without `--sm`.\n\n{_table(header, rows)}"
+        "The columns are the GPUs that have attention kernels of their own. A build needs *yes* in the row\n"
+        "of its format and in the row of its target. *Portable* is an engine without `--sm`.\n\n"
+        f"{_table(header, rows)}"
     )
 
 
@@ -233,7 +233,7 @@ def _tested() -> str:
     oracle = _tests("test_tensorrt_oracle").test_in_16_bits_every_family_is_as_exact_as_transformers
     plain["gpu"] = set(_cases(oracle, "name"))
     caches = set(_cases(_tests("test_kv_cache").test_the_oracle_is_transformers_with_a_rounded_cache))
-    formats = list(dict.fromkeys(fmt for _, fmt in sorted(cpu, key=quantized.PAIRS.index)))
+    formats = list(quantized.FORMATS)
     rows = []
     for model in quantized.FAMILIES:
         cells = [_both(model in plain["cpu"], model in plain["gpu"])]
@@ -241,13 +241,19 @@ def _tested() -> str:
         rows.append((f"`{model}`", *cells))
     header = ("zoo model", "not quantized", *(f"`{fmt}`" for fmt in formats))
     return (
-        "*CPU*: the tests build and verify an engine. *TRT*: they verify the graph that TensorRT is given in fp16 or\n"
-        "bf16, and for a quantized format also build a `tensorrt-rtx` engine where that package is installed.\n"
-        f"No such engine has run on a GPU yet ([kernels](../explanation/kernels.md)).\n\n{_table(header, rows)}\n\n"
-        f"The FP8 KV cache is compared with transformers for {', '.join(f'`{c}`' for c in sorted(caches))}. The tests are\n"
-        "`tests/compiler/test_families.py`, `tests/compiler/test_tensorrt_oracle.py`,\n"
+        "*CPU*: the tests build an engine and verify it. *TRT*: the tests verify the graph that TensorRT\n"
+        "compiles, in fp16 or bf16. For a quantized format they also build a `tensorrt-rtx` engine, where\n"
+        "that package is installed. No such engine has run on a GPU yet "
+        "([the build for a GPU](../how-to/build-for-a-gpu.md)).\n\n"
+        f"{_table(header, rows)}\n\n"
+        f"The FP8 KV cache is compared with transformers for {_names(sorted(caches))}.\n"
+        "The tests are `tests/compiler/test_families.py`, `tests/compiler/test_tensorrt_oracle.py`,\n"
         "`tests/compiler/test_quantized_families.py` and `tests/compiler/test_kv_cache.py`."
     )
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _both(cpu: bool, gpu: bool) -> str:
@@ -279,7 +285,8 @@ def _tests(name: str) -> ModuleType:
     path = ROOT / "tests" / "compiler" / f"{name}.py"
     if f"docs.{name}" not in sys.modules:
         spec = importlib.util.spec_from_file_location(f"docs.{name}", path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[spec.name])
     return sys.modules[f"docs.{name}"]
