@@ -12,17 +12,12 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("benchmarks", "cli", "compiler", "docs", "model_zoo", "passes", "plugins", "runtime", "tests")
 PAGES = [
     *sorted(ROOT.glob("*.md")),
-    *(
-        page
-        for folder in FOLDERS
-        for page in sorted((ROOT / folder).rglob("*.md"))
-        if "work" not in page.parts
-    ),
+    *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md"))),
 ]
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _CODE = re.compile(r"`([^`\n]+)`")
 _PATH = re.compile(rf"(?:{'|'.join(FOLDERS)}|\.ci)/[\w./-]*|[A-Z]+\.md|pyproject\.toml|Makefile")
-_MODULE = re.compile(r"llmc(?:\.[a-z_0-9]+)+")
+_MODULE = re.compile(r"llmc\.(?:cli|compiler|model_zoo|passes|plugins|runtime)(?:\.\w+)*")
 
 
 def prose(page: Path) -> str:
