@@ -206,22 +206,13 @@ def _gpus() -> str:
 def _caches() -> str:
     from llmc.compiler.request import KV_DTYPES, TARGETS
 
-    rows = []
-    for kv_dtype in KV_DTYPES:
-        held = [_held(target, kv_dtype, dtypes) for target, dtypes in TARGETS.items()]
-        rows.append((f"`{kv_dtype}`", *held))
+    rows = [("`auto`", *(" or ".join(options.dtypes) for options in TARGETS.values()))]
+    rows += [
+        (f"`{kv_dtype}`", *(options.caches.get(kv_dtype, "-") for options in TARGETS.values()))
+        for kv_dtype in KV_DTYPES
+        if kv_dtype != "auto"
+    ]
     return _table(("`--kv-dtype`", *(f"`{target}` holds" for target in TARGETS)), rows)
-
-
-def _held(target: str, kv_dtype: str, dtypes: Iterable[str]) -> str:
-    from llmc.compiler.request import BuildRequest
-    from llmc.runtime.errors import BuildError
-
-    try:
-        request = BuildRequest("x", Path("x"), target=target, kv_dtype=kv_dtype)  # type: ignore[arg-type]
-    except BuildError:
-        return "-"
-    return " or ".join(dict.fromkeys(request.cache_dtype(dtype) for dtype in dtypes))
 
 
 def _tested() -> str:
