@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The tests of a file share what they build: one process runs them all.
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test fuzz check replay format bench gpu-check clean
+.PHONY: demo test fuzz check replay docs format bench gpu-check clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,9 @@ check: $(STAMP)  ## what CI runs: format, lint, types, import layers, all tests
 
 replay: $(STAMP)  ## a sha256 for every file of 30 small builds; COMPARE=FILE shows what an edit changed
 	@$(BIN)/python tests/replay.py $(if $(COMPARE),--compare $(COMPARE))
+
+docs: $(STAMP)  ## writes the reference pages that follow from the code
+	$(BIN)/python docs/reference/generate.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

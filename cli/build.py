@@ -57,7 +57,7 @@ def build(
         typer.Option(
             metavar="FORMAT",
             help="Quantize: fp8, nvfp4, nvfp4-weight-only, int8, int8-smoothquant or int4 "
-            "(docs/quantization.md has more).",
+            "(docs/how-to/quantize.md has more).",
         ),
     ] = None,
     exclude: Annotated[

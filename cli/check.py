@@ -44,7 +44,7 @@ def check(
     if report.faults:
         raise CheckpointError(
             f"{checkpoint} has {_count(len(report.faults), 'fault')}",
-            hint="the table names the tensors, docs/check.md says what to do about each kind",
+            hint="the table names the tensors, docs/reference/check-findings.md says what to do about a kind",
         )
 
 

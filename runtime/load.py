@@ -20,8 +20,8 @@ from llmc.runtime.tokenizer import Tokenizer
 
 _KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 # Activations that share an int8 scale when `fast` is asked for: as many as the blocks of the weights allow.
-# docs/performance.md has what was tried. OpenVINO rounds none in groups that do not divide a block, nor in
-# groups of less than its 16 lanes.
+# docs/explanation/performance.md has what was tried. OpenVINO rounds none in groups that do not divide a
+# block, nor in groups of less than its 16 lanes.
 _LARGEST_GROUP, _SMALLEST_GROUP = 128, 16
 _INTEGER = re.compile(r"int[48](?:-per-channel|-block(\d+))?")
 _DEFAULT_SHARE = 0.25  # of the memory that is available now
@@ -47,8 +47,8 @@ def load_engine(
         steps let running requests go on sooner, larger ones serve more tokens a second.
     threads: CPU threads, by default one for each physical core that the process may use.
     fast: round activations to int8 before they meet int8 or int4 weights (OpenVINO only), and with a u8 KV
-        cache compute the rest in bf16 where the CPU can. It is faster and not exact: docs/quantization.md has
-        what it costs. By default arithmetic is fp32.
+        cache compute the rest in bf16 where the CPU can. It is faster and not exact:
+        docs/explanation/quantization.md has what it costs. By default arithmetic is fp32.
     Raises BundleError, BackendError, RequestError.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)

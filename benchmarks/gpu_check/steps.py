@@ -98,7 +98,7 @@ class Expected:
 
 
 def expected(case: Case, tensors: Tensors) -> Expected:
-    """The numpy reference on the same numbers, an FP8 cache's included; the bound is that of docs/kernels.md.
+    """The numpy reference on the same numbers, an FP8 cache's included. Bound: docs/explanation/kernels.md.
 
     A kernel rounds each softmax weight to the dtype (u of what |values| contribute) and the output once more;
     2**-15 covers float32 sums and exp2.

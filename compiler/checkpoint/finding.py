@@ -1,10 +1,13 @@
-"""What is wrong with a checkpoint, one tensor or setting at a time. docs/check.md explains every kind."""
+"""What is wrong with a checkpoint, one tensor or setting at a time.
+
+docs/reference/check-findings.md explains every kind.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The sections of docs/check.md.
+# The sections of docs/reference/check-findings.md.
 KINDS = (
     "config",
     "format",

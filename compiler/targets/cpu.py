@@ -47,7 +47,7 @@ class CpuTarget:
         if request.quant:
             fmt = capability.check(request.quant, request.target, ())
             # lm_head takes int8 beside integer formats: every token reads all of it, and int8 loses little
-            # (docs/quantization.md).
+            # (docs/explanation/quantization.md).
             head = "int8" if fmt.element in ("int8", "int4") else None
         return Resolved(request.target, dtype, cache_dtype(request, dtype), head_format=head)
 

@@ -1,7 +1,7 @@
 """The verification step of a build: compare an engine with its checkpoint and hold the figures to bounds.
 
-The comparison runs in a process of its own (`child.py`), one model after the other. docs/fidelity.md states
-what must hold, in fp32 and in 16 bits.
+The comparison runs in a process of its own (`child.py`), one model after the other.
+docs/explanation/fidelity.md states what must hold, in fp32 and in 16 bits.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 bf16 has 8 significant bits; fp16 has 11, and holds 8 of them in magnitudes from 2^-17 (its subnormals are
 multiples of 2^-24) to below 2^16. So a matrix whose nonzero weights lie within 32 binary orders of the
 largest becomes fp16 when multiplied by the power of two that puts the largest there, and no bit is lost.
-OpenVINO widens fp16 faster than bf16 (docs/performance.md).
+OpenVINO widens fp16 faster than bf16 (docs/explanation/performance.md).
 """
 
 from __future__ import annotations

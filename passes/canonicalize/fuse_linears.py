@@ -4,7 +4,7 @@ before  q = Gemm(x, Wq); k = Gemm(x, Wk); v = Gemm(x, Wv)
 after   q, k, v = Split(Gemm(x, [Wq; Wk; Wv]))
 
 One pass over a larger weight keeps memory busier than several small ones, and on the CPU it keeps the
-activation after a gate projection from being fused into a slower kernel (docs/performance.md).
+activation after a gate projection from being fused into a slower kernel (docs/explanation/performance.md).
 The fused initializer has no data yet; its name is the names of its parts, in order, joined by `|`.
 """
 

@@ -2,7 +2,8 @@
 
     python -m llmc.plugins.paged_attention.compile_kernels --table [--sm 90] [--cache DIR]
 
-prints registers, spills and shared memory of a few common head shapes (the table of `docs/kernels.md`).
+prints registers, spills and shared memory of a few common head shapes (the table of
+`docs/explanation/kernels.md`).
 Registers and spills are what ptxas says (`-v`) while it makes the cubin; shared memory is Triton's figure
 for the launch (dynamic shared memory), checked against what the SM has.
 """

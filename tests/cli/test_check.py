@@ -102,7 +102,7 @@ def test_faults_are_a_table_and_one_error_that_counts_them(llmc: Run, tmp_path: 
     assert code == 1
     assert err == (
         f"error: {root} has 3 faults\n"
-        "hint: the table names the tensors, docs/check.md says what to do about each kind\n"
+        "hint: the table names the tensors, docs/reference/check-findings.md says what to do about a kind\n"
     )
     facts, table = out.split("\n\n")
     assert facts.endswith("result        3 faults, 0 warnings")

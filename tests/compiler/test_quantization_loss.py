@@ -43,7 +43,7 @@ BARS = {
     "nvfp4": Bar(8, 0.93),
 }
 # bf16 arithmetic alone, without any quantization, agrees in 98.6 % here; E4M3 has four bits of precision
-# less, E2M1 six. docs/quantization.md has the figures and what was tried.
+# less, E2M1 six. docs/explanation/quantization.md has the figures and what was tried.
 BELOW = {
     "int8-smoothquant": "activations in int8, one scale for all of a matrix's",
     "fp8": "activations and weights in E4M3",

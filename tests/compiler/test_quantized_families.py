@@ -2,8 +2,8 @@
 
 The build itself is the proof: the engine (or the graph that TensorRT is given, in ONNX Runtime) against
 transformers with the same codes dequantized in numpy and the same rounding of inputs, to the bounds of
-docs/fidelity.md. What is not special to a format is shared: a trace is made once a family, and the
-verification runs in this process.
+docs/explanation/fidelity.md. What is not special to a format is shared: a trace is made once a family, and
+the verification runs in this process.
 """
 
 from __future__ import annotations

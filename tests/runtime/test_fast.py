@@ -69,7 +69,7 @@ def test_fast_rounds_activations_and_stays_near(built: Path) -> None:
     formats = formats_of(json.loads((built / "manifest.json").read_text())["quantization"])
     exact, fast = exact_and(built, activation_group=activation_group(formats))
     error = np.abs(fast - exact)
-    assert 1e-3 < error.max() < 0.5  # of logits up to about 10; docs/quantization.md has the figures
+    assert 1e-3 < error.max() < 0.5  # of logits up to about 10 (docs/explanation/quantization.md)
     assert np.sqrt((error**2).mean()) < 0.1
 
 

@@ -3,8 +3,8 @@
 Weights of 16, 8 or 4 bits stay so in memory: OpenVINO's oneDNN kernels widen them to fp32 as they multiply,
 exactly. For up to 4 rows that happens in registers, and a step takes as long as reading the weights. For more
 rows they are unpacked into a buffer first, which costs more than reading them again until there are about 16
-rows (docs/performance.md has the figures); so a small decode step is run as several of 4 rows. With
-activations of int8 there is nothing to widen, and all rows go together.
+rows (docs/explanation/performance.md has the figures); so a small decode step is run as several of 4 rows.
+With activations of int8 there is nothing to widen, and all rows go together.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Moves resident memory into huge pages: reading all weights misses the TLB less often (Linux 6.1 or newer).
 
 Decoding reads every weight once a token. Where the system gives huge pages only to those who ask, OpenVINO's
-packed weights lie in pages of 4 KiB; docs/performance.md has what moving them is worth.
+packed weights lie in pages of 4 KiB; docs/explanation/performance.md has what moving them is worth.
 """
 
 from __future__ import annotations
