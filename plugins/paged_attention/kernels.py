@@ -91,13 +91,14 @@ def _from_cache(x, FP8: tl.constexpr):
 
 @triton.jit
 def _load_values(cache, entry, known, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, KEYS: tl.constexpr,
-                 MASKED: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
+                 MASKED: tl.constexpr, PAIRS: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
     """Values [KEYS, WIDTH_PAD] for the second product, from E4M3 two at a time.
 
-    The product wants the keys next to each other, which tensor cores arrange for 16-bit elements only. Bytes
-    would be read from shared memory one by one; joined pairs are widened first and arranged afterwards.
+    The product wants a column's keys side by side, and reading from shared memory can turn 16-bit elements
+    so, but not bytes, which would be read one by one. PAIRS: two columns are loaded as one number, widened,
+    and turned afterwards. (wgmma takes values as they lie.)
     """
-    if FP8 > 0 and WIDTH % 2 == 0:
+    if FP8 > 0 and PAIRS:
         column = tl.arange(0, WIDTH_PAD // 2)[None, :]
         place = cache.to(tl.pointer_type(tl.uint16)) + entry * (WIDTH // 2) + column
         if WIDTH < WIDTH_PAD or MASKED:
@@ -107,13 +108,11 @@ def _load_values(cache, entry, known, WIDTH: tl.constexpr, WIDTH_PAD: tl.constex
         low, high = (pair & 0xFF).to(tl.uint8), (pair >> 8).to(tl.uint8)
         joined = tl.join(_from_cache(low, FP8), _from_cache(high, FP8))
         return tl.reshape(joined, [KEYS, WIDTH_PAD])
-    else:
-        column = tl.arange(0, WIDTH_PAD)[None, :]
-        place = cache + entry * WIDTH + column
-        if WIDTH < WIDTH_PAD or MASKED:
-            return _from_cache(tl.load(place, mask=known[:, None] & (column < WIDTH), other=0), FP8)
-        else:
-            return _from_cache(tl.load(place), FP8)
+    column = tl.arange(0, WIDTH_PAD)[None, :]
+    place = cache + entry * WIDTH + column
+    if WIDTH < WIDTH_PAD or MASKED:
+        return _from_cache(tl.load(place, mask=known[:, None] & (column < WIDTH), other=0), FP8)
+    return _from_cache(tl.load(place), FP8)
 
 
 @triton.jit
@@ -186,7 +185,7 @@ def _attend(top, total, sums, q, row_scale, position, key_cache, value_cache, ta
             KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
             HEAD_DIM_PAD: tl.constexpr, V_HEAD_DIM_PAD: tl.constexpr,
             KEYS: tl.constexpr, MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-            FP8: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+            FP8: tl.constexpr, VALUES_IN_PAIRS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Rows of queries against the keys first <= n < end of one sequence, in tiles of KEYS from `begin`.
 
     MASK: ALL_SEEN, every row sees every key of every tile, and begin..end is whole tiles; ALIKE, all rows
@@ -233,7 +232,8 @@ def _attend(top, total, sums, q, row_scale, position, key_cache, value_cache, ta
             weights = tl.exp2(scores * row_scale[:, None] - base[:, None])  # one multiply-add
         fade = tl.exp2(top - base)
         total = total * fade + tl.sum(weights, 1)
-        v = _load_values(value_cache, entry, known, V_HEAD_DIM, V_HEAD_DIM_PAD, KEYS, MASK != ALL_SEEN, FP8)
+        v = _load_values(value_cache, entry, known, V_HEAD_DIM, V_HEAD_DIM_PAD, KEYS, MASK != ALL_SEEN,
+                         VALUES_IN_PAIRS, FP8)  # fmt: skip
         sums = tl.dot(weights.to(q.dtype), v, sums * fade[:, None])
         top = new_top
     return top, total, sums
@@ -260,7 +260,8 @@ def prefill(output, query, key_cache, value_cache,
             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
             HEAD_DIM_PAD: tl.constexpr, V_HEAD_DIM_PAD: tl.constexpr, ROWS: tl.constexpr,
             KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
-            HAS_SOFTCAP: tl.constexpr, FP8: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+            HAS_SOFTCAP: tl.constexpr, FP8: tl.constexpr, VALUES_IN_PAIRS: tl.constexpr,
+            CHUNK: tl.constexpr):  # fmt: skip
     """Program (tile, key/value head): ROWS // GROUP tokens of one sequence, GROUP query heads each."""
     TOKENS: tl.constexpr = ROWS // GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last tokens, which see most, first
@@ -297,12 +298,12 @@ def prefill(output, query, key_cache, value_cache,
             top, total, sums, q, row_scale, position, key_cache, value_cache, table, kv_head,
             0, 0, edge, softcap, window,
             KV_HEADS, HEAD_DIM, V_HEAD_DIM, HEAD_DIM_PAD, V_HEAD_DIM_PAD, KEYS,
-            ALL_SEEN, HAS_WINDOW, HAS_SOFTCAP, FP8, None)  # fmt: skip
+            ALL_SEEN, HAS_WINDOW, HAS_SOFTCAP, FP8, VALUES_IN_PAIRS, None)  # fmt: skip
     top, total, sums = _attend(
         top, total, sums, q, row_scale, position, key_cache, value_cache, table, kv_head,
         first, edge, end, softcap, window,
         KV_HEADS, HEAD_DIM, V_HEAD_DIM, HEAD_DIM_PAD, V_HEAD_DIM_PAD, KEYS,
-        CAUSAL, HAS_WINDOW, HAS_SOFTCAP, FP8, None if HAS_WINDOW else 1)  # fmt: skip
+        CAUSAL, HAS_WINDOW, HAS_SOFTCAP, FP8, VALUES_IN_PAIRS, None if HAS_WINDOW else 1)  # fmt: skip
 
     share = 1.0 / tl.where(real, total, 1.0)
     if FP8 == 1:
@@ -321,7 +322,7 @@ def decode(output, partial_sums, partial_top, partial_total, query, key_cache, v
            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
            HEAD_DIM_PAD: tl.constexpr, V_HEAD_DIM_PAD: tl.constexpr, ROWS: tl.constexpr,
            KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
-           HAS_SOFTCAP: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
+           HAS_SOFTCAP: tl.constexpr, FP8: tl.constexpr, VALUES_IN_PAIRS: tl.constexpr):  # fmt: skip
     """Program (sequence, key/value head, split): a contiguous share of the keys that the token sees.
 
     With one split the result goes to `output`. With more, the program leaves its maximum (units of log2),
@@ -364,7 +365,7 @@ def decode(output, partial_sums, partial_top, partial_total, query, key_cache, v
         top, total, sums, q, row_scale, last, key_cache, value_cache, table, kv_head,
         first, begin, end, softcap, window,
         KV_HEADS, HEAD_DIM, V_HEAD_DIM, HEAD_DIM_PAD, V_HEAD_DIM_PAD, KEYS,
-        ALIKE, HAS_WINDOW, HAS_SOFTCAP, FP8, None)  # fmt: skip
+        ALIKE, HAS_WINDOW, HAS_SOFTCAP, FP8, VALUES_IN_PAIRS, None)  # fmt: skip
     if FP8 == 1:
         sums = sums * E4M3_IN_HALF
     if FP8 > 0:

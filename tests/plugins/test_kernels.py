@@ -261,6 +261,18 @@ def test_any_number_of_splits_gives_the_reference(interpret: Run, shape: str, nu
     check(interpret, a, "fp16", None, make_step(a, "fp16", [300, 3, 64], [1, 1, 1]), num_splits)
 
 
+def test_padding_without_blocks_changes_nothing(interpret: Run) -> None:
+    """A captured step is filled up with sequences that have neither past nor new tokens."""
+    a = SHAPES["grouped"]
+    step = make_step(a, "fp16", [70, 0, 31, 0], [1, 0, 40, 0])
+    check(interpret, a, "fp16", None, step)
+    padded = {name: array.copy() for name, array in step.items()}
+    for name in ("query_start", "past_lengths", "block_begins"):
+        step[name] = np.delete(step[name], [1, 3])
+    padded_answer, answer = (expected(a, "fp16", None, each)[0] for each in (padded, step))
+    assert np.array_equal(padded_answer, answer)
+
+
 def test_sequences_may_share_prefix_blocks(interpret: Run) -> None:
     a = SHAPES["grouped"]
     step = make_step(a, "fp16", [32, 32, 32], [3, 1, 2])
@@ -328,9 +340,9 @@ def test_a_plan_launches_only_what_the_step_has() -> None:
 def test_scratch_is_what_the_splits_write() -> None:
     a = SHAPES["wide keys"]
     made = launch.plan(a, "bf16", None, np.array([0, 1, 2]), np.array([9000, 3]), sm=80, multiprocessors=108)
-    assert made.num_splits == 35  # 9001 keys, at least 256 each; 2 * 108 programs wanted, 4 without splits
-    assert made.scratch["partial_sums"] == (2, 4, 35, 32)
-    assert made.scratch_bytes == 4 * 2 * 4 * 35 * (32 + 2)
+    assert made.num_splits == 54  # 2 * 108 programs wanted, 4 without splits; 9001 keys, at least 128 each
+    assert made.scratch["partial_sums"] == (2, 4, 54, 32)
+    assert made.scratch_bytes == 4 * 2 * 4 * 54 * (32 + 2)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 18, 32, 128])
