@@ -184,13 +184,15 @@ def configure(v: Variant, sm: int) -> Config:
         keys, stages = _decode_tile(widest, v.kv_dtype == FP8, sm)
         return Config(sizes | {"ROWS": padded(v.group), "KEYS": keys}, num_warps=4, num_stages=stages)
     rows, keys, warps, stages = 128, 64, 8, 2
-    if roomy and widest <= 64:
-        warps = 4
-    elif sm == 90 and widest <= 128:
+    ahead = sm == 90 and widest <= 128 and v.kv_dtype != FP8 and not v.has_window
+    if sm == 90 and widest <= 128:
         stages = 3
+    elif roomy and widest <= 64:
+        warps = 4
     elif not roomy and widest > 64:  # without wgmma, larger tiles spill registers
         rows, keys = (128, 32) if widest <= 128 else (64, 32)
-    return Config(sizes | {"ROWS": rows, "KEYS": keys, "CHUNK": _CHUNK}, num_warps=warps, num_stages=stages)
+    sizes |= {"ROWS": rows, "KEYS": keys, "AHEAD": ahead, "CHUNK": _CHUNK}
+    return Config(sizes, num_warps=warps, num_stages=stages)
 
 
 def _decode_tile(widest: int, fp8: bool, sm: int) -> tuple[int, int]:

@@ -247,6 +247,14 @@ def test_gpus_with_an_fp8_conversion_read_the_same(interpret: Run, dtypes: str) 
     check(interpret, a, dtype, kv_dtype, make_step(a, dtype, *MIXED), sm=90)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("shape", ["grouped", "odd heads", "one kv head", "softcap", "largest heads"])
+def test_products_made_a_tile_ahead_are_the_same(interpret: Run, shape: str, dtypes: str) -> None:
+    """Prefills of SM90: no tile before the diagonal, one, several, and the whole of one sequence's blocks."""
+    a, (dtype, kv_dtype) = SHAPES[shape], DTYPES[dtypes]
+    check(interpret, a, dtype, kv_dtype, make_step(a, dtype, [200, 0, 63, 126], [20, 90, 2, 2]), sm=90)
+
+
 @pytest.mark.parametrize("step", [name for name in STEPS if name != "mixed"])
 @pytest.mark.parametrize("shape", ["grouped", "everything"])
 def test_other_steps_are_the_reference(interpret: Run, shape: str, step: str) -> None:
