@@ -171,7 +171,7 @@ def _start(sinks, head, real, with_sink, ROWS: tl.constexpr, HAS_SINKS: tl.const
 @triton.jit
 def _query_in_half(q):
     """bfloat16 rows as float16, times a power of two that brings each row's largest to 2**14..2**15, and
-    one over that power. What is 2**38 times smaller than the row's largest may round."""
+    one over that power. Elements down to 2**-31 of the row's largest keep all their bits."""
     wide = q.to(tl.float32)
     largest = tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) >> 23
     largest = tl.maximum(largest, 15)

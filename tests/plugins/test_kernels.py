@@ -305,6 +305,17 @@ def test_blocks_that_a_window_has_left_behind_are_not_read(interpret: Run) -> No
 
 
 @pytest.mark.parametrize("sm", [80, 90])
+def test_bfloat16_queries_of_any_size_meet_fp8_caches(interpret: Run, sm: int) -> None:
+    """Beyond what float16 has: rows from 2**3 down to 2**-120, columns apart by 2**-20, a row of zeros."""
+    a = SHAPES["grouped"]
+    step = make_step(a, "bf16", [70, 31], [40, 1])
+    step["query"] *= np.float32(2.0) ** (3 - 3 * np.arange(41, dtype=np.float32))[:, None]
+    step["query"][:, ::2] *= np.float32(2.0**-20)
+    step["query"][5] = 0
+    check(interpret, a, "bf16", FP8, step, sm=sm)
+
+
+@pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_fp8_caches_round_every_number_as_torch_does(interpret: Run, dtype: str, sm: int) -> None:
     """All numbers of the dtype but NaN, as E4M3 bits in the cache, and one token's values read back."""
