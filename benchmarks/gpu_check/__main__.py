@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import secrets
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # started by its path
+if not __package__:  # started by its path: again, as a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    __package__ = "gpu_check"
-    __import__(__package__)
+    runpy.run_module("gpu_check", run_name="__main__", alter_sys=True)
+    sys.exit()
 
 from . import ROOT, use_this_checkout
 from .options import Options

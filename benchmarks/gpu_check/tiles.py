@@ -17,8 +17,7 @@ _PREFILLS = (4096, 1024, 16384)
 _DECODES = (  # batch, context
     (8, 8192), (1, 8192), (64, 1024), (1, 32768), (64, 8192), (8, 1024), (8, 32768), (1, 1024), (64, 32768),
 )  # fmt: skip
-# Keys wait for their block's number: of three stages one copy is under way, of 5 two, of 7 three.
-_STAGES = (2, 3, 5, 7)
+_STAGES = (2, 3, 4)  # one copy of keys and values under way, two, three
 MAX_SPILLS = 128  # bytes a thread; those beyond are not timed
 _REGISTERS = 200  # that sums and scores may take of a thread's 255
 
@@ -31,28 +30,34 @@ class Tile:
     keys: int
     warps: int
     stages: int
+    ahead: bool = False  # of prefill
 
     def config(self, v: Variant, sm: int) -> Config:
         constants = {**launch.configure(v, sm).constants, "ROWS": self.rows, "KEYS": self.keys}
+        if v.kernel == "prefill":
+            constants["AHEAD"] = self.ahead
         return Config(constants, self.warps, self.stages)
 
 
 def default(v: Variant, sm: int) -> Tile:
     config = launch.configure(v, sm)
-    return Tile(config.constants["ROWS"], config.constants["KEYS"], config.num_warps, config.num_stages)
+    sizes = config.constants
+    ahead = bool(sizes.get("AHEAD", False))
+    return Tile(sizes["ROWS"], sizes["KEYS"], config.num_warps, config.num_stages, ahead)
 
 
 def tiles(v: Variant, sm: int) -> list[Tile]:
     """The default, then all others that might fit registers and shared memory."""
     first = default(v, sm)
-    rows, warps = ((64, 128, 256), (4, 8)) if v.kernel == "prefill" else ((first.rows,), (2, 4, 8))
-    found = [Tile(*sizes) for sizes in itertools.product(rows, (32, 64, 128), warps, _STAGES)]
+    rows, warps = ((64, 128), (4, 8)) if v.kernel == "prefill" else ((first.rows,), (2, 4, 8))
+    ahead = (False, True) if v.kernel == "prefill" else (False,)
+    found = [Tile(*sizes) for sizes in itertools.product(rows, (32, 64, 128), warps, _STAGES, ahead)]
     wide, v_wide = launch.padded(v.head_dim), launch.padded(v.v_head_dim)
     element = 1 if v.kv_dtype == FP8 else 2
 
     def fits(tile: Tile) -> bool:
         registers = tile.rows * (v_wide + tile.keys) / (32 * tile.warps)
-        shared = tile.keys * (wide + v_wide) * element * (tile.stages // 2)
+        shared = tile.keys * (wide + v_wide) * element * (tile.stages - 1)
         return registers <= _REGISTERS and shared <= SHARED_LIMIT[sm] and tile.rows >= v.group
 
     return [first, *(tile for tile in found if tile != first and fits(tile))]
@@ -62,9 +67,9 @@ def workloads() -> Iterator[Workload]:
     """The most telling first: the time limit may end the list anywhere."""
     for place, (batch, context) in enumerate(_DECODES):
         if place < len(_PREFILLS):
-            for shape in TUNED[:3]:
+            for shape in TUNED:
                 yield Workload(shape, "bf16", None, 1, 0, _PREFILLS[place])
-        for kv_dtype, shape in itertools.product((None, FP8), TUNED):
+        for kv_dtype, shape in itertools.product((FP8, None), TUNED):
             yield Workload(shape, "bf16", kv_dtype, batch, context - 1, 1)
 
 
@@ -73,7 +78,7 @@ def variant(w: Workload) -> Variant:
 
 
 def name(v: Variant, tile: Tile) -> str:
-    return f"{v.kernel}-{tile.rows}-{tile.keys}-{tile.warps}-{tile.stages}"
+    return f"{v.kernel}-{tile.rows}-{tile.keys}-{tile.warps}-{tile.stages}{'-ahead' * tile.ahead}"
 
 
 def build(v: Variant, sm: int, tile: Tile, cache: str) -> Kernel | None:

@@ -32,6 +32,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 E4M3_MAX = tl.constexpr(448.0)
 # E4M3 bits shifted into a float16 are the number over 2**8 (exponent biases 15 and 7), subnormals included.
 E4M3_IN_HALF = tl.constexpr(256.0)
+# Weights that are rounded to float16 are at most 2**15, not 1: small ones keep their bits.
+HEADROOM = tl.constexpr(15.0)
+HEADROOM_EXP2 = tl.constexpr(32768.0)
+# What is masked of a tile: see `_attend`.
+ALL_SEEN = tl.constexpr(0)
+ALIKE = tl.constexpr(1)
+CAUSAL = tl.constexpr(2)
 # FP8: how a cache is held. 0: in the model's dtype. 1: E4M3 read by shifts, for GPUs without the conversion
 # instruction (before SM89), where the factor E4M3_IN_HALF is left to the scales. 2: E4M3 read by the GPU.
 
@@ -70,20 +77,42 @@ def _encode_e4m3(x):
 
 
 @triton.jit
-def _from_cache(x, dtype: tl.constexpr, FP8: tl.constexpr):
-    """Cache entries in the model's dtype, exactly; those read by shifts come out divided by E4M3_IN_HALF."""
+def _from_cache(x, FP8: tl.constexpr):
+    """Cache entries as they are, or E4M3 as float16, exactly; shifts leave them divided by E4M3_IN_HALF."""
     if FP8 == 2:
-        # By way of float16, which holds every E4M3. Straight to bfloat16, Triton 3.6 (torch 2.11) emits
-        # cvt.bf16.f16, which SM89 lacks.
-        half = x.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-        result = half if dtype == tl.float16 else half.to(tl.float32).to(dtype)
+        result = x.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     elif FP8 == 1:
         code = x.to(tl.uint16)
-        half = (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        result = half if dtype == tl.float16 else half.to(tl.float32).to(dtype)
+        result = (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.float16, bitcast=True)
     else:
         result = x
     return result
+
+
+@triton.jit
+def _load_values(cache, entry, known, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, KEYS: tl.constexpr,
+                 MASKED: tl.constexpr, PAIRS: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
+    """Values [KEYS, WIDTH_PAD] for the second product, from E4M3 two at a time.
+
+    The product wants a column's keys side by side, and reading from shared memory can turn 16-bit elements
+    so, but not bytes, which would be read one by one. PAIRS: two columns are loaded as one number, widened,
+    and turned afterwards. (wgmma takes values as they lie.)
+    """
+    if FP8 > 0 and PAIRS:
+        column = tl.arange(0, WIDTH_PAD // 2)[None, :]
+        place = cache.to(tl.pointer_type(tl.uint16)) + entry * (WIDTH // 2) + column
+        if WIDTH < WIDTH_PAD or MASKED:
+            pair = tl.load(place, mask=known[:, None] & (column < WIDTH // 2), other=0)
+        else:
+            pair = tl.load(place)
+        low, high = (pair & 0xFF).to(tl.uint8), (pair >> 8).to(tl.uint8)
+        joined = tl.join(_from_cache(low, FP8), _from_cache(high, FP8))
+        return tl.reshape(joined, [KEYS, WIDTH_PAD])
+    column = tl.arange(0, WIDTH_PAD)[None, :]
+    place = cache + entry * WIDTH + column
+    if WIDTH < WIDTH_PAD or MASKED:
+        return _from_cache(tl.load(place, mask=known[:, None] & (column < WIDTH), other=0), FP8)
+    return _from_cache(tl.load(place), FP8)
 
 
 @triton.jit
@@ -120,65 +149,134 @@ def write_kv(key, value, key_cache, value_cache,
 
 
 @triton.jit
-def _start(sinks, head, real, with_sink, ROWS: tl.constexpr, HAS_SINKS: tl.constexpr):
-    """Running maximum and sum of exponentials of each row before the first key."""
+def _start(sinks, head, real, with_sink, ROWS: tl.constexpr, HAS_SINKS: tl.constexpr,
+           HALF: tl.constexpr):  # fmt: skip
+    """Each row's base and sum of exponentials, relative to the base, before the first key.
+
+    The base is the running maximum, less HEADROOM where weights are rounded to float16 (HALF).
+    """
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if HAS_SINKS:
         sink = tl.load(sinks + head, mask=real, other=0.0) * LOG2E
+        one = 1.0
+        if HALF:
+            sink = sink - HEADROOM
+            one = HEADROOM_EXP2
         top = tl.where(with_sink, sink, top)
-        total = tl.where(with_sink, 1.0, total)
+        total = tl.where(with_sink, one, total)
     return top, total
 
 
 @triton.jit
-def _attend(top, total, q, position, key_cache, value_cache, table, kv_head, first, begin, end,
-            scale, softcap, window, k_scale,
+def _query_in_half(q):
+    """bfloat16 rows as float16, times a power of two that brings each row's largest to 2**14..2**15, and
+    one over that power. Elements down to 2**-31 of the row's largest keep all their bits."""
+    wide = q.to(tl.float32)
+    largest = tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) >> 23
+    largest = tl.maximum(largest, 15)
+    grown = wide * ((268 - largest) << 23).to(tl.float32, bitcast=True)[:, None]
+    return grown.to(tl.float16), ((largest - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _products(q, key_cache, entry, known, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr,
+              MASKED: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
+    """Queries times a tile's keys, float32."""
+    column = tl.arange(0, HEAD_DIM_PAD)[None, :]
+    place = key_cache + entry * HEAD_DIM + column
+    if HEAD_DIM < HEAD_DIM_PAD or MASKED:
+        k = tl.load(place, mask=known[:, None] & (column < HEAD_DIM), other=0)
+    else:
+        k = tl.load(place)
+    return tl.dot(q, tl.trans(_from_cache(k, FP8)))
+
+
+@triton.jit
+def _attend(top, total, sums, q, row_scale, position, key_cache, value_cache, table, kv_head,
+            first, begin, end, softcap, window,
             KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
-            HEAD_DIM_PAD: tl.constexpr, V_HEAD_DIM_PAD: tl.constexpr, ROWS: tl.constexpr,
-            KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-            FP8: tl.constexpr):  # fmt: skip
+            HEAD_DIM_PAD: tl.constexpr, V_HEAD_DIM_PAD: tl.constexpr,
+            KEYS: tl.constexpr, MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+            FP8: tl.constexpr, VALUES_IN_PAIRS: tl.constexpr, AHEAD: tl.constexpr,
+            STAGES: tl.constexpr):  # fmt: skip
     """Rows of queries against the keys first <= n < end of one sequence, in tiles of KEYS from `begin`.
 
-    `position` is each row's place, -1 for rows that are none. Cache entries outside first..end are never
-    loaded: their blocks may be somebody else's, their contents anything. Returns top, total and the
-    unscaled sums of values.
+    MASK: ALL_SEEN, every row sees every key of every tile, and begin..end is whole tiles; ALIKE, all rows
+    see first..end; CAUSAL, each row sees what its `position` lets it. Cache entries outside first..end are
+    never used: their blocks may be somebody else's, their contents anything. `row_scale` [ROWS] takes
+    scores to units of log2(e). Returns top, total and the unscaled sums of values.
+
+    Block numbers are loaded a tile before their keys, which need not wait for them. AHEAD: the next tile's
+    products are made while this tile's softmax is taken, as in FlashAttention-3 (arXiv:2407.08608); those
+    after the last tile are of block 0, or of nothing, and not used.
     """
-    column = tl.arange(0, HEAD_DIM_PAD)[None, :]
-    v_column = tl.arange(0, V_HEAD_DIM_PAD)[None, :]
-    sums = tl.zeros([ROWS, V_HEAD_DIM_PAD], tl.float32)
-    if FP8 == 1:
-        k_scale = k_scale * E4M3_IN_HALF
-    if FP8 > 0:
-        scale = scale * k_scale
-    for start in range(begin, end, KEYS):
+    MASKED: tl.constexpr = MASK != ALL_SEEN
+    n = begin + tl.arange(0, KEYS)
+    known = (n >= first) & (n < end)
+    block = tl.load(table + n // BLOCK, mask=known, other=0)
+    if AHEAD:
+        entry = ((block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK + n % BLOCK)[:, None]
+        block = tl.load(table + n // BLOCK + KEYS // BLOCK, mask=n + KEYS < end, other=0)
+        scores = _products(q, key_cache, entry, known, HEAD_DIM, HEAD_DIM_PAD, MASKED, FP8)
+    for start in tl.range(begin, end, KEYS, num_stages=STAGES):
         n = start + tl.arange(0, KEYS)
         known = (n >= first) & (n < end)
-        block = tl.load(table + n // BLOCK, mask=known, other=0).to(tl.int64)
-        entry = ((block * KV_HEADS + kv_head) * BLOCK + n % BLOCK)[:, None]
-        k_mask = known[:, None] & (column < HEAD_DIM)
-        k = tl.load(key_cache + entry * HEAD_DIM + column, mask=k_mask, other=0)
-        scores = tl.dot(q, tl.trans(_from_cache(k, q.dtype, FP8)))
+        if AHEAD:
+            m = n + KEYS
+            next_entry = ((block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK + m % BLOCK)[:, None]
+            block = tl.load(table + m // BLOCK + KEYS // BLOCK, mask=m + KEYS < end, other=0)
+            ahead = _products(q, key_cache, next_entry, m < end, HEAD_DIM, HEAD_DIM_PAD, MASKED, FP8)
+        else:
+            entry = ((block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK + n % BLOCK)[:, None]
+            block = tl.load(table + n // BLOCK + KEYS // BLOCK, mask=n + KEYS < end, other=0)
+            scores = _products(q, key_cache, entry, known, HEAD_DIM, HEAD_DIM_PAD, MASKED, FP8)
         if HAS_SOFTCAP:
             # c*tanh(s/c); tanh(x) = 1 - 2/(exp(2x) + 1) stays right when exp overflows.
-            grown = tl.exp2(scores * (scale * 2.0 * LOG2E / softcap))
+            grown = tl.exp2(scores * (row_scale * (2.0 / softcap))[:, None])
             scores = (softcap * LOG2E) * (1.0 - 2.0 / (grown + 1.0))
-        else:
-            scores = scores * (scale * LOG2E)
-        visible = n[None, :] <= position[:, None]
-        if HAS_WINDOW:
-            visible = visible & (n[None, :] > position[:, None] - window)
-        scores = tl.where(visible, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        if MASK == ALIKE:
+            scores = tl.where(known[None, :], scores, float("-inf"))
+        if MASK == CAUSAL:
+            visible = n[None, :] <= position[:, None]
+            if HAS_WINDOW:
+                visible = visible & (n[None, :] > position[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        peak = tl.max(scores, 1)
+        if not HAS_SOFTCAP:
+            peak = peak * row_scale
+        if q.dtype == tl.float16:
+            peak = peak - HEADROOM
+        new_top = tl.maximum(top, peak)
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: not inf - inf
-        weights = tl.exp2(scores - base[:, None])
+        if HAS_SOFTCAP:
+            weights = tl.exp2(scores - base[:, None])
+        else:
+            weights = tl.exp2(scores * row_scale[:, None] - base[:, None])  # one multiply-add
         fade = tl.exp2(top - base)
         total = total * fade + tl.sum(weights, 1)
-        v_mask = known[:, None] & (v_column < V_HEAD_DIM)
-        v = tl.load(value_cache + entry * V_HEAD_DIM + v_column, mask=v_mask, other=0)
-        sums = tl.dot(weights.to(q.dtype), _from_cache(v, q.dtype, FP8), sums * fade[:, None])
+        v = _load_values(value_cache, entry, known, V_HEAD_DIM, V_HEAD_DIM_PAD, KEYS, MASKED,
+                         VALUES_IN_PAIRS, FP8)  # fmt: skip
+        sums = tl.dot(weights.to(q.dtype), v, sums * fade[:, None])
         top = new_top
+        if AHEAD:
+            scores = ahead
+            entry = next_entry
     return top, total, sums
+
+
+@triton.jit
+def _prepared(q, scale, k_scale, ROWS: tl.constexpr, FP8: tl.constexpr):
+    """Queries in the dtype of the products, and each row's factor from products to units of log2(e)."""
+    if FP8 > 0:
+        scale = scale * k_scale
+    if FP8 == 1:
+        scale = scale * E4M3_IN_HALF
+    row_scale = tl.full([ROWS], 1.0, tl.float32) * (scale * LOG2E)
+    if FP8 > 0 and q.dtype == tl.bfloat16:
+        q, less = _query_in_half(q)
+        row_scale = row_scale * less
+    return q, row_scale
 
 
 @triton.jit
@@ -188,10 +286,11 @@ def prefill(output, query, key_cache, value_cache,
             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
             HEAD_DIM_PAD: tl.constexpr, V_HEAD_DIM_PAD: tl.constexpr, ROWS: tl.constexpr,
             KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
-            HAS_SOFTCAP: tl.constexpr, FP8: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+            HAS_SOFTCAP: tl.constexpr, FP8: tl.constexpr, VALUES_IN_PAIRS: tl.constexpr,
+            AHEAD: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Program (tile, key/value head): ROWS // GROUP tokens of one sequence, GROUP query heads each."""
     TOKENS: tl.constexpr = ROWS // GROUP
-    tile = tl.program_id(0)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last tokens, which see most, first
     kv_head = tl.program_id(1)
     s = _sequence_of(query_start, num_sequences, tile, TOKENS, CHUNK)
     begin_token = tl.load(query_start + s)
@@ -215,12 +314,22 @@ def prefill(output, query, key_cache, value_cache,
     if HAS_WINDOW:
         first = tl.maximum(past + tile_token - window + 1, 0)
     table = block_indices + tl.load(block_begins + s)
-    top, total = _start(sinks, head, real, real, ROWS, HAS_SINKS)
+    q, row_scale = _prepared(q, scale, k_scale, ROWS, FP8)
+    top, total = _start(sinks, head, real, real, ROWS, HAS_SINKS, q.dtype == tl.float16)
+    sums = tl.zeros([ROWS, V_HEAD_DIM_PAD], tl.float32)
+    edge = first // KEYS * KEYS
+    if not HAS_WINDOW:
+        edge = (past + tile_token + 1) // KEYS * KEYS  # all rows see all keys before it
+        top, total, sums = _attend(
+            top, total, sums, q, row_scale, position, key_cache, value_cache, table, kv_head,
+            0, 0, edge, softcap, window,
+            KV_HEADS, HEAD_DIM, V_HEAD_DIM, HEAD_DIM_PAD, V_HEAD_DIM_PAD, KEYS,
+            ALL_SEEN, HAS_WINDOW, HAS_SOFTCAP, FP8, VALUES_IN_PAIRS, AHEAD, None)  # fmt: skip
     top, total, sums = _attend(
-        top, total, q, position, key_cache, value_cache, table, kv_head,
-        first, first // KEYS * KEYS, end, scale, softcap, window, k_scale,
-        KV_HEADS, HEAD_DIM, V_HEAD_DIM, HEAD_DIM_PAD, V_HEAD_DIM_PAD, ROWS, KEYS,
-        HAS_WINDOW, HAS_SOFTCAP, FP8)  # fmt: skip
+        top, total, sums, q, row_scale, position, key_cache, value_cache, table, kv_head,
+        first, edge, end, softcap, window,
+        KV_HEADS, HEAD_DIM, V_HEAD_DIM, HEAD_DIM_PAD, V_HEAD_DIM_PAD, KEYS,
+        CAUSAL, HAS_WINDOW, HAS_SOFTCAP, FP8, VALUES_IN_PAIRS, False, None if HAS_WINDOW else 1)  # fmt: skip
 
     share = 1.0 / tl.where(real, total, 1.0)
     if FP8 == 1:
@@ -239,7 +348,7 @@ def decode(output, partial_sums, partial_top, partial_total, query, key_cache, v
            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
            HEAD_DIM_PAD: tl.constexpr, V_HEAD_DIM_PAD: tl.constexpr, ROWS: tl.constexpr,
            KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
-           HAS_SOFTCAP: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
+           HAS_SOFTCAP: tl.constexpr, FP8: tl.constexpr, VALUES_IN_PAIRS: tl.constexpr):  # fmt: skip
     """Program (sequence, key/value head, split): a contiguous share of the keys that the token sees.
 
     With one split the result goes to `output`. With more, the program leaves its maximum (units of log2),
@@ -274,14 +383,15 @@ def decode(output, partial_sums, partial_top, partial_total, query, key_cache, v
         return
 
     q = tl.load(query + place * HEAD_DIM + column, mask=real[:, None] & (column < HEAD_DIM), other=0.0)
-    position = tl.where(real, last, -1)
     table = block_indices + tl.load(block_begins + s)
-    top, total = _start(sinks, head, real, real & (split == 0), ROWS, HAS_SINKS)
+    q, row_scale = _prepared(q, scale, k_scale, ROWS, FP8)
+    top, total = _start(sinks, head, real, real & (split == 0), ROWS, HAS_SINKS, q.dtype == tl.float16)
+    sums = tl.zeros([ROWS, V_HEAD_DIM_PAD], tl.float32)
     top, total, sums = _attend(
-        top, total, q, position, key_cache, value_cache, table, kv_head,
-        first, begin, end, scale, softcap, window, k_scale,
-        KV_HEADS, HEAD_DIM, V_HEAD_DIM, HEAD_DIM_PAD, V_HEAD_DIM_PAD, ROWS, KEYS,
-        HAS_WINDOW, HAS_SOFTCAP, FP8)  # fmt: skip
+        top, total, sums, q, row_scale, last, key_cache, value_cache, table, kv_head,
+        first, begin, end, softcap, window,
+        KV_HEADS, HEAD_DIM, V_HEAD_DIM, HEAD_DIM_PAD, V_HEAD_DIM_PAD, KEYS,
+        ALIKE, HAS_WINDOW, HAS_SOFTCAP, FP8, VALUES_IN_PAIRS, False, None)  # fmt: skip
     if FP8 == 1:
         sums = sums * E4M3_IN_HALF
     if FP8 > 0:

@@ -22,7 +22,7 @@ FP8_CONVERSION = 89  # the first SM with an instruction that widens E4M3 (PTX IS
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64  # query heads of one key/value head
 MAX_SPLITS = 64
-MIN_KEYS_PER_SPLIT = 256  # below this, a split's start-up costs more than its share of the cache
+MIN_KEYS_PER_SPLIT = 128  # below this, a split's start-up costs more than its share of the cache
 _CHUNK = 128  # sequences looked at together when a program finds its own
 
 _STEP = dict.fromkeys(("query_start", "past_lengths", "block_indices", "block_begins"), "*i32")
@@ -177,16 +177,30 @@ def configure(v: Variant, sm: int) -> Config:
     sizes |= {"GROUP": v.group, "HAS_WINDOW": v.has_window, "HAS_SINKS": v.has_sinks}
     sizes |= {"HAS_SOFTCAP": v.has_softcap}
     widest = max(wide, v_wide)
-    roomy = SHARED_LIMIT[sm] > 200_000
+    roomy = SHARED_LIMIT[sm] > 200_000  # SM90 and SM100, whose large products read both operands there
+    in_pairs = v.kv_dtype == FP8 and v.v_head_dim % 2 == 0 and not (roomy and v.kernel == "prefill")
+    sizes |= {"VALUES_IN_PAIRS": in_pairs}
     if v.kernel == "decode":
-        keys, stages = (64, 3) if widest <= 128 else (32, 3)
+        keys, stages = _decode_tile(widest, v.kv_dtype == FP8, sm)
         return Config(sizes | {"ROWS": padded(v.group), "KEYS": keys}, num_warps=4, num_stages=stages)
     rows, keys, warps, stages = 128, 64, 8, 2
-    if roomy and widest <= 64:
-        warps, stages = 4, 3
+    ahead = sm == 90 and widest <= 128 and v.kv_dtype != FP8 and not v.has_window
+    if sm == 90 and widest <= 128:
+        stages = 3
+    elif roomy and widest <= 64:
+        warps = 4
     elif not roomy and widest > 64:  # without wgmma, larger tiles spill registers
         rows, keys = (128, 32) if widest <= 128 else (64, 32)
-    return Config(sizes | {"ROWS": rows, "KEYS": keys, "CHUNK": _CHUNK}, num_warps=warps, num_stages=stages)
+    sizes |= {"ROWS": rows, "KEYS": keys, "AHEAD": ahead, "CHUNK": _CHUNK}
+    return Config(sizes, num_warps=warps, num_stages=stages)
+
+
+def _decode_tile(widest: int, fp8: bool, sm: int) -> tuple[int, int]:
+    """Keys and stages; those of SM90 are measured (docs/gpu/README.md)."""
+    stages = 3 if sm == 90 and (fp8 or widest > 128) else 2
+    if sm == 90 and widest <= 64:
+        return 128, stages
+    return (64 if widest <= 128 else 32), stages
 
 
 def splits(sequences: int, num_kv_heads: int, longest: int, multiprocessors: int) -> int:

@@ -44,6 +44,8 @@ def paged_attention(
     for s, past in enumerate(past_lengths):
         table = block_indices[block_begins[s] : block_begins[s + 1]]
         start, end = query_start[s], query_start[s + 1]
+        if start == end:  # padding, which may have no blocks
+            continue
         for t in range(start, end):
             position = past + t - start
             block, offset = table[position // BLOCK_SIZE], position % BLOCK_SIZE

@@ -247,6 +247,14 @@ def test_gpus_with_an_fp8_conversion_read_the_same(interpret: Run, dtypes: str) 
     check(interpret, a, dtype, kv_dtype, make_step(a, dtype, *MIXED), sm=90)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("shape", ["grouped", "odd heads", "one kv head", "softcap", "largest heads"])
+def test_products_made_a_tile_ahead_are_the_same(interpret: Run, shape: str, dtypes: str) -> None:
+    """Prefills of SM90: no tile before the diagonal, one, several, and the whole of one sequence's blocks."""
+    a, (dtype, kv_dtype) = SHAPES[shape], DTYPES[dtypes]
+    check(interpret, a, dtype, kv_dtype, make_step(a, dtype, [200, 0, 63, 126], [20, 90, 2, 2]), sm=90)
+
+
 @pytest.mark.parametrize("step", [name for name in STEPS if name != "mixed"])
 @pytest.mark.parametrize("shape", ["grouped", "everything"])
 def test_other_steps_are_the_reference(interpret: Run, shape: str, step: str) -> None:
@@ -259,6 +267,18 @@ def test_other_steps_are_the_reference(interpret: Run, shape: str, step: str) ->
 def test_any_number_of_splits_gives_the_reference(interpret: Run, shape: str, num_splits: int) -> None:
     a = SHAPES[shape]
     check(interpret, a, "fp16", None, make_step(a, "fp16", [300, 3, 64], [1, 1, 1]), num_splits)
+
+
+def test_padding_without_blocks_changes_nothing(interpret: Run) -> None:
+    """A captured step is filled up with sequences that have neither past nor new tokens."""
+    a = SHAPES["grouped"]
+    step = make_step(a, "fp16", [70, 0, 31, 0], [1, 0, 40, 0])
+    check(interpret, a, "fp16", None, step)
+    padded = {name: array.copy() for name, array in step.items()}
+    for name in ("query_start", "past_lengths", "block_begins"):
+        step[name] = np.delete(step[name], [1, 3])
+    padded_answer, answer = (expected(a, "fp16", None, each)[0] for each in (padded, step))
+    assert np.array_equal(padded_answer, answer)
 
 
 def test_sequences_may_share_prefix_blocks(interpret: Run) -> None:
@@ -282,6 +302,17 @@ def test_blocks_that_a_window_has_left_behind_are_not_read(interpret: Run) -> No
     )
     got = interpret(a, "fp16", None, step, 2)["output"]
     assert (np.abs(got - answer) <= bound).all()
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_bfloat16_queries_of_any_size_meet_fp8_caches(interpret: Run, sm: int) -> None:
+    """Beyond what float16 has: rows from 2**3 down to 2**-120, columns apart by 2**-20, a row of zeros."""
+    a = SHAPES["grouped"]
+    step = make_step(a, "bf16", [70, 31], [40, 1])
+    step["query"] *= np.float32(2.0) ** (3 - 3 * np.arange(41, dtype=np.float32))[:, None]
+    step["query"][:, ::2] *= np.float32(2.0**-20)
+    step["query"][5] = 0
+    check(interpret, a, "bf16", FP8, step, sm=sm)
 
 
 @pytest.mark.parametrize("sm", [80, 90])
@@ -328,9 +359,9 @@ def test_a_plan_launches_only_what_the_step_has() -> None:
 def test_scratch_is_what_the_splits_write() -> None:
     a = SHAPES["wide keys"]
     made = launch.plan(a, "bf16", None, np.array([0, 1, 2]), np.array([9000, 3]), sm=80, multiprocessors=108)
-    assert made.num_splits == 35  # 9001 keys, at least 256 each; 2 * 108 programs wanted, 4 without splits
-    assert made.scratch["partial_sums"] == (2, 4, 35, 32)
-    assert made.scratch_bytes == 4 * 2 * 4 * 35 * (32 + 2)
+    assert made.num_splits == 54  # 2 * 108 programs wanted, 4 without splits; 9001 keys, at least 128 each
+    assert made.scratch["partial_sums"] == (2, 4, 54, 32)
+    assert made.scratch_bytes == 4 * 2 * 4 * 54 * (32 + 2)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 18, 32, 128])
