@@ -19,8 +19,9 @@ from llmc.passes.canonicalize.pack_tokens import PackTokens
 from llmc.passes.canonicalize.page_attention import PageAttention
 from llmc.passes.canonicalize.sink_transposes import SinkTransposes
 from llmc.passes.contract import Matches, Pass, run
-from llmc.passes.pipeline import pipeline
+from llmc.passes.pipeline import canonicalize
 from llmc.runtime.errors import BuildError, UnsupportedError
+from support.passes import mark_parameters
 
 TRACED = """<ir_version: 10, opset_import: ["" : 23, "llmc" : 1]>
 g (int64[1,T] input_ids, int64[1,T] position_ids) => (float[1,T,5] out)
@@ -85,7 +86,7 @@ def traced(text: str = TRACED) -> ir.Model:
                 weight = ir.Value(name=given.name, shape=WEIGHTS[str(given.name)], type=FLOAT)
                 model.graph.initializers.add(weight)
             node.replace_input_with(index, weight)
-    return model
+    return mark_parameters(model)
 
 
 def ops(model: ir.Model) -> list[str]:
@@ -104,7 +105,7 @@ def producer(model: ir.Model, name: str, index: int = 0) -> ir.Node:
 
 def test_the_pipeline_makes_a_canonical_graph_with_one_node_a_module() -> None:
     model = traced()
-    reports = run(model, pipeline(), {"lower-linear": 5, "lower-rope": 2})
+    reports = run(model, canonicalize(), {"lower-linear": 5, "lower-rope": 2})
     assert {report.name: report.matches for report in reports} == {
         "sink-transposes": 1,
         "lower-rope": 2,
@@ -136,9 +137,9 @@ def test_the_pipeline_makes_a_canonical_graph_with_one_node_a_module() -> None:
 
 def test_a_second_run_of_the_pipeline_changes_nothing() -> None:
     model = traced()
-    run(model, pipeline(), {})
+    run(model, canonicalize())
     before = ir.to_proto(model).SerializeToString(deterministic=True)
-    assert [report.matches for report in run(model, pipeline(), {})] == [0] * len(pipeline())
+    assert [report.matches for report in run(model, canonicalize())] == [0] * len(canonicalize())
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
@@ -211,7 +212,7 @@ def test_packing_drops_the_batch_axis_everywhere() -> None:
 )
 def test_an_operator_that_mixes_tokens_is_refused_by_name(line: str, complaint: str) -> None:
     with pytest.raises((UnsupportedError, BuildError), match=complaint):
-        run(traced(TRACED.replace("y = Add (x, a2)", line)), pipeline(), {})
+        run(traced(TRACED.replace("y = Add (x, a2)", line)), canonicalize())
 
 
 def test_split_axes_follow_the_packed_layout() -> None:
@@ -223,7 +224,7 @@ def test_split_axes_follow_the_packed_layout() -> None:
         if node.op_type == "Split":
             for value in node.outputs:
                 value.shape = ir.Shape([1, "T", 4])
-    run(model, pipeline(), {})
+    run(model, canonicalize())
     axes = [n.attributes["axis"].as_int() for n in model.graph if n.op_type in ("Split", "Concat")]
     assert axes == [1, 1, 1]  # q, k, v; and these two
 
@@ -271,8 +272,8 @@ def test_layers_that_read_the_same_input_become_one_and_a_split() -> None:
     outputs = [str(node.outputs[0].name) for node in model.graph if node.op_type == "Gemm"][:3]
     assert FuseLinears()(model).count == 1
     fused = next(node for node in model.graph if node.op_type == "Gemm")
-    assert [str(v.name) for v in fused.inputs if v is not None] == ["n", "wq|wk|wv"]
-    assert list(model.graph.initializers["wq|wk|wv"].shape or []) == [16, 8]
+    assert [str(v.name) for v in fused.inputs if v is not None] == ["n", "wq.weight|wk.weight|wv.weight"]
+    assert list(model.graph.initializers["wq.weight|wk.weight|wv.weight"].shape or []) == [16, 8]
     split = next(node for node in model.graph if node.op_type == "Split")
     assert [list(v.shape or []) for v in split.outputs] == [["T", 8], ["T", 4], ["T", 4]]
     assert len(outputs) == 3
@@ -289,7 +290,7 @@ def test_layers_of_which_some_have_a_bias_are_left_alone_and_reported() -> None:
 
 def test_only_wanted_rows_reach_the_last_norm() -> None:
     model = traced()
-    run(model, pipeline(), {})
+    run(model, canonicalize())
     norm = producer(model, "logits")
     assert norm.op_type == "RMSNormalization"
     assert norm.inputs[0] is not None
@@ -303,12 +304,12 @@ def test_only_wanted_rows_reach_the_last_norm() -> None:
 def test_a_model_that_does_not_end_in_a_linear_layer_is_refused() -> None:
     text = TRACED.replace("out = llmc.TracedLinear (z, head)", "out = Concat <axis = 2> (z, z)")
     with pytest.raises(UnsupportedError, match="does not end in a linear layer"):
-        run(traced(text), pipeline(), {})
+        run(traced(text), canonicalize())
 
 
 def test_fewer_matches_than_the_recipe_expects_is_an_error() -> None:
     with pytest.raises(UnsupportedError, match="lower-rope rewrote 2 of 4 places"):
-        run(traced(), pipeline(), {"lower-rope": 4})
+        run(traced(), canonicalize(), {"lower-rope": 4})
 
 
 def test_the_runner_notices_a_pass_that_breaks_the_graph() -> None:
@@ -332,5 +333,5 @@ def test_a_pass_gets_the_stage_that_it_requires() -> None:
 )
 def test_a_pass_that_has_run_finds_nothing(make: Callable[[], Pass]) -> None:
     model = traced()
-    run(model, pipeline(), {})
+    run(model, canonicalize())
     assert make()(model).count == 0
