@@ -121,14 +121,19 @@ def _dump(model: ir.Model, directory: Path, name: str) -> None:
 
 
 def as_text(model: ir.Model) -> str:
-    """The graph in ONNX's text form; large initializers are without their data."""
-    brief = model.clone()
-    for value in brief.graph.initializers.values():
-        if value.const_value is not None and value.const_value.size > _DUMPED_ELEMENTS:
-            value.const_value = None
+    """The graph in ONNX's text form; large initializers are without their data. The graph stays as it is."""
+    large = {
+        value: value.const_value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.size > _DUMPED_ELEMENTS
+    }
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # onnx_ir warns of every initializer without data
     try:
-        return ir.to_onnx_text(brief)
+        for value in large:  # not in a clone: one of nodes that are out of order cannot be made
+            value.const_value = None
+        return ir.to_onnx_text(model)
     finally:
+        for value, data in large.items():
+            value.const_value = data
         logging.disable(level)

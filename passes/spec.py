@@ -73,6 +73,7 @@ _OURS = {
     Stage.CANONICAL: {ATTENTION},
     Stage.FOR_OPENVINO: {ATTENTION},
 }
+_TENSORRT = ("trt", "TRT_FP4DynamicQuantize")
 _BEFORE_PACKED = (Stage.TRACED, Stage.PAGED)
 _FINAL = (Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.FOR_TENSORRT, Stage.ORACLE)
 _WITH_BODIES = (Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.ORACLE)
@@ -112,6 +113,8 @@ def _node_problems(node: ir.Node, stage: Stage) -> Iterator[str]:
     if node.domain == "llmc":
         if node.op_type not in _OURS.get(stage, {ATTENTION, ROUND_FP4}):
             yield "is not allowed here"
+    elif stage is Stage.FOR_TENSORRT and (node.domain, node.op_type) == _TENSORRT:
+        pass  # from an inlined body of RoundFP4
     elif node.domain != "" or node.op_type not in _STANDARD.get(stage, _CANONICAL):
         yield "is outside the operators llmc knows"
     if stage not in _BEFORE_PACKED:
