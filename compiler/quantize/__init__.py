@@ -2,5 +2,5 @@
 
 make_plan.py, prequantized_plan.py   which matrix takes which format, and why not; passes/quantize applies it
 round_to_nearest.py, gptq.py         the arithmetic, with scales.py; smoothquant.py smooths activations first
-step.py                              makes the data, by produce.py, produce_calibrated.py, prequantized_arrays.py
+step.py                              makes the data, by the modules produce*.py and prequantized_arrays.py
 """
