@@ -94,7 +94,7 @@ def legalize_tensorrt(dtype: str) -> list[Pass]:
     """
     narrow = DTYPES[dtype]
     return [
-        NamePlugins(narrow),  # first: refuses a graph in another dtype
+        NamePlugins(narrow, dtype),  # first: refuses a graph in another dtype
         WidenOffsetNorms(),
         FactorRotaryTables(),
         WidenLogits(),

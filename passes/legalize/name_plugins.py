@@ -19,7 +19,7 @@ _FIELDS = {"plugin_namespace": plugin.NAMESPACE, "plugin_version": plugin.VERSIO
 
 
 class NamePlugins:
-    """Counts one match per attention layer. dtype: what they must compute in.
+    """Counts one match per attention layer. dtype: what they must compute in; called: what users call it.
 
     Raises BuildError if a layer computes in another dtype.
     """
@@ -28,15 +28,15 @@ class NamePlugins:
     requires = Stage.QUANTIZED
     ensures = Stage.QUANTIZED
 
-    def __init__(self, dtype: ir.DataType) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: ir.DataType, called: str) -> None:
+        self._dtype, self._called = dtype, called
 
     def __call__(self, model: ir.Model) -> Matches:
         matches = Matches()
         for node in attention_nodes(model):
             if (found := edit.operand(node, 0).dtype) != self._dtype:
                 raise BuildError(
-                    f"{module_of(node)} computes in {found}, the TensorRT engine in {self._dtype}"
+                    f"{module_of(node)} computes in {found}, the TensorRT engine in {self._called}"
                 )
             matches.count += _FIELDS.keys() - node.attributes.keys() != set()
             for name, value in _FIELDS.items():

@@ -48,7 +48,7 @@ from support.quantized_layouts import (
 )
 
 V0, DOWN0 = Q0.replace("q_proj", "v_proj"), GATE0.replace("gate_proj", "down_proj")
-QKV = [f"{Q0}.weight", f"{K0}.weight", f"{V0}.weight"]
+QKV = [Q0, K0, V0]
 # layout -> name of the format on a CPU, of matrices of 192 columns and, where it differs, of 320
 FORMS = {
     "modelopt-fp8": ("fp8",),

@@ -206,7 +206,7 @@ CASES = {
         "key_cache.0 value_cache.0 s p i o",
     ),
     "name-plugins": Case(
-        NamePlugins(BF16), attention("bfloat16", "bfloat16"), SAME.format("BFLOAT16", "BFLOAT16")
+        NamePlugins(BF16, "bf16"), attention("bfloat16", "bfloat16"), SAME.format("BFLOAT16", "BFLOAT16")
     ),
     "remove-plugins": Case(
         RemovePlugins(),
