@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmc.cli.plan_table import plan_lines, prequantized_plan_lines
 from llmc.cli.text import print_json, size, table
 from llmc.runtime.errors import BuildError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from llmc.compiler.driver import BuildResult
     from llmc.compiler.plan import BuildPlan
     from llmc.compiler.request import BuildRequest
+    from llmc.passes.quantize.plan import QuantPlan
     from llmc.runtime.bundle.manifest import Geometry, Manifest, Target, Verification
 
 # What the extra `build` installs, by the names to import.
@@ -293,8 +295,14 @@ def _plan_text(plan: BuildPlan) -> str:
         ("weights", f"{size(plan.sizes.weight_bytes)} to write ({plan.sizes.weight_bytes:,} bytes)"),
         ("verification", verification),
     ]
-    quantization = "\n\n" + "\n".join(plan.quantization.lines()) if plan.quantization else ""
+    quantization = "\n\n" + "\n".join(_quantization_lines(plan.quantization)) if plan.quantization else ""
     return f"{table(facts)}{quantization}\n\n{_pass_table(plan)}"
+
+
+def _quantization_lines(plan: QuantPlan) -> list[str]:
+    from llmc.compiler.quantize.prequantized_plan import PrequantizedPlan
+
+    return prequantized_plan_lines(plan) if isinstance(plan, PrequantizedPlan) else plan_lines(plan)
 
 
 def _kv_bytes(plan: BuildPlan) -> int:

@@ -1,11 +1,41 @@
-"""Rows about modules as lines of text, the layers that differ in their number alone in one row."""
+"""A quantization plan as lines of text, the layers that differ in their number alone in one row."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmc.compiler.quantize.prequantized_plan import PrequantizedPlan
+    from llmc.passes.quantize.plan import QuantPlan
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def plan_lines(plan: QuantPlan) -> list[str]:
+    """The plan as a table, the layers of equal decisions in one row, and its size."""
+    rows = []
+    for module in plan.modules:
+        if module.format:
+            what, bits = module.format.name, module.format.bits_per_parameter(module.shape)
+        else:
+            what, bits = module.reason, float(plan.stored_bits)
+        size = f"{module.shape[0]} x {module.shape[1]}"
+        rows.append((module.name, size, f"{bits:.3f}".rstrip("0").rstrip("."), what))
+    mib = 2**20
+    return [
+        *table(("modules", "out x in", "bits", "format, or why not"), rows),
+        f"{len(plan.quantized())} of {len(plan.modules)} matrices in {plan.formats}: "
+        f"{plan.bits_per_parameter:.2f} bits per parameter, {plan.bytes_after / mib:.1f} MiB "
+        f"(before: {plan.stored_bits}, {plan.bytes_before / mib:.1f} MiB)",
+    ]
+
+
+def prequantized_plan_lines(plan: PrequantizedPlan) -> list[str]:
+    """The same for a pre-quantized checkpoint, and who quantized it."""
+    made_by = f", written by {plan.producer}" if plan.producer else ""
+    return [*plan_lines(plan), f"as the checkpoint has them: {plan.recipe}{made_by}", *plan.notes]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

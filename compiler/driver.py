@@ -119,10 +119,10 @@ def plan_build(
         from llmc.compiler.plan import BuildPlan, CheckpointFacts
         from llmc.compiler.trace.export import trace
         from llmc.compiler.weights import write
-        from llmc.passes import contract
+        from llmc.passes import contract, pipeline
+        from llmc.passes.canonicalize.fuse_linears import FusionPlan
         from llmc.passes.geometry import read_geometry
-        from llmc.passes.pipeline import pipeline
-        from llmc.passes.quantize import quantize_kv_cache, quantize_linears
+        from llmc.passes.quantize import quantize_kv_cache
     config = load_config(checkpoint)
     max_seq_len = context_length(config, request.max_seq_len)
     num_layers, fp8_cache = int(config.num_hidden_layers), resolved.kv_dtype == quantize_kv_cache.FP8
@@ -135,16 +135,14 @@ def plan_build(
             traced.parameters, prequantized.checkpoint.named if prequantized else checkpoint.tensors
         )
     with clock.phase("rewrite the graph"):
-        reports = contract.run(
-            model, pipeline(prequantized.why_apart) if prequantized else pipeline(), expected
-        )
+        fusion = prequantized.fusion if prequantized else FusionPlan()
+        reports = contract.run(model, pipeline.canonicalize(fusion), expected)
         geometry, parameters = read_geometry(model), write.num_elements(model)
         canonical = model.clone() if calibration is not None and resolved.dtype == "fp32" else None
     with clock.phase("quantize the graph"):
         quantization = _quantization_plan(request, resolved, checkpoint, family, prequantized, model)
-        matrices = quantize_linears.apply_plan(model, quantization) if quantization else []
-        if fp8_cache:
-            quantize_kv_cache.set_kv_scales(model, {})
+        contract.run(model, pipeline.quantize(quantization, fp8_cache))
+        matrices = quantization.matrices() if quantization else []
     with clock.phase("legalize the graph"):
         engine = target.choose_engine(resolved, model)
         target.legalize(resolved, engine.engine, model, checkpoint.tensors)
@@ -153,7 +151,7 @@ def plan_build(
         if canonical is not None:
             return canonical
         again = trace(config, "fp32", max_seq_len).model
-        contract.run(again, pipeline(), expected)
+        contract.run(again, pipeline.canonicalize(), expected)
         return again
 
     plan = BuildPlan(
@@ -188,11 +186,12 @@ def _quantization_plan(
     prequantized: PrequantizedWeights | None,
     model: ir.Model,
 ) -> QuantPlan | None:
-    from llmc.passes.quantize import qdq, quantize_linears
+    from llmc.compiler.quantize import make_plan
+    from llmc.passes.quantize import qdq
 
     bits = 32 if checkpoint.dtype == "float32" else 16
     if request.quant:
-        return quantize_linears.plan_weights(
+        return make_plan.plan_weights(
             model,
             request.quant,
             request.exclude,
@@ -202,7 +201,7 @@ def _quantization_plan(
             resolved.head_format,
         )
     if prequantized and prequantized.modules:  # without modules, only its KV cache is quantized
-        return quantize_linears.plan_prequantized(model, prequantized, bits)
+        return make_plan.plan_prequantized(model, prequantized, bits)
     return None
 
 
@@ -226,9 +225,9 @@ def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock
         )
     if plan.resolved.kv_dtype == quantize_kv_cache.FP8:
         if inputs.prequantized:
-            quantize_kv_cache.set_kv_scales(inputs.model, inputs.prequantized.largest_kv)
+            quantize_kv_cache.fill_kv_scales(inputs.model, inputs.prequantized.largest_kv)
         elif made.table is not None:
-            quantize_kv_cache.set_kv_scales(inputs.model, made.table.kv)
+            quantize_kv_cache.fill_kv_scales(inputs.model, made.table.kv)
     return made
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import onnx_ir as ir
 
 from llmc.passes import spec
 from llmc.runtime.errors import BuildError, UnsupportedError
+
+DUMP = "LLMC_DUMP"  # environment: a directory that receives the graph after every pass, as text
+_DUMPED_ELEMENTS = 64  # of a constant; larger ones are dumped without their data
 
 
 @dataclass
@@ -51,32 +58,28 @@ class PassReport:
 
 def run(
     model: ir.Model,
-    pipeline: Sequence[Pass],
-    expected: Mapping[str, int],
+    passes: Sequence[Pass],
+    expected: Mapping[str, int] = MappingProxyType({}),
+    dump: Path | None = None,
 ) -> list[PassReport]:
-    """Runs `pipeline` over `model` in order and checks every stage.
+    """Runs `passes` over `model` in order and checks every stage.
 
-    `expected`: pass name -> the number of matches that the model's recipe demands.
+    expected: pass name -> the number of matches that the model's recipe demands.
+    dump: a directory for the graph after every pass, as text; by default that of LLMC_DUMP, if it is set.
     Raises UnsupportedError for a model that llmc cannot lower or that differs from its recipe, and BuildError
     when a pass leaves a graph that violates its stage.
     """
-    if problems := spec.check(model, spec.Stage.TRACED):
-        raise UnsupportedError(
-            f"{problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""),
-            "llmc cannot lower this architecture yet; `llmc zoo list` shows the families it knows",
-        )
+    if dump is None and os.environ.get(DUMP):
+        dump = Path(os.environ[DUMP])
     reports: list[PassReport] = []
-    for one in pipeline:
-        if problems := spec.check(model, one.requires):
-            raise BuildError(
-                f"pass {one.name} requires a {one.requires.value} graph: {problems[0]}",
-                "the pipeline is in the wrong order; please report this",
-            )
+    for one in passes:
+        _require(model, one, first=not reports)
         start = time.perf_counter()
         matches = one(model)
         seconds = time.perf_counter() - start
-        report = PassReport(one.name, matches.count, tuple(matches.near_misses), seconds)
-        reports.append(report)
+        if dump is not None:
+            _dump(model, dump, one.name)
+        reports.append(PassReport(one.name, matches.count, tuple(matches.near_misses), seconds))
         want = expected.get(one.name)
         if want is not None and want != matches.count + matches.declined:
             missed = f"; first near miss: {matches.near_misses[0]}" if matches.near_misses else ""
@@ -84,11 +87,53 @@ def run(
                 f"pass {one.name} rewrote {matches.count} of {want} places{missed}",
                 "the model differs from its family's recipe; please report it with its config.json",
             )
-        violations = spec.check(model, one.ensures)
-        if violations:
+        if problems := spec.check(model, one.ensures):
             raise BuildError(
-                f"after pass {one.name} the graph is not {one.ensures.value}: {violations[0]}"
-                + (f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""),
+                f"after pass {one.name} the graph is not {one.ensures.value}: {_first(problems)}",
                 "this architecture uses something llmc cannot lower yet",
             )
     return reports
+
+
+def _require(model: ir.Model, one: Pass, *, first: bool) -> None:
+    problems = spec.check(model, one.requires)
+    if problems and first and one.requires is spec.Stage.TRACED:
+        raise UnsupportedError(
+            _first(problems),
+            "llmc cannot lower this architecture yet; `llmc zoo list` shows the families it knows",
+        )
+    if problems:
+        raise BuildError(
+            f"pass {one.name} requires a {one.requires.value} graph: {problems[0]}",
+            "the pipeline is in the wrong order; please report this",
+        )
+
+
+def _first(problems: Sequence[str]) -> str:
+    return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _dump(model: ir.Model, directory: Path, name: str) -> None:
+    """Writes the graph, without large data, to the next number in `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    number = 1 + sum(1 for file in directory.iterdir() if file.suffix == ".txt")
+    (directory / f"{number:02}-{name}.txt").write_text(as_text(model), "utf-8")
+
+
+def as_text(model: ir.Model) -> str:
+    """The graph in ONNX's text form; large initializers are without their data. The graph stays as it is."""
+    large = {
+        value: value.const_value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.size > _DUMPED_ELEMENTS
+    }
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # onnx_ir warns of every initializer without data
+    try:
+        for value in large:  # not in a clone: one of nodes that are out of order cannot be made
+            value.const_value = None
+        return ir.to_onnx_text(model)
+    finally:
+        for value, data in large.items():
+            value.const_value = data
+        logging.disable(level)

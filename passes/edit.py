@@ -56,12 +56,15 @@ def insert(
     name: str,
     shape: Sequence[Dim],
     domain: str = "",
+    dtype: ir.DataType | None = None,
 ) -> ir.Value:
     """Inserts a node with one output before another, keeping the trail to the checkpoint's module.
 
-    The output has the dtype of the first input; -1 in `shape` is the axis of the tokens.
+    shape: of the output; -1 is the axis of the tokens.
+    dtype: of the output; by default that of the first input.
     """
-    dtype = inputs[0].dtype if inputs[0] is not None else None
+    if dtype is None and inputs[0] is not None:
+        dtype = inputs[0].dtype
     symbolic = ir.Shape([TOKENS if dim == -1 else dim for dim in shape])
     output = ir.Value(name=name, shape=symbolic, type=ir.TensorType(dtype) if dtype else None)
     node = ir.node(op, list(inputs), dict(attributes), domain=domain, outputs=[output], name=name)
@@ -69,6 +72,11 @@ def insert(
     assert before.graph is not None
     before.graph.insert_before(before, node)
     return output
+
+
+def cast(before: ir.Node, x: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
+    """Inserts Cast(x, dtype) before a node."""
+    return insert(before, "Cast", [x], {"to": dtype.value}, name, list(x.shape or []), dtype=dtype)
 
 
 def reshape(before: ir.Node, x: ir.Value, shape: Sequence[int], name: str) -> ir.Value:

@@ -1,11 +1,11 @@
-"""THE pipeline: every graph pass of a build, in order."""
+"""THE pipelines: every graph pass of a build, in order, from the traced graph to one engine's file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import onnx_ir as ir
 
 from llmc.passes.canonicalize.fold_reshapes import FoldReshapes
-from llmc.passes.canonicalize.fuse_linears import FuseLinears
+from llmc.passes.canonicalize.fuse_linears import FuseLinears, FusionPlan
 from llmc.passes.canonicalize.gather_logits import GatherLogits
 from llmc.passes.canonicalize.lower_layers import LowerLinear, LowerRMSNorm
 from llmc.passes.canonicalize.lower_rope import LowerRope
@@ -13,10 +13,31 @@ from llmc.passes.canonicalize.pack_tokens import PackTokens
 from llmc.passes.canonicalize.page_attention import PageAttention
 from llmc.passes.canonicalize.sink_transposes import SinkTransposes
 from llmc.passes.contract import Pass
+from llmc.passes.legalize.attach_bodies import AttachBodies, AttachTensorRTBodies, InlineBodies
+from llmc.passes.legalize.drop_activation_quantization import DropActivationQuantization
+from llmc.passes.legalize.emulate_16bit import RoundOutputs, RoundSoftmax, WidenCaches
+from llmc.passes.legalize.factor_rotary_tables import FactorRotaryTables
+from llmc.passes.legalize.finalize import Finalize
+from llmc.passes.legalize.keep_16bit_weights import Keep16BitWeights, NarrowPlan
+from llmc.passes.legalize.name_plugins import NamePlugins, RemovePlugins
+from llmc.passes.legalize.unname_dims import UnnameDims
+from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
+from llmc.passes.legalize.widen_fp8_caches import WidenFP8Caches
+from llmc.passes.legalize.widen_int8_weights import WidenInt8Weights
+from llmc.passes.legalize.widen_logits import WidenLogits
+from llmc.passes.legalize.widen_offset_norms import WidenOffsetNorms
+from llmc.passes.quantize.plan import QuantPlan
+from llmc.passes.quantize.quantize_kv_cache import QuantizeKVCache
+from llmc.passes.quantize.quantize_linears import QuantizeLinears
+from llmc.passes.quantize.untie_head import UntieHead
+from llmc.passes.spec import Stage
+
+# What the graph for TensorRT may compute in. (Engines have 16 bits; tests compare a whole graph in fp32.)
+DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp32": ir.DataType.FLOAT}
 
 
-def pipeline(why_apart: Callable[[Sequence[str]], str] = lambda weights: "") -> list[Pass]:
-    """The passes from a traced graph to the canonical one. `why_apart`: see FuseLinears."""
+def canonicalize(fusion: FusionPlan = FusionPlan()) -> list[Pass]:  # noqa: B008 (it is frozen)
+    """From a traced graph to the canonical one. fusion: which linear layers must stay apart."""
     return [
         # 1. Attention: from one sequence without a cache to packed sequences with a paged one.
         SinkTransposes(),  # first: leaves one order of norm and transpose to recognize
@@ -28,7 +49,91 @@ def pipeline(why_apart: Callable[[Sequence[str]], str] = lambda weights: "") -> 
         # 3. Layers: standard operators, now that activations are [T, features].
         LowerLinear(),
         LowerRMSNorm(),
-        FuseLinears(why_apart),  # after LowerLinear: it joins Gemms
+        FuseLinears(fusion),  # after LowerLinear: it joins Gemms
         # 4. Output: needs the lm_head as a Gemm.
         GatherLogits(),
     ]
+
+
+def quantize(plan: QuantPlan | None, fp8_cache: bool) -> list[Pass]:
+    """From a canonical graph to a quantized one. Empty where nothing is quantized."""
+    linears: list[Pass] = []
+    if plan is not None:
+        linears = [
+            UntieHead(plan),  # first: what is quantized is read by one Gemm only
+            QuantizeLinears(plan),
+        ]
+    return [*linears, *([QuantizeKVCache()] if fp8_cache else [])]
+
+
+def legalize_openvino(narrow: NarrowPlan) -> list[Pass]:
+    """From a quantized fp32 graph to OpenVINO's. narrow: which matrices stay in 16 bits."""
+    return [
+        Keep16BitWeights(narrow),  # OpenVINO widens them in registers
+        AttachBodies(),  # the file runs in ONNX Runtime as well
+        Finalize(Stage.FOR_OPENVINO),
+    ]
+
+
+def legalize_onnxruntime() -> list[Pass]:
+    """From a quantized fp32 graph to ONNX Runtime's."""
+    return [
+        UnpackFP4Weights(),  # it has no 4-bit floats
+        WidenInt8Weights(),  # two DequantizeLinear would become an int8 product that overflows
+        AttachBodies(),
+        Finalize(Stage.FOR_ONNXRUNTIME),
+    ]
+
+
+def legalize_tensorrt(dtype: str) -> list[Pass]:
+    """From a quantized graph traced in `dtype` (a key of DTYPES) to the file for TensorRT's parser.
+
+    The parser takes the rest as it is (TensorRT-RTX 1.7.1, 2026-11-23): RotaryEmbedding over [T, heads, 1, D]
+    without position ids, RMSNormalization (statistics in fp32, rounded before the weight, as Llama does),
+    Gather with int32 indices, Split, Gemm.
+    """
+    narrow = DTYPES[dtype]
+    return [
+        NamePlugins(narrow, dtype),  # first: refuses a graph in another dtype
+        WidenOffsetNorms(),
+        FactorRotaryTables(),
+        WidenLogits(),
+        UnnameDims(),  # after WidenLogits, which makes a new output
+        AttachTensorRTBodies(narrow),
+        Finalize(Stage.FOR_TENSORRT),  # last: puts the nodes in order
+    ]
+
+
+def inline_for_tensorrt() -> list[Pass]:
+    """On a clone of TensorRT's graph: what its parser is given where the graph has function bodies."""
+    return [InlineBodies()]
+
+
+def oracle(dtype: str, round_cache: bool) -> list[Pass]:
+    """On a clone of TensorRT's graph: a stand-in for the engine that ONNX Runtime computes.
+
+    dtype: what the engine computes in; with "fp32" nothing is rounded.
+    round_cache: False for the numbers that a cache in that dtype would give where the graph has FP8 caches.
+    The weights stay the same external data, so the file must lie where the graph's lies.
+    """
+    rounding: list[Pass] = []
+    narrow = DTYPES[dtype]
+    if narrow != ir.DataType.FLOAT:
+        rounding = [
+            WidenCaches(narrow),  # before RoundOutputs, which would round what the cache holds once more
+            RoundOutputs(narrow),
+            RoundSoftmax(narrow),  # after AttachBodies: it edits attention's body
+        ]
+    return [
+        UnpackFP4Weights(),
+        WidenFP8Caches(rounded=round_cache),  # its roundings are not of the dtype: before RoundOutputs
+        RemovePlugins(),
+        AttachBodies(),  # after RemovePlugins, which drops the bodies in TensorRT's operators
+        *rounding,
+        Finalize(Stage.ORACLE),
+    ]
+
+
+def exact_activations() -> list[Pass]:
+    """On a clone of a CPU graph: the same without activation quantization, which can be verified exactly."""
+    return [DropActivationQuantization()]

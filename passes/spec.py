@@ -1,27 +1,45 @@
 """What a legal graph is, stage by stage, as code.
 
-TRACED      as the tracer wrote it: [1, T, ...] tensors, operators `llmc.Traced*`.
-PAGED       attention reads and writes a paged KV cache: no `llmc.TracedAttention`, no `llmc.TracedRope`.
-PACKED      no batch axis: every activation is [T, ...] and T is the tokens of all sequences end to end.
-CANONICAL   standard ONNX operators and `llmc.PagedAttention` only; logits for the wanted rows only.
+TRACED           as the tracer wrote it: [1, T, ...] tensors, operators `llmc.Traced*`.
+PAGED            attention reads and writes a paged KV cache: no `llmc.TracedAttention`, no `llmc.TracedRope`.
+PACKED           no batch axis: every activation is [T, ...] and T is the tokens of all sequences end to end.
+CANONICAL        standard ONNX operators and `llmc.PagedAttention` only; logits for the wanted rows only.
+QUANTIZED        also QuantizeLinear, DequantizeLinear, `llmc.RoundFP4`; FP8 caches have their scales.
+FOR_OPENVINO     for OpenVINO: `llmc.PagedAttention` has its function body; activations in INT8 at most.
+FOR_ONNXRUNTIME  for ONNX Runtime: every llmc operator has its body; no 4-bit floats, no FP8 caches.
+FOR_TENSORRT     for TensorRT's parser: attention names its plugin and has no body; logits in fp32.
+ORACLE           a stand-in for a TensorRT engine, as FOR_ONNXRUNTIME, with casts to 16 bits.
+
+Every initializer has data or a Parameter, at every stage.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from llmc.passes.parameter import parameter
+from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.plugins.paged_attention.spec import STEP_INPUTS
+from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
+
+MODULE = "llmc.module"  # metadata of a node in a finalized graph: the checkpoint's module
 
 
 class Stage(enum.Enum):
-    """How far the graph has come. Each stage includes the demands of those before it."""
+    """How far the graph has come. The first five take graphs of later stages as well."""
 
     TRACED = "traced"
     PAGED = "paged"
     PACKED = "packed"
     CANONICAL = "canonical"
+    QUANTIZED = "quantized"
+    FOR_OPENVINO = "for-openvino"
+    FOR_ONNXRUNTIME = "for-onnxruntime"
+    FOR_TENSORRT = "for-tensorrt"
+    ORACLE = "oracle"
 
 
 # fmt: off
@@ -32,31 +50,41 @@ ELEMENTWISE = frozenset((
 STRUCTURAL = frozenset((
     "Concat", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 ))
+_LAYERS = frozenset((
+    "Gemm", "LayerNormalization", "MatMul", "RMSNormalization", "RotaryEmbedding", "Softmax",
+))
 # fmt: on
-_CANONICAL = (
-    ELEMENTWISE
-    | STRUCTURAL
-    | {
-        "Gemm",
-        "LayerNormalization",
-        "MatMul",
-        "RMSNormalization",
-        "RotaryEmbedding",
-        "Softmax",
-    }
-)
-_TRACED = {"TracedLinear", "TracedRMSNorm", "TracedRope", "TracedAttention"}
-_GONE = {
-    Stage.TRACED: set(),
-    Stage.PAGED: {"TracedRope", "TracedAttention"},
-    Stage.PACKED: {"TracedRope", "TracedAttention"},
-    Stage.CANONICAL: _TRACED,
+_CANONICAL = ELEMENTWISE | STRUCTURAL | _LAYERS
+_QUANTIZED = _CANONICAL | {"QuantizeLinear", "DequantizeLinear"}
+_UNPACKED = _QUANTIZED | {"BitwiseAnd", "BitShift"}  # 4-bit codes as bytes
+_STANDARD = {
+    Stage.CANONICAL: _CANONICAL,
+    Stage.QUANTIZED: _UNPACKED,
+    Stage.FOR_OPENVINO: _QUANTIZED,
+    Stage.FOR_ONNXRUNTIME: _UNPACKED,
+    Stage.FOR_TENSORRT: _QUANTIZED,
+    Stage.ORACLE: _UNPACKED,
 }
+_TRACED = {"TracedLinear", "TracedRMSNorm", "TracedRope", "TracedAttention"}
+_OURS = {
+    Stage.TRACED: _TRACED | {ATTENTION},
+    Stage.PAGED: {"TracedLinear", "TracedRMSNorm", ATTENTION},
+    Stage.PACKED: {"TracedLinear", "TracedRMSNorm", ATTENTION},
+    Stage.CANONICAL: {ATTENTION},
+    Stage.FOR_OPENVINO: {ATTENTION},
+}
+_TENSORRT = ("trt", "TRT_FP4DynamicQuantize")
+_BEFORE_PACKED = (Stage.TRACED, Stage.PAGED)
+_FINAL = (Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.FOR_TENSORRT, Stage.ORACLE)
+_WITH_BODIES = (Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.ORACLE)
 _PACKED_INPUTS = ("input_ids", "position_ids", *STEP_INPUTS)
+_FP4, _FP8, _INT8 = ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN, ir.DataType.INT8
 
 
 def module_of(node: ir.Node) -> str:
     """The checkpoint module that `node` was traced from, or the node's own name."""
+    if MODULE in node.metadata_props:
+        return node.metadata_props[MODULE]
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     names = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
     modules = [name.removeprefix("model.") for name in names[:-1] if name]
@@ -68,26 +96,76 @@ def check(model: ir.Model, stage: Stage) -> list[str]:
     problems: list[str] = []
     for node in model.graph:
         where = f"operator {node.op_type} of module {module_of(node)}"
-        if node.domain == "llmc":
-            if node.op_type not in _TRACED | {"PagedAttention"} or node.op_type in _GONE[stage]:
-                problems.append(f"{where} is not allowed here")
-        elif node.domain != "" or node.op_type not in _CANONICAL:
-            problems.append(f"{where} is outside the operators llmc knows")
-        if stage in (Stage.PACKED, Stage.CANONICAL):
-            problems += [
-                f"{where} still has a batch axis: {value.name} {value.shape}"
-                for value in node.outputs
-                if value.shape is not None and len(value.shape) > 1 and value.shape[0] == 1 and _varies(value)
-            ]
-    if stage in (Stage.PACKED, Stage.CANONICAL):
-        inputs = {value.name for value in model.graph.inputs}
-        problems += [f"graph input {name} is missing" for name in _PACKED_INPUTS if name not in inputs]
-    if stage is Stage.CANONICAL:
-        if [value.name for value in model.graph.outputs][:1] != ["logits"]:
-            problems.append("the first graph output is not `logits`")
-        if "logits_index" not in {value.name for value in model.graph.inputs}:
-            problems.append("graph input logits_index is missing")
+        problems += [f"{where} {problem}" for problem in _node_problems(node, stage)]
+    problems += _interface_problems(model.graph, stage)
+    problems += [
+        f"initializer {value.name} has neither data nor a Parameter"
+        for value in model.graph.initializers.values()
+        if value.const_value is None and parameter(value) is None
+    ]
+    problems += _dtype_problems(model, stage)
+    if stage in _FINAL:
+        problems += _function_problems(model, stage)
     return problems
+
+
+def _node_problems(node: ir.Node, stage: Stage) -> Iterator[str]:
+    if node.domain == "llmc":
+        if node.op_type not in _OURS.get(stage, {ATTENTION, ROUND_FP4}):
+            yield "is not allowed here"
+    elif stage is Stage.FOR_TENSORRT and (node.domain, node.op_type) == _TENSORRT:
+        pass  # from an inlined body of RoundFP4
+    elif node.domain != "" or node.op_type not in _STANDARD.get(stage, _CANONICAL):
+        yield "is outside the operators llmc knows"
+    if stage not in _BEFORE_PACKED:
+        for value in node.outputs:
+            if value.shape is not None and len(value.shape) > 1 and value.shape[0] == 1 and _varies(value):
+                yield f"still has a batch axis: {value.name} {value.shape}"
+    if node.op_type == ATTENTION and stage in (Stage.QUANTIZED, *_FINAL):
+        fp8 = any(value is not None and value.dtype == _FP8 for value in node.inputs)
+        if fp8 and not {"key_scale", "value_scale"} <= node.attributes.keys():
+            yield "has an FP8 cache without scales"
+        if fp8 and stage in _WITH_BODIES:
+            yield "has an FP8 cache, which this engine's file cannot hold"
+        if stage is Stage.FOR_TENSORRT and "plugin_namespace" not in node.attributes:
+            yield "does not name its plugin"
+        if stage in _WITH_BODIES and "plugin_namespace" in node.attributes:
+            yield "names a TensorRT plugin"
+
+
+def _interface_problems(graph: ir.Graph, stage: Stage) -> Iterator[str]:
+    if stage in _BEFORE_PACKED:
+        return
+    inputs = {value.name for value in graph.inputs}
+    wanted = _PACKED_INPUTS if stage is Stage.PACKED else (*_PACKED_INPUTS, "logits_index")
+    yield from (f"graph input {name} is missing" for name in wanted if name not in inputs)
+    if stage is Stage.PACKED:
+        return
+    first = next(iter(graph.outputs), None)
+    if first is None or first.name != "logits":
+        yield "the first graph output is not `logits`"
+    elif stage in _FINAL and first.dtype != ir.DataType.FLOAT:
+        yield f"the logits are {first.dtype}, not fp32"
+
+
+def _dtype_problems(model: ir.Model, stage: Stage) -> Iterator[str]:
+    if stage in (Stage.FOR_ONNXRUNTIME, Stage.ORACLE):
+        for value in model.graph.initializers.values():
+            if value.dtype == _FP4:
+                yield f"initializer {value.name} is FP4, which ONNX Runtime lacks"
+    if stage is Stage.FOR_OPENVINO:
+        for node in model.graph:
+            if node.op_type == "QuantizeLinear" and node.outputs[0].dtype != _INT8:
+                yield f"{module_of(node)} quantizes its activations to {node.outputs[0].dtype}"
+
+
+def _function_problems(model: ir.Model, stage: Stage) -> Iterator[str]:
+    used = {node.op_identifier() for node in model.graph if node.domain == "llmc"}
+    for operator in sorted(used - model.functions.keys()):
+        if stage in _WITH_BODIES or operator[1] != ATTENTION:
+            yield f"operator {operator[1]} has no function body"
+    if stage is Stage.FOR_TENSORRT and any(name == ATTENTION for _, name, _ in model.functions):
+        yield f"operator {ATTENTION} has a function body, which the parser would take for its plugin"
 
 
 def _varies(value: ir.Value) -> bool:

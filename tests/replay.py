@@ -28,9 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from llmc.compiler import zoo
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.request import BuildRequest
-from llmc.passes.legalize.emulate_16bit import oracle_model
+from llmc.compiler.targets.tensorrt.target import oracle_graph, parser_graph
 from llmc.passes.legalize.finalize import serialize
-from llmc.passes.legalize.lower_for_tensorrt import without_functions
 from support.quantized_layouts import LAYOUTS, assemble, weights
 
 TALES = Path(__file__).parents[1] / "model_zoo" / "llama" / "tales"
@@ -98,9 +97,9 @@ def lines(work: Path) -> Iterator[str]:
         )
         plan, inputs = plan_build(request)
         yield _line(case, "rank0.onnx", serialize(inputs.model))
-        yield _line(case, "inlined.onnx", serialize(without_functions(inputs.model)))
+        yield _line(case, "inlined.onnx", serialize(parser_graph(inputs.model)))
         for rounded in (False, True):
-            oracle = oracle_model(inputs.model, plan.resolved.dtype, round_cache=rounded)
+            oracle = oracle_graph(inputs.model, plan.resolved.dtype, round_cache=rounded)
             yield _line(case, f"oracle-{rounded}.onnx", serialize(oracle))
 
 

@@ -14,16 +14,15 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.compiler.calibrate.steps import steps
-from llmc.compiler.calibrate.subgraph import Piece, is_parameter
+from llmc.compiler.calibrate.subgraph import Piece
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.passes import edit
-from llmc.passes.canonicalize.fuse_linears import JOIN
 from llmc.passes.geometry import attention_nodes
+from llmc.passes.quantize.survey import linear
 from llmc.passes.spec import module_of
 from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BuildError, UnsupportedError
 
-_WEIGHT = ".weight"
 _NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")  # a module's name up to its first number
 _BEFORE = -1  # the piece in front of the first layer
 
@@ -139,16 +138,9 @@ def _pieces(model: ir.Model, layer_of: Mapping[ir.Node, int]) -> dict[ir.Node, i
 
 
 def _groups(nodes: Iterable[ir.Node]) -> dict[tuple[str, ...], ir.Value]:
-    """The linear layers among `nodes`, those multiplied as one together -> their input."""
-    found = {}
-    for node in nodes:
-        if node.op_type != "Gemm":
-            continue
-        weight = edit.operand(node, 1)
-        if is_parameter(weight) and len(weight.uses()) == 1:
-            modules = tuple(part.removesuffix(_WEIGHT) for part in str(weight.name).split(JOIN))
-            found[modules] = edit.operand(node, 0)
-    return found
+    """The linear layers among `nodes`, fused ones together -> their input."""
+    records = ((node, linear(node)) for node in nodes)
+    return {record.modules: edit.operand(node, 0) for node, record in records if record is not None}
 
 
 def _ancestors(model: ir.Model, values: set[ir.Value]) -> list[ir.Node]:

@@ -11,20 +11,15 @@ import onnxruntime as ort
 
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.passes import edit
-from llmc.passes.canonicalize.fuse_linears import JOIN
-from llmc.passes.legalize.finalize import finish, serialize
-from llmc.plugins.paged_attention import body
+from llmc.passes.extract import extract
+from llmc.passes.legalize.finalize import serialize
+from llmc.passes.parameter import Parameter, parameter
 from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BuildError
 
 _STEP = {field.name for field in fields(Batch)}  # other inputs of the graph are caches
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CHUNK_BYTES = 16 << 20
-
-
-def is_parameter(value: ir.Value) -> bool:
-    """Whether the checkpoint has the data of `value`."""
-    return value.is_initializer() and value.const_value is None
 
 
 class Piece:
@@ -53,9 +48,13 @@ class Piece:
             for value in dict.fromkeys(
                 value for node in computed for value in node.inputs if value is not None
             )
-            if value not in made and value.const_value is None
+            if value not in made and (value.const_value is None or parameter(value) is not None)
         ]
-        self._weights = {v: read_float32(v, tensors) for v in self._inputs if is_parameter(v)}
+        self._weights = {
+            value: read_float32(record, edit.dims(value), tensors)
+            for value in self._inputs
+            if (record := parameter(value)) is not None
+        }
         self._outputs = [value for value in dict.fromkeys(outputs) if value in made]
         self._session = _session(model, self._inputs, self._outputs) if self._outputs else None
 
@@ -80,16 +79,19 @@ class Piece:
 
     def _look_up(self, node: ir.Node, step: Batch) -> np.ndarray:
         ids, places = np.unique(getattr(step, str(edit.operand(node, 1).name)), return_inverse=True)
-        ref = _tensor(str(edit.operand(node, 0).name), self._tensors)
+        record = parameter(edit.operand(node, 0))
+        assert record is not None
+        (source,) = record.sources
+        ref = _tensor(source.tensor, self._tensors)
         return np.stack([ref.read(slice(i, i + 1))[0].astype(np.float32) for i in ids.tolist()])[places]
 
 
-def read_float32(value: ir.Value, tensors: Mapping[str, TensorRef]) -> np.ndarray:
+def read_float32(record: Parameter, shape: Sequence[int], tensors: Mapping[str, TensorRef]) -> np.ndarray:
     """The data of a parameter in float32; of fused layers, the rows of one after those of the other."""
-    array = np.empty(edit.dims(value), np.float32)
+    array = np.empty(shape, np.float32)
     first = 0
-    for name in str(value.name).split(JOIN):
-        ref = _tensor(name, tensors)
+    for source in record.sources:
+        ref = _tensor(source.tensor, tensors)
         if not ref.shape:
             array[...] = ref.read()
             continue
@@ -116,19 +118,14 @@ def _is_lookup(node: ir.Node) -> bool:
     if node.op_type != "Gather" or (axis is not None and axis.as_int() != 0):
         return False
     table, ids = edit.operand(node, 0), edit.operand(node, 1)
-    return is_parameter(table) and ids.is_graph_input() and ids.name in _STEP
+    return parameter(table) is not None and ids.is_graph_input() and ids.name in _STEP
 
 
 def _session(
     model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]
 ) -> ort.InferenceSession:
     """The nodes between `inputs` and `outputs`; its ports are in their order."""
-    graph = ir.convenience.extract(model.graph, inputs, outputs)
-    for value in graph.inputs:
-        graph.initializers.pop(str(value.name), None)  # a parameter is given as an input instead
-    function = body.function()
-    part = ir.Model(graph, ir_version=10, functions=[function])
-    finish(part)
+    part = extract(model, inputs, outputs)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # sessions are short-lived

@@ -1,7 +1,6 @@
-"""Weights in fewer bits, of the build's own (`--quant`) and of checkpoints that come quantized.
+"""Weights in fewer bits: those that a build makes (`--quant`), and those of pre-quantized checkpoints.
 
-formats.py, quantizer.py   the formats and their arithmetic; gptq.py and smoothing.py round by what layers see
-plan.py, stored_plan.py    which matrix takes which format, and why not
-apply.py, kv_cache.py      put a plan, or caches in FP8, into the graph
-phase.py                   makes the data in a build, by produce.py, calibrated.py, stored_arrays.py
+make_plan.py, prequantized_plan.py   which matrix takes which format, and why not; passes/quantize applies it
+round_to_nearest.py, gptq.py         the arithmetic, with scales.py; smoothquant.py smooths activations first
+step.py                              makes the data, by the modules produce*.py and prequantized_arrays.py
 """

@@ -15,6 +15,7 @@ scales. Static inputs are rounded as in the recipe; those that are rounded dynam
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from llmc.compiler.checkpoint.prequantized.dequantize import code_bits, zero_poi
 from llmc.compiler.checkpoint.prequantized.module import QuantizedModule, Role
 from llmc.compiler.checkpoint.prequantized.scheme import DeclaredSchemes
 from llmc.compiler.checkpoint.safetensors import TensorRef
+from llmc.passes.canonicalize.fuse_linears import FusionKey
 from llmc.passes.quantize.formats import Format, systematic_format
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 
@@ -100,27 +102,24 @@ def read_module(module: QuantizedModule, schemes: DeclaredSchemes | None, dtype:
     )
 
 
-def why_apart(parts: Sequence[PrequantizedModule | None]) -> str:
-    """Why layers that read the same input cannot be multiplied as one matrix exactly, or "".
+def fusion_key(part: PrequantizedModule) -> FusionKey:
+    """What layers that read the same input must share to be fused exactly: as `joined_format` has it, and the
+    scales of which a fused layer has one."""
+    fmt = part.format
+    block = 0 if fmt.block == -1 else fmt.block
+    return FusionKey(
+        (fmt.element, fmt.activations, block),
+        fmt.name,
+        (
+            ("global scales", _number(part.global_scale)),
+            ("input scales", _number(part.input_scale)),
+            ("pre_quant_scales", hashlib.sha256(part.factors).hexdigest()),
+        ),
+    )
 
-    None: a layer that is not quantized.
-    """
-    stored = [part for part in parts if part is not None]
-    if not stored:
-        return ""
-    if len(stored) < len(parts):
-        return "some are quantized and some are not"
-    if joined_format(stored) is None:
-        return f"they are stored as {' and '.join(dict.fromkeys(one.format.name for one in stored))}"
-    first = stored[0]
-    for what, name in (
-        ("global_scale", "global scales"),
-        ("input_scale", "input scales"),
-        ("factors", "pre_quant_scales"),
-    ):
-        if any(getattr(one, what) != getattr(first, what) for one in stored):
-            return f"they have different {name}"
-    return ""
+
+def _number(scale: np.float32 | None) -> float | None:
+    return None if scale is None else float(scale)
 
 
 def joined_format(parts: Sequence[PrequantizedModule]) -> Format | None:

@@ -10,13 +10,18 @@ from typing import Any
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.prequantized.kv_scales import layer_kv_scales
 from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint, read_quantized
-from llmc.compiler.quantize.prequantized_form import PrequantizedModule, joined_format, read_module, why_apart
+from llmc.compiler.quantize.prequantized_form import (
+    PrequantizedModule,
+    fusion_key,
+    joined_format,
+    read_module,
+)
 from llmc.compiler.request import BuildRequest
+from llmc.passes.canonicalize.fuse_linears import FusionPlan
 from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX, INT8_MAX
-from llmc.passes.quantize.plan import Module, QuantPlan
+from llmc.passes.quantize.plan import InputFactors, Module, QuantPlan
 from llmc.runtime.errors import CheckpointError, RequestError, UnsupportedError
 
-_WEIGHT = ".weight"
 _DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what engines compute in -> safetensors' names
 # What the recipe's KV cache holds -> the largest magnitude over its scale. Others may have a bias as well.
 _KV_RANGES = {"": E4M3_MAX, "FP8": E4M3_MAX, "NVFP4": E4M3_MAX * E2M1_MAX, "INT8": INT8_MAX}
@@ -50,9 +55,10 @@ class PrequantizedWeights:
         schemes = self.checkpoint.schemes
         return schemes.kv_cache if schemes else ""
 
-    def why_apart(self, weights: Sequence[str]) -> str:
-        """Why layers that read one input cannot be multiplied as one; for `passes.FuseLinears`."""
-        return why_apart([self.modules.get(name.removesuffix(_WEIGHT)) for name in weights])
+    @property
+    def fusion(self) -> FusionPlan:
+        """Which linear layers must stay apart."""
+        return FusionPlan({name: fusion_key(module) for name, module in self.modules.items()})
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -85,10 +91,6 @@ class PrequantizedPlan(QuantPlan):
             "formats": dict(formats),
             "notes": list(self.notes),
         }
-
-    def lines(self) -> list[str]:
-        made_by = f", written by {self.producer}" if self.producer else ""
-        return [*super().lines(), f"as the checkpoint has them: {self.recipe}{made_by}", *self.notes]
 
 
 def read_prequantized(
@@ -133,7 +135,7 @@ def make_prequantized_plan(
     stored_bits: int,
     other_params: int,
 ) -> PrequantizedPlan:
-    """The plan for `matrices`, [out, in] by module; `groups` are multiplied as one, as `why_apart` let them.
+    """The plan for `matrices`, [out, in] by module; `groups` are multiplied as one, as `fusion` lets them.
 
     Raises UnsupportedError for a quantized module that is none of them.
     """
@@ -149,9 +151,10 @@ def make_prequantized_plan(
             continue
         fmt = joined_format(parts)
         assert fmt is not None, f"{group} were joined"
-        factor = parts[0].pre_quant_scale
+        scale = parts[0].pre_quant_scale
+        factors = InputFactors(scale.name, scale.dtype, scale.shape) if scale else None
         for name in group:
-            modules[name] = Module(name, matrices[name], fmt, "", tuple(group), factor)
+            modules[name] = Module(name, matrices[name], fmt, "", tuple(group), factors)
     formats = Counter(module.format for module in modules.values() if module.format)
     schemes = stored.checkpoint.schemes
     return PrequantizedPlan(

@@ -16,16 +16,12 @@ from llmc.compiler.progress import Clock
 from llmc.compiler.request import BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import GRAPH_FILE, Artifact, ProofFiles, Resolved, Sizes
+from llmc.compiler.weights.narrow import narrow_plan
+from llmc.passes import contract, pipeline
 from llmc.passes.geometry import attention_nodes
-from llmc.passes.legalize.drop_activation_quantization import rounded_to, with_exact_inputs
-from llmc.passes.legalize.finalize import finish, serialize
-from llmc.passes.legalize.keep_16bit_weights import keep_stored_dtype
-from llmc.passes.legalize.unpack_fp4_weights import unpack_fp4
-from llmc.passes.legalize.widen_int8_weights import widen_int8_weights
+from llmc.passes.legalize.drop_activation_quantization import rounded_to
+from llmc.passes.legalize.finalize import serialize
 from llmc.passes.spec import module_of
-from llmc.plugins.paged_attention import body
-from llmc.plugins.round_fp4 import body as round_fp4
-from llmc.plugins.round_fp4 import spec as round_fp4_spec
 from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import UnsupportedError
 
@@ -70,16 +66,9 @@ class CpuTarget:
         """
         del resolved
         if engine == "openvino":
-            keep_stored_dtype(model, tensors)
+            contract.run(model, pipeline.legalize_openvino(narrow_plan(model, tensors)))
         else:
-            unpack_fp4(model)
-            widen_int8_weights(model)
-            if any(node.op_type == round_fp4_spec.NAME for node in model.graph):
-                rounding = round_fp4.function()
-                model.functions[rounding.identifier()] = rounding
-        function = body.function()
-        model.functions[function.identifier()] = function
-        finish(model)
+            contract.run(model, pipeline.legalize_onnxruntime())
 
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:
         del sizes, clock
@@ -87,7 +76,9 @@ class CpuTarget:
     def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
         graph, quantizing = GRAPH_FILE, ""
         if rounded_to(model):
-            work.path(_EXACT_FILE).write_bytes(serialize(with_exact_inputs(model)))
+            exact = model.clone()
+            contract.run(exact, pipeline.exact_activations())
+            work.path(_EXACT_FILE).write_bytes(serialize(exact))
             graph, quantizing = _EXACT_FILE, GRAPH_FILE
         kv_graph = graph if resolved.kv_dtype != resolved.dtype else ""
         scratch = (graph,) if quantizing else ()

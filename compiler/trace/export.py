@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from llmc.compiler.trace import probes
 from llmc.compiler.trace.intercept import ATTENTION, intercept
 from llmc.compiler.trace.onnx_ops import translation_table
+from llmc.passes import edit
+from llmc.passes.parameter import of_tensor, set_parameter
 from llmc.runtime.errors import LlmcError, UnsupportedError
 
 OPSET = 23
@@ -141,7 +143,7 @@ def _export(model: PreTrainedModel, fake: FakeTensorMode) -> ir.Model:
 
 
 def _rename_parameters(graph: ir.Model, tied: dict[str, str]) -> None:
-    """Initializers get the checkpoint's names (without the wrapper's prefix); fake data is dropped."""
+    """Initializers get the checkpoint's names, without the wrapper's prefix, and fake data a Parameter."""
     for value in list(graph.graph.initializers.values()):
         tensor = value.const_value
         if value.name and value.name.startswith("model."):
@@ -149,6 +151,7 @@ def _rename_parameters(graph: ir.Model, tied: dict[str, str]) -> None:
             value.name = tied.get(name, name)
         if isinstance(getattr(tensor, "raw", None), FakeTensor):
             value.const_value = None
+            set_parameter(value, of_tensor(str(value.name), tuple(edit.dims(value))))
 
 
 def _fold_only_small(node: ir.Node) -> bool | None:

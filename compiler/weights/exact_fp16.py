@@ -14,7 +14,6 @@ import numpy as np
 
 from llmc.compiler.checkpoint.safetensors import TensorRef
 
-EXPONENT = "llmc.exponent"  # in an initializer's `meta`: the file holds its values times 2 to that power
 _HIGHEST, _LOWEST = 15, -17  # of fp16, where 8 significant bits fit
 _MAGNITUDE, _FRACTION_BITS, _BIAS, _INFINITY = 0x7FFF, 7, 127, 0x7F80  # of bf16
 _CHUNK_BYTES = 16 << 20

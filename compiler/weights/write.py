@@ -15,10 +15,9 @@ import onnx_ir as ir
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import TensorRef
-from llmc.compiler.weights.exact_fp16 import EXPONENT
 from llmc.compiler.weights.safetensors_writer import Entry, write_safetensors
 from llmc.passes import edit
-from llmc.passes.canonicalize.fuse_linears import JOIN
+from llmc.passes.parameter import parameter
 from llmc.runtime.errors import BuildError
 
 WEIGHTS_FILE = "weights/model.safetensors"
@@ -52,8 +51,8 @@ def write_weights(
 ) -> int:
     """Streams every large initializer of `model` to the bundle and points the graph at it.
 
-    Parameters (initializers without data) come from `tensors` by name, those of fused layers by the names of
-    their parts; those in `made` are copied as they are. Returns the bytes written.
+    Parameters come from the tensors that are their sources; those in `made`, by their names in the graph, are
+    copied as they are. Returns the bytes written.
     Raises BuildError if a tensor cannot be converted to the dtype that the graph wants.
     """
     values = [value for value in model.graph.initializers.values() if not _is_inline(value)]
@@ -115,6 +114,8 @@ def _entry(value: ir.Value, made: Mapping[str, TensorRef]) -> Entry:
 
 
 def _is_inline(value: ir.Value) -> bool:
+    if parameter(value) is not None:
+        return False
     return value.const_value is not None and int(value.const_value.nbytes) <= _INLINE_BYTES
 
 
@@ -133,11 +134,15 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
 
 def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.ndarray]:
     dtype = _dtype(value).numpy()
-    if value.const_value is not None:
+    record = parameter(value)
+    if record is None:
+        assert value.const_value is not None, f"{value.name} has neither data nor a Parameter"
         yield _flat(value.const_value.numpy(), dtype, str(value.name))
         return
-    for name in str(value.name).split(JOIN):  # fused layers: one tensor after the other
-        ref = tensors.get(name)
+    if not record.sources:
+        raise BuildError(f"the graph needs {value.name}, which the build has not made")
+    for source in record.sources:  # fused layers: one tensor after the other
+        name, ref = source.tensor, tensors.get(source.tensor)
         if ref is None:
             raise BuildError(f"the graph needs {name}, which the checkpoint lacks")
         if ref.dtype not in ("F32", "F16", "BF16", "F64"):
@@ -145,7 +150,7 @@ def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.nd
                 f"tensor {name} is {ref.dtype}, which llmc cannot convert to {dtype}",
                 "`llmc check CHECKPOINT` says what is wrong with it",
             )
-        power = value.meta.get(EXPONENT, 0)
+        power = record.exponent
         for chunk in ref.iter_chunks(_CHUNK_BYTES):
             yield _flat(chunk.astype(np.float32) * np.float32(2.0**power) if power else chunk, dtype, name)
 

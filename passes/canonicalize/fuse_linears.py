@@ -5,36 +5,67 @@ after   q, k, v = Split(Gemm(x, [Wq; Wk; Wv]))
 
 One pass over a larger weight keeps memory busier than several small ones, and on the CPU it keeps the
 activation after a gate projection from being fused into a slower kernel (docs/explanation/performance.md).
-The fused initializer has no data yet; its name is the names of its parts, in order, joined by `|`.
+The fused initializer has no data yet; its Parameter lists its parts in order.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from llmc.passes import edit
 from llmc.passes.contract import Matches
+from llmc.passes.parameter import joined, new_parameter, parameter
 from llmc.passes.spec import Stage, module_of
 
-JOIN = "|"
+
+@dataclass(frozen=True)
+class FusionKey:
+    """What pre-quantized layers must have in common to be fused.
+
+    kind: equal where one format can hold the rows of both. format: its name, for the report.
+    shared: what one fused layer has only one of, name -> value.
+    """
+
+    kind: tuple[str | int, ...]
+    format: str
+    shared: tuple[tuple[str, float | str | None], ...] = ()
+
+
+@dataclass(frozen=True)
+class FusionPlan:
+    """Which linear layers must stay apart. modules: those that are quantized already, each with its key."""
+
+    modules: Mapping[str, FusionKey] = field(default_factory=dict)
+
+    def why_apart(self, modules: Sequence[str]) -> str:
+        """Why layers that read the same input cannot be fused exactly, or ""."""
+        keys = [self.modules[name] for name in modules if name in self.modules]
+        if not keys:
+            return ""
+        if len(keys) < len(modules):
+            return "some are quantized and some are not"
+        if len({key.kind for key in keys}) > 1:
+            return f"they are stored as {' and '.join(dict.fromkeys(key.format for key in keys))}"
+        for values in zip(*(key.shared for key in keys), strict=True):
+            if len(set(values)) > 1:
+                return f"they have different {values[0][0]}"
+        return ""
 
 
 class FuseLinears:
-    """Counts one match per group of layers made one.
-
-    why_apart: from the names of weights that could be one to the reason why they must not, or "".
-    """
+    """Counts one match per group of layers that became one. plan: which ones must not."""
 
     name = "fuse-linears"
     requires = Stage.PACKED
     ensures = Stage.PACKED
 
-    def __init__(self, why_apart: Callable[[Sequence[str]], str] = lambda weights: "") -> None:
-        self._why_apart = why_apart
+    def __init__(self, plan: FusionPlan = FusionPlan()) -> None:
+        self._plan = plan
 
     def __call__(self, model: ir.Model) -> Matches:
         matches = Matches()
@@ -48,7 +79,7 @@ class FuseLinears:
             if reason := _why_not(nodes):
                 matches.near_misses.append(f"{module_of(nodes[0])}: {reason}")
                 continue
-            if reason := self._why_apart([str(edit.operand(node, 1).name) for node in nodes]):
+            if reason := self._plan.why_apart(_modules(nodes)):
                 matches.near_misses.append(f"{module_of(nodes[0])} stays apart: {reason}")
                 matches.declined += 1
                 continue
@@ -60,7 +91,7 @@ class FuseLinears:
 
 def _why_not(nodes: list[ir.Node]) -> str:
     weights = [edit.operand(node, 1) for node in nodes]
-    if any(weight.const_value is not None or not weight.is_initializer() for weight in weights):
+    if any(parameter(edit.operand(node, i)) is None for node in nodes for i in range(1, len(node.inputs))):
         return "a weight is not a parameter of the checkpoint"
     if len({weight.dtype for weight in weights}) > 1:
         return "the weights have different dtypes"
@@ -69,12 +100,17 @@ def _why_not(nodes: list[ir.Node]) -> str:
     return ""
 
 
+def _modules(nodes: list[ir.Node]) -> list[str]:
+    records = [parameter(edit.operand(node, 1)) for node in nodes]
+    return [module for record in records if record is not None for module in record.modules]
+
+
 def _fuse(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     first = nodes[0]
     x = edit.operand(first, 0)
     operands = [_joined(graph, nodes, index) for index in range(1, len(first.inputs))]
     sizes = [edit.dims(node.outputs[0])[1] for node in nodes]
-    name = JOIN.join(module_of(node) for node in nodes)
+    name = "|".join(module_of(node) for node in nodes)
     fused = edit.insert(first, "Gemm", [x, *operands], {"transB": 1}, name, [-1, sum(sizes)])
     lengths = edit.constant(graph, np.array(sizes, np.int64), "sizes_" + "_".join(map(str, sizes)))
     parts = [
@@ -91,9 +127,8 @@ def _fuse(graph: ir.Graph, nodes: list[ir.Node]) -> None:
 def _joined(graph: ir.Graph, nodes: list[ir.Node], index: int) -> ir.Value:
     """The initializer that holds the weights (1) or biases (2) of all `nodes`, one after the other."""
     parts = [edit.operand(node, index) for node in nodes]
+    records = [record for part in parts if (record := parameter(part)) is not None]
     shape = [sum(edit.dims(part)[0] for part in parts), *edit.dims(parts[0])[1:]]
-    value = ir.Value(
-        name=JOIN.join(str(part.name) for part in parts), shape=ir.Shape(shape), type=parts[0].type
-    )
-    graph.initializers.add(value)  # (register_initializer demands data)
-    return value
+    dtype = parts[0].dtype
+    assert dtype is not None
+    return new_parameter(graph, joined(records), ir.Shape(shape), dtype)

@@ -1,9 +1,9 @@
-"""A quantized graph without the rounding of its activations: the half of it that can be proven exactly.
+"""DropActivationQuantization: the half of a quantized graph that can be verified exactly.
 
     QuantizeLinear(x, s), DequantizeLinear(., s)  ->  x          llmc.RoundFP4(x, s)  ->  x
 
 Where a value lies at the edge between two codes, the last bit of fp32 decides, and two right engines differ
-by a whole code. So a build proves this graph to the bounds of fp32, and the rounding beside it.
+by a whole code. So a build verifies this graph to the bounds of fp32, and the rounding beside it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,29 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from llmc.passes import edit
+from llmc.passes.contract import Matches
+from llmc.passes.spec import Stage
 from llmc.plugins.round_fp4 import spec as round_fp4
 
 
+class DropActivationQuantization:
+    """Counts one match per quantized input."""
+
+    name = "drop-activation-quantization"
+    requires = Stage.QUANTIZED
+    ensures = Stage.QUANTIZED
+
+    def __call__(self, model: ir.Model) -> Matches:
+        nodes = [node for node in model.graph if _quantizes(node)]
+        for node in nodes:
+            last = node if node.op_type == round_fp4.NAME else next(iter(node.outputs[0].uses())).node
+            ir.convenience.replace_all_uses_with(last.outputs[0], edit.operand(node, 0))
+        edit.remove_unused(model)
+        return Matches(len(nodes))
+
+
 def rounded_to(model: ir.Model) -> set[ir.DataType]:
-    """The types of the codes that layers round to what they multiply with; none where none does."""
+    """The element types that layers quantize their activations to; none where none does."""
     found = set()
     for node in model.graph:
         if node.op_type == round_fp4.NAME:
@@ -26,16 +44,5 @@ def rounded_to(model: ir.Model) -> set[ir.DataType]:
     return found
 
 
-def with_exact_inputs(model: ir.Model) -> ir.Model:
-    """A copy of `model` that multiplies with activations as they are. Its weights are the same files."""
-    exact = model.clone()
-    for node in list(exact.graph):
-        if _is_rounding(node):
-            last = node if node.op_type == round_fp4.NAME else next(iter(node.outputs[0].uses())).node
-            ir.convenience.replace_all_uses_with(last.outputs[0], edit.operand(node, 0))
-    edit.remove_unused(exact)
-    return exact
-
-
-def _is_rounding(node: ir.Node) -> bool:
+def _quantizes(node: ir.Node) -> bool:
     return node.op_type in ("QuantizeLinear", round_fp4.NAME)

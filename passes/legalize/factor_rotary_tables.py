@@ -1,4 +1,4 @@
-"""Rotary tables of an engine: two small ones for each that has a row for every position of the context.
+"""FactorRotaryTables: two small rotary tables for each that has a row for every position of the context.
 
 The canonical graph gathers row p of cos and sin [positions, R], fp32. With p = 256*h + l, the angle of p is
 the angle a of 256*h plus the angle b of l, and
@@ -27,6 +27,8 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.passes import edit
+from llmc.passes.contract import Matches
+from llmc.passes.spec import Stage
 
 BLOCK = 256  # positions for which `low` has rows
 UNIT = 2.0**-24  # the largest relative error of rounding to fp32
@@ -65,12 +67,23 @@ def factor(cos: np.ndarray, sin: np.ndarray) -> Factors | None:
     return made
 
 
-def factor_rotary_tables(graph: ir.Graph) -> int:
+class FactorRotaryTables:
     """Replaces rows of large rotary tables by products of rows of small ones. Counts the pairs of tables.
 
-    In place; what is no longer used stays in the graph, and nodes may be out of order. Tables that `factor`
-    refuses are left as they are.
+    Tables that `factor` refuses are left as they are. Nodes may be out of order afterwards.
     """
+
+    name = "factor-rotary-tables"
+    requires = Stage.QUANTIZED
+    ensures = Stage.QUANTIZED
+
+    def __call__(self, model: ir.Model) -> Matches:
+        matches = Matches(_factor_tables(model.graph))
+        edit.remove_unused(model)
+        return matches
+
+
+def _factor_tables(graph: ir.Graph) -> int:
     pairs: dict[ir.Node, ir.Node] = {}
     for node in graph:
         if node.op_type == "RotaryEmbedding":

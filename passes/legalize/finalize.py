@@ -1,34 +1,46 @@
-"""What every target does last to a graph, and how the graph becomes a file."""
+"""Finalize: what every target does last to a graph, and how the graph becomes a file."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from llmc.passes.spec import module_of
+from llmc.passes.contract import Matches
+from llmc.passes.spec import MODULE, Stage, module_of
 
-MODULE = "llmc.module"  # metadata of a node: the checkpoint's module that it was traced from
 
-
-def finish(model: ir.Model) -> None:
+class Finalize:
     """Names and orders the graph, and drops the exporter's trail, which holds paths of this machine.
 
-    In place. Each node keeps its module, so that an engine's messages can be traced back.
+    Each node keeps its module, so that an engine's messages can be traced back. Counts the nodes whose trail
+    was dropped. stage: what the graph is then.
     """
-    model.ir_version = 10
-    model.producer_name, model.producer_version, model.doc_string = "llmc", None, None
-    for node in model.graph:
-        module = module_of(node)
-        node.metadata_props.clear()
-        node.metadata_props[MODULE] = module
-        node.doc_string = None
-    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.graph.name = "llmc"
-    common.NameFixPass()(model)
-    common.TopologicalSortPass()(model)
+
+    name = "finalize"
+
+    def __init__(self, stage: Stage) -> None:
+        self.requires = Stage.QUANTIZED
+        self.ensures = stage
+
+    def __call__(self, model: ir.Model) -> Matches:
+        model.ir_version = 10
+        model.producer_name, model.producer_version, model.doc_string = "llmc", None, None
+        matches = Matches()
+        for node in model.graph:
+            kept = {MODULE: module_of(node)}
+            if node.metadata_props != kept or node.doc_string is not None:
+                node.metadata_props.clear()
+                node.metadata_props.update(kept)
+                node.doc_string = None
+                matches.count += 1
+        for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+            value.metadata_props.clear()
+        model.metadata_props.clear()
+        model.graph.metadata_props.clear()
+        model.graph.name = "llmc"
+        common.NameFixPass()(model)
+        common.TopologicalSortPass()(model)
+        return matches
 
 
 def serialize(model: ir.Model) -> bytes:

@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 import onnx_ir as ir
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from llmc.passes.legalize.finalize import MODULE
+from llmc.passes.spec import MODULE
 from llmc.plugins.paged_attention import spec as paged_attention
 from llmc.plugins.paged_attention import tensorrt_plugin
 from llmc.plugins.round_fp4 import spec as round_fp4

@@ -1,9 +1,9 @@
-"""E2M1 weights for ONNX Runtime, which has no 4-bit floats: the same bytes, looked up in a table.
+"""UnpackFP4Weights: E2M1 weights as bytes that are looked up, for ONNX Runtime, which has no 4-bit floats.
 
     before  DequantizeLinear(W [N, K] e2m1, scale [N, K/16])
     after   Mul(Reshape(Gather(table, nibbles of W [N, K/2] uint8), [N, K/16, 16]), scale) as [N, K]
 
-A code stands for one of 16 numbers (codes.E2M1_VALUES), so the result is the same to the last bit.
+A code stands for one of 16 numbers (elements.E2M1_VALUES), so the result is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -12,16 +12,28 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.passes import edit
+from llmc.passes.contract import Matches
+from llmc.passes.parameter import parameter, set_parameter
 from llmc.passes.quantize.elements import E2M1_VALUES
+from llmc.passes.spec import Stage
 
 
-def unpack_fp4(model: ir.Model) -> None:
-    """Rewrites every DequantizeLinear of E2M1 weights, in place. The original of a clone keeps its own."""
-    for node in list(model.graph):
-        if node.op_type == "DequantizeLinear":
-            codes = edit.operand(node, 0)
-            if codes.is_initializer() and codes.dtype == ir.DataType.FLOAT4E2M1:
-                _look_up(model.graph, node, _as_bytes(model.graph, codes))
+class UnpackFP4Weights:
+    """Counts one match per matrix. The original of a clone keeps its own."""
+
+    name = "unpack-fp4-weights"
+    requires = Stage.QUANTIZED
+    ensures = Stage.QUANTIZED
+
+    def __call__(self, model: ir.Model) -> Matches:
+        matches = Matches()
+        for node in list(model.graph):
+            if node.op_type == "DequantizeLinear":
+                codes = edit.operand(node, 0)
+                if codes.is_initializer() and codes.dtype == ir.DataType.FLOAT4E2M1:
+                    _look_up(model.graph, node, _as_bytes(model.graph, codes))
+                    matches.count += 1
+        return matches
 
 
 def _as_bytes(graph: ir.Graph, codes: ir.Value) -> ir.Value:
@@ -34,6 +46,8 @@ def _as_bytes(graph: ir.Graph, codes: ir.Value) -> ir.Value:
             data.location, data.offset, data.length, ir.DataType.UINT8, shape=shape, name=data.name,
             base_dir=data.base_dir,
         )  # fmt: skip
+    if (record := parameter(codes)) is not None:
+        set_parameter(packed, record)
     ir.convenience.replace_all_uses_with(codes, packed)
     del graph.initializers[str(codes.name)]
     graph.initializers.add(packed)
@@ -59,8 +73,7 @@ def _look_up(graph: ir.Graph, node: ir.Node, packed: ir.Value) -> None:
         for n in (low, high)
     ]
     nibbles = add("Concat", pair, {"axis": 2}, [rows, half, 2])
-    index = add("Cast", [nibbles], {"to": ir.DataType.INT32.value}, [rows, half, 2])
-    index.dtype = ir.DataType.INT32
+    index = edit.cast(node, nibbles, ir.DataType.INT32, f"{name}.Cast_3_2")
     table = edit.constant(graph, E2M1_VALUES, "fp4_values")
     values = add("Gather", [table, index], {"axis": 0}, [rows, half, 2])
     blocked = edit.reshape(node, values, [rows, blocks, columns // blocks], f"{name}.blocks")

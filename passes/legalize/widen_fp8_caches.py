@@ -1,4 +1,6 @@
-"""FP8 KV caches for ONNX Runtime, whose Gather and ScatterND take no FP8: the same numbers, held in fp32.
+"""WidenFP8Caches: FP8 KV caches hold the same numbers in fp32, for ONNX Runtime.
+
+Its Gather and ScatterND take no FP8.
 
     before  PagedAttention<s>(q, k, v, key_cache e4m3, ...)
     after   PagedAttention(q, Mul(Cast(Cast(Div(k, s), e4m3), fp32), s), ..., key_cache fp32, ...)
@@ -13,27 +15,38 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.passes import edit
+from llmc.passes.contract import Matches
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.quantize.quantize_kv_cache import has_fp8_cache
+from llmc.passes.spec import Stage
 
 _ROLES = (("key", 1, 3, 1), ("value", 2, 4, 2))  # role, its input, its cache's input and output
 
 
-def widen_fp8_caches(model: ir.Model, *, rounded: bool = True) -> None:
-    """Rewrites every PagedAttention with FP8 caches to one with fp32 caches, in place.
+class WidenFP8Caches:
+    """Counts one match per PagedAttention with FP8 caches, which gets fp32 caches.
 
     rounded: False leaves keys and values as they are, to see what the rounding costs.
     """
-    for node in attention_nodes(model):
-        if not has_fp8_cache(node):
-            continue
-        for role, index, cache, output in _ROLES:
-            scale = float(edit.attribute(node, f"{role}_scale"))
-            node.attributes.pop(f"{role}_scale")
-            for value in (edit.operand(node, cache), node.outputs[output]):
-                value.type = ir.TensorType(ir.DataType.FLOAT)  # a new one: a clone shares its types
-            if rounded:
-                node.replace_input_with(index, _round(node, edit.operand(node, index), scale, role))
+
+    name = "widen-fp8-caches"
+    requires = Stage.QUANTIZED
+    ensures = Stage.QUANTIZED
+
+    def __init__(self, *, rounded: bool = True) -> None:
+        self._rounded = rounded
+
+    def __call__(self, model: ir.Model) -> Matches:
+        nodes = [node for node in attention_nodes(model) if has_fp8_cache(node)]
+        for node in nodes:
+            for role, index, cache, output in _ROLES:
+                scale = float(edit.attribute(node, f"{role}_scale"))
+                node.attributes.pop(f"{role}_scale")
+                for value in (edit.operand(node, cache), node.outputs[output]):
+                    value.type = ir.TensorType(ir.DataType.FLOAT)  # a new one: a clone shares its types
+                if self._rounded:
+                    node.replace_input_with(index, _round(node, edit.operand(node, index), scale, role))
+        return Matches(len(nodes))
 
 
 def _round(node: ir.Node, x: ir.Value, scale: float, role: str) -> ir.Value:
@@ -41,13 +54,8 @@ def _round(node: ir.Node, x: ir.Value, scale: float, role: str) -> ir.Value:
     assert isinstance(graph, ir.Graph)
     factor = edit.constant(graph, np.array(scale, np.float32), f"{name}_scale")
 
-    def cast(value: ir.Value, dtype: ir.DataType, suffix: str) -> ir.Value:
-        made = edit.insert(node, "Cast", [value], {"to": dtype.value}, f"{name}.{suffix}", shape)
-        made.dtype = dtype
-        return made
-
-    wide = cast(x, ir.DataType.FLOAT, "wide")
+    wide = edit.cast(node, x, ir.DataType.FLOAT, f"{name}.wide")
     scaled = edit.insert(node, "Div", [wide, factor], {}, f"{name}.scaled", shape)
-    codes = cast(scaled, ir.DataType.FLOAT8E4M3FN, "codes")  # saturates, as Cast does by default
-    values = cast(codes, ir.DataType.FLOAT, "values")
+    codes = edit.cast(node, scaled, ir.DataType.FLOAT8E4M3FN, f"{name}.codes")  # saturates by default
+    values = edit.cast(node, codes, ir.DataType.FLOAT, f"{name}.values")
     return edit.insert(node, "Mul", [values, factor], {}, f"{name}.rounded", shape)

@@ -1,4 +1,4 @@
-"""int8 weights beside rounded activations, for ONNX Runtime: the same numbers, in a form not fused there.
+"""WidenInt8Weights: int8 weights beside INT8 activations, for ONNX Runtime, in a form that it does not fuse.
 
     before  Gemm(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear(W [N, K], scale [N]))
     after   Gemm(DequantizeLinear(QuantizeLinear(x)), Mul(Cast(W), scale [N, 1]))
@@ -12,18 +12,30 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from llmc.passes import edit
+from llmc.passes.contract import Matches
+from llmc.passes.spec import Stage
 
 
-def widen_int8_weights(model: ir.Model) -> None:
-    """Rewrites the weights of fp32 Gemms whose inputs are rounded to int8, in place."""
-    for node in list(model.graph):
-        if node.op_type != "Gemm":
-            continue
-        last = edit.operand(node, 0).producer()
-        if last is None or last.op_type != "DequantizeLinear":
-            continue
-        if edit.operand(last, 0).dtype == ir.DataType.INT8:
+class WidenInt8Weights:
+    """Counts one match per fp32 Gemm whose input is quantized to int8."""
+
+    name = "widen-int8-weights"
+    requires = Stage.QUANTIZED
+    ensures = Stage.QUANTIZED
+
+    def __call__(self, model: ir.Model) -> Matches:
+        nodes = [node for node in model.graph if _is_int8_product(node)]
+        for node in nodes:
             _widen(node)
+        return Matches(len(nodes))
+
+
+def _is_int8_product(node: ir.Node) -> bool:
+    if node.op_type != "Gemm":
+        return False
+    x, weight = (edit.operand(node, index).producer() for index in (0, 1))
+    dequantized = [one is not None and one.op_type == "DequantizeLinear" for one in (x, weight)]
+    return all(dequantized) and x is not None and edit.operand(x, 0).dtype == ir.DataType.INT8
 
 
 def _widen(node: ir.Node) -> None:
@@ -31,7 +43,6 @@ def _widen(node: ir.Node) -> None:
     assert last is not None
     codes, scale = edit.operand(last, 0), edit.operand(last, 1)
     shape, name = edit.dims(codes), str(codes.name)
-    wide = edit.insert(node, "Cast", [codes], {"to": ir.DataType.FLOAT.value}, f"{name}.cast", shape)
-    wide.dtype = ir.DataType.FLOAT
+    wide = edit.cast(node, codes, ir.DataType.FLOAT, f"{name}.cast")
     column = edit.reshape(node, scale, [shape[0], 1], f"{name}.column")
     edit.replace(last, edit.insert(node, "Mul", [wide, column], {}, f"{name}.scaled", shape))

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmc.passes.canonicalize.fuse_linears import JOIN
+from llmc.passes.parameter import Parameter
 from llmc.passes.quantize.formats import Format
 
 _WEIGHT = ".weight"
-_OF_INPUT = ("input_scale", "pre_quant_scale")
 
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
     """modules: their names in the checkpoint, whose rows follow one another; rows: how many each has.
 
-    Its initializers are `<weight>` for the codes and `<weight>_scale`, `<weight>_scale_2` for the scales,
-    `<weight>` being the modules' weights joined by `|`; `input_scale` is that of static activations, and
-    `pre_quant_scale` [columns] what smoothed ones are multiplied by before.
+    Its arrays are `weight` for the codes and `weight_scale`, `weight_scale_2` for the scales;
+    `input_scale` for that of static activations, `pre_quant_scale` [columns] for what smoothed ones are
+    multiplied by before.
     """
 
     modules: tuple[str, ...]
@@ -35,12 +34,13 @@ class QuantizedMatrix:
         """The names of the checkpoint's tensors."""
         return tuple(module + _WEIGHT for module in self.modules)
 
+    def parameter(self, array: str) -> Parameter:
+        """The record of an array of the format's layout, or of one of the input; the build makes the data."""
+        return Parameter(self.modules, self.rows, (), array)
+
     def initializer(self, array: str) -> str:
-        """The name in the graph of an array of the format's layout, or of one of the input."""
-        if array in _OF_INPUT:
-            return JOIN.join(f"{module}.{array}" for module in self.modules)
-        suffix = array.removeprefix("weight")
-        return JOIN.join(weight + suffix for weight in self.weights)
+        """The name of that array in the graph."""
+        return self.parameter(array).file_name
 
     @property
     def layout(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:

@@ -15,9 +15,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from llmc.cli.plan_table import table
-from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.passes.quantize.formats import Format, get_format
+from llmc.passes.quantize.matrix import QuantizedMatrix
 from llmc.runtime.errors import BuildError, RequestError
 
 # The embedding is read by the row, and most of the loss comes from the last matrix: ModelOpt,
@@ -25,6 +24,15 @@ from llmc.runtime.errors import BuildError, RequestError
 HEADS = ("lm_head", "*.lm_head")
 ALWAYS_EXCLUDED = (*HEADS, "embed_tokens", "*.embed_tokens")
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class InputFactors:
+    """A tensor of the checkpoint that a layer's input is multiplied by. dtype: in safetensors' names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Module:
     format: Format | None
     reason: str
     group: tuple[str, ...]  # the modules it is multiplied with as one, itself among them
-    pre_quant_scale: TensorRef | None = None  # [in], what the input is multiplied by first
+    pre_quant_scale: InputFactors | None = None  # [in]
     tied: bool = False  # to the embedding, which stays: its codes come on top
 
     @property
@@ -65,6 +73,15 @@ class QuantPlan:
         by_name = self.quantized()
         seen = dict.fromkeys(module.group for module in by_name.values())
         return [tuple(by_name[name] for name in group) for group in seen]
+
+    def matrices(self) -> list[QuantizedMatrix]:
+        """The quantized matrices of the graph, in its order."""
+        found = []
+        for group in self.groups():
+            names, rows = tuple(m.name for m in group), tuple(m.shape[0] for m in group)
+            assert group[0].format is not None
+            found.append(QuantizedMatrix(names, rows, group[0].shape[1], group[0].format))
+        return found
 
     @property
     def params(self) -> int:
@@ -110,24 +127,6 @@ class QuantPlan:
             "kept": kept,
             "bits_per_parameter": round(self.bits_per_parameter, 3),
         }
-
-    def lines(self) -> list[str]:
-        """The plan as a table of text, the layers of equal decisions in one row."""
-        rows = []
-        for module in self.modules:
-            if module.format:
-                what, bits = module.format.name, module.format.bits_per_parameter(module.shape)
-            else:
-                what, bits = module.reason, float(self.stored_bits)
-            size = f"{module.shape[0]} x {module.shape[1]}"
-            rows.append((module.name, size, f"{bits:.3f}".rstrip("0").rstrip("."), what))
-        mib = 2**20
-        return [
-            *table(("modules", "out x in", "bits", "format, or why not"), rows),
-            f"{len(self.quantized())} of {len(self.modules)} matrices in {self.formats}: "
-            f"{self.bits_per_parameter:.2f} bits per parameter, {self.bytes_after / mib:.1f} MiB "
-            f"(before: {self.stored_bits}, {self.bytes_before / mib:.1f} MiB)",
-        ]
 
 
 def make_plan(

@@ -1,14 +1,19 @@
-"""What stands around a quantized product in the graph: codes widened, and inputs multiplied and rounded.
+"""The Q/DQ nodes around a quantized Gemm: its weight dequantized, its input multiplied and quantized.
 
-`apply.py` has the forms as a table. Each function inserts its nodes before `node` and returns their result.
+`quantize_linears.py` has the forms as a table.
+Each function inserts its nodes before `node` and returns their result.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from llmc.passes import edit
+from llmc.passes.parameter import Parameter, new_parameter, of_tensor
 from llmc.passes.quantize.matrix import QuantizedMatrix
+from llmc.passes.quantize.plan import InputFactors
 from llmc.plugins.round_fp4 import spec as round_fp4
 
 CODES = {
@@ -26,72 +31,65 @@ SCALES = {
 SCALES_OF = {"bf16": "BF16", "fp16": "F16"}  # what TensorRT computes in -> the dtype of its scales
 
 
-def initializer(graph: ir.Graph, name: str, dtype: str, shape: tuple[int, ...]) -> ir.Value:
-    value = ir.Value(name=name, type=ir.TensorType(SCALES[dtype]), shape=ir.Shape(shape))
-    graph.initializers.add(value)
-    return value
+def initializer(graph: ir.Graph, record: Parameter, dtype: str, shape: tuple[int, ...]) -> ir.Value:
+    """Adds an initializer that is no codes. dtype: in safetensors' names."""
+    return new_parameter(graph, record, ir.Shape(shape), SCALES[dtype])
 
 
 def dequantize(node: ir.Node, codes: ir.Value, scale: ir.Value, where: dict[str, int], name: str) -> ir.Value:
-    value = edit.insert(node, "DequantizeLinear", [codes, scale], where, name, list(codes.shape or []))
-    assert scale.dtype is not None
-    value.dtype = scale.dtype
-    return value
-
-
-def cast(node: ir.Node, value: ir.Value, dtype: ir.DataType, name: str = "") -> ir.Value:
-    name = name or f"{value.name}.cast"
-    wide = edit.insert(node, "Cast", [value], {"to": dtype.value}, name, edit.dims(value))
-    wide.dtype = dtype
-    return wide
+    """DequantizeLinear(codes, scale), in the dtype of the scale. where: its attributes."""
+    shape = list(codes.shape or [])
+    return edit.insert(node, "DequantizeLinear", [codes, scale], where, name, shape, dtype=scale.dtype)
 
 
 def multiplied_input(
-    graph: ir.Graph, node: ir.Node, name: str, dtype: str, shape: tuple[int, ...]
+    graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix, factors: InputFactors
 ) -> ir.Value:
-    """x times the factors `name`, in fp32 unless these have the dtype of x."""
-    x = edit.operand(node, 0)
+    """x times the checkpoint's `factors`, in fp32 unless these have the dtype of x."""
+    x, name = edit.operand(node, 0), factors.name
     assert x.dtype is not None
-    same = SCALES[dtype] == x.dtype
-    values = initializer(graph, name, dtype if same else "F32", shape)
-    wide = x if x.dtype == values.dtype else cast(node, x, ir.DataType.FLOAT, f"{name}.x")
+    same = SCALES[factors.dtype] == x.dtype
+    first = replace(of_tensor(name, factors.shape), rows=matrix.rows[:1])
+    values = initializer(graph, first, factors.dtype if same else "F32", factors.shape)
+    wide = x if x.dtype == values.dtype else edit.cast(node, x, ir.DataType.FLOAT, f"{name}.x")
     product = edit.insert(node, "Mul", [wide, values], {}, f"{name}.scaled", list(x.shape or []))
-    return product if product.dtype == x.dtype else cast(node, product, x.dtype, f"{name}.narrow")
+    return product if product.dtype == x.dtype else edit.cast(node, product, x.dtype, f"{name}.narrow")
 
 
 def smoothed_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
-    """Multiplied and rounded in fp32, whatever x is: only codes, and what they stand for, are narrow."""
+    """x multiplied and quantized in fp32, whatever x is: only codes, and what they stand for, are narrow."""
     x, name = edit.operand(node, 0), matrix.initializer("input_scale")
     wanted, shape = x.dtype, list(x.shape or [])
     assert wanted is not None
-    factors = initializer(graph, matrix.initializer("pre_quant_scale"), "F32", (matrix.columns,))
-    scale = initializer(graph, name, "F32", ())
-    wide = x if wanted == ir.DataType.FLOAT else cast(node, x, ir.DataType.FLOAT, f"{name}.x")
+    factors = initializer(graph, matrix.parameter("pre_quant_scale"), "F32", (matrix.columns,))
+    scale = initializer(graph, matrix.parameter("input_scale"), "F32", ())
+    wide = x if wanted == ir.DataType.FLOAT else edit.cast(node, x, ir.DataType.FLOAT, f"{name}.x")
     smoothed = edit.insert(node, "Mul", [wide, factors], {}, f"{name}.smoothed", shape)
     dtype = CODES[matrix.format.activations]
     settings = {"output_dtype": dtype.value}
-    codes = edit.insert(node, "QuantizeLinear", [smoothed, scale], settings, f"{name}.codes", shape)
-    codes.dtype = dtype
-    step = scale if wanted == ir.DataType.FLOAT else cast(node, scale, wanted)
+    codes = edit.insert(
+        node, "QuantizeLinear", [smoothed, scale], settings, f"{name}.codes", shape, dtype=dtype
+    )
+    step = scale if wanted == ir.DataType.FLOAT else edit.cast(node, scale, wanted, f"{name}.cast")
     return dequantize(node, codes, step, {}, f"{name}.rounded")
 
 
 def rounded_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
+    """x quantized and dequantized with the static `input_scale`."""
     x, fmt = edit.operand(node, 0), matrix.format
     name, shape = matrix.initializer("input_scale"), list(x.shape or [])
     assert x.dtype is not None
-    scale = ir.Value(name=name, shape=ir.Shape(()))
-    graph.initializers.add(scale)
+    record = matrix.parameter("input_scale")
     if fmt.activations == "e2m1":
-        scale.type = ir.TensorType(ir.DataType.FLOAT)
+        scale = initializer(graph, record, "F32", ())
         return edit.insert(
             node, round_fp4.NAME, [x, scale], {}, f"{name}.rounded", shape, domain=round_fp4.DOMAIN
         )
     narrow = fmt.scales in SCALES_OF.values()
-    scale.type = ir.TensorType(x.dtype if narrow else ir.DataType.FLOAT)
-    wide = x if scale.dtype == x.dtype else cast(node, x, ir.DataType.FLOAT, f"{name}.x")
-    settings = {"output_dtype": CODES[fmt.activations].value}
-    codes = edit.insert(node, "QuantizeLinear", [wide, scale], settings, f"{name}.codes", shape)
-    codes.dtype = CODES[fmt.activations]
+    scale = new_parameter(graph, record, ir.Shape(()), x.dtype if narrow else ir.DataType.FLOAT)
+    wide = x if scale.dtype == x.dtype else edit.cast(node, x, ir.DataType.FLOAT, f"{name}.x")
+    dtype = CODES[fmt.activations]
+    settings = {"output_dtype": dtype.value}
+    codes = edit.insert(node, "QuantizeLinear", [wide, scale], settings, f"{name}.codes", shape, dtype=dtype)
     rounded = dequantize(node, codes, scale, {}, f"{name}.rounded")
-    return rounded if rounded.dtype == x.dtype else cast(node, rounded, x.dtype, f"{name}.narrow")
+    return rounded if rounded.dtype == x.dtype else edit.cast(node, rounded, x.dtype, f"{name}.narrow")

@@ -1,4 +1,4 @@
-"""KV caches in FP8 E4M3: each attention layer stores keys and values as codes, with a scale for each.
+"""QuantizeKVCache: each attention layer stores keys and values as FP8 E4M3 codes, with a scale for each.
 
     before  PagedAttention(q, k, v, key_cache bf16, value_cache bf16, ...)
     after   PagedAttention<key_scale, value_scale>(q, k, v, key_cache e4m3, value_cache e4m3, ...)
@@ -13,32 +13,54 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from llmc.passes.contract import Matches
 from llmc.passes.geometry import attention_nodes
-from llmc.passes.spec import module_of
+from llmc.passes.spec import Stage, module_of
 from llmc.plugins.paged_attention.spec import E4M3_MAX
 from llmc.runtime.errors import BuildError
 
 FP8 = "fp8"  # in a manifest
 _SMALLEST_NORMAL = 2.0**-126  # of fp32: below it a division would overflow
 _CACHES = {3: 1, 4: 2}  # input of the operator -> the output that is the same memory
+_SCALES = ("key_scale", "value_scale")
 
 
-def set_kv_scales(model: ir.Model, largest: Mapping[int, tuple[float, float]]) -> None:
-    """Gives a canonical graph KV caches in FP8 E4M3, or other scales if it has them, even lowered. In place.
+class QuantizeKVCache:
+    """Counts one match per attention layer. Scales are 1.0 until `fill_kv_scales` knows better."""
+
+    name = "quantize-kv-cache"
+    requires = Stage.QUANTIZED  # or canonical, which is one without codes
+    ensures = Stage.QUANTIZED
+
+    def __call__(self, model: ir.Model) -> Matches:
+        nodes = [node for node in attention_nodes(model) if not has_fp8_cache(node)]
+        for node in nodes:
+            for name in _SCALES:
+                node.attributes[name] = ir.AttrFloat32(name, 1.0)
+            for index, output in _CACHES.items():
+                for value in (node.inputs[index], node.outputs[output]):
+                    assert value is not None
+                    value.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+        return Matches(len(nodes))
+
+
+def fill_kv_scales(model: ir.Model, largest: Mapping[int, tuple[float, float]]) -> None:
+    """Gives the FP8 caches of a graph, at any stage after QuantizeKVCache, the scales that were measured.
 
     largest: layer -> the largest magnitudes of its keys (after rotary embedding, as they enter the cache) and
     of its values. A scale is that over 448, as in ModelOpt's `k_scale` and `v_scale`; 1.0 for layers that
-    are not given and for keys or values that are all 0. Raises BuildError for a layer that the model lacks
-    and for a magnitude that is negative, infinite or NaN.
+    are not given and for keys or values that are all 0. The scales are attributes, not initializers, because
+    TensorRT's plugin takes them as fields.
+    Raises BuildError for a layer that the model lacks and for a magnitude that is negative, infinite or NaN.
     """
-    nodes = attention_nodes(model)
+    nodes = [node for node in attention_nodes(model) if has_fp8_cache(node)]
     if unknown := sorted(largest.keys() - set(range(len(nodes)))):
         raise BuildError(
             f"KV scales for layer {unknown[0]} of a model with {len(nodes)} layers",
             "calibrate with this checkpoint",
         )
     for layer, node in enumerate(nodes):
-        for name, amax in zip(("key_scale", "value_scale"), largest.get(layer, (0.0, 0.0)), strict=True):
+        for name, amax in zip(_SCALES, largest.get(layer, (0.0, 0.0)), strict=True):
             if not math.isfinite(amax) or amax < 0:
                 raise BuildError(
                     f"the largest magnitude of {name.partition('_')[0]}s of {module_of(node)} is {amax}",
@@ -46,10 +68,6 @@ def set_kv_scales(model: ir.Model, largest: Mapping[int, tuple[float, float]]) -
                 )
             scale = max(amax / E4M3_MAX, _SMALLEST_NORMAL) if amax else 1.0
             node.attributes[name] = ir.AttrFloat32(name, scale)
-        for index, output in _CACHES.items():
-            for value in (node.inputs[index], node.outputs[output]):
-                assert value is not None
-                value.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
 
 
 def has_fp8_cache(node: ir.Node) -> bool:

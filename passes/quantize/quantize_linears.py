@@ -1,4 +1,4 @@
-"""Puts a plan into a canonical graph: the weights that it names become codes and scales.
+"""QuantizeLinears: the weights that a plan names become codes and scales.
 
     before             Gemm(x, W)
     weight-only        Gemm(x, DequantizeLinear(W, scale))       W: int8, int4 or E4M3, as in `formats.py`
@@ -17,151 +17,54 @@ no data yet: `produce.py` makes it, or `stored_arrays.py` takes it from a quanti
 
 from __future__ import annotations
 
-import math
-
 import onnx_ir as ir
 
-from llmc.compiler.quantize.prequantized_plan import (
-    PrequantizedPlan,
-    PrequantizedWeights,
-    make_prequantized_plan,
-)
 from llmc.passes import edit
-from llmc.passes.canonicalize.fuse_linears import JOIN
+from llmc.passes.contract import Matches
+from llmc.passes.parameter import set_parameter
 from llmc.passes.quantize import qdq
 from llmc.passes.quantize.formats import Format
 from llmc.passes.quantize.matrix import QuantizedMatrix
-from llmc.passes.quantize.plan import QuantPlan, make_plan
-from llmc.passes.spec import module_of
+from llmc.passes.quantize.plan import InputFactors, QuantPlan
+from llmc.passes.quantize.survey import linear
+from llmc.passes.spec import Stage
 from llmc.plugins.round_fp4 import spec as round_fp4
 
-_WEIGHT = ".weight"
+
+class QuantizeLinears:
+    """Counts one match per matrix of the plan; one that the graph lacks is a near miss."""
+
+    name = "quantize-linears"
+    requires = Stage.CANONICAL
+    ensures = Stage.QUANTIZED
+
+    def __init__(self, plan: QuantPlan) -> None:
+        self._plan = plan
+
+    def __call__(self, model: ir.Model) -> Matches:
+        left = {matrix.modules: matrix for matrix in self._plan.matrices()}
+        modules = self._plan.quantized()
+        matches = Matches()
+        for node in list(model.graph):
+            record = linear(node)
+            matrix = left.pop(record.modules, None) if record else None
+            if matrix is not None:
+                _quantize(model.graph, node, matrix, modules[matrix.modules[0]].pre_quant_scale)
+                matches.count += 1
+                if matrix.format.activations == "e2m1":
+                    model.graph.opset_imports[round_fp4.DOMAIN] = round_fp4.ABI_VERSION
+        matches.near_misses += [f"{' and '.join(names)}: no such linear layer" for names in left]
+        return matches
 
 
-def plan_weights(
-    model: ir.Model,
-    fmt: str,
-    exclude: tuple[str, ...],
-    recipe_exclude: tuple[str, ...],
-    stored_bits: int,
-    scales: str | None = None,
-    head: str | None = None,
-) -> QuantPlan:
-    """The plan for the linear layers of a canonical graph, and lm_head's if `head` is its format.
-
-    A tied lm_head that is quantized gets an initializer of its own, in place. Raises RequestError as
-    `make_plan` does.
-    """
-    tied = _untie_head(model) if head else {}
-    shapes, groups, others = _survey(model)
-    plan = make_plan(
-        shapes, fmt, exclude, recipe_exclude, groups=groups, scales=scales, stored_bits=stored_bits,
-        other_params=others, head=head, tied=tuple(tied),
-    )  # fmt: skip
-    for module in plan.modules:
-        if module.tied and not module.format:
-            _tie_again(model, *tied[module.name])
-    return plan
-
-
-def plan_prequantized(model: ir.Model, stored: PrequantizedWeights, stored_bits: int) -> PrequantizedPlan:
-    """The plan for a quantized checkpoint; `stored_bits` is what its other weights have. Raises
-    UnsupportedError as `make_prequantized_plan` does."""
-    shapes, groups, others = _survey(model)
-    return make_prequantized_plan(stored, shapes, groups, stored_bits=stored_bits, other_params=others)
-
-
-def _survey(model: ir.Model) -> tuple[dict[str, tuple[int, int]], list[tuple[str, ...]], int]:
-    """The linear layers [out, in], those multiplied as one, and the parameters outside of them."""
-    shapes: dict[str, tuple[int, int]] = {}
-    groups, in_matrices = [], 0
-    for node in _linears(model):
-        parts = _parts(node)
-        groups.append(parts)
-        rows, columns = edit.dims(edit.operand(node, 1))
-        in_matrices += rows * columns
-        shapes |= {part: (size, columns) for part, size in zip(parts, _rows(node, len(parts)), strict=True)}
-    parameters = [value for value in model.graph.initializers.values() if _is_weight(value)]
-    every = sum(math.prod(edit.dims(value)) for value in parameters)
-    return shapes, groups, every - in_matrices
-
-
-def apply_plan(model: ir.Model, plan: QuantPlan) -> list[QuantizedMatrix]:
-    """Rewrites `model` in place. Returns the matrices whose data `produce.py` must make, in its order."""
-    quantized, matrices = plan.quantized(), []
-    for node in _linears(model):
-        parts = _parts(node)
-        if parts[0] not in quantized:
-            continue
-        fmt, factor = quantized[parts[0]].format, quantized[parts[0]].pre_quant_scale
-        assert fmt is not None
-        columns = edit.dims(edit.operand(node, 1))[1]
-        matrix = QuantizedMatrix(parts, tuple(_rows(node, len(parts))), columns, fmt)
-        node.replace_input_with(1, _dequantized(model.graph, node, matrix))
-        if factor:
-            multiplied = qdq.multiplied_input(model.graph, node, factor.name, factor.dtype, factor.shape)
-            node.replace_input_with(0, multiplied)
-        if fmt.smoothed:
-            node.replace_input_with(0, qdq.smoothed_input(model.graph, node, matrix))
-        elif fmt.activations:
-            node.replace_input_with(0, qdq.rounded_input(model.graph, node, matrix))
-        matrices.append(matrix)
-    if any(matrix.format.activations == "e2m1" for matrix in matrices):
-        model.graph.opset_imports[round_fp4.DOMAIN] = round_fp4.ABI_VERSION
-    return matrices
-
-
-def _untie_head(model: ir.Model) -> dict[str, tuple[ir.Node, ir.Value]]:
-    """Gives Gemms that multiply with the embedding a matrix of their own, in place.
-
-    Returns their modules -> Gemm, embedding.
-    """
-    found = {}
-    for node in model.graph:
-        weight = edit.operand(node, 1) if node.op_type == "Gemm" else None
-        if weight is None or not _is_weight(weight) or len(weight.uses()) == 1:
-            continue
-        name = module_of(node)
-        assert weight.dtype is not None
-        own = ir.Value(name=name + _WEIGHT, shape=weight.shape, type=ir.TensorType(weight.dtype))
-        model.graph.initializers.add(own)
-        node.replace_input_with(1, own)
-        found[name] = node, weight
-    return found
-
-
-def _tie_again(model: ir.Model, node: ir.Node, embedding: ir.Value) -> None:
-    """Undoes `_untie_head` for one Gemm."""
-    own = edit.operand(node, 1)
-    node.replace_input_with(1, embedding)
-    model.graph.initializers.pop(str(own.name))
-
-
-def _linears(model: ir.Model) -> list[ir.Node]:
-    """Gemms that multiply with a parameter that nobody else reads (a tied lm_head is the embedding too)."""
-    return [
-        node
-        for node in model.graph
-        if node.op_type == "Gemm" and _is_weight(weight := edit.operand(node, 1)) and len(weight.uses()) == 1
-    ]
-
-
-def _is_weight(value: ir.Value) -> bool:
-    return value.is_initializer() and value.const_value is None
-
-
-def _parts(node: ir.Node) -> tuple[str, ...]:
-    return tuple(part.removesuffix(_WEIGHT) for part in str(edit.operand(node, 1).name).split(JOIN))
-
-
-def _rows(node: ir.Node, count: int) -> list[int]:
-    """The rows of each layer in a Gemm; of fused ones, from the Split behind it."""
-    if count == 1:
-        return [edit.dims(edit.operand(node, 1))[0]]
-    split = next(iter(node.outputs[0].uses())).node
-    sizes = edit.operand(split, 1).const_value
-    assert sizes is not None
-    return [int(size) for size in sizes.numpy()]
+def _quantize(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix, factors: InputFactors | None) -> None:
+    node.replace_input_with(1, _dequantized(graph, node, matrix))
+    if factors:
+        node.replace_input_with(0, qdq.multiplied_input(graph, node, matrix, factors))
+    if matrix.format.smoothed:
+        node.replace_input_with(0, qdq.smoothed_input(graph, node, matrix))
+    elif matrix.format.activations:
+        node.replace_input_with(0, qdq.rounded_input(graph, node, matrix))
 
 
 def _dequantized(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
@@ -170,15 +73,16 @@ def _dequantized(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.
     wanted, name = x.dtype, str(weight.name)
     assert wanted is not None
     weight.type = ir.TensorType(qdq.CODES[fmt.element])  # a new one: types may be shared
+    set_parameter(weight, matrix.parameter("weight"))
     arrays = fmt.layout(matrix.shape)
-    scale = qdq.initializer(graph, matrix.initializer("weight_scale"), *arrays["weight_scale"])
+    scale = qdq.initializer(graph, matrix.parameter("weight_scale"), *arrays["weight_scale"])
     if fmt.element == "e2m1":
-        global_scale = qdq.initializer(graph, matrix.initializer("weight_scale_2"), *arrays["weight_scale_2"])
+        global_scale = qdq.initializer(graph, matrix.parameter("weight_scale_2"), *arrays["weight_scale_2"])
         scale = qdq.dequantize(node, scale, global_scale, {}, f"{scale.name}.wide")
     elif scale.dtype != wanted and wanted == ir.DataType.FLOAT:  # the product of code and scale is then exact
-        scale = qdq.cast(node, scale, wanted)
+        scale = edit.cast(node, scale, wanted, f"{scale.name}.cast")
     wide = qdq.dequantize(node, weight, scale, _axis(fmt), f"{name}.wide")
-    return wide if wide.dtype == wanted else qdq.cast(node, wide, wanted)
+    return wide if wide.dtype == wanted else edit.cast(node, wide, wanted, f"{wide.name}.cast")
 
 
 def _axis(fmt: Format) -> dict[str, int]:

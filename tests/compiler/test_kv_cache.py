@@ -29,12 +29,8 @@ from llmc.compiler.verify.judge import judge
 from llmc.compiler.verify.kv_cache_loss import kv_cache_loss
 from llmc.passes import contract
 from llmc.passes.geometry import attention_nodes, read_geometry
-from llmc.passes.legalize import lower_for_tensorrt as tensorrt_lower
-from llmc.passes.legalize.emulate_16bit import oracle_model
 from llmc.passes.legalize.finalize import serialize
-from llmc.passes.legalize.lower_for_tensorrt import lower_for_tensorrt
-from llmc.passes.pipeline import pipeline
-from llmc.passes.quantize.quantize_kv_cache import set_kv_scales
+from llmc.passes.pipeline import canonicalize
 from llmc.plugins.paged_attention.tensorrt_plugin import Attributes, make_plugin
 from llmc.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from llmc.runtime.batch import Batch
@@ -43,6 +39,7 @@ from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, BundleError, UnsupportedError
 from llmc.runtime.load import block_bytes, load_engine
 from llmc.runtime.sampling import SamplingParams
+from support.passes import lower_for_tensorrt, oracle_graph, set_kv_scales
 
 needs_tensorrt = pytest.mark.skipif(
     not build.is_installed("tensorrt_rtx"), reason="the package tensorrt-rtx is not installed"
@@ -54,7 +51,7 @@ FP8, BF16, FP32 = ir.DataType.FLOAT8E4M3FN, ir.DataType.BFLOAT16, ir.DataType.FL
 def canonical() -> ir.Model:
     config = dict(zoo.zoo_config("llama-tiny"))
     model = trace(AutoConfig.for_model(config.pop("model_type"), **config), "bf16", 256).model
-    contract.run(model, pipeline(), {})
+    contract.run(model, canonicalize())
     return model
 
 
@@ -109,7 +106,7 @@ def test_the_oracle_rounds_what_enters_the_cache_or_leaves_it(canonical: ir.Mode
     set_kv_scales(lowered, {0: (3.0, 2.0), 1: (4.0, 5.0)})
     for model in (plain, lowered):
         lower_for_tensorrt(model, "bf16")
-    rounded = oracle_model(lowered, "bf16")
+    rounded = oracle_graph(lowered, "bf16")
     assert {v.dtype for v in lowered.graph.inputs if "_cache" in str(v.name)} == {FP8}  # a clone was changed
     for node in attention_nodes(rounded):
         assert not {"key_scale", "value_scale"} & node.attributes.keys()
@@ -117,8 +114,8 @@ def test_the_oracle_rounds_what_enters_the_cache_or_leaves_it(canonical: ir.Mode
             assert [op for op, _ in zip(ancestors(node, index), range(5), strict=False)] == [
                 "Mul", "Cast", "Cast", "Div", "Cast",
             ]  # fmt: skip
-    exact = oracle_model(lowered, "bf16", round_cache=False)
-    assert described(exact) == described(oracle_model(plain, "bf16"))
+    exact = oracle_graph(lowered, "bf16", round_cache=False)
+    assert described(exact) == described(oracle_graph(plain, "bf16"))
 
 
 def ancestors(node: ir.Node, index: int) -> Any:
@@ -138,7 +135,7 @@ def described(model: ir.Model) -> list[Any]:
 
 @pytest.mark.parametrize("name", ["llama-tiny", "qwen3-tiny"])
 def test_the_oracle_is_transformers_with_a_rounded_cache(
-    name: str, checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """In fp32, where nothing else rounds: transformers whose cache torch rounds to E4M3, layer by layer."""
     largest = {0: (100.0, 0.5), 1: (0.75, 100.0)}  # those of 100 do not saturate, the others do
@@ -173,15 +170,14 @@ def test_the_oracle_is_transformers_with_a_rounded_cache(
     assert not all(saturated)
 
     model = trace(load_config(opened), "fp32", 256).model
-    contract.run(model, pipeline(), {})
+    contract.run(model, canonicalize())
     set_kv_scales(model, largest)
-    monkeypatch.setattr(tensorrt_lower, "DTYPES", {"fp32": FP32})
     lower_for_tensorrt(model, "fp32")
     for value in model.graph.initializers.values():
         if value.const_value is None:
             parts = [opened.tensors[part].read() for part in str(value.name).split("|")]
             value.const_value = ir.tensor(np.concatenate(parts).astype(np.float32), name=value.name)
-    (tmp_path / "oracle.onnx").write_bytes(serialize(oracle_model(model, "fp32")))
+    (tmp_path / "oracle.onnx").write_bytes(serialize(oracle_graph(model, "fp32")))
     backend = OnnxRuntimeBackend(tmp_path / "oracle.onnx", 2)
     rows = []
     for first, last in ((0, 35), (35, 49), (49, 50)):

@@ -31,15 +31,14 @@ from llmc.compiler.trace import export
 from llmc.compiler.verify.figures import recorded
 from llmc.compiler.weights.write import write_weights
 from llmc.passes.geometry import attention_nodes
-from llmc.passes.legalize.emulate_16bit import oracle_model
 from llmc.passes.legalize.finalize import serialize
-from llmc.passes.legalize.lower_for_tensorrt import without_functions
 from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import Backend
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.errors import UnsupportedError
 from llmc.runtime.load import load_engine
+from support.passes import oracle_graph, parser_graph
 from support.quantized_layouts import (
     BF16,
     HIDDEN,
@@ -348,7 +347,7 @@ def graph_for_tensorrt(made: Written, directory: Path, dtype: str, sm: int) -> B
     ).tensors
     with BundleWriter(directory / "graph.llmc") as writer:
         write_weights(inputs.model, inputs.checkpoint.tensors, writer, made=tensors)
-        writer.path("rank0.onnx").write_bytes(serialize(without_functions(inputs.model)))
+        writer.path("rank0.onnx").write_bytes(serialize(parser_graph(inputs.model)))
         shutil.copytree(writer.path("rank0.onnx").parent, directory / "graph")
     return inputs
 
@@ -416,7 +415,7 @@ def test_tensorrt_builds_every_kind_and_its_graph_loses_what_16_bits_lose(
     made = checkpoint(tmp_path, layout)
     inputs = graph_for_tensorrt(made, tmp_path, "bf16", sm)
     oracle = tmp_path / "graph/oracle.onnx"
-    oracle.write_bytes(serialize(oracle_model(moved(inputs.model, tmp_path / "graph"), "bf16")))
+    oracle.write_bytes(serialize(oracle_graph(moved(inputs.model, tmp_path / "graph"), "bf16")))
     if not any(matrix.format.activations for matrix in inputs.matrices):
         [expected] = reference(made, LONG)
         got = logits(load_backend("onnxruntime", oracle, 4), LONG[0])

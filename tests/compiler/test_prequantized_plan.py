@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.cli.plan_table import prequantized_plan_lines
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.prequantized.kv_scales import layer_kv_scales
 from llmc.compiler.checkpoint.prequantized.layout import read_quantized
@@ -47,7 +48,7 @@ from support.quantized_layouts import (
 )
 
 V0, DOWN0 = Q0.replace("q_proj", "v_proj"), GATE0.replace("gate_proj", "down_proj")
-QKV = [f"{Q0}.weight", f"{K0}.weight", f"{V0}.weight"]
+QKV = [Q0, K0, V0]
 # layout -> name of the format on a CPU, of matrices of 192 columns and, where it differs, of 320
 FORMS = {
     "modelopt-fp8": ("fp8",),
@@ -135,7 +136,7 @@ def test_what_is_multiplied_as_one_has_the_values_of_its_parts(
 ) -> None:
     made = write(layout, share)
     stored = read(made)
-    reason = stored.why_apart(QKV)
+    reason = stored.fusion.why_apart(QKV)
     if "nvfp4" in layout and not share:
         assert reason == "they have different global scales"
         return
@@ -220,9 +221,9 @@ def test_layers_of_which_one_is_not_quantized_stay_apart(tmp_path: Path) -> None
     settings = modelopt("FP8", exclude_modules=["lm_head", "*.k_proj"])
     made = mixed(tmp_path / "x", lambda name: None if name.endswith("k_proj") else fp8, settings)
     stored = read(made)
-    assert stored.why_apart(QKV) == "some are quantized and some are not"
-    assert stored.why_apart([f"{GATE0}.weight", f"{GATE0}.weight"]) == ""
-    assert stored.why_apart([f"{K0}.weight"]) == ""
+    assert stored.fusion.why_apart(QKV) == "some are quantized and some are not"
+    assert stored.fusion.why_apart([GATE0, GATE0]) == ""
+    assert stored.fusion.why_apart([K0]) == ""
     plan = plan_of(stored)
     kept = {m.name: m.reason for m in plan.modules if not m.format}
     assert kept.keys() == {K0, K0.replace("0", "1"), "lm_head"}
@@ -234,13 +235,13 @@ def test_layers_of_different_formats_and_inputs_stay_apart(tmp_path: Path) -> No
     settings = modelopt("MIXED_PRECISION", quantized_layers=layers)
     made = mixed(tmp_path / "x", lambda name: fp8 if "k_proj" in name else nvfp4(False), settings)
     stored = read(made)
-    assert stored.why_apart(QKV) == "they are stored as nvfp4 and fp8"
+    assert stored.fusion.why_apart(QKV) == "they are stored as nvfp4 and fp8"
     made.tensors[f"{GATE0}.input_scale"] = f32(0.5)
     up = GATE0.replace("gate", "up")
-    assert read(made).why_apart([f"{GATE0}.weight", f"{up}.weight"]) == "they have different input scales"
+    assert read(made).fusion.why_apart([GATE0, up]) == "they have different input scales"
     made.tensors[f"{GATE0}.input_scale"] = made.tensors[f"{up}.input_scale"]
     made.tensors[f"{up}.pre_quant_scale"] = np.linspace(1, 2, 192, dtype=np.float32).astype(BF16)
-    assert read(made).why_apart([f"{GATE0}.weight", f"{up}.weight"]) == "they have different pre_quant_scales"
+    assert read(made).fusion.why_apart([GATE0, up]) == "they have different pre_quant_scales"
     record = plan_of(stored).record()
     assert record["formats"] == {"nvfp4": 12, "fp8": 2}
     assert record["format"] == "nvfp4 and fp8"
@@ -250,7 +251,7 @@ def test_layers_of_different_formats_and_inputs_stay_apart(tmp_path: Path) -> No
 
 def plan_of(stored: PrequantizedWeights) -> Any:
     shapes = {name: weight.shape for name, weight in weights().items()} | {"lm_head": (96, 192)}
-    apart = {f: stored.why_apart([f"{name}.weight" for name in f]) for f in fused_groups(shapes)}
+    apart = {f: stored.fusion.why_apart(f) for f in fused_groups(shapes)}
     groups = [group for group, reason in apart.items() if not reason]
     joined = {name for group in groups for name in group}
     groups += [(name,) for name in shapes if name not in joined]
@@ -266,7 +267,7 @@ def test_bytes_are_those_of_the_arrays_and_the_table_says_where_they_come_from(t
     plan = plan_of(read(made))
     arrays = [(192 + 2 * 64) * 192, 192 * 192, 2 * INTERMEDIATE * 192, 192 * INTERMEDIATE]
     assert plan.bytes_after == 2 * 96 * 192 + 2000 + 2 * sum(size // 2 + size // 16 + 4 for size in arrays)
-    lines = plan.lines()
+    lines = prequantized_plan_lines(plan)
     assert "as the checkpoint has them: compressed-tensors nvfp4-pack-quantized" in lines
     assert any(line.startswith("14 of 15 matrices in nvfp4: ") for line in lines)
 

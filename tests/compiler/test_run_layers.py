@@ -21,11 +21,11 @@ from llmc.compiler.calibrate.sequences import read_text, sequences
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.quantize.gptq import gptq, hessian, output_error
+from llmc.compiler.quantize.make_plan import plan_weights
 from llmc.compiler.quantize.round_to_nearest import dequantize, quantize
 from llmc.compiler.verify.proof_texts import TEXTS
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.quantize.formats import get_format
-from llmc.passes.quantize.quantize_linears import plan_weights
 from llmc.runtime.errors import BuildError, UnsupportedError
 from support.traces import canonical
 

@@ -14,6 +14,7 @@ from llmc.compiler.checkpoint.safetensors import TensorRef, read_header
 from llmc.compiler.progress import Silent
 from llmc.compiler.quantize import produce_calibrated as calibrated
 from llmc.compiler.quantize import smoothquant
+from llmc.compiler.quantize.make_plan import plan_weights
 from llmc.compiler.quantize.produce import Produced
 from llmc.compiler.quantize.produce_calibrated import produce_calibrated
 from llmc.compiler.quantize.round_to_nearest import dequantize
@@ -21,10 +22,12 @@ from llmc.compiler.quantize.smoothquant import STRENGTHS, pre_quant_scale, smoot
 from llmc.compiler.targets.tensorrt import build
 from llmc.compiler.targets.tensorrt.target import RTX
 from llmc.compiler.weights.safetensors_writer import write_safetensors
-from llmc.passes.quantize import qdq, quantize_linears
+from llmc.passes.quantize import qdq
 from llmc.passes.quantize.formats import STORED, get_format
 from llmc.passes.quantize.matrix import QuantizedMatrix
 from llmc.runtime.errors import UnsupportedError
+from support.passes import mark_parameters
+from support.passes import quantize as quantize_graph
 from support.traces import canonical
 
 FORM = get_format("int8-smoothquant")
@@ -213,10 +216,10 @@ def test_tensorrt_keeps_the_codes(dtype: str, sms: tuple[int, ...], tmp_path: Pa
     gemm.metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'l.0.a', 'op']"
     graph = ir.Graph([x], [y], nodes=[gemm], name="g", opset_imports={"": 23})
     graph.initializers.add(w)
-    model = ir.Model(graph, ir_version=10)
-    (matrix,) = quantize_linears.apply_plan(
-        model, quantize_linears.plan_weights(model, FORM.name, (), (), 16, qdq.SCALES_OF[dtype])
-    )
+    model = mark_parameters(ir.Model(graph, ir_version=10))
+    plan = plan_weights(model, FORM.name, (), (), 16, qdq.SCALES_OF[dtype])
+    quantize_graph(model, plan)
+    (matrix,) = plan.matrices()
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((rows, columns), np.float32)
     write_safetensors(tmp_path / "w", [("l.0.a.weight", "F32", weight.shape)], lambda name: [weight.data])

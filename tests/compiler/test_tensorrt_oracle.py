@@ -21,6 +21,7 @@ from llmc.compiler import zoo
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.config import context_length, load_config
 from llmc.compiler.progress import Silent
+from llmc.compiler.targets.tensorrt.target import ORACLE_FILE
 from llmc.compiler.trace.export import trace
 from llmc.compiler.verify import prove
 from llmc.compiler.verify.compare import compare
@@ -29,13 +30,11 @@ from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
 from llmc.compiler.weights import write
 from llmc.passes import contract
 from llmc.passes.geometry import attention_nodes, read_geometry
-from llmc.passes.legalize import lower_for_tensorrt as tensorrt_lower
-from llmc.passes.legalize.emulate_16bit import ORACLE_FILE, oracle_model
 from llmc.passes.legalize.finalize import serialize
-from llmc.passes.legalize.lower_for_tensorrt import DTYPES, lower_for_tensorrt
-from llmc.passes.pipeline import pipeline
+from llmc.passes.pipeline import DTYPES, canonicalize
 from llmc.passes.spec import STRUCTURAL
 from llmc.runtime.errors import VerificationError
+from support.passes import lower_for_tensorrt, oracle_graph
 
 FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 SOME = (
@@ -47,12 +46,6 @@ NAMES = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) fo
 TALES = Path(__file__).parents[2] / "model_zoo/llama/tales"
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NUMPY = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
-
-
-@pytest.fixture(autouse=True)
-def _fp32_can_be_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT builds are in 16 bits; here the same lowering also runs in fp32, where nothing rounds."""
-    monkeypatch.setattr(tensorrt_lower, "DTYPES", DTYPES | {"fp32": ir.DataType.FLOAT})
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class Directory:
 def canonical(checkpoint: Path, dtype: str) -> ir.Model:
     config = load_config(Checkpoint.open(checkpoint))
     model = trace(config, dtype, context_length(config, None)).model
-    contract.run(model, pipeline(), {})
+    contract.run(model, canonicalize())
     return model
 
 
@@ -88,7 +81,7 @@ def prepare(
     write.write_weights(model, opened.tensors, Directory(directory))  # type: ignore[arg-type]
     change(model)
     path = directory / ORACLE_FILE
-    path.write_bytes(serialize(oracle_model(model, dtype)))
+    path.write_bytes(serialize(oracle_graph(model, dtype)))
     geometry = read_geometry(model)
     return Job(
         checkpoint=str(checkpoint),
@@ -146,7 +139,7 @@ def test_the_trained_checkpoint(dtype: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rope", ["llama3", "yarn"])
 def test_positions_beyond_the_rows_of_a_small_rotary_table(rope: str, tmp_path: Path) -> None:
-    """A context that is long enough for `tensorrt_rope`, on a text that reaches its third block."""
+    """A context that is long enough for `factor_rotary_tables.py`, on a text that reaches its third block."""
     config = AutoConfig.for_model(**dict(zoo.zoo_config("llama-tiny")))
     config.max_position_embeddings = 1024
     scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope == "llama3" else {}
@@ -414,7 +407,7 @@ def test_a_small_net_rounds_where_torch_does(dtype: str) -> None:
         model.graph.inputs.remove(value)
         value.const_value = ir.tensor(tensor.float().numpy().astype(NUMPY[dtype]), name=name)
         model.graph.register_initializer(value)
-    oracle = oracle_model(model, dtype)
+    oracle = oracle_graph(model, dtype)
     session = ort.InferenceSession(serialize(oracle), providers=["CPUExecutionProvider"])
     got = np.asarray(session.run(None, {"wide_x": x.numpy()})[0])
     unit = {"fp16": 2.0**-10, "bf16": 2.0**-7}[dtype]
@@ -428,7 +421,7 @@ def test_only_moves_and_casts_touch_16_bits(name: str, dtype: str, checkpoint: C
     model = canonical(checkpoint(name), dtype).clone()
     lower_for_tensorrt(model, dtype)
     before = [(v.name, v.dtype) for node in model.graph for v in node.outputs], [*map(str, model.graph)]
-    oracle = oracle_model(model, dtype)
+    oracle = oracle_graph(model, dtype)
     after = [(v.name, v.dtype) for node in model.graph for v in node.outputs], [*map(str, model.graph)]
     assert before == after, "the graph for TensorRT must stay as it is"
     touched = {

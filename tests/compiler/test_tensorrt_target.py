@@ -32,11 +32,11 @@ from llmc.compiler.weights.safetensors_writer import write_safetensors
 from llmc.passes import contract, edit
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.finalize import serialize
-from llmc.passes.legalize.lower_for_tensorrt import DTYPES, lower_for_tensorrt
-from llmc.passes.pipeline import pipeline
+from llmc.passes.pipeline import DTYPES, canonicalize
 from llmc.plugins.paged_attention.tensorrt_plugin import Attributes, make_plugin
 from llmc.runtime.errors import BuildError, UnsupportedError
 from llmc.runtime.installation import install_hint
+from support.passes import lower_for_tensorrt
 
 FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -60,7 +60,7 @@ def canonical(name: str, dtype: str) -> ir.Model:
     """The canonical graph of a zoo model, computing in `dtype`, without weights."""
     config = dict(zoo.zoo_config(name))
     model = trace(AutoConfig.for_model(config.pop("model_type"), **config), dtype, 256).model
-    contract.run(model, pipeline(), {})
+    contract.run(model, canonicalize())
     return model
 
 

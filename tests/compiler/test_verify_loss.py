@@ -21,6 +21,7 @@ from llmc.compiler.verify.engine_weights import EngineWeight
 from llmc.compiler.verify.job import Findings, Job, Question
 from llmc.compiler.verify.reference import Reference
 from llmc.runtime.errors import RequestError
+from support.passes import lower_for_tensorrt, oracle_graph
 
 TALES = Path(__file__).parents[2] / "model_zoo/llama/tales"
 TOKENIZER = TALES / "tokenizer.json"
@@ -181,19 +182,17 @@ def compare_oracle(source: Path, stored: dict[str, EngineWeight], directory: Pat
     from llmc.compiler.verify.compare import compare
     from llmc.compiler.weights.write import write_weights
     from llmc.passes import contract
-    from llmc.passes.legalize.emulate_16bit import oracle_model
     from llmc.passes.legalize.finalize import serialize
-    from llmc.passes.legalize.lower_for_tensorrt import lower_for_tensorrt
-    from llmc.passes.pipeline import pipeline
+    from llmc.passes.pipeline import canonicalize
 
     opened = Checkpoint.open(source)
     model = trace(load_config(opened), "bf16", 1024).model
-    contract.run(model, pipeline(), {})
+    contract.run(model, canonicalize())
     lower_for_tensorrt(model, "bf16")
     with BundleWriter(directory / "x.llmc") as writer:
         write_weights(model, opened.tensors, writer)
         path = writer.path("oracle.onnx")
-        path.write_bytes(serialize(oracle_model(model, "bf16")))
+        path.write_bytes(serialize(oracle_graph(model, "bf16")))
         common = {
             "max_seq_len": 1024,
             "vocab_size": 4096,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -19,73 +18,11 @@ from llmc.passes.canonicalize.pack_tokens import PackTokens
 from llmc.passes.canonicalize.page_attention import PageAttention
 from llmc.passes.canonicalize.sink_transposes import SinkTransposes
 from llmc.passes.contract import Matches, Pass, run
-from llmc.passes.pipeline import pipeline
+from llmc.passes.pipeline import canonicalize
 from llmc.runtime.errors import BuildError, UnsupportedError
+from support.traced_text import TRACED, traced
 
-TRACED = """<ir_version: 10, opset_import: ["" : 23, "llmc" : 1]>
-g (int64[1,T] input_ids, int64[1,T] position_ids) => (float[1,T,5] out)
-<float[5,8] embed, float[9,2] cos_table, float[9,2] sin_table, float[8,8] wq, float[4,8] wk, float[4,8] wv,
- float[8,8] wo, float[5,8] head, float[8] norm, float[4] q_norm,
- int64[4] q_shape = {1,-1,2,4}, int64[4] k_shape = {1,-1,1,4}, int64[3] flat = {1,-1,8}>
-{
-  x = Gather (embed, input_ids)
-  cos = Gather (cos_table, position_ids)
-  sin = Gather (sin_table, position_ids)
-  n = llmc.TracedRMSNorm <epsilon = 1e-5, offset = 1.0> (x, norm)
-  q0 = llmc.TracedLinear (n, wq)
-  q1 = Reshape (q0, q_shape)
-  q2 = Transpose <perm = [0,2,1,3]> (q1)
-  q3 = llmc.TracedRMSNorm <epsilon = 1e-5, offset = 0.0> (q2, q_norm)
-  q = llmc.TracedRope <interleaved = 0> (q3, cos, sin)
-  k0 = llmc.TracedLinear (n, wk)
-  k1 = Reshape (k0, k_shape)
-  k2 = Transpose <perm = [0,2,1,3]> (k1)
-  k = llmc.TracedRope <interleaved = 0> (k2, cos, sin)
-  v0 = llmc.TracedLinear (n, wv)
-  v1 = Reshape (v0, k_shape)
-  v = Transpose <perm = [0,2,1,3]> (v1)
-  a = llmc.TracedAttention <scale = 0.5, softcap = 0.0, window = 3, layer = 0> (q, k, v)
-  a1 = Reshape (a, flat)
-  a2 = llmc.TracedLinear (a1, wo)
-  y = Add (x, a2)
-  z = llmc.TracedRMSNorm <epsilon = 1e-5, offset = 0.0> (y, norm)
-  out = llmc.TracedLinear (z, head)
-}"""
-SHAPES: dict[str, tuple[int | str, ...]] = {
-    **dict.fromkeys(("x", "n", "q0", "a1", "a2", "y", "z"), (1, "T", 8)),
-    **dict.fromkeys(("cos", "sin"), (1, "T", 2)),
-    **dict.fromkeys(("k0", "v0"), (1, "T", 4)),
-    **dict.fromkeys(("q1", "a"), (1, "T", 2, 4)),
-    **dict.fromkeys(("k1", "v1"), (1, "T", 1, 4)),
-    **dict.fromkeys(("q2", "q3", "q"), (1, 2, "T", 4)),
-    **dict.fromkeys(("k2", "k", "v"), (1, 1, "T", 4)),
-    "out": (1, "T", 5),
-}
-FLOAT = ir.TensorType(ir.DataType.FLOAT)
-WEIGHTS = {
-    name: ir.Shape([int(dim) for dim in dims.split(",")])
-    for dims, name in re.findall(r"float\[([\d,]+)\] (\w+)", TRACED + "float[4] bk")
-}
 BEFORE: list[Pass] = [SinkTransposes(), LowerRope(), PageAttention()]
-
-
-def traced(text: str = TRACED) -> ir.Model:
-    """The text as a model with the shapes that a trace records."""
-    model = ir.from_onnx_text(text)
-    for node in model.graph:
-        for value in node.outputs:
-            value.dtype = ir.DataType.FLOAT
-            value.shape = ir.Shape(SHAPES.get(str(value.name), (1, "T", 8)))
-    for node in model.graph:  # weights: initializers without data, as a trace has them
-        for index, given in enumerate(node.inputs):
-            if given is None or given.producer() or given.is_graph_input() or given.is_initializer():
-                continue
-            weight = model.graph.initializers.get(str(given.name))
-            if weight is None:
-                weight = ir.Value(name=given.name, shape=WEIGHTS[str(given.name)], type=FLOAT)
-                model.graph.initializers.add(weight)
-            node.replace_input_with(index, weight)
-    return model
 
 
 def ops(model: ir.Model) -> list[str]:
@@ -104,7 +41,7 @@ def producer(model: ir.Model, name: str, index: int = 0) -> ir.Node:
 
 def test_the_pipeline_makes_a_canonical_graph_with_one_node_a_module() -> None:
     model = traced()
-    reports = run(model, pipeline(), {"lower-linear": 5, "lower-rope": 2})
+    reports = run(model, canonicalize(), {"lower-linear": 5, "lower-rope": 2})
     assert {report.name: report.matches for report in reports} == {
         "sink-transposes": 1,
         "lower-rope": 2,
@@ -136,9 +73,9 @@ def test_the_pipeline_makes_a_canonical_graph_with_one_node_a_module() -> None:
 
 def test_a_second_run_of_the_pipeline_changes_nothing() -> None:
     model = traced()
-    run(model, pipeline(), {})
+    run(model, canonicalize())
     before = ir.to_proto(model).SerializeToString(deterministic=True)
-    assert [report.matches for report in run(model, pipeline(), {})] == [0] * len(pipeline())
+    assert [report.matches for report in run(model, canonicalize())] == [0] * len(canonicalize())
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
@@ -211,7 +148,7 @@ def test_packing_drops_the_batch_axis_everywhere() -> None:
 )
 def test_an_operator_that_mixes_tokens_is_refused_by_name(line: str, complaint: str) -> None:
     with pytest.raises((UnsupportedError, BuildError), match=complaint):
-        run(traced(TRACED.replace("y = Add (x, a2)", line)), pipeline(), {})
+        run(traced(TRACED.replace("y = Add (x, a2)", line)), canonicalize())
 
 
 def test_split_axes_follow_the_packed_layout() -> None:
@@ -223,7 +160,7 @@ def test_split_axes_follow_the_packed_layout() -> None:
         if node.op_type == "Split":
             for value in node.outputs:
                 value.shape = ir.Shape([1, "T", 4])
-    run(model, pipeline(), {})
+    run(model, canonicalize())
     axes = [n.attributes["axis"].as_int() for n in model.graph if n.op_type in ("Split", "Concat")]
     assert axes == [1, 1, 1]  # q, k, v; and these two
 
@@ -271,8 +208,8 @@ def test_layers_that_read_the_same_input_become_one_and_a_split() -> None:
     outputs = [str(node.outputs[0].name) for node in model.graph if node.op_type == "Gemm"][:3]
     assert FuseLinears()(model).count == 1
     fused = next(node for node in model.graph if node.op_type == "Gemm")
-    assert [str(v.name) for v in fused.inputs if v is not None] == ["n", "wq|wk|wv"]
-    assert list(model.graph.initializers["wq|wk|wv"].shape or []) == [16, 8]
+    assert [str(v.name) for v in fused.inputs if v is not None] == ["n", "wq.weight|wk.weight|wv.weight"]
+    assert list(model.graph.initializers["wq.weight|wk.weight|wv.weight"].shape or []) == [16, 8]
     split = next(node for node in model.graph if node.op_type == "Split")
     assert [list(v.shape or []) for v in split.outputs] == [["T", 8], ["T", 4], ["T", 4]]
     assert len(outputs) == 3
@@ -289,7 +226,7 @@ def test_layers_of_which_some_have_a_bias_are_left_alone_and_reported() -> None:
 
 def test_only_wanted_rows_reach_the_last_norm() -> None:
     model = traced()
-    run(model, pipeline(), {})
+    run(model, canonicalize())
     norm = producer(model, "logits")
     assert norm.op_type == "RMSNormalization"
     assert norm.inputs[0] is not None
@@ -303,12 +240,12 @@ def test_only_wanted_rows_reach_the_last_norm() -> None:
 def test_a_model_that_does_not_end_in_a_linear_layer_is_refused() -> None:
     text = TRACED.replace("out = llmc.TracedLinear (z, head)", "out = Concat <axis = 2> (z, z)")
     with pytest.raises(UnsupportedError, match="does not end in a linear layer"):
-        run(traced(text), pipeline(), {})
+        run(traced(text), canonicalize())
 
 
 def test_fewer_matches_than_the_recipe_expects_is_an_error() -> None:
     with pytest.raises(UnsupportedError, match="lower-rope rewrote 2 of 4 places"):
-        run(traced(), pipeline(), {"lower-rope": 4})
+        run(traced(), canonicalize(), {"lower-rope": 4})
 
 
 def test_the_runner_notices_a_pass_that_breaks_the_graph() -> None:
@@ -332,5 +269,5 @@ def test_a_pass_gets_the_stage_that_it_requires() -> None:
 )
 def test_a_pass_that_has_run_finds_nothing(make: Callable[[], Pass]) -> None:
     model = traced()
-    run(model, pipeline(), {})
+    run(model, canonicalize())
     assert make()(model).count == 0

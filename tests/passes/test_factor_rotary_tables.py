@@ -22,11 +22,11 @@ from llmc.compiler.targets.tensorrt import build
 from llmc.compiler.trace.export import trace
 from llmc.compiler.trace.probes import rotary_tables
 from llmc.passes import contract, edit
-from llmc.passes.legalize import factor_rotary_tables as tensorrt_rope
-from llmc.passes.legalize.factor_rotary_tables import BLOCK, UNIT, factor, factor_rotary_tables
+from llmc.passes.legalize import factor_rotary_tables
+from llmc.passes.legalize.factor_rotary_tables import BLOCK, UNIT, FactorRotaryTables, factor
 from llmc.passes.legalize.finalize import serialize
-from llmc.passes.legalize.lower_for_tensorrt import lower_for_tensorrt
-from llmc.passes.pipeline import pipeline
+from llmc.passes.pipeline import canonicalize
+from support.passes import lower_for_tensorrt
 
 ROPES: dict[str, dict[str, Any]] = {
     "plain": {"rope_type": "default", "rope_theta": 1e6},
@@ -122,7 +122,7 @@ def test_tables_that_are_no_rotation_are_refused(change: str) -> None:
 def canonical(name: str, positions: int) -> ir.Model:
     config = {**zoo.zoo_config(name), "max_position_embeddings": positions}
     model = trace(AutoConfig.for_model(config.pop("model_type"), **config), "bf16", positions).model
-    contract.run(model, pipeline(), {})
+    contract.run(model, canonicalize())
     return model
 
 
@@ -154,13 +154,13 @@ def test_the_graph_before_and_after() -> None:
             assert rounded is not None
             assert (rounded.op_type, rounded.outputs[0].dtype) == ("Cast", ir.DataType.BFLOAT16)
             assert edit.operand(rounded, 0).dtype == ir.DataType.FLOAT
-    assert factor_rotary_tables(model.graph) == 0  # nothing is left to do
+    assert FactorRotaryTables()(model).count == 0  # nothing is left to do
 
 
 def test_two_kinds_of_rope_share_the_split_positions() -> None:
     model = canonical("gemma3-tiny", 1024).clone()
     assert len(table_shapes(model)) == 4
-    assert factor_rotary_tables(model.graph) == 2
+    assert FactorRotaryTables()(model).count == 2
     edit.remove_unused(model)
     assert sorted(size for size, _ in table_shapes(model).values()) == [4] * 4 + [BLOCK] * 4
     counts = Counter(node.op_type for node in model.graph)
@@ -170,7 +170,7 @@ def test_two_kinds_of_rope_share_the_split_positions() -> None:
 def test_a_short_context_keeps_its_tables() -> None:
     model = canonical("llama-tiny", 2 * BLOCK).clone()
     before = [str(node) for node in model.graph]
-    assert factor_rotary_tables(model.graph) == 0
+    assert FactorRotaryTables()(model).count == 0
     assert [str(node) for node in model.graph] == before
 
 
@@ -203,7 +203,7 @@ def test_the_new_graph_gives_cos_and_sin_of_every_position(rope: str, dtype: str
     count = 5000
     cos, sin, frequency = tables(rope, count, 32)
     model = rotation(dtype, cos, sin)
-    assert factor_rotary_tables(model.graph) == 1
+    assert FactorRotaryTables()(model).count == 1
     edit.remove_unused(model)
     TopologicalSortPass()(model)
     positions = np.random.default_rng(0).permutation(count).astype(dtype)
@@ -247,7 +247,7 @@ def test_the_engine_is_smaller_by_the_tables(tmp_path: Path, monkeypatch: pytest
     lower_for_tensorrt(model, "bf16")
     small, plan = plan_bytes(model, tmp_path / "small")
     assert plan == plan_bytes(model, tmp_path / "again")[1]
-    monkeypatch.setattr(tensorrt_rope, "factor", lambda cos, sin: None)
+    monkeypatch.setattr(factor_rotary_tables, "factor", lambda cos, sin: None)
     model = canonical("llama-tiny", 40_960).clone()
     lower_for_tensorrt(model, "bf16")
     large, _ = plan_bytes(model, tmp_path / "large")

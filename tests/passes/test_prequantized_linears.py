@@ -17,18 +17,17 @@ import pytest
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Silent
+from llmc.compiler.quantize.make_plan import plan_prequantized
 from llmc.compiler.quantize.prequantized_arrays import produce_prequantized
 from llmc.compiler.quantize.prequantized_plan import PrequantizedWeights, read_prequantized
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.tensorrt import build
 from llmc.compiler.targets.tensorrt.target import RTX
 from llmc.passes.canonicalize.fuse_linears import FuseLinears
-from llmc.passes.legalize.emulate_16bit import oracle_model
-from llmc.passes.legalize.lower_for_tensorrt import without_functions
-from llmc.passes.legalize.unpack_fp4_weights import unpack_fp4
-from llmc.passes.quantize import quantize_linears
+from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
 from llmc.plugins.round_fp4 import body as round_fp4
 from support.linears import COLUMNS, NUMPY, ROWS, TOLERANCE, two_linears
+from support.passes import mark_parameters, oracle_graph, parser_graph, quantize
 from support.quantized_layouts import LAYOUTS, Written
 
 REFUSED = ("ct-int4-reordered", "ct-int8-asymmetric")  # test_stored_plan.py
@@ -62,8 +61,10 @@ def run(made: Written, dtype: str, directory: Path, x: np.ndarray) -> tuple[np.n
     """The outputs of a and b, side by side, and whether they were multiplied as one."""
     stored = read(made, dtype)
     model = two_linears(dtype)
-    fused = FuseLinears(stored.why_apart)(model).count == 1
-    matrices = quantize_linears.apply_plan(model, quantize_linears.plan_prequantized(model, stored, 16))
+    fused = FuseLinears(stored.fusion)(model).count == 1
+    plan = plan_prequantized(model, stored, 16)
+    quantize(model, plan)
+    matrices = plan.matrices()
     refs: dict[str, TensorRef] = {
         **produce_prequantized(matrices, stored.modules, directory).tensors,
         **{name: ref for name, ref in Checkpoint.open(made.root).tensors.items() if "pre_quant" in name},
@@ -78,11 +79,11 @@ def run(made: Written, dtype: str, directory: Path, x: np.ndarray) -> tuple[np.n
             place = (ref.file.name, ref.offset, ref.nbytes, value.dtype)
             value.const_value = ir.ExternalTensor(*place, shape=value.shape, name=name, base_dir=directory)
     if dtype == "fp32":
-        unpack_fp4(model)
+        UnpackFP4Weights()(model)
         function = round_fp4.function()
         model.functions[function.identifier()] = function
     else:
-        model = oracle_model(model, dtype)
+        model = oracle_graph(model, dtype)
     ir.save(model, directory / "m.onnx")
     session = ort.InferenceSession(str(directory / "m.onnx"), providers=["CPUExecutionProvider"])
     return np.concatenate(session.run(None, {"x": x.astype(np.float32)}), axis=1), fused
@@ -159,8 +160,10 @@ def test_tensorrt_keeps_the_codes(
     gemm = ir.node("Gemm", [x, w], {"transB": 1}, outputs=[y], name="a")
     graph = ir.Graph([x], [y], nodes=[gemm], name="g", opset_imports={"": 23})
     graph.initializers.add(w)
-    model = ir.Model(graph, ir_version=10)
-    matrices = quantize_linears.apply_plan(model, quantize_linears.plan_prequantized(model, stored, 16))
+    model = mark_parameters(ir.Model(graph, ir_version=10))
+    plan = plan_prequantized(model, stored, 16)
+    quantize(model, plan)
+    matrices = plan.matrices()
     for name, ref in produce_prequantized(matrices, stored.modules, tmp_path).tensors.items():
         value = graph.initializers.get(name)
         if value is None:
@@ -172,7 +175,7 @@ def test_tensorrt_keeps_the_codes(
         function = round_fp4.tensorrt_function(ir.DataType.BFLOAT16)
         model.functions[function.identifier()] = function
         graph.opset_imports["trt"] = 1
-    ir.save(without_functions(model), tmp_path / "m.onnx")
+    ir.save(parser_graph(model), tmp_path / "m.onnx")
     profile = {"x": ((1, columns), (16, columns), (64, columns))}
     job = build.EngineJob(RTX.library, str(tmp_path / "m.onnx"), str(tmp_path / "p"), profile, (sm,))
     built = build.build(job, Silent())

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from llmc.cli.plan_table import plan_lines
 from llmc.compiler.checkpoint import recipe
 from llmc.passes.quantize.formats import FORMATS
 from llmc.passes.quantize.plan import QuantPlan, fused_groups, make_plan
@@ -147,7 +148,7 @@ def test_frozen_and_equal() -> None:
 
 def test_table() -> None:
     plan = make_plan(MATRICES, "int4", ["*.[257].*.o_proj", "*.6.self_attn.o_proj"], other_params=6400)
-    assert "\n".join(plan.lines()) == TABLE.strip("\n")
+    assert "\n".join(plan_lines(plan)) == TABLE.strip("\n")
 
 
 TABLE = """

@@ -15,16 +15,17 @@ import pytest
 
 from llmc.compiler.checkpoint.safetensors import TensorRef, read_header
 from llmc.compiler.quantize import produce
+from llmc.compiler.quantize.make_plan import plan_weights
 from llmc.compiler.quantize.round_to_nearest import dequantize
 from llmc.compiler.weights.safetensors_writer import write_safetensors
 from llmc.passes.canonicalize.fuse_linears import FuseLinears
-from llmc.passes.legalize.emulate_16bit import oracle_model
-from llmc.passes.legalize.unpack_fp4_weights import unpack_fp4
-from llmc.passes.quantize import qdq, quantize_linears
+from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
+from llmc.passes.quantize import qdq
 from llmc.passes.quantize.formats import FORMATS, STORED, Format
 from llmc.passes.quantize.matrix import QuantizedMatrix
 from llmc.plugins.round_fp4 import body as round_fp4
 from support.linears import COLUMNS, NUMPY, ROWS, TOLERANCE, two_linears
+from support.passes import oracle_graph, quantize
 
 SCALES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 AMAX = 3.5  # what calibration is supposed to have seen; some inputs are beyond
@@ -45,8 +46,9 @@ def quantized(
 ) -> tuple[ir.Model, QuantizedMatrix, produce.Produced]:
     model = two_linears(dtype)
     FuseLinears()(model)
-    plan = quantize_linears.plan_weights(model, fmt, (), (), 16, qdq.SCALES_OF.get(dtype))
-    (matrix,) = quantize_linears.apply_plan(model, plan)
+    plan = plan_weights(model, fmt, (), (), 16, qdq.SCALES_OF.get(dtype))
+    quantize(model, plan)
+    (matrix,) = plan.matrices()
     made = produce.produce([matrix], checkpoint, directory)
     if matrix.format.activations:
         scale = produce.input_scale(matrix, AMAX, SCALES[dtype])
@@ -105,11 +107,11 @@ def test_a_fused_pair_of_layers_multiplies_with_its_codes(
 ) -> None:
     model, matrix, made = quantized(dtype, fmt, checkpoint, tmp_path)
     if dtype == "fp32":
-        unpack_fp4(model)
+        UnpackFP4Weights()(model)
         function = round_fp4.function()
         model.functions[function.identifier()] = function
     else:
-        model = oracle_model(model, dtype)
+        model = oracle_graph(model, dtype)
     ir.save(model, tmp_path / "m.onnx")
     session = ort.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
     x = (np.random.default_rng(1).standard_normal((7, COLUMNS)) * 1.3).astype(NUMPY[dtype])

@@ -6,7 +6,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from llmc.passes.legalize.finalize import MODULE
+from llmc.passes.spec import MODULE
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.plugins.paged_attention import tensorrt_plugin
 from llmc.plugins.round_fp4 import body

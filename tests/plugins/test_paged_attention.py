@@ -12,11 +12,11 @@ import onnxruntime
 import openvino as ov
 import pytest
 
-from llmc.passes.legalize.widen_fp8_caches import widen_fp8_caches
-from llmc.passes.quantize.quantize_kv_cache import set_kv_scales
+from llmc.passes.legalize.widen_fp8_caches import WidenFP8Caches
 from llmc.plugins.paged_attention import body, reference, spec
 from llmc.runtime.backends.openvino import attention
 from llmc.runtime.errors import BackendError
+from support.passes import set_kv_scales
 
 TOLERANCE = 5e-6  # fp32, values of order 1
 EXACT = {
@@ -115,7 +115,7 @@ def make_model(shape: tuple[Any, ...], largest: tuple[float, float] | None = Non
             cache.name = f"{cache.name}.0"
         set_kv_scales(model, {0: largest})
         assert inputs[3].dtype == outputs[2].dtype == ir.DataType.FLOAT8E4M3FN
-        widen_fp8_caches(model)
+        WidenFP8Caches()(model)
     return ir.to_proto(model).SerializeToString()
 
 

@@ -6,6 +6,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from support.passes import mark_parameters
+
 TYPES = {"fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
 NUMPY = {"fp32": np.float32, "bf16": ml_dtypes.bfloat16, "fp16": np.float16}
 ROWS, COLUMNS = {"a": 96, "b": 32}, 256
@@ -38,4 +40,4 @@ def two_linears(dtype: str) -> ir.Model:
     )
     for weight in weights:
         graph.initializers.add(weight)
-    return ir.Model(graph, ir_version=10)
+    return mark_parameters(ir.Model(graph, ir_version=10))

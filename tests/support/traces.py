@@ -12,7 +12,7 @@ from llmc.compiler.checkpoint.config import context_length, load_config
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.trace.export import Trace, trace
 from llmc.passes import contract
-from llmc.passes.pipeline import pipeline
+from llmc.passes.pipeline import canonicalize
 
 
 def copy_of(done: Trace) -> Trace:
@@ -31,5 +31,5 @@ def canonical(path: Path) -> tuple[ir.Model, dict[str, TensorRef]]:
     checkpoint = Checkpoint.open(path)
     config = load_config(checkpoint)
     model = trace(config, "fp32", context_length(config, None)).model
-    contract.run(model, pipeline(), {})
+    contract.run(model, canonicalize())
     return model, checkpoint.tensors

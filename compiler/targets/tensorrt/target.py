@@ -25,10 +25,9 @@ from llmc.compiler.targets.tensorrt import build as tensorrt_build
 from llmc.compiler.targets.tensorrt import kernels
 from llmc.compiler.targets.tensorrt.build import EngineJob, EngineLimits
 from llmc.compiler.weights.write import WEIGHTS_FILE
+from llmc.passes import contract, pipeline
 from llmc.passes.geometry import attention_nodes
-from llmc.passes.legalize.emulate_16bit import KV_ORACLE_FILE, ORACLE_FILE, oracle_model
 from llmc.passes.legalize.finalize import serialize
-from llmc.passes.legalize.lower_for_tensorrt import lower_for_tensorrt, without_functions
 from llmc.passes.quantize import quantize_kv_cache
 from llmc.runtime.bundle.manifest import Gpu
 from llmc.runtime.bundle.manifest import Target as EngineTarget
@@ -37,6 +36,8 @@ from llmc.runtime.installation import install_hint
 from llmc.runtime.memory import available_memory
 
 PLAN_FILE = "engines/rank0.plan"
+# Beside weights/ while they are needed; no part of a bundle. The second: with the KV cache rounded to FP8.
+ORACLE_FILE, KV_ORACLE_FILE = "rank0.oracle.onnx", "rank0.kv-oracle.onnx"
 _BF16_FROM = 80
 _STAND_IN = "the graph that TensorRT is given, in ONNX Runtime with the same roundings"
 
@@ -104,7 +105,7 @@ class TensorRTTarget:
         self, resolved: Resolved, engine: str, model: ir.Model, tensors: Mapping[str, TensorRef]
     ) -> None:
         del engine, tensors  # the engine stores its weights in the dtype that it computes in
-        lower_for_tensorrt(model, resolved.dtype)
+        contract.run(model, pipeline.legalize_tensorrt(resolved.dtype))
 
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:
         needed, available = tensorrt_build.memory_needed(sizes.weight_bytes), available_memory()
@@ -120,10 +121,12 @@ class TensorRTTarget:
         """The graph is proven with its cache in the model's dtype; what FP8 loses is measured beside it."""
         del engine
         scratch = [ORACLE_FILE]
-        work.path(ORACLE_FILE).write_bytes(serialize(oracle_model(model, resolved.dtype, round_cache=False)))
+        oracle = oracle_graph(model, resolved.dtype, round_cache=False)
+        work.path(ORACLE_FILE).write_bytes(serialize(oracle))
         if resolved.kv_dtype == quantize_kv_cache.FP8:
             scratch.append(KV_ORACLE_FILE)
-            work.path(KV_ORACLE_FILE).write_bytes(serialize(oracle_model(model, resolved.dtype)))
+            rounded = oracle_graph(model, resolved.dtype, round_cache=True)
+            work.path(KV_ORACLE_FILE).write_bytes(serialize(rounded))
         kv_graph = KV_ORACLE_FILE if len(scratch) > 1 else ""
         return ProofFiles(ORACLE_FILE, "onnxruntime", _STAND_IN, kv_graph, scratch=tuple(scratch))
 
@@ -134,7 +137,7 @@ class TensorRTTarget:
         with clock.phase("compile the GPU kernels"):
             compiled = kernels.compile_into(model, resolved, work, clock.progress)
         if model.functions:
-            work.path(GRAPH_FILE).write_bytes(serialize(without_functions(model)))
+            work.path(GRAPH_FILE).write_bytes(serialize(parser_graph(model)))
         limits = EngineLimits(sizes.max_seq_len)
         with clock.phase("build the TensorRT engine"):
             self._build(resolved, model, limits, sizes, work, clock.progress)
@@ -167,6 +170,20 @@ class TensorRTTarget:
                 f"TensorRT made {built.attention_layers} attention plugins of {expected} layers",
                 "please report this with the model's config.json",
             )
+
+
+def parser_graph(model: ir.Model) -> ir.Model:
+    """A copy of TensorRT's graph for its parser, without functions."""
+    inlined = model.clone()
+    contract.run(inlined, pipeline.inline_for_tensorrt())
+    return inlined
+
+
+def oracle_graph(model: ir.Model, dtype: str, *, round_cache: bool) -> ir.Model:
+    """A copy of TensorRT's graph for ONNX Runtime: `pipeline.oracle`."""
+    stand_in = model.clone()
+    contract.run(stand_in, pipeline.oracle(dtype, round_cache))
+    return stand_in
 
 
 def describe_sms(sms: tuple[int, ...]) -> str:

@@ -1,0 +1,44 @@
+"""Plans the quantization of a canonical graph: its linear layers, and who decides on each."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from llmc.compiler.quantize.prequantized_plan import (
+    PrequantizedPlan,
+    PrequantizedWeights,
+    make_prequantized_plan,
+)
+from llmc.passes.quantize.plan import QuantPlan, make_plan
+from llmc.passes.quantize.survey import survey
+
+
+def plan_weights(
+    model: ir.Model,
+    fmt: str,
+    exclude: tuple[str, ...],
+    recipe_exclude: tuple[str, ...],
+    stored_bits: int,
+    scales: str | None = None,
+    head: str | None = None,
+) -> QuantPlan:
+    """The plan for the linear layers of a canonical graph, and lm_head's if `head` is its format.
+
+    The graph stays as it is. Raises RequestError as `make_plan` does.
+    """
+    found = survey(model, with_tied=head is not None)
+    return make_plan(
+        found.shapes, fmt, exclude, recipe_exclude, groups=found.groups, scales=scales,
+        stored_bits=stored_bits, other_params=found.other_params, head=head, tied=found.tied,
+    )  # fmt: skip
+
+
+def plan_prequantized(model: ir.Model, stored: PrequantizedWeights, stored_bits: int) -> PrequantizedPlan:
+    """The plan for a pre-quantized checkpoint; `stored_bits` is what its other weights have.
+
+    The graph stays as it is. Raises UnsupportedError as `make_prequantized_plan` does.
+    """
+    found = survey(model)
+    return make_prequantized_plan(
+        stored, found.shapes, found.groups, stored_bits=stored_bits, other_params=found.other_params
+    )

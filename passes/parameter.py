@@ -1,0 +1,90 @@
+"""What a large initializer stands for: modules of the checkpoint, and the tensors that its data comes from.
+
+The record lies in the value's `meta`, which `ir.Model.clone` copies. An initializer has a Parameter, data, or
+both: the data of a parameter arrives when the weights are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+META = "llmc.parameter"  # the key in `ir.Value.meta`
+_JOIN = "|"
+_WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the checkpoint."""
+
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What an initializer holds.
+
+    modules: the checkpoint's modules, in the order of their rows.
+    rows: the rows of each module's weight, or of its vector.
+    sources: the tensors that make up the data, concatenated along axis 0; empty where the build makes it.
+    array: which array of the modules: "weight", "bias", or a quantized one's "weight_scale", ...
+    exponent: the file holds value * 2**exponent.
+    """
+
+    modules: tuple[str, ...]
+    rows: tuple[int, ...]
+    sources: tuple[Source, ...]
+    array: str = _WEIGHT
+    exponent: int = 0
+
+    @property
+    def file_name(self) -> str:
+        """The name in the weights file and in the graph: `a.weight|b.weight` for fused layers a and b."""
+        return _JOIN.join(f"{module}.{self.array}" if module else self.array for module in self.modules)
+
+
+def of_tensor(name: str, shape: tuple[int, ...]) -> Parameter:
+    """The parameter that is the tensor `name` of the checkpoint, whole."""
+    module, _, array = name.rpartition(".")
+    return Parameter((module,), (shape[0] if shape else 1,), (Source(name),), array)
+
+
+def joined(parts: Iterable[Parameter]) -> Parameter:
+    """One parameter from the rows of several, in their order; all are the same array of their modules."""
+    every = list(parts)
+    (array,) = {part.array for part in every}
+    return Parameter(
+        tuple(module for part in every for module in part.modules),
+        tuple(rows for part in every for rows in part.rows),
+        tuple(source for part in every for source in part.sources),
+        array,
+    )
+
+
+def parameter(value: ir.Value) -> Parameter | None:
+    """The record of an initializer, or None for a constant and for any other value."""
+    found = value.meta.get(META)
+    assert found is None or isinstance(found, Parameter)
+    return found
+
+
+def set_parameter(value: ir.Value, record: Parameter) -> None:
+    """Records what `value` holds."""
+    value.meta[META] = record
+
+
+def parameters(model: ir.Model) -> list[tuple[ir.Value, Parameter]]:
+    """The initializers that are parameters, in the order of the graph."""
+    pairs = ((value, parameter(value)) for value in model.graph.initializers.values())
+    return [(value, record) for value, record in pairs if record is not None]
+
+
+def new_parameter(graph: ir.Graph, record: Parameter, shape: ir.Shape, dtype: ir.DataType) -> ir.Value:
+    """Adds the initializer that `record` describes, without data."""
+    value = ir.Value(name=record.file_name, shape=shape, type=ir.TensorType(dtype))
+    set_parameter(value, record)
+    graph.initializers.add(value)  # register_initializer demands data
+    return value
