@@ -13,13 +13,13 @@ from llmc.passes.canonicalize.pack_tokens import PackTokens
 from llmc.passes.canonicalize.page_attention import PageAttention
 from llmc.passes.canonicalize.sink_transposes import SinkTransposes
 from llmc.passes.contract import Pass
-from llmc.passes.legalize.attach_bodies import AttachBodies, AttachTensorRTBodies, InlineBodies
+from llmc.passes.legalize.attach_bodies import AttachBodies
 from llmc.passes.legalize.drop_activation_quantization import DropActivationQuantization
 from llmc.passes.legalize.emulate_16bit import RoundOutputs, RoundSoftmax, WidenCaches
 from llmc.passes.legalize.factor_rotary_tables import FactorRotaryTables
 from llmc.passes.legalize.finalize import Finalize
 from llmc.passes.legalize.keep_16bit_weights import Keep16BitWeights, NarrowPlan
-from llmc.passes.legalize.name_plugins import NamePlugins, RemovePlugins
+from llmc.passes.legalize.require_dtype import RequireDtype
 from llmc.passes.legalize.unname_dims import UnnameDims
 from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
 from llmc.passes.legalize.widen_fp8_caches import WidenFP8Caches
@@ -86,27 +86,22 @@ def legalize_onnxruntime() -> list[Pass]:
 
 
 def legalize_tensorrt(dtype: str) -> list[Pass]:
-    """From a quantized graph traced in `dtype` (a key of DTYPES) to the file for TensorRT's parser.
+    """From a quantized graph traced in `dtype` (a key of DTYPES) to the one that TensorRT computes.
 
-    The parser takes the rest as it is (TensorRT-RTX 1.7.1, 2026-11-23): RotaryEmbedding over [T, heads, 1, D]
-    without position ids, RMSNormalization (statistics in fp32, rounded before the weight, as Llama does),
-    Gather with int32 indices, Split, Gemm.
+    `tensorrt_boundary.to_tensorrt` then writes it in the parser's terms. What no pass names here, the parser
+    takes unchanged (TensorRT-RTX 1.7.1, 2026-11-23): RotaryEmbedding over [T, heads, 1, D] without position
+    ids, RMSNormalization (statistics in fp32, rounded before the weight, as Llama does), Gather with int32
+    indices, Split, Gemm.
     """
     narrow = DTYPES[dtype]
     return [
-        NamePlugins(narrow, dtype),  # first: refuses a graph in another dtype
+        RequireDtype(narrow, dtype),  # first: nothing else asks what the graph computes in
         WidenOffsetNorms(),
         FactorRotaryTables(),
         WidenLogits(),
         UnnameDims(),  # after WidenLogits, which makes a new output
-        AttachTensorRTBodies(narrow),
         Finalize(Stage.FOR_TENSORRT),  # last: puts the nodes in order
     ]
-
-
-def inline_for_tensorrt() -> list[Pass]:
-    """On a clone of TensorRT's graph: what its parser is given where the graph has function bodies."""
-    return [InlineBodies()]
 
 
 def oracle(dtype: str, round_cache: bool) -> list[Pass]:
@@ -127,8 +122,7 @@ def oracle(dtype: str, round_cache: bool) -> list[Pass]:
     return [
         UnpackFP4Weights(),
         WidenFP8Caches(rounded=round_cache),  # its roundings are not of the dtype: before RoundOutputs
-        RemovePlugins(),
-        AttachBodies(),  # after RemovePlugins, which drops the bodies in TensorRT's operators
+        AttachBodies(),
         *rounding,
         Finalize(Stage.ORACLE),
     ]

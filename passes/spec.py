@@ -7,7 +7,7 @@ CANONICAL        standard ONNX operators and `llmc.PagedAttention` only; logits 
 QUANTIZED        also QuantizeLinear, DequantizeLinear, `llmc.RoundFP4`; FP8 caches have their scales.
 FOR_OPENVINO     for OpenVINO: `llmc.PagedAttention` has its function body; activations in INT8 at most.
 FOR_ONNXRUNTIME  for ONNX Runtime: every llmc operator has its body; no 4-bit floats, no FP8 caches.
-FOR_TENSORRT     for TensorRT's parser: attention names its plugin and has no body; logits in fp32.
+FOR_TENSORRT     for TensorRT: no function bodies; logits in fp32.
 ORACLE           a stand-in for a TensorRT engine, as FOR_ONNXRUNTIME, with casts to 16 bits.
 
 Every initializer has data or a Parameter, at every stage.
@@ -73,7 +73,6 @@ _OURS = {
     Stage.CANONICAL: {ATTENTION},
     Stage.FOR_OPENVINO: {ATTENTION},
 }
-_TENSORRT = ("trt", "TRT_FP4DynamicQuantize")
 _BEFORE_PACKED = (Stage.TRACED, Stage.PAGED)
 _FINAL = (Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.FOR_TENSORRT, Stage.ORACLE)
 _WITH_BODIES = (Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.ORACLE)
@@ -113,8 +112,6 @@ def _node_problems(node: ir.Node, stage: Stage) -> Iterator[str]:
     if node.domain == "llmc":
         if node.op_type not in _OURS.get(stage, {ATTENTION, ROUND_FP4}):
             yield "is not allowed here"
-    elif stage is Stage.FOR_TENSORRT and (node.domain, node.op_type) == _TENSORRT:
-        pass  # from an inlined body of RoundFP4
     elif node.domain != "" or node.op_type not in _STANDARD.get(stage, _CANONICAL):
         yield "is outside the operators llmc knows"
     if stage not in _BEFORE_PACKED:
@@ -127,10 +124,6 @@ def _node_problems(node: ir.Node, stage: Stage) -> Iterator[str]:
             yield "has an FP8 cache without scales"
         if fp8 and stage in _WITH_BODIES:
             yield "has an FP8 cache, which this engine's file cannot hold"
-        if stage is Stage.FOR_TENSORRT and "plugin_namespace" not in node.attributes:
-            yield "does not name its plugin"
-        if stage in _WITH_BODIES and "plugin_namespace" in node.attributes:
-            yield "names a TensorRT plugin"
 
 
 def _interface_problems(graph: ir.Graph, stage: Stage) -> Iterator[str]:
@@ -161,11 +154,11 @@ def _dtype_problems(model: ir.Model, stage: Stage) -> Iterator[str]:
 
 def _function_problems(model: ir.Model, stage: Stage) -> Iterator[str]:
     used = {node.op_identifier() for node in model.graph if node.domain == "llmc"}
-    for operator in sorted(used - model.functions.keys()):
-        if stage in _WITH_BODIES or operator[1] != ATTENTION:
-            yield f"operator {operator[1]} has no function body"
-    if stage is Stage.FOR_TENSORRT and any(name == ATTENTION for _, name, _ in model.functions):
-        yield f"operator {ATTENTION} has a function body, which the parser would take for its plugin"
+    if stage in _WITH_BODIES:
+        missing = sorted(used - model.functions.keys())
+        yield from (f"operator {name} has no function body" for _, name, _ in missing)
+    elif model.functions:
+        yield "there are function bodies, which the parser would take in place of plugins"
 
 
 def _varies(value: ir.Value) -> bool:

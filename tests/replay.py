@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from llmc.compiler import zoo
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.request import BuildRequest
-from llmc.compiler.targets.tensorrt.target import oracle_graph, parser_graph
+from llmc.compiler.targets.tensorrt.target import oracle_graph
 from llmc.passes.legalize.finalize import serialize
+from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from support.quantized_layouts import LAYOUTS, assemble, weights
 
 TALES = Path(__file__).parents[1] / "model_zoo" / "llama" / "tales"
@@ -97,7 +98,8 @@ def lines(work: Path) -> Iterator[str]:
         )
         plan, inputs = plan_build(request)
         yield _line(case, "rank0.onnx", serialize(inputs.model))
-        yield _line(case, "inlined.onnx", serialize(parser_graph(inputs.model)))
+        for_parser = to_tensorrt(inputs.model).SerializeToString(deterministic=True)
+        yield _line(case, "parser.onnx", for_parser)
         for rounded in (False, True):
             oracle = oracle_graph(inputs.model, plan.resolved.dtype, round_cache=rounded)
             yield _line(case, f"oracle-{rounded}.onnx", serialize(oracle))

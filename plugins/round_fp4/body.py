@@ -1,9 +1,4 @@
-"""What `llmc.RoundFP4` means, as function bodies: in standard operators, and in TensorRT's own.
-
-`function()` is the reference, which any ONNX runtime executes in fp32. `tensorrt_function(dtype)` is what
-TensorRT fuses with the product behind it: `TRT_FP4DynamicQuantize` and the two DequantizeLinear that undo it
-(https://github.com/onnx/onnx-tensorrt, its custom operators; builds in TensorRT-RTX 1.7.1 for SM120).
-"""
+"""`llmc.RoundFP4` as a function of standard ONNX operators, which any ONNX runtime executes in fp32."""
 
 from __future__ import annotations
 
@@ -13,10 +8,7 @@ import onnx_ir as ir
 import onnxscript
 from onnxscript import opset23 as op
 
-from llmc.plugins.round_fp4.spec import ABI_VERSION, BLOCK, DOMAIN, NAME
-
-_FP8 = 17  # TensorProto.DataType.FLOAT8E4M3FN
-_OPSETS = {"": 23, "trt": 1}
+from llmc.plugins.round_fp4.spec import ABI_VERSION, DOMAIN
 
 
 # mypy: disable-error-code="no-untyped-def,name-defined"
@@ -39,30 +31,6 @@ def RoundFP4(x, global_scale):
 
 
 def function() -> ir.Function:
-    """The reference, for fp32 inputs; to be stored in a model that uses the operator."""
+    """Return the body, for fp32 inputs; a model that uses the operator stores it."""
     body: Any = RoundFP4
     return ir.serde.deserialize_function(body.to_function_proto())
-
-
-def tensorrt_function(dtype: ir.DataType) -> ir.Function:
-    """The operator for a graph that computes in `dtype` (fp16 or bf16), as TensorRT has it."""
-    x, over = ir.Value(name="x"), ir.Value(name="global_scale")
-    quantize = ir.node(
-        "TRT_FP4DynamicQuantize",
-        [x, over],
-        {"axis": -1, "block_size": BLOCK, "scale_type": _FP8},
-        domain="trt",
-        num_outputs=2,
-        name="quantize",
-    )
-    codes, scales = quantize.outputs
-    wide = ir.node("DequantizeLinear", [scales, over], name="scales")
-    blocked = {"axis": -1, "block_size": BLOCK}
-    values = ir.node("DequantizeLinear", [codes, wide.outputs[0]], blocked, name="values")
-    result = ir.node("Cast", [values.outputs[0]], {"to": dtype.value}, name="result")
-    nodes = [quantize, wide, values, result]
-    for node in nodes:
-        for index, value in enumerate(node.outputs):
-            value.name = f"{node.name}_{index}"
-    graph = ir.Graph([x, over], [result.outputs[0]], nodes=nodes, opset_imports=_OPSETS)
-    return ir.Function(DOMAIN, NAME, graph=graph, attributes=[])

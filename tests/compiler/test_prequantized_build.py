@@ -32,13 +32,14 @@ from llmc.compiler.verify.figures import recorded
 from llmc.compiler.weights.write import write_weights
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.finalize import serialize
+from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import Backend
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.errors import UnsupportedError
 from llmc.runtime.load import load_engine
-from support.passes import oracle_graph, parser_graph
+from support.passes import oracle_graph
 from support.quantized_layouts import (
     BF16,
     HIDDEN,
@@ -347,7 +348,7 @@ def graph_for_tensorrt(made: Written, directory: Path, dtype: str, sm: int) -> B
     ).tensors
     with BundleWriter(directory / "graph.llmc") as writer:
         write_weights(inputs.model, inputs.checkpoint.tensors, writer, made=tensors)
-        writer.path("rank0.onnx").write_bytes(serialize(parser_graph(inputs.model)))
+        writer.path("rank0.onnx").write_bytes(to_tensorrt(inputs.model).SerializeToString())
         shutil.copytree(writer.path("rank0.onnx").parent, directory / "graph")
     return inputs
 

@@ -32,6 +32,7 @@ from llmc.compiler.weights.safetensors_writer import write_safetensors
 from llmc.passes import contract, edit
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.finalize import serialize
+from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.passes.pipeline import DTYPES, canonicalize
 from llmc.plugins.paged_attention.tensorrt_plugin import Attributes, make_plugin
 from llmc.runtime.errors import BuildError, UnsupportedError
@@ -70,7 +71,7 @@ def lowered(name: str, dtype: str, directory: Path) -> tuple[ir.Model, Path]:
     lower_for_tensorrt(model, dtype)
     write_random_weights(model, directory)
     path = directory / GRAPH_FILE
-    path.write_bytes(serialize(model))
+    path.write_bytes(to_tensorrt(model).SerializeToString())
     return model, path
 
 

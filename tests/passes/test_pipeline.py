@@ -11,6 +11,7 @@ from llmc.compiler.quantize.make_plan import plan_weights
 from llmc.passes import contract, pipeline, spec
 from llmc.passes.contract import Pass
 from llmc.passes.legalize.keep_16bit_weights import Narrow, NarrowPlan
+from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.passes.parameter import META, parameter, parameters
 from llmc.passes.spec import Stage
 from llmc.runtime.errors import BuildError, UnsupportedError
@@ -63,8 +64,8 @@ def test_graphs_for_onnxruntime(fmt: str) -> None:
 @pytest.mark.parametrize("fmt", [None, *FORMATS])
 def test_graphs_for_tensorrt_and_their_stand_ins(fmt: str | None, fp8_cache: bool) -> None:
     model = quantized(fmt, fp8_cache)
-    check(model, pipeline.legalize_tensorrt("fp32"), Stage.FOR_TENSORRT, {"name-plugins": 1})
-    check(model.clone(), pipeline.inline_for_tensorrt(), Stage.FOR_TENSORRT, {"inline-bodies": 0})
+    check(model, pipeline.legalize_tensorrt("fp32"), Stage.FOR_TENSORRT, {})
+    assert not to_tensorrt(model).functions
     stand_in = model.clone()
     check(stand_in, pipeline.oracle("fp32", True), Stage.ORACLE, {"widen-fp8-caches": int(fp8_cache)})
 

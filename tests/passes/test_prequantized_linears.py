@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -24,10 +25,11 @@ from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.tensorrt import build
 from llmc.compiler.targets.tensorrt.target import RTX
 from llmc.passes.canonicalize.fuse_linears import FuseLinears
+from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
 from llmc.plugins.round_fp4 import body as round_fp4
 from support.linears import COLUMNS, NUMPY, ROWS, TOLERANCE, two_linears
-from support.passes import mark_parameters, oracle_graph, parser_graph, quantize
+from support.passes import mark_parameters, oracle_graph, quantize
 from support.quantized_layouts import LAYOUTS, Written
 
 REFUSED = ("ct-int4-reordered", "ct-int8-asymmetric")  # test_stored_plan.py
@@ -171,11 +173,7 @@ def test_tensorrt_keeps_the_codes(
         assert value.dtype is not None
         place = (ref.file.name, ref.offset, ref.nbytes, value.dtype)
         value.const_value = ir.ExternalTensor(*place, shape=value.shape, name=name, base_dir=tmp_path)
-    if stored.modules["a"].format.activations == "e2m1":
-        function = round_fp4.tensorrt_function(ir.DataType.BFLOAT16)
-        model.functions[function.identifier()] = function
-        graph.opset_imports["trt"] = 1
-    ir.save(parser_graph(model), tmp_path / "m.onnx")
+    onnx.save(to_tensorrt(model), tmp_path / "m.onnx")
     profile = {"x": ((1, columns), (16, columns), (64, columns))}
     job = build.EngineJob(RTX.library, str(tmp_path / "m.onnx"), str(tmp_path / "p"), profile, (sm,))
     built = build.build(job, Silent())

@@ -14,11 +14,11 @@ import pytest
 
 from llmc.passes import contract
 from llmc.passes.contract import Pass
-from llmc.passes.legalize.attach_bodies import AttachBodies, AttachTensorRTBodies
+from llmc.passes.legalize.attach_bodies import AttachBodies
 from llmc.passes.legalize.drop_activation_quantization import DropActivationQuantization
 from llmc.passes.legalize.emulate_16bit import RoundOutputs, RoundSoftmax, WidenCaches
 from llmc.passes.legalize.keep_16bit_weights import Keep16BitWeights, Narrow, NarrowPlan
-from llmc.passes.legalize.name_plugins import NamePlugins, RemovePlugins
+from llmc.passes.legalize.require_dtype import RequireDtype
 from llmc.passes.legalize.unname_dims import UnnameDims
 from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
 from llmc.passes.legalize.widen_fp8_caches import WidenFP8Caches
@@ -205,13 +205,8 @@ CASES = {
         y BFLOAT16 key_out.0 FLOAT value_out.0 FLOAT = PagedAttention q .key.rounded .value.rounded """
         "key_cache.0 value_cache.0 s p i o",
     ),
-    "name-plugins": Case(
-        NamePlugins(BF16, "bf16"), attention("bfloat16", "bfloat16"), SAME.format("BFLOAT16", "BFLOAT16")
-    ),
-    "remove-plugins": Case(
-        RemovePlugins(),
-        attention("bfloat16", "bfloat16", ', plugin_namespace = "llmc", plugin_version = "1"'),
-        SAME.format("BFLOAT16", "BFLOAT16"),
+    "require-dtype": Case(
+        RequireDtype(BF16, "bf16"), attention("bfloat16", "bfloat16"), SAME.format("BFLOAT16", "BFLOAT16"), 0
     ),
     "widen-offset-norms": Case(
         WidenOffsetNorms(),
@@ -235,11 +230,6 @@ CASES = {
     ),
     "attach-bodies": Case(
         AttachBodies(), attention("float", "float"), SAME.format("FLOAT", "FLOAT")
-    ),
-    "attach-tensorrt-bodies": Case(
-        AttachTensorRTBodies(BF16),
-        """g (bfloat16[T,32] x) => (bfloat16[T,32] y) <float z> { y = llmc.RoundFP4 (x, z) }""",
-        "y BFLOAT16 = RoundFP4 x z",
     ),
     "widen-caches": Case(WidenCaches(BF16), attention("float", "bfloat16"), SAME.format("FLOAT", "FLOAT"), 4),
     "round-outputs": Case(
@@ -287,12 +277,6 @@ def test_what_lines_do_not_show() -> None:
     attributes = cache.graph[0].attributes
     assert [attributes[name].as_float() for name in ("key_scale", "value_scale")] == [1.0, 1.0]
     assert {value.dtype for value in cache.graph.inputs[3:5]} == {ir.DataType.FLOAT8E4M3FN}
-
-    plugin = graph(CASES["name-plugins"].before)
-    CASES["name-plugins"].rewrite(plugin)
-    assert plugin.graph[0].attributes["plugin_namespace"].as_string() == "llmc"
-    RemovePlugins()(plugin)
-    assert "plugin_namespace" not in plugin.graph[0].attributes
 
     unnamed = graph(CASES["unname-dims"].before)
     CASES["unname-dims"].rewrite(unnamed)

@@ -45,13 +45,6 @@ def lower_for_tensorrt(model: ir.Model, dtype: str) -> None:
     apply(model, pipeline.legalize_tensorrt(dtype))
 
 
-def parser_graph(model: ir.Model) -> ir.Model:
-    """A copy for TensorRT's parser. (Not every test's graph has attention.)"""
-    inlined = model.clone()
-    apply(inlined, pipeline.inline_for_tensorrt())
-    return inlined
-
-
 def oracle_graph(model: ir.Model, dtype: str, *, round_cache: bool = True) -> ir.Model:
     """A copy of TensorRT's graph that ONNX Runtime runs."""
     stand_in = model.clone()

@@ -28,6 +28,7 @@ from llmc.compiler.weights.write import WEIGHTS_FILE
 from llmc.passes import contract, pipeline
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.finalize import serialize
+from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.passes.quantize import quantize_kv_cache
 from llmc.runtime.bundle.manifest import Gpu
 from llmc.runtime.bundle.manifest import Target as EngineTarget
@@ -136,8 +137,8 @@ class TensorRTTarget:
         del engine
         with clock.phase("compile the GPU kernels"):
             compiled = kernels.compile_into(model, resolved, work, clock.progress)
-        if model.functions:
-            work.path(GRAPH_FILE).write_bytes(serialize(parser_graph(model)))
+        for_parser = to_tensorrt(model).SerializeToString(deterministic=True)
+        work.path(GRAPH_FILE).write_bytes(for_parser)
         limits = EngineLimits(sizes.max_seq_len)
         with clock.phase("build the TensorRT engine"):
             self._build(resolved, model, limits, sizes, work, clock.progress)
@@ -170,13 +171,6 @@ class TensorRTTarget:
                 f"TensorRT made {built.attention_layers} attention plugins of {expected} layers",
                 "please report this with the model's config.json",
             )
-
-
-def parser_graph(model: ir.Model) -> ir.Model:
-    """A copy of TensorRT's graph for its parser, without functions."""
-    inlined = model.clone()
-    contract.run(inlined, pipeline.inline_for_tensorrt())
-    return inlined
 
 
 def oracle_graph(model: ir.Model, dtype: str, *, round_cache: bool) -> ir.Model:
