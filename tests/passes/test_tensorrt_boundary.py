@@ -6,8 +6,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from llmc.passes.spec import MODULE
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
+from llmc.passes.spec import MODULE
 from llmc.plugins.paged_attention import tensorrt_plugin
 from llmc.plugins.round_fp4 import body
 from llmc.runtime.errors import BuildError
