@@ -1,6 +1,7 @@
 """The weights writer against the safetensors library, and against itself."""
 
 import hashlib
+import json
 import math
 import resource
 import subprocess
@@ -159,3 +160,23 @@ def test_a_write_that_fails_is_an_oserror(tmp_path):
     )
     assert "OSError: [Errno 27] File too large" in child.stderr
     assert (tmp_path / "w").stat().st_size == 50_000
+
+
+def test_a_file_without_padding_and_with_metadata(tmp_path):
+    """As transformers reads it: nothing but the weights, and their format in the header."""
+    data = {"a": b"abc", "b": b"defgh"}
+    entries = [(name, "U8", [len(value)]) for name, value in data.items()]
+    file = tmp_path / "model.safetensors"
+    _, size, spans = write_safetensors(
+        file, entries, lambda name: [data[name]], alignment=1, metadata={"format": "pt"}
+    )
+    written = file.read_bytes()
+    length = int.from_bytes(written[:8], "little")
+    assert length % 8 == 0
+    assert json.loads(written[8 : 8 + length]) == {
+        "__metadata__": {"format": "pt"},
+        "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "b": {"dtype": "U8", "shape": [5], "data_offsets": [3, 8]},
+    }
+    assert written[8 + length :] == b"abcdefgh"
+    assert (size, spans) == (len(written), {"a": (8 + length, 3), "b": (11 + length, 5)})
