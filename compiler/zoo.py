@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from llmc.compiler.weights.safetensors_writer import write_safetensors
+from llmc.runtime.dtypes import BY_NUMPY, numpy_dtype
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 
 if sys.version_info >= (3, 11):
@@ -206,13 +207,8 @@ def write_weights(
 
     `dtype` is a config.json name, such as bfloat16.
     """
-    import ml_dtypes
-
-    np_dtype, st_name = {
-        "float32": (np.dtype(np.float32), "F32"),
-        "float16": (np.dtype(np.float16), "F16"),
-        "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16"),
-    }[dtype]
+    st_name = BY_NUMPY[dtype].safetensors
+    np_dtype = numpy_dtype(st_name)
     sizes = {name: math.prod(weights[name].shape) * np_dtype.itemsize for name in sorted(weights)}
     shards: list[list[str]] = [[]]
     room = shard_bytes

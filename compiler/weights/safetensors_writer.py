@@ -16,24 +16,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from llmc.compiler.checkpoint.safetensors import MAX_HEADER_BYTES
+from llmc.runtime.dtypes import DTYPES
 from llmc.runtime.errors import BuildError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 ALIGNMENT = 64
-MAX_HEADER_BYTES = 100_000_000  # the safetensors reader refuses more
 MAX_CHUNK_BYTES = 64 * 2**20
 _PAD = "__pad_"
-
-# fmt: off
-DTYPE_BITS = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
-    "F16": 16, "BF16": 16, "U16": 16, "I16": 16,
-    "F32": 32, "U32": 32, "I32": 32, "F64": 64, "U64": 64, "I64": 64, "C64": 64,
-}
-# fmt: on
 
 Entry = tuple[str, str, Sequence[int]]  # name, safetensors dtype, shape
 Span = tuple[int, int]  # offset from the start of the file, bytes
@@ -108,11 +100,11 @@ def _header(
 
 
 def _nbytes(name: str, dtype: str, shape: Sequence[int]) -> int:
-    if dtype not in DTYPE_BITS:
-        raise BuildError(f"tensor {name!r}: dtype {dtype!r} is none of {', '.join(DTYPE_BITS)}")
+    if dtype not in DTYPES:
+        raise BuildError(f"tensor {name!r}: dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if any(size < 0 for size in shape):
         raise BuildError(f"tensor {name!r}: negative size in shape {list(shape)}")
-    nbits = math.prod(shape) * DTYPE_BITS[dtype]
+    nbits = math.prod(shape) * DTYPES[dtype].bits
     if nbits % 8:
         raise BuildError(f"tensor {name!r}: {dtype} {list(shape)} does not fill whole bytes")
     return nbits // 8

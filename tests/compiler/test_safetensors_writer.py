@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from llmc.compiler.weights.safetensors_writer import ALIGNMENT, DTYPE_BITS, write_safetensors
+from llmc.compiler.weights.safetensors_writer import ALIGNMENT, write_safetensors
+from llmc.runtime.dtypes import DTYPES
 from llmc.runtime.errors import BuildError
 
 NUMPY = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_}
@@ -74,10 +75,10 @@ def test_two_writes_are_identical(tmp_path):
     assert len(hashes) == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPE_BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_is_known_to_the_library(tmp_path, dtype):
     path, shape = tmp_path / "model.safetensors", (4, 8)
-    nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+    nbytes = math.prod(shape) * DTYPES[dtype].bits // 8
     write_safetensors(path, [("x", dtype, shape)], lambda name: [bytes(nbytes)])
     with safe_open(path, "np") as file:
         assert file.get_slice("x").get_dtype() == dtype

@@ -23,8 +23,9 @@ from llmc.compiler.targets.tensorrt import build
 from llmc.compiler.targets.tensorrt.target import RTX
 from llmc.compiler.weights.safetensors_writer import write_safetensors
 from llmc.passes.quantize import qdq
-from llmc.passes.quantize.formats import STORED, get_format
+from llmc.passes.quantize.formats import get_format
 from llmc.passes.quantize.matrix import QuantizedMatrix
+from llmc.runtime.dtypes import numpy_dtype
 from llmc.runtime.errors import UnsupportedError
 from support.passes import mark_parameters
 from support.passes import quantize as quantize_graph
@@ -147,7 +148,9 @@ def test_the_stored_factors_are_folded_into_the_weights(
     factor = made.tensors["l.0.a.pre_quant_scale|l.0.b.pre_quant_scale"]
     scale = made.tensors["l.0.a.input_scale|l.0.b.input_scale"]
     assert factor.dtype == scale.dtype == "F32"
-    assert scale.read().astype(STORED[scales]) == scale.read()  # TensorRT multiplies codes by it in 16 bits
+    assert (
+        scale.read().astype(numpy_dtype(scales)) == scale.read()
+    )  # TensorRT multiplies codes by it in 16 bits
     smoothed = dequantize(arrays, matrix.format)
     exact = np.concatenate(list(weights.values())) / factor.read()
     step = arrays["weight_scale"].astype(np.float32)[:, None]
