@@ -148,9 +148,8 @@ def test_the_stored_factors_are_folded_into_the_weights(
     factor = made.tensors["l.0.a.pre_quant_scale|l.0.b.pre_quant_scale"]
     scale = made.tensors["l.0.a.input_scale|l.0.b.input_scale"]
     assert factor.dtype == scale.dtype == "F32"
-    assert (
-        scale.read().astype(numpy_dtype(scales)) == scale.read()
-    )  # TensorRT multiplies codes by it in 16 bits
+    narrow = scale.read().astype(numpy_dtype(scales))  # TensorRT multiplies codes by it in 16 bits
+    assert narrow == scale.read()
     smoothed = dequantize(arrays, matrix.format)
     exact = np.concatenate(list(weights.values())) / factor.read()
     step = arrays["weight_scale"].astype(np.float32)[:, None]
