@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from llmc.compiler.quantize.prequantized_plan import PrequantizedPlan
     from llmc.passes.quantize.plan import QuantPlan
 
+from llmc.compiler.checkpoint.names import ranges
+
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -49,20 +51,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
         layers = merged.setdefault((_LAYER.sub("{}", name, count=1), *cells), [])
         if number:
             layers.append(int(number.group()))
-    named = [(name.replace("{}", _ranges(layers), 1), *cells) for (name, *cells), layers in merged.items()]
+    named = [
+        (name.replace("{}", ",".join(ranges(layers)), 1), *cells) for (name, *cells), layers in merged.items()
+    ]
     widths = [max(len(row[column]) for row in [head, *named]) for column in range(len(head))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [head, *named]
     ]
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2,5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)

@@ -254,14 +254,15 @@ def _maker(plan: BuildPlan, inputs: BuildInputs, clock: Clock) -> Maker:
     if not isinstance(text, str):
         return step.RoundToNearest(inputs.tensors, text)
     from llmc.compiler.calibrate.run_layers import layers
-    from llmc.compiler.calibrate.sequences import sequences
     from llmc.compiler.calibrate.table import Source
+    from llmc.compiler.texts import calibration_windows
 
     with clock.phase("trace for calibration"):
         graph = inputs.unquantized()
     checkpoint, own_text = inputs.checkpoint, plan.request.calibration is None
     vocabulary, tokenizer = plan.geometry.vocab_size, checkpoint.tokenizer
-    ids = sequences(text, tokenizer, vocabulary, plan.sizes.max_seq_len, all_parts=not own_text)
+    length = plan.sizes.max_seq_len
+    ids = calibration_windows(text, tokenizer, vocabulary, length, all_parts=not own_text)
     source = Source.of(text if tokenizer else "", ids, checkpoint.config)
     method = plan.request.calibration_method
     return step.Calibrated(inputs.tensors, layers(graph, inputs.tensors, ids), source, method)

@@ -1,25 +1,29 @@
-"""The text that losses are measured on, and how a text becomes windows of tokens."""
+"""Turn a text into windows of token ids: for calibration, evaluation, the proof and `llmc verify --text`."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from llmc.compiler.calibrate.sequences import spread
-from llmc.runtime.errors import RequestError
+from llmc.runtime.errors import CheckpointError, RequestError
 
 EVALUATION_TEXT = Path(__file__).with_name("evaluation.txt")
 WINDOW = 256  # tokens: long enough for sentences to depend on each other, short enough for every model
-MAX_WINDOWS = 6  # of our own text
+MAX_WINDOWS = 6  # of the evaluation text
 MAX_WINDOWS_OF_FILE = 64  # 16,384 tokens
+CALIBRATION_TOKENS = 8192
 
 
 def read_text(path: Path) -> str:
-    """A text file. Raises RequestError unless it is UTF-8 and says something."""
+    """Read a text file, without a byte order mark.
+
+    Raises RequestError if the file cannot be read, is not UTF-8, or has nothing but white space.
+    """
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
     except UnicodeDecodeError as error:
@@ -33,36 +37,118 @@ def read_text(path: Path) -> str:
 
 
 def sha256(text: str) -> str:
+    """The SHA-256 of `text` in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Encoder:
+    """A tokenizer.json that encodes whole texts, without truncation and padding.
+
+    Raises CheckpointError if the file cannot be used.
+    """
+
+    def __init__(self, file: Path, vocab_size: int) -> None:
+        from tokenizers import Tokenizer
+
+        self._file, self._vocab_size = file, vocab_size
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise self._unusable(error) from error
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        """The special tokens that begin every prompt (BOS, as a rule), and the tokens of `text`.
+
+        Ids from `vocab_size` on are left out: the model has no embedding for them.
+        """
+        try:
+            encoding = self._tokenizer.encode(text)
+        except Exception as error:
+            raise self._unusable(error) from error
+        added = encoding.special_tokens_mask
+        first = added.index(0) if 0 in added else len(added)
+        body = [token for token, special in zip(encoding.ids, added, strict=True) if not special]
+        return self._known(encoding.ids[:first]), self._known(body)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        return [token for token in ids if token < self._vocab_size]
+
+    def _unusable(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self._file} cannot be used: {str(error).splitlines()[0]}",
+            "the file is damaged or of a newer version; download it again",
+        )
+
+
+def windows(prefix: Sequence[int], body: Sequence[int], max_seq_len: int) -> list[list[int]]:
+    """`body` in consecutive windows of at most WINDOW and `max_seq_len` ids, each with `prefix` first."""
+    width = min(WINDOW, max_seq_len)
+    start = list(prefix[: width - 1])
+    step = width - len(start)
+    return [start + list(body[first : first + step]) for first in range(0, len(body), step)]
+
+
+def spread(windows: Sequence[list[int]], most: int) -> list[list[int]]:
+    """All `windows`, or `most` of them at equal distances, from the first to the last."""
+    chosen = np.linspace(0, len(windows) - 1, min(most, len(windows))).round().astype(int)
+    return [windows[index] for index in chosen]
 
 
 def windows_of(
     text: str, tokenizer: Path, vocab_size: int, max_seq_len: int, most: int = MAX_WINDOWS
 ) -> list[list[int]]:
-    """`text` in windows of at most WINDOW tokens, each begun as the tokenizer begins a prompt.
+    """Windows for an evaluation: of at least two tokens, and at most `most` of them, from all of `text`.
 
-    Of a text of more than `most` windows, as many from all parts of it. The last may be shorter.
-    Raises RequestError for a text of fewer than two tokens.
+    Raises RequestError if `text` has fewer than two tokens.
     """
-    from tokenizers import Tokenizer
-
-    encoder = Tokenizer.from_file(str(tokenizer))
-    encoder.no_truncation()
-    encoder.no_padding()
-    plain = encoder.encode(text, add_special_tokens=False).ids
-    whole = encoder.encode("a").ids
-    core = encoder.encode("a", add_special_tokens=False).ids
-    begin = next((whole[:at] for at in range(len(whole)) if whole[at : at + len(core)] == core), [])
-    tokens = [token for token in plain if token < vocab_size]
-    size = min(WINDOW, max_seq_len) - len(begin)
-    cut = [begin + tokens[start : start + size] for start in range(0, len(tokens), max(1, size))]
-    windows = [window for window in cut if len(window) >= 2]
-    if size < 1 or not windows:
-        raise RequestError(f"the text has too few tokens: {len(tokens)}", "give a longer one")
-    return spread(windows, most)
+    prefix, body = Encoder(tokenizer, vocab_size).encode(text)
+    long_enough = [window for window in windows(prefix, body, max_seq_len) if len(window) >= 2]
+    if not long_enough:
+        raise RequestError(f"the text has too few tokens: {len(body)}", "give a longer one")
+    return spread(long_enough, most)
 
 
-def random_windows(vocab_size: int, max_seq_len: int) -> list[list[int]]:
-    """As many tokens without meaning, for a model without a tokenizer."""
-    rng = np.random.default_rng(0)
-    return rng.integers(0, vocab_size, (MAX_WINDOWS, min(WINDOW, max_seq_len))).tolist()
+def calibration_windows(
+    text: str,
+    tokenizer: Path | None,
+    vocab_size: int,
+    max_seq_len: int,
+    max_tokens: int = CALIBRATION_TOKENS,
+    all_parts: bool = False,
+) -> list[list[int]]:
+    """Windows for calibration, of at most `max_tokens` tokens in all.
+
+    tokenizer: the checkpoint's tokenizer.json; without one the ids are random, the same ones each time
+    all_parts: take windows from all parts of a longer text, not the first ones
+
+    Raises CheckpointError if the tokenizer cannot be used, or has no token of `text` below `vocab_size`.
+    """
+    if tokenizer is None:
+        return random_windows(vocab_size, max_seq_len, max_tokens)
+    prefix, body = Encoder(tokenizer, vocab_size).encode(text)
+    if not body:
+        raise CheckpointError(
+            f"{tokenizer} makes no token of the calibration text that is below the vocabulary's {vocab_size}",
+            "is it this model's tokenizer?",
+        )
+    cut = windows(prefix, body, max_seq_len)
+    most = -(-max_tokens // min(WINDOW, max_seq_len))
+    kept, left = [], max_tokens
+    for window in spread(cut, most) if all_parts else cut[:most]:
+        if left <= len(prefix):  # nothing of the text would follow the prefix
+            break
+        kept.append(window[:left])
+        left -= len(kept[-1])
+    return kept
+
+
+def random_windows(vocab_size: int, max_seq_len: int, tokens: int | None = None) -> list[list[int]]:
+    """Windows of random ids, the same ones each time, for a model without a tokenizer.
+
+    tokens: how many in all; MAX_WINDOWS whole windows by default
+    """
+    count = MAX_WINDOWS * min(WINDOW, max_seq_len) if tokens is None else tokens
+    ids = np.random.default_rng(0).integers(0, vocab_size, count).tolist()
+    return windows([], ids, max_seq_len)

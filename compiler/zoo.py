@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,14 @@ from typing import Any
 
 import numpy as np
 
+from llmc.compiler.weights.safetensors_writer import write_safetensors
+from llmc.runtime.dtypes import BY_NUMPY, numpy_dtype
 from llmc.runtime.errors import CheckpointError, UnsupportedError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 SHARD_BYTES = 2_000_000_000
 SPECIAL_TOKENS = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258, "<|pad|>": 259}
@@ -46,34 +54,48 @@ _CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """One model that `make` can write. `parameters` counts tied weights once."""
+    """One model that `make` can write: an entry of `model_zoo/<model_type>/zoo.toml`.
+
+    parameters: their number; tied weights count once
+    config: the file of its config.json in that folder
+    prepends_bos: whether the tokenizer puts the BOS token before a text
+    """
 
     name: str
     model_type: str
     description: str
     parameters: int
-    config: str  # file name in model_zoo/<model_type>/
-    prepends_bos: bool  # whether encoding a text puts the BOS token first
+    config: str
+    prepends_bos: bool
 
 
-_ENTRIES = (
-    ZooEntry("llama-tiny", "llama", "llama3 rope scaling, tied embeddings", 110_912, "tiny.json", True),
-    ZooEntry("llama-tiny-plain", "llama", "plain rope, untied embeddings", 123_200, "tiny-plain.json", True),
-    ZooEntry("mistral-tiny", "mistral", "sliding window of 24 in every layer", 135_488, "tiny.json", True),
-    ZooEntry("qwen2-tiny", "qwen2", "q/k/v biases, window in 2 of 4 layers", 197_696, "tiny.json", False),
-    ZooEntry("qwen3-tiny", "qwen3", "q/k norms, heads wider than hidden, tied", 135_616, "tiny.json", False),
-    ZooEntry("phi3-tiny", "phi3", "fused qkv and gate/up, half-rotary heads", 123_200, "tiny.json", False),
-    ZooEntry("gemma2-tiny", "gemma2", "soft caps, alternating window, 4 norms", 222_272, "tiny.json", True),
-    ZooEntry("gemma3-tiny", "gemma3_text", "local and global rope, q/k norms", 222_528, "tiny.json", True),
-    ZooEntry(
-        "qwen3-0.6b-shape", "qwen3", "Qwen3-0.6B with vocabulary 32000", 473_235_456, "0.6b-shape.json", False
-    ),
-)
+@dataclass(frozen=True)
+class Family:
+    """What random weights must know of a model family: the table `weights` of its zoo.toml.
+
+    norms_add_one: whether norms multiply by 1 + weight
+    scaled_embeddings: whether the model multiplies embeddings by sqrt(hidden size)
+    """
+
+    norms_add_one: bool = False
+    scaled_embeddings: bool = False
 
 
 def list_zoo() -> list[ZooEntry]:
-    """Every name that `make` knows, in a fixed order. Imports nothing heavy."""
-    return list(_ENTRIES)
+    """Every model that `make` can write, the smallest first. Imports nothing heavy."""
+    families = [entry.name for entry in resources.files("llmc.model_zoo").iterdir() if entry.is_dir()]
+    entries = [
+        ZooEntry(model_type=family, **model)
+        for family in families
+        for model in _table(family).get("models", ())
+    ]
+    return sorted(entries, key=lambda entry: (entry.parameters, entry.name))
+
+
+def _table(model_type: str) -> dict[str, Any]:
+    """The zoo.toml of a family; an empty one without it."""
+    file = resources.files("llmc.model_zoo") / model_type / "zoo.toml"
+    return tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
 def zoo_config(name: str) -> dict[str, Any]:
@@ -127,10 +149,10 @@ class Weight:
 
 
 def _entry(name: str) -> ZooEntry:
-    for entry in _ENTRIES:
-        if entry.name == name:
-            return entry
-    known = ", ".join(entry.name for entry in _ENTRIES)
+    entries = {entry.name: entry for entry in list_zoo()}
+    if name in entries:
+        return entries[name]
+    known = ", ".join(entries)
     raise UnsupportedError(f"the model zoo has no model named {name!r}", hint=f"known names: {known}")
 
 
@@ -144,12 +166,12 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _weights(directory: Path) -> dict[str, Weight]:
-    """Name, shape and scale of every tensor transformers would save for the config in `directory`.
+    """Name, shape and scale of every tensor that transformers would save for the config in `directory`.
 
     Linear weights get std 1/sqrt(fan_in), which keeps activations at unit scale, so that the output
     depends on the input through every layer. Embeddings and the head get twice that, so that logits
-    spread (std about 2) and the first choice is clear of the second. Gemma multiplies embeddings by
-    sqrt(hidden); with the gain there every token would predict itself, so its last norm carries it.
+    spread (std about 2) and the first choice is clear of the second. Where the model scales embeddings
+    itself, every token would predict itself with that gain, so the last norm carries it.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -158,7 +180,8 @@ def _weights(directory: Path) -> dict[str, Weight]:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     tied = set(model.all_tied_weights_keys)
     head = model.get_output_embeddings()
-    gemma = model.config.model_type.startswith("gemma")
+    family = Family(**_table(model.config.model_type).get("weights", {}))
+    gain = 1.0 if family.scaled_embeddings else 2.0
     weights: dict[str, Weight] = {}
     for name, tensor in model.state_dict().items():
         if name in tied:
@@ -168,12 +191,12 @@ def _weights(directory: Path) -> dict[str, Weight]:
         kind = type(module).__name__
         if name.endswith(".bias"):
             weights[name] = Weight(shape, 0.0, 0.1)
-        elif kind.endswith("Norm"):  # Gemma's multiply by 1 + weight
-            center = float(name == "model.norm.weight") if gemma else 1.0
-            weights[name] = Weight(shape, center, 0.1)
+        elif kind.endswith("Norm"):
+            last = family.scaled_embeddings and name == "model.norm.weight"
+            weights[name] = Weight(shape, float(not family.norms_add_one) + last, 0.1)
         else:
             outer = module is head or isinstance(module, torch.nn.Embedding)
-            weights[name] = Weight(shape, 0.0, (2.0 if outer and not gemma else 1.0) / math.sqrt(shape[-1]))
+            weights[name] = Weight(shape, 0.0, (gain if outer else 1.0) / math.sqrt(shape[-1]))
     return weights
 
 
@@ -182,15 +205,10 @@ def write_weights(
 ) -> None:
     """Draw `weights` into model.safetensors, or into shards with an index above `shard_bytes`.
 
-    Format: https://github.com/huggingface/safetensors#format. `dtype` is a config.json name.
+    `dtype` is a config.json name, such as bfloat16.
     """
-    import ml_dtypes
-
-    np_dtype, st_name = {
-        "float32": (np.dtype(np.float32), "F32"),
-        "float16": (np.dtype(np.float16), "F16"),
-        "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16"),
-    }[dtype]
+    st_name = BY_NUMPY[dtype].safetensors
+    np_dtype = numpy_dtype(st_name)
     sizes = {name: math.prod(weights[name].shape) * np_dtype.itemsize for name in sorted(weights)}
     shards: list[list[str]] = [[]]
     room = shard_bytes
@@ -200,26 +218,16 @@ def write_weights(
             room = shard_bytes
         shards[-1].append(name)
         room -= size
+
+    def produce(name: str) -> Iterator[bytes]:
+        return (values.astype(np_dtype).tobytes() for values in _draw(weights[name], seed, name))
+
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         file = directory / f"model{suffix}.safetensors"
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            begin, end = end, end + sizes[name]
-            header[name] = {
-                "dtype": st_name,
-                "shape": list(weights[name].shape),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with file.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                for values in _draw(weights[name], seed, name):
-                    out.write(values.astype(np_dtype).tobytes())
+        entries = [(name, st_name, weights[name].shape) for name in names]
+        write_safetensors(file, entries, produce, alignment=1, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file.name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

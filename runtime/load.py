@@ -14,11 +14,11 @@ from llmc.runtime.backends import load_backend, load_gpu_backend
 from llmc.runtime.backends.base import Backend
 from llmc.runtime.bundle.manifest import Geometry, Manifest
 from llmc.runtime.bundle.reader import Bundle
+from llmc.runtime.dtypes import BY_NAME
 from llmc.runtime.engine import Engine
 from llmc.runtime.errors import BundleError, RequestError
 from llmc.runtime.tokenizer import Tokenizer
 
-_KV_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 # Activations that share an int8 scale when `fast` is asked for: as many as the blocks of the weights allow.
 # docs/explanation/performance.md has what was tried. OpenVINO rounds none in groups that do not divide a
 # block, nor in groups of less than its 16 lanes.
@@ -155,7 +155,7 @@ def block_bytes(geometry: Geometry, kv_dtype: str) -> int:
             one.num_kv_heads * ((size + 8) * one.head_dim + size * (one.v_head_dim + 8)) for one in layers
         )
     elements = sum(one.num_kv_heads * (one.head_dim + one.v_head_dim) for one in layers)
-    return elements * size * _KV_BYTES[kv_dtype]
+    return elements * size * BY_NAME[kv_dtype].bits // 8
 
 
 def _check_operators(manifest: Manifest) -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from llmc.compiler.calibrate.sequences import read_text
 from llmc.compiler.calibrate.table import CalibrationTable, config_sha256
 from llmc.compiler.request import METHODS
+from llmc.compiler.texts import read_text
 from llmc.passes.quantize.formats import Format
 from llmc.runtime.errors import RequestError
 
 Calibration = str | CalibrationTable | None  # a text, the table of an earlier build, or no calibration
+
+
+def own_text() -> str:
+    """The calibration text that comes with llmc."""
+    files = resources.files("llmc.compiler.calibrate").joinpath("text").iterdir()
+    texts = [file.read_text(encoding="utf-8") for file in sorted(files, key=lambda file: file.name)]
+    return "\n\n".join(text.strip() for text in texts) + "\n"
 
 
 def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, method: str) -> Calibration:
@@ -33,7 +41,7 @@ def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, meth
             "leave it out, or choose a format that rounds them, such as fp8",
         )
     if path is None:
-        return read_text(None) if activations or (fmt and fmt.packed) else None
+        return own_text() if activations or (fmt and fmt.packed) else None
     if path.suffix != ".json":
         return read_text(path)
     try:

@@ -15,11 +15,10 @@ from llmc.passes.extract import extract
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.parameter import Parameter, parameter
 from llmc.runtime.batch import Batch
+from llmc.runtime.dtypes import FLOATS
 from llmc.runtime.errors import BuildError
 
 _STEP = {field.name for field in fields(Batch)}  # other inputs of the graph are caches
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_CHUNK_BYTES = 16 << 20
 
 
 class Piece:
@@ -95,7 +94,7 @@ def read_float32(record: Parameter, shape: Sequence[int], tensors: Mapping[str, 
         if not ref.shape:
             array[...] = ref.read()
             continue
-        for chunk in ref.iter_chunks(_CHUNK_BYTES):
+        for chunk in ref.iter_chunks():
             array[first : first + len(chunk)] = chunk
             first += len(chunk)
     return array
@@ -105,7 +104,7 @@ def _tensor(name: str, tensors: Mapping[str, TensorRef]) -> TensorRef:
     ref = tensors.get(name)
     if ref is None:
         raise BuildError(f"the graph needs {name}, which the checkpoint lacks", "is the download complete?")
-    if ref.dtype not in _FLOATS:
+    if ref.dtype not in FLOATS:
         raise BuildError(
             f"tensor {name} is {ref.dtype}; calibration runs the model in floating point",
             "calibrate with the original, unquantized weights",

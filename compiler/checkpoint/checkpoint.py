@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.compiler.checkpoint.safetensors import LFS_MARK, TensorRef, read_header, refuse_lfs_pointer
+from llmc.runtime.dtypes import DTYPES, FLOATS
 from llmc.runtime.errors import CheckpointError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -34,7 +35,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BLOCK = 1 << 24
 _CONVERT = (
     'python -c "from transformers import {auto} as A; '
@@ -150,8 +150,8 @@ class Checkpoint:
                 return named.removeprefix("torch.")
         sizes: Counter[str] = Counter()
         for ref in self.tensors.values():
-            sizes[_DTYPE_NAMES.get(ref.dtype, "")] += ref.nbytes
-        del sizes[""]
+            if ref.dtype in FLOATS:
+                sizes[DTYPES[ref.dtype].numpy] += ref.nbytes
         return sizes.most_common(1)[0][0] if sizes else "float32"
 
     @property

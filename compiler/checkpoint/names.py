@@ -69,17 +69,24 @@ def _collapse(names: Iterable[str]) -> list[str]:
     collapsed = []
     for template, rows in groups.items():
         pieces = template.split("#")
-        ranges = [_ranges(sorted(set(column))) for column in zip(*rows, strict=True)]
-        collapsed.append("".join(a + b for a, b in zip(pieces, [*ranges, ""], strict=True)))
+        columns = [_braced(set(column)) for column in zip(*rows, strict=True)]
+        collapsed.append("".join(a + b for a, b in zip(pieces, [*columns, ""], strict=True)))
     return collapsed
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: Iterable[int]) -> list[str]:
+    """Runs of consecutive numbers: [0, 1, 2, 5] -> ["0-2", "5"]."""
     runs: list[list[int]] = []
-    for number in numbers:
+    for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    text = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs[:4]) + (",..." if len(runs) > 4 else "")
+    return [f"{first}-{last}" if last > first else str(first) for first, last in runs]
+
+
+def _braced(numbers: set[int]) -> str:
+    """One number as it is; several as at most four runs in braces."""
+    runs = ranges(numbers)
+    text = ",".join(runs[:4]) + (",..." if len(runs) > 4 else "")
     return text if len(numbers) == 1 else "{" + text + "}"

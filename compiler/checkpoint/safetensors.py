@@ -16,41 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from llmc.runtime.dtypes import DTYPES, numpy_dtype
 from llmc.runtime.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 MAX_RANK = 32  # numpy 1's
+CHUNK_BYTES = 16 << 20  # of a tensor that is read in blocks of rows
 LFS_MARK = b"version https://git-lfs"
-
-# Bits per element, and the numpy dtype of what `read` returns. Types narrower than a byte are
-# returned as their packed bytes.
-DTYPES: dict[str, tuple[int, Any]] = {
-    "BOOL": (8, np.bool_),
-    "U8": (8, np.uint8),
-    "I8": (8, np.int8),
-    "U16": (16, np.uint16),
-    "I16": (16, np.int16),
-    "U32": (32, np.uint32),
-    "I32": (32, np.int32),
-    "U64": (64, np.uint64),
-    "I64": (64, np.int64),
-    "F16": (16, np.float16),
-    "F32": (32, np.float32),
-    "F64": (64, np.float64),
-    "C64": (64, np.complex64),
-    "BF16": (16, ml_dtypes.bfloat16),
-    "F8_E4M3": (8, ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": (8, ml_dtypes.float8_e5m2),
-    "F8_E4M3FNUZ": (8, ml_dtypes.float8_e4m3fnuz),
-    "F8_E5M2FNUZ": (8, ml_dtypes.float8_e5m2fnuz),
-    "F8_E8M0": (8, ml_dtypes.float8_e8m0fnu),
-    "F6_E2M3": (6, None),
-    "F6_E3M2": (6, None),
-    "F4": (4, None),
-}
 
 
 @dataclass(frozen=True)
@@ -71,7 +45,7 @@ class TensorRef:
         uint8, still packed: the last axis then counts bytes.
         Raises CheckpointError when the file has become shorter or unreadable.
         """
-        bits, numpy_dtype = DTYPES[self.dtype]
+        bits = DTYPES[self.dtype].bits
         shape, begin, nbytes = self.shape, self.offset, self.nbytes
         if rows is not None:
             if not shape or rows.step not in (None, 1):
@@ -80,14 +54,14 @@ class TensorRef:
             row_bytes = nbytes // shape[0] if shape[0] else 0
             shape = (max(stop - first, 0), *shape[1:])
             begin, nbytes = begin + first * row_bytes, shape[0] * row_bytes
-        if numpy_dtype is None:
+        if bits < 8:
             if not shape or (shape[-1] * bits) % 8:
                 raise CheckpointError(
                     f"{self.file}: rows of {self.name!r} ({self.dtype}, shape {list(self.shape)}) "
                     "do not end on a byte",
                     hint="store it as packed U8",
                 )
-            shape, numpy_dtype = (*shape[:-1], shape[-1] * bits // 8), np.uint8
+            shape = (*shape[:-1], shape[-1] * bits // 8)
         try:
             data = np.fromfile(self.file, dtype=np.uint8, count=nbytes, offset=begin)
         except OSError as error:
@@ -97,9 +71,9 @@ class TensorRef:
                 f"{self.file}: {self.name!r} ends after {data.size} of {nbytes} bytes",
                 hint="the file changed while it was read; download it again",
             )
-        return data.view(numpy_dtype).reshape(shape)
+        return data.view(numpy_dtype(self.dtype)).reshape(shape)
 
-    def iter_chunks(self, max_bytes: int) -> Iterator[np.ndarray]:
+    def iter_chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
         """Consecutive blocks of rows, in order, each of at most `max_bytes` (but at least one row)."""
         if not self.shape or not self.nbytes:
             yield self.read()
@@ -194,7 +168,7 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> TensorRef:
     begin, end = offsets
     if begin > end:
         raise _damaged(file, f"tensor {name!r} ends at {end}, before it begins at {begin}")
-    needed = math.prod(shape) * DTYPES[dtype][0]
+    needed = math.prod(shape) * DTYPES[dtype].bits
     if needed != 8 * (end - begin) or math.prod(size or 1 for size in shape) >= 2**63:
         raise _damaged(file, f"tensor {name!r} has {end - begin} bytes, {dtype} {shape} needs {needed // 8}")
     return TensorRef(name, file, dtype, tuple(shape), data_start + begin, end - begin)

@@ -13,8 +13,9 @@ from llmc.compiler.checkpoint.prequantized.packing import unpack_int4_along_out,
 from llmc.compiler.quantize.prequantized_form import PrequantizedModule
 from llmc.compiler.quantize.produce import Produced, join, keep
 from llmc.passes.quantize.elements import pack
-from llmc.passes.quantize.formats import STORED, Format
+from llmc.passes.quantize.formats import Format
 from llmc.passes.quantize.matrix import QuantizedMatrix
+from llmc.runtime.dtypes import numpy_dtype
 from llmc.runtime.errors import CheckpointError
 
 
@@ -49,7 +50,7 @@ def arrays_of(stored: PrequantizedModule, fmt: Format) -> dict[str, np.ndarray]:
     codes = _codes(module)
     return {
         "weight": pack(codes) if fmt.packed else codes,
-        "weight_scale": _scales(module, fmt).astype(STORED[fmt.scales]),
+        "weight_scale": _scales(module, fmt).astype(numpy_dtype(fmt.scales)),
     }
 
 

@@ -20,9 +20,9 @@ from llmc.compiler.request import BuildRequest
 from llmc.passes.canonicalize.fuse_linears import FusionPlan
 from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX, INT8_MAX
 from llmc.passes.quantize.plan import InputFactors, Module, QuantPlan
+from llmc.runtime.dtypes import BY_NAME
 from llmc.runtime.errors import CheckpointError, RequestError, UnsupportedError
 
-_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what engines compute in -> safetensors' names
 # What the recipe's KV cache holds -> the largest magnitude over its scale. Others may have a bias as well.
 _KV_RANGES = {"": E4M3_MAX, "FP8": E4M3_MAX, "NVFP4": E4M3_MAX * E2M1_MAX, "INT8": INT8_MAX}
 _HARMLESS = ("exclude", "fused")  # faults of a list that the tensors overrule, and of layers kept apart
@@ -122,7 +122,8 @@ def read_prequantized(
             )
     schemes = quantized.schemes
     modules = {
-        name: read_module(module, schemes, _DTYPES[dtype]) for name, module in quantized.modules.items()
+        name: read_module(module, schemes, BY_NAME[dtype].safetensors)
+        for name, module in quantized.modules.items()
     }
     return PrequantizedWeights(quantized, modules, request.kv_dtype == "fp8")
 

@@ -18,11 +18,8 @@ from llmc.compiler.checkpoint.safetensors import TensorRef, read_header
 from llmc.compiler.quantize import scales
 from llmc.compiler.quantize.round_to_nearest import absmax, dequantize, quantize
 from llmc.compiler.weights.safetensors_writer import write_safetensors
-from llmc.passes.quantize.formats import STORED
 from llmc.passes.quantize.matrix import QuantizedMatrix
-
-_CHUNK_BYTES = 16 << 20
-_NAMES = {dtype: name for name, dtype in STORED.items()}
+from llmc.runtime.dtypes import BY_NUMPY
 
 
 @dataclass
@@ -97,7 +94,7 @@ def join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def keep(produced: Produced, matrix: QuantizedMatrix, arrays: Mapping[str, np.ndarray], file: Path) -> None:
     """Writes a matrix's arrays, and its input's if there are any, to `file` and notes where they are."""
     named = {matrix.initializer(array): value for array, value in arrays.items()}
-    entries = [(name, _NAMES[value.dtype], value.shape) for name, value in named.items()]
+    entries = [(name, BY_NUMPY[value.dtype.name].safetensors, value.shape) for name, value in named.items()]
     write_safetensors(file, entries, lambda name: [_bytes(named[name])])
     produced.tensors |= read_header(file)
 
@@ -131,4 +128,4 @@ def input_scale(matrix: QuantizedMatrix, amax: float, dtype: str) -> np.ndarray:
 
 def chunks(ref: TensorRef) -> Iterator[np.ndarray]:
     """Rows of a tensor, in its dtype, a piece at a time."""
-    return ref.iter_chunks(_CHUNK_BYTES)
+    return ref.iter_chunks()

@@ -13,7 +13,8 @@ import numpy as np
 
 from llmc.compiler.quantize import scales
 from llmc.passes.quantize import elements
-from llmc.passes.quantize.formats import STORED, Format
+from llmc.passes.quantize.formats import Format
+from llmc.runtime.dtypes import numpy_dtype
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 
 SEARCHES = ("amax", "mse")
@@ -84,7 +85,7 @@ def assemble(
     array: np.ndarray, chosen: np.ndarray | np.float32, global_scale: np.float32, fmt: Format
 ) -> dict[str, np.ndarray]:
     """The arrays of `fmt.layout` from codes [rows, in] and stored scales [rows, blocks] (or the one)."""
-    stored = np.asarray(chosen, STORED[fmt.scales])
+    stored = np.asarray(chosen, numpy_dtype(fmt.scales))
     arrays = {
         "weight": elements.pack(array) if fmt.packed else array,
         "weight_scale": stored[:, 0] if fmt.block == 0 else stored,

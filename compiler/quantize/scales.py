@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from llmc.passes.quantize.elements import decode, encode
-from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, INT8_MAX, STORED, Format
+from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, INT8_MAX, Format
+from llmc.runtime.dtypes import numpy_dtype
 
 # Below the largest magnitude: clipping the extremes can make the rest finer.
 _RATIOS = tuple(1 - 0.04 * step for step in range(1, 11))
@@ -96,7 +97,7 @@ def effective(scales: np.ndarray, global_scale: np.ndarray | np.float32) -> np.n
 def round_up(scales: np.ndarray, stored: str) -> np.ndarray:
     """Positive fp32 scales as `stored`, never smaller, so that nothing clips. Overflow becomes inf."""
     with np.errstate(over="ignore"):
-        narrow = scales.astype(STORED[stored])
+        narrow = scales.astype(numpy_dtype(stored))
     too_small = narrow.astype(np.float32) < scales
     infinity = np.array(np.inf, narrow.dtype)
     narrow[too_small] = np.nextafter(narrow[too_small], infinity)

@@ -26,10 +26,10 @@ from llmc.compiler.trace.intercept import ATTENTION, intercept
 from llmc.compiler.trace.onnx_ops import translation_table
 from llmc.passes import edit
 from llmc.passes.parameter import of_tensor, set_parameter
+from llmc.runtime.dtypes import BY_NAME
 from llmc.runtime.errors import LlmcError, UnsupportedError
 
 OPSET = 23
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EXAMPLE_TOKENS = 7  # any length but 1; the graph is symbolic in it
 
 
@@ -49,13 +49,13 @@ class Trace:
 
 
 def trace(config: PreTrainedConfig, dtype: str, max_seq_len: int) -> Trace:
-    """Traces the causal language model that `config` describes, computing in `dtype` (a key of DTYPES),
-    whatever dtype the checkpoint is stored in.
+    """Traces the causal language model that `config` describes, computing in `dtype` ("fp32", "fp16" or
+    "bf16"), whatever dtype the checkpoint is stored in.
 
     Raises UnsupportedError, naming the module, where the model does something llmc cannot express.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    model = _fake_model(config, DTYPES[dtype], fake)
+    model = _fake_model(config, getattr(torch, BY_NAME[dtype].numpy), fake)
     tied = {alias: name for alias, name in model.all_tied_weights_keys.items() if alias != name}
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
     with intercept(model, max_seq_len) as interception, _quiet():

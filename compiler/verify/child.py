@@ -1,49 +1,28 @@
-"""The process that `process.py` starts: a task as JSON on stdin; progress, then one JSON object on stdout.
+"""The verification process: it compares an engine with its checkpoint, for `llmc build` and `llmc verify`.
 
-A process of its own keeps a build's memory small, and makes a message of an engine's crash.
+The task is {"prove": a Job} or {"measure": a Question}.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from dataclasses import asdict
-from typing import Any, TextIO
+from typing import Any
 
-from llmc.runtime.errors import LlmcError
-
-_messages: TextIO = sys.stdout
+from llmc.compiler.child_process import Messages, serve
 
 
-def _say(**message: Any) -> None:
-    print(json.dumps(message), file=_messages, flush=True)
+def handle(task: dict[str, Any], messages: Messages) -> dict[str, Any]:
+    """Carry out the task. Its libraries are imported here: importing this module stays cheap."""
+    if "prove" in task:
+        from llmc.compiler.verify.compare import STEPS, compare
+        from llmc.compiler.verify.job import Job
 
-
-def main() -> None:
-    global _messages
-    _messages = os.fdopen(os.dup(1), "w")  # stdout is for messages alone:
-    os.dup2(2, 1)  # what libraries print goes to stderr
-    task = json.load(sys.stdin)
-    try:
-        _say(**_prove(task["prove"]) if "prove" in task else _measure(task["measure"]))
-    except LlmcError as error:
-        _say(error={"kind": type(error).__name__, "message": error.message, "hint": error.hint})
-
-
-def _prove(data: dict[str, Any]) -> dict[str, Any]:
-    from llmc.compiler.verify.compare import STEPS, compare
-    from llmc.compiler.verify.job import Job
-
-    return asdict(compare(Job.from_json(data), lambda done: _say(done=done, total=STEPS)))
-
-
-def _measure(data: dict[str, Any]) -> dict[str, Any]:
+        return asdict(compare(Job.from_json(task["prove"]), lambda done: messages.bar(done, STEPS)))
     from llmc.compiler.verify.job import Question
     from llmc.compiler.verify.measure import measure
 
-    return measure(Question(**data), lambda done, total: _say(done=done, total=total))
+    return measure(Question(**task["measure"]), messages.bar)
 
 
 if __name__ == "__main__":
-    main()
+    serve(handle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,13 +200,9 @@ def _sequences(job: Job) -> list[list[int]]:
     if not tokenizer.is_file():
         sequences = random
     else:
-        from tokenizers import Tokenizer
-
-        encoder = Tokenizer.from_file(str(tokenizer))
-        encoder.no_truncation()
-        encoder.no_padding()
+        encoder = texts.Encoder(tokenizer, job.vocab_size)
         sequences = [
-            [token for token in encoder.encode(text).ids if token < job.vocab_size][:length] or fallback
+            list(chain(*encoder.encode(text)))[:length] or fallback
             for text, length, fallback in zip(TEXTS, lengths, random, strict=True)
         ]
     window = min(job.windows, default=0)

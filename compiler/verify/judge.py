@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.compiler import texts
-from llmc.compiler.child_process import run_child
+from llmc.compiler.child_process import Child
 from llmc.compiler.progress import Progress
 from llmc.compiler.verify.figures import Figures, Threshold, known, recorded, reference_of
 from llmc.compiler.verify.job import Question
@@ -164,7 +164,8 @@ def _measure(
         reference_weights="dequantized" if quantized else "checkpoint",
         kv_dtype=manifest.precision.kv_dtype,
     )
-    return run_child({"measure": asdict(question)}, progress, _OUT_OF_MEMORY)
+    child = Child("llmc.compiler.verify.child", "verification", _OUT_OF_MEMORY)
+    return child.run({"measure": asdict(question)}, progress)
 
 
 def _size_of(checkpoint: Path) -> tuple[int, bool]:

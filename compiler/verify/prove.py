@@ -13,7 +13,7 @@ from typing import Any
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import read_header
-from llmc.compiler.child_process import run_child
+from llmc.compiler.child_process import Child
 from llmc.compiler.plan import BuildPlan
 from llmc.compiler.progress import Progress
 from llmc.compiler.targets.base import ProofFiles
@@ -145,7 +145,8 @@ def _round_up(error: float) -> float:
 
 def compare_in_child(job: Job, progress: Progress) -> Findings:
     """Run the comparison in a process of its own."""
-    found = run_child({"prove": job.to_json()}, progress, "--no-verify builds without the proof")
+    child = Child("llmc.compiler.verify.child", "verification", "--no-verify builds without the proof")
+    found = child.run({"prove": job.to_json()}, progress)
     return Findings(**found)
 
 

@@ -19,13 +19,12 @@ from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.prequantized.dequantize import iter_rows
 from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint, read_quantized
 from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
-from llmc.compiler.checkpoint.safetensors import TensorRef, read_header
+from llmc.compiler.checkpoint.safetensors import CHUNK_BYTES, TensorRef, read_header
 from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
 from llmc.compiler.verify.job import ReferenceWeights
+from llmc.runtime.dtypes import BY_NAME
 from llmc.runtime.errors import BuildError, CheckpointError
 
-_TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_CHUNK_BYTES = 16 << 20
 _NEW_TOKENS = 24
 _HEAD_TOLERANCE = 1e-4  # of the largest logit: the same product, of one row in place of many
 
@@ -37,7 +36,7 @@ class Reference:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):
-            self.model = _load(checkpoint, _TORCH[dtype], weights).eval()
+            self.model = _load(checkpoint, getattr(torch, BY_NAME[dtype].numpy), weights).eval()
         decoder = self.model.get_decoder()
         self._decoder = next(name for name, module in self.model.named_modules() if module is decoder)
 
@@ -226,7 +225,7 @@ def _values(name: str, quantized: QuantizedCheckpoint) -> Iterator[np.ndarray]:
     module = quantized.modules.get(module_name)
     if module is None or last not in ("weight", "bias"):
         ref = quantized.plain.get(name)
-        yield from () if ref is None else ref.iter_chunks(_CHUNK_BYTES)
+        yield from () if ref is None else ref.iter_chunks()
     elif last == "weight":
         yield from _weight(module)
     elif (bias := module.tensors.get("bias")) is not None:
@@ -237,5 +236,5 @@ def _weight(module: QuantizedModule) -> Iterator[np.ndarray]:
     """Yield rows of a dequantized weight. AWQ's factor of the input is multiplied into the columns."""
     scale: TensorRef | None = module.tensors.get("pre_quant_scale")
     columns = np.float32(1) if scale is None else scale.read().astype(np.float32)
-    for rows in iter_rows(module, _CHUNK_BYTES):
+    for rows in iter_rows(module, CHUNK_BYTES):
         yield rows * columns

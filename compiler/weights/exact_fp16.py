@@ -16,14 +16,13 @@ from llmc.compiler.checkpoint.safetensors import TensorRef
 
 _HIGHEST, _LOWEST = 15, -17  # of fp16, where 8 significant bits fit
 _MAGNITUDE, _FRACTION_BITS, _BIAS, _INFINITY = 0x7FFF, 7, 127, 0x7F80  # of bf16
-_CHUNK_BYTES = 16 << 20
 
 
 def exponent(refs: Iterable[TensorRef]) -> int | None:
     """The power of two for bf16 tensors that are one matrix; None where fp16 cannot hold them exactly."""
     largest, smallest = 0, _INFINITY  # magnitudes are in the order of their bits
     for ref in refs:
-        for chunk in ref.iter_chunks(_CHUNK_BYTES):
+        for chunk in ref.iter_chunks():
             bits = chunk.view(np.uint16) & np.uint16(_MAGNITUDE)
             largest = max(largest, int(bits.max(initial=0)))
             # Zeros become the largest number, by wrapping around.

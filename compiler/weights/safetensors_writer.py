@@ -12,53 +12,52 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from llmc.compiler.checkpoint.safetensors import MAX_HEADER_BYTES
+from llmc.runtime.dtypes import DTYPES
 from llmc.runtime.errors import BuildError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 ALIGNMENT = 64
-MAX_HEADER_BYTES = 100_000_000  # the safetensors reader refuses more
 MAX_CHUNK_BYTES = 64 * 2**20
 _PAD = "__pad_"
-
-# fmt: off
-DTYPE_BITS = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
-    "F16": 16, "BF16": 16, "U16": 16, "I16": 16,
-    "F32": 32, "U32": 32, "I32": 32, "F64": 64, "U64": 64, "I64": 64, "C64": 64,
-}
-# fmt: on
 
 Entry = tuple[str, str, Sequence[int]]  # name, safetensors dtype, shape
 Span = tuple[int, int]  # offset from the start of the file, bytes
 
 
 def write_safetensors(
-    path: Path, entries: Iterable[Entry], producer: Callable[[str], Iterable[Buffer]]
+    path: Path,
+    entries: Iterable[Entry],
+    producer: Callable[[str], Iterable[Buffer]],
+    *,
+    alignment: int = ALIGNMENT,
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[str, int, dict[str, Span]]:
-    """Writes `entries` in their order; returns the file's sha256, its size, and where each tensor lies.
+    """Write `entries` in their order. Returns the file's SHA-256, its size, and where each tensor lies.
 
-    `producer(name)` yields the little-endian bytes of one tensor, in any number of C-contiguous
-    buffers; it is called once per entry, in order, and its buffers are not kept. (An `ml_dtypes`
-    array is not a plain buffer: pass `array.view(numpy.uint8)`.) The offsets are those that ONNX
-    external data wants.
+    producer: yields the little-endian bytes of one tensor by its name, in any number of C-contiguous
+        buffers. It is called once per entry, in order, and its buffers are not kept. (An `ml_dtypes`
+        array is not a plain buffer: pass `array.view(numpy.uint8)`.)
+    alignment: of each tensor, in bytes; 1 writes no padding between tensors
+    metadata: the header's `__metadata__`
 
+    The offsets are those that ONNX external data wants.
     Raises BuildError if the entries do not make a valid file, or if a producer yields too many or
     too few bytes; OSError from writing is passed on.
     """
     tensors = list(entries)
-    header, sizes = _header(tensors)
+    header, sizes = _header(tensors, alignment, metadata)
     digest, spans, position = hashlib.sha256(), {}, len(header)
     with open(path, "xb", buffering=0) as file:
         _write(file, digest, header)
         for name, _, _ in tensors:
-            pad = -position % ALIGNMENT
+            pad = -position % alignment
             _write(file, digest, bytes(pad))
             spans[name] = (position + pad, sizes[name])
             position += pad + sizes[name]
@@ -66,9 +65,11 @@ def write_safetensors(
     return digest.hexdigest(), position, spans
 
 
-def _header(tensors: list[Entry]) -> tuple[bytes, dict[str, int]]:
+def _header(
+    tensors: list[Entry], alignment: int, metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, int]]:
     """The header with its length prefix, padded with spaces to the alignment; and each tensor's size."""
-    layout: dict[str, dict[str, object]] = {}
+    layout: dict[str, Mapping[str, object]] = {"__metadata__": metadata} if metadata else {}
     sizes: dict[str, int] = {}
     end = 0
 
@@ -85,11 +86,11 @@ def _header(tensors: list[Entry]) -> tuple[bytes, dict[str, int]]:
         if name in sizes or name.startswith(_PAD) or name in ("", "__metadata__"):
             raise BuildError(f"tensor {name!r}: the name is {'used twice' if name in sizes else 'reserved'}")
         sizes[name] = _nbytes(name, dtype, shape)
-        if pad := -end % ALIGNMENT:
+        if pad := -end % alignment:
             place(f"{_PAD}{end}", "U8", [pad], pad)
         place(name, dtype, shape, sizes[name])
     text = json.dumps(layout, separators=(",", ":")).encode("ascii")
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % max(8, alignment))
     if len(text) > MAX_HEADER_BYTES:
         hint = "spread the tensors over several files"
         raise BuildError(
@@ -99,11 +100,11 @@ def _header(tensors: list[Entry]) -> tuple[bytes, dict[str, int]]:
 
 
 def _nbytes(name: str, dtype: str, shape: Sequence[int]) -> int:
-    if dtype not in DTYPE_BITS:
-        raise BuildError(f"tensor {name!r}: dtype {dtype!r} is none of {', '.join(DTYPE_BITS)}")
+    if dtype not in DTYPES:
+        raise BuildError(f"tensor {name!r}: dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if any(size < 0 for size in shape):
         raise BuildError(f"tensor {name!r}: negative size in shape {list(shape)}")
-    nbits = math.prod(shape) * DTYPE_BITS[dtype]
+    nbits = math.prod(shape) * DTYPES[dtype].bits
     if nbits % 8:
         raise BuildError(f"tensor {name!r}: {dtype} {list(shape)} does not fill whole bytes")
     return nbits // 8

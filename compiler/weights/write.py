@@ -17,19 +17,13 @@ from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.weights.safetensors_writer import Entry, write_safetensors
 from llmc.passes import edit
+from llmc.passes.dtypes import SAFETENSORS
 from llmc.passes.parameter import parameter
+from llmc.runtime.dtypes import FLOATS
 from llmc.runtime.errors import BuildError
 
 WEIGHTS_FILE = "weights/model.safetensors"
-_CHUNK_BYTES = 16 << 20
 _INLINE_BYTES = 1024  # smaller constants (shapes, axes) stay in the graph
-_SAFETENSORS_NAMES = {
-    ir.DataType.FLOAT: "F32",
-    ir.DataType.FLOAT16: "F16",
-    ir.DataType.BFLOAT16: "BF16",
-    ir.DataType.INT64: "I64",
-    ir.DataType.INT32: "I32",
-}
 _NAMES = {
     ir.DataType.FLOAT: "fp32",
     ir.DataType.FLOAT16: "fp16",
@@ -64,7 +58,7 @@ def write_weights(
     def produce(name: str) -> Iterator[memoryview]:
         nonlocal done
         ref = made.get(name)
-        chunks = ref.iter_chunks(_CHUNK_BYTES) if ref else _chunks(by_name[name], tensors)
+        chunks = ref.iter_chunks() if ref else _chunks(by_name[name], tensors)
         for chunk in chunks:
             done += chunk.nbytes
             yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
@@ -110,7 +104,7 @@ def _entry(value: ir.Value, made: Mapping[str, TensorRef]) -> Entry:
     name = str(value.name)
     if ref := made.get(name):
         return name, ref.dtype, ref.shape
-    return name, _SAFETENSORS_NAMES[_dtype(value)], _shape(value)
+    return name, SAFETENSORS[_dtype(value)], _shape(value)
 
 
 def _is_inline(value: ir.Value) -> bool:
@@ -145,13 +139,13 @@ def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.nd
         name, ref = source.tensor, tensors.get(source.tensor)
         if ref is None:
             raise BuildError(f"the graph needs {name}, which the checkpoint lacks")
-        if ref.dtype not in ("F32", "F16", "BF16", "F64"):
+        if ref.dtype not in FLOATS:
             raise BuildError(
                 f"tensor {name} is {ref.dtype}, which llmc cannot convert to {dtype}",
                 "`llmc check CHECKPOINT` says what is wrong with it",
             )
         power = record.exponent
-        for chunk in ref.iter_chunks(_CHUNK_BYTES):
+        for chunk in ref.iter_chunks():
             yield _flat(chunk.astype(np.float32) * np.float32(2.0**power) if power else chunk, dtype, name)
 
 

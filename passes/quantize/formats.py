@@ -33,25 +33,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import ml_dtypes
-import numpy as np
-
+from llmc.runtime.dtypes import DTYPES
 from llmc.runtime.errors import RequestError
 
 INT8_MAX = 127.0
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E4M3_SMALLEST = 2.0**-9  # the smallest subnormal
-
-# safetensors' name of a dtype -> numpy's.
-STORED: Mapping[str, np.dtype] = {
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype(np.float32),
-}
 
 
 @dataclass(frozen=True)
@@ -114,7 +102,7 @@ class Format:
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a weight of `shape`, scales included."""
-        return sum(STORED[dtype].itemsize * math.prod(dims) for dtype, dims in self.layout(shape).values())
+        return sum(DTYPES[dtype].bits // 8 * math.prod(dims) for dtype, dims in self.layout(shape).values())
 
     def bits_per_parameter(self, shape: tuple[int, int]) -> float:
         """Stored bits of one weight, its share of the scales included."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from llmc.passes import edit
+from llmc.passes.dtypes import ONNX
 from llmc.passes.parameter import Parameter, new_parameter, of_tensor
 from llmc.passes.quantize.matrix import QuantizedMatrix
 from llmc.passes.quantize.plan import InputFactors
@@ -22,18 +23,12 @@ CODES = {
     "e4m3": ir.DataType.FLOAT8E4M3FN,
     "e2m1": ir.DataType.FLOAT4E2M1,
 }
-SCALES = {
-    "F32": ir.DataType.FLOAT,
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
-}
 SCALES_OF = {"bf16": "BF16", "fp16": "F16"}  # what TensorRT computes in -> the dtype of its scales
 
 
 def initializer(graph: ir.Graph, record: Parameter, dtype: str, shape: tuple[int, ...]) -> ir.Value:
     """Adds an initializer that is no codes. dtype: in safetensors' names."""
-    return new_parameter(graph, record, ir.Shape(shape), SCALES[dtype])
+    return new_parameter(graph, record, ir.Shape(shape), ONNX[dtype])
 
 
 def dequantize(node: ir.Node, codes: ir.Value, scale: ir.Value, where: dict[str, int], name: str) -> ir.Value:
@@ -48,7 +43,7 @@ def multiplied_input(
     """x times the checkpoint's `factors`, in fp32 unless these have the dtype of x."""
     x, name = edit.operand(node, 0), factors.name
     assert x.dtype is not None
-    same = SCALES[factors.dtype] == x.dtype
+    same = ONNX[factors.dtype] == x.dtype
     first = replace(of_tensor(name, factors.shape), rows=matrix.rows[:1])
     values = initializer(graph, first, factors.dtype if same else "F32", factors.shape)
     wide = x if x.dtype == values.dtype else edit.cast(node, x, ir.DataType.FLOAT, f"{name}.x")

@@ -94,7 +94,7 @@ def test_what_is_refused(first: Path, checkpoint: Callable[[str], Path], tmp_pat
     source, output = checkpoint("llama-tiny"), tmp_path / "x.llmc"
     with pytest.raises(RequestError, match="int4 takes nothing from a table"):
         build(source, output, "int4", calibration=first / "calibration.json")
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RequestError, match=r"cannot read .*nowhere"):
         build(source, output, calibration=tmp_path / "nowhere.txt")
     with pytest.raises(RequestError, match="cannot read"):
         build(source, output, calibration=tmp_path / "nowhere.json")

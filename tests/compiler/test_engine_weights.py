@@ -13,9 +13,10 @@ from llmc.compiler.checkpoint.safetensors import read_header
 from llmc.compiler.quantize.round_to_nearest import quantize
 from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
 from llmc.compiler.weights.safetensors_writer import write_safetensors
-from llmc.passes.quantize.formats import FORMATS, STORED
+from llmc.passes.quantize.formats import FORMATS
+from llmc.runtime.dtypes import numpy_dtype
 
-NAMES = {dtype: name for name, dtype in STORED.items()}
+NAMES = {numpy_dtype(name): name for name in ("I8", "U8", "F8_E4M3", "F16", "BF16", "F32")}
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -50,7 +51,7 @@ def test_the_rows_of_one_of_three_weights(fmt: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 def test_scales_are_used_as_they_are_stored(dtype: str, tmp_path: Path) -> None:
     codes = np.array([[1, -2], [127, 0]], np.int8)
-    scales = np.array([0.1, 0.3]).astype(STORED[dtype])
+    scales = np.array([0.1, 0.3]).astype(numpy_dtype(dtype))
     write(tmp_path / "w.safetensors", {"c": codes, "s": scales})
     stored = EngineWeight(
         "int8", str(tmp_path / "w.safetensors"), {"weight": "c", "weight_scale": "s"}, (0, 2)

@@ -17,7 +17,8 @@ from llmc.compiler.checkpoint.safetensors import read_header
 from llmc.compiler.quantize.round_to_nearest import absmax, dequantize, quantize
 from llmc.compiler.quantize.scales import global_scale, round_up
 from llmc.passes.quantize.elements import E2M1_VALUES, decode, encode, pack, unpack
-from llmc.passes.quantize.formats import FORMATS, STORED, Format, get_format
+from llmc.passes.quantize.formats import FORMATS, Format, get_format
+from llmc.runtime.dtypes import numpy_dtype
 from llmc.runtime.errors import CheckpointError, RequestError, UnsupportedError
 
 TALES = Path(__file__).parents[2] / "model_zoo/llama/tales/model.safetensors"
@@ -135,7 +136,7 @@ def slow_quantize(w: np.ndarray, fmt: Format) -> dict[str, np.ndarray]:
     if fmt.name.startswith("nvfp4"):
         over = abs(w).max() / f32(2688) if w.any() else f32(1)
     shared = abs(w).max() / f32(448) if w.any() else f32(1)
-    scales = np.zeros((rows, columns // size), STORED[fmt.scales])
+    scales = np.zeros((rows, columns // size), numpy_dtype(fmt.scales))
     bits = np.zeros((rows, columns), np.int64)
     for row in range(rows):
         for block in range(columns // size):
@@ -201,7 +202,7 @@ def test_arrays_are_those_of_the_layout(name: str) -> None:
     fmt = FORMATS[name]
     arrays = quantize(matrix(), fmt, "w")
     assert {key: (array.dtype, array.shape) for key, array in arrays.items()} == {
-        key: (STORED[dtype], shape) for key, (dtype, shape) in fmt.layout((5, 256)).items()
+        key: (numpy_dtype(dtype), shape) for key, (dtype, shape) in fmt.layout((5, 256)).items()
     }
     assert sum(array.nbytes for array in arrays.values()) == fmt.nbytes((5, 256))
 
@@ -386,7 +387,7 @@ def test_scales_of_another_dtype(name: str, dtype: str) -> None:
     w = matrix()
     w[3] = 1
     arrays = quantize(w, fmt, "w")
-    assert arrays["weight_scale"].dtype == STORED[dtype]
+    assert arrays["weight_scale"].dtype == numpy_dtype(dtype)
     assert (abs(dequantize(arrays, fmt) - w) <= step_bound(fmt, w, arrays)).all()
 
 

@@ -15,7 +15,8 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmc.compiler.checkpoint.safetensors import DTYPES, TensorRef, read_header
+from llmc.compiler.checkpoint.safetensors import TensorRef, read_header
+from llmc.runtime.dtypes import DTYPES
 from llmc.runtime.errors import CheckpointError
 
 GOOD: dict[str, dict[str, Any]] = {
@@ -66,13 +67,13 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
 
 
 def test_knows_the_sizes_of_the_library(tmp_path: Path) -> None:
-    for dtype, (bits, numpy_dtype) in DTYPES.items():
+    for dtype, (_, bits, numpy_dtype, _) in DTYPES.items():
         entry = {"dtype": dtype, "shape": [2, 8], "data_offsets": [0, 2 * bits]}
         content = file_of({"x": entry}, bytes(2 * bits))
         assert len(safetensors.deserialize(content)) == 1, dtype
         array = read_header(write(tmp_path, content))["x"].read()
         assert array.nbytes == 2 * bits
-        assert array.shape == ((2, 8) if numpy_dtype is not None else (2, bits))
+        assert array.shape == ((2, 8) if numpy_dtype else (2, bits))
 
 
 def test_reads_rows(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The weights writer against the safetensors library, and against itself."""
 
 import hashlib
+import json
 import math
 import resource
 import subprocess
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from llmc.compiler.weights.safetensors_writer import ALIGNMENT, DTYPE_BITS, write_safetensors
+from llmc.compiler.weights.safetensors_writer import ALIGNMENT, write_safetensors
+from llmc.runtime.dtypes import DTYPES
 from llmc.runtime.errors import BuildError
 
 NUMPY = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_}
@@ -73,10 +75,10 @@ def test_two_writes_are_identical(tmp_path):
     assert len(hashes) == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPE_BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_is_known_to_the_library(tmp_path, dtype):
     path, shape = tmp_path / "model.safetensors", (4, 8)
-    nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+    nbytes = math.prod(shape) * DTYPES[dtype].bits // 8
     write_safetensors(path, [("x", dtype, shape)], lambda name: [bytes(nbytes)])
     with safe_open(path, "np") as file:
         assert file.get_slice("x").get_dtype() == dtype
@@ -159,3 +161,23 @@ def test_a_write_that_fails_is_an_oserror(tmp_path):
     )
     assert "OSError: [Errno 27] File too large" in child.stderr
     assert (tmp_path / "w").stat().st_size == 50_000
+
+
+def test_a_file_without_padding_and_with_metadata(tmp_path):
+    """As transformers reads it: nothing but the weights, and their format in the header."""
+    data = {"a": b"abc", "b": b"defgh"}
+    entries = [(name, "U8", [len(value)]) for name, value in data.items()]
+    file = tmp_path / "model.safetensors"
+    _, size, spans = write_safetensors(
+        file, entries, lambda name: [data[name]], alignment=1, metadata={"format": "pt"}
+    )
+    written = file.read_bytes()
+    length = int.from_bytes(written[:8], "little")
+    assert length % 8 == 0
+    assert json.loads(written[8 : 8 + length]) == {
+        "__metadata__": {"format": "pt"},
+        "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "b": {"dtype": "U8", "shape": [5], "data_offsets": [3, 8]},
+    }
+    assert written[8 + length :] == b"abcdefgh"
+    assert (size, spans) == (len(written), {"a": (8 + length, 3), "b": (11 + length, 5)})

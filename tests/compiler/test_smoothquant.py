@@ -23,8 +23,9 @@ from llmc.compiler.targets.tensorrt import build
 from llmc.compiler.targets.tensorrt.target import RTX
 from llmc.compiler.weights.safetensors_writer import write_safetensors
 from llmc.passes.quantize import qdq
-from llmc.passes.quantize.formats import STORED, get_format
+from llmc.passes.quantize.formats import get_format
 from llmc.passes.quantize.matrix import QuantizedMatrix
+from llmc.runtime.dtypes import numpy_dtype
 from llmc.runtime.errors import UnsupportedError
 from support.passes import mark_parameters
 from support.passes import quantize as quantize_graph
@@ -147,7 +148,8 @@ def test_the_stored_factors_are_folded_into_the_weights(
     factor = made.tensors["l.0.a.pre_quant_scale|l.0.b.pre_quant_scale"]
     scale = made.tensors["l.0.a.input_scale|l.0.b.input_scale"]
     assert factor.dtype == scale.dtype == "F32"
-    assert scale.read().astype(STORED[scales]) == scale.read()  # TensorRT multiplies codes by it in 16 bits
+    narrow = scale.read().astype(numpy_dtype(scales))  # TensorRT multiplies codes by it in 16 bits
+    assert narrow == scale.read()
     smoothed = dequantize(arrays, matrix.format)
     exact = np.concatenate(list(weights.values())) / factor.read()
     step = arrays["weight_scale"].astype(np.float32)[:, None]
@@ -178,7 +180,8 @@ def test_smoothing_halves_the_error_of_a_trained_model(
 ) -> None:
     """Of model_zoo/llama/tales, the inputs of down_proj, the hardest: against a fixed strength of 0.5."""
     from llmc.compiler.calibrate.run_layers import layers
-    from llmc.compiler.calibrate.sequences import read_text, sequences
+    from llmc.compiler.calibrate.source import own_text
+    from llmc.compiler.texts import calibration_windows
     from llmc.passes.quantize.fake_quantize import round_int8
 
     tales = Path(__file__).parents[2] / "model_zoo/llama/tales"
@@ -190,7 +193,7 @@ def test_smoothing_halves_the_error_of_a_trained_model(
         w = own[matrix.weights[0]].read().astype(np.float32)
         return float(np.linalg.norm((rounded - x) @ w.T) / np.linalg.norm(x @ w.T))
 
-    ids = sequences(read_text(), tales / "tokenizer.json", 4096, 1024)
+    ids = calibration_windows(own_text(), tales / "tokenizer.json", 4096, 1024)
     for layer in layers(model, own, ids):
         name = f"model.layers.{layer.layer}.mlp.down_proj"
         matrix = QuantizedMatrix((name,), (256,), 704, FORM)

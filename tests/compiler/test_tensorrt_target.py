@@ -449,21 +449,21 @@ MODULES = {"model.layers.1": "wrong", "model.layers.1.mlp.up": "model.layers.1.m
         (
             ["(Cannot compile for target(s) sm75, because the model contains HW-specific datatypes: b16. In"],
             "TensorRT cannot compile bf16 for SM75",
-            "unsupported",
+            UnsupportedError,
         ),
-        (["Error Code 2: OutOfMemory (no further information)"], "TensorRT ran out of memory", "build"),
+        (["Error Code 2: OutOfMemory (no further information)"], "TensorRT ran out of memory", BuildError),
         (
             ["node model.layers.1.mlp.up [Gemm]: shapes"],
             "TensorRT could not build the engine for module model.layers.1.mlp.up_proj: node",
-            "build",
+            BuildError,
         ),
-        ([], "TensorRT could not build the engine: TensorRT gave no reason", "build"),
+        ([], "TensorRT could not build the engine: TensorRT gave no reason", BuildError),
     ],
 )
-def test_explanations(complaints: list[str], message: str, kind: str) -> None:
+def test_explanations(complaints: list[str], message: str, kind: type[Exception]) -> None:
     error = explain(complaints, MODULES)
     assert str(error).startswith(message)
-    assert error.kind == kind
+    assert type(error) is kind
     assert error.hint
 
 

@@ -1,4 +1,4 @@
-"""The calibration text as token ids: windows, special tokens, vocabularies, and files that are no text."""
+"""Texts as windows of token ids: special tokens, vocabularies, and files that are no text."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from llmc.compiler.calibrate.sequences import MAX_TOKENS, read_text, sequences
+from llmc.compiler.calibrate.source import own_text
+from llmc.compiler.texts import CALIBRATION_TOKENS, calibration_windows, read_text
 from llmc.runtime.errors import CheckpointError, RequestError
 
 TALES = Path(__file__).parents[2] / "model_zoo/llama/tales/tokenizer.json"
 
 
 def test_the_text_that_comes_with_llmc() -> None:
-    text = read_text()
+    text = own_text()
     assert 2500 < len(text.split()) < 4000
     assert {"FOX", "DUKE:", "def", "litres"} <= set(text.split())  # tale, verse, code, figures
-    windows = sequences(text, TALES, 4096, 1024)
+    windows = calibration_windows(text, TALES, 4096, 1024)
     assert sum(map(len, windows)) > 4000
     encoder = Tokenizer.from_file(str(TALES))
     assert encoder.decode([token for ids in windows for token in ids]) == text  # all of it, in order
@@ -26,7 +27,7 @@ def test_the_text_that_comes_with_llmc() -> None:
 
 def test_windows_begin_as_prompts_do(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = checkpoint("llama-tiny") / "tokenizer.json"  # it puts 256 first
-    windows = sequences("the king and the queen " * 400, tokenizer, 320, 100, max_tokens=450)
+    windows = calibration_windows("the king and the queen " * 400, tokenizer, 320, 100, max_tokens=450)
     assert [len(ids) for ids in windows] == [100, 100, 100, 100, 50]
     assert all(ids.count(256) == 1 and ids[0] == 256 for ids in windows)
     encoder = Tokenizer.from_file(str(tokenizer))
@@ -38,16 +39,18 @@ def test_windows_begin_as_prompts_do(checkpoint: Callable[[str], Path]) -> None:
 def test_windows_from_all_parts_of_a_longer_text(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = checkpoint("llama-tiny") / "tokenizer.json"  # it puts 256 first
     parts = [f"{letter} " * 10_000 for letter in "abcd"]
-    first = sequences("".join(parts), tokenizer, 320, 1024)
-    windows = sequences("".join(parts), tokenizer, 320, 1024, all_parts=True)
+    first = calibration_windows("".join(parts), tokenizer, 320, 1024)
+    windows = calibration_windows("".join(parts), tokenizer, 320, 1024, all_parts=True)
     assert len(windows) == len(first) == 32
-    assert MAX_TOKENS - 256 < sum(map(len, windows)) <= MAX_TOKENS
+    assert CALIBRATION_TOKENS - 256 < sum(map(len, windows)) <= CALIBRATION_TOKENS
     assert all(ids[0] == 256 for ids in windows)
     encoder = Tokenizer.from_file(str(tokenizer))
     assert [encoder.decode(ids).split()[1] for ids in windows[::8]] == ["a", "b", "c", "d"]
     assert {encoder.decode(ids).split()[1] for ids in first} == {"a"}
     short = parts[0][:8000]
-    assert sequences(short, tokenizer, 320, 1024, all_parts=True) == sequences(short, tokenizer, 320, 1024)
+    assert calibration_windows(short, tokenizer, 320, 1024, all_parts=True) == calibration_windows(
+        short, tokenizer, 320, 1024
+    )
 
 
 def test_truncation_and_padding_of_the_tokenizer_are_left_out(tmp_path: Path) -> None:
@@ -55,54 +58,63 @@ def test_truncation_and_padding_of_the_tokenizer_are_left_out(tmp_path: Path) ->
     encoder.enable_truncation(16)
     encoder.enable_padding(length=100_000)
     encoder.save(str(tmp_path / "tokenizer.json"))
-    text = read_text()
-    assert sequences(text, tmp_path / "tokenizer.json", 4096, 1024) == sequences(text, TALES, 4096, 1024)
+    text = own_text()
+    assert calibration_windows(text, tmp_path / "tokenizer.json", 4096, 1024) == calibration_windows(
+        text, TALES, 4096, 1024
+    )
 
 
 def test_no_window_is_longer_than_the_context_or_256(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = checkpoint("qwen3-tiny") / "tokenizer.json"
-    assert max(map(len, sequences(read_text(), tokenizer, 320, 4096))) == 256
-    assert max(map(len, sequences(read_text(), tokenizer, 320, 7))) == 7
-    assert sum(map(len, sequences(read_text(), tokenizer, 320, 4096))) == MAX_TOKENS
+    assert max(map(len, calibration_windows(own_text(), tokenizer, 320, 4096))) == 256
+    assert max(map(len, calibration_windows(own_text(), tokenizer, 320, 7))) == 7
+    assert sum(map(len, calibration_windows(own_text(), tokenizer, 320, 4096))) == CALIBRATION_TOKENS
 
 
 def test_ids_that_the_model_lacks_are_left_out() -> None:
-    windows = sequences(read_text(), TALES, 300, 1024)
+    windows = calibration_windows(own_text(), TALES, 300, 1024)
     assert windows
     assert max(token for ids in windows for token in ids) < 300
     with pytest.raises(CheckpointError, match="no token of the calibration text"):
-        sequences("Z", TALES, 5, 1024)
+        calibration_windows("Z", TALES, 5, 1024)
 
 
 def test_without_a_tokenizer_the_ids_are_random_and_the_same_each_time() -> None:
-    windows = sequences("", None, 1000, 64)
-    assert windows == sequences("other", None, 1000, 64)
+    windows = calibration_windows("", None, 1000, 64)
+    assert windows == calibration_windows("other", None, 1000, 64)
     assert {len(ids) for ids in windows} == {64}
     ids = [token for window in windows for token in window]
-    assert len(ids) == MAX_TOKENS
+    assert len(ids) == CALIBRATION_TOKENS
     assert 0 <= min(ids) < 20 < 980 < max(ids) < 1000
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "message", "hint"),
     [
-        (b"", "is empty"),
-        (b" \n\t\n", "is empty"),
-        (b"caf\xe9", r"is not UTF-8 \(byte 3\)"),
-        (None, "cannot be read"),
+        (b"", "has no text", "plain text"),
+        (b" \n\t\n", "has no text", "plain text"),
+        (b"caf\xe9", "is not UTF-8: unexpected end of data at byte 3", "iconv -f ENCODING"),
+        (None, "cannot read", "check the path"),
     ],
 )
-def test_files_that_are_no_text_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_files_that_are_no_text_are_refused(
+    tmp_path: Path, content: bytes | None, message: str, hint: str
+) -> None:
     file = tmp_path / "text.txt"
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(RequestError, match=message) as raised:
         read_text(file)
-    assert "UTF-8 text" in raised.value.hint
+    assert hint in raised.value.hint
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9\n")
+    assert read_text(tmp_path / "text.txt") == "caf\u00e9\n"
 
 
 def test_a_damaged_tokenizer_is_an_error_with_its_path(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used"):
-        sequences("a text", file, 100, 64)
+        calibration_windows("a text", file, 100, 64)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmc.compiler import texts
-from llmc.compiler.child_process import run_child
+from llmc.compiler.child_process import Child
 from llmc.compiler.progress import Silent
 from llmc.compiler.verify import difference, loss, prove
 from llmc.compiler.verify.difference import DifferenceMeter
@@ -134,8 +134,9 @@ def test_what_the_child_refuses_is_an_error_here(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     words = tokenizer(tmp_path / "t.json", begin=False)
     question = Question("", "openvino", 256, 800, str(words), str(tmp_path / "a.txt"), "", 1e-4)
+    child = Child("llmc.compiler.verify.child", "verification", "more memory")
     with pytest.raises(RequestError, match="too few tokens: 1") as error:
-        run_child({"measure": asdict(question)}, Silent(), "more memory")
+        child.run({"measure": asdict(question)}, Silent())
     assert error.value.hint == "give a longer one"
 
 

@@ -21,9 +21,10 @@ from llmc.compiler.weights.safetensors_writer import write_safetensors
 from llmc.passes.canonicalize.fuse_linears import FuseLinears
 from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
 from llmc.passes.quantize import qdq
-from llmc.passes.quantize.formats import FORMATS, STORED, Format
+from llmc.passes.quantize.formats import FORMATS, Format
 from llmc.passes.quantize.matrix import QuantizedMatrix
 from llmc.plugins.round_fp4 import body as round_fp4
+from llmc.runtime.dtypes import numpy_dtype
 from support.linears import COLUMNS, NUMPY, ROWS, TOLERANCE, two_linears
 from support.passes import oracle_graph, quantize
 
@@ -143,5 +144,5 @@ def test_codes_are_those_of_the_matrix_quantized_whole(
     whole = np.concatenate([ref.read() for ref in checkpoint.values()])
     codes = made.tensors[matrix.initializer("weight")].read()
     scale = made.tensors[matrix.initializer("weight_scale")].read()
-    assert np.array_equal(scale, (np.abs(whole).max(1) / np.float32(127)).astype(STORED["F32"]))
+    assert np.array_equal(scale, (np.abs(whole).max(1) / np.float32(127)).astype(numpy_dtype("F32")))
     assert np.array_equal(codes, np.rint(whole / scale[:, None]).astype(np.int8))

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmc.compiler.checkpoint.check.check import check_checkpoint
 from llmc.compiler.checkpoint.finding import KINDS, Finding
-from llmc.compiler.checkpoint.safetensors import DTYPES
+from llmc.runtime.dtypes import BY_NUMPY
 
 E4M3, E2M1, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn, ml_dtypes.bfloat16
 HIDDEN, INTERMEDIATE, KV = 192, 320, 64  # one and a half, and two and a half, blocks of 128
@@ -325,12 +325,11 @@ class Written:
 
 
 def save(file: Path, tensors: Tensors) -> None:
-    names = {np.dtype(dtype): name for name, (_, dtype) in DTYPES.items() if dtype is not None}
     header, end = {}, 0
     for name, value in tensors.items():
         begin, end = end, end + value.nbytes
-        entry = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
-        header[name] = entry
+        dtype = BY_NUMPY[value.dtype.name].safetensors
+        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     data = b"".join(np.ascontiguousarray(value).tobytes() for value in tensors.values())
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)

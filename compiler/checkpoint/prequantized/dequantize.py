@@ -18,12 +18,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
-from llmc.compiler.checkpoint.prequantized.packing import (
-    E2M1,
-    unpack_int4_along_out,
-    unpack_int32,
-    unpack_nibbles,
-)
+from llmc.compiler.checkpoint.prequantized.packing import unpack_int4_along_out, unpack_int32
+from llmc.passes.quantize.elements import decode, unpack
 
 
 def dequantize(module: QuantizedModule, rows: slice | None = None) -> np.ndarray:
@@ -55,7 +51,7 @@ def _codes(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
         return unpack_int4_along_out(pairs)[first % 2 :][: stop - first].astype(np.float32)
     stored = weight.read(slice(first, stop))
     if module.format == "nvfp4":
-        return E2M1[unpack_nibbles(stored)]
+        return decode(unpack(stored, "e2m1"), "e2m1")
     if module.format in ("int4-packed", "int8-packed"):
         return unpack_int32(stored, code_bits(module), columns).astype(np.float32)
     return stored.astype(np.float32)

@@ -16,13 +16,13 @@ from llmc.compiler.checkpoint.prequantized.read_config import read_claims
 from llmc.compiler.checkpoint.prequantized.recognize import is_quantized, recognize
 from llmc.compiler.checkpoint.prequantized.scheme import DeclaredSchemes
 from llmc.compiler.checkpoint.safetensors import TensorRef
+from llmc.runtime.dtypes import FLOATS
 
 _IGNORED = re.compile("|".join(f"(?:{pattern})" for pattern in IGNORED_EXTRAS))
 _SCALE_LIKE = re.compile(
     r"(weight|input|output)_.*(scale|zero_point).*|weight_(packed|shape|g_idx)|pre_quant_scale"
     r"|qweight|qzeros|scales|g_idx|svdquant_.*"
 )
-_PLAIN = ("F64", "F32", "F16", "BF16")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
@@ -96,7 +96,7 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
         else:
             broken.add(name)
     for name, ref in others.items():
-        if ref.dtype in _PLAIN and name.rpartition(".")[0] not in modules and not _auxiliary(name):
+        if ref.dtype in FLOATS and name.rpartition(".")[0] not in modules and not _auxiliary(name):
             plain[name] = ref
         elif not _IGNORED.fullmatch(name):
             buffer = ref.dtype in ("BOOL", "I64") and not _auxiliary(name)

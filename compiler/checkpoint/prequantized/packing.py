@@ -1,23 +1,10 @@
-"""Codes of 4 and 8 bits, unpacked from bytes. The layouts are those of the checkpoints, not of engines.
-
-E2M1: OCP Microscaling Formats 1.0, section 5.3.3. Packing: NVIDIA ModelOpt's unified export and
-compressed-tensors' `nvfp4-pack-quantized` and `pack-quantized`.
-"""
+"""Unpack the 4- and 8-bit codes of checkpoints, in the layouts of ModelOpt's AWQ and compressed-tensors."""
 
 from __future__ import annotations
 
 import numpy as np
 
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1 = np.array([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], np.float32)  # bit 3 is the sign
-
-
-def unpack_nibbles(packed: np.ndarray) -> np.ndarray:
-    """uint8 [rows, n] -> uint8 [rows, 2n] of 0..15: the low nibble of a byte comes first."""
-    codes = np.empty((*packed.shape, 2), np.uint8)
-    np.bitwise_and(packed, 15, out=codes[..., 0])
-    np.right_shift(packed, 4, out=codes[..., 1])
-    return codes.reshape(packed.shape[0], -1)
+from llmc.passes.quantize.elements import unpack
 
 
 def unpack_int4_along_out(packed: np.ndarray) -> np.ndarray:
@@ -35,5 +22,5 @@ def unpack_int32(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
     The first value is in the lowest bits, and is stored with an offset of 2 ** (bits - 1).
     """
     data = np.ascontiguousarray(packed, "<i4").view(np.uint8)
-    codes = unpack_nibbles(data) if bits == 4 else data
+    codes = unpack(data, "e2m1") if bits == 4 else data
     return (codes[:, :columns].astype(np.int16) - (1 << (bits - 1))).astype(np.int8)

@@ -1,44 +1,47 @@
-"""Builds a TensorRT engine from an ONNX file in a process of its own; `tensorrt_child.py` is that process.
+"""Build a TensorRT engine from an ONNX file in a process of its own; `child.py` is that process.
 
-A TensorRT build can abort the process it runs in, and needs about three times the weights in memory, which
-only the end of a process gives back. What `tensorrt-rtx` and `tensorrt` share is here.
+A TensorRT build can abort its process, and it needs about three times the weights in memory, which only the
+end of a process gives back. The targets `tensorrt-rtx` and `tensorrt` share this file.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from llmc.compiler.child_process import Child
 from llmc.compiler.progress import Progress
+from llmc.compiler.targets.tensorrt.errors import REPORT
 from llmc.passes import edit
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE, STEP_INPUTS
-from llmc.runtime.errors import BuildError, UnsupportedError
+from llmc.runtime.errors import BuildError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # shapes at least, at best, at most
+Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, best and largest shape
 _INT32_MAX = 2**31 - 1
 _FIRST_AXIS = {"input_ids": "T", "position_ids": "T", "logits_index": "N", **STEP_INPUTS}  # of the inputs
-_KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TEMP", "TMPDIR")
+_KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "SYSTEMROOT", "TEMP", "TMPDIR")
 _WORK_PATH_LENGTH = 120  # of characters, where the temporary directory's path is shorter than that
-_ERRORS = {"unsupported": UnsupportedError, "build": BuildError}
+_CHILD = Child(
+    "llmc.compiler.targets.tensorrt.child",
+    "TensorRT",
+    out_of_memory="a build takes about 2.5 times the size of the weights",
+    crashed=f"TensorRT itself crashed; {REPORT}",
+)
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What a step of the engine may hold at most; the memory for activations grows with max_tokens.
+    """The largest step of the engine. The memory for activations grows with `max_tokens`.
 
-    One profile from 1 to these covers prefill and decode: a second one, with static shapes, doubles the
-    weights in the engine.
+    One optimization profile from 1 to these limits covers prefill and decode. A second one, with static
+    shapes, would double the weights in the engine.
     """
 
     max_seq_len: int
@@ -49,7 +52,14 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class EngineJob:
-    """What the child is asked to build. No compute capability: the library's portable engine."""
+    """The task of the child.
+
+    library: the Python package, tensorrt or tensorrt_rtx
+    onnx: the graph file, with its weights beside it
+    plan: the engine file to write
+    profile: graph input -> its smallest, best and largest shape
+    compute_capabilities: the GPUs to build for, such as 89; none: the library's portable engine
+    """
 
     library: str
     onnx: str
@@ -60,7 +70,14 @@ class EngineJob:
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """What the child built. `attention_layers`: plugin nodes; `peak_bytes`: the child's memory."""
+    """The result of the child.
+
+    plan_bytes, plan_sha256: size and hash of the engine file
+    attention_layers: the number of plugin nodes in the network
+    library_version: the version of TensorRT
+    seconds: phase -> its duration
+    peak_bytes: the largest memory use of the child
+    """
 
     plan_bytes: int
     plan_sha256: str
@@ -71,12 +88,12 @@ class BuiltEngine:
 
 
 def memory_needed(weight_bytes: int) -> int:
-    """Bytes that a build takes at its peak, for 16-bit weights (measured with Qwen3-0.6B's shape)."""
+    """The peak memory of a build in bytes, for 16-bit weights (measured with Qwen3-0.6B's shape)."""
     return (300 << 20) + int(2.2 * weight_bytes)
 
 
 def profile(model: ir.Model, limits: EngineLimits) -> dict[str, Range]:
-    """Graph input -> its shapes at least, at best, at most. Raises BuildError for an unknown input."""
+    """Graph input -> its smallest, best and largest shape. Raises BuildError for an unknown input."""
     tables = limits.max_sequences * -(-limits.max_seq_len // BLOCK_SIZE)
     most = {
         "T": limits.max_tokens,
@@ -104,7 +121,7 @@ def profile(model: ir.Model, limits: EngineLimits) -> dict[str, Range]:
 
 
 def _blocks(cache: ir.Value) -> int:
-    """The most blocks that a cache can have: TensorRT counts a tensor's elements in 32 bits."""
+    """The largest number of blocks of a KV cache: TensorRT counts a tensor's elements in 32 bits."""
     size = 1
     for dim in list(cache.shape or [])[1:]:
         size *= int(dim)  # type: ignore[arg-type]
@@ -112,15 +129,15 @@ def _blocks(cache: ir.Value) -> int:
 
 
 def is_installed(library: str) -> bool:
-    """Whether `import library` would find TensorRT, without loading its 200 MB."""
+    """Tell whether `import library` would find TensorRT, without loading its 200 MB."""
     return importlib.util.find_spec(library) is not None
 
 
 def build(job: EngineJob, progress: Progress) -> BuiltEngine:
-    """Builds the engine file `job.plan`.
+    """Build the engine file `job.plan`. A failed build leaves no file.
 
-    Raises UnsupportedError for what this TensorRT cannot build, and BuildError when the build breaks; a
-    failed build leaves no file.
+    Raises UnsupportedError for a model or GPU that this TensorRT does not support, and BuildError if the
+    build fails.
     """
     with tempfile.TemporaryDirectory(prefix="llmc-tensorrt-") as scratch:
         try:
@@ -131,55 +148,16 @@ def build(job: EngineJob, progress: Progress) -> BuiltEngine:
 
 
 def _run_child(job: EngineJob, progress: Progress, scratch: Path) -> BuiltEngine:
-    result: dict[str, Any] | None = None
-    failure: dict[str, str] | None = None
     work = _work_directory(scratch, graph=Path(job.onnx).parent, engine=Path(job.plan).parent)
     near = replace(job, onnx=f"graph/{Path(job.onnx).name}", plan=f"engine/{Path(job.plan).name}")
-    with open(scratch / "stderr", "w+b") as complaints:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "llmc.compiler.targets.tensorrt.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            text=True,
-            env=_environment(job.library, scratch),
-            cwd=work,
-        )
-        assert child.stdin and child.stdout
-        try:
-            with child.stdin as stdin:
-                stdin.write(json.dumps(asdict(near)))
-            for line in child.stdout:
-                message = json.loads(line)
-                if "done" in message:
-                    progress.bar(message["done"], message["total"])
-                elif "note" in message:
-                    progress.note(message["note"])
-                elif "error" in message:
-                    failure = message
-                else:
-                    result = message
-            code = child.wait()
-        except BrokenPipeError:
-            code = child.wait()
-        finally:
-            child.kill()
-            child.wait()
-            child.stdout.close()
-        complaints.seek(0)
-        last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
-    if failure is not None:
-        raise _ERRORS[failure["kind"]](failure["error"], failure["hint"])
-    if code != 0 or result is None:
-        raise _death(code, last[0] if last else "no message")
-    return BuiltEngine(**result)
+    return BuiltEngine(**_CHILD.run(asdict(near), progress, _environment(job.library, scratch), work))
 
 
 def _work_directory(scratch: Path, **links: Path) -> Path:
-    """A directory with these links, whose own path has the same length wherever the bundle is written.
+    """Make a directory with these links, whose path has the same length wherever the bundle is written.
 
     The lengths of paths that TensorRT handles move addresses, and addresses show in the engine
-    (`tensorrt_child._fix_addresses`): of 200 lengths of a bundle's path, about one in ten gave other bytes.
+    (`child._fix_addresses`): of 200 lengths of a bundle's path, about one in ten gave other bytes.
     """
     work = scratch / "_".ljust(_WORK_PATH_LENGTH - len(str(scratch)) - 1, "_")
     work.mkdir()
@@ -188,29 +166,15 @@ def _work_directory(scratch: Path, **links: Path) -> Path:
     return work
 
 
-def _death(code: int, last: str) -> BuildError:
-    if code < 0:
-        memory = -code == signal.SIGKILL
-        return BuildError(
-            f"the TensorRT process was killed by signal {-code} ({signal.strsignal(-code)}): {last}",
-            "it may have run out of memory: a build takes about 2.5 times the size of the weights"
-            if memory
-            else "TensorRT itself crashed; please report this with the model's config.json",
-        )
-    return BuildError(f"the TensorRT process failed with exit code {code}: {last}", "please report this")
-
-
 def _environment(library: str, scratch: Path) -> dict[str, str]:
-    """The child's environment: little of ours, because its size moves addresses, and they show in the engine
-    (`tensorrt_child._fix_addresses`).
+    """The child's environment. It is small, because its size moves addresses, and they show in the engine
+    (`child._fix_addresses`).
 
-    RTX's parser opens `libtensorrt_rtx.so` by that name as soon as a graph has a plugin, and aborts when it
-    is not found; its wheel (1.7.1) brings `libtensorrt_rtx.so.1` only.
+    RTX's parser opens `libtensorrt_rtx.so` by that name for a graph with a plugin, and aborts if it is not
+    found. The wheel (1.7.1) has `libtensorrt_rtx.so.1` only.
     """
     environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    environment |= {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1"}
-    if path := os.environ.get("PYTHONPATH"):
-        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
+    environment["PYTHONHASHSEED"] = "0"
     packaged = importlib.util.find_spec(f"{library}_libs")
     for place in (packaged.submodule_search_locations or []) if packaged else []:
         versioned, plain = Path(place, f"lib{library}.so.1"), scratch / f"lib{library}.so"

@@ -1,47 +1,28 @@
-"""The process that `tensorrt_build.py` starts: an EngineJob as JSON on stdin, JSON lines on stdout.
-
-{"done", "total"}            how far the build is
-{"note"}                     a warning worth reading
-{"error", "hint", "kind"}    why it failed, in llmc's words; then exit code 1
-{"plan_bytes", ...}          a BuiltEngine; then exit code 0
-"""
+"""The process that `build.py` starts: its task is an EngineJob, its result a BuiltEngine."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
 import importlib
-import json
 import os
 import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from llmc.compiler.child_process import Messages, serve
 from llmc.compiler.targets.tensorrt.build import BuiltEngine, EngineJob
-from llmc.compiler.targets.tensorrt.errors import REPORT, EngineError, explain
+from llmc.compiler.targets.tensorrt.errors import REPORT, explain
 from llmc.compiler.targets.tensorrt.mapped_pages import kept_small
 from llmc.plugins.paged_attention.tensorrt_plugin import NAMESPACE, make_plugin
+from llmc.runtime.errors import BuildError, UnsupportedError
 
 _STEPS = 1000
 _ADDR_NO_RANDOMIZE, _ASK = 0x0040000, 0xFFFFFFFF  # personality(2)
-
-
-class _Protocol:
-    """JSON lines on the real stdout; whatever libraries print goes to stderr instead."""
-
-    def __init__(self) -> None:
-        self._file = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
-        self._lock = threading.Lock()
-
-    def say(self, **message: Any) -> None:
-        with self._lock:
-            self._file.write(json.dumps(message) + "\n")
-            self._file.flush()
 
 
 def _logger(trt: Any) -> Any:
@@ -58,9 +39,9 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
-def _monitor(trt: Any, say: Callable[..., None]) -> Any:
+def _monitor(trt: Any, messages: Messages) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """Phases nest; a step of a phase counts as far as the phase inside it has come."""
+        """Phases nest: the unfinished step of a phase counts by the progress of the phase inside it."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -81,9 +62,9 @@ def _monitor(trt: Any, say: Callable[..., None]) -> Any:
                     return True
                 self._said = now
             try:
-                say(done=now, total=_STEPS)
+                messages.bar(now, _STEPS)
             except OSError:
-                return False  # the parent is gone: nobody wants this engine
+                return False  # the parent is gone: stop the build
             return True
 
         def phase_finish(self, name: str) -> None:
@@ -102,7 +83,7 @@ def _monitor(trt: Any, say: Callable[..., None]) -> Any:
 
 def _writer(trt: Any, path: str) -> Any:
     class Writer(trt.IStreamWriter):
-        """The engine goes to the file as it is made: memory never holds it whole."""
+        """Writes the engine to the file in pieces: memory never holds it whole."""
 
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
@@ -121,13 +102,13 @@ def _writer(trt: Any, path: str) -> Any:
 
 
 def _modules(path: str) -> dict[str, str]:
-    """Node name -> module. Raises EngineError for a file that is no ONNX model."""
+    """Node name -> module. Raises BuildError for a file that is no ONNX model."""
     import onnx
 
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except Exception as error:  # protobuf's own kinds
-        raise EngineError(
+        raise BuildError(
             f"the graph file {os.path.basename(path)} is damaged: {error}", "build again"
         ) from error
     return {
@@ -144,7 +125,7 @@ def _parse(parser: Any, path: str, modules: Mapping[str, str]) -> None:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     for error in errors:
         if name := error.node_name():
-            raise EngineError(
+            raise BuildError(
                 f"TensorRT's parser refuses operator {error.node_operator()} of module "
                 f"{modules.get(name, name)}: {error.desc()}",
                 REPORT,
@@ -161,18 +142,16 @@ def _configure(trt: Any, builder: Any, job: EngineJob) -> Any:
         config.num_compute_capabilities = len(job.compute_capabilities)
     for index, sm in enumerate(job.compute_capabilities):
         if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index):
-            raise EngineError(
-                f"this TensorRT builds no engine for SM{sm}", "leave it out of --sm", "unsupported"
-            )
+            raise UnsupportedError(f"this TensorRT builds no engine for SM{sm}", "leave it out of --sm")
     shapes = builder.create_optimization_profile()
     for name, (least, best, most) in job.profile.items():
         shapes.set_shape(name, tuple(least), tuple(best), tuple(most))
     if config.add_optimization_profile(shapes) < 0:
-        raise EngineError("TensorRT refuses the range of shapes", REPORT)
+        raise BuildError("TensorRT refuses the range of shapes", REPORT)
     return config
 
 
-def _build(job: EngineJob, say: Callable[..., None]) -> BuiltEngine:
+def _build(job: EngineJob, messages: Messages) -> BuiltEngine:
     trt = importlib.import_module(job.library)
     modules = _modules(job.onnx)
     logger, creator = _logger(trt), make_plugin(trt)
@@ -184,7 +163,7 @@ def _build(job: EngineJob, say: Callable[..., None]) -> BuiltEngine:
     _parse(trt.OnnxParser(network, logger), job.onnx, modules)
     parsed = time.perf_counter()
     config = _configure(trt, builder, job)
-    monitor = _monitor(trt, say)  # lives as long as the build, like the creator
+    monitor = _monitor(trt, messages)  # lives as long as the build, like the creator
     config.progress_monitor = monitor
     writer = _writer(trt, job.plan)
     try:
@@ -193,10 +172,10 @@ def _build(job: EngineJob, say: Callable[..., None]) -> BuiltEngine:
     except OSError as error:  # from the file's last bytes; those before are in writer.error
         built, writer.error = False, writer.error or str(error.strerror)
     if writer.error:
-        raise EngineError(f"cannot write the engine: {writer.error}", "make room on the disk")
+        raise BuildError(f"cannot write the engine: {writer.error}", "make room on the disk")
     if not built:
         raise explain(logger.errors, modules)
-    say(done=_STEPS, total=_STEPS)  # TensorRT skips the last steps of its own count
+    messages.bar(_STEPS, _STEPS)  # TensorRT skips the last steps of its own count
     plugins = sum(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers))
     return BuiltEngine(
         plan_bytes=os.path.getsize(job.plan),
@@ -209,11 +188,11 @@ def _build(job: EngineJob, say: Callable[..., None]) -> BuiltEngine:
 
 
 def _fix_addresses() -> None:
-    """Starts this process again without address randomization, where Linux lets it.
+    """Start this process again without address randomization, if Linux allows it.
 
     TensorRT-RTX 1.7.1 numbers symbolic dimensions in the order of memory addresses, and the numbers are in
-    the engine: with random addresses, no two builds are the same bytes (they compute the same). For the same
-    reason the graph names one dimension only (`tensorrt_lower`).
+    the engine. With random addresses, two builds compute the same but differ in their bytes. For the same
+    reason the lowered graph names one dimension only.
     """
     try:
         personality = ctypes.CDLL(None).personality
@@ -227,17 +206,10 @@ def _fix_addresses() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "llmc.compiler.targets.tensorrt.child"])
 
 
-def main() -> int:
-    protocol = _Protocol()
-    try:
-        engine = _build(EngineJob(**json.load(sys.stdin)), protocol.say)
-    except EngineError as error:
-        protocol.say(error=str(error), hint=error.hint, kind=error.kind)
-        return 1
-    protocol.say(**asdict(engine))
-    return 0
+def _handle(task: dict[str, Any], messages: Messages) -> dict[str, Any]:
+    return asdict(_build(EngineJob(**task), messages))
 
 
 if __name__ == "__main__":
     _fix_addresses()
-    sys.exit(main())
+    serve(_handle)

@@ -1,37 +1,34 @@
-"""What TensorRT's messages mean, in llmc's words: a fact, and the way out."""
+"""Translate TensorRT's messages into llmc's errors."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 
+from llmc.runtime.errors import BuildError, LlmcError, UnsupportedError
+
 _DTYPES = {"b16": "bf16", "f16": "fp16", "f8e4m3": "fp8", "fp4_e2m1": "fp4"}  # TensorRT's names -> ours
 REPORT = "please report this with the model's config.json"
 
 
-class EngineError(Exception):
-    """`kind` is a key of `tensorrt_build._ERRORS`."""
+def explain(complaints: Iterable[str], modules: Mapping[str, str]) -> LlmcError:
+    """The error that TensorRT's messages amount to: a BuildError or an UnsupportedError.
 
-    def __init__(self, message: str, hint: str, kind: str = "build") -> None:
-        super().__init__(message)
-        self.hint, self.kind = hint, kind
-
-
-def explain(complaints: Iterable[str], modules: Mapping[str, str]) -> EngineError:
-    """What TensorRT's messages mean. `modules`: node name -> module of the checkpoint."""
+    complaints: the messages, in their order
+    modules: node name -> module of the checkpoint
+    """
     lines = [line.strip() for line in complaints if line.strip()]
     text = "\n".join(lines)
     if found := re.search(
         r"Cannot compile for target\(s\) ([\w, ]+?),? because.*?datatypes: ([\w, ]+)", text
     ):
         gpus, dtypes = found[1].upper(), ", ".join(_DTYPES.get(d, d) for d in re.findall(r"\w+", found[2]))
-        return EngineError(
+        return UnsupportedError(
             f"TensorRT cannot compile {dtypes} for {gpus}",
             "leave this GPU out of --sm, or build with another --dtype",
-            "unsupported",
         )
     if re.search(r"out of memory|bad_alloc|OutOfMemory", text, re.IGNORECASE):
-        return EngineError(
+        return BuildError(
             "TensorRT ran out of memory", "a build takes about 2.5 times the size of the weights"
         )
     first = lines[0] if lines else "TensorRT gave no reason"
@@ -41,4 +38,4 @@ def explain(complaints: Iterable[str], modules: Mapping[str, str]) -> EngineErro
         default="",
     )
     where = f" for module {modules[named]}" if named else ""
-    return EngineError(f"TensorRT could not build the engine{where}: {first}", REPORT)
+    return BuildError(f"TensorRT could not build the engine{where}: {first}", REPORT)
