@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc.plugins.paged_attention import spec
-from llmc.plugins.paged_attention.cuda_kernels import AttentionLauncher, CudaError, KernelImage, Kernels
+from llmc.plugins.cuda.driver import CudaError
+from llmc.plugins.cuda.kernel import KernelImage, Kernels
+from llmc.plugins.paged_attention import launch, spec
+from llmc.plugins.paged_attention.launcher import AttentionLauncher
 from llmc.plugins.sampling.launch import MAX_K, MAX_VOCAB
 from llmc.runtime.backends.base import Candidates
 from llmc.runtime.backends.tensorrt import checks, sizes
@@ -60,7 +62,7 @@ class TensorRtBackend:
         cuda = self._cuda = Cuda()
         self._owned.callback(cuda.close)  # freed in reverse: graphs, contexts, engine, kernels, memory
         chosen = checks.choose_kernels(manifest.gpu.kernels, device)
-        kernels = Kernels(_image(directory, file) for file in chosen)
+        kernels = Kernels((_image(directory, file) for file in chosen), launch.ARGUMENTS)
         self._owned.callback(kernels.close)
         engine = self._engine = LoadedEngine(
             checks.MODULES[manifest.target.engine], directory / manifest.engines[0].file

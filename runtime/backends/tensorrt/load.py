@@ -48,7 +48,7 @@ def _version(library: str) -> str | None:
 
 def _find_device() -> Device | str:
     """The GPU, or why there is none."""
-    from llmc.plugins.paged_attention.cuda_kernels import CudaError
+    from llmc.plugins.cuda.driver import CudaError
     from llmc.runtime.backends.tensorrt.cuda import probe
 
     try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from llmc.plugins.paged_attention import launch
-from llmc.plugins.paged_attention.cuda_kernels import scratch_layout
 from llmc.plugins.paged_attention.launch import Attention
+from llmc.plugins.paged_attention.launcher import scratch_layout
 from llmc.runtime.bundle.manifest import Geometry
 from llmc.runtime.errors import RequestError
 
