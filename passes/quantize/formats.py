@@ -36,11 +36,11 @@ from dataclasses import dataclass, replace
 import ml_dtypes
 import numpy as np
 
+from llmc.plugins.paged_attention.spec import E4M3_MAX as E4M3_MAX
+from llmc.plugins.round_fp4.spec import E2M1_MAX as E2M1_MAX
 from llmc.runtime.errors import RequestError
 
 INT8_MAX = 127.0
-E2M1_MAX = 6.0
-E4M3_MAX = 448.0
 E4M3_SMALLEST = 2.0**-9  # the smallest subnormal
 
 # safetensors' name of a dtype -> numpy's.

@@ -444,10 +444,11 @@ def test_the_full_matrix_compiles_and_fits(sm: int, tmp_path: Path, monkeypatch:
 
 
 @compiles
-def test_the_kernels_know_the_contracts_block_size() -> None:
+def test_the_kernels_constants_are_those_of_the_contract() -> None:
     from llmc.plugins.paged_attention import kernels
 
     assert kernels.BLOCK.value == spec.BLOCK_SIZE
+    assert kernels.E4M3_MAX.value == spec.E4M3_MAX
 
 
 def look_at(kernel: Any, variant: launch.Variant, sm: int) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from llmc.plugins.paged_attention.tensorrt_plugin import use_launcher
-from llmc.runtime.backends import load_gpu_backend
+from llmc.runtime.backends import load_backend
+from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.backends.tensorrt import sizes
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BackendError
@@ -236,11 +237,9 @@ def test_a_machine_without_a_gpu_says_so(directory: Path) -> None:
         pass
     else:
         pytest.skip("this machine has a GPU")
+    bundle = Bundle(directory.rename(directory.with_name("test_bundle")), manifest())
     with pytest.raises(BackendError, match=r"^test_\w+ cannot run here: there is no GPU: cuInit: ") as error:
-        load_gpu_backend(
-            Bundle(directory.rename(directory.with_name("test_bundle")), manifest()),
-            kv_memory=None, max_sequences=4, max_batch_tokens=64,
-        )  # fmt: skip
+        load_backend(EngineFile.of(bundle), LoadOptions(max_sequences=4, max_tokens=64))
     assert "--target cpu" in error.value.hint
 
 

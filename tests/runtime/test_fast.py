@@ -13,15 +13,16 @@ import pytest
 from llmc.cli import main
 from llmc.compiler.driver import compile_model
 from llmc.compiler.request import BuildRequest
-from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import Backend
+from llmc.runtime.backends.kv_cache import block_bytes
 from llmc.runtime.backends.openvino import backend as openvino
+from llmc.runtime.backends.openvino.backend import OpenVinoBackend
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import Manifest, Target
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
 from llmc.runtime.errors import BackendError, RequestError
-from llmc.runtime.load import activation_group, block_bytes, formats_of, load_engine
+from llmc.runtime.load import activation_group, formats_of, load_engine
 from llmc.runtime.sampling import SamplingParams
 
 TALES = Path(__file__).parents[2] / "model_zoo/llama/tales"
@@ -39,16 +40,8 @@ def logits(backend: Backend, steps: tuple[int, ...], ids: list[int]) -> np.ndarr
     rows, past = [], 0
     for count in steps:
         blocks = -(-(past + count) // 32)
-        arrays = [
-            ids[past : past + count],
-            range(past, past + count),
-            [0, count],
-            [past],
-            range(blocks),
-            [0, blocks],
-            range(count),
-        ]
-        rows.append(backend.forward(Batch(*(np.array(list(one), np.int32) for one in arrays))).copy())
+        batch = Batch.pack([(ids[past : past + count], past, range(blocks), range(count))])
+        rows.append(backend.forward(batch).copy())
         past += count
     return np.concatenate(rows)
 
@@ -60,7 +53,7 @@ def exact_and(bundle: Path, **changes: object) -> tuple[np.ndarray, np.ndarray]:
     steps = (40, 1, 1, 20, 10)
     found = []
     for options in ({}, changes):
-        backend = load_backend("openvino", opened.engine_path(), 3, **options)  # type: ignore[arg-type]
+        backend = OpenVinoBackend(opened.engine_path(), 3, **options)  # type: ignore[arg-type]
         found.append(logits(backend, steps, ids))
     return found[0], found[1]
 
@@ -78,7 +71,7 @@ def test_a_cache_of_8_bits_stays_near_and_is_as_large_as_it_says(built: Path) ->
     error = np.abs(small - exact)
     assert 1e-5 < error.max() < 0.3
     opened = Bundle.open(built)
-    backend = openvino.OpenVinoBackend(opened.engine_path(), 5, kv_dtype="u8")
+    backend = OpenVinoBackend(opened.engine_path(), 5, kv_dtype="u8")
     assert {cache.dtype for cache in backend._caches} == {np.dtype(np.uint8)}
     allocated = sum(cache.nbytes for cache in backend._caches)
     assert allocated == 5 * block_bytes(opened.manifest.geometry, "u8")

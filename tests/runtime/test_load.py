@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from llmc.runtime.backends.kv_cache import block_bytes
 from llmc.runtime.bundle.manifest import Operator
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BundleError, RequestError
-from llmc.runtime.load import block_bytes, load_engine
+from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
 
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.progress import Progress
 from llmc.passes import edit
-from llmc.plugins.paged_attention.spec import BLOCK_SIZE, STEP_INPUTS
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE
+from llmc.runtime.batch import STEP_INPUTS
 from llmc.runtime.errors import BuildError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # shapes at least, at best, at most
 _INT32_MAX = 2**31 - 1
-_FIRST_AXIS = {"input_ids": "T", "position_ids": "T", "logits_index": "N", **STEP_INPUTS}  # of the inputs
 _KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TEMP", "TMPDIR")
 _WORK_PATH_LENGTH = 120  # of characters, where the temporary directory's path is shorter than that
 _ERRORS = {"unsupported": UnsupportedError, "build": BuildError}
@@ -92,7 +92,7 @@ def profile(model: ir.Model, limits: EngineLimits) -> dict[str, Range]:
     most["S_plus_1"] = limits.max_sequences + 1
     ranges: dict[str, Range] = {}
     for value in model.graph.inputs:
-        axis = "blocks" if "_cache." in str(value.name) else _FIRST_AXIS.get(str(value.name))
+        axis = "blocks" if "_cache." in str(value.name) else STEP_INPUTS.get(str(value.name))
         first, *rest = edit.dims(value)
         if axis is None or first != -1 or -1 in rest:
             raise BuildError(

@@ -17,13 +17,13 @@ from llmc.plugins.paged_attention.launcher import AttentionLauncher
 from llmc.plugins.sampling.launch import MAX_K, MAX_VOCAB
 from llmc.runtime.backends.base import Candidates
 from llmc.runtime.backends.tensorrt import checks, sizes
-from llmc.runtime.backends.tensorrt.bindings import LOGITS, STEP_INPUTS, bind
+from llmc.runtime.backends.tensorrt.bindings import LOGITS, bind
 from llmc.runtime.backends.tensorrt.checks import Device, Step
 from llmc.runtime.backends.tensorrt.cuda import Cuda, place
 from llmc.runtime.backends.tensorrt.engine import Context, LoadedEngine
 from llmc.runtime.backends.tensorrt.sampling import TokenSampler
 from llmc.runtime.backends.tensorrt.step import bucket_of, buckets, fill, room
-from llmc.runtime.batch import Batch
+from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.bundle.manifest import KernelFile, Manifest
 from llmc.runtime.errors import BackendError
 
@@ -204,10 +204,7 @@ class TensorRtBackend:
         """Two steps over a cache that nobody uses yet: a prompt, and the decoding of one token. What engine
         or kernels lack shows now, and what is compiled at first use is there for the first request."""
         for count in (tokens, 1):
-            places = np.arange(count, dtype=np.int32)
-            one, span = np.zeros(1, np.int32), np.array([0, count], np.int32)
-            table = np.array([0, 1], np.int32)
-            self.forward(Batch(np.zeros_like(places), places, span, one, one, table, span[1:] - 1))
+            self.forward(Batch.pack([([0] * count, 0, [0], True)]))
         if self._sampler:
             with _as_backend_error("the sampling kernels failed"):
                 for k in (1, 2):  # both pairs of kernels, on the logits that lie there now
