@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmc.plugins.paged_attention import spec
+from llmc.plugins.operator import unsupported
 from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.bundle.manifest import Manifest
@@ -112,11 +112,5 @@ def activation_group(formats: Sequence[str]) -> int:
 
 def _check_operators(manifest: Manifest) -> None:
     """Raises BundleError if the engine uses an operator that this runtime lacks, at that ABI."""
-    ours = {f"{spec.DOMAIN}.{spec.NAME}": spec.ABI_VERSION}
-    for operator in manifest.operators:
-        if ours.get(operator.name) != operator.abi:
-            raise BundleError(
-                f"the engine needs operator {operator.name} at ABI {operator.abi}; this llmc has "
-                + ", ".join(f"{name} at ABI {abi}" for name, abi in ours.items()),
-                "build the bundle again with this llmc",
-            )
+    if missing := unsupported((one.name, one.abi) for one in manifest.operators):
+        raise BundleError(missing[0], "build the bundle again with this llmc")
