@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from llmc.plugins.operator import unsupported
 from llmc.runtime.backends import load_backend
@@ -16,12 +12,6 @@ from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
 from llmc.runtime.errors import BundleError, RequestError
 from llmc.runtime.tokenizer import Tokenizer
-
-# Activations that share an int8 scale when `fast` is asked for: as many as the blocks of the weights allow.
-# docs/explanation/performance.md has what was tried. OpenVINO rounds none in groups that do not divide a
-# block, nor in groups of less than its 16 lanes.
-_LARGEST_GROUP, _SMALLEST_GROUP = 128, 16
-_INTEGER = re.compile(r"int[48](?:-per-channel|-block(\d+))?")
 
 
 def load_engine(
@@ -77,37 +67,27 @@ def load_engine(
 
 
 def _activation_group(opened: Bundle) -> int:
-    """What `fast` asks of the backend. Raises RequestError where the flag would do nothing."""
-    manifest = opened.manifest
-    plan = manifest.quantization or {}
-    group = activation_group(formats_of(plan))
-    if group < _SMALLEST_GROUP:
-        names = " and ".join(formats_of(plan))
-        own = "recipe" in plan  # of a checkpoint that came quantized: --quant is not for those
+    """The activations that share a scale with `fast`. Raises RequestError where the flag would do nothing."""
+    plan = opened.manifest.quantization
+    if plan is None:
         raise RequestError(
-            f"`fast` is for int8 or int4 weights, in blocks of {_SMALLEST_GROUP} or more; {opened.name} has "
-            + (f"them in {names}" if names else "no quantized ones"),
-            "leave --fast out" + ("" if own else ", or build with --quant int8 or int4"),
+            f"`fast` is for int8 or int4 weights; {opened.name} has no quantized ones",
+            "leave --fast out, or build with --quant int8 or int4",
+        )
+    group = plan.get("activation_group")
+    if group is None:
+        raise RequestError(
+            f"{opened.name} was built by an older llmc and does not say whether `fast` applies to it",
+            "build it again, or leave --fast out",
+        )
+    if not isinstance(group, int) or group < 1:
+        prequantized = "recipe" in plan  # --quant is not for those
+        raise RequestError(
+            f"`fast` is for int8 or int4 weights, in blocks of 16 or more; {opened.name} has them in "
+            f"{plan.get('format')}",
+            "leave --fast out" + ("" if prequantized else ", or build with --quant int8 or int4"),
         )
     return group
-
-
-def formats_of(plan: Mapping[str, Any]) -> list[str]:
-    """The formats of the weights that a manifest's `quantization` names, which is an open field."""
-    formats = plan.get("formats")  # of checkpoints that came quantized, which may mix them
-    if isinstance(formats, Mapping):
-        return [str(name) for name in formats]
-    return [str(plan["format"])] if "format" in plan else []
-
-
-def activation_group(formats: Sequence[str]) -> int:
-    """The largest group, up to 128, that divides the blocks of all int8 and int4 formats; 0 without any.
-
-    A format with a scale for a whole row has no blocks.
-    """
-    found = [match for name in formats if (match := _INTEGER.fullmatch(name))]
-    blocks = [int(match[1] or (32 if match[0] == "int4" else 0)) for match in found]
-    return math.gcd(_LARGEST_GROUP, *blocks) if found else 0
 
 
 def _check_operators(manifest: Manifest) -> None:
