@@ -120,7 +120,7 @@ class QuantPlan:
 
         The group is as large as the blocks of all int8 and int4 weights allow; a scale for a whole row has no
         block. OpenVINO rounds nothing in groups that do not divide a block, nor in groups of less than its 16
-        lanes. docs/performance.md has what was tried.
+        lanes. docs/explanation/performance.md has what was tried.
         """
         formats = {module.format for module in self.modules if module.format}
         integer = [fmt for fmt in formats if fmt.element in ("int8", "int4") and not fmt.activations]

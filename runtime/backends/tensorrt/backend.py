@@ -32,7 +32,7 @@ class TensorRtBackend:
     """A TensorRT engine, its attention kernels and its paged KV cache, on one GPU.
 
     Steps of one new token for each sequence are CUDA graphs, from the second of a size on
-    (`tensorrt_step.py`); others are launched kernel by kernel. Each graph has a TensorRT context of its own,
+    (`step.py`); others are launched kernel by kernel. Each graph has a TensorRT context of its own,
     as TensorRT asks for; all contexts share their memory.
     """
 
