@@ -307,7 +307,7 @@ def _quantization_lines(plan: QuantPlan) -> list[str]:
 
 def _kv_bytes(plan: BuildPlan) -> int:
     """Bytes of KV cache for a token."""
-    from llmc.runtime.load import block_bytes
+    from llmc.runtime.backends.kv_cache import block_bytes
 
     return block_bytes(plan.geometry, plan.resolved.kv_dtype) // plan.geometry.block_size
 

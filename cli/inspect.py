@@ -32,9 +32,9 @@ def inspect(
     """
     import json
 
+    from llmc.runtime.backends.kv_cache import block_bytes
     from llmc.runtime.bundle.manifest import MANIFEST_NAME
     from llmc.runtime.bundle.reader import Bundle
-    from llmc.runtime.load import block_bytes
 
     opened = Bundle.open(bundle, verify_hashes=False)
     if verify:

@@ -7,6 +7,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmc.runtime.memory import available_memory, total_memory
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -21,15 +23,14 @@ class Machine:
 
     @staticmethod
     def this() -> Machine:
-        memory = _fields("/proc/meminfo")
         affinity = getattr(os, "sched_getaffinity", None)
         return Machine(
             python=platform.python_version(),
             system=platform.platform(),
             cpu=_fields("/proc/cpuinfo").get("model name") or platform.processor() or platform.machine(),
             cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
-            memory=_bytes(memory.get("MemTotal")),
-            available_memory=_bytes(memory.get("MemAvailable")),
+            memory=total_memory(),
+            available_memory=available_memory(),
         )
 
 
@@ -44,7 +45,3 @@ def _fields(path: str) -> dict[str, str]:
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
     return fields
-
-
-def _bytes(kilobytes: str | None) -> int | None:
-    return int(kilobytes.split()[0]) << 10 if kilobytes else None

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import onnx_ir as ir
 
 from llmc import __version__
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.plan import BuildPlan
 from llmc.compiler.targets.base import Artifact
 from llmc.compiler.weights import write
-from llmc.passes.geometry import attention_nodes
-from llmc.plugins.paged_attention.spec import ABI_VERSION
+from llmc.plugins.operator import DOMAIN, OPERATORS
 from llmc.runtime.bundle.manifest import (
     Engine,
     Limits,
@@ -29,9 +31,6 @@ from llmc.runtime.bundle.manifest import (
     Verification,
     Weights,
 )
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")  # what shapes the graph
 _KERNEL_LIBRARIES = ("triton",)
@@ -67,7 +66,7 @@ def manifest(
         limits=Limits(max_seq_len=plan.sizes.max_seq_len),
         precision=Precision(dtype=plan.resolved.dtype, kv_dtype=plan.resolved.kv_dtype),  # type: ignore[arg-type]  # checked when written
         target=plan.target,
-        operators=(Operator("llmc.PagedAttention", ABI_VERSION, len(attention_nodes(model))),),
+        operators=operators(model, inlined=artifact.gpu is not None),
         tokens=Tokens(bos=checkpoint.bos_token_id, eos=checkpoint.eos_token_ids),
         passes=tuple(PassRecord(r.name, r.matches, len(r.near_misses)) for r in plan.passes),
         verification=verification,
@@ -82,6 +81,20 @@ def manifest(
         gpu=artifact.gpu,
         format_version=2 if artifact.gpu else 1,
     )
+
+
+def operators(model: ir.Model, inlined: bool) -> tuple[Operator, ...]:
+    """The operators of our own in an engine's graph, sorted by name, and how many nodes of each there are.
+
+    inlined: the engine was built with the bodies that the graph carries in place of their nodes, as TensorRT
+    is. Those operators are not in it.
+    """
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    counts = Counter(
+        node.op_type for node in nodes if not (inlined and node.op_identifier() in model.functions)
+    )
+    known = [OPERATORS[name] for name in sorted(counts)]
+    return tuple(Operator(one.full_name, one.abi, counts[one.name]) for one in known)
 
 
 def source_name(checkpoint: str, path: Path) -> str:

@@ -1,1 +1,1 @@
-"""Opens bundles and serves requests: start at llm.py. Imports neither torch nor transformers nor onnx."""
+"""Opens bundles and serves requests: start at load.py. Imports neither torch nor transformers nor onnx."""

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Values
 from dataclasses import dataclass
 
 import numpy as np
 
+from llmc.plugins.paged_attention import spec
 from llmc.runtime.scheduler import ScheduledChunk
 from llmc.runtime.sequence import Sequence
+
+# The graph's inputs that describe a step -> their length, symbolically. Its other inputs are KV caches.
+STEP_INPUTS: Mapping[str, str] = {
+    "input_ids": "T",
+    "position_ids": "T",
+    **spec.STEP_INPUTS,
+    "logits_index": "N",
+}
+# A chunk: its token ids, the tokens before it that are in the cache, the block table of its sequence, and
+# which of its tokens get logits: True is the last one, False none, else their places in the chunk, ascending.
+Row = tuple[Iterable[int], int, Values[int], bool | Values[int]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,38 @@ class Batch:
     block_begins: np.ndarray
     logits_index: np.ndarray
 
+    @classmethod
+    def pack(cls, rows: Iterable[Row]) -> Batch:
+        """Packs chunks, one of each sequence, into a step. See `Row`."""
+        input_ids: list[int] = []
+        position_ids: list[int] = []
+        query_start, past_lengths, block_begins = [0], [], [0]
+        block_indices: array[int] = array("i")  # long contexts have long tables: copied, not unpacked
+        logits_index: list[int] = []
+        for token_ids, past, block_table, wanted in rows:
+            first = len(input_ids)
+            input_ids.extend(token_ids)
+            count = len(input_ids) - first
+            position_ids.extend(range(past, past + count))
+            query_start.append(len(input_ids))
+            past_lengths.append(past)
+            block_indices.extend(block_table)
+            block_begins.append(len(block_indices))
+            if wanted is True:
+                logits_index.append(len(input_ids) - 1)
+            elif wanted:
+                logits_index.extend(first + index for index in wanted)
+        columns = (
+            input_ids,
+            position_ids,
+            query_start,
+            past_lengths,
+            block_indices,
+            block_begins,
+            logits_index,
+        )
+        return cls(*(np.array(column, np.int32) for column in columns))
+
     def split(self, sequences: int) -> Iterator[Batch]:
         """The same step as several, one after the other, of at most `sequences` sequences each."""
         for first in range(0, len(self.past_lengths), sequences):
@@ -51,35 +96,15 @@ class Batch:
 
 
 def build_batch(chunks: list[ScheduledChunk]) -> tuple[Batch, list[Sequence]]:
-    """The step's arrays, and the sequence that each row of its logits belongs to.
+    """Packs a step, and says which sequence each row of its logits belongs to.
 
-    Logits are wanted for the last token of every chunk that completes its sequence's known tokens;
-    a chunk from the middle of a prompt wants none.
+    The last token of a chunk that completes its sequence's known tokens gets logits. A chunk from the middle
+    of a prompt gets none.
     """
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    query_start, past_lengths, block_begins = [0], [], [0]
-    block_indices: array[int] = array("i")  # long contexts have long tables: copied, not unpacked
-    logits_index: list[int] = []
-    sampled: list[Sequence] = []
-    for sequence, count in chunks:
-        past = sequence.num_computed
-        input_ids += sequence.token_ids[past : past + count]
-        position_ids += range(past, past + count)
-        query_start.append(len(input_ids))
-        past_lengths.append(past)
-        block_indices += sequence.block_table
-        block_begins.append(len(block_indices))
-        if count == sequence.num_pending:
-            logits_index.append(len(input_ids) - 1)
-            sampled.append(sequence)
-    batch = Batch(
-        input_ids=np.array(input_ids, np.int32),
-        position_ids=np.array(position_ids, np.int32),
-        query_start=np.array(query_start, np.int32),
-        past_lengths=np.array(past_lengths, np.int32),
-        block_indices=np.array(block_indices, np.int32),
-        block_begins=np.array(block_begins, np.int32),
-        logits_index=np.array(logits_index, np.int32),
+    completes = [count == sequence.num_pending for sequence, count in chunks]
+    rows = (
+        (s.token_ids[s.num_computed : s.num_computed + count], s.num_computed, s.block_table, done)
+        for (s, count), done in zip(chunks, completes, strict=True)
     )
-    return batch, sampled
+    sampled = [sequence for (sequence, _), done in zip(chunks, completes, strict=True) if done]
+    return Batch.pack(rows), sampled

@@ -12,6 +12,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE
+
 
 def hash_block(previous: bytes, token_ids: Sequence[int]) -> bytes:
     """The name of a full block: 32 bytes over its own tokens and, through `previous`, all before them.
@@ -24,7 +26,7 @@ def hash_block(previous: bytes, token_ids: Sequence[int]) -> bytes:
 class BlockPool:
     """Hands out the block numbers 0 .. num_blocks-1 of a KV cache of `block_size` tokens a block."""
 
-    def __init__(self, num_blocks: int, block_size: int = 32, prefix_cache: bool = True) -> None:
+    def __init__(self, num_blocks: int, block_size: int = BLOCK_SIZE, prefix_cache: bool = True) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool of {num_blocks} blocks of {block_size} tokens")
         self.num_blocks = num_blocks

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llmc.plugins.cuda.compile import Kernel
 from llmc.plugins.paged_attention import launch
 
 from . import jit, steps
@@ -28,7 +29,7 @@ PAIRS = (
 
 def rows(options: Options) -> Iterator[Row]:
     try:
-        launcher = importlib.import_module("llmc.plugins.paged_attention.cuda_kernels")
+        kernel = importlib.import_module("llmc.plugins.cuda.kernel")
     except ImportError as error:
         yield {"name": "cuda-python", "status": "absent", "error": f"{type(error).__name__}: {error}"}
         return
@@ -37,27 +38,27 @@ def rows(options: Options) -> Iterator[Row]:
         for shape, dtypes in PAIRS[:1] if options.quick else PAIRS:
             case = Case(shape, dtypes, "mixed", STEPS["mixed"])
             try:
-                wrong = _differences(launcher, case, options.seed, card, Path(folder))
+                wrong = _differences(kernel.Kernels, case, options.seed, card, Path(folder))
             except Exception as error:
                 wrong = [f"{type(error).__name__}: {error}"]
             status = {"status": "failed", "error": "; ".join(wrong)} if wrong else {"status": "passed"}
             yield {"name": f"{shape}, {dtypes}", **status}
 
 
-def _differences(launcher: Any, case: Case, seed: int, card: Card, cache: Path) -> list[str]:
+def _differences(loader: Any, case: Case, seed: int, card: Card, cache: Path) -> list[str]:
     """What differs in a bit between the JIT's results and the driver's."""
     host = steps.make(case, seed)
     plan = steps.plan(case, host, card.sm, card.multiprocessors)
     torch.zeros(1, device="cuda")  # torch's context exists from here on, and is the thread's
-    images = [image(launcher, one.variant, card.sm, cache) for one in plan.launches]
-    kernels = launcher.Kernels(images)
+    images = [image(one.variant, card.sm, cache) for one in plan.launches]
+    kernels = loader(images, launch.ARGUMENTS)
     found = []
     for ahead_of_time in (False, True):
         tensors = place(case, host, "cuda")
         for bound in jit.bind(case.attention, plan, tensors, **steps.scales(case)):
             if ahead_of_time:
                 stream = torch.cuda.current_stream().cuda_stream
-                kernels.launch(launch.Launch(bound.variant, bound.grid), addresses(bound), stream)
+                kernels.launch(str(bound.variant), bound.grid, addresses(bound), stream)
             else:
                 jit.run(bound, card.sm)
         torch.cuda.synchronize()
@@ -67,16 +68,18 @@ def _differences(launcher: Any, case: Case, seed: int, card: Card, cache: Path) 
     return wrong if bool(found[1]["output"].isfinite().all()) else [*wrong, "outputs not finite"]
 
 
-def image(launcher: Any, variant: launch.Variant, sm: int, cache: Path) -> Any:
-    """The variant's cubin as `launcher` (plugins/paged_attention/cuda_kernels.py) takes it."""
+def image(variant: launch.Variant, sm: int, cache: Path) -> Any:
+    """The variant's cubin as a `KernelImage`."""
     from llmc.plugins.paged_attention.compile_kernels import compile_variant
 
-    return kernel_image(launcher, str(variant), compile_variant(variant, sm, cache))
+    return kernel_image(str(variant), compile_variant(variant, sm, cache))
 
 
-def kernel_image(launcher: Any, name: str, made: Any) -> Any:
-    """`compile_kernels.Kernel` -> `KernelImage` of that name."""
-    return launcher.KernelImage(
+def kernel_image(name: str, made: Kernel) -> Any:
+    """A compiled kernel as a `KernelImage` of that name."""
+    from llmc.plugins.cuda.kernel import KernelImage
+
+    return KernelImage(
         variant=name, entry=made.name, image=made.cubin,
         shared_memory=made.shared_memory, num_warps=made.num_warps,
     )  # fmt: skip

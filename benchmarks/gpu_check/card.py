@@ -44,7 +44,7 @@ def current() -> Card:
             "there is no CUDA GPU that torch can use",
             "run `make gpu-check` on a machine with an NVIDIA GPU, its driver, and torch built for CUDA",
         )
-    from llmc.plugins.paged_attention.launch import SMS
+    from llmc.plugins.cuda.gpus import SMS
 
     found = torch.cuda.get_device_properties(0)
     sm = found.major * 10 + found.minor

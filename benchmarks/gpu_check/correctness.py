@@ -15,7 +15,7 @@ from . import steps
 from .cases import Case, cases, share
 from .options import Options, Row
 
-Launcher = Callable[..., None]  # jit.run_compiled or launch.run_interpreted
+Launcher = Callable[..., None]  # jit.run_compiled, or the tests' run_attention
 _REPEATS = 3
 
 

@@ -1,4 +1,4 @@
-"""Launches a plan through Triton's JIT: what `launch.run_interpreted` does, on a GPU.
+"""Launches a plan through Triton's JIT: what the tests' `run_attention` does on the CPU, on a GPU.
 
 Integers are not specialized (Triton would compile again for every 1 and every multiple of 16). With the
 options of `compile_kernels` this makes it the code that is compiled ahead of time, byte for byte.
@@ -66,7 +66,7 @@ def run_compiled(
     attention: Attention, dtype: str, kv_dtype: str | None, plan: Plan, tensors: Mapping[str, Any], *,
     scale: float, k_scale: float = 1.0, v_scale: float = 1.0, sm: int = 80,
 ) -> None:  # fmt: skip
-    """Takes what `launch.run_interpreted` takes."""
+    """Takes what `run_attention` of tests/support/triton_interpreter.py takes."""
     del dtype, kv_dtype  # the plan's variants know them
     for bound in bind(attention, plan, tensors, scale=scale, k_scale=k_scale, v_scale=v_scale):
         run(bound, sm)

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmc.plugins.cuda.compile import CompileError, Kernel, compile_source
+from llmc.plugins.cuda.config import Config
+from llmc.plugins.cuda.gpus import SHARED_LIMIT
 from llmc.plugins.paged_attention import launch
-from llmc.plugins.paged_attention.compile_kernels import CompileError, Kernel, compile_source
-from llmc.plugins.paged_attention.launch import FP8, SHARED_LIMIT, Config, Variant
+from llmc.plugins.paged_attention.launch import FP8, Variant
 
 from .work import TUNED, Workload
 

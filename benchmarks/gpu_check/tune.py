@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from llmc.plugins.cuda.compile import Kernel
 from llmc.plugins.paged_attention import launch
-from llmc.plugins.paged_attention.compile_kernels import Kernel
 from llmc.plugins.paged_attention.launch import MAX_SPLITS, Variant
 
 from . import jit, use_this_checkout
@@ -42,7 +42,7 @@ Built = dict[Tile, Kernel]
 def measure(w: Workload, kernels: Any, made: Built, card: Card, seed: int, l2: L2) -> list[Row]:
     """All candidates for one workload, the fastest first; those that are wrong last, with the reason.
 
-    kernels: `cuda_kernels.Kernels` of what was `made`, by `name`.
+    kernels: `plugins.cuda.kernel.Kernels` of what was `made`, by `name`.
     """
     a, tensors, v = w.attention, make_tensors(w, seed), variant(w)
     lengths = [tensors[n].cpu().numpy() for n in ("query_start", "past_lengths")]
@@ -60,7 +60,7 @@ def measure(w: Workload, kernels: Any, made: Built, card: Card, seed: int, l2: L
             grid = (w.new * w.batch // (tile.rows // v.group) + w.batch, *grid[1:])
 
         def call() -> None:
-            kernels.put(name(v, tile), grid, given, stream)
+            kernels.launch(name(v, tile), grid, given, stream)
             for bound in rest:  # reduce, which keeps the scratch of both alive
                 jit.run(bound, card.sm)
 
@@ -100,7 +100,7 @@ def measure(w: Workload, kernels: Any, made: Built, card: Card, seed: int, l2: L
 
 def run(card: Card, seed: int, about: dict[str, Any], output: Path, time_limit: float) -> int:
     """Writes `output`/tiles-sm<N>.json, anew after every workload. Returns 1 where a candidate was wrong."""
-    from llmc.plugins.paged_attention import cuda_kernels
+    from llmc.plugins.cuda import kernel
 
     deadline = time.monotonic() + time_limit
     planned, done, l2 = list(workloads()), [], L2(card.l2)
@@ -122,9 +122,9 @@ def run(card: Card, seed: int, about: dict[str, Any], output: Path, time_limit: 
                 torch.cuda.empty_cache()
                 if (v := variant(w)) not in loaded:
                     answers = {tile: job.result() for tile, job in jobs[v].items()}
-                    made = {tile: kernel for tile, kernel in answers.items() if kernel}
-                    images = [kernel_image(cuda_kernels, name(v, tile), k) for tile, k in made.items()]
-                    loaded[v] = (cuda_kernels.Kernels(images), made)
+                    made = {tile: one for tile, one in answers.items() if one}
+                    images = [kernel_image(name(v, tile), k) for tile, k in made.items()]
+                    loaded[v] = (kernel.Kernels(images, launch.ARGUMENTS), made)
                 found = measure(w, *loaded[v], card, seed, l2)
                 done.append({"workload": str(w), "candidates": found})
                 file.write_text(json.dumps({"machine": about, "workloads": done}, indent=1) + "\n")

@@ -1,10 +1,9 @@
-"""Sequences as steps of the engine: several end to end, none with a past."""
+"""Packs calibration sequences into steps of the engine. No sequence has a past."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-import numpy as np
+from collections.abc import Sequence
+from itertools import count, islice
 
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.batch import Batch
@@ -25,18 +24,6 @@ def steps(sequences: Sequence[Sequence[int]]) -> list[Batch]:
 
 
 def _batch(sequences: Sequence[Sequence[int]]) -> Batch:
-    lengths = [len(ids) for ids in sequences]
-    begins = np.cumsum([0, *(-(-length // BLOCK_SIZE) for length in lengths)])
-    return Batch(
-        input_ids=_int32(token for ids in sequences for token in ids),
-        position_ids=_int32(position for length in lengths for position in range(length)),
-        query_start=_int32(np.cumsum([0, *lengths])),
-        past_lengths=_int32([0] * len(lengths)),
-        block_indices=_int32(range(begins[-1])),
-        block_begins=_int32(begins),
-        logits_index=_int32([]),
-    )
-
-
-def _int32(values: Iterable[int]) -> np.ndarray:
-    return np.array(list(values), np.int32)
+    blocks = count()
+    tables = [list(islice(blocks, -(-len(ids) // BLOCK_SIZE))) for ids in sequences]
+    return Batch.pack((ids, 0, table, False) for ids, table in zip(sequences, tables, strict=True))

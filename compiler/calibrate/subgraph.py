@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 
 import numpy as np
 import onnx_ir as ir
@@ -14,11 +13,9 @@ from llmc.passes import edit
 from llmc.passes.extract import extract
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.parameter import Parameter, parameter
-from llmc.runtime.batch import Batch
+from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.dtypes import FLOATS
 from llmc.runtime.errors import BuildError
-
-_STEP = {field.name for field in fields(Batch)}  # other inputs of the graph are caches
 
 
 class Piece:
@@ -68,7 +65,7 @@ class Piece:
                 feeds[port.name] = self._weights[value]
             elif value in given:
                 feeds[port.name] = given[value]
-            elif value.name in _STEP:
+            elif value.name in STEP_INPUTS:
                 feeds[port.name] = getattr(step, str(value.name))
             else:
                 blocks = len(step.block_indices)
@@ -117,7 +114,7 @@ def _is_lookup(node: ir.Node) -> bool:
     if node.op_type != "Gather" or (axis is not None and axis.as_int() != 0):
         return False
     table, ids = edit.operand(node, 0), edit.operand(node, 1)
-    return parameter(table) is not None and ids.is_graph_input() and ids.name in _STEP
+    return parameter(table) is not None and ids.is_graph_input() and ids.name in STEP_INPUTS
 
 
 def _session(

@@ -159,18 +159,6 @@ class Checkpoint:
         """Bytes of tensor data."""
         return sum(ref.nbytes for ref in self.tensors.values())
 
-    def content_hash(self) -> str:
-        """sha256 of the config's values and of every tensor's name, dtype, shape and data.
-
-        It does not depend on how the tensors are sharded or the JSON is laid out.
-        """
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, ref in sorted(self.tensors.items()):
-            digest.update(json.dumps([name, ref.dtype, ref.shape]).encode())
-            for chunk in ref.iter_chunks(_BLOCK):
-                digest.update(chunk.tobytes())
-        return digest.hexdigest()
-
     def file_hashes(self) -> dict[str, str]:
         """sha256 of every file the checkpoint consists of, by file name."""
         files = {self.path / CONFIG, *self.tokenizer_files, *(ref.file for ref in self.tensors.values())}

@@ -20,6 +20,7 @@ from llmc.compiler.verify.kv_cache_loss import kv_cache_loss, load_quantized
 from llmc.compiler.verify.proof_texts import TEXTS
 from llmc.compiler.verify.reference import Reference
 from llmc.runtime.backends import load_backend
+from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.engine import Engine
 from llmc.runtime.sampling import SamplingParams
 
@@ -163,7 +164,7 @@ def _run_engine(
     """Return the engine's logits and fields of Findings. own: the error of transformers in 16 bits."""
     gc.collect()
     blocks = (_BLOCKS if prompts else 0) + blocks_for(sequences)
-    backend = load_backend(job.backend, Path(job.engine), blocks)
+    backend = load_backend(EngineFile(job.backend, Path(job.engine)), LoadOptions(kv_blocks=blocks))
     on_step(5)
     logits = ragged(backend, sequences)
     difference = Difference.between(expected.logits, logits)
@@ -185,7 +186,9 @@ def _compare_quantizing_engine(
 ) -> tuple[Difference, Difference]:
     """Return what activation quantization changes in the reference, and how far the engine is from that."""
     gc.collect()
-    backend = load_backend(job.backend, Path(job.quantizing_engine), _BLOCKS + blocks)
+    backend = load_backend(
+        EngineFile(job.backend, Path(job.quantizing_engine)), LoadOptions(kv_blocks=_BLOCKS + blocks)
+    )
     error = Difference.between(expected.quantized_logits, ragged(backend, sequences))
     return Difference.between(expected.logits, expected.quantized_logits), error
 

@@ -1,12 +1,12 @@
-"""An engine's logits of given tokens: in ragged steps, to see that it packs right, or in plain chunks."""
+"""Computes an engine's logits of given tokens, in ragged steps that test its packing, or in plain chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.backends.base import Backend
 from llmc.runtime.batch import Batch
 
@@ -15,7 +15,7 @@ _SINGLE_STEPS, _LATER_CHUNK = 20, 32  # then one a step, then this many
 _PLAIN_CHUNK = 64  # 64 rows of a vocabulary of 150,000 are 39 MB
 
 
-def blocks_for(sequences: Sequence[Sequence[int]], block_size: int = 32) -> int:
+def blocks_for(sequences: Sequence[Sequence[int]], block_size: int = BLOCK_SIZE) -> int:
     """KV blocks that hold all of them."""
     return sum(-(-len(ids) // block_size) for ids in sequences)
 
@@ -63,19 +63,9 @@ def _batch(
     chunks: list[tuple[int, int]],
     size: int,
 ) -> Batch:
-    ids = [token for s, count in chunks for token in sequences[s][past[s] : past[s] + count]]
-    positions = [p for s, count in chunks for p in range(past[s], past[s] + count)]
-    used = [tables[s][: -(-(past[s] + count) // size)] for s, count in chunks]
-
-    def i32(values: Any) -> np.ndarray:
-        return np.ascontiguousarray(values, np.int32)
-
-    return Batch(
-        input_ids=i32(ids),
-        position_ids=i32(positions),
-        query_start=i32(np.cumsum([0, *(count for _, count in chunks)])),
-        past_lengths=i32([past[s] for s, _ in chunks]),
-        block_indices=i32([block for table in used for block in table]),
-        block_begins=i32(np.cumsum([0, *(len(table) for table in used)])),
-        logits_index=i32(range(len(ids))),
-    )
+    """A step with logits for every token. chunks: sequence and number of tokens."""
+    rows = []
+    for s, count in chunks:
+        end = past[s] + count
+        rows.append((sequences[s][past[s] : end], past[s], tables[s][: -(-end // size)], range(count)))
+    return Batch.pack(rows)

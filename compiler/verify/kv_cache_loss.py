@@ -15,7 +15,7 @@ import numpy as np
 from llmc.compiler.verify.difference import Difference
 from llmc.compiler.verify.job import Job
 from llmc.runtime.backends import load_backend
-from llmc.runtime.backends.base import Backend
+from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
 
 
 def load_quantized(job: Job, blocks: int) -> Backend:
@@ -25,7 +25,7 @@ def load_quantized(job: Job, blocks: int) -> Backend:
     the backend holds in fp32.
     """
     kv_dtype = job.kv_dtype if job.backend == "openvino" else "fp32"
-    return load_backend(job.backend, Path(job.kv_engine), blocks, kv_dtype=kv_dtype)
+    return load_backend(EngineFile(job.backend, Path(job.kv_engine), kv_dtype), LoadOptions(kv_blocks=blocks))
 
 
 def kv_cache_loss(exact: list[np.ndarray], quantized: list[np.ndarray], kv_dtype: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from llmc.compiler.verify.difference import scaled
 from llmc.compiler.verify.engine_logits import blocks_for, in_chunks
 from llmc.compiler.verify.job import Question
 from llmc.runtime.backends import load_backend
-from llmc.runtime.backends.base import Backend
+from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
 
 
 def measure(
@@ -65,4 +65,5 @@ def _windows(question: Question) -> list[list[int]]:
 
 def _load(question: Question, windows: list[list[int]]) -> Backend:
     blocks = blocks_for([max(windows, key=len)])
-    return load_backend(question.backend, Path(question.engine), blocks, kv_dtype=question.kv_dtype)
+    engine = EngineFile(question.backend, Path(question.engine), question.kv_dtype)
+    return load_backend(engine, LoadOptions(kv_blocks=blocks))

@@ -6,12 +6,7 @@ import onnx_ir as ir
 
 from llmc.passes.contract import Matches
 from llmc.passes.spec import Stage
-from llmc.plugins.paged_attention import body as paged_attention
-from llmc.plugins.paged_attention.spec import NAME as PAGED_ATTENTION
-from llmc.plugins.round_fp4 import body as round_fp4
-from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
-
-_BODIES = {ROUND_FP4: round_fp4.function, PAGED_ATTENTION: paged_attention.function}
+from llmc.plugins.operator import bodies_for
 
 
 class AttachBodies:
@@ -22,7 +17,7 @@ class AttachBodies:
     ensures = Stage.QUANTIZED
 
     def __call__(self, model: ir.Model) -> Matches:
-        return _attach(model, [make() for name, make in _BODIES.items() if _uses(model, name)])
+        return _attach(model, bodies_for(node.op_type for node in model.graph))
 
 
 def _uses(model: ir.Model, operator: str) -> bool:

@@ -33,12 +33,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from llmc.plugins.paged_attention.spec import E4M3_MAX as E4M3_MAX
+from llmc.plugins.round_fp4.spec import E2M1_MAX as E2M1_MAX
 from llmc.runtime.dtypes import DTYPES
 from llmc.runtime.errors import RequestError
 
 INT8_MAX = 127.0
-E2M1_MAX = 6.0
-E4M3_MAX = 448.0
 E4M3_SMALLEST = 2.0**-9  # the smallest subnormal
 
 

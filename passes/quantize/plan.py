@@ -23,6 +23,7 @@ from llmc.runtime.errors import BuildError, RequestError
 # compressed-tensors' recipes and llama.cpp leave them wider as well.
 HEADS = ("lm_head", "*.lm_head")
 ALWAYS_EXCLUDED = (*HEADS, "embed_tokens", "*.embed_tokens")
+_LARGEST_GROUP, _SMALLEST_GROUP = 128, 16  # activations that share an int8 scale
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -113,16 +114,30 @@ class QuantPlan:
         """Of the whole model, after."""
         return 8 * self.bytes_after / self.params
 
+    @property
+    def activation_group(self) -> int:
+        """How many activations may share an int8 scale where `llmc run --fast` rounds them; 0: none may.
+
+        The group is as large as the blocks of all int8 and int4 weights allow; a scale for a whole row has no
+        block. OpenVINO rounds nothing in groups that do not divide a block, nor in groups of less than its 16
+        lanes. docs/explanation/performance.md has what was tried.
+        """
+        formats = {module.format for module in self.modules if module.format}
+        integer = [fmt for fmt in formats if fmt.element in ("int8", "int4") and not fmt.activations]
+        group = math.gcd(_LARGEST_GROUP, *(max(0, fmt.block) for fmt in integer)) if integer else 0
+        return group if group >= _SMALLEST_GROUP else 0
+
     def record(self) -> dict[str, Any]:
         """The plan in short, for the manifest: what was quantized, what was not, and the size.
 
-        "activations": the codes that layers round their inputs to, if any.
+        "activations": the element types that layers quantize their inputs to, if any.
         """
         kept = {module.name: module.reason for module in self.modules if not module.format}
         formats = [module.format for module in self.modules if module.format]
         return {
             "format": self.format.name,
             "activations": sorted({fmt.activations for fmt in formats if fmt.activations}),
+            "activation_group": self.activation_group,
             "modules": len(self.quantized()),
             "kept": kept,
             "bits_per_parameter": round(self.bits_per_parameter, 3),

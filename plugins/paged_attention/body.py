@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxscript
 from onnxscript import opset23 as op
 
-from llmc.plugins.paged_attention.spec import ABI_VERSION, DOMAIN
+from llmc.plugins.paged_attention.spec import ABI_VERSION, BLOCK_SIZE, DOMAIN
 
 _INT64, _FLOAT = 7, 1  # TensorProto.DataType
 
@@ -38,7 +38,7 @@ def PagedAttention(
 ):
     zero = op.Constant(value_int=0)
     one = op.Constant(value_int=1)
-    block_size = op.Constant(value_int=32)
+    block_size = op.Constant(value_int=BLOCK_SIZE)
     first = op.Constant(value_ints=[0])
     second = op.Constant(value_ints=[1])
     last = op.Constant(value_ints=[-1])

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-SMS = (80, 86, 89, 90, 100, 120)
-# Shared memory a block may have, bytes: CUDA C++ programming guide, table of compute capabilities.
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+from llmc.plugins.cuda.config import Config
+from llmc.plugins.cuda.gpus import SHARED_LIMIT, SMS
+
 DTYPES = ("fp16", "bf16")
 FP8 = "fp8e4m3"  # of the cache; its elements are passed to the kernels as bytes
 FP8_CONVERSION = 89  # the first SM with an instruction that widens E4M3 (PTX ISA, cvt)
@@ -91,15 +90,6 @@ class Variant:
         if self.head_dim and self.head_dim != self.v_head_dim:
             sizes += f"v{self.v_head_dim}"
         return "-".join([self.kernel, self.dtype, *cache, sizes, *flags])
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a variant is compiled for one SM."""
-
-    constants: Mapping[str, int]
-    num_warps: int
-    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -259,59 +249,3 @@ def plan(
     rows = (count, heads, num_splits)
     scratch = {"partial_sums": (*rows, attention.v_head_dim), "partial_top": rows, "partial_total": rows}
     return Plan(tuple(launches), num_splits, scratch)
-
-
-def run_interpreted(
-    attention: Attention, dtype: str, kv_dtype: str | None, plan: Plan, tensors: Mapping[str, Any], *,
-    scale: float, k_scale: float = 1.0, v_scale: float = 1.0, sm: int = 80,
-) -> None:  # fmt: skip
-    """Runs a plan with Triton's interpreter (TRITON_INTERPRET=1 before triton is imported).
-
-    `tensors` are torch CPU tensors under the kernels' argument names, `output` among them, an FP8 cache as
-    uint8; written in place. For tests: it takes milliseconds a program.
-    """
-    from llmc.plugins.paged_attention import kernels
-
-    _patch_interpreter()
-    nothing = tensors["query"].float().new_full((1,), float("nan"))
-    scalars = {
-        "scale": scale, "softcap": attention.softcap, "window": attention.window, "k_scale": k_scale,
-        "v_scale": v_scale, "num_splits": plan.num_splits, "num_sequences": len(tensors["past_lengths"]),
-    }  # fmt: skip
-    scratch = {name: nothing.new_full(shape, float("nan")) for name, shape in plan.scratch.items()}
-    for launch in plan.launches:
-        given: dict[str, Any] = {**dict.fromkeys([*_PARTIAL, "sinks"], nothing), **scratch, **scalars}
-        given |= tensors
-        arguments = {name: given[name] for name in signature(launch.variant)}
-        kernel = getattr(kernels, launch.variant.kernel)
-        kernel[launch.grid](**arguments, **configure(launch.variant, sm).constants)
-
-
-def _patch_interpreter() -> None:
-    """Triton 3.9's interpreter multiplies bfloat16 matrices by their bits and truncates float32 to bfloat16;
-    a GPU multiplies numbers and rounds to nearest even. Bits of a bfloat16 are a float32's upper half."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    if getattr(builder, "llmc_mended", False):
-        return
-    dot, trunc = builder.create_dot, builder.create_fp_trunc
-
-    def widen(x: Any) -> Any:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def right_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return dot(self, widen(a), widen(b), *rest)
-
-    def right_trunc(self: Any, x: Any, to: Any) -> Any:
-        if to.scalar != tl.bfloat16 or x.dtype.scalar != tl.float32:
-            return trunc(self, x, to)
-        bits = np.ascontiguousarray(x.data).view(np.uint32).astype(np.uint64)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = np.where(np.isnan(x.data), (bits >> 16) | 0x40, rounded)
-        return interpreter.TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
-
-    builder.create_dot, builder.create_fp_trunc, builder.llmc_mended = right_dot, right_trunc, True

@@ -5,7 +5,7 @@ stored in an engine, into it. `make_plugin` takes the module, because `tensorrt_
 same classes and a process uses one of them. The caches come out where they went in: outputs 1 and 2 alias
 inputs 3 and 4, for which the builder needs `PreviewFeature.ALIASED_PLUGIN_IO_10_03`.
 
-Plugins hold no kernels: whoever runs an engine lends them a launcher for the call (`launching`).
+Plugins hold no kernels: whoever runs an engine lends them a launcher for the call (`use_launcher`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Attributes:
 
 
 class Launcher(Protocol):
-    """What a plugin needs to run; `cuda_kernels.AttentionLauncher` is one."""
+    """What a plugin needs to run; `launcher.AttentionLauncher` is one."""
 
     def launch(
         self, attention: Attention, dtype: str, scale: float, tensors: Mapping[str, int], tokens: int,
@@ -84,28 +84,28 @@ class Launcher(Protocol):
     ) -> None: ...  # fmt: skip
 
 
-class _Lent(threading.local):
+class _CurrentLauncher(threading.local):
     """TensorRT calls plugins in the thread that runs the engine."""
 
     launcher: Launcher | None = None
     error: Exception | None = None
 
 
-_lent = _Lent()
+_current_launcher = _CurrentLauncher()
 
 
 @contextlib.contextmanager
-def launching(launcher: Launcher) -> Iterator[None]:
+def use_launcher(launcher: Launcher) -> Iterator[None]:
     """Engines that this thread runs inside the `with` launch their attention through `launcher`.
 
     TensorRT prints what a plugin raises and goes on; the first such error is raised again at the end.
     """
-    _lent.launcher, _lent.error = launcher, None
+    _current_launcher.launcher, _current_launcher.error = launcher, None
     try:
         yield
     finally:
-        error = _lent.error
-        _lent.launcher = _lent.error = None
+        error = _current_launcher.error
+        _current_launcher.launcher = _current_launcher.error = None
         if error is not None:
             raise error
 
@@ -229,15 +229,15 @@ def make_plugin(trt: Any) -> Any:
             del output_desc, workspace
             if self._builds:
                 return  # TensorRT's builder times what it is given; here there is nothing to choose
-            if _lent.launcher is None:
+            if _current_launcher.launcher is None:
                 raise RuntimeError(
                     f"{DOMAIN}.{NAME} has no kernels in this process and cannot launch: "
                     "run the engine through llmc.runtime"
                 )
             try:
-                self._launch(_lent.launcher, input_desc, inputs, outputs, stream)
+                self._launch(_current_launcher.launcher, input_desc, inputs, outputs, stream)
             except Exception as error:
-                _lent.error = _lent.error or error
+                _current_launcher.error = _current_launcher.error or error
                 raise
 
         def _launch(

@@ -8,14 +8,18 @@ import onnx_ir as ir
 import onnxscript
 from onnxscript import opset23 as op
 
-from llmc.plugins.round_fp4.spec import ABI_VERSION, DOMAIN
+from llmc.plugins.round_fp4.spec import ABI_VERSION, BLOCK, DOMAIN, E2M1_MAX
 
 
 # mypy: disable-error-code="no-untyped-def,name-defined"
 @onnxscript.script(onnxscript.values.Opset(DOMAIN, ABI_VERSION), default_opset=op)
 def RoundFP4(x, global_scale):
-    blocks = op.Reshape(x, op.Constant(value_ints=[0, -1, 16]))
-    six, two, half = op.Constant(value_float=6.0), op.Constant(value_float=2.0), op.Constant(value_float=0.5)
+    blocks = op.Reshape(x, op.Constant(value_ints=[0, -1, BLOCK]))
+    six, two, half = (
+        op.Constant(value_float=E2M1_MAX),
+        op.Constant(value_float=2.0),
+        op.Constant(value_float=0.5),
+    )
     largest = op.ReduceMax(op.Abs(blocks), op.Constant(value_ints=[-1]), keepdims=1)
     short = op.Cast(op.Div(op.Div(largest, six), global_scale), to=17)  # saturates at 448
     scale = op.Mul(op.Cast(short, to=1), global_scale)

@@ -1,15 +1,15 @@
-"""Compiles the sampling kernels to cubin and PTX, without a GPU, with the cache of the attention kernels."""
+"""Compiles the sampling kernels to cubin and PTX, without a GPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from llmc.plugins.paged_attention.compile_kernels import Kernel, compile_source
+from llmc.plugins.cuda.compile import Kernel, compile_source
 from llmc.plugins.sampling.launch import ARGUMENTS, configure, variant
 
 
 def compile_kernel(kernel: str, sm: int, cache: Path) -> Kernel:
-    """A kernel of `launch.ARGUMENTS`, from `cache` (a directory), or compiled and put there.
+    """Compiles a kernel of `launch.ARGUMENTS`, or takes it from `cache` (a directory).
 
     Raises CompileError.
     """

@@ -6,11 +6,9 @@ and k are run-time arguments.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from llmc.plugins.paged_attention.launch import Config
+from llmc.plugins.cuda.config import Config
 
 ABI = 1  # of arguments and results; kernels of another one are left alone
 MAX_K = 256
@@ -90,24 +88,3 @@ def read(result: np.ndarray, k: int) -> list[Row | None]:
         (ids[row, :count], logits[row, :count].view(np.float32)) if count >= 0 else None
         for row, count in enumerate(result[:, 0])
     ]
-
-
-def run_interpreted(logits: Any, k: int, chunk: int = CHUNK, capacity: int = CAPACITY) -> list[Row | None]:
-    """The kernels on a torch CPU tensor float32 [N, vocab], by Triton's interpreter (TRITON_INTERPRET=1
-    before triton is imported). For tests, which want more parts and sooner too many ties: smaller sizes."""
-    from llmc.plugins.sampling import kernels
-
-    rows, vocab = logits.shape
-    shares = parts(vocab, chunk)
-    sizes = {"CHUNK": chunk, "CAPACITY": capacity, "TILE": min(chunk, TILE)}
-    sizes["PARTS"] = 1 << (shares - 1).bit_length()
-    result = logits.new_full((rows, width(k, capacity)), -7).int()
-    given: dict[str, Any] = {"logits": logits, "vocab": vocab, "k": k, "parts": shares, "result": result}
-    for name, size in scratch(rows, vocab, chunk, capacity).items():
-        numbers = logits.new_full((size // 4,), -7)
-        given[name] = numbers.long() if name == "partial" else numbers.int()
-    for name, grid in launches(rows, vocab, k):
-        constants = {constant: sizes[constant] for constant in configure(name).constants}
-        grid = (shares, *grid[1:]) if "CHUNK" in constants else grid
-        getattr(kernels, name)[grid](**{a: given[a] for a in ARGUMENTS[name]}, **constants)
-    return read(result.numpy(), k)

@@ -1,12 +1,44 @@
-"""What the engine asks of whatever runs the graph."""
+"""The interface of backends: what loads an engine file, and what runs it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from llmc.runtime.batch import Batch
+from llmc.runtime.bundle.reader import Bundle
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """A file that a backend can load. Without a bundle it is a graph for the CPU."""
+
+    engine: str  # the backend's name in a manifest
+    path: Path
+    kv_dtype: str = "fp32"  # of the KV cache, as in the manifest
+    bundle: Bundle | None = None
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> EngineFile:
+        """The engine of a bundle. Raises BundleError if the bundle has none."""
+        manifest = bundle.manifest
+        return cls(manifest.target.engine, bundle.engine_path(), manifest.precision.kv_dtype, bundle)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load an engine."""
+
+    kv_blocks: int | None = None  # of the KV cache; None: as many as `kv_memory` and the limits allow
+    kv_memory: int | None = None  # bytes of the KV cache at most; None: the backend's default
+    max_tokens: int = 2048  # of a step
+    max_sequences: int = 64  # of a step
+    threads: int | None = None  # of the CPU; None: one for each core
+    # Activations of a row that share an int8 scale before they meet int8 or int4 weights; None: not rounded.
+    activation_group: int | None = None
 
 
 class Backend(Protocol):

@@ -6,23 +6,38 @@ Used for graphs that OpenVINO cannot take (attention softcap), and as the refere
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-from llmc.runtime.batch import Batch
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE
+from llmc.runtime.backends.base import EngineFile, LoadOptions
+from llmc.runtime.backends.kv_cache import cpu_blocks
+from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.errors import BackendError
 
-_INPUTS = tuple(field.name for field in fields(Batch))  # other inputs are caches
+
+def load(engine: EngineFile, options: LoadOptions) -> OnnxRuntimeBackend:
+    """Loads a graph. Raises BackendError for `activation_group` and for caches that are not fp32."""
+    if options.activation_group is not None:
+        raise BackendError(
+            "ONNX Runtime computes with fp32 activations here: `fast` would change nothing",
+            "leave --fast out",
+        )
+    if engine.kv_dtype != "fp32":
+        raise BackendError(
+            f"ONNX Runtime has no KV cache of {engine.kv_dtype} here",
+            "build the bundle with an fp32 KV cache",
+        )
+    return OnnxRuntimeBackend(engine.path, cpu_blocks(engine, options), options.threads)
 
 
 class OnnxRuntimeBackend:
     """An inference session and its paged KV cache of `num_blocks` blocks of 32 tokens."""
 
     name = "onnxruntime"
-    block_size = 32
+    block_size = BLOCK_SIZE
 
     def __init__(self, engine: Path, num_blocks: int, threads: int | None = None) -> None:
         options = ort.SessionOptions()
@@ -41,7 +56,7 @@ class OnnxRuntimeBackend:
         self._caches: list[ort.OrtValue] = []
         present = {output.name for output in self._session.get_outputs()}
         for port in self._session.get_inputs():
-            if port.name in _INPUTS:
+            if port.name in STEP_INPUTS:
                 continue
             cache = np.zeros((num_blocks, *port.shape[1:]), np.float32)
             value = ort.OrtValue.ortvalue_from_numpy(cache)
@@ -54,7 +69,7 @@ class OnnxRuntimeBackend:
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Logits float32 [N, vocab] of the rows in `batch.logits_index`; valid until the next call."""
-        for name in _INPUTS:
+        for name in STEP_INPUTS:
             self._binding.bind_cpu_input(name, getattr(batch, name))
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.bundle.strict_json import DAMAGED, bad, decode, no_constants, plain, shown, unique_keys
 from llmc.runtime.errors import BundleError
 from llmc.runtime.installation import upgrade_hint
@@ -106,7 +107,7 @@ class Geometry:
     hidden_size: Positive
     vocab_size: Positive
     layers: tuple[Layer, ...]
-    block_size: Positive = 32
+    block_size: Positive = BLOCK_SIZE
 
 
 @dataclass(frozen=True)

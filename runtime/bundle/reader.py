@@ -70,10 +70,6 @@ class Bundle:
         raise BundleError(f"{self.path}: no engine for rank {rank}, it has {len(self.manifest.engines)}")
 
     @property
-    def weights_dir(self) -> Path:
-        return self.path / "weights"
-
-    @property
     def tokenizer_dir(self) -> Path | None:
         """None if the bundle was built without a tokenizer."""
         has_one = any(name.startswith("tokenizer/") for name in self.manifest.files)

@@ -46,6 +46,7 @@ from gpu_check.cases import Case, Step  # noqa: E402
 from gpu_check.options import Options  # noqa: E402
 from gpu_check.work import Workload, visible_pairs, workloads  # noqa: E402
 
+from llmc.plugins.cuda.gpus import SHARED_LIMIT  # noqa: E402
 from llmc.plugins.paged_attention import compile_kernels, launch, reference  # noqa: E402
 from llmc.plugins.paged_attention.launch import FP8  # noqa: E402
 from llmc.runtime.bundle.reader import Bundle  # noqa: E402
@@ -172,15 +173,16 @@ def test_unused_and_forgotten_blocks_are_poisoned() -> None:
 
 INTERPRETED = """
 import json, sys
-sys.path.insert(0, "benchmarks")
+sys.path[:0] = ["benchmarks", "tests"]
 import gpu_check
 gpu_check.use_this_checkout()
 from llmc.plugins.paged_attention import launch
 from gpu_check import cases, correctness
+from support.triton_interpreter import run_attention
 assert launch.__file__ == str(gpu_check.ROOT / "plugins/paged_attention/launch.py"), launch.__file__
 for shape, dtypes, step, first_block in json.loads(sys.argv[1]):
     case = cases.Case(shape, dtypes, step, cases.STEPS[step], first_block)
-    row = correctness.check(case, launch.run_interpreted, 7, device="cpu", sm=90, multiprocessors=8)
+    row = correctness.check(case, run_attention, 7, device="cpu", sm=90, multiprocessors=8)
     print(json.dumps(row))
 """
 
@@ -213,7 +215,7 @@ class Recorder:
         self.utils = self
 
     def get_device_properties(self, _: int) -> dict[str, int]:
-        return {"max_shared_mem": launch.SHARED_LIMIT[self.sm]}
+        return {"max_shared_mem": SHARED_LIMIT[self.sm]}
 
     def load_binary(self, name: str, cubin: bytes, *_: Any) -> tuple[Any, ...]:
         self.cubins.append(cubin)
@@ -266,9 +268,9 @@ def test_the_jit_compiles_what_is_compiled_ahead_of_time(
     assert [name for name, _ in recorder.launches] == ["write_kv", "prefill", "decode", "reduce"]
     ahead = [compile_kernels.compile_variant(one.variant, sm, tmp_path / "aot") for one in plan.launches]
     assert recorder.cubins == [kernel.cubin for kernel in ahead]
-    image = aot.image(SimpleNamespace(KernelImage=dict), plan.launches[0].variant, sm, tmp_path / "aot")
-    assert image["variant"] == str(plan.launches[0].variant)
-    assert (image["entry"], image["image"]) == ("write_kv", ahead[0].cubin)
+    image = aot.image(plan.launches[0].variant, sm, tmp_path / "aot")
+    assert image.variant == str(plan.launches[0].variant)
+    assert (image.entry, image.image) == ("write_kv", ahead[0].cubin)
 
 
 def test_arguments_are_bound_in_the_kernels_order() -> None:
@@ -629,10 +631,10 @@ def test_tiles_begin_with_the_default(sm: int) -> None:
 class Filled:
     """Kernels that fill the output with ones; one tile's with twos."""
 
-    def __init__(self, _: Any = ()) -> None:
+    def __init__(self, *_: Any) -> None:
         self.grids: dict[str, tuple[int, ...]] = {}
 
-    def put(self, name: str, grid: tuple[int, ...], given: dict[str, Any], _: int) -> None:
+    def launch(self, name: str, grid: tuple[int, ...], given: dict[str, Any], _: int) -> None:
         self.grids[name] = grid
         value = 2.0 if name.endswith("-64-32-4-2") else 1.0
         data = torch.full((64,), value, dtype=torch.bfloat16).view(torch.int16).numpy()
@@ -682,10 +684,10 @@ def test_tuning_compiles_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("cuda.bindings")
-    from llmc.plugins.paged_attention import cuda_kernels
+    from llmc.plugins.cuda import kernel
 
     w = Workload("32/8x64", "bf16", None, 1, 31, 1)
-    monkeypatch.setattr(cuda_kernels, "Kernels", Filled)
+    monkeypatch.setattr(kernel, "Kernels", Filled)
     monkeypatch.setattr(tune, "workloads", lambda: [w])
     monkeypatch.setattr(tune, "tiles", lambda v, sm: tiles.tiles(v, sm)[:2])
     assert tune.run(CARD, 3, {}, tmp_path, 100.0) == 0

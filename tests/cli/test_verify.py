@@ -339,14 +339,14 @@ def test_a_lack_of_memory(llmc: Any, tiny: Path, tmp_path: Path, monkeypatch: py
 def test_perplexity_of_the_engine_alone(llmc: Any, tiny: Path, tmp_path: Path) -> None:
     """Against the definition, from logits of whole windows."""
     from llmc.compiler.verify.engine_logits import ragged
-    from llmc.runtime.backends import load_backend
+    from llmc.runtime.backends.openvino.backend import OpenVinoBackend
 
     text = "The king said: 'Go home.' " * 30
     (tmp_path / "t.txt").write_text(text)
     record = json.loads(llmc("verify", tiny, "--text", tmp_path / "t.txt", "--json")[1])
     bundle = Bundle.open(tiny)
     windows = texts.windows_of(text, bundle.path / "tokenizer/tokenizer.json", 384, 256, most=64)
-    logits = ragged(load_backend("openvino", bundle.engine_path(), 64), windows)
+    logits = ragged(OpenVinoBackend(bundle.engine_path(), 64), windows)
     losses = []
     for ids, rows in zip(windows, logits, strict=True):
         exact = rows.astype(np.float64)

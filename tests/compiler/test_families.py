@@ -19,7 +19,7 @@ from llmc.compiler.driver import compile_model
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.zoo import list_zoo
 from llmc.runtime.backends import load_backend
-from llmc.runtime.backends.base import Backend
+from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
@@ -72,7 +72,7 @@ def backend_for(path: Path, engine: str, blocks: int = 64) -> Backend:
     bundle = Bundle.open(path)
     if engine == "openvino" and bundle.manifest.target.engine != "openvino":
         pytest.skip(f"OpenVINO cannot take this graph: {bundle.manifest.target.reason}")
-    return load_backend(engine, bundle.engine_path(), blocks)
+    return load_backend(EngineFile(engine, bundle.engine_path()), LoadOptions(kv_blocks=blocks))
 
 
 def run_steps(backend: Backend, sequences: list[list[int]], steps: list[tuple[int, ...]]) -> list[np.ndarray]:
@@ -83,18 +83,10 @@ def run_steps(backend: Backend, sequences: list[list[int]], steps: list[tuple[in
     rows: list[list[np.ndarray]] = [[] for _ in sequences]
     for step in steps:
         chunks = [(s, count) for s, count in enumerate(step) if count]
-        used = [tables[s][: -(-(past[s] + count) // 32)] for s, count in chunks]
-        ids = [token for s, count in chunks for token in sequences[s][past[s] : past[s] + count]]
-        batch = Batch(
-            input_ids=np.array(ids, np.int32),
-            position_ids=np.array(
-                [p for s, count in chunks for p in range(past[s], past[s] + count)], np.int32
-            ),
-            query_start=np.cumsum([0, *(count for _, count in chunks)], dtype=np.int32),
-            past_lengths=np.array([past[s] for s, _ in chunks], np.int32),
-            block_indices=np.array([block for table in used for block in table], np.int32),
-            block_begins=np.cumsum([0, *map(len, used)], dtype=np.int32),
-            logits_index=np.arange(len(ids), dtype=np.int32),
+        ends = {s: past[s] + count for s, count in chunks}
+        batch = Batch.pack(
+            (sequences[s][past[s] : end], past[s], tables[s][: -(-end // 32)], range(end - past[s]))
+            for s, end in ends.items()
         )
         logits, start = backend.forward(batch), 0
         for s, count in chunks:

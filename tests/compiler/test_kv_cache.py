@@ -32,12 +32,13 @@ from llmc.passes.geometry import attention_nodes, read_geometry
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.pipeline import canonicalize
 from llmc.plugins.paged_attention.tensorrt_plugin import Attributes, make_plugin
+from llmc.runtime.backends.kv_cache import block_bytes
 from llmc.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, BundleError, UnsupportedError
-from llmc.runtime.load import block_bytes, load_engine
+from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
 from support.passes import lower_for_tensorrt, oracle_graph, set_kv_scales
 
@@ -181,9 +182,10 @@ def test_the_oracle_is_transformers_with_a_rounded_cache(
     backend = OnnxRuntimeBackend(tmp_path / "oracle.onnx", 2)
     rows = []
     for first, last in ((0, 35), (35, 49), (49, 50)):
-        places, table = np.arange(first, last), np.arange(1 + (last > 32))[::-1]
-        step = [ids[places], places, [0, last - first], [first], table, [0, len(table)], places - first]
-        rows.append(backend.forward(Batch(*(np.array(x, np.int32) for x in step))).copy())
+        step = Batch.pack(
+            [(ids[first:last].tolist(), first, [1, 0] if last > 32 else [0], range(last - first))]
+        )
+        rows.append(backend.forward(step).copy())
     error = np.abs(np.concatenate(rows) - wanted).max(1)
     lost = np.abs(plain - wanted).max(1)
     assert np.median(error) < 1e-4

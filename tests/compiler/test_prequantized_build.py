@@ -34,7 +34,9 @@ from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.runtime.backends import load_backend
-from llmc.runtime.backends.base import Backend
+from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
+from llmc.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from llmc.runtime.backends.openvino.backend import OpenVinoBackend
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.errors import UnsupportedError
@@ -176,21 +178,13 @@ def reference(made: Written, sequences: Sequences) -> list[np.ndarray]:
 def logits(backend: Backend, ids: np.ndarray) -> np.ndarray:
     """[len, 96], in one step."""
 
-    def i32(values: Any) -> np.ndarray:
-        return np.ascontiguousarray(values, np.int32)
-
-    count = len(ids)
-    step = Batch(
-        input_ids=i32(ids), position_ids=i32(range(count)), query_start=i32([0, count]),
-        past_lengths=i32([0]), block_indices=i32([2, 0]), block_begins=i32([0, 2]),
-        logits_index=i32(range(count)),
-    )  # fmt: skip
+    step = Batch.pack([(ids, 0, [2, 0], range(len(ids)))])
     return backend.forward(step).copy()
 
 
 def errors(made: Written, bundle: Path, engine: str, sequences: Sequences) -> list[float]:
     """The largest of the logits of each sequence, relative to 10 or to the largest logit."""
-    backend = load_backend(engine, bundle / "rank0.onnx", 4)
+    backend = load_backend(EngineFile(engine, bundle / "rank0.onnx"), LoadOptions(kv_blocks=4))
     return [
         float(np.abs(logits(backend, ids) - expected).max() / max(1, np.abs(expected).max() / 10))
         for ids, expected in zip(sequences, reference(made, sequences), strict=True)
@@ -275,8 +269,8 @@ def test_the_file_holds_the_codes_of_the_checkpoint(tmp_path: Path) -> None:
         expected = np.concatenate([made.tensors[f"{part}.{last}"].reshape(-1) for part in parts])
         assert stored.read().tobytes() == expected.tobytes()
     assert written["lm_head.weight"].dtype == "F16"  # bf16 times a power of two
-    backend = load_backend("openvino", tmp_path / "x.llmc/rank0.onnx", 4)
-    inside = backend._request.get_compiled_model().get_runtime_model().get_ops()  # type: ignore[attr-defined]
+    backend = OpenVinoBackend(tmp_path / "x.llmc/rank0.onnx", 4)
+    inside = backend._request.get_compiled_model().get_runtime_model().get_ops()
     kinds = [
         node.get_output_element_type(0).get_type_name()
         for node in inside
@@ -419,7 +413,7 @@ def test_tensorrt_builds_every_kind_and_its_graph_loses_what_16_bits_lose(
     oracle.write_bytes(serialize(oracle_graph(moved(inputs.model, tmp_path / "graph"), "bf16")))
     if not any(matrix.format.activations for matrix in inputs.matrices):
         [expected] = reference(made, LONG)
-        got = logits(load_backend("onnxruntime", oracle, 4), LONG[0])
+        got = logits(OnnxRuntimeBackend(oracle, 4), LONG[0])
         assert np.sqrt(np.mean((got - expected) ** 2)) < 0.02 * np.sqrt(np.mean(expected**2))
     limits = tensorrt_build.EngineLimits(128, 64, 4, 8)
     job = tensorrt_build.EngineJob(

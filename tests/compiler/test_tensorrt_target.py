@@ -310,7 +310,7 @@ def test_a_missing_library_is_named_with_the_command(name: str, monkeypatch: pyt
 
 def test_the_enterprise_target_wants_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cuda.bindings")
-    from llmc.plugins.paged_attention.cuda_kernels import CudaError
+    from llmc.plugins.cuda.driver import CudaError
     from llmc.runtime.backends.tensorrt import cuda
     from llmc.runtime.backends.tensorrt.checks import Device
 

@@ -109,24 +109,22 @@ def test_requests_together_get_what_each_gets_alone(built: tuple[Path, Path, str
 
 
 def test_a_split_step_is_the_step_in_pieces() -> None:
-    new, past, blocks = [1, 3, 1, 2], [4, 0, 64, 31], [[7], [1], [5, 6, 2], [3, 0]]
-    ends, begins = np.cumsum([0, *new]), np.cumsum([0, *map(len, blocks)])
-    tokens = int(ends[-1])
-    step = Batch(
-        input_ids=np.arange(tokens),
-        position_ids=np.arange(tokens) + 100,
-        query_start=ends,
-        past_lengths=np.array(past),
-        block_indices=np.concatenate(blocks),
-        block_begins=begins,
-        logits_index=np.array([0, 4, 6]),
+    chunks = [(1, 4, [7]), (3, 0, [1]), (1, 64, [5, 6, 2]), (2, 31, [3, 0])]
+    wanted: list[bool | list[int]] = [[0], False, True, [1]]
+    ids = iter(range(7))
+    step = Batch.pack(
+        ([next(ids) for _ in range(new)], past, table, want)
+        for (new, past, table), want in zip(chunks, wanted, strict=True)
     )
+    assert step.past_lengths.tolist() == [4, 0, 64, 31]
+    assert step.block_begins.tolist() == [0, 1, 2, 5, 7]
+    assert step.logits_index.tolist() == [0, 4, 6]
     first, second = step.split(3)
     assert first.input_ids.tolist() == [0, 1, 2, 3, 4]
     assert first.query_start.tolist() == [0, 1, 4, 5]
     assert first.block_indices.tolist() == [7, 1, 5, 6, 2]
     assert first.logits_index.tolist() == [0, 4]
-    assert second.position_ids.tolist() == [105, 106]
+    assert second.position_ids.tolist() == [31, 32]
     assert second.query_start.tolist() == [0, 2]
     assert second.past_lengths.tolist() == [31]
     assert second.block_indices.tolist() == [3, 0]

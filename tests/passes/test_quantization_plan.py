@@ -6,8 +6,8 @@ import pytest
 
 from llmc.cli.plan_table import plan_lines
 from llmc.compiler.checkpoint import recipe
-from llmc.passes.quantize.formats import FORMATS
-from llmc.passes.quantize.plan import QuantPlan, fused_groups, make_plan
+from llmc.passes.quantize.formats import FORMATS, Format, systematic_format
+from llmc.passes.quantize.plan import Module, QuantPlan, fused_groups, make_plan
 from llmc.runtime.errors import BuildError, RequestError
 
 LAYER = {
@@ -178,3 +178,31 @@ def test_recipe_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
 
 def test_recipes_of_the_zoo_exclude_nothing_yet() -> None:
     assert {recipe.load(name).quantize_exclude for name in recipe.known_families()} == {()}
+
+
+def integer(element: str, block: int, activations: str = "") -> Format:
+    return systematic_format(element, block, "F16", activations)
+
+
+@pytest.mark.parametrize(
+    ("formats", "group"),
+    [
+        ([FORMATS["int8"]], 128),
+        ([FORMATS["int4"]], 32),
+        ([FORMATS["int4-block128"]], 128),
+        ([integer("int4", 64)], 64),
+        ([integer("int8", 64)], 64),
+        ([integer("int4", 0)], 128),  # per channel
+        ([integer("int4", 256), FORMATS["int8"]], 128),
+        ([FORMATS["int4-block128"], integer("int8", 96), FORMATS["fp8"]], 32),
+        ([integer("int8", 24)], 0),  # 8 would be less than a vector
+        ([FORMATS["int8-smoothquant"]], 0),
+        ([FORMATS["nvfp4"], FORMATS["fp8"]], 0),
+        ([None], 0),
+    ],
+)
+def test_groups_of_activations_divide_every_block(formats: list[Format | None], group: int) -> None:
+    modules = [Module(f"m{i}", (768, 768), fmt, "", (f"m{i}",)) for i, fmt in enumerate(formats)]
+    plan = QuantPlan(formats[0] or FORMATS["int8"], tuple(modules), 16, 0)
+    assert plan.activation_group == group
+    assert plan.record()["activation_group"] == group

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmc.plugins.paged_attention.launch import SHARED_LIMIT, SMS
+from llmc.plugins.cuda.gpus import SHARED_LIMIT, SMS
 from llmc.plugins.sampling import launch
 from llmc.runtime.backends.base import Candidates
 from llmc.runtime.batch import Batch
@@ -197,7 +197,7 @@ Run = Callable[..., list[Any]]
 
 @pytest.fixture(scope="module")
 def interpret() -> Iterator[Run]:
-    """Calls `launch.run_interpreted` in a process whose Triton interprets."""
+    """Calls `run_sampling` in a process whose Triton interprets."""
     if no_triton:
         pytest.skip("the kernels need triton and torch")
     process = subprocess.Popen(
@@ -226,6 +226,8 @@ def main() -> None:
 
     import torch
 
+    from support.triton_interpreter import run_sampling
+
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     while True:
         try:
@@ -233,7 +235,7 @@ def main() -> None:
         except EOFError:
             return
         try:
-            result: Any = launch.run_interpreted(torch.from_numpy(logits), *rest)
+            result: Any = run_sampling(torch.from_numpy(logits), *rest)
         except Exception:
             result = traceback.format_exc()
         pickle.dump(result, answers)
@@ -349,7 +351,7 @@ def test_the_kernels_compile_without_a_gpu_and_spill_nothing(sm: int, tmp_path: 
 
 @compiles
 def test_compiled_kernels_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmc.plugins.paged_attention import compile_kernels
+    from llmc.plugins.cuda import compile as cuda_compile
     from llmc.plugins.sampling.compile_kernels import compile_kernel
 
     first = compile_kernel("argmax_merge", 80, tmp_path / "a")
@@ -358,7 +360,7 @@ def test_compiled_kernels_are_cached_by_content(tmp_path: Path, monkeypatch: pyt
     def refuse(*_: Any) -> None:
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(compile_kernels, "_compile", refuse)
+    monkeypatch.setattr(cuda_compile, "_compile", refuse)
     assert compile_kernel("argmax_merge", 80, tmp_path / "a") == first
     for other in (("argmax_merge", 86), ("argmax_parts", 80)):
         with pytest.raises(AssertionError, match="compiled again"):
@@ -390,4 +392,5 @@ def test_a_bundle_carries_the_kernels(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # for `support`
     main()

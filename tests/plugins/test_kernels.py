@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.plugins.cuda.gpus import SHARED_LIMIT, SMS
 from llmc.plugins.paged_attention import launch, reference, spec
 from llmc.plugins.paged_attention.launch import FP8, Attention
 
@@ -197,6 +198,8 @@ def _interpret(
 ) -> dict[str, np.ndarray]:
     import torch
 
+    from support.triton_interpreter import run_attention
+
     model = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     tensors = {name: torch.from_numpy(array) for name, array in step.items()}
     for name in ("query", "key", "value"):
@@ -213,7 +216,7 @@ def _interpret(
         sm=sm, multiprocessors=8, num_splits=num_splits,
     )  # fmt: skip
     scales = {"k_scale": K_SCALE, "v_scale": V_SCALE} if kv_dtype == FP8 else {}
-    launch.run_interpreted(a, dtype, kv_dtype, plan, tensors, scale=a.head_dim**-0.5, sm=sm, **scales)
+    run_attention(a, dtype, kv_dtype, plan, tensors, scale=a.head_dim**-0.5, sm=sm, **scales)
     result = {"output": tensors["output"].float().numpy()}
     for name, scale in (("key_cache", K_SCALE), ("value_cache", V_SCALE)):
         cache = tensors[name].numpy() if kv_dtype == FP8 else tensors[name].float().numpy()
@@ -418,7 +421,7 @@ QUICK = [
 
 
 @compiles
-@pytest.mark.parametrize("sm", launch.SMS)
+@pytest.mark.parametrize("sm", SMS)
 def test_kernels_compile_without_a_gpu_and_fit(sm: int, tmp_path: Path) -> None:
     from llmc.plugins.paged_attention.compile_kernels import compile_variant
 
@@ -429,19 +432,23 @@ def test_kernels_compile_without_a_gpu_and_fit(sm: int, tmp_path: Path) -> None:
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.parametrize("sm", launch.SMS)
-def test_the_full_matrix_compiles_and_fits(sm: int, tmp_path: Path) -> None:
-    from llmc.plugins.paged_attention import compile_kernels
+@pytest.mark.parametrize("sm", SMS)
+def test_the_full_matrix_compiles_and_fits(sm: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from kernel_table import COMMON, PAIRS  # type: ignore[import-not-found]
 
-    for variant in launch.variants_for(compile_kernels.COMMON.values(), compile_kernels.PAIRS):
-        look_at(compile_kernels.compile_variant(variant, sm, tmp_path), variant, sm)
+    from llmc.plugins.paged_attention.compile_kernels import compile_variant
+
+    for variant in launch.variants_for(COMMON.values(), PAIRS):
+        look_at(compile_variant(variant, sm, tmp_path), variant, sm)
 
 
 @compiles
-def test_the_kernels_know_the_contracts_block_size() -> None:
+def test_the_kernels_constants_are_those_of_the_contract() -> None:
     from llmc.plugins.paged_attention import kernels
 
     assert kernels.BLOCK.value == spec.BLOCK_SIZE
+    assert kernels.E4M3_MAX.value == spec.E4M3_MAX
 
 
 def look_at(kernel: Any, variant: launch.Variant, sm: int) -> None:
@@ -449,7 +456,7 @@ def look_at(kernel: Any, variant: launch.Variant, sm: int) -> None:
     assert kernel.name == variant.kernel
     assert kernel.cubin.startswith(b"\x7fELF")
     assert f".target sm_{sm}{suffix}".encode() in kernel.ptx
-    assert kernel.shared_memory <= launch.SHARED_LIMIT[sm]
+    assert kernel.shared_memory <= SHARED_LIMIT[sm]
     assert 0 < kernel.registers <= 255
     assert f".reqntid {32 * kernel.num_warps}".encode() in kernel.ptx
     # The signature and the two scratch pointers that Triton appends are the kernel's parameters.
@@ -460,27 +467,34 @@ def look_at(kernel: Any, variant: launch.Variant, sm: int) -> None:
 
 @compiles
 def test_compiled_kernels_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmc.plugins.paged_attention import compile_kernels
+    from llmc.plugins.cuda import compile as cuda_compile
+    from llmc.plugins.paged_attention import kernels
+    from llmc.plugins.paged_attention.compile_kernels import compile_variant
+
+    def key(v: launch.Variant, sm: int) -> str:
+        function, config = getattr(kernels, v.kernel), launch.configure(v, sm)
+        return cuda_compile.cache_key(function, str(v), launch.signature(v), config, sm)
 
     variant = QUICK[0]
-    first = compile_kernels.compile_variant(variant, 80, tmp_path / "a")
-    again = compile_kernels.compile_variant(variant, 80, tmp_path / "b")
+    first = compile_variant(variant, 80, tmp_path / "a")
+    again = compile_variant(variant, 80, tmp_path / "b")
     assert first == again  # byte for byte, compiled twice
     other = replace(variant, num_kv_heads=2)
-    keys = {compile_kernels.cache_key(v, sm) for v in (variant, other) for sm in launch.SMS}
-    assert len(keys) == 2 * len(launch.SMS)
+    keys = {key(v, sm) for v in (variant, other) for sm in SMS}
+    assert len(keys) == 2 * len(SMS)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("compiled again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(compile_kernels, "_compile", refuse)
-        assert compile_kernels.compile_variant(variant, 80, tmp_path / "a") == first
-    damaged = tmp_path / "a" / f"{compile_kernels.cache_key(variant, 80)}.cubin"
+        patch.setattr(cuda_compile, "_compile", refuse)
+        assert compile_variant(variant, 80, tmp_path / "a") == first
+    damaged = tmp_path / "a" / f"{key(variant, 80)}.cubin"
     damaged.write_bytes(b"\x7fELF")
-    assert compile_kernels.compile_variant(variant, 80, tmp_path / "a") == first
+    assert compile_variant(variant, 80, tmp_path / "a") == first
     assert damaged.read_bytes() == first.cubin
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # for `support`
     main()

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.plugins.paged_attention import launch
-from llmc.plugins.paged_attention.tensorrt_plugin import launching
-from llmc.runtime.backends import load_gpu_backend
+from llmc.plugins.paged_attention.tensorrt_plugin import use_launcher
+from llmc.runtime.backends import load_backend
+from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.backends.tensorrt import sizes
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BackendError
@@ -54,7 +54,7 @@ class Recorder:
 def test_a_plugin_launches_what_its_tensors_say(trt: Any) -> None:
     plugin, _creator = make_layer(trt, ATTENTION[1], 0.25)
     recorder = Recorder()
-    with launching(recorder):
+    with use_launcher(recorder):
         plugin.enqueue(described(trt, 8, 3, 99, 7), [], INPUTS, [800, *INPUTS[3:5]], 0, 5)
         plugin.enqueue(described(trt, 8, 3, 99, 7, fp8=True), [], INPUTS, [800, *INPUTS[3:5]], 0, 5)
     call = (ATTENTION[1], "fp16", 0.25, TENSORS, 8, 3, 5)
@@ -65,7 +65,7 @@ def test_a_plugin_launches_what_its_tensors_say(trt: Any) -> None:
 
 def test_a_copied_cache_is_an_error_not_a_wrong_answer(trt: Any) -> None:
     plugin, _creator = make_layer(trt, ATTENTION[0], 0.25)
-    with pytest.raises(ValueError, match="a copy of value_cache"), launching(Recorder()):
+    with pytest.raises(ValueError, match="a copy of value_cache"), use_launcher(Recorder()):
         plugin.enqueue(described(trt, 8, 3, 99, 7), [], INPUTS, [800, INPUTS[3], 16 * 77], 0, 5)
 
 
@@ -79,7 +79,7 @@ def test_what_a_plugin_raises_is_not_lost_in_tensorrt(trt: Any) -> None:
         except ValueError:
             raise BackendError("execute_async_v3 failed", "") from None
 
-    with pytest.raises(ValueError, match="first"), launching(recorder):
+    with pytest.raises(ValueError, match="first"), use_launcher(recorder):
         engine()
 
 
@@ -90,12 +90,14 @@ class TestLauncher:
             self.launches: list[tuple[str, tuple[int, int, int], dict[str, Any]]] = []
             self.variants: list[str] = []
 
-        def launch(self, what: launch.Launch, arguments: dict[str, Any], stream: int) -> None:
-            self.launches.append((what.variant.kernel, what.grid, dict(arguments)))
-            self.variants.append(str(what.variant))
+        def launch(
+            self, variant: str, grid: tuple[int, int, int], arguments: dict[str, Any], stream: int
+        ) -> None:
+            self.launches.append((variant.split("-")[0], grid, dict(arguments)))
+            self.variants.append(variant)
 
     def launcher(self, scratch_bytes: int = 1 << 30) -> tuple[Any, Kernels]:
-        from llmc.plugins.paged_attention.cuda_kernels import AttentionLauncher
+        from llmc.plugins.paged_attention.launcher import AttentionLauncher
 
         kernels = self.Kernels()
         return AttentionLauncher(kernels, 89, 142, 1 << 20, scratch_bytes), kernels  # type: ignore[arg-type]
@@ -189,12 +191,13 @@ def test_every_call_exists_in_the_real_packages(trt: Any) -> None:
     """cuda-python and TensorRT have no type stubs: this is what mypy would check."""
     from cuda.bindings import driver
 
-    from llmc.plugins.paged_attention import cuda_kernels
+    from llmc.plugins.cuda import driver as calls
+    from llmc.plugins.cuda import kernel
     from llmc.runtime.backends.tensorrt import cuda
     from llmc.runtime.backends.tensorrt import engine as tensorrt_engine
 
     checked = 0
-    for module in (cuda_kernels, cuda):
+    for module in (calls, kernel, cuda):
         objects = {
             "driver": driver,
             "attributes": driver.CUdevice_attribute,
@@ -225,7 +228,7 @@ def test_every_call_exists_in_the_real_packages(trt: Any) -> None:
 
 @needs_packages
 def test_a_machine_without_a_gpu_says_so(directory: Path) -> None:
-    from llmc.plugins.paged_attention.cuda_kernels import CudaError
+    from llmc.plugins.cuda.driver import CudaError
     from llmc.runtime.backends.tensorrt.cuda import probe
 
     try:
@@ -234,11 +237,9 @@ def test_a_machine_without_a_gpu_says_so(directory: Path) -> None:
         pass
     else:
         pytest.skip("this machine has a GPU")
+    bundle = Bundle(directory.rename(directory.with_name("test_bundle")), manifest())
     with pytest.raises(BackendError, match=r"^test_\w+ cannot run here: there is no GPU: cuInit: ") as error:
-        load_gpu_backend(
-            Bundle(directory.rename(directory.with_name("test_bundle")), manifest()),
-            kv_memory=None, max_sequences=4, max_batch_tokens=64,
-        )  # fmt: skip
+        load_backend(EngineFile.of(bundle), LoadOptions(max_sequences=4, max_tokens=64))
     assert "--target cpu" in error.value.hint
 
 

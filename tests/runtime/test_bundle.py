@@ -98,7 +98,6 @@ def test_a_bundle_opens(bundle):
     opened = Bundle.open(bundle)
     assert opened.name == "tiny"
     assert opened.engine_path(0).read_bytes() == b"graph"
-    assert opened.weights_dir == bundle / "weights"
     assert opened.tokenizer_dir == bundle / "tokenizer"
     assert opened.manifest.weights.bytes == len(CONTENTS[WEIGHTS])
     assert files_in(bundle) == LISTED

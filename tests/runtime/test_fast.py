@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +12,16 @@ import pytest
 from llmc.cli import main
 from llmc.compiler.driver import compile_model
 from llmc.compiler.request import BuildRequest
-from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import Backend
+from llmc.runtime.backends.kv_cache import block_bytes
 from llmc.runtime.backends.openvino import backend as openvino
+from llmc.runtime.backends.openvino.backend import OpenVinoBackend
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import Manifest, Target
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
 from llmc.runtime.errors import BackendError, RequestError
-from llmc.runtime.load import activation_group, block_bytes, formats_of, load_engine
+from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
 
 TALES = Path(__file__).parents[2] / "model_zoo/llama/tales"
@@ -39,16 +39,8 @@ def logits(backend: Backend, steps: tuple[int, ...], ids: list[int]) -> np.ndarr
     rows, past = [], 0
     for count in steps:
         blocks = -(-(past + count) // 32)
-        arrays = [
-            ids[past : past + count],
-            range(past, past + count),
-            [0, count],
-            [past],
-            range(blocks),
-            [0, blocks],
-            range(count),
-        ]
-        rows.append(backend.forward(Batch(*(np.array(list(one), np.int32) for one in arrays))).copy())
+        batch = Batch.pack([(ids[past : past + count], past, range(blocks), range(count))])
+        rows.append(backend.forward(batch).copy())
         past += count
     return np.concatenate(rows)
 
@@ -60,14 +52,16 @@ def exact_and(bundle: Path, **changes: object) -> tuple[np.ndarray, np.ndarray]:
     steps = (40, 1, 1, 20, 10)
     found = []
     for options in ({}, changes):
-        backend = load_backend("openvino", opened.engine_path(), 3, **options)  # type: ignore[arg-type]
+        backend = OpenVinoBackend(opened.engine_path(), 3, **options)  # type: ignore[arg-type]
         found.append(logits(backend, steps, ids))
     return found[0], found[1]
 
 
 def test_fast_rounds_activations_and_stays_near(built: Path) -> None:
-    formats = formats_of(json.loads((built / "manifest.json").read_text())["quantization"])
-    exact, fast = exact_and(built, activation_group=activation_group(formats))
+    plan = Bundle.open(built).manifest.quantization
+    assert plan is not None
+    assert plan["activation_group"] == {"int8": 128, "int4": 32}[plan["format"]]
+    exact, fast = exact_and(built, activation_group=plan["activation_group"])
     error = np.abs(fast - exact)
     assert 1e-3 < error.max() < 0.5  # of logits up to about 10 (docs/explanation/quantization.md)
     assert np.sqrt((error**2).mean()) < 0.1
@@ -78,7 +72,7 @@ def test_a_cache_of_8_bits_stays_near_and_is_as_large_as_it_says(built: Path) ->
     error = np.abs(small - exact)
     assert 1e-5 < error.max() < 0.3
     opened = Bundle.open(built)
-    backend = openvino.OpenVinoBackend(opened.engine_path(), 5, kv_dtype="u8")
+    backend = OpenVinoBackend(opened.engine_path(), 5, kv_dtype="u8")
     assert {cache.dtype for cache in backend._caches} == {np.dtype(np.uint8)}
     allocated = sum(cache.nbytes for cache in backend._caches)
     assert allocated == 5 * block_bytes(opened.manifest.geometry, "u8")
@@ -124,27 +118,6 @@ def test_requests_together_get_what_each_gets_alone(built: Path, fast: bool) -> 
     assert same == 9 if not fast else same >= 7  # int8 rounding turns a last bit into a visible difference
 
 
-@pytest.mark.parametrize(
-    ("formats", "group"),
-    [
-        (["int8"], 128),
-        (["int4"], 32),
-        (["int4-block128"], 128),
-        (["int4-block64"], 64),
-        (["int8-block64"], 64),
-        (["int4-per-channel"], 128),
-        (["int4-block256", "int8"], 128),
-        (["int4-block128", "int8-block96", "fp8"], 32),
-        (["int8-block24"], 8),
-        (["int8-smoothquant"], 0),
-        (["nvfp4", "fp8"], 0),
-        ([], 0),
-    ],
-)
-def test_groups_of_activations_divide_every_block(formats: list[str], group: int) -> None:
-    assert activation_group(formats) == group
-
-
 def refused(opened: Bundle, change: Callable[[Manifest], Manifest]) -> RequestError | BackendError:
     with pytest.raises((RequestError, BackendError)) as caught:
         load_engine(replace(opened, manifest=change(opened.manifest)), fast=True)
@@ -155,13 +128,19 @@ def test_fast_is_refused_where_it_would_do_nothing(built: Path, bundle: Callable
     with pytest.raises(RequestError, match="no quantized ones") as caught:
         load_engine(bundle("llama-tiny"), fast=True)
     assert "--quant int8 or int4" in caught.value.hint
-    error = refused(Bundle.open(built), lambda m: replace(m, quantization={"format": "nvfp4"}))
+    error = refused(
+        Bundle.open(built), lambda m: replace(m, quantization={"format": "nvfp4", "activation_group": 0})
+    )
     assert "has them in nvfp4" in error.message
     assert "--quant int8 or int4" in error.hint
-    stored = {"format": "fp8 and int8-block24", "formats": {"fp8": 2, "int8-block24": 1}, "recipe": "x"}
+    stored = {"format": "fp8 and int8-block24", "activation_group": 0, "recipe": "x"}
     error = refused(Bundle.open(built), lambda m: replace(m, quantization=stored))
     assert "has them in fp8 and int8-block24" in error.message
-    assert error.hint == "leave --fast out"  # --quant is not for checkpoints that come quantized
+    assert error.hint == "leave --fast out"  # --quant is not for pre-quantized checkpoints
+
+    error = refused(Bundle.open(built), lambda m: replace(m, quantization={"format": "int8"}))
+    assert "built by an older llmc" in error.message
+    assert error.hint == "build it again, or leave --fast out"
 
     def onnxruntime(manifest: Manifest) -> Manifest:
         target: Target = replace(manifest.target, engine="onnxruntime")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from llmc.runtime.backends.kv_cache import block_bytes
 from llmc.runtime.bundle.manifest import Operator
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BundleError, RequestError
-from llmc.runtime.load import block_bytes, load_engine
+from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
 
 
@@ -38,6 +39,11 @@ def test_an_operator_of_another_abi_is_refused(bundle: Callable[[str], Path]) ->
     newer = replace(opened.manifest, operators=(Operator("llmc.PagedAttention", 2, 2),))
     with pytest.raises(BundleError, match="PagedAttention at ABI 2"):
         load_engine(replace(opened, manifest=newer))
+    other = replace(opened.manifest, operators=(Operator("llmc.Experts", 1, 2),))
+    with pytest.raises(
+        BundleError, match=r"needs operator llmc\.Experts at ABI 1, this llmc has llmc\.Paged"
+    ):
+        load_engine(replace(opened, manifest=other))
 
 
 def test_text_goes_in_and_comes_out(bundle: Callable[[str], Path]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llmc.runtime.backends import load_backend
+from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
 from llmc.runtime.sampling import SamplingParams
@@ -18,7 +19,7 @@ LENGTHS = (1, 2, 7, 15, 31, 32, 33, 47, 64, 65, 90, 120)
 
 def make_engine(path: Path, blocks: int, chunk: int) -> Engine:
     opened = Bundle.open(path)
-    backend = load_backend(opened.manifest.target.engine, opened.engine_path(), blocks)
+    backend = load_backend(EngineFile.of(opened), LoadOptions(kv_blocks=blocks))
     return Engine(backend, None, (), 256, max_batch_tokens=chunk, max_sequences=min(chunk, 16))
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.plugins.cuda.gpus import SMS
 from llmc.plugins.paged_attention import launch, reference
 from llmc.plugins.sampling import launch as sampling
 from llmc.runtime.backends.tensorrt.checks import Device
@@ -89,7 +90,7 @@ def test_steps_on_a_stand_in_for_the_gpu(graphs: str, stand_in: Path, directory:
 def gpu() -> Device:
     if no_cuda_python:
         pytest.skip("cuda-python is not installed")
-    from llmc.plugins.paged_attention.cuda_kernels import CudaError
+    from llmc.plugins.cuda.driver import CudaError
     from llmc.runtime.backends.tensorrt.cuda import probe
 
     try:
@@ -100,11 +101,11 @@ def gpu() -> Device:
 
 def attention_images(gpu: Device, folder: Path) -> tuple[int, list[Any]]:
     """The SM that the attention kernels are compiled for, and those of `ATTENTION`."""
+    from llmc.plugins.cuda.kernel import KernelImage
     from llmc.plugins.paged_attention.compile_kernels import compile_variant
-    from llmc.plugins.paged_attention.cuda_kernels import KernelImage
 
-    exact = gpu.sm in launch.SMS
-    sm = gpu.sm if exact else max(s for s in launch.SMS if s < min(gpu.sm, 90))
+    exact = gpu.sm in SMS
+    sm = gpu.sm if exact else max(s for s in SMS if s < min(gpu.sm, 90))
     made = [compile_variant(v, sm, folder) for v in launch.variants_for(ATTENTION, [("fp16", None)])]
     named = zip(VARIANTS, made, strict=True)
     return sm, [
@@ -117,7 +118,8 @@ def attention_images(gpu: Device, folder: Path) -> tuple[int, list[Any]]:
 def test_attention_on_a_gpu(gpu: Device, captured: bool, tmp_path: Path) -> None:
     """A mixed step with splits, by the launcher alone: no TensorRT."""
     pytest.importorskip("triton")
-    from llmc.plugins.paged_attention.cuda_kernels import AttentionLauncher, Kernels
+    from llmc.plugins.cuda.kernel import Kernels
+    from llmc.plugins.paged_attention.launcher import AttentionLauncher
     from llmc.runtime.backends.tensorrt.cuda import Cuda
 
     sm, images = attention_images(gpu, tmp_path)
@@ -133,7 +135,7 @@ def test_attention_on_a_gpu(gpu: Device, captured: bool, tmp_path: Path) -> None
     arrays["output"] = np.full((tokens, HEADS * DV), np.nan, np.float16)
     for attention in ATTENTION:
         cuda = Cuda()
-        loaded = Kernels(images)
+        loaded = Kernels(images, launch.ARGUMENTS)
         places, host = {}, {}
         for name, array in arrays.items():
             host[name] = cuda.pinned(array.nbytes).view(array.dtype).reshape(array.shape)
@@ -169,7 +171,8 @@ def test_one_graph_serves_every_decode_step(gpu: Device, tmp_path: Path) -> None
     """As the runtime does it: captured for the longest decode of four sequences, replayed on what comes,
     fewer and shorter sequences, padded. No TensorRT."""
     pytest.importorskip("triton")
-    from llmc.plugins.paged_attention.cuda_kernels import AttentionLauncher, Kernels
+    from llmc.plugins.cuda.kernel import Kernels
+    from llmc.plugins.paged_attention.launcher import AttentionLauncher
     from llmc.runtime.backends.tensorrt.cuda import Cuda
 
     sm, images = attention_images(gpu, tmp_path)
@@ -180,7 +183,7 @@ def test_one_graph_serves_every_decode_step(gpu: Device, tmp_path: Path) -> None
     shapes += [(blocks, KV_HEADS, 32, D), (blocks, KV_HEADS, 32, DV), (bucket, HEADS * DV)]
     for attention in ATTENTION:
         cuda = Cuda()
-        loaded = Kernels(images)
+        loaded = Kernels(images, launch.ARGUMENTS)
         host = {name: cuda.pinned(4 * size).view(np.int32) for name, size in most.items()}
         for name, shape in zip([*NAMES[:5], "output"], shapes, strict=True):
             host[name] = cuda.pinned(2 * int(np.prod(shape))).view(np.float16).reshape(shape)
@@ -256,13 +259,13 @@ def test_a_gpu_bundle_answers_as_the_cpu_bundle_does(
 def test_sampling_on_a_gpu(gpu: Device, tmp_path: Path) -> None:
     """What the kernels find in rows with ties, infinities and a NaN, against numpy."""
     pytest.importorskip("triton")
-    from llmc.plugins.paged_attention.cuda_kernels import KernelImage
+    from llmc.plugins.cuda.kernel import KernelImage
     from llmc.plugins.sampling.compile_kernels import compile_kernel
     from llmc.runtime.backends.tensorrt.cuda import Cuda
     from llmc.runtime.backends.tensorrt.sampling import TokenSampler
 
-    exact = gpu.sm in launch.SMS
-    sm = gpu.sm if exact else max(s for s in launch.SMS if s < min(gpu.sm, 90))
+    exact = gpu.sm in SMS
+    sm = gpu.sm if exact else max(s for s in SMS if s < min(gpu.sm, 90))
     made = {name: compile_kernel(name, sm, tmp_path) for name in sampling.ARGUMENTS}
     images = [
         KernelImage(sampling.variant(n), k.name, k.cubin if exact else k.ptx, k.shared_memory, k.num_warps)

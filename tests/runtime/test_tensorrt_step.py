@@ -12,7 +12,7 @@ import pytest
 from llmc.runtime.backends.tensorrt import sizes
 from llmc.runtime.backends.tensorrt.bindings import Tensor, bind
 from llmc.runtime.backends.tensorrt.step import bucket_of, buckets, fill, room
-from llmc.runtime.batch import Batch
+from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.bundle.manifest import Precision
 from llmc.runtime.errors import BackendError, RequestError
 from support.gpu_bundle import DV, HEADS, KV_HEADS, LAYERS, MAX_LEN, D, batch, manifest, tensors
@@ -65,7 +65,7 @@ def test_the_table_covers_every_tensor_once() -> None:
     table = bind(tensors(), manifest())
     caches = {name for cache in table.caches for name in (cache.input, cache.output)}
     assert {*table.step, *caches, "logits"} == {tensor.name for tensor in tensors()}
-    assert set(table.step) == {field.name for field in fields(Batch)}
+    assert tuple(table.step) == tuple(STEP_INPUTS) == tuple(field.name for field in fields(Batch))
     assert table.step["block_indices"] == 560
     assert table.max_blocks == 1016
     assert table.block_bytes == len(LAYERS) * KV_HEADS * 32 * (D + DV) * 2

@@ -27,5 +27,4 @@ def layers_of(backend: OpenVinoBackend) -> tuple[Counter[str], list[str]]:
 def prompt() -> Batch:
     """The first step of one sequence."""
     ids = np.random.default_rng(0).integers(3, 4000, 40)
-    arrays = [ids, range(40), [0, 40], [0], [0, 1], [0, 2], range(40)]
-    return Batch(*(np.array(list(one), np.int32) for one in arrays))
+    return Batch.pack([(ids.tolist(), 0, [0, 1], range(40))])

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from llmc.plugins.sampling import launch as sampling
-from llmc.runtime.backends import load_gpu_backend
+from llmc.runtime.backends import load_backend
+from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.backends.tensorrt import checks
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.reader import Bundle
@@ -55,8 +56,9 @@ def main(graphs: str, directory: Path) -> None:
     warnings.simplefilter("always")
 
     checks.MODULES["tensorrt-rtx"] = "tensorrt_rtx"
-    backend: Any = load_gpu_backend(
-        Bundle(directory, made), kv_memory=40 * 6144 * CACHE.itemsize, max_sequences=6, max_batch_tokens=64
+    backend: Any = load_backend(
+        EngineFile.of(Bundle(directory, made)),
+        LoadOptions(kv_memory=40 * 6144 * CACHE.itemsize, max_sequences=6, max_tokens=64),
     )
     assert backend.num_blocks == 40
     assert backend.name == "tensorrt-rtx"

@@ -17,7 +17,8 @@ from llmc.compiler.child_process import Child
 from llmc.compiler.progress import Progress
 from llmc.compiler.targets.tensorrt.errors import REPORT
 from llmc.passes import edit
-from llmc.plugins.paged_attention.spec import BLOCK_SIZE, STEP_INPUTS
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE
+from llmc.runtime.batch import STEP_INPUTS
 from llmc.runtime.errors import BuildError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, best and largest shape
 _INT32_MAX = 2**31 - 1
-_FIRST_AXIS = {"input_ids": "T", "position_ids": "T", "logits_index": "N", **STEP_INPUTS}  # of the inputs
 _KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "SYSTEMROOT", "TEMP", "TMPDIR")
 _WORK_PATH_LENGTH = 120  # of characters, where the temporary directory's path is shorter than that
 _CHILD = Child(
@@ -109,7 +109,7 @@ def profile(model: ir.Model, limits: EngineLimits) -> dict[str, Range]:
     most["S_plus_1"] = limits.max_sequences + 1
     ranges: dict[str, Range] = {}
     for value in model.graph.inputs:
-        axis = "blocks" if "_cache." in str(value.name) else _FIRST_AXIS.get(str(value.name))
+        axis = "blocks" if "_cache." in str(value.name) else STEP_INPUTS.get(str(value.name))
         first, *rest = edit.dims(value)
         if axis is None or first != -1 or -1 in rest:
             raise BuildError(

@@ -19,8 +19,9 @@ from llmc.compiler.targets.base import Resolved
 from llmc.passes import edit
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.quantize import quantize_kv_cache
+from llmc.plugins.cuda.gpus import SMS
 from llmc.plugins.paged_attention import launch
-from llmc.plugins.paged_attention.launch import SMS, Attention, Variant
+from llmc.plugins.paged_attention.launch import Attention, Variant
 from llmc.plugins.sampling import launch as sampling
 from llmc.runtime.bundle.manifest import KernelFile
 from llmc.runtime.errors import BuildError, UnsupportedError
@@ -29,7 +30,7 @@ from llmc.runtime.installation import install_hint
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from llmc.plugins.paged_attention.compile_kernels import Kernel
+    from llmc.plugins.cuda.compile import Kernel
 
 _PORTABLE = (80, 86, 89, 120)  # what a portable TensorRT-RTX engine runs on, of those we compile for
 _PTX = 89  # Triton's code for SM90 and newer is for exactly that GPU (sm_90a and so on)
@@ -59,7 +60,8 @@ def compile_into(
     Raises BuildError when Triton is missing or refuses a kernel.
     """
     try:
-        from llmc.plugins.paged_attention.compile_kernels import CompileError, compile_variant
+        from llmc.plugins.cuda.compile import CompileError
+        from llmc.plugins.paged_attention.compile_kernels import compile_variant
         from llmc.plugins.sampling.compile_kernels import compile_kernel
 
         made: dict[str, Callable[[int, Path], Kernel]]

@@ -190,7 +190,7 @@ def describe_sms(sms: tuple[int, ...]) -> str:
 def _this_gpu(wanted: tuple[int, ...]) -> tuple[int, ...]:
     """The compute capability of the GPU here, which must be the one that is asked for, if any is."""
     try:
-        from llmc.plugins.paged_attention.cuda_kernels import CudaError
+        from llmc.plugins.cuda.driver import CudaError
         from llmc.runtime.backends.tensorrt.cuda import probe
     except ImportError as error:
         raise BuildError(f"the target tensorrt needs {error.name}", install_hint("tensorrt")) from error

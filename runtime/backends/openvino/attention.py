@@ -15,9 +15,9 @@ from openvino import opset15 as ops
 from openvino.frontend.onnx import ConversionExtension
 from openvino.op import Parameter, _PagedAttentionExtension
 
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.errors import BackendError
 
-BLOCK_SIZE = 32
 SUPPORTED_VERSION = "2026.4"
 _TOLERANCE = {"f32": 1e-5, "u8": 5e-2}  # of the self-test's outputs, which are about 1
 

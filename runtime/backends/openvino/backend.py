@@ -9,26 +9,38 @@ With activations of int8 there is nothing to widen, and all rows go together.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE
+from llmc.runtime.backends.base import EngineFile, LoadOptions
+from llmc.runtime.backends.kv_cache import cpu_blocks
 from llmc.runtime.backends.openvino import attention, int8
 from llmc.runtime.backends.openvino.file_pages import releasing
 from llmc.runtime.backends.openvino.huge_pages import collapse_resident
-from llmc.runtime.batch import Batch
+from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.errors import BackendError
 
-_INPUTS = tuple(field.name for field in fields(Batch))  # other inputs are caches
 _FEW_ROWS, _MANY_ROWS = 4, 16
 # One token in block 0 of a cache that nobody uses yet.
-_FIRST_STEP = Batch(*(np.array(one, np.int32) for one in ([0], [0], [0, 1], [0], [0], [0, 1], [0])))
+_FIRST_STEP = Batch.pack([([0], 0, [0], True)])
 _NARROW = (ov.Type.bf16, ov.Type.f16)
 _INTEGER = (ov.Type.i8, ov.Type.u8, ov.Type.i4, ov.Type.u4)
 _KV_PRECISION = {"fp32": "f32", "u8": "u8"}
+
+
+def load(engine: EngineFile, options: LoadOptions) -> OpenVinoBackend:
+    """Loads a graph: see `OpenVinoBackend`. Raises RequestError for a KV cache that does not fit."""
+    return OpenVinoBackend(
+        engine.path,
+        cpu_blocks(engine, options),
+        options.threads,
+        kv_dtype=engine.kv_dtype,
+        activation_group=options.activation_group,
+    )
 
 
 def tested_core(
@@ -72,7 +84,7 @@ class OpenVinoBackend:
     """A compiled graph and its paged KV cache of `num_blocks` blocks of 32 tokens."""
 
     name = "openvino"
-    block_size = attention.BLOCK_SIZE
+    block_size = BLOCK_SIZE
 
     def __init__(
         self,
@@ -114,7 +126,7 @@ class OpenVinoBackend:
         self._ports = {}
         for port in compiled.inputs:
             name = port.get_any_name()
-            if name in _INPUTS:
+            if name in STEP_INPUTS:
                 self._ports[name] = port
                 continue
             # The graph declares fp32 [blocks, heads, 32, width]; compiled for u8 it has room for scales.

@@ -10,18 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc.plugins.paged_attention import spec
-from llmc.plugins.paged_attention.cuda_kernels import AttentionLauncher, CudaError, KernelImage, Kernels
+from llmc.plugins.cuda.driver import CudaError
+from llmc.plugins.cuda.kernel import KernelImage, Kernels
+from llmc.plugins.paged_attention import launch, spec
+from llmc.plugins.paged_attention.launcher import AttentionLauncher
 from llmc.plugins.sampling.launch import MAX_K, MAX_VOCAB
 from llmc.runtime.backends.base import Candidates
 from llmc.runtime.backends.tensorrt import checks, sizes
-from llmc.runtime.backends.tensorrt.bindings import LOGITS, STEP_INPUTS, bind
+from llmc.runtime.backends.tensorrt.bindings import LOGITS, bind
 from llmc.runtime.backends.tensorrt.checks import Device, Step
 from llmc.runtime.backends.tensorrt.cuda import Cuda, place
 from llmc.runtime.backends.tensorrt.engine import Context, LoadedEngine
 from llmc.runtime.backends.tensorrt.sampling import TokenSampler
 from llmc.runtime.backends.tensorrt.step import bucket_of, buckets, fill, room
-from llmc.runtime.batch import Batch
+from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.bundle.manifest import KernelFile, Manifest
 from llmc.runtime.errors import BackendError
 
@@ -30,7 +32,7 @@ class TensorRtBackend:
     """A TensorRT engine, its attention kernels and its paged KV cache, on one GPU.
 
     Steps of one new token for each sequence are CUDA graphs, from the second of a size on
-    (`tensorrt_step.py`); others are launched kernel by kernel. Each graph has a TensorRT context of its own,
+    (`step.py`); others are launched kernel by kernel. Each graph has a TensorRT context of its own,
     as TensorRT asks for; all contexts share their memory.
     """
 
@@ -60,7 +62,7 @@ class TensorRtBackend:
         cuda = self._cuda = Cuda()
         self._owned.callback(cuda.close)  # freed in reverse: graphs, contexts, engine, kernels, memory
         chosen = checks.choose_kernels(manifest.gpu.kernels, device)
-        kernels = Kernels(_image(directory, file) for file in chosen)
+        kernels = Kernels((_image(directory, file) for file in chosen), launch.ARGUMENTS)
         self._owned.callback(kernels.close)
         engine = self._engine = LoadedEngine(
             checks.MODULES[manifest.target.engine], directory / manifest.engines[0].file
@@ -202,10 +204,7 @@ class TensorRtBackend:
         """Two steps over a cache that nobody uses yet: a prompt, and the decoding of one token. What engine
         or kernels lack shows now, and what is compiled at first use is there for the first request."""
         for count in (tokens, 1):
-            places = np.arange(count, dtype=np.int32)
-            one, span = np.zeros(1, np.int32), np.array([0, count], np.int32)
-            table = np.array([0, 1], np.int32)
-            self.forward(Batch(np.zeros_like(places), places, span, one, one, table, span[1:] - 1))
+            self.forward(Batch.pack([([0] * count, 0, [0], True)]))
         if self._sampler:
             with _as_backend_error("the sampling kernels failed"):
                 for k in (1, 2):  # both pairs of kernels, on the logits that lie there now

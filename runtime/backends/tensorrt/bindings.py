@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from llmc.runtime.batch import Batch
+from llmc.runtime.batch import STEP_INPUTS
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.errors import BackendError
 
-STEP_INPUTS = tuple(field.name for field in fields(Batch))
 LOGITS = "logits"
 _BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "FP8": 1, "INT32": 4}
 _CACHE_DTYPES = {"fp16": "HALF", "bf16": "BF16", "fp8": "FP8"}

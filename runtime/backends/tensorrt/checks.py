@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmc.plugins.paged_attention import spec
+from llmc.plugins.operator import unsupported
 from llmc.plugins.paged_attention.launch import ARGUMENTS as ATTENTION
 from llmc.plugins.sampling import launch as sampling
 from llmc.runtime.bundle.manifest import KernelFile, Manifest
@@ -60,7 +60,7 @@ def faults(
     """
     return [
         *_library_faults(manifest, installed),
-        *_operator_faults(manifest),
+        *unsupported((one.name, one.abi) for one in manifest.operators),
         *([device] if isinstance(device, str) else _device_faults(manifest, directory, device)),
         *_plan_faults(manifest, directory),
         *_step_faults(manifest, step),
@@ -116,16 +116,6 @@ def _library_faults(manifest: Manifest, installed: Mapping[str, str | None]) -> 
             yield f"{library} is {found}, the engine needs {wanted} (pip install {library}=={wanted})"
     if installed.get("cuda-python") is None:
         yield f"cuda-python is not installed (pip install 'cuda-python=={_CUDA[0]}.*')"
-
-
-def _operator_faults(manifest: Manifest) -> Iterator[str]:
-    name = f"{spec.DOMAIN}.{spec.NAME}"
-    for operator in manifest.operators:
-        if (operator.name, operator.abi) != (name, spec.ABI_VERSION):
-            yield (
-                f"the engine needs operator {operator.name} at ABI {operator.abi}, "
-                f"this llmc has {name} at ABI {spec.ABI_VERSION}"
-            )
 
 
 def _device_faults(manifest: Manifest, directory: Path, device: Device) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver
 
-from llmc.plugins.paged_attention.cuda_kernels import CudaError, call
+from llmc.plugins.cuda.driver import CudaError, call
 from llmc.runtime.backends.tensorrt.checks import Device
 
 _ALIGNMENT = 256  # of what lies in one allocation: TensorRT wants its tensors there

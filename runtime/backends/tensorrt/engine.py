@@ -1,4 +1,4 @@
-"""An engine file in TensorRT's hands: loading it, its tensors, and contexts to run it in.
+"""A deserialized TensorRT engine: loading it, its tensors, and contexts to run it in.
 
 `tensorrt_rtx` and `tensorrt` have the same classes; what only the first has is asked for by name.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmc.plugins.paged_attention.tensorrt_plugin import Launcher, launching, register
+from llmc.plugins.paged_attention.tensorrt_plugin import Launcher, register, use_launcher
 from llmc.runtime.backends.tensorrt.bindings import Tensor
 from llmc.runtime.errors import BackendError
 
@@ -105,7 +105,7 @@ class Context:
 
         Raises BackendError."""
         self._engine._log.errors.clear()
-        with launching(launcher):
+        with use_launcher(launcher):
             if not self._context.execute_async_v3(stream):
                 raise self._engine._error("cannot run the step", "set LLMC_TRACEBACK=1 for where it failed")
 

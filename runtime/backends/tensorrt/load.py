@@ -5,27 +5,31 @@ from __future__ import annotations
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.backends.tensorrt import checks
 from llmc.runtime.backends.tensorrt.checks import Device, Step
-from llmc.runtime.bundle.reader import Bundle
-from llmc.runtime.errors import BackendError
+from llmc.runtime.errors import BackendError, RequestError
 
 if TYPE_CHECKING:
     from llmc.runtime.backends.tensorrt.backend import TensorRtBackend
 
 
-def load(
-    bundle: Bundle, *, kv_memory: int | None = None, max_sequences: int = 64, max_batch_tokens: int = 2048
-) -> TensorRtBackend:
+def load(engine: EngineFile, options: LoadOptions) -> TensorRtBackend:
     """Loads the engine of a GPU bundle.
 
-    kv_memory: bytes of GPU memory for the KV cache, by default what the engine leaves free, as far as
-        max_sequences full contexts could use it.
-    max_sequences, max_batch_tokens: what a step may hold; at most what the bundle was built for.
+    Its KV cache gets what the engine leaves of the GPU's memory, `kv_memory` at most, as far as
+    `max_sequences` full contexts could use it.
     Raises BackendError with every reason why the bundle cannot run here, found before the GPU is used;
-    RequestError where the KV cache does not fit.
+    RequestError where the KV cache does not fit, and for `activation_group`.
     """
-    manifest, step = bundle.manifest, Step(max_batch_tokens, max_sequences)
+    bundle = engine.bundle
+    if bundle is None:
+        raise ValueError("a TensorRT engine is loaded from its bundle")
+    if options.activation_group is not None:
+        raise RequestError(
+            f"{bundle.name} runs on a GPU; `fast` is about engines for the CPU", "leave --fast out"
+        )
+    manifest, step = bundle.manifest, Step(options.max_tokens, options.max_sequences)
     installed = {library: _version(library) for library in manifest.target.requires}
     installed["cuda-python"] = _version("cuda-bindings")
     device = _find_device() if installed["cuda-python"] else "without cuda-python no GPU can be found"
@@ -36,7 +40,7 @@ def load(
         )
     from llmc.runtime.backends.tensorrt.backend import TensorRtBackend
 
-    return TensorRtBackend(manifest, bundle.path, device, step, kv_memory)
+    return TensorRtBackend(manifest, bundle.path, device, step, options.kv_memory)
 
 
 def _version(library: str) -> str | None:
@@ -48,7 +52,7 @@ def _version(library: str) -> str | None:
 
 def _find_device() -> Device | str:
     """The GPU, or why there is none."""
-    from llmc.plugins.paged_attention.cuda_kernels import CudaError
+    from llmc.plugins.cuda.driver import CudaError
     from llmc.runtime.backends.tensorrt.cuda import probe
 
     try:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from llmc.plugins.paged_attention.cuda_kernels import KernelImage, Kernels
+from llmc.plugins.cuda.kernel import KernelImage, Kernels
 from llmc.plugins.sampling import launch
 from llmc.runtime.backends.base import Candidates
 from llmc.runtime.backends.tensorrt.cuda import Cuda, place
@@ -37,7 +37,7 @@ class TokenSampler:
         """Of the first `rows` rows, once everything on the stream is done: see `SamplingBackend`."""
         arguments = {**self._arguments, "k": k}
         for kernel, grid in launch.launches(rows, self._vocab, k):
-            self._kernels.put(launch.variant(kernel), grid, arguments, self._cuda.stream)
+            self._kernels.launch(launch.variant(kernel), grid, arguments, self._cuda.stream)
         result = self._result[: rows * launch.width(k)].reshape(rows, -1)
         self._cuda.download(arguments["result"], result)
         self._cuda.wait()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from llmc.plugins.paged_attention import launch
-from llmc.plugins.paged_attention.cuda_kernels import scratch_layout
 from llmc.plugins.paged_attention.launch import Attention
+from llmc.plugins.paged_attention.launcher import scratch_layout
 from llmc.runtime.bundle.manifest import Geometry
 from llmc.runtime.errors import RequestError
 
@@ -68,6 +68,6 @@ def scratch_bytes(
 def longest_decode(count: int, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """query_start and past_lengths of a decode step of `count` sequences, all as long as can be.
 
-    What is launched for it serves every decode step of so many sequences or fewer: see `tensorrt_step.py`.
+    What is launched for it serves every decode step of so many sequences or fewer: see `step.py`.
     """
     return np.arange(count + 1, dtype=np.int32), np.full(count, max_seq_len - 1, np.int32)

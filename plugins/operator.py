@@ -1,0 +1,58 @@
+"""The operators of our own that engines contain, by their names in the domain `llmc`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from llmc.plugins.paged_attention import spec as paged_attention
+from llmc.plugins.round_fp4 import spec as round_fp4
+
+DOMAIN = "llmc"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator with the ABI that this llmc builds and runs."""
+
+    name: str
+    abi: int
+    module: str  # its `function()` makes the body; named, because the runtime must not import onnx_ir
+
+    @property
+    def full_name(self) -> str:
+        """The name in a manifest, "llmc.PagedAttention"."""
+        return f"{DOMAIN}.{self.name}"
+
+    def body(self) -> Any:
+        """The operator in standard ONNX operators, an `onnx_ir.Function`."""
+        return import_module(self.module).function()
+
+
+# The order is that of the bodies in an ONNX file.
+OPERATORS: Mapping[str, Operator] = {
+    one.name: one
+    for one in (
+        Operator(round_fp4.NAME, round_fp4.ABI_VERSION, "llmc.plugins.round_fp4.body"),
+        Operator(paged_attention.NAME, paged_attention.ABI_VERSION, "llmc.plugins.paged_attention.body"),
+    )
+}
+
+
+def bodies_for(names: Iterable[str]) -> list[Any]:
+    """The bodies, `onnx_ir.Function`, of those names that are operators of our own."""
+    used = set(names)
+    return [operator.body() for name, operator in OPERATORS.items() if name in used]
+
+
+def unsupported(needed: Iterable[tuple[str, int]]) -> list[str]:
+    """A sentence for each operator, (full name, ABI), that this llmc lacks."""
+    known = sorted((one.full_name, one.abi) for one in OPERATORS.values())
+    here = ", ".join(f"{name} at ABI {abi}" for name, abi in known)
+    return [
+        f"the engine needs operator {name} at ABI {abi}, this llmc has {here}"
+        for name, abi in needed
+        if (name, abi) not in known
+    ]

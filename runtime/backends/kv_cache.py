@@ -1,0 +1,55 @@
+"""How large the KV cache of a CPU engine is. `tensorrt/sizes.py` does this for GPUs."""
+
+from __future__ import annotations
+
+from llmc.runtime.backends.base import EngineFile, LoadOptions
+from llmc.runtime.bundle.manifest import Geometry
+from llmc.runtime.dtypes import BY_NAME
+from llmc.runtime.errors import RequestError
+from llmc.runtime.memory import available_memory
+
+_DEFAULT_SHARE = 0.25  # of the memory that is available now
+_DEFAULT_LIMIT = 4 << 30
+
+
+def block_bytes(geometry: Geometry, kv_dtype: str) -> int:
+    """Bytes of one KV block over all layers, keys and values.
+
+    u8 is OpenVINO's cache: a scale and a zero point, fp32, for each channel of a block of keys and for
+    each token's value.
+    """
+    size, layers = geometry.block_size, geometry.layers
+    if kv_dtype == "u8":
+        return sum(
+            one.num_kv_heads * ((size + 8) * one.head_dim + size * (one.v_head_dim + 8)) for one in layers
+        )
+    elements = sum(one.num_kv_heads * (one.head_dim + one.v_head_dim) for one in layers)
+    return elements * size * BY_NAME[kv_dtype].bits // 8
+
+
+def cpu_blocks(engine: EngineFile, options: LoadOptions) -> int:
+    """How many KV blocks to allocate: what full contexts of all sequences could use, within the memory.
+
+    Raises RequestError where not one block fits.
+    """
+    if options.kv_blocks is not None:
+        return options.kv_blocks
+    if engine.bundle is None:
+        raise ValueError("an engine without a bundle needs kv_blocks")
+    manifest = engine.bundle.manifest
+    geometry = manifest.geometry
+    block = block_bytes(geometry, engine.kv_dtype)
+    useful = options.max_sequences * -(-manifest.limits.max_seq_len // geometry.block_size)
+    budget = options.kv_memory if options.kv_memory is not None else _default_memory()
+    blocks = min(useful, budget // block)
+    if blocks < 1:
+        raise RequestError(
+            f"{budget} bytes of KV cache hold no block of {geometry.block_size} tokens ({block} bytes)",
+            f"give at least {block} bytes with --kv-memory",
+        )
+    return blocks
+
+
+def _default_memory() -> int:
+    available = available_memory()
+    return _DEFAULT_LIMIT if available is None else min(_DEFAULT_LIMIT, int(available * _DEFAULT_SHARE))
