@@ -23,6 +23,7 @@ from llmc.compiler.quantize.prequantized_plan import (
 from llmc.compiler.quantize.produce import join
 from llmc.compiler.quantize.round_to_nearest import dequantize
 from llmc.compiler.request import BuildRequest
+from llmc.compiler.targets import capability
 from llmc.passes.quantize.formats import FORMATS, Format, get_format, systematic_format
 from llmc.passes.quantize.plan import fused_groups
 from llmc.runtime.errors import CheckpointError, RequestError, UnsupportedError
@@ -90,6 +91,8 @@ def read(made: Written, dtype: str = "fp32", **options: Any) -> PrequantizedWeig
     request = BuildRequest(str(made.root), Path("x.llmc"), target=target, **options)
     stored = read_prequantized(Checkpoint.open(made.write()), request, dtype)
     assert stored is not None
+    for name, module in stored.modules.items():  # as the driver does
+        capability.check_prequantized(module.format, name, request.target, request.sms)
     return stored
 
 
