@@ -11,6 +11,6 @@ from llmc.runtime.dtypes import numpy_dtype
 # The element types of weights and scales, by safetensors' names.
 ONNX: Mapping[str, ir.DataType] = {
     name: ir.DataType.from_numpy(numpy_dtype(name))
-    for name in ("F32", "F16", "BF16", "F8_E4M3", "I64", "I32", "I8", "U8")
+    for name in ("F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "I64", "I32", "I8", "U8")
 }
 SAFETENSORS: Mapping[ir.DataType, str] = {dtype: name for name, dtype in ONNX.items()}

@@ -25,20 +25,20 @@ class Source:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What an initializer holds.
+    """What an initializer holds."""
 
-    modules: the checkpoint's modules, in the order of their rows.
-    rows: the rows of each module's weight, or of its vector.
-    sources: the tensors that make up the data, concatenated along axis 0; empty where the build makes it.
-    array: which array of the modules: "weight", "bias", or a quantized one's "weight_scale", ...
-    exponent: the file holds value * 2**exponent.
-    """
-
+    #: The checkpoint's modules, in the order of their rows.
     modules: tuple[str, ...]
+    #: The rows of each module's weight, or of its vector.
     rows: tuple[int, ...]
+    #: The tensors that make up the data, concatenated along axis 0; empty where the build makes it.
     sources: tuple[Source, ...]
+    #: Which array of the modules: "weight", "bias", or a quantized one's "weight_scale", ...
     array: str = _WEIGHT
+    #: The file holds value * 2**exponent.
     exponent: int = 0
+    #: Packed element type of the array that the build makes ("e2m1"), where the file holds another; else "".
+    packed: str = ""
 
     @property
     def file_name(self) -> str:

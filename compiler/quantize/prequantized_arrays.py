@@ -43,7 +43,7 @@ def produce_prequantized(
 def arrays_of(stored: PrequantizedModule, fmt: Format) -> dict[str, np.ndarray]:
     """The arrays of `fmt.layout` for one module; `fmt` may be that of the matrix it is a part of."""
     module = stored.module
-    if fmt.element == "e2m1":
+    if fmt.double_scaled:
         arrays = {"weight": module.tensors["weight"].read(), "weight_scale": _read_scales(module)}
         assert stored.global_scale is not None
         return arrays | {"weight_scale_2": np.asarray(stored.global_scale)}

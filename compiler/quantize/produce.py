@@ -121,9 +121,9 @@ def add_input_scales(
 def input_scale(matrix: QuantizedMatrix, amax: float, dtype: str) -> np.ndarray:
     """The 0-d scale of activations of range `amax`: fp32 for NVFP4, else `dtype` (F32, F16 or BF16)."""
     global_scale = np.atleast_1d(scales.global_scale(amax, matrix.format))
-    return (global_scale if matrix.format.element == "e2m1" else scales.round_up(global_scale, dtype))[
-        0
-    ].reshape(())
+    return (global_scale if matrix.format.double_scaled else scales.round_up(global_scale, dtype))[0].reshape(
+        ()
+    )
 
 
 def chunks(ref: TensorRef) -> Iterator[np.ndarray]:

@@ -90,7 +90,7 @@ def assemble(
         "weight": elements.pack(array) if fmt.packed else array,
         "weight_scale": stored[:, 0] if fmt.block == 0 else stored,
     }
-    if fmt.element == "e2m1":
+    if fmt.double_scaled:
         arrays["weight_scale_2"] = np.asarray(global_scale)
     return arrays
 

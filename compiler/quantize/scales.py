@@ -55,7 +55,7 @@ def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32) -> n
         }
         scales = np.abs(blocks).max(-1) / limit[fmt.element]
     zero = ~blocks.any(-1)
-    if fmt.element == "e2m1":
+    if fmt.double_scaled:
         scales = np.clip(scales, E4M3_SMALLEST, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
     else:
         scales = round_up(np.maximum(scales, _SMALLEST_NORMAL), fmt.scales)
@@ -77,7 +77,7 @@ def search_scales(blocks: np.ndarray, first: np.ndarray, fmt: Format, global_sca
 
 def candidates(first: np.ndarray, fmt: Format) -> Iterator[np.ndarray]:
     """The stored scales around `first` that a search tries, each of its shape and dtype."""
-    if fmt.element != "e2m1":
+    if not fmt.double_scaled:
         for ratio in _RATIOS:
             yield round_up(
                 np.maximum(first.astype(np.float32) * np.float32(ratio), _SMALLEST_NORMAL), fmt.scales

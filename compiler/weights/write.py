@@ -18,7 +18,8 @@ from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.weights.safetensors_writer import Entry, write_safetensors
 from llmc.passes import edit
 from llmc.passes.dtypes import SAFETENSORS
-from llmc.passes.parameter import parameter
+from llmc.passes.parameter import Parameter, parameter
+from llmc.passes.quantize.elements import decode, unpack
 from llmc.runtime.dtypes import FLOATS
 from llmc.runtime.errors import BuildError
 
@@ -45,8 +46,8 @@ def write_weights(
 ) -> int:
     """Streams every large initializer of `model` to the bundle and points the graph at it.
 
-    Parameters come from the tensors that are their sources; those in `made`, by their names in the graph, are
-    copied as they are. Returns the bytes written.
+    Parameters come from the tensors that are their sources. Those in `made`, by their names in the graph, are
+    copied, or converted where their Parameter says so. Returns the bytes written.
     Raises BuildError if a tensor cannot be converted to the dtype that the graph wants.
     """
     values = [value for value in model.graph.initializers.values() if not _is_inline(value)]
@@ -58,7 +59,7 @@ def write_weights(
     def produce(name: str) -> Iterator[memoryview]:
         nonlocal done
         ref = made.get(name)
-        chunks = ref.iter_chunks() if ref else _chunks(by_name[name], tensors)
+        chunks = _made_chunks(by_name[name], ref) if ref else _chunks(by_name[name], tensors)
         for chunk in chunks:
             done += chunk.nbytes
             yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
@@ -101,8 +102,8 @@ def main_dtype(model: ir.Model) -> str:
 
 
 def _entry(value: ir.Value, made: Mapping[str, TensorRef]) -> Entry:
-    name = str(value.name)
-    if ref := made.get(name):
+    name, record = str(value.name), parameter(value)
+    if (ref := made.get(name)) and not (record and _is_converted(record)):
         return name, ref.dtype, ref.shape
     return name, SAFETENSORS[_dtype(value)], _shape(value)
 
@@ -147,6 +148,22 @@ def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.nd
         power = record.exponent
         for chunk in ref.iter_chunks():
             yield _flat(chunk.astype(np.float32) * np.float32(2.0**power) if power else chunk, dtype, name)
+
+
+def _is_converted(record: Parameter) -> bool:
+    """Whether the file holds other numbers than the array that was made."""
+    return bool(record.exponent or record.packed)
+
+
+def _made_chunks(value: ir.Value, ref: TensorRef) -> Iterator[np.ndarray]:
+    record = parameter(value)
+    for chunk in ref.iter_chunks():
+        if record is None or not _is_converted(record):
+            yield chunk
+            continue
+        codes = unpack(chunk, record.packed) if record.packed else chunk
+        values = decode(codes, record.packed) * np.float32(2.0**record.exponent)
+        yield _flat(values, _dtype(value).numpy(), str(value.name))
 
 
 def _flat(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

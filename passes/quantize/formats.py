@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 
 from llmc.plugins.paged_attention.spec import E4M3_MAX as E4M3_MAX
 from llmc.plugins.round_fp4.spec import E2M1_MAX as E2M1_MAX
-from llmc.runtime.dtypes import DTYPES
+from llmc.runtime.dtypes import DTYPES, FLOATS
 from llmc.runtime.errors import RequestError
 
 INT8_MAX = 127.0
@@ -44,25 +44,34 @@ E4M3_SMALLEST = 2.0**-9  # the smallest subnormal
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store a weight. `codes` is "int8", "int4", "e4m3" or "e2m1".
-
-    `block` is how many columns share a scale; 0: the whole row does, -1: the whole matrix does. `scales` is
-    the dtype of `weight_scale` in safetensors' names. `activations` is what the inputs of the layer are
-    rounded to at run time: "" (weight-only), "int8", "e4m3" or "e2m1". `smoothed`: whether they are
-    multiplied by a `pre_quant_scale` first, and the weight's columns divided by it.
-    """
+    """One way to store a weight."""
 
     name: str
+    #: Element type of the weight: "int8", "int4", "e4m3" or "e2m1".
     element: str
+    #: Columns that share a scale; 0: the whole row does, -1: the whole matrix does.
     block: int
+    #: Dtype of `weight_scale` in safetensors' names.
     scales: str
+    #: Element type of the layer's quantized input: "int8", "e4m3" or "e2m1"; "": weight-only.
     activations: str = ""
+    #: Whether the input is multiplied by a `pre_quant_scale` first, and the weight's columns divided by it.
     smoothed: bool = False
 
     @property
+    def double_scaled(self) -> bool:
+        """Whether the scales of blocks are multiplied by a global `weight_scale_2`, as in NVFP4."""
+        return self.scales == "F8_E4M3"
+
+    @property
+    def float_scales(self) -> bool:
+        """Whether `weight_scale` is of a type that the graph can compute in."""
+        return self.scales in FLOATS
+
+    @property
     def has_global_scale(self) -> bool:
-        """Whether one scale spans the matrix; layers that are multiplied as one must then share it."""
-        return self.block == -1 or self.element == "e2m1"
+        """Whether one scale spans the matrix; fused linear layers must then share it."""
+        return self.block == -1 or self.double_scaled
 
     @property
     def packed(self) -> bool:
@@ -70,8 +79,9 @@ class Format:
         return self.element in ("int4", "e2m1")
 
     def with_scales(self, dtype: str) -> Format:
-        """The same format with `weight_scale` in "F16", "BF16" or "F32". NVFP4's scales are always E4M3."""
-        if self.element == "e2m1" or dtype not in ("F16", "BF16", "F32"):
+        """Return the same format with `weight_scale` in "F16", "BF16" or "F32". Raises ValueError for others,
+        and for a format whose scales are fixed, such as NVFP4's E4M3."""
+        if not self.float_scales or dtype not in ("F16", "BF16", "F32"):
             raise ValueError(f"{self.name} cannot have {dtype} scales")
         return replace(self, scales=dtype)
 
@@ -96,7 +106,7 @@ class Format:
             "weight": (weight, (rows, columns // 2 if self.packed else columns)),
             "weight_scale": (self.scales, scales),
         }
-        if self.element == "e2m1":
+        if self.double_scaled:
             arrays["weight_scale_2"] = ("F32", ())
         return arrays
 

@@ -169,7 +169,7 @@ def make_plan(
     nothing is left to quantize; BuildError for a pattern of the recipe's that matches nothing.
     """
     fmt = get_format(format)
-    if scales is not None and fmt.element != "e2m1":
+    if scales is not None and fmt.float_scales:
         fmt = fmt.with_scales(scales)
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in matrices):

@@ -76,7 +76,7 @@ def _dequantized(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.
     set_parameter(weight, matrix.parameter("weight"))
     arrays = fmt.layout(matrix.shape)
     scale = qdq.initializer(graph, matrix.parameter("weight_scale"), *arrays["weight_scale"])
-    if fmt.element == "e2m1":
+    if fmt.double_scaled:
         global_scale = qdq.initializer(graph, matrix.parameter("weight_scale_2"), *arrays["weight_scale_2"])
         scale = qdq.dequantize(node, scale, global_scale, {}, f"{scale.name}.wide")
     elif scale.dtype != wanted and wanted == ir.DataType.FLOAT:  # the product of code and scale is then exact

@@ -7,16 +7,22 @@ import resource
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from llmc.compiler.bundle_writer import BundleWriter
+from llmc.compiler.checkpoint.safetensors import read_header
 from llmc.compiler.weights.safetensors_writer import ALIGNMENT, write_safetensors
+from llmc.compiler.weights.write import WEIGHTS_FILE, write_weights
+from llmc.passes.parameter import Parameter, set_parameter
 from llmc.runtime.dtypes import DTYPES
 from llmc.runtime.errors import BuildError
 
@@ -181,3 +187,29 @@ def test_a_file_without_padding_and_with_metadata(tmp_path):
     }
     assert written[8 + length :] == b"abcdefgh"
     assert (size, spans) == (len(written), {"a": (8 + length, 3), "b": (11 + length, 5)})
+
+
+def test_an_array_that_was_made_is_converted_where_its_parameter_says_so(tmp_path: Path) -> None:
+    """E2M1 codes as int8 of twice their value, E8M0 scales as half of theirs in fp32: no value changes."""
+    codes = np.arange(16, dtype=np.uint8).reshape(1, 16)
+    packed = codes[:, 0::2] | codes[:, 1::2] << 4
+    scales = np.array([[0.25, 8.0]], ml_dtypes.float8_e8m0fnu)
+    file = tmp_path / "made.safetensors"
+    entries = [("w", "U8", packed.shape), ("s", "F8_E8M0", scales.shape)]
+    arrays = {"w": packed, "s": scales.view(np.uint8)}
+    write_safetensors(file, entries, lambda name: [arrays[name].reshape(-1).data])
+    weight, scale = (
+        ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        for name, shape, dtype in (("w", (1, 16), ir.DataType.INT8), ("s", (1, 2), ir.DataType.FLOAT))
+    )
+    set_parameter(weight, Parameter(("w",), (1,), (), exponent=1, packed="e2m1"))
+    set_parameter(scale, Parameter(("w",), (1,), (), "weight_scale", exponent=-1))
+    graph = ir.Graph([], [], nodes=[], initializers=[], name="g")
+    for value in (weight, scale):
+        graph.initializers.add(value)
+    with BundleWriter(tmp_path / "x.llmc") as work:
+        write_weights(ir.Model(graph, ir_version=10), {}, work, made=read_header(file))
+        written = {name: ref.read() for name, ref in read_header(work.path(WEIGHTS_FILE)).items()}
+    assert written["w"].dtype == np.int8
+    assert np.array_equal(written["w"] * 0.5, codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32))
+    assert np.array_equal(written["s"], np.array([[0.125, 4.0]], np.float32))
