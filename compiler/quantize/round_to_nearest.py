@@ -96,14 +96,19 @@ def assemble(
 
 
 def dequantize(arrays: Mapping[str, np.ndarray], fmt: Format) -> np.ndarray:
-    """float32 [rows, in]: code x scale, in float32, as DequantizeLinear computes it.
+    """Return float32 [rows, in]: code x scale, in float32, as DequantizeLinear computes it.
+
+    A weight of a packed format may be int8 [rows, in] instead, numbers that the scales belong to
+    (`Parameter.packed`).
 
     NVFP4: weight_scale x weight_scale_2 is rounded to float32 first, the inner of the two DequantizeLinear;
     then code x that. INT4 with 16-bit scales is exact. An engine that dequantizes to 16 bits rounds these
     values once more.
     """
     weight = arrays["weight"]
-    array = elements.decode(elements.unpack(weight, fmt.element) if fmt.packed else weight, fmt.element)
+    packed = fmt.packed and weight.dtype == np.uint8
+    array = elements.decode(elements.unpack(weight, fmt.element), fmt.element) if packed else weight
+    array = array.astype(np.float32)
     factors = scales.effective(arrays["weight_scale"], arrays.get("weight_scale_2", np.float32(1)))
     if fmt.block == -1:
         return array * factors

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from llmc.compiler.checkpoint.safetensors import read_header
-from llmc.compiler.quantize.round_to_nearest import quantize
+from llmc.compiler.quantize.round_to_nearest import dequantize, quantize
 from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
 from llmc.compiler.weights.safetensors_writer import write_safetensors
+from llmc.passes.quantize import elements
 from llmc.passes.quantize.formats import FORMATS
 from llmc.runtime.dtypes import numpy_dtype
 
@@ -118,3 +119,16 @@ def test_it_crosses_a_pipe(rounding: ActivationQuantization | None, said: object
 def test_an_input_is_rounded_to_nothing_else(kind: str, scale: float) -> None:
     with pytest.raises(ValueError, match="not rounded"):
         ActivationQuantization(kind, scale)
+
+
+def test_fp4_weights_that_the_file_holds_as_int8() -> None:
+    """Twice each value with half the scale is the same weight."""
+    rng = np.random.default_rng(0)
+    fmt = FORMATS["nvfp4-weight-only"]
+    arrays = quantize(rng.standard_normal((4, 32)).astype(np.float32), fmt, "w")
+    values = elements.decode(elements.unpack(arrays["weight"], "e2m1"), "e2m1")
+    doubled = arrays | {
+        "weight": (2 * values).astype(np.int8),
+        "weight_scale": arrays["weight_scale"].astype(np.float32) / 2,
+    }
+    assert np.array_equal(dequantize(doubled, fmt), dequantize(arrays, fmt))
