@@ -18,7 +18,7 @@ from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.weights.safetensors_writer import Entry, write_safetensors
 from llmc.passes import edit
 from llmc.passes.dtypes import SAFETENSORS
-from llmc.passes.parameter import Parameter, parameter
+from llmc.passes.parameter import parameter
 from llmc.passes.quantize.elements import decode, unpack
 from llmc.runtime.dtypes import FLOATS
 from llmc.runtime.errors import BuildError
@@ -102,8 +102,8 @@ def main_dtype(model: ir.Model) -> str:
 
 
 def _entry(value: ir.Value, made: Mapping[str, TensorRef]) -> Entry:
-    name, record = str(value.name), parameter(value)
-    if (ref := made.get(name)) and not (record and _is_converted(record)):
+    name = str(value.name)
+    if (ref := made.get(name)) and not _is_converted(value, ref):
         return name, ref.dtype, ref.shape
     return name, SAFETENSORS[_dtype(value)], _shape(value)
 
@@ -150,15 +150,20 @@ def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.nd
             yield _flat(chunk.astype(np.float32) * np.float32(2.0**power) if power else chunk, dtype, name)
 
 
-def _is_converted(record: Parameter) -> bool:
-    """Whether the file holds other numbers than the array that was made."""
-    return bool(record.exponent or record.packed)
+def _is_converted(value: ir.Value, ref: TensorRef) -> bool:
+    """Whether the file holds other numbers, or another dtype, than the array that was made."""
+    record = parameter(value)
+    assert record is not None, f"{value.name} was made and has no Parameter"
+    if record.exponent or record.packed:
+        return True
+    return value.dtype in SAFETENSORS and SAFETENSORS[value.dtype] != ref.dtype
 
 
 def _made_chunks(value: ir.Value, ref: TensorRef) -> Iterator[np.ndarray]:
     record = parameter(value)
+    assert record is not None
     for chunk in ref.iter_chunks():
-        if record is None or not _is_converted(record):
+        if not _is_converted(value, ref):
             yield chunk
             continue
         codes = unpack(chunk, record.packed) if record.packed else chunk
