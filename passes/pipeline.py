@@ -19,6 +19,7 @@ from llmc.passes.legalize.emulate_16bit import RoundOutputs, RoundSoftmax, Widen
 from llmc.passes.legalize.factor_rotary_tables import FactorRotaryTables
 from llmc.passes.legalize.finalize import Finalize
 from llmc.passes.legalize.keep_16bit_weights import Keep16BitWeights, NarrowPlan
+from llmc.passes.legalize.mxfp4_weights import DoubleFP4Weights, FloatScales
 from llmc.passes.legalize.require_dtype import RequireDtype
 from llmc.passes.legalize.unname_dims import UnnameDims
 from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
@@ -69,6 +70,7 @@ def quantize(plan: QuantPlan | None, fp8_cache: bool) -> list[Pass]:
 def legalize_openvino(narrow: NarrowPlan) -> list[Pass]:
     """From a quantized fp32 graph to OpenVINO's. narrow: which matrices stay in 16 bits."""
     return [
+        DoubleFP4Weights(),  # MXFP4 as int8, which OpenVINO keeps compressed
         Keep16BitWeights(narrow),  # OpenVINO widens them in registers
         AttachBodies(),  # the file runs in ONNX Runtime as well
         Finalize(Stage.FOR_OPENVINO),
@@ -78,6 +80,7 @@ def legalize_openvino(narrow: NarrowPlan) -> list[Pass]:
 def legalize_onnxruntime() -> list[Pass]:
     """From a quantized fp32 graph to ONNX Runtime's."""
     return [
+        DoubleFP4Weights(),  # before UnpackFP4Weights: int8 needs no unpacking
         UnpackFP4Weights(),  # it has no 4-bit floats
         WidenInt8Weights(),  # two DequantizeLinear would become an int8 product that overflows
         AttachBodies(),
@@ -96,6 +99,7 @@ def legalize_tensorrt(dtype: str) -> list[Pass]:
     narrow = DTYPES[dtype]
     return [
         RequireDtype(narrow, dtype),  # first: nothing else asks what the graph computes in
+        FloatScales(),  # MXFP4: the parser takes no E8M0
         WidenOffsetNorms(),
         FactorRotaryTables(),
         WidenLogits(),

@@ -55,7 +55,9 @@ def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32) -> n
         }
         scales = np.abs(blocks).max(-1) / limit[fmt.element]
     zero = ~blocks.any(-1)
-    if fmt.double_scaled:
+    if fmt.scales == "F8_E8M0":
+        scales = _power_of_two(np.maximum(scales, _SMALLEST_NORMAL))
+    elif fmt.double_scaled:
         scales = np.clip(scales, E4M3_SMALLEST, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
     else:
         scales = round_up(np.maximum(scales, _SMALLEST_NORMAL), fmt.scales)
@@ -77,6 +79,9 @@ def search_scales(blocks: np.ndarray, first: np.ndarray, fmt: Format, global_sca
 
 def candidates(first: np.ndarray, fmt: Format) -> Iterator[np.ndarray]:
     """The stored scales around `first` that a search tries, each of its shape and dtype."""
+    if fmt.scales == "F8_E8M0":
+        yield _power_of_two(np.maximum(first.astype(np.float32) / 2, _SMALLEST_NORMAL))  # clips the largest
+        return
     if not fmt.double_scaled:
         for ratio in _RATIOS:
             yield round_up(
@@ -102,6 +107,14 @@ def round_up(scales: np.ndarray, stored: str) -> np.ndarray:
     infinity = np.array(np.inf, narrow.dtype)
     narrow[too_small] = np.nextafter(narrow[too_small], infinity)
     return narrow
+
+
+def _power_of_two(scales: np.ndarray) -> np.ndarray:
+    """Positive fp32 scales as E8M0, rounded up, so that nothing clips. Beyond 2^127 the scale is NaN."""
+    fraction, exponent = np.frexp(scales)
+    power = exponent - (fraction == 0.5)
+    with np.errstate(over="ignore"):
+        return np.ldexp(np.float32(1), power).astype(ml_dtypes.float8_e8m0fnu)
 
 
 def _squared_error(

@@ -1,9 +1,10 @@
 """UnpackFP4Weights: E2M1 weights as bytes that are looked up, for ONNX Runtime, which has no 4-bit floats.
 
-    before  DequantizeLinear(W [N, K] e2m1, scale [N, K/16])
-    after   Mul(Reshape(Gather(table, nibbles of W [N, K/2] uint8), [N, K/16, 16]), scale) as [N, K]
+    before  DequantizeLinear(W [N, K] e2m1, scale [N, K/B])              B columns share a scale
+    after   Mul(Reshape(Gather(table, nibbles of W [N, K/2] uint8), [N, K/B, B]), scale) as [N, K]
 
-A code stands for one of 16 numbers (elements.E2M1_VALUES), so the result is the same to the last bit.
+A code stands for one of 16 numbers (elements.E2M1_VALUES), so the result is the same to the last bit. E8M0
+scales, which ONNX Runtime lacks as well, are looked up in the same way.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ class UnpackFP4Weights:
             if node.op_type == "DequantizeLinear":
                 codes = edit.operand(node, 0)
                 if codes.is_initializer() and codes.dtype == ir.DataType.FLOAT4E2M1:
-                    _look_up(model.graph, node, _as_bytes(model.graph, codes))
+                    rows, columns = edit.dims(codes)
+                    _look_up(model.graph, node, _as_bytes(model.graph, codes, (rows, columns // 2)))
                     matches.count += 1
         return matches
 
 
-def _as_bytes(graph: ir.Graph, codes: ir.Value) -> ir.Value:
-    rows, columns = edit.dims(codes)
-    shape, data = ir.Shape((rows, columns // 2)), codes.const_value
+def _as_bytes(graph: ir.Graph, codes: ir.Value, dims: tuple[int, ...]) -> ir.Value:
+    shape, data = ir.Shape(dims), codes.const_value
     packed = ir.Value(name=codes.name, shape=shape, type=ir.TensorType(ir.DataType.UINT8))
     if data is not None:
         assert isinstance(data, ir.ExternalTensor)
@@ -56,6 +57,10 @@ def _as_bytes(graph: ir.Graph, codes: ir.Value) -> ir.Value:
 
 def _look_up(graph: ir.Graph, node: ir.Node, packed: ir.Value) -> None:
     scale, name, (rows, half) = edit.operand(node, 1), str(packed.name), edit.dims(packed)
+    if scale.dtype == ir.DataType.FLOAT8E8M0:
+        scale = _powers_of_two(graph, node, _as_bytes(graph, scale, tuple(edit.dims(scale))))
+    elif scale.dtype != ir.DataType.FLOAT:
+        scale = edit.cast(node, scale, ir.DataType.FLOAT, f"{scale.name}.cast")
     columns, blocks = 2 * half, edit.dims(scale)[1]
 
     def add(op: str, inputs: list[ir.Value], attributes: dict[str, object], shape: list[int]) -> ir.Value:
@@ -79,4 +84,17 @@ def _look_up(graph: ir.Graph, node: ir.Node, packed: ir.Value) -> None:
     blocked = edit.reshape(node, values, [rows, blocks, columns // blocks], f"{name}.blocks")
     wide = edit.reshape(node, scale, [rows, blocks, 1], f"{name}.factors")
     scaled = add("Mul", [blocked, wide], {}, [rows, blocks, columns // blocks])
-    edit.replace(node, edit.reshape(node, scaled, [rows, columns], f"{name}.unpacked"))
+    unpacked = edit.reshape(node, scaled, [rows, columns], f"{name}.unpacked")
+    wanted = node.outputs[0].dtype
+    if wanted is not None and wanted != unpacked.dtype:  # MXFP4 in a 16-bit graph
+        unpacked = edit.cast(node, unpacked, wanted, f"{name}.narrow")
+    edit.replace(node, unpacked)
+
+
+def _powers_of_two(graph: ir.Graph, node: ir.Node, scale: ir.Value) -> ir.Value:
+    """E8M0 bytes as fp32: byte b is 2^(b - 127), and 255 is NaN."""
+    name, shape = str(scale.name), edit.dims(scale)
+    values = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
+    table = edit.constant(graph, values, "e8m0_values")
+    index = edit.cast(node, scale, ir.DataType.INT32, f"{name}.index")
+    return edit.insert(node, "Gather", [table, index], {"axis": 0}, f"{name}.values", shape)

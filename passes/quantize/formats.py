@@ -11,11 +11,14 @@ A weight W [out, in] becomes named arrays, under the names ModelOpt gives them i
     fp8-per-channel   E4M3 [out, in]     fp32 [out]                            8 + 32 / in
     nvfp4, nvfp4-weight-only
                       E2M1, packed       E4M3 [out, in/16]    fp32 []          4.5
+    mxfp4             E2M1, packed       E8M0 [out, in/32]                     4.25
 
 "packed" is uint8 [out, in/2], the even column in the low nibble: the layout of ModelOpt's and
 compressed-tensors' NVFP4, and of 4-bit tensors in ONNX (ModelOpt's INT4 pairs rows instead). Every format
 is symmetric (no zero point: TensorRT takes none): weight = code x scale, for NVFP4
-code x (weight_scale x weight_scale_2). The last two formats are the same weights; `activations` differs.
+code x (weight_scale x weight_scale_2). nvfp4 and nvfp4-weight-only are the same weights; `activations`
+differs. mxfp4 is that of the OCP Microscaling Formats (MX) Specification 1.0, weight-only: its scales are
+powers of two.
 int8-smoothquant stores a W whose columns were multiplied by s, and beside it pre_quant_scale [in], 1 / s
 (`smoothing.py`).
 
@@ -130,6 +133,7 @@ FORMATS: Mapping[str, Format] = {
         Format("fp8-per-channel", "e4m3", 0, "F32", activations="e4m3"),
         Format("nvfp4", "e2m1", 16, "F8_E4M3", activations="e2m1"),
         Format("nvfp4-weight-only", "e2m1", 16, "F8_E4M3"),
+        Format("mxfp4", "e2m1", 32, "F8_E8M0"),
     )
 }
 

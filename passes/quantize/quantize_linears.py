@@ -3,6 +3,7 @@
     before             Gemm(x, W)
     weight-only        Gemm(x, DequantizeLinear(W, scale))       W: int8, int4 or E4M3, as in `formats.py`
     nvfp4-weight-only  Gemm(x, DequantizeLinear(W, DequantizeLinear(scale, scale_2)))    W: E2M1, scale: E4M3
+    mxfp4              Gemm(x, DequantizeLinear<output_dtype>(W, scale))                 W: E2M1, scale: E8M0
     fp8                Gemm(DequantizeLinear(QuantizeLinear(x, input_scale), input_scale), ...)
     nvfp4              Gemm(llmc.RoundFP4(x, input_scale), ...)
     with AWQ           Gemm(Mul(x, pre_quant_scale), ...), rounded after the Mul
@@ -79,6 +80,12 @@ def _dequantized(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.
     if fmt.double_scaled:
         global_scale = qdq.initializer(graph, matrix.parameter("weight_scale_2"), *arrays["weight_scale_2"])
         scale = qdq.dequantize(node, scale, global_scale, {}, f"{scale.name}.wide")
+    elif not fmt.float_scales:
+        attributes = _axis(fmt) | {"output_dtype": wanted.value}
+        operands, shape = [weight, scale], list(weight.shape or [])
+        return edit.insert(
+            node, "DequantizeLinear", operands, attributes, f"{name}.wide", shape, dtype=wanted
+        )
     elif scale.dtype != wanted and wanted == ir.DataType.FLOAT:  # the product of code and scale is then exact
         scale = edit.cast(node, scale, wanted, f"{scale.name}.cast")
     wide = qdq.dequantize(node, weight, scale, _axis(fmt), f"{name}.wide")

@@ -152,6 +152,9 @@ def slow_quantize(w: np.ndarray, fmt: Format) -> dict[str, np.ndarray]:
                 scale = min(s for s in EVERY_FP16 if s >= exact)
             elif fmt.element == "e4m3":
                 scale = abs(x).max() / f32(448)
+            elif fmt.name == "mxfp4":
+                exact = abs(x).max() / f32(6)
+                scale = f32(next(2.0**e for e in range(-127, 128) if 2.0**e >= exact))
             else:
                 exact = min(max(abs(x).max() / (f32(6) * over), f32(2**-9)), f32(448))
                 scale = f32(E4M3[slow_code(float(exact), E4M3)])
@@ -167,7 +170,7 @@ def slow_quantize(w: np.ndarray, fmt: Format) -> dict[str, np.ndarray]:
     arrays = {"weight": weight, "weight_scale": scales}
     if fmt.block <= 0:
         arrays["weight_scale"] = scales[0, 0] if fmt.block else scales[:, 0]
-    if fmt.element == "e2m1":
+    if fmt.name.startswith("nvfp4"):
         arrays["weight_scale_2"] = np.asarray(over)
     return arrays
 
@@ -208,7 +211,8 @@ def test_arrays_are_those_of_the_layout(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("int8", 8.03125), ("int4", 4.5), ("int4-block128", 4.125), ("nvfp4", 4.5), ("fp8", 8)]
+    ("name", "bits"),
+    [("int8", 8.03125), ("int4", 4.5), ("int4-block128", 4.125), ("nvfp4", 4.5), ("fp8", 8), ("mxfp4", 4.25)],
 )
 def test_bits_per_parameter(name: str, bits: float) -> None:
     assert FORMATS[name].bits_per_parameter((4096, 1024)) == pytest.approx(bits, abs=1e-4)
@@ -272,7 +276,9 @@ def test_representable_weights_stay(name: str, search: str, w: np.ndarray) -> No
     fmt = FORMATS[name]
     once = quantize(w, fmt, "w", search=search)
     values = dequantize(once, fmt)
-    if fmt.element == "e2m1":  # below, a rounded block scale may be off by half, and the first time clipped
+    if fmt.name.startswith(
+        "nvfp4"
+    ):  # below, a rounded block scale may be off by half, and the first time clipped
         dull = once["weight_scale"].astype(np.float32) < 2.0**-6
         values[np.repeat(dull, 16, axis=1)] = 0
         # and the largest weight, which the global scale comes from, may have been clipped itself
@@ -461,6 +467,7 @@ def dequantize_linear(arrays: dict[str, np.ndarray], fmt: Format, shape: tuple[i
     types = {"int8": TensorProto.INT8, "int4": TensorProto.INT4, "e2m1": TensorProto.FLOAT4E2M1}
     types["e4m3"] = TensorProto.FLOAT8E4M3FN
     stored = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "F8_E4M3": TensorProto.FLOAT8E4M3FN}
+    stored["F8_E8M0"] = TensorProto.FLOAT8E8M0
 
     def tensor(name: str, dtype: int, dims: tuple[int, ...], key: str) -> Any:
         return TensorProto(name=name, data_type=dtype, dims=dims, raw_data=arrays[key].tobytes())
@@ -470,7 +477,7 @@ def dequantize_linear(arrays: dict[str, np.ndarray], fmt: Format, shape: tuple[i
         tensor("w", types[fmt.element], shape, "weight"),
         tensor("s", stored[fmt.scales], scale.shape, "weight_scale"),
     ]
-    if fmt.element == "e2m1":
+    if fmt.name.startswith("nvfp4"):
         tensors.append(tensor("g", TensorProto.FLOAT, (), "weight_scale_2"))
         nodes = [helper.make_node("DequantizeLinear", ["s", "g"], ["wide"])]
     else:

@@ -117,6 +117,6 @@ def test_dumps_are_numbered_texts(
         "03-page-attention.txt",
         "04-pack-tokens.txt",
     ]
-    assert names[-1] == "13-finalize.txt"
+    assert names[-1] == "14-finalize.txt"
     assert "PagedAttention" not in (tmp_path / names[1]).read_text()
     assert "PagedAttention" in (tmp_path / names[2]).read_text()

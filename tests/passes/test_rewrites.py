@@ -18,6 +18,7 @@ from llmc.passes.legalize.attach_bodies import AttachBodies
 from llmc.passes.legalize.drop_activation_quantization import DropActivationQuantization
 from llmc.passes.legalize.emulate_16bit import RoundOutputs, RoundSoftmax, WidenCaches
 from llmc.passes.legalize.keep_16bit_weights import Keep16BitWeights, Narrow, NarrowPlan
+from llmc.passes.legalize.mxfp4_weights import DoubleFP4Weights, FloatScales
 from llmc.passes.legalize.require_dtype import RequireDtype
 from llmc.passes.legalize.unname_dims import UnnameDims
 from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
@@ -205,6 +206,23 @@ CASES = {
         y BFLOAT16 key_out.0 FLOAT value_out.0 FLOAT = PagedAttention q .key.rounded .value.rounded """
         "key_cache.0 value_cache.0 s p i o",
     ),
+    "double-fp4-weights": Case(
+        DoubleFP4Weights(),
+        """g (float[T,64] x) => (float[T,4] y) <float4e2m1[4,64] w, float8e8m0[4,2] s, float[4,64] d> {
+          d = DequantizeLinear <axis = 1, block_size = 32, output_dtype = 1> (w, s)
+          y = Gemm <transB = 1> (x, d) }""",
+        """d FLOAT = DequantizeLinear w s
+        y FLOAT = Gemm x d""",
+    ),
+    "float-scales": Case(
+        FloatScales(),
+        """g (float16[T,64] x) => (float16[T,4] y) <float4e2m1[4,64] w, float8e8m0[4,2] s, float16[4,64] d> {
+          d = DequantizeLinear <axis = 1, block_size = 32, output_dtype = 10> (w, s)
+          y = Gemm <transB = 1> (x, d) }""",
+        """d FLOAT = DequantizeLinear w s
+        d.narrow FLOAT16 = Cast d
+        y FLOAT16 = Gemm x d.narrow""",
+    ),
     "require-dtype": Case(
         RequireDtype(BF16, "bf16"), attention("bfloat16", "bfloat16"), SAME.format("BFLOAT16", "BFLOAT16"), 0
     ),
@@ -277,6 +295,13 @@ def test_what_lines_do_not_show() -> None:
     attributes = cache.graph[0].attributes
     assert [attributes[name].as_float() for name in ("key_scale", "value_scale")] == [1.0, 1.0]
     assert {value.dtype for value in cache.graph.inputs[3:5]} == {ir.DataType.FLOAT8E4M3FN}
+
+    doubled = graph(CASES["double-fp4-weights"].before)
+    CASES["double-fp4-weights"].rewrite(doubled)
+    records = [parameter(value) for value in doubled.graph.initializers.values()]
+    assert [(one.exponent, one.packed) for one in records if one] == [(1, "e2m1"), (-1, "")]
+    types = [value.dtype for value in doubled.graph.initializers.values()]
+    assert types == [ir.DataType.INT8, ir.DataType.FLOAT]
 
     unnamed = graph(CASES["unname-dims"].before)
     CASES["unname-dims"].rewrite(unnamed)
