@@ -252,8 +252,8 @@ def test_gpus_with_an_fp8_conversion_read_the_same(interpret: Run, dtypes: str) 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("shape", ["grouped", "odd heads", "one kv head", "softcap", "largest heads"])
-def test_products_made_a_tile_ahead_are_the_same(interpret: Run, shape: str, dtypes: str) -> None:
-    """Prefills of SM90: no tile before the diagonal, one, several, and the whole of one sequence's blocks."""
+def test_prefills_with_the_tiles_of_sm90_are_the_reference(interpret: Run, shape: str, dtypes: str) -> None:
+    """No tile before the diagonal, one, several, and the whole of one sequence's blocks."""
     a, (dtype, kv_dtype) = SHAPES[shape], DTYPES[dtypes]
     check(interpret, a, dtype, kv_dtype, make_step(a, dtype, [200, 0, 63, 126], [20, 90, 2, 2]), sm=90)
 
@@ -342,6 +342,16 @@ def test_fp8_caches_round_every_number_as_torch_does(interpret: Run, dtype: str,
 
 
 # Plans: no triton needed.
+
+
+def test_long_fp8_caches_are_split_among_more_programs() -> None:
+    def found(sequences: int, context: int, kv_dtype: str | None) -> int:
+        return launch.splits(sequences, 8, context, 132, kv_dtype)
+
+    assert [found(8, 32768, kv_dtype) for kv_dtype in (None, FP8)] == [5, 20]
+    assert [found(8, 8192, kv_dtype) for kv_dtype in (None, FP8)] == [5, 8]
+    assert [found(8, 1024, kv_dtype) for kv_dtype in (None, FP8)] == [5, 5]
+    assert [found(64, 32768, kv_dtype) for kv_dtype in (None, FP8)] == [1, 1]
 
 
 def test_a_plan_launches_only_what_the_step_has() -> None:
