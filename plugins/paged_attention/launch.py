@@ -27,6 +27,7 @@ _SM90_DECODE = {  # (widest head, FP8) -> keys, warps, stages
     (64, False): (64, 4, 3), (128, False): (32, 4, 3), (256, False): (64, 8, 3),
     (64, True): (128, 2, 3), (128, True): (64, 2, 3), (256, True): (64, 4, 3),
 }  # fmt: skip
+_SWIZZLED = 64  # elements of two bytes that the widest swizzle of shared memory takes together
 _CHUNK = 128  # sequences looked at together when a program finds its own
 
 _STEP = dict.fromkeys(("query_start", "past_lengths", "block_indices", "block_begins"), "*i32")
@@ -173,6 +174,9 @@ def configure(v: Variant, sm: int) -> Config:
     sizes |= {"HAS_SOFTCAP": v.has_softcap}
     widest = max(wide, v_wide)
     roomy = SHARED_LIMIT[sm] > 200_000  # SM90 and SM100, whose large products read both operands there
+    if roomy:  # one swizzle for keys and values: ptxas 12.8 computes a wrong address with two (docs/gpu)
+        sizes["HEAD_DIM_PAD"] = max(wide, min(v_wide, _SWIZZLED))
+        sizes["V_HEAD_DIM_PAD"] = max(v_wide, min(wide, _SWIZZLED))
     in_pairs = v.kv_dtype == FP8 and v.v_head_dim % 2 == 0 and not (roomy and v.kernel == "prefill")
     sizes |= {"VALUES_IN_PAIRS": in_pairs}
     if v.kernel == "decode":
