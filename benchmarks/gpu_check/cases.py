@@ -19,6 +19,8 @@ SHAPES = {
     "64/1x64": Attention(64, 1, 64, 64),  # the largest group
     "8/4x8": Attention(8, 4, 8, 8),  # smaller than a tile
     "4/2x32 window of one": Attention(4, 2, 32, 32, window=1),
+    "4/2x32/16": Attention(4, 2, 32, 16),  # less than a swizzle of shared memory
+    "4/2x16/32 window": Attention(4, 2, 16, 32, window=40),
 }
 DTYPES: dict[str, tuple[str, str | None]] = {
     "bf16": ("bf16", None),
@@ -42,6 +44,9 @@ PAIRS = [
     ("8/4x8", "fp16"),
     ("8/4x8", "bf16-fp8kv"),
     ("4/2x32 window of one", "bf16"),
+    ("4/2x32/16", "fp16"),
+    ("4/2x32/16", "bf16-fp8kv"),
+    ("4/2x16/32 window", "bf16"),
 ]
 QUICK_PAIRS = [
     ("32/8x128", "bf16"),

@@ -32,28 +32,23 @@ class Tile:
     keys: int
     warps: int
     stages: int
-    ahead: bool = False  # of prefill
 
     def config(self, v: Variant, sm: int) -> Config:
         constants = {**launch.configure(v, sm).constants, "ROWS": self.rows, "KEYS": self.keys}
-        if v.kernel == "prefill":
-            constants["AHEAD"] = self.ahead
         return Config(constants, self.warps, self.stages)
 
 
 def default(v: Variant, sm: int) -> Tile:
     config = launch.configure(v, sm)
     sizes = config.constants
-    ahead = bool(sizes.get("AHEAD", False))
-    return Tile(sizes["ROWS"], sizes["KEYS"], config.num_warps, config.num_stages, ahead)
+    return Tile(sizes["ROWS"], sizes["KEYS"], config.num_warps, config.num_stages)
 
 
 def tiles(v: Variant, sm: int) -> list[Tile]:
     """The default, then all others that might fit registers and shared memory."""
     first = default(v, sm)
     rows, warps = ((64, 128), (4, 8)) if v.kernel == "prefill" else ((first.rows,), (2, 4, 8))
-    ahead = (False, True) if v.kernel == "prefill" else (False,)
-    found = [Tile(*sizes) for sizes in itertools.product(rows, (32, 64, 128), warps, _STAGES, ahead)]
+    found = [Tile(*sizes) for sizes in itertools.product(rows, (32, 64, 128), warps, _STAGES)]
     wide, v_wide = launch.padded(v.head_dim), launch.padded(v.v_head_dim)
     element = 1 if v.kv_dtype == FP8 else 2
 
@@ -80,7 +75,7 @@ def variant(w: Workload) -> Variant:
 
 
 def name(v: Variant, tile: Tile) -> str:
-    return f"{v.kernel}-{tile.rows}-{tile.keys}-{tile.warps}-{tile.stages}{'-ahead' * tile.ahead}"
+    return f"{v.kernel}-{tile.rows}-{tile.keys}-{tile.warps}-{tile.stages}"
 
 
 def build(v: Variant, sm: int, tile: Tile, cache: str) -> Kernel | None:

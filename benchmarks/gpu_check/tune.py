@@ -140,7 +140,7 @@ def _line(w: Workload, found: list[Row]) -> str:
     usual, best = next(row for row in found if row["default"]), found[0]
     if "seconds" not in usual:
         return f"{w}: the default failed: {usual['error']}"
-    tile = " ".join(f"{key} {best[key]}" for key in ("rows", "keys", "warps", "stages", "ahead", "splits"))
+    tile = " ".join(f"{key} {best[key]}" for key in ("rows", "keys", "warps", "stages", "splits"))
     wrong = sum(row.get("status") == "failed" for row in found)
     gain = usual["seconds"] / best["seconds"]
     return f"{w}: {usual['seconds'] * 1e6:.1f} us; {tile}: x{gain:.2f}" + (

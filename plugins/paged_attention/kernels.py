@@ -198,8 +198,7 @@ def _attend(top, total, sums, q, row_scale, position, key_cache, value_cache, ta
             KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
             HEAD_DIM_PAD: tl.constexpr, V_HEAD_DIM_PAD: tl.constexpr,
             KEYS: tl.constexpr, MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-            FP8: tl.constexpr, VALUES_IN_PAIRS: tl.constexpr, AHEAD: tl.constexpr,
-            STAGES: tl.constexpr):  # fmt: skip
+            FP8: tl.constexpr, VALUES_IN_PAIRS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Rows of queries against the keys first <= n < end of one sequence, in tiles of KEYS from `begin`.
 
     MASK: ALL_SEEN, every row sees every key of every tile, and begin..end is whole tiles; ALIKE, all rows
@@ -207,30 +206,18 @@ def _attend(top, total, sums, q, row_scale, position, key_cache, value_cache, ta
     never used: their blocks may be somebody else's, their contents anything. `row_scale` [ROWS] takes
     scores to units of log2(e). Returns top, total and the unscaled sums of values.
 
-    Block numbers are loaded a tile before their keys, which need not wait for them. AHEAD: the next tile's
-    products are made while this tile's softmax is taken, as in FlashAttention-3 (arXiv:2407.08608); those
-    after the last tile are of block 0, or of nothing, and not used.
+    Block numbers are loaded a tile before their keys, which need not wait for them.
     """
     MASKED: tl.constexpr = MASK != ALL_SEEN
     n = begin + tl.arange(0, KEYS)
     known = (n >= first) & (n < end)
     block = tl.load(table + n // BLOCK, mask=known, other=0)
-    if AHEAD:
-        entry = ((block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK + n % BLOCK)[:, None]
-        block = tl.load(table + n // BLOCK + KEYS // BLOCK, mask=n + KEYS < end, other=0)
-        scores = _products(q, key_cache, entry, known, HEAD_DIM, HEAD_DIM_PAD, MASKED, FP8)
     for start in tl.range(begin, end, KEYS, num_stages=STAGES):
         n = start + tl.arange(0, KEYS)
         known = (n >= first) & (n < end)
-        if AHEAD:
-            m = n + KEYS
-            next_entry = ((block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK + m % BLOCK)[:, None]
-            block = tl.load(table + m // BLOCK + KEYS // BLOCK, mask=m + KEYS < end, other=0)
-            ahead = _products(q, key_cache, next_entry, m < end, HEAD_DIM, HEAD_DIM_PAD, MASKED, FP8)
-        else:
-            entry = ((block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK + n % BLOCK)[:, None]
-            block = tl.load(table + n // BLOCK + KEYS // BLOCK, mask=n + KEYS < end, other=0)
-            scores = _products(q, key_cache, entry, known, HEAD_DIM, HEAD_DIM_PAD, MASKED, FP8)
+        entry = ((block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK + n % BLOCK)[:, None]
+        block = tl.load(table + n // BLOCK + KEYS // BLOCK, mask=n + KEYS < end, other=0)
+        scores = _products(q, key_cache, entry, known, HEAD_DIM, HEAD_DIM_PAD, MASKED, FP8)
         if HAS_SOFTCAP:
             # c*tanh(s/c); tanh(x) = 1 - 2/(exp(2x) + 1) stays right when exp overflows.
             grown = tl.exp2(scores * (row_scale * (2.0 / softcap))[:, None])
@@ -259,9 +246,6 @@ def _attend(top, total, sums, q, row_scale, position, key_cache, value_cache, ta
                          VALUES_IN_PAIRS, FP8)  # fmt: skip
         sums = tl.dot(weights.to(q.dtype), v, sums * fade[:, None])
         top = new_top
-        if AHEAD:
-            scores = ahead
-            entry = next_entry
     return top, total, sums
 
 
@@ -287,7 +271,7 @@ def prefill(output, query, key_cache, value_cache,
             HEAD_DIM_PAD: tl.constexpr, V_HEAD_DIM_PAD: tl.constexpr, ROWS: tl.constexpr,
             KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
             HAS_SOFTCAP: tl.constexpr, FP8: tl.constexpr, VALUES_IN_PAIRS: tl.constexpr,
-            AHEAD: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+            CHUNK: tl.constexpr):  # fmt: skip
     """Program (tile, key/value head): ROWS // GROUP tokens of one sequence, GROUP query heads each."""
     TOKENS: tl.constexpr = ROWS // GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last tokens, which see most, first
@@ -324,12 +308,12 @@ def prefill(output, query, key_cache, value_cache,
             top, total, sums, q, row_scale, position, key_cache, value_cache, table, kv_head,
             0, 0, edge, softcap, window,
             KV_HEADS, HEAD_DIM, V_HEAD_DIM, HEAD_DIM_PAD, V_HEAD_DIM_PAD, KEYS,
-            ALL_SEEN, HAS_WINDOW, HAS_SOFTCAP, FP8, VALUES_IN_PAIRS, AHEAD, None)  # fmt: skip
+            ALL_SEEN, HAS_WINDOW, HAS_SOFTCAP, FP8, VALUES_IN_PAIRS, None)  # fmt: skip
     top, total, sums = _attend(
         top, total, sums, q, row_scale, position, key_cache, value_cache, table, kv_head,
         first, edge, end, softcap, window,
         KV_HEADS, HEAD_DIM, V_HEAD_DIM, HEAD_DIM_PAD, V_HEAD_DIM_PAD, KEYS,
-        CAUSAL, HAS_WINDOW, HAS_SOFTCAP, FP8, VALUES_IN_PAIRS, False, None if HAS_WINDOW else 1)  # fmt: skip
+        CAUSAL, HAS_WINDOW, HAS_SOFTCAP, FP8, VALUES_IN_PAIRS, None if HAS_WINDOW else 1)  # fmt: skip
 
     share = 1.0 / tl.where(real, total, 1.0)
     if FP8 == 1:
@@ -391,7 +375,7 @@ def decode(output, partial_sums, partial_top, partial_total, query, key_cache, v
         top, total, sums, q, row_scale, last, key_cache, value_cache, table, kv_head,
         first, begin, end, softcap, window,
         KV_HEADS, HEAD_DIM, V_HEAD_DIM, HEAD_DIM_PAD, V_HEAD_DIM_PAD, KEYS,
-        ALIKE, HAS_WINDOW, HAS_SOFTCAP, FP8, VALUES_IN_PAIRS, False, None)  # fmt: skip
+        ALIKE, HAS_WINDOW, HAS_SOFTCAP, FP8, VALUES_IN_PAIRS, None)  # fmt: skip
     if FP8 == 1:
         sums = sums * E4M3_IN_HALF
     if FP8 > 0:

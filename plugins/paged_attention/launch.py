@@ -22,6 +22,12 @@ MAX_HEAD_DIM = 256
 MAX_GROUP = 64  # query heads of one key/value head
 MAX_SPLITS = 64
 MIN_KEYS_PER_SPLIT = 128  # below this, a split's start-up costs more than its share of the cache
+_KEYS_PER_FP8_SPLIT = 1024  # at least, beyond two programs a multiprocessor
+_SM90_DECODE = {  # (widest head, FP8) -> keys, warps, stages
+    (64, False): (64, 4, 3), (128, False): (32, 4, 3), (256, False): (64, 8, 3),
+    (64, True): (128, 2, 3), (128, True): (64, 2, 3), (256, True): (64, 4, 3),
+}  # fmt: skip
+_SWIZZLED = 64  # elements of two bytes that the widest swizzle of shared memory takes together
 _CHUNK = 128  # sequences looked at together when a program finds its own
 
 _STEP = dict.fromkeys(("query_start", "past_lengths", "block_indices", "block_begins"), "*i32")
@@ -168,34 +174,44 @@ def configure(v: Variant, sm: int) -> Config:
     sizes |= {"HAS_SOFTCAP": v.has_softcap}
     widest = max(wide, v_wide)
     roomy = SHARED_LIMIT[sm] > 200_000  # SM90 and SM100, whose large products read both operands there
+    if roomy:  # one swizzle for keys and values: ptxas 12.8 computes a wrong address with two (docs/gpu)
+        sizes["HEAD_DIM_PAD"] = max(wide, min(v_wide, _SWIZZLED))
+        sizes["V_HEAD_DIM_PAD"] = max(v_wide, min(wide, _SWIZZLED))
     in_pairs = v.kv_dtype == FP8 and v.v_head_dim % 2 == 0 and not (roomy and v.kernel == "prefill")
     sizes |= {"VALUES_IN_PAIRS": in_pairs}
     if v.kernel == "decode":
-        keys, stages = _decode_tile(widest, v.kv_dtype == FP8, sm)
-        return Config(sizes | {"ROWS": padded(v.group), "KEYS": keys}, num_warps=4, num_stages=stages)
+        rows = padded(v.group)
+        keys, warps, stages = _decode_tile(rows, max(64, widest), v.kv_dtype == FP8, sm)
+        return Config(sizes | {"ROWS": rows, "KEYS": keys}, num_warps=warps, num_stages=stages)
     rows, keys, warps, stages = 128, 64, 8, 2
-    ahead = sm == 90 and widest <= 128 and v.kv_dtype != FP8 and not v.has_window
-    if sm == 90 and widest <= 128:
-        stages = 3
-    elif roomy and widest <= 64:
-        warps = 4
+    if roomy and widest <= 64:
+        warps, stages = 4, 3 if sm == 90 else 2
+    elif sm == 90 and widest <= 128:
+        keys, stages = 64 if v.kv_dtype == FP8 else 128, 3
     elif not roomy and widest > 64:  # without wgmma, larger tiles spill registers
         rows, keys = (128, 32) if widest <= 128 else (64, 32)
-    sizes |= {"ROWS": rows, "KEYS": keys, "AHEAD": ahead, "CHUNK": _CHUNK}
+    sizes |= {"ROWS": rows, "KEYS": keys, "CHUNK": _CHUNK}
     return Config(sizes, num_warps=warps, num_stages=stages)
 
 
-def _decode_tile(widest: int, fp8: bool, sm: int) -> tuple[int, int]:
-    """Keys and stages; those of SM90 are measured (docs/gpu/README.md)."""
-    stages = 3 if sm == 90 and (fp8 or widest > 128) else 2
-    if sm == 90 and widest <= 64:
-        return 128, stages
-    return (64 if widest <= 128 else 32), stages
+def _decode_tile(rows: int, widest: int, fp8: bool, sm: int) -> tuple[int, int, int]:
+    """Keys, warps and stages; those of SM90 are measured (docs/gpu/README.md)."""
+    if sm == 90 and rows == 16:
+        return _SM90_DECODE[widest, fp8]
+    return (64 if widest <= 128 else 32), 4, 2
 
 
-def splits(sequences: int, num_kv_heads: int, longest: int, multiprocessors: int) -> int:
-    """How many programs share a sequence's cache: enough for two on each multiprocessor, not more."""
-    wanted = -(-2 * multiprocessors // max(1, sequences * num_kv_heads))
+def splits(
+    sequences: int, num_kv_heads: int, longest: int, multiprocessors: int, kv_dtype: str | None = None
+) -> int:
+    """How many programs share a sequence's cache: enough for two on each multiprocessor.
+
+    Instructions limit decode of a long FP8 cache: up to ten share them more evenly.
+    """
+    programs = max(1, sequences * num_kv_heads)
+    wanted = -(-2 * multiprocessors // programs)
+    if kv_dtype == FP8 and wanted > 1:
+        wanted = max(wanted, min(10 * multiprocessors // programs, longest // _KEYS_PER_FP8_SPLIT))
     return max(1, min(wanted, longest // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
 
 
@@ -239,7 +255,7 @@ def plan(
     if attention.window:
         longest = min(longest, attention.window)
     if num_splits is None:
-        num_splits = splits(int(single.sum()), kv_heads, longest, multiprocessors)
+        num_splits = splits(int(single.sum()), kv_heads, longest, multiprocessors, kv_dtype)
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"{num_splits} splits: 1 to {MAX_SPLITS} are possible")
     add("decode", count, kv_heads, num_splits)

@@ -671,7 +671,7 @@ def test_candidates_are_sorted_and_wrong_ones_told() -> None:
     assert times == sorted(times)
     assert found[-1]["error"] == "ValueError: differs from the default by 1, relative"
     assert [row["rows"] for row in found if row["default"]] == [128]
-    assert kernels.grids["prefill-64-128-8-2-ahead"] == (256 // (64 // 4) + 1, 8, 1)
+    assert kernels.grids["prefill-64-128-8-2"] == (256 // (64 // 4) + 1, 8, 1)
     w = Workload("32/8x64", "bf16", FP8, 1, 8191, 1)
     made = dict.fromkeys(tiles.tiles(tiles.variant(w), 90), known)
     found = tune.measure(w, Filled(), made, CARD, 3, None)  # type: ignore[arg-type]
@@ -694,5 +694,5 @@ def test_tuning_compiles_and_writes(
     (entry,) = json.loads((tmp_path / "tiles-sm90.json").read_text())["workloads"]
     assert entry["workload"] == str(w)
     assert [row["default"] for row in entry["candidates"]] == [False] * 5 + [True]  # 2 tiles, 3 splits
-    assert "1000.0 us; rows 16 keys 128" in capsys.readouterr().out
+    assert "1000.0 us; rows 16 keys 64" in capsys.readouterr().out
     assert tune.run(CARD, 3, {}, tmp_path, -1.0) == 0

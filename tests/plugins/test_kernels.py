@@ -6,6 +6,7 @@ interpreted half runs in a process of its own: this file, started as a script (`
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import subprocess
@@ -35,6 +36,7 @@ SHAPES = {
     "odd heads": Attention(4, 2, 40, 40),
     "small heads": Attention(8, 4, 8, 8),
     "wide keys": Attention(4, 2, 96, 32),
+    "narrow values": Attention(4, 2, 32, 16),
     "largest heads": Attention(2, 1, 256, 256),
     "window": Attention(4, 2, 64, 64, window=24),
     "window of one": Attention(4, 2, 32, 32, window=1),
@@ -251,9 +253,11 @@ def test_gpus_with_an_fp8_conversion_read_the_same(interpret: Run, dtypes: str) 
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("shape", ["grouped", "odd heads", "one kv head", "softcap", "largest heads"])
-def test_products_made_a_tile_ahead_are_the_same(interpret: Run, shape: str, dtypes: str) -> None:
-    """Prefills of SM90: no tile before the diagonal, one, several, and the whole of one sequence's blocks."""
+@pytest.mark.parametrize(
+    "shape", ["grouped", "odd heads", "narrow values", "one kv head", "softcap", "largest heads"]
+)
+def test_prefills_with_the_tiles_of_sm90_are_the_reference(interpret: Run, shape: str, dtypes: str) -> None:
+    """No tile before the diagonal, one, several, and the whole of one sequence's blocks."""
     a, (dtype, kv_dtype) = SHAPES[shape], DTYPES[dtypes]
     check(interpret, a, dtype, kv_dtype, make_step(a, dtype, [200, 0, 63, 126], [20, 90, 2, 2]), sm=90)
 
@@ -342,6 +346,29 @@ def test_fp8_caches_round_every_number_as_torch_does(interpret: Run, dtype: str,
 
 
 # Plans: no triton needed.
+
+
+@pytest.mark.parametrize("sm", [90, 100])
+@pytest.mark.parametrize("kernel", ["prefill", "decode"])
+def test_keys_and_values_are_swizzled_alike(kernel: str, sm: int) -> None:
+    """ptxas 12.8 computes a wrong address for values of 32 bytes a row after keys of 64."""
+    for head_dim, v_head_dim in itertools.product((8, 32, 40, 96, 256), repeat=2):
+        v = launch.variant(kernel, Attention(4, 2, head_dim, v_head_dim), "fp16")
+        sizes = launch.configure(v, sm).constants
+        keys, values = (min(128, 2 * sizes[name]) for name in ("HEAD_DIM_PAD", "V_HEAD_DIM_PAD"))
+        assert keys == values
+        assert head_dim <= sizes["HEAD_DIM_PAD"]
+        assert v_head_dim <= sizes["V_HEAD_DIM_PAD"]
+
+
+def test_long_fp8_caches_are_split_among_more_programs() -> None:
+    def found(sequences: int, context: int, kv_dtype: str | None) -> int:
+        return launch.splits(sequences, 8, context, 132, kv_dtype)
+
+    assert [found(8, 32768, kv_dtype) for kv_dtype in (None, FP8)] == [5, 20]
+    assert [found(8, 8192, kv_dtype) for kv_dtype in (None, FP8)] == [5, 8]
+    assert [found(8, 1024, kv_dtype) for kv_dtype in (None, FP8)] == [5, 5]
+    assert [found(64, 32768, kv_dtype) for kv_dtype in (None, FP8)] == [1, 1]
 
 
 def test_a_plan_launches_only_what_the_step_has() -> None:

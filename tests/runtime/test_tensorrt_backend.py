@@ -159,7 +159,7 @@ def test_attention_on_a_gpu(gpu: Device, captured: bool, tmp_path: Path) -> None
         given = [arrays[name].copy() for name in NAMES]
         settings: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "scale": SCALE}
         wanted = reference.paged_attention(*given, window=attention.window, **settings)
-        np.testing.assert_allclose(host["output"], wanted, atol=4e-3)
+        np.testing.assert_allclose(host["output"], wanted, atol=4e-3, err_msg=str(attention))
         np.testing.assert_array_equal(host["key_cache"], given[3])
         np.testing.assert_array_equal(host["value_cache"], given[4])
         loaded.close()
