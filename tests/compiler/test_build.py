@@ -189,7 +189,7 @@ def test_a_killed_verification_process_is_a_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     script = tmp_path / "python"
-    script.write_text("#!/bin/sh\ncat > /dev/null\nkill -9 $$\n")
+    script.write_text("#!/bin/sh\nread task\nkill -9 $$\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(BuildError, match="verification process was killed by signal 9") as caught:
