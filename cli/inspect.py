@@ -81,7 +81,10 @@ def inspect(
         *describe_gpu(manifest),
         ("tokens", f"begin {tokens.bos}, end {', '.join(map(str, tokens.eos)) or 'none'}"),
         ("fidelity", describe_verification(manifest.verification)),
-        ("passes", ", ".join(f"{one.name} {one.matches}" for one in manifest.passes) or "none"),
+        (
+            "passes",
+            ", ".join(f"{one.name} {one.matches}" for one in manifest.passes if one.matches) or "none",
+        ),
         ("built by", ", ".join([f"llmc {manifest.producer.llmc}", *libraries])),
         ("integrity", "every byte verified" if verify else "sizes verified; --verify hashes every byte"),
         ("size", f"{size(total)} in {len(manifest.files) + 1} files"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmc.compiler import targets
 from llmc.compiler.bundle_writer import BundleWriter
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
     from llmc.compiler.calibrate.source import Calibration
     from llmc.compiler.checkpoint.safetensors import TensorRef
-    from llmc.compiler.plan import BuildPlan
+    from llmc.compiler.plan import BuildPlan, CheckpointFacts
     from llmc.compiler.quantize.prequantized_plan import PrequantizedWeights
     from llmc.compiler.quantize.produce import Produced
     from llmc.compiler.quantize.step import Maker
+    from llmc.compiler.targets.base import Target
+    from llmc.passes.canonicalize.fuse_linears import FusionPlan
     from llmc.passes.quantize.matrix import QuantizedMatrix
     from llmc.passes.quantize.plan import QuantPlan
 
@@ -107,45 +109,37 @@ def plan_build(
     """Do everything before the first byte is written: read, trace, rewrite, quantize and legalize."""
     clock = clock or Clock(progress or Silent())
     with clock.phase("read checkpoint"):
-        checkpoint = Checkpoint.open(hub.resolve(request.checkpoint, request.revision))
-        family = recipe.load(checkpoint.model_type)
-        target = targets.target(request.target)
-        resolved = target.resolve(request, checkpoint.dtype)
-        prequantized = _read_prequantized(checkpoint, request, resolved)
-        calibration = None if prequantized else _read_calibration(request)
+        given = _read(request)
     with clock.phase("import torch and transformers"):
         from llmc.compiler.calibrate.source import check_calibration
         from llmc.compiler.checkpoint.config import context_length, load_config
-        from llmc.compiler.plan import BuildPlan, CheckpointFacts
+        from llmc.compiler.plan import BuildPlan
         from llmc.compiler.trace.export import trace
         from llmc.compiler.weights import write
         from llmc.passes import contract, pipeline
-        from llmc.passes.canonicalize.fuse_linears import FusionPlan
         from llmc.passes.geometry import read_geometry
         from llmc.passes.quantize import quantize_kv_cache
+    checkpoint, resolved = given.checkpoint, given.resolved
     config = load_config(checkpoint)
     max_seq_len = context_length(config, request.max_seq_len)
     num_layers, fp8_cache = int(config.num_hidden_layers), resolved.kv_dtype == quantize_kv_cache.FP8
-    check_calibration(calibration, checkpoint.config, num_layers if fp8_cache else 0)
-    expected = family.expected(num_layers)
+    check_calibration(given.calibration, checkpoint.config, num_layers if fp8_cache else 0)
+    expected = given.family.expected(num_layers)
     with clock.phase("trace"):
         traced = trace(config, resolved.dtype, max_seq_len)
         model = traced.model
-        compare_names(
-            traced.parameters, prequantized.checkpoint.named if prequantized else checkpoint.tensors
-        )
+        compare_names(traced.parameters, given.named)
     with clock.phase("rewrite the graph"):
-        fusion = prequantized.fusion if prequantized else FusionPlan()
-        reports = contract.run(model, pipeline.canonicalize(fusion), expected)
+        reports = contract.run(model, pipeline.canonicalize(given.fusion), expected)
         geometry, parameters = read_geometry(model), write.num_elements(model)
-        canonical = model.clone() if calibration is not None and resolved.dtype == "fp32" else None
-    with clock.phase("quantize the graph"):
-        quantization = _quantization_plan(request, resolved, checkpoint, family, prequantized, model)
-        contract.run(model, pipeline.quantize(quantization, fp8_cache))
+        canonical = model.clone() if given.calibration is not None and resolved.dtype == "fp32" else None
+        quantization = _quantization_plan(request, given, model)
         matrices = quantization.matrices() if quantization else []
-    with clock.phase("legalize the graph"):
-        engine = target.choose_engine(resolved, model)
-        target.legalize(resolved, engine.engine, model, checkpoint.tensors)
+        wanted = {"quantize-linears": len(matrices), "quantize-kv-cache": num_layers}
+        reports += contract.run(model, pipeline.quantize(quantization, fp8_cache), wanted)
+        engine = given.target.choose_engine(resolved, model)
+        legalize = given.target.legalize(resolved, engine.engine, model, checkpoint.tensors)
+        reports += contract.run(model, legalize)
 
     def unquantized() -> ir.Model:
         if canonical is not None:
@@ -154,54 +148,83 @@ def plan_build(
         contract.run(again, pipeline.canonicalize(), expected)
         return again
 
-    plan = BuildPlan(
-        request=request,
-        checkpoint=CheckpointFacts(
-            path=checkpoint.path,
-            model_type=checkpoint.model_type,
-            dtype=checkpoint.dtype,
-            prequantized=prequantized is not None,
-            known_family=family.known,
-            logit_tolerance=family.logit_tolerance,
-            expected_matches=expected,
-            total_bytes=checkpoint.total_bytes,
-        ),
-        resolved=resolved,
-        target=engine,
-        geometry=geometry,
-        sizes=Sizes(max_seq_len, write.weight_bytes(model), memory_needed(4 * parameters)),
-        quantization=quantization,
-        passes=tuple(reports),
-    )
+    sizes = Sizes(max_seq_len, write.weight_bytes(model), memory_needed(4 * parameters))
+    facts = _facts(given, expected)
+    plan = BuildPlan(request, facts, resolved, engine, geometry, sizes, quantization, tuple(reports))
     tied = {name: checkpoint.tensors[of] for name, of in traced.tied.items() if of in checkpoint.tensors}
     tensors = dict(checkpoint.tensors) | tied
-    return plan, BuildInputs(checkpoint, model, tensors, matrices, prequantized, calibration, unquantized)
+    inputs = BuildInputs(
+        checkpoint, model, tensors, matrices, given.prequantized, given.calibration, unquantized
+    )
+    return plan, inputs
 
 
-def _quantization_plan(
-    request: BuildRequest,
-    resolved: Resolved,
-    checkpoint: Checkpoint,
-    family: recipe.Recipe,
-    prequantized: PrequantizedWeights | None,
-    model: ir.Model,
-) -> QuantPlan | None:
+@dataclass(frozen=True)
+class _Given:
+    """What was read before anything heavy is imported."""
+
+    checkpoint: Checkpoint
+    family: recipe.Recipe
+    target: Target
+    resolved: Resolved
+    prequantized: PrequantizedWeights | None
+    calibration: Calibration
+
+    @property
+    def named(self) -> Mapping[str, Any]:
+        """The checkpoint's tensors, without those that only a quantized weight has."""
+        return self.prequantized.checkpoint.named if self.prequantized else self.checkpoint.tensors
+
+    @property
+    def fusion(self) -> FusionPlan:
+        from llmc.passes.canonicalize.fuse_linears import FusionPlan
+
+        return self.prequantized.fusion if self.prequantized else FusionPlan()
+
+
+def _read(request: BuildRequest) -> _Given:
+    """Raises LlmcError for what this checkpoint, this target or this machine cannot do."""
+    checkpoint = Checkpoint.open(hub.resolve(request.checkpoint, request.revision))
+    family = recipe.load(checkpoint.model_type)
+    target = targets.target(request.target)
+    resolved = target.resolve(request, checkpoint.dtype)
+    prequantized = _read_prequantized(checkpoint, request, resolved)
+    calibration = None if prequantized else _read_calibration(request)
+    return _Given(checkpoint, family, target, resolved, prequantized, calibration)
+
+
+def _facts(given: _Given, expected: dict[str, int]) -> CheckpointFacts:
+    from llmc.compiler.plan import CheckpointFacts
+
+    return CheckpointFacts(
+        path=given.checkpoint.path,
+        model_type=given.checkpoint.model_type,
+        dtype=given.checkpoint.dtype,
+        prequantized=given.prequantized is not None,
+        known_family=given.family.known,
+        logit_tolerance=given.family.logit_tolerance,
+        expected_matches=expected,
+        total_bytes=given.checkpoint.total_bytes,
+    )
+
+
+def _quantization_plan(request: BuildRequest, given: _Given, model: ir.Model) -> QuantPlan | None:
     from llmc.compiler.quantize import make_plan
     from llmc.passes.quantize import qdq
 
-    bits = 32 if checkpoint.dtype == "float32" else 16
+    bits = 32 if given.checkpoint.dtype == "float32" else 16
     if request.quant:
         return make_plan.plan_weights(
             model,
             request.quant,
             request.exclude,
-            family.quantize_exclude,
+            given.family.quantize_exclude,
             bits,
-            qdq.SCALES_OF.get(resolved.dtype),
-            resolved.head_format,
+            qdq.SCALES_OF.get(given.resolved.dtype),
+            given.resolved.head_format,
         )
-    if prequantized and prequantized.modules:  # without modules, only its KV cache is quantized
-        return make_plan.plan_prequantized(model, prequantized, bits)
+    if given.prequantized and given.prequantized.modules:  # else only its KV cache is quantized
+        return make_plan.plan_prequantized(model, given.prequantized, bits)
     return None
 
 

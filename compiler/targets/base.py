@@ -16,6 +16,8 @@ from llmc.runtime.bundle.manifest import Target as EngineTarget
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from llmc.passes.contract import Pass
+
 GRAPH_FILE = "rank0.onnx"  # beside weights/: ONNX allows external data below the graph's directory only
 
 
@@ -95,8 +97,11 @@ class Target(Protocol):
 
     def legalize(
         self, resolved: Resolved, engine: str, model: ir.Model, tensors: Mapping[str, TensorRef]
-    ) -> None:
-        """Turn a quantized graph into the one that `engine` takes, in place. `tensors`: the checkpoint's."""
+    ) -> list[Pass]:
+        """Return the passes that turn a quantized graph into the one that `engine` takes.
+
+        model: the quantized graph, which stays unchanged. tensors: the checkpoint's.
+        """
         ...
 
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:

@@ -18,6 +18,7 @@ from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import GRAPH_FILE, Artifact, ProofFiles, Resolved, Sizes
 from llmc.compiler.weights.narrow import narrow_plan
 from llmc.passes import contract, pipeline
+from llmc.passes.contract import Pass
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.drop_activation_quantization import rounded_to
 from llmc.passes.legalize.finalize import serialize
@@ -59,16 +60,12 @@ class CpuTarget:
 
     def legalize(
         self, resolved: Resolved, engine: str, model: ir.Model, tensors: Mapping[str, TensorRef]
-    ) -> None:
-        """Completes the graph to a file that both engines read.
-
-        Only for OpenVINO do 16-bit weights stay so: ONNX Runtime would widen them all at every start.
-        """
+    ) -> list[Pass]:
+        """See `Target`. Only OpenVINO keeps 16-bit weights: ONNX Runtime would widen them at every start."""
         del resolved
         if engine == "openvino":
-            contract.run(model, pipeline.legalize_openvino(narrow_plan(model, tensors)))
-        else:
-            contract.run(model, pipeline.legalize_onnxruntime())
+            return pipeline.legalize_openvino(narrow_plan(model, tensors))
+        return pipeline.legalize_onnxruntime()
 
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:
         del sizes, clock

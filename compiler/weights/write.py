@@ -156,7 +156,7 @@ def _is_converted(value: ir.Value, ref: TensorRef) -> bool:
     assert record is not None, f"{value.name} was made and has no Parameter"
     if record.exponent or record.packed:
         return True
-    return value.dtype in SAFETENSORS and SAFETENSORS[value.dtype] != ref.dtype
+    return SAFETENSORS.get(_dtype(value), ref.dtype) != ref.dtype
 
 
 def _made_chunks(value: ir.Value, ref: TensorRef) -> Iterator[np.ndarray]:

@@ -26,6 +26,7 @@ from llmc.compiler.targets.tensorrt import kernels
 from llmc.compiler.targets.tensorrt.build import EngineJob, EngineLimits
 from llmc.compiler.weights.write import WEIGHTS_FILE
 from llmc.passes import contract, pipeline
+from llmc.passes.contract import Pass
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
@@ -104,9 +105,9 @@ class TensorRTTarget:
 
     def legalize(
         self, resolved: Resolved, engine: str, model: ir.Model, tensors: Mapping[str, TensorRef]
-    ) -> None:
-        del engine, tensors  # the engine stores its weights in the dtype that it computes in
-        contract.run(model, pipeline.legalize_tensorrt(resolved.dtype))
+    ) -> list[Pass]:
+        del engine, model, tensors  # the engine stores its weights in the dtype that it computes in
+        return pipeline.legalize_tensorrt(resolved.dtype)
 
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:
         needed, available = tensorrt_build.memory_needed(sizes.weight_bytes), available_memory()
