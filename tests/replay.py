@@ -31,7 +31,7 @@ from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.tensorrt.target import oracle_graph
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
-from support.quantized_layouts import LAYOUTS, assemble, weights
+from support.quantized_layouts import CONFIG, LAYOUTS, assemble, weights
 
 TALES = Path(__file__).parents[1] / "model_zoo" / "llama" / "tales"
 # (checkpoint, options of BuildRequest); a checkpoint is a name of the zoo, "tales", or a pre-quantized layout
@@ -69,18 +69,6 @@ TENSORRT = (
     ("modelopt-fp8", {"sms": (89,)}),
     ("ct-int4", {}),
 )
-_CONFIG = {
-    "vocab_size": 96,
-    "intermediate_size": 320,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": False,
-}
 
 
 def lines(work: Path) -> Iterator[str]:
@@ -122,7 +110,7 @@ def _checkpoint(name: str, work: Path) -> str:
         if name in LAYOUTS:
             quantizer, settings, _ = LAYOUTS[name]
             written = assemble(directory, dict.fromkeys(weights(), quantizer), settings)
-            written.config |= _CONFIG
+            written.config |= CONFIG
             written.write()
         else:
             zoo.make(name, directory)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from llmc.compiler.driver import compile_model
 from llmc.compiler.request import BuildRequest
@@ -24,6 +24,7 @@ from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
 from llmc.runtime.sampling import SamplingParams
+from support.families import OTHERS, write_random
 
 TOLERANCE = 1e-4  # fp32 logits
 FAMILIES = [entry.name for entry in list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
@@ -123,28 +124,9 @@ def test_a_trained_checkpoint_equals_transformers(engine: str, stories: Path, st
     check(reference(stories), backend_for(stories_bundle, engine), 512)
 
 
-# Families without a recipe that are known to work: tiny random models, so that they keep working.
-# fmt: off
-OTHERS = (
-    "arcee", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "gpt2", "granite",
-    "helium", "ministral", "nemotron", "olmo", "olmo2", "seed_oss", "smollm3", "starcoder2",
-)
-# fmt: on
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", OTHERS)
 def test_families_without_a_recipe_equal_transformers_too(family: str, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    config = AutoConfig.for_model(family, **sizes, **heads, vocab_size=384, pad_token_id=0)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(3)  # logits that depend on the input
-        else:
-            parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(tmp_path / family)
-    built = compile_model(BuildRequest(str(tmp_path / family), tmp_path / "x.llmc", verify=False)).path
-    check(reference(tmp_path / family), backend_for(built, "openvino"), 256)
+    checkpoint = write_random(family, tmp_path)
+    built = compile_model(BuildRequest(str(checkpoint), tmp_path / "x.llmc", verify=False)).path
+    check(reference(checkpoint), backend_for(built, "openvino"), 256)

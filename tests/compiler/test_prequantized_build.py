@@ -44,8 +44,7 @@ from llmc.runtime.load import load_engine
 from support.passes import oracle_graph
 from support.quantized_layouts import (
     BF16,
-    HIDDEN,
-    INTERMEDIATE,
+    CONFIG,
     K0,
     LAYOUTS,
     Q0,
@@ -63,19 +62,6 @@ from support.traces import copy_of
 LONG = [np.random.default_rng(5).integers(0, 96, 45)]  # crosses a block of the cache
 SHORT = [np.random.default_rng(seed).integers(0, 96, 8) for seed in range(5)]
 Sequences = Sequence[np.ndarray]
-CONFIG = {
-    "vocab_size": 96,
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": False,
-}
 BUILDABLE = [layout for layout in LAYOUTS if layout not in ("ct-int4-reordered", "ct-int8-asymmetric")]
 needs_tensorrt = pytest.mark.skipif(
     not tensorrt_build.is_installed(target.RTX.library), reason="the package tensorrt-rtx is not installed"

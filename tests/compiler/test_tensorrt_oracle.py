@@ -34,6 +34,7 @@ from llmc.passes.legalize.finalize import serialize
 from llmc.passes.pipeline import DTYPES, canonicalize
 from llmc.passes.spec import STRUCTURAL
 from llmc.runtime.errors import VerificationError
+from support.families import OTHERS, write_random
 from support.passes import lower_for_tensorrt, oracle_graph
 
 FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
@@ -158,31 +159,12 @@ def test_positions_beyond_the_rows_of_a_small_rotary_table(rope: str, tmp_path: 
     assert not prove.faults(findings, "fp32")
 
 
-# Families without a recipe.
-# fmt: off
-OTHERS = (
-    "arcee", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "gpt2", "granite",
-    "helium", "ministral", "nemotron", "olmo", "olmo2", "seed_oss", "smollm3", "starcoder2",
-)
-# fmt: on
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", OTHERS)
 def test_families_without_a_recipe_are_as_exact_too(family: str, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    config = AutoConfig.for_model(family, **sizes, **heads, vocab_size=384, pad_token_id=0)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(3)  # logits that depend on the input
-        else:
-            parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(tmp_path / family)
+    checkpoint = write_random(family, tmp_path)
     for dtype in ("fp16", "bf16"):
-        findings = compare(prepare(tmp_path / family, dtype, tmp_path / dtype))
+        findings = compare(prepare(checkpoint, dtype, tmp_path / dtype))
         assert not prove.faults(findings, dtype), dtype
 
 

@@ -18,6 +18,20 @@ from llmc.runtime.dtypes import BY_NUMPY
 
 E4M3, E2M1, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn, ml_dtypes.bfloat16
 HIDDEN, INTERMEDIATE, KV = 192, 320, 64  # one and a half, and two and a half, blocks of 128
+# A Llama of these sizes, as transformers reads it.
+CONFIG: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+}
 LINEARS = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (KV, HIDDEN),
