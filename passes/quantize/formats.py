@@ -147,7 +147,7 @@ def get_format(name: str) -> Format:
 
 # Checkpoints hold more than llmc writes: a name says what differs from these.
 _KINDS = {"int8": ("int8", 0, ""), "int4": ("int4", 32, ""), "fp8": ("e4m3", -1, "e4m3"),
-          "nvfp4": ("e2m1", 16, "e2m1")}  # fmt: skip
+          "nvfp4": ("e2m1", 16, "e2m1"), "mxfp4": ("e2m1", 32, "")}  # fmt: skip
 _INPUTS = {"-weight-only": "", "-fp8-inputs": "e4m3"}
 
 
@@ -157,7 +157,9 @@ def systematic_format(element: str, block: int, scales: str, activations: str = 
     The names in FORMATS are of that kind, but for int8-smoothquant, which is a method's; others are
     int4-block64, fp8-per-channel-weight-only, nvfp4-fp8-inputs.
     """
-    kind, (_, usual, own) = next((name, one) for name, one in _KINDS.items() if one[0] == element)
+    kinds = [name for name, one in _KINDS.items() if one[0] == element]
+    kind = kinds[scales == "F8_E8M0"] if len(kinds) > 1 else kinds[0]
+    _, usual, own = _KINDS[kind]
     where = "" if block == usual else f"-block{block}" if block else "-per-channel"
     inputs = "" if activations == own else next(s for s, kind in _INPUTS.items() if kind == activations)
     return Format(f"{kind}{where}{inputs}", element, block, scales, activations)

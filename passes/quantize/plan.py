@@ -122,6 +122,8 @@ class QuantPlan:
         block. OpenVINO rounds nothing in groups that do not divide a block, nor in groups of less than its 16
         lanes. docs/explanation/performance.md has what was tried.
         """
+        if self.format.smoothed:
+            return 0  # its activations are int8 already
         formats = {module.format for module in self.modules if module.format}
         integer = [fmt for fmt in formats if fmt.element in ("int8", "int4") and not fmt.activations]
         group = math.gcd(_LARGEST_GROUP, *(max(0, fmt.block) for fmt in integer)) if integer else 0

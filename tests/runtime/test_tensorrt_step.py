@@ -51,11 +51,16 @@ def test_a_cache_that_does_not_fit(changes: dict[str, Any], message: str) -> Non
 
 
 def test_scratch_is_enough_for_every_decode_step() -> None:
-    most = sizes.scratch_bytes(manifest().geometry, 16, MAX_LEN, "fp16", 89, 142)
+    fp16, fp8 = Precision("fp16", "fp16"), Precision("fp16", "fp8")
+    most = sizes.scratch_bytes(manifest().geometry, 16, MAX_LEN, fp16, 89, 142)
     # 16 sequences with 2 kv heads could have 9 splits on 142 multiprocessors, but a context of 1100 has room
-    # for 4 shares of 256 keys; so they have most: 16 * 4 heads * 4 splits * (16 + 1 + 1).
-    assert most == 16 * HEADS * 4 * (DV + 2) * 4
-    assert sizes.scratch_bytes(manifest().geometry, 16, 256, "fp16", 89, 142) == 0
+    # for 8 shares of 128 keys; so they have most: 16 * 4 heads * 8 splits * (16 + 1 + 1).
+    assert most == 16 * HEADS * 8 * (DV + 2) * 4
+    assert sizes.scratch_bytes(manifest().geometry, 16, 128, fp16, 89, 142) == 0
+    # Long FP8 caches are split further.
+    long = 1 << 15
+    more = sizes.scratch_bytes(manifest().geometry, 16, long, fp8, 89, 142)
+    assert more > sizes.scratch_bytes(manifest().geometry, 16, long, fp16, 89, 142)
 
 
 # The bindings table.

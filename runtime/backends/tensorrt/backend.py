@@ -99,7 +99,7 @@ class TensorRtBackend:
         self._activations = cuda.allocate(engine.activation_bytes)
         kernel_sm = chosen[0].sm
         scratch = sizes.scratch_bytes(
-            manifest.geometry, step.max_sequences, self._max_seq_len, manifest.precision.dtype, kernel_sm,
+            manifest.geometry, step.max_sequences, self._max_seq_len, manifest.precision, kernel_sm,
             device.multiprocessors,
         )  # fmt: skip
         self._launcher = AttentionLauncher(

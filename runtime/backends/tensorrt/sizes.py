@@ -7,7 +7,7 @@ import numpy as np
 from llmc.plugins.paged_attention import launch
 from llmc.plugins.paged_attention.launch import Attention
 from llmc.plugins.paged_attention.launcher import scratch_layout
-from llmc.runtime.bundle.manifest import Geometry
+from llmc.runtime.bundle.manifest import Geometry, Precision
 from llmc.runtime.errors import RequestError
 
 # Left free: CUDA graphs, kernels that CUDA and TensorRT load or compile when first used. Not measured yet.
@@ -49,9 +49,15 @@ def cache_blocks(
 
 
 def scratch_bytes(
-    geometry: Geometry, max_sequences: int, max_seq_len: int, dtype: str, sm: int, multiprocessors: int
+    geometry: Geometry,
+    max_sequences: int,
+    max_seq_len: int,
+    precision: Precision,
+    sm: int,
+    multiprocessors: int,
 ) -> int:
-    """What the attention kernels want for splits, over all decode steps of up to max_sequences sequences."""
+    """Return the scratch that splits need, over all decode steps of up to `max_sequences` sequences."""
+    cache = launch.FP8 if precision.kv_dtype == "fp8" else None
     kinds = {
         Attention(geometry.num_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim, layer.window)
         for layer in geometry.layers
@@ -60,7 +66,9 @@ def scratch_bytes(
     for count in range(1, max_sequences + 1):
         start, past = longest_decode(count, max_seq_len)
         for kind in kinds:
-            plan = launch.plan(kind, dtype, None, start, past, sm=sm, multiprocessors=multiprocessors)
+            plan = launch.plan(
+                kind, precision.dtype, cache, start, past, sm=sm, multiprocessors=multiprocessors
+            )
             most = max(most, scratch_layout(plan)[1])
     return most
 
