@@ -58,7 +58,7 @@ def build(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="Quantize: fp8, nvfp4, nvfp4-weight-only, int8, int8-smoothquant or int4 "
+            help="Quantize: fp8, nvfp4, nvfp4-weight-only, mxfp4, int8, int8-smoothquant or int4 "
             "(docs/how-to/quantize.md has more).",
         ),
     ] = None,
