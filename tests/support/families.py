@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 # fmt: off
 OTHERS = (
     "arcee", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "gpt2", "granite",
-    "helium", "ministral", "nemotron", "olmo", "olmo2", "seed_oss", "smollm3", "starcoder2",
+    "helium", "ministral", "nemotron", "olmo", "seed_oss", "smollm3", "starcoder2",
 )
 # fmt: on
 
