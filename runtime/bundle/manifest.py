@@ -57,6 +57,8 @@ Positive = Annotated[int, _at_least(1)]
 Magnitude = Annotated[float, _at_least(0)]
 Fraction = Annotated[float, lambda value: "" if 0 <= value <= 1 else "must be between 0 and 1"]
 Name = Annotated[str, _matches(r"\S(?:.*\S)?", "a name without blanks around it")]
+# The name of a target or an engine. Which ones there are is known where they are loaded.
+Slug = Annotated[str, _matches(r"[a-z][a-z0-9-]{0,63}", "lower-case letters, digits and hyphens")]
 Sha256 = Annotated[str, _matches(r"[0-9a-f]{64}", "64 lowercase hexadecimal digits")]
 FilePath = Annotated[str, path_fault]
 SourceName = Annotated[
@@ -139,8 +141,8 @@ class Parallel:
 class Target:
     """Where the engine runs. `reason` says why this engine; `requires` maps library to version."""
 
-    name: Literal["cpu", "tensorrt-rtx", "tensorrt"]
-    engine: Literal["openvino", "onnxruntime", "tensorrt-rtx", "tensorrt"]
+    name: Slug
+    engine: Slug
     reason: str
     requires: Mapping[Name, Name]
 

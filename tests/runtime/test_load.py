@@ -11,7 +11,7 @@ import pytest
 from llmc.runtime.backends.kv_cache import block_bytes
 from llmc.runtime.bundle.manifest import Operator
 from llmc.runtime.bundle.reader import Bundle
-from llmc.runtime.errors import BundleError, RequestError
+from llmc.runtime.errors import BackendError, BundleError, RequestError
 from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
 
@@ -44,6 +44,14 @@ def test_an_operator_of_another_abi_is_refused(bundle: Callable[[str], Path]) ->
         BundleError, match=r"needs operator llmc\.Experts at ABI 1, this llmc has llmc\.Paged"
     ):
         load_engine(replace(opened, manifest=other))
+
+
+def test_an_engine_that_this_llmc_lacks_is_refused(bundle: Callable[[str], Path]) -> None:
+    opened = Bundle.open(bundle("llama-tiny"))
+    target = replace(opened.manifest.target, engine="abacus")
+    with pytest.raises(BackendError, match="there is no backend 'abacus'") as caught:
+        load_engine(replace(opened, manifest=replace(opened.manifest, target=target)))
+    assert "openvino" in caught.value.hint
 
 
 def test_text_goes_in_and_comes_out(bundle: Callable[[str], Path]) -> None:

@@ -204,6 +204,8 @@ def test_an_integer_where_a_number_belongs_is_written_as_a_number():
         (("geometry", "layers", 1, "window"), 0, "geometry.layers[1].window: 0 does not fit a sliding layer"),
         (("geometry", "layers", 0, "window"), 9, "geometry.layers[0].window: 9 does not fit a full layer"),
         (("parallel", "tp"), 2, "parallel.tp: must be 1, got 2"),
+        (("target", "engine"), "Open VINO", "target.engine: must be lower-case letters, digits and hyphens"),
+        (("target", "name"), "../cpu", "target.name: must be lower-case letters, digits and hyphens"),
         (("target", "reason"), "a\x1b[31m", "target.reason: must be one printable line"),
         (("target", "reason"), "x" * 4097, "target.reason: must be one printable line"),
         (("tokens", "eos"), 2, "tokens.eos: must be a list, got 2"),

@@ -97,8 +97,8 @@ class TensorRTTarget:
     def choose_engine(self, resolved: Resolved, model: ir.Model) -> EngineTarget:
         del model
         return EngineTarget(
-            name=self.flavor.name,  # type: ignore[arg-type]  # a key of FLAVORS
-            engine=self.flavor.name,  # type: ignore[arg-type]
+            name=self.flavor.name,
+            engine=self.flavor.name,
             reason=f"for {describe_sms(resolved.sms)}",
             requires={self.flavor.name: version(self.flavor.name)},
         )
