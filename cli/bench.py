@@ -45,7 +45,10 @@ def bench(
         int | None, typer.Option(metavar="N", min=1, help="CPU threads (default: one for each core).")
     ] = None,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Round activations to int8 (int8 and int4 bundles): not exact.")
+        bool,
+        typer.Option(
+            "--fast", help="Quantize activations to int8 (int8 and int4 bundles); this changes the output."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -80,7 +83,9 @@ def bench(
                 "engine": manifest.target.engine,
                 "precision": asdict(manifest.precision),
                 "weights": _weights(manifest),
-                "activations": "int8" if fast else _rounded(manifest) or manifest.precision.dtype,
+                "activations": "int8"
+                if fast
+                else _quantized_activations(manifest) or manifest.precision.dtype,
                 "prompt_tokens": prompt_tokens,
                 "new_tokens": new_tokens,
                 "concurrency": concurrency,
@@ -150,18 +155,18 @@ def _weights(manifest: Manifest) -> str:
     return str((manifest.quantization or {}).get("format", manifest.source.dtype))
 
 
-def _rounded(manifest: Manifest) -> str:
-    """What the bundle itself rounds activations to, or ""."""
+def _quantized_activations(manifest: Manifest) -> str:
+    """Return the element type that the bundle quantizes its activations to, or ""."""
     return ", ".join((manifest.quantization or {}).get("activations", ()))
 
 
 def _mode(manifest: Manifest, fast: bool) -> str:
-    how = f"exact: {manifest.precision.dtype} activations"
-    if rounded := _rounded(manifest):
-        how = f"as built: layers' inputs rounded to {rounded}, the rest in {manifest.precision.dtype}"
+    how = f"{manifest.precision.dtype} activations, not quantized"
+    if element := _quantized_activations(manifest):
+        how = f"activations quantized to {element} as built, the rest in {manifest.precision.dtype}"
     if fast:
         rest = ", the rest in bf16 where the CPU can" if manifest.precision.kv_dtype == "u8" else ""
-        how = f"fast: activations rounded to int8{rest}"
+        how = f"fast: activations quantized to int8{rest}"
     return f"{how}; weights {_weights(manifest)}, KV cache {manifest.precision.kv_dtype}"
 
 

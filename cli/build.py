@@ -105,8 +105,8 @@ def build(
 ) -> None:
     """Compile a checkpoint into a verified bundle.
 
-    The engine is compared with the checkpoint at the end. Nothing carries the output's name unless
-    all of it succeeded.
+    The engine is compared with the checkpoint at the end. The bundle appears under its name only if the
+    whole build succeeds.
     """
     require_build_libraries()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about what does not concern a build
@@ -167,7 +167,7 @@ def describe_target(target: Target) -> str:
 
 
 def describe_geometry(geometry: Geometry) -> str:
-    """One line on the shape of a model."""
+    """Describe the shape of a model in one line."""
     heads = f"{geometry.num_heads} heads, {geometry.num_kv_heads} KV heads of {geometry.head_dim}"
     if geometry.v_head_dim != geometry.head_dim:
         heads += f" (values {geometry.v_head_dim})"
@@ -182,7 +182,7 @@ def describe_geometry(geometry: Geometry) -> str:
 
 
 def describe_verification(record: Verification) -> str:
-    """One line on how far the engine can be trusted."""
+    """Describe the verification in one line."""
     if record.status == "skipped":
         return f"not verified: {record.reason}"
     agreement = "" if record.top1_agreement is None else f", top-1 agreement {record.top1_agreement:.4f}"
@@ -195,7 +195,7 @@ def describe_verification(record: Verification) -> str:
 
 
 def describe_kv_cache_loss(manifest: Manifest) -> str:
-    """What a quantized KV cache has lost; "" for a cache in the dtype that the engine computes in."""
+    """Describe the loss of a quantized KV cache; "" for a cache in the dtype that the engine computes in."""
     if (kv_dtype := manifest.precision.kv_dtype) == manifest.precision.dtype:
         return ""
     loss = manifest.verification.details.get("kv_cache_loss", {})  # open: nothing need be there
@@ -306,14 +306,14 @@ def _quantization_lines(plan: QuantPlan) -> list[str]:
 
 
 def _kv_bytes(plan: BuildPlan) -> int:
-    """Bytes of KV cache for a token."""
+    """Return the bytes of KV cache for a token."""
     from llmc.runtime.backends.kv_cache import block_bytes
 
     return block_bytes(plan.geometry, plan.resolved.kv_dtype) // plan.geometry.block_size
 
 
 def _pass_table(plan: BuildPlan) -> str:
-    """What each pass rewrote, what the family's recipe demands, and where a pass nearly matched."""
+    """Render the matches of each pass, those that the recipe demands, and the near misses."""
     expected = plan.checkpoint.expected_matches
     rows = [("pass", "matches", "expected", "near misses")]
     rows += [

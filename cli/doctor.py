@@ -92,7 +92,7 @@ def doctor(
 
 
 def libraries() -> list[Library]:
-    """What the installed llmc declares to need, and what is there."""
+    """Return the libraries that the installed llmc requires, and the installed versions."""
     from importlib.metadata import requires
 
     found = []
@@ -113,7 +113,7 @@ def complete(found: list[Library], *extras: str) -> bool:
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Whether `version` fits `wanted`, of which only `>=` and `==` (with or without `.*`) are used here."""
+    """Return whether `version` fits `wanted`. Only `>=` and `==` (with or without `.*`) are known."""
     for clause in filter(None, wanted.replace(" ", "").split(",")):
         operator, number = clause[:2], clause[2:]
         prefix = number.endswith(".*")

@@ -96,7 +96,7 @@ def inspect(
 
 
 def describe_weights(manifest: Manifest) -> str:
-    """How the weights are stored."""
+    """Describe how the weights are stored."""
     plan, weights = manifest.quantization, manifest.weights
     if plan is None:
         return f"{weights.dtype}: {weights.note}" if weights.note else weights.dtype
@@ -114,7 +114,7 @@ def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:
 
 
 def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
-    """What quantizing has lost, against the checkpoint; of one that came quantized, what its inputs lose."""
+    """Describe the quantization loss; for a pre-quantized checkpoint, that of activation quantization."""
     if manifest.quantization is None:
         return []
     from llmc.compiler.verify.figures import recorded
@@ -145,7 +145,7 @@ def describe_worst(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def describe_gpu(manifest: Manifest) -> list[tuple[str, str]]:
-    """What only an engine for GPUs has: the GPUs, the largest step, the kernels."""
+    """Describe the GPUs, the largest step and the kernels of an engine for GPUs."""
     gpu = manifest.gpu
     if gpu is None:
         return []

@@ -1,4 +1,4 @@
-"""What a measurement or a bug report must say about the machine."""
+"""Facts about the machine, for measurements and bug reports."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _os_error(error: OSError) -> int:
 
 
 def _output_is_closed() -> bool:
-    """Whether the reader of stdout has gone, and not that of some other pipe."""
+    """Return whether the reader of stdout has gone, and not that of some other pipe."""
     import select
 
     try:

@@ -1,4 +1,4 @@
-"""How `llmc build` shows what it does: drawn on a terminal, notes only anywhere else."""
+"""The progress display of `llmc build`: drawn on a terminal, notes only anywhere else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Notes:
 
 
 class Display:
-    """One line a phase on stderr: a bar while it runs, its duration when it is over."""
+    """Draws one line for each phase on stderr: a bar while it runs, then its duration."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -31,5 +31,5 @@ def table(rows: Sequence[Sequence[str]], indent: str = "", right: Sequence[int] 
 
 
 def print_json(value: Any) -> None:
-    """One JSON value in one line of ASCII on stdout."""
+    """Print a JSON value as one line of ASCII."""
     print(json.dumps(value), flush=True)

@@ -1,1 +1,1 @@
-"""From a checkpoint to a verified bundle: start at driver.py."""
+"""The compiler, from a checkpoint to a verified bundle: start at driver.py."""

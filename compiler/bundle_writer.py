@@ -86,7 +86,7 @@ class BundleWriter:
             self._out_of_space(error, max(self._needed, written))
 
     def path(self, relative: str) -> Path:
-        """Where to write the bundle's file `relative`; its parent directory exists afterwards."""
+        """Return where to write the bundle's file `relative`, and create its parent directory."""
         if (fault := path_fault(relative)) or relative == MANIFEST_NAME:
             raise BuildError(f"bundle file {relative!r}: {fault or 'the manifest is written by finish()'}")
         path = self._directory / relative
@@ -94,11 +94,11 @@ class BundleWriter:
         return path
 
     def add_hash(self, relative: str, sha256: str, nbytes: int) -> None:
-        """The hash of a file, from whoever wrote it, so that `finish` need not read it again."""
+        """Record the hash of a file that the caller computed, so that `finish` need not read it again."""
         self._hashes[relative] = FileRecord(nbytes, sha256)
 
     def discard(self, relative: str) -> None:
-        """Removes a file that the bundle does not need after all, and the directories it leaves empty."""
+        """Remove a file that the bundle does not keep, and the directories that this leaves empty."""
         path = self.path(relative)
         path.unlink()
         self._hashes.pop(relative, None)
@@ -223,7 +223,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _is_abandoned(directory: Path, pid: int) -> bool:
-    """Whether the build that made `directory` is gone: its pid is, and so is its lock.
+    """Return whether the build that made `directory` is gone: its pid and its lock are.
 
     The lock covers what a pid cannot: builds in other containers, and pids used again.
     """

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildInputs:
-    """What a plan is carried out with."""
+    """The objects that a plan is carried out with."""
 
     checkpoint: Checkpoint
     #: The legalized graph.
@@ -161,7 +161,7 @@ def plan_build(
 
 @dataclass(frozen=True)
 class _Given:
-    """What was read before anything heavy is imported."""
+    """The inputs that were read before anything heavy is imported."""
 
     checkpoint: Checkpoint
     family: recipe.Recipe

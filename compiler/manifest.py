@@ -1,4 +1,4 @@
-"""What a finished build says about itself: the manifest."""
+"""The manifest of a finished build."""
 
 from __future__ import annotations
 
@@ -98,5 +98,5 @@ def operators(model: ir.Model, inlined: bool) -> tuple[Operator, ...]:
 
 
 def source_name(checkpoint: str, path: Path) -> str:
-    """The checkpoint's name without this machine's paths: the hub id, or the directory's own name."""
+    """Return the checkpoint's name without this machine's paths: the hub id, or the directory's own name."""
     return path.resolve().name if Path(checkpoint).exists() else checkpoint

@@ -1,4 +1,4 @@
-"""What a build has decided before it writes a file: frozen, printable, comparable."""
+"""The plan of a build, made before a file is written: frozen, printable, comparable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmc.runtime.bundle.manifest import Geometry, Target
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What the plan needs to know of the checkpoint."""
+    """Facts about the checkpoint."""
 
     #: The directory that it lies in.
     path: Path
@@ -35,7 +35,7 @@ class CheckpointFacts:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """One build, decided: what is asked for, what it is made from, and what it will be."""
+    """The decisions of one build: the request, its source, and the engine to be made."""
 
     request: BuildRequest
     checkpoint: CheckpointFacts
@@ -46,5 +46,5 @@ class BuildPlan:
     sizes: Sizes
     #: None: the weights stay unquantized.
     quantization: QuantPlan | None
-    #: What each pass did.
+    #: A report for each pass, in order.
     passes: tuple[PassReport, ...]

@@ -1,4 +1,4 @@
-"""How a build says what it is doing. The command line draws it; tests and libraries need not."""
+"""Progress of a build, as the command line draws it. Tests and libraries need not."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Progress(Protocol):
     """Called from the thread that builds."""
 
     def phase(self, name: str) -> None:
-        """A new phase begins; the one before is complete."""
+        """Begin a new phase; the one before is complete."""
 
     def bar(self, done: int, total: int) -> None:
-        """How far the current phase is, in any unit."""
+        """Report how far the current phase is, in any unit."""
 
     def note(self, text: str) -> None:
-        """Something the user should know and need not act on."""
+        """Tell the user something that needs no action."""
 
 
 class Silent:

@@ -1,4 +1,4 @@
-"""What a build is asked to do: one frozen object from the command line to the driver."""
+"""The request for a build: one frozen object from the command line to the driver."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmc.runtime.errors import BuildError, RequestError
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """What a target can be asked for."""
+    """The choices that a target offers."""
 
     #: What an engine computes in, the default first.
     dtypes: tuple[str, ...]
@@ -41,14 +41,14 @@ class BuildRequest:
     calibration: a text that the layers' inputs are measured on, or a table (.json) of what an earlier build
     measured; None is a text of llmc's own, where the format needs one. calibration_method: how the range of
     static activations is taken from what was measured: the largest, a percentile, the least squared error;
-    for formats that round activations.
+    for formats that quantize activations.
     kv_dtype: what the KV cache holds; `auto` is what the engine computes in, fp8 (E4M3) is for GPUs, int8 for
     OpenVINO on the CPU.
     sms: the GPUs' compute capabilities, 89 meaning 8.9; none means portable.
     max_seq_len: prompt and answer together, in tokens; None is the model's own context.
     verify: compare the engine with transformers, and fail the build when they differ.
     force: replace an existing bundle.
-    Raises BuildError or RequestError for a value that means nothing.
+    Raises BuildError or RequestError for an invalid value.
     """
 
     checkpoint: str
@@ -92,8 +92,8 @@ class BuildRequest:
             )
         if self.calibration_method != METHODS[0] and self.quant is None:
             raise RequestError(
-                f"--calibration-method {self.calibration_method} is about activations, and none are rounded",
-                "leave it out, or add --quant with a format that rounds them, such as fp8",
+                f"--calibration-method {self.calibration_method} needs activation quantization",
+                "leave it out, or add --quant with a format that quantizes them, such as fp8",
             )
         if self.calibration is not None and self.quant is None and self.kv_dtype != "fp8":
             raise BuildError("--calibration is about quantization, and there is none", "add --quant FORMAT")

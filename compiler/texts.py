@@ -91,7 +91,7 @@ def windows(prefix: Sequence[int], body: Sequence[int], max_seq_len: int) -> lis
 
 
 def spread(windows: Sequence[list[int]], most: int) -> list[list[int]]:
-    """All `windows`, or `most` of them at equal distances, from the first to the last."""
+    """Return all `windows`, or `most` of them at equal distances, from the first to the last."""
     chosen = np.linspace(0, len(windows) - 1, min(most, len(windows))).round().astype(int)
     return [windows[index] for index in chosen]
 

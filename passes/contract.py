@@ -22,7 +22,7 @@ _DUMPED_ELEMENTS = 64  # of a constant; larger ones are dumped without their dat
 
 @dataclass
 class Matches:
-    """What one pass found: how many places it rewrote, and where it nearly did and why not.
+    """The result of one pass: the places it rewrote, and its near misses with the reason.
 
     declined: places that it could have rewritten, and was told not to.
     """
@@ -82,15 +82,16 @@ def run(
         reports.append(PassReport(one.name, matches.count, tuple(matches.near_misses), seconds))
         want = expected.get(one.name)
         if want is not None and want != matches.count + matches.declined:
+            declined = f" and was told to leave {matches.declined}" if matches.declined else ""
             missed = f"; first near miss: {matches.near_misses[0]}" if matches.near_misses else ""
             raise UnsupportedError(
-                f"pass {one.name} rewrote {matches.count} of {want} places{missed}",
+                f"pass {one.name} rewrote {matches.count} of {want} places{declined}{missed}",
                 "the model differs from its family's recipe; please report it with its config.json",
             )
         if problems := spec.check(model, one.ensures):
             raise BuildError(
                 f"after pass {one.name} the graph is not {one.ensures.value}: {_first(problems)}",
-                "this architecture uses something llmc cannot lower yet",
+                "its stage does not allow that; please report it with the model's config.json",
             )
     return reports
 

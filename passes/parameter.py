@@ -1,4 +1,4 @@
-"""What a large initializer stands for: modules of the checkpoint, and the tensors that its data comes from.
+"""The record of a large initializer: its modules in the checkpoint, and the tensors of its data.
 
 The record lies in the value's `meta`, which `ir.Model.clone` copies. An initializer has a Parameter, data, or
 both: the data of a parameter arrives when the weights are written.
@@ -25,7 +25,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What an initializer holds."""
+    """The contents of an initializer."""
 
     #: The checkpoint's modules, in the order of their rows.
     modules: tuple[str, ...]
@@ -53,7 +53,7 @@ def of_tensor(name: str, shape: tuple[int, ...]) -> Parameter:
 
 
 def joined(parts: Iterable[Parameter]) -> Parameter:
-    """One parameter from the rows of several, in their order; all are the same array of their modules."""
+    """Join the rows of several parameters, in order. All are the same array of their modules."""
     every = list(parts)
     (array,) = {part.array for part in every}
     return Parameter(
@@ -65,25 +65,25 @@ def joined(parts: Iterable[Parameter]) -> Parameter:
 
 
 def parameter(value: ir.Value) -> Parameter | None:
-    """The record of an initializer, or None for a constant and for any other value."""
+    """Return the record of an initializer, or None for a constant and for any other value."""
     found = value.meta.get(META)
     assert found is None or isinstance(found, Parameter)
     return found
 
 
 def set_parameter(value: ir.Value, record: Parameter) -> None:
-    """Records what `value` holds."""
+    """Record what `value` holds."""
     value.meta[META] = record
 
 
 def parameters(model: ir.Model) -> list[tuple[ir.Value, Parameter]]:
-    """The initializers that are parameters, in the order of the graph."""
+    """Return the initializers that are parameters, in the order of the graph."""
     pairs = ((value, parameter(value)) for value in model.graph.initializers.values())
     return [(value, record) for value, record in pairs if record is not None]
 
 
 def new_parameter(graph: ir.Graph, record: Parameter, shape: ir.Shape, dtype: ir.DataType) -> ir.Value:
-    """Adds the initializer that `record` describes, without data."""
+    """Add the initializer that `record` describes, without data."""
     value = ir.Value(name=record.file_name, shape=shape, type=ir.TensorType(dtype))
     set_parameter(value, record)
     graph.initializers.add(value)  # register_initializer demands data

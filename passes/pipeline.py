@@ -38,7 +38,10 @@ DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp32": ir.
 
 
 def canonicalize(fusion: FusionPlan = FusionPlan()) -> list[Pass]:  # noqa: B008 (it is frozen)
-    """From a traced graph to the canonical one. fusion: which linear layers must stay apart."""
+    """Return the passes from a traced graph to the canonical one.
+
+    fusion: which linear layers must stay apart
+    """
     return [
         # 1. Attention: from one sequence without a cache to packed sequences with a paged one.
         SinkTransposes(),  # first: leaves one order of norm and transpose to recognize
@@ -57,7 +60,7 @@ def canonicalize(fusion: FusionPlan = FusionPlan()) -> list[Pass]:  # noqa: B008
 
 
 def quantize(plan: QuantPlan | None, fp8_cache: bool) -> list[Pass]:
-    """From a canonical graph to a quantized one. Empty where nothing is quantized."""
+    """Return the passes from a canonical graph to a quantized one; none if nothing is quantized."""
     linears: list[Pass] = []
     if plan is not None:
         linears = [
@@ -68,7 +71,7 @@ def quantize(plan: QuantPlan | None, fp8_cache: bool) -> list[Pass]:
 
 
 def legalize_openvino(narrow: NarrowPlan) -> list[Pass]:
-    """From a quantized fp32 graph to OpenVINO's. narrow: which matrices stay in 16 bits."""
+    """Return the passes from a quantized fp32 graph to OpenVINO's. narrow: which matrices stay in 16 bits."""
     return [
         DoubleFP4Weights(),  # MXFP4 as int8, which OpenVINO keeps compressed
         Keep16BitWeights(narrow),  # OpenVINO widens them in registers
@@ -78,7 +81,7 @@ def legalize_openvino(narrow: NarrowPlan) -> list[Pass]:
 
 
 def legalize_onnxruntime() -> list[Pass]:
-    """From a quantized fp32 graph to ONNX Runtime's."""
+    """Return the passes from a quantized fp32 graph to ONNX Runtime's."""
     return [
         DoubleFP4Weights(),  # before UnpackFP4Weights: int8 needs no unpacking
         UnpackFP4Weights(),  # it has no 4-bit floats
@@ -89,7 +92,7 @@ def legalize_onnxruntime() -> list[Pass]:
 
 
 def legalize_tensorrt(dtype: str) -> list[Pass]:
-    """From a quantized graph traced in `dtype` (a key of DTYPES) to the one that TensorRT computes.
+    """Return the passes from a quantized graph traced in `dtype` (a key of DTYPES) to TensorRT's.
 
     `tensorrt_boundary.to_tensorrt` then writes it in the parser's terms. What no pass names here, the parser
     takes unchanged (TensorRT-RTX 1.7.1, 2026-11-23): RotaryEmbedding over [T, heads, 1, D] without position
@@ -109,7 +112,7 @@ def legalize_tensorrt(dtype: str) -> list[Pass]:
 
 
 def oracle(dtype: str, round_cache: bool) -> list[Pass]:
-    """On a clone of TensorRT's graph: a stand-in for the engine that ONNX Runtime computes.
+    """Return the passes that turn a clone of TensorRT's graph into a stand-in that ONNX Runtime runs.
 
     dtype: what the engine computes in; with "fp32" nothing is rounded.
     round_cache: False for the numbers that a cache in that dtype would give where the graph has FP8 caches.
@@ -133,5 +136,8 @@ def oracle(dtype: str, round_cache: bool) -> list[Pass]:
 
 
 def exact_activations() -> list[Pass]:
-    """On a clone of a CPU graph: the same without activation quantization, which can be verified exactly."""
+    """Return the passes that drop activation quantization from a clone of a CPU graph.
+
+    Such a graph can be verified to the bounds of fp32.
+    """
     return [DropActivationQuantization()]

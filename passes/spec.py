@@ -1,4 +1,4 @@
-"""What a legal graph is, stage by stage, as code.
+"""The definition of a legal graph, stage by stage, as code.
 
 TRACED           as the tracer wrote it: [1, T, ...] tensors, operators `llmc.Traced*`.
 PAGED            attention reads and writes a paged KV cache: no `llmc.TracedAttention`, no `llmc.TracedRope`.
@@ -29,7 +29,7 @@ MODULE = "llmc.module"  # metadata of a node in a finalized graph: the checkpoin
 
 
 class Stage(enum.Enum):
-    """How far the graph has come. The first five take graphs of later stages as well."""
+    """A stage of the graph. The first five take graphs of later stages as well."""
 
     TRACED = "traced"
     PAGED = "paged"
@@ -91,7 +91,7 @@ def module_of(node: ir.Node) -> str:
 
 
 def check(model: ir.Model, stage: Stage) -> list[str]:
-    """The ways in which `model` violates `stage`, most telling first; empty when it is legal."""
+    """Return the ways in which `model` violates `stage`, most telling first; empty if it is legal."""
     problems: list[str] = []
     for node in model.graph:
         where = f"operator {node.op_type} of module {module_of(node)}"

@@ -1,4 +1,4 @@
-"""Who owns which KV cache block: reference counts, and a prefix cache of full blocks.
+"""Ownership of KV cache blocks: reference counts, and a prefix cache of full blocks.
 
 A block is used (somebody holds a reference), cached (nobody does, but its content is known under a
 hash and may be taken up again), or empty. Cached blocks count as free: allocation takes empty
@@ -53,7 +53,7 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def references(self, block: int) -> int:
-        """How many hold `block`."""
+        """Return how many sequences hold `block`."""
         return self._references[block]
 
     def allocate(self, count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""From token ids to text while the tokens are still coming.
+"""Incremental detokenization: text while the tokens are still coming.
 
 A token is bytes, not text: one character may be spread over several tokens, and a stop string over
 several characters. What is not certain yet is held back, and comes with a later token or at the end.
@@ -73,7 +73,7 @@ class Detokenizer:
         return self._utf8.decode(data)
 
     def finish(self) -> str:
-        """What was held back, as U+FFFD, since no more bytes will complete it."""
+        """Return what was held back, as U+FFFD: no more bytes will complete it."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -106,7 +106,7 @@ class StopChecker:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """What was held back and, as the text ends here, is no stop string."""
+        """Return what was held back: the text ends here, so it is no stop string."""
         held, self._held = self._held, ""
         return held
 
@@ -128,7 +128,7 @@ class TextStream:
         return self._checker.push(self._detokenizer.push(token_id))
 
     def finish(self) -> str:
-        """All that was held back."""
+        """Return all that was held back."""
         return self._checker.push(self._detokenizer.finish()) + self._checker.finish()
 
 

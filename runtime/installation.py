@@ -1,4 +1,4 @@
-"""How this llmc was installed, and the pip commands that add to it.
+"""The installation of llmc, and the pip commands that add to it.
 
 The distribution is called llmc-aot, the command and the import llmc.
 """

@@ -1,4 +1,4 @@
-"""From a bundle on disk to a serving engine: `load_engine(path)`."""
+"""Load a bundle as a serving engine: `load_engine(path)`."""
 
 from __future__ import annotations
 

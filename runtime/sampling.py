@@ -1,4 +1,4 @@
-"""How the next token is chosen: the same filters, in the same order, as transformers' `generate`.
+"""Sampling of the next token: the same filters, in the same order, as transformers' `generate`.
 
 Repetition penalty, temperature, top-k, top-p, min-p. Greedy decoding (temperature 0) applies the
 repetition penalty too and nothing else. Every filter only ever removes tokens, so after top-k the
@@ -19,7 +19,7 @@ from llmc.runtime.errors import BackendError, RequestError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What one request asks of the sampler. Every value is checked here, once.
+    """The sampling options of one request. Every value is checked here, once.
 
     max_tokens: tokens to generate at most, at least 1.
     temperature: divides the logits; 0 is greedy decoding.

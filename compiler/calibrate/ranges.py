@@ -1,4 +1,4 @@
-"""How large activations get: the figures that a static scale is made from.
+"""Magnitudes of activations, from which static scales are made.
 
 Magnitudes are counted in bins of 2^-11 of their size (the first 11 bits of the mantissa), so that 100 million
 of them need one pass and 4 MB, and a search over scales none of them again.
@@ -47,7 +47,7 @@ class Entry:
 def ranges(layer: LayerInputs) -> tuple[dict[str, Entry], tuple[float, float]]:
     """Each linear layer of a decoder layer -> its figures; and the largest magnitudes of keys and values.
 
-    Modules that are multiplied as one have one input, and so the same figures.
+    Fused linear layers have one input, and so the same figures.
     """
     entries: dict[str, Entry] = {}
     for modules, x in layer.inputs.items():
@@ -56,7 +56,7 @@ def ranges(layer: LayerInputs) -> tuple[dict[str, Entry], tuple[float, float]]:
 
 
 def entry(x: np.ndarray, element: str = "e4m3") -> Entry:
-    """The figures of finite float32 inputs of any shape, which are rounded to `codes`, "e4m3" or "int8"."""
+    """Return the ranges of finite float32 inputs of any shape. element: "e4m3" or "int8"."""
     largest = _largest(x)
     if not largest:
         return Entry(0.0, 0.0, 0.0)

@@ -29,9 +29,9 @@ _BEFORE = -1  # the piece in front of the first layer
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What a decoder layer computes with, for the tokens of all sequences in their order; float32.
+    """The inputs of one decoder layer, float32, for the tokens of all sequences in their order.
 
-    inputs: the modules that are multiplied as one -> what they are multiplied with, [tokens, in].
+    inputs: fused linear layers -> their input, [tokens, in].
     keys, values: what is written to the cache, [tokens, kv_heads x head_dim].
     """
 
@@ -44,7 +44,7 @@ class LayerInputs:
 def layers(
     model: ir.Model, tensors: Mapping[str, TensorRef], sequences: Sequence[Sequence[int]]
 ) -> Iterator[LayerInputs]:
-    """What enters the linear layers and the cache of each decoder layer of `model`, in order.
+    """Yield what enters the linear layers and the cache of each decoder layer of `model`, in order.
 
     `model` is a canonical graph in fp32 whose parameters have no data yet; it is not changed, and must not be
     before the last layer is out. `sequences` are token ids, none longer than the context of the graph.

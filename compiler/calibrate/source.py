@@ -37,8 +37,8 @@ def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, meth
     activations = kv_cache or bool(fmt and fmt.activations)
     if fmt and not fmt.activations and method != METHODS[0]:
         raise RequestError(
-            f"--calibration-method {method} is about activations, and {fmt.name} does not round them",
-            "leave it out, or choose a format that rounds them, such as fp8",
+            f"--calibration-method {method} is about activations, and {fmt.name} does not quantize them",
+            "leave it out, or choose a format that quantizes them, such as fp8",
         )
     if path is None:
         return own_text() if activations or (fmt and fmt.packed) else None
@@ -55,7 +55,7 @@ def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, meth
         )
     if fmt and not activations:
         raise RequestError(
-            f"{fmt.name} takes nothing from a table of ranges: its activations are not rounded",
+            f"{fmt.name} takes nothing from a table of ranges: its activations are not quantized",
             "give a text to calibrate on, or leave --calibration out",
         )
     return table

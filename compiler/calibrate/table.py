@@ -29,8 +29,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Source:
-    """What was measured: the sha256 of the text in UTF-8 (of no text: random tokens), how many tokens of it
-    ran, and the sha256 of the model's configuration (`config_sha256`)."""
+    """The text and the model that were measured.
+
+    text_sha256: of the text in UTF-8; of no text: random tokens
+    tokens: how many of its tokens ran
+    config_sha256: of the model's configuration (`config_sha256`)
+    """
 
     text_sha256: str
     tokens: int

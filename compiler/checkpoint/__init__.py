@@ -1,1 +1,1 @@
-"""What the user gave: the checkpoint's files, its configuration and tokenizer, and its family's recipe."""
+"""The checkpoint: its files, configuration and tokenizer, and the recipe of its family."""

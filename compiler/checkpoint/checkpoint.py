@@ -44,7 +44,7 @@ _CONVERT = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint directory holds. `open` checks everything but the tensors' values."""
+    """The contents of a checkpoint directory. `open` checks everything but the tensors' values."""
 
     path: Path
     config: dict[str, Any]
@@ -109,7 +109,7 @@ class Checkpoint:
             f"{self.path} has no tokenizer.json" + (f", only {' and '.join(others)}" if others else ""),
             hint=f"convert it, then copy the files over: {convert}"
             if others
-            else "add the model's tokenizer.json, or build without a tokenizer",
+            else "add the model's tokenizer.json",
         )
 
     @property
@@ -224,7 +224,7 @@ def _read_tensors(root: Path) -> dict[str, TensorRef]:
 
 
 def _is_name(shard: Any) -> bool:
-    """Whether `shard` names a file in the same directory, and not one elsewhere."""
+    """Return whether `shard` names a file in the same directory, and not one elsewhere."""
     return isinstance(shard, str) and Path(shard).name == shard != ".." and "\\" not in shard
 
 

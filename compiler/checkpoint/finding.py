@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint, one tensor or setting at a time.
+"""Findings of `llmc check`: one tensor or setting each.
 
 docs/reference/check-findings.md explains every kind.
 """

@@ -86,7 +86,7 @@ def ranges(numbers: Iterable[int]) -> list[str]:
 
 
 def _braced(numbers: set[int]) -> str:
-    """One number as it is; several as at most four runs in braces."""
+    """Render one number plainly, several as at most four runs in braces."""
     runs = ranges(numbers)
     text = ",".join(runs[:4]) + (",..." if len(runs) > 4 else "")
     return text if len(numbers) == 1 else "{" + text + "}"

@@ -1,4 +1,4 @@
-"""What llmc knows about a model family: `model_zoo/<model_type>/recipe.toml`.
+"""The recipe of a model family: `model_zoo/<model_type>/recipe.toml`.
 
     architecture = "LlamaForCausalLM"
     [matches]                            # pass -> places it must rewrite
@@ -9,7 +9,7 @@
     [quantize]                           # optional
     exclude = ["*.router"]               # modules whose weights stay as they are; shell patterns
 
-A family without a recipe is tried all the same; then only the verification speaks for it.
+A family without a recipe is tried all the same; then it is accepted on verification alone.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Recipe:
 
 
 def load(model_type: str) -> Recipe:
-    """The recipe of a family, or an empty one that is not `known`."""
+    """Return the recipe of a family, or an empty one that is not `known`."""
     file = resources.files("llmc.model_zoo") / model_type / "recipe.toml"
     if not model_type.isidentifier() or not file.is_file():
         return Recipe(model_type)
@@ -55,6 +55,6 @@ def load(model_type: str) -> Recipe:
 
 
 def known_families() -> list[str]:
-    """Every family with a recipe."""
+    """Return every family with a recipe."""
     root = resources.files("llmc.model_zoo")
     return sorted(entry.name for entry in root.iterdir() if (entry / "recipe.toml").is_file())

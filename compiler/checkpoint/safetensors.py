@@ -29,7 +29,7 @@ LFS_MARK = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where one tensor lies. `offset` is the absolute byte position in `file`."""
+    """The place of one tensor on disk. `offset` is the absolute byte position in `file`."""
 
     name: str
     file: Path
@@ -84,7 +84,7 @@ class TensorRef:
 
 
 def read_header(path: Path | str) -> dict[str, TensorRef]:
-    """Every tensor of one safetensors file, by name. Raises CheckpointError for anything malformed."""
+    """Return every tensor of one safetensors file, by name. Raises CheckpointError for anything malformed."""
     file = Path(path)
     try:
         size = file.stat().st_size

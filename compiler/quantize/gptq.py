@@ -44,7 +44,7 @@ def hessian(x: np.ndarray) -> np.ndarray:
 
 
 def output_error(rows: np.ndarray, dequantized: np.ndarray, hessian: np.ndarray) -> float:
-    """How much of a layer's output is error: sqrt(tr(D H D^T) / tr(W H W^T)), D = W - dequantized.
+    """Return the relative error of a layer's output: sqrt(tr(D H D^T) / tr(W H W^T)), D = W - dequantized.
 
     `rows` W and `dequantized` are [out, in], `hessian` is [in, in]. 0 if the output is 0.
     """
@@ -157,7 +157,7 @@ def _candidates(columns: np.ndarray, fmt: Format, global_scale: np.float32, name
 
 
 def _best(tried: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Of scales [n, out] those with the least of losses [n, out]; of equals the first."""
+    """Choose the scales [n, out] of least loss [n, out]; the first of equals."""
     return np.take_along_axis(tried, losses.argmin(0)[None], 0)[0]
 
 

@@ -1,4 +1,4 @@
-"""Rearranges the codes and scales of a quantized checkpoint for an engine; none of them changes its value."""
+"""Rearrange the codes and scales of a pre-quantized checkpoint for an engine. No value changes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _codes(module: QuantizedModule) -> np.ndarray:
         return stored
     codes = unpack_int32(stored, code_bits(module), columns)
     if "zero_point" in module.tensors:
-        codes = codes - spread(module, zero_points(module, 0, rows))  # fits: see stored_module.py
+        codes = codes - spread(module, zero_points(module, 0, rows))  # fits: see prequantized_form.py
     return codes
 
 

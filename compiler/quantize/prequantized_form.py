@@ -1,4 +1,4 @@
-"""What an engine holds of one quantized module of a checkpoint: the format, and the scales beside it.
+"""The form in which an engine holds a quantized module of a checkpoint: format and scales.
 
     in the checkpoint           in the engine
     fp8, fp8-channel            E4M3, one scale or one a row
@@ -98,13 +98,13 @@ def read_module(module: QuantizedModule, schemes: DeclaredSchemes | None, dtype:
         static if activations else None,
         factor,
         values.tobytes(),
-        f"inputs, {wanted} in the recipe, are not rounded" if wanted and not activations else "",
+        f"inputs, {wanted} in the recipe, are not quantized" if wanted and not activations else "",
     )
 
 
 def fusion_key(part: PrequantizedModule) -> FusionKey:
-    """What layers that read the same input must share to be fused exactly: as `joined_format` has it, and the
-    scales of which a fused layer has one."""
+    """Return what linear layers of one input must share to be fused exactly: as `joined_format` has it, and
+    the scales of which a fused layer has one."""
     fmt = part.format
     block = 0 if fmt.block == -1 else fmt.block
     return FusionKey(

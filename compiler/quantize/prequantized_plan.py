@@ -1,4 +1,4 @@
-"""The plan of a checkpoint that comes quantized: every matrix in the format that the checkpoint has it in."""
+"""The plan for a pre-quantized checkpoint: every matrix keeps its format."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PrequantizedWeights:
 
     @property
     def _kv_kind(self) -> str:
-        """What the recipe's KV cache holds; "" where it does not say."""
+        """The element type of the KV cache in the recipe; "": not stated."""
         schemes = self.checkpoint.schemes
         return schemes.kv_cache if schemes else ""
 
@@ -62,7 +62,7 @@ class PrequantizedWeights:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the recipe asks for at run time and the engine leaves out."""
+        """Settings of the recipe that the engine leaves out."""
         counts = Counter(one.note for one in self.modules.values() if one.note)
         notes = [f"{note} ({count} modules)" for note, count in counts.items()]
         if self._kv_kind and not self.fp8_cache:
@@ -96,7 +96,7 @@ class PrequantizedPlan(QuantPlan):
 def read_prequantized(
     checkpoint: Checkpoint, request: BuildRequest, dtype: str
 ) -> PrequantizedWeights | None:
-    """What an engine that computes in `dtype` will hold; None if the checkpoint is not quantized.
+    """Read what an engine that computes in `dtype` will hold; None if the checkpoint is not quantized.
 
     Raises RequestError if another quantization is asked for, CheckpointError for a layout that contradicts
     itself, UnsupportedError, naming the module, for what no engine or not this target holds.
@@ -136,7 +136,7 @@ def make_prequantized_plan(
     stored_bits: int,
     other_params: int,
 ) -> PrequantizedPlan:
-    """The plan for `matrices`, [out, in] by module; `groups` are multiplied as one, as `fusion` lets them.
+    """Make the plan for `matrices`, [out, in] by module; `groups` are fused, as `fusion` lets them.
 
     Raises UnsupportedError for a quantized module that is none of them.
     """

@@ -77,7 +77,7 @@ def _energy(array: np.ndarray) -> float:
 
 
 def largest_magnitude(matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef]) -> float | None:
-    """What the global scale comes from, over all layers multiplied as one; None for formats without one."""
+    """Return the largest magnitude over all fused layers; None for formats without a global scale."""
     if not matrix.format.has_global_scale:
         return None
     return max(absmax(chunks(tensors[name]), name) for name in matrix.weights)

@@ -1,8 +1,8 @@
 """Makes a plan's codes and scales by what the layers see on a text, a decoder layer at a time.
 
-Weights are rounded by GPTQ (`gptq.py`), of smoothed formats after that (`smoothing.py`); static activations
-get the range of their layer's input. With a table of ranges that an earlier build left, nothing is run, and
-weights are rounded to nearest.
+GPTQ rounds the weights (`gptq.py`), after smoothing where the format has it (`smoothquant.py`). Static scales
+of activations come from the range of the layer's input. With the table of an earlier build nothing is run,
+and weights are rounded to nearest.
 """
 
 from __future__ import annotations

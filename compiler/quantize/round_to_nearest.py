@@ -1,7 +1,7 @@
 """Quantizes weights, a block of rows at a time, and dequantizes them as an engine does.
 
 The arrays of consecutive blocks of rows, joined along their first axis, are those of the whole matrix.
-Formats with a global scale need the largest magnitude of all rows (of all layers multiplied as one) first:
+Formats with a global scale need the largest magnitude of all rows (of all fused layers) first:
 `absmax`.
 """
 
@@ -21,7 +21,7 @@ SEARCHES = ("amax", "mse")
 
 
 def absmax(chunks: Iterable[np.ndarray], name: str) -> float:
-    """The largest magnitude in all `chunks` of the tensor `name`.
+    """Return the largest magnitude in all `chunks` of the tensor `name`.
 
     Raises CheckpointError for NaN or infinity.
     """

@@ -26,7 +26,7 @@ _LARGEST = {"int8": INT8_MAX, "e4m3": E4M3_MAX, "e2m1": E2M1_MAX * E4M3_MAX}
 
 
 def global_scale(amax: float, fmt: Format) -> np.float32:
-    """The fp32 scale that spans a matrix, or the layers multiplied as one, of largest magnitude `amax`.
+    """Return the fp32 scale that spans a matrix, or fused layers, of largest magnitude `amax`.
 
     fp8: amax / 448. nvfp4: amax / (6 x 448), which puts the largest block scale at 448, the largest E4M3
     (ModelOpt's weight_scale_2; compressed-tensors stores the inverse). int8, of activations: amax / 127. All
@@ -39,7 +39,7 @@ def global_scale(amax: float, fmt: Format) -> np.float32:
 def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32) -> np.ndarray:
     """The stored scales [out, n] of blocks [out, n, size], each the smallest that clips nothing.
 
-    `over` is the global scale of NVFP4; its block scales are block_amax / (6 x over), within 2^-9..448 and
+    global_scale: that of NVFP4; its block scales are block_amax / (6 x global_scale), within 2^-9..448 and
     rounded to nearest as in ModelOpt, so that they may clip a little.
     INT4: max(largest / 7, -smallest / 8): codes are -8..7, and TensorRT takes no negative scale that would
     turn the longer side to where the larger weight is (llama.cpp's Q4_0 does that). Against amax / 7 it saves

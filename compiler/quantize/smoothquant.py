@@ -5,10 +5,10 @@ few channels are much larger than the rest. So the layer computes (X / s) (W s)^
 
     s_j = max|X_j|^a / max|W_j|^(1 - a)
 
-The input is multiplied by `pre_quant_scale` = 1 / s. Layers that are multiplied as one share s, and max|W_j|
+The input is multiplied by `pre_quant_scale` = 1 / s. Fused layers share s, and max|W_j|
 is over all of them. The paper has a = 0.5; large a spare the inputs, small ones the weights. Here each matrix
-gets the one, of a few, whose rounded inputs and weights change its output least. Mean KL and top-1 agreement
-with fp32 of model_zoo/llama/tales on 14,648 held-out tokens, lm_head left out (2026-11-26):
+gets the one, of a few, whose quantized inputs and weights change its output least. Mean KL and top-1
+agreement with fp32 of model_zoo/llama/tales on 14,648 held-out tokens, lm_head left out (2026-11-26):
 
     ranges by largest magnitude       by least squared error
     a = 0.5     0.0057  94.3 %        0.0030  96.3 %

@@ -28,7 +28,7 @@ OnMatrix = Callable[[int], None]
 
 
 class Maker(Protocol):
-    """One way to make the arrays of quantized matrices."""
+    """Makes the arrays of quantized matrices."""
 
     def make(self, matrices: Sequence[QuantizedMatrix], directory: Path, on_matrix: OnMatrix) -> Produced:
         """Write the arrays to files in `directory`. `on_matrix`: called with how many are done."""
@@ -37,7 +37,7 @@ class Maker(Protocol):
 
 @dataclass(frozen=True)
 class RoundToNearest:
-    """From the weights alone; the ranges of activations are those of `table`, if there is one."""
+    """Rounds the weights to nearest. Ranges of activations come from `table`, if there is one."""
 
     tensors: Mapping[str, TensorRef]
     table: CalibrationTable | None = None
@@ -50,7 +50,7 @@ class RoundToNearest:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """From the weights and what enters their layers on a text."""
+    """Quantizes the weights by the inputs of their layers on a calibration text."""
 
     tensors: Mapping[str, TensorRef]
     layer_inputs: Iterable[LayerInputs]
@@ -68,7 +68,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Prequantized:
-    """From a checkpoint that is quantized already: its codes and scales keep their values."""
+    """Copies the codes and scales of a pre-quantized checkpoint."""
 
     modules: Mapping[str, PrequantizedModule]
 

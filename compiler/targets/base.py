@@ -23,7 +23,7 @@ GRAPH_FILE = "rank0.onnx"  # beside weights/: ONNX allows external data below th
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a request means for one target and one checkpoint."""
+    """The request, resolved for one target and one checkpoint."""
 
     #: A name in `request.TARGETS`.
     target: str
@@ -39,7 +39,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the engine is."""
+    """Sizes of the engine."""
 
     #: Tokens of prompt and answer together.
     max_seq_len: int

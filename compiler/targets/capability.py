@@ -9,9 +9,10 @@
     KV cache in fp8                 -              SM80 and newer, portable engines too
     KV cache in int8                OpenVINO       -
 
-OpenVINO rounds activations to int8, not to E4M3 or E2M1. ONNX Runtime does so exactly, slowly, and holds all
-weights in fp32: these formats are on the CPU so that a GPU engine's numbers can be had without one. The
-compute capabilities are those that TensorRT-RTX 1.7.1 builds for (it refuses FP8 for SM86, FP4 for SM89).
+OpenVINO quantizes activations to int8, not to E4M3 or E2M1. ONNX Runtime does so exactly, slowly, and
+holds all weights in fp32: these formats are on the CPU so that a GPU engine's numbers can be had without a
+GPU. The compute capabilities are those that TensorRT-RTX 1.7.1 builds for (it refuses FP8 for SM86, FP4 for
+SM89). mxfp4 is as nvfp4-weight-only.
 FP8 caches build for all of them (2026-11-26): TensorRT passes them to our plugin, whose kernels read E4M3 by
 shifts where the GPU has no instruction for it (before SM89).
 """
@@ -23,12 +24,14 @@ from collections.abc import Sequence
 from llmc.passes.quantize.formats import Format, get_format
 from llmc.runtime.errors import UnsupportedError
 
-_OLDEST = {"int8": 80, "int4": 80, "e4m3": 89, "e2m1": 100}  # by a weight's codes
+_OLDEST = {"int8": 80, "int4": 80, "e4m3": 89, "e2m1": 100}  # by the element type of the weight
 PORTABLE = 80  # what an engine for no particular GPU must run on
 
 
 def check(name: str, target: str, sms: Sequence[int]) -> Format:
-    """The format `name`, if `target` computes in it on GPUs of compute capabilities `sms` (none: portable).
+    """Return the format `name`, if `target` computes in it.
+
+    sms: compute capabilities of the GPUs; none: portable
 
     Raises RequestError for an unknown format, UnsupportedError naming the nearest format that would do.
     """
@@ -49,7 +52,7 @@ def check(name: str, target: str, sms: Sequence[int]) -> Format:
 
 
 def check_prequantized(fmt: Format, module: str, target: str, sms: Sequence[int]) -> None:
-    """Whether `target` computes with `module` in the format that a checkpoint has it in.
+    """Check that `target` computes with `module` in the format of a pre-quantized checkpoint.
 
     Raises UnsupportedError.
     """
@@ -71,7 +74,7 @@ def check_prequantized(fmt: Format, module: str, target: str, sms: Sequence[int]
 
 
 def nearest(fmt: Format, oldest: int) -> str:
-    """The name of the format nearest in size that GPUs from SM`oldest` on compute in."""
+    """Return the name of the format nearest in size that GPUs from SM`oldest` on compute in."""
     if fmt.element == "e4m3":
         return "int8"
     return "int4" if oldest < _OLDEST["e2m1"] else fmt.name

@@ -1,1 +1,1 @@
-"""From a transformers model to a traced ONNX graph: start at export.py."""
+"""Tracing, from a transformers model to an ONNX graph: start at export.py."""

@@ -27,7 +27,7 @@ ATTENTION = "llmc"  # the name of our attention implementation in transformers' 
 
 @dataclass
 class Interception:
-    """What was replaced: operator name -> how many modules, and the attention calls seen in the trace."""
+    """The replaced modules: operator name -> how many modules, and the attention calls seen in the trace."""
 
     replaced: Counter[str] = field(default_factory=Counter)
     attention_calls: list[probes.AttentionCall] = field(default_factory=list)

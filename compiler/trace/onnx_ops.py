@@ -1,4 +1,4 @@
-"""How the exporter writes the operators of `ops.py` into ONNX: one node of domain `llmc` each."""
+"""The translation of the operators of `ops.py` to ONNX: one node of domain `llmc` each."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class RotaryTable:
 
 
 def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Whether `owner.apply_rotary_pos_emb` rotates interleaved pairs (2i, 2i+1) rather than (i, i+R).
+    """Return whether `owner.apply_rotary_pos_emb` rotates interleaved pairs (2i, 2i+1) rather than (i, i+R).
 
     `repeat` is how the model's rotary embedding repeats its angles.
     """

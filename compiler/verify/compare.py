@@ -31,13 +31,16 @@ if TYPE_CHECKING:
     from llmc.runtime.backends.base import Backend
 
 _LENGTHS = (70, 45, 33)  # tokens of each text at most: crosses blocks of 32, and a block's edge
-# 400: one position is a quarter of a percent. 300: from 256 on, rotary rows are products of two others.
+# 400 positions in all: one counts 0.25 %. The first text passes position 256, from which on rotary rows are
+# products of two others.
 _LENGTHS_16BIT = (300, 60, 40)
 STEPS = 6
 _BLOCKS = 64
-_NEAR_TIE = 4  # times transformers' rms error in 16 bits: 2.8 deviations of the difference of two logits
+_NEAR_TIE = (
+    4  # times transformers' rms error in 16 bits: 2.8 standard deviations of a difference of two logits
+)
 _TOLERANCE_16BIT = 2  # times transformers' largest error
-_TOP1_SLACK = 0.01  # below the agreement of transformers in 16 bits, with activation quantization
+_TOP1_SLACK = 0.01  # with activation quantization, below the agreement of transformers in 16 bits
 
 
 class _Evaluation:
@@ -72,7 +75,7 @@ class _Evaluation:
 
 @dataclass
 class _Expected:
-    """What the reference computed. The model is freed by then."""
+    """The results of the reference, kept after its model is freed."""
 
     #: Logits float32 [length, vocabulary] of each sequence.
     logits: list[np.ndarray]
@@ -80,7 +83,7 @@ class _Expected:
     quantized_logits: list[np.ndarray]
     #: Greedy continuations of the prompts, in fp32.
     continuations: list[list[int]]
-    #: In 16 bits, the evaluation text through the unquantized reference; None: no weight is quantized.
+    #: The evaluation to repeat on the engine; None for fp32 engines and unquantized models.
     evaluation: _Evaluation | None
     #: For the record.
     details: dict[str, Any]
@@ -194,7 +197,10 @@ def _compare_quantizing_engine(
 
 
 def _sequences(job: Job) -> list[list[int]]:
-    """Return token ids of the texts, or random ones; one sequence is longer than the smallest window."""
+    """Return token ids of the texts, or random ones.
+
+    The first sequence is longer than the smallest window where the context allows and 1,100 tokens suffice.
+    """
     wanted = _LENGTHS if job.dtype == "fp32" else _LENGTHS_16BIT
     lengths = [min(length, job.max_seq_len) for length in wanted]
     rng = np.random.default_rng(0)

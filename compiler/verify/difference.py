@@ -1,4 +1,4 @@
-"""How far one set of logits is from another, a few rows at a time: a vocabulary may be large."""
+"""The difference of two sets of logits, a few rows at a time: a vocabulary may be large."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KL_OF_ROUNDING = 1e-12  # rounding of fp64 turns 0 into less than this, also be
 
 @dataclass(frozen=True)
 class Difference:
-    """How far logits are from the reference's, over all positions and the whole vocabulary."""
+    """The difference of logits from the reference's, over all positions and the whole vocabulary."""
 
     #: Largest absolute error.
     largest: float

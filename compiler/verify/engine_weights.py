@@ -21,7 +21,7 @@ from llmc.passes.quantize.formats import get_format
 
 @dataclass(frozen=True)
 class ActivationQuantization:
-    """How a linear layer quantizes its input (passes/quantize/fake_quantize.py)."""
+    """The quantization of a linear layer's input (passes/quantize/fake_quantize.py)."""
 
     #: Element type: "int8", "e4m3" or "e2m1".
     kind: str

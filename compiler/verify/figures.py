@@ -11,7 +11,7 @@ from llmc.runtime.bundle.manifest import Manifest
 
 @dataclass(frozen=True)
 class Figures:
-    """How far an engine is from its checkpoint. None: not known."""
+    """The difference of an engine from its checkpoint, in figures. None: not known."""
 
     #: Whether this was measured now or when the bundle was built.
     origin: Literal["measured", "recorded"]

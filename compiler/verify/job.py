@@ -1,4 +1,4 @@
-"""What the comparing process is asked and what it answers. Both cross a pipe as JSON."""
+"""The tasks of the comparing process and its answers. Both cross a pipe as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ReferenceWeights = Literal["checkpoint", "dequantized"]
 
 @dataclass(frozen=True)
 class Job:
-    """What the child compares."""
+    """A comparison of an engine with its checkpoint."""
 
     #: The checkpoint's directory.
     checkpoint: str
@@ -59,7 +59,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the child measured."""
+    """The figures of a comparison."""
 
     #: Largest absolute error of a logit, over all positions and the whole vocabulary.
     max_logit_error: float
@@ -83,7 +83,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Question:
-    """What `llmc verify` asks the child: how an engine does on a text."""
+    """A measurement of an engine on a text, for `llmc verify`."""
 
     engine: str
     backend: str

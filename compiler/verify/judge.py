@@ -1,4 +1,4 @@
-"""Judges a finished bundle: by the figures that its build recorded, or by comparing it again."""
+"""Judge a finished bundle by the figures that its build recorded, or by comparing it again."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ class Verdict:
     def thresholds(
         self, min_top1: float | None, max_kl: float | None, max_perplexity_increase: float | None
     ) -> list[Threshold]:
-        """Those that are asked for, beside their figures. The last is in percent. A quantized KV cache whose
-        loss was measured apart must meet the first two as well."""
+        """Return the thresholds that are asked for, with their figures. The last is in percent.
+
+        A quantized KV cache whose loss was measured apart must meet the first two as well.
+        """
         figures = self.figures
         every = [
             ("top-1 agreement", figures.top1_agreement, min_top1, True),

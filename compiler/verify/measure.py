@@ -1,4 +1,4 @@
-"""How a finished bundle's engine does on a text: beside the checkpoint in transformers, or alone."""
+"""Measure a bundle's engine on a text, against the checkpoint in transformers or alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What engine and checkpoint are compared on, number by number: prose, code, figures."""
+"""Texts on which engine and checkpoint are compared, logit by logit: prose, code, figures."""
 
 TEXTS = (
     "The engine was built in the morning and had to prove itself before noon. Nobody in the workshop "

@@ -129,7 +129,7 @@ def faults(findings: Findings, dtype: str) -> list[str]:
 
 
 def _is_finite(figures: Any) -> bool:
-    """Whether every number in nested dicts is finite."""
+    """Return whether every number in nested dicts is finite."""
     if isinstance(figures, dict):
         return all(map(_is_finite, figures.values()))
     return not isinstance(figures, float) or math.isfinite(figures)

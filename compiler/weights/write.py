@@ -24,7 +24,7 @@ from llmc.runtime.dtypes import FLOATS
 from llmc.runtime.errors import BuildError
 
 WEIGHTS_FILE = "weights/model.safetensors"
-_INLINE_BYTES = 1024  # smaller constants (shapes, axes) stay in the graph
+_INLINE_BYTES = 1024  # constants of at most this size (shapes, axes) stay in the graph
 _NAMES = {
     ir.DataType.FLOAT: "fp32",
     ir.DataType.FLOAT16: "fp16",
@@ -44,11 +44,11 @@ def write_weights(
     on_bytes: Callable[[int], None] = lambda done: None,
     made: Mapping[str, TensorRef] = MappingProxyType({}),
 ) -> int:
-    """Streams every large initializer of `model` to the bundle and points the graph at it.
+    """Stream every large initializer of `model` to the bundle and points the graph at it.
 
-    Parameters come from the tensors that are their sources. Those in `made`, by their names in the graph, are
-    copied, or converted where their Parameter says so. Returns the bytes written.
-    Raises BuildError if a tensor cannot be converted to the dtype that the graph wants.
+    Each parameter is read from its source tensors, or from `made` (by its name in the graph) if the build
+    made it; it is converted to the dtype of the graph. Returns the bytes written.
+    Raises BuildError if a tensor is missing or cannot be converted.
     """
     values = [value for value in model.graph.initializers.values() if not _is_inline(value)]
     entries = [_entry(value, made) for value in values]
@@ -83,18 +83,18 @@ def write_weights(
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes that `write_weights` will write, without the header."""
+    """Return the bytes that `write_weights` will write, without the header."""
     return sum(_nbytes(value) for value in model.graph.initializers.values() if not _is_inline(value))
 
 
 def num_elements(model: ir.Model) -> int:
-    """Elements of all tensors that `write_weights` will write."""
+    """Return the number of elements that `write_weights` will write."""
     values = model.graph.initializers.values()
     return sum(math.prod(_shape(value)) for value in values if not _is_inline(value))
 
 
 def main_dtype(model: ir.Model) -> str:
-    """The dtype that most elements of the weights have: "fp32", "fp16", "bf16", "int8" or "int4"."""
+    """Return the dtype that most elements of the weights have: as `_NAMES` has it."""
     sizes: Counter[ir.DataType] = Counter()
     for value in model.graph.initializers.values():
         sizes[_dtype(value)] += math.prod(_shape(value))
@@ -151,7 +151,7 @@ def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.nd
 
 
 def _is_converted(value: ir.Value, ref: TensorRef) -> bool:
-    """Whether the file holds other numbers, or another dtype, than the array that was made."""
+    """Return whether the file holds other numbers, or another dtype, than the array that was made."""
     record = parameter(value)
     assert record is not None, f"{value.name} was made and has no Parameter"
     if record.exponent or record.packed:
@@ -172,7 +172,7 @@ def _made_chunks(value: ir.Value, ref: TensorRef) -> Iterator[np.ndarray]:
 
 
 def _flat(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # said below, by name
+    with np.errstate(over="ignore"):  # reported below with the tensor's name
         converted = array.astype(dtype, copy=False)
     if dtype == np.float16 and array.dtype != dtype and np.isinf(converted).any():
         raise BuildError(f"tensor {name} has values that fp16 cannot hold", "build with --dtype bf16")

@@ -25,7 +25,7 @@ from llmc.passes.spec import Stage, module_of
 
 @dataclass(frozen=True)
 class FusionKey:
-    """What pre-quantized layers must have in common to be fused.
+    """The properties that pre-quantized layers must share to be fused.
 
     kind: equal where one format can hold the rows of both. format: its name, for the report.
     shared: what one fused layer has only one of, name -> value.

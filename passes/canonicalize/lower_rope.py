@@ -78,7 +78,7 @@ def token_major(before: ir.Node, x: ir.Value) -> ir.Value:
 
 
 def is_head_transpose(node: ir.Node | None) -> bool:
-    """Whether `node` swaps the axes of tokens and heads."""
+    """Return whether `node` swaps the axes of tokens and heads."""
     if node is None or node.op_type != "Transpose":
         return False
     return list(node.attributes["perm"].as_ints()) == HEADS_FIRST

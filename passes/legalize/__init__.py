@@ -1,1 +1,1 @@
-"""From the canonical graph to what one engine takes."""
+"""Passes from the quantized graph to what one engine takes."""

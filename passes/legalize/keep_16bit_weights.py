@@ -27,7 +27,7 @@ _NARROW = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
 
 @dataclass(frozen=True)
 class Narrow:
-    """How one matrix stays narrow. dtype: "bf16" or "fp16"; exponent: the file holds W * 2**exponent."""
+    """One matrix that stays in 16 bits. dtype: "bf16" or "fp16"; exponent: the file holds W * 2**exponent."""
 
     dtype: str
     exponent: int = 0
@@ -35,7 +35,7 @@ class Narrow:
 
 @dataclass(frozen=True)
 class NarrowPlan:
-    """Which matrices stay in 16 bits: `Parameter.file_name` -> how."""
+    """The matrices that stay in 16 bits, by `Parameter.file_name`."""
 
     matrices: Mapping[str, Narrow] = field(default_factory=dict)
 
@@ -66,7 +66,7 @@ class Keep16BitWeights:
 
 
 def read_as_matrix(weight: ir.Value) -> bool:
-    """Whether nothing reads `weight` but Gemms, as their matrix, and Gathers, as their table."""
+    """Return whether nothing reads `weight` but Gemms, as their matrix, and Gathers, as their table."""
     places = {"Gemm": 1, "Gather": 0}
     return all(places.get(node.op_type) == index for node, index in weight.uses())
 

@@ -1,4 +1,4 @@
-"""UnpackFP4Weights: E2M1 weights as bytes that are looked up, for ONNX Runtime, which has no 4-bit floats.
+"""UnpackFP4Weights: a table lookup in place of packed E2M1 weights, for ONNX Runtime, which has no FP4.
 
     before  DequantizeLinear(W [N, K] e2m1, scale [N, K/B])              B columns share a scale
     after   Mul(Reshape(Gather(table, nibbles of W [N, K/2] uint8), [N, K/B, B]), scale) as [N, K]
@@ -20,7 +20,7 @@ from llmc.passes.spec import Stage
 
 
 class UnpackFP4Weights:
-    """Counts one match per matrix. The original of a clone keeps its own."""
+    """Counts one match per matrix. The original graph of a clone keeps its packed initializers."""
 
     name = "unpack-fp4-weights"
     requires = Stage.QUANTIZED

@@ -1,4 +1,4 @@
-"""Scaled weights to codes and back: rounding, saturation, and two codes to a byte.
+"""Element types: rounding and saturation of scaled values, and packing of 4-bit codes.
 
 All round to nearest, ties to even, and saturate, as ONNX's QuantizeLinear does.
 INT8: -127..127. The most negative code is left out, so that a scale of amax / 127 is exact at both ends.
@@ -41,7 +41,7 @@ def pack(array: np.ndarray) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, element: str) -> np.ndarray:
-    """What `pack` packed: int8 for "int4", uint8 for "e2m1"."""
+    """Undo `pack`: int8 for "int4", uint8 for "e2m1"."""
     array = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.uint8)
     array[..., 0::2] = packed & 0xF
     array[..., 1::2] = packed >> 4

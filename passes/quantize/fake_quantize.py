@@ -1,4 +1,4 @@
-"""What an engine does to the input of a layer that multiplies in INT8, FP8 or NVFP4: rounds and widens it.
+"""Fake quantization of activations in INT8, FP8 and NVFP4, as engines compute it.
 
 Plain numpy, in float32 throughout: the definition that the reference of a build and the oracle of TensorRT's
 graphs share. All roundings are to nearest, ties to even, and saturate.

@@ -1,4 +1,4 @@
-"""The formats a linear layer's weight can be stored in, and what each stores.
+"""The quantization formats of linear layers, and the arrays of each.
 
 A weight W [out, in] becomes named arrays, under the names ModelOpt gives them in its checkpoints:
 
@@ -20,7 +20,7 @@ code x (weight_scale x weight_scale_2). nvfp4 and nvfp4-weight-only are the same
 differs. mxfp4 is that of the OCP Microscaling Formats (MX) Specification 1.0, weight-only: its scales are
 powers of two.
 int8-smoothquant stores a W whose columns were multiplied by s, and beside it pre_quant_scale [in], 1 / s
-(`smoothing.py`).
+(`compiler/quantize/smoothquant.py`).
 
 INT4 is in blocks of 32 by default. On our trained checkpoint their squared error is a third less than that
 of blocks of 128, for 0.375 bits more, and they divide every matrix of the model zoo, which 128 does not.
@@ -47,7 +47,7 @@ E4M3_SMALLEST = 2.0**-9  # the smallest subnormal
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store a weight."""
+    """A quantization format."""
 
     name: str
     #: Element type of the weight: "int8", "int4", "e4m3" or "e2m1".
@@ -139,7 +139,7 @@ FORMATS: Mapping[str, Format] = {
 
 
 def get_format(name: str) -> Format:
-    """The format of that name. Raises RequestError with the known ones."""
+    """Return the format of that name. Raises RequestError with the known ones."""
     if name not in FORMATS:
         raise RequestError(f"there is no weight format {name!r}", f"known: {', '.join(FORMATS)}")
     return FORMATS[name]

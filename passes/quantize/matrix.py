@@ -1,4 +1,4 @@
-"""One quantized matrix of a graph: the layers that it multiplies as one, and their initializers."""
+"""One quantized matrix of a graph: its fused linear layers, and their initializers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which linear layers are quantized, to what, and why the others are not. Frozen and printable.
+"""The quantization plan: the format of each linear layer, or why it has none. Frozen and printable.
 
-Layers that read the same input are multiplied as one (passes/canonicalize/fuse_linears.py): they share a
+Linear layers that read the same input are fused (passes/canonicalize/fuse_linears.py): they share a
 decision, and the global scale of formats that have one.
 """
 
@@ -38,13 +38,13 @@ class InputFactors:
 
 @dataclass(frozen=True)
 class Module:
-    """One matrix [out, in] of the model. `format` is None when it stays as it is, for the `reason`."""
+    """One matrix [out, in] of the model. `format` is None where it stays unquantized, for the `reason`."""
 
     name: str
     shape: tuple[int, int]
     format: Format | None
     reason: str
-    group: tuple[str, ...]  # the modules it is multiplied with as one, itself among them
+    group: tuple[str, ...]  # the modules that it is fused with, itself among them
     pre_quant_scale: InputFactors | None = None  # [in]
     tied: bool = False  # to the embedding, which stays: its codes come on top
 
@@ -70,7 +70,7 @@ class QuantPlan:
         return {module.name: module for module in self.modules if module.format}
 
     def groups(self) -> list[tuple[Module, ...]]:
-        """The quantized modules by what is multiplied as one: the unit of a global scale."""
+        """Return the quantized modules in groups of fused layers, the unit of a global scale."""
         by_name = self.quantized()
         seen = dict.fromkeys(module.group for module in by_name.values())
         return [tuple(by_name[name] for name in group) for group in seen]
@@ -111,16 +111,16 @@ class QuantPlan:
 
     @property
     def bits_per_parameter(self) -> float:
-        """Of the whole model, after."""
+        """Bits per parameter of the whole model after quantization."""
         return 8 * self.bytes_after / self.params
 
     @property
     def activation_group(self) -> int:
-        """How many activations may share an int8 scale where `llmc run --fast` rounds them; 0: none may.
+        """The number of activations that share an int8 scale with `llmc run --fast`; 0: it is not possible.
 
         The group is as large as the blocks of all int8 and int4 weights allow; a scale for a whole row has no
-        block. OpenVINO rounds nothing in groups that do not divide a block, nor in groups of less than its 16
-        lanes. docs/explanation/performance.md has what was tried.
+        block. OpenVINO quantizes nothing in groups that do not divide a block, nor in groups of less than its
+        16 lanes. docs/explanation/performance.md has what was tried.
         """
         if self.format.smoothed:
             return 0  # its activations are int8 already
@@ -162,7 +162,7 @@ def make_plan(
     """The plan for `matrices`: module name in the checkpoint (without ".weight") -> [out, in].
 
     `exclude` is what the user asked to leave, `recipe_exclude` what the family's recipe does: shell
-    patterns (fnmatch, case-sensitive) of whole module names. `groups` are the modules multiplied as one; by
+    patterns (fnmatch, case-sensitive) of whole module names. `groups` are the fused modules; by
     default q, k and v, and gate and up, by their names. What keeps one of a group keeps all of it.
     `head` is the format of lm_head, None as it is; those in `tied` are embeddings too, and stay so beside it.
     `scales` is the dtype of weight_scale where it is not the format's own ("F16", "BF16", "F32"); that of
@@ -208,7 +208,7 @@ def make_plan(
 
 
 def fused_groups(matrices: Mapping[str, tuple[int, int]]) -> list[tuple[str, ...]]:
-    """The modules that are multiplied as one, judged by Hugging Face's names and that they fit one input."""
+    """Return the modules that are fused, by Hugging Face's names and a common input size."""
     found = []
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in matrices):
         for siblings in _SIBLINGS:
@@ -242,7 +242,7 @@ def _why_not(
 
 
 def _nearest(pattern: str, names: Iterable[str]) -> str:
-    """What the user may have meant, as a hint."""
+    """Return what the user may have meant, as a hint."""
     for wider in (f"*.{pattern}", f"{pattern}.*", f"*{pattern}*"):
         if any(fnmatchcase(name, wider) for name in names):
             return f"a pattern is of the whole name of a module: did you mean {wider!r}?"

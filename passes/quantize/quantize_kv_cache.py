@@ -71,6 +71,6 @@ def fill_kv_scales(model: ir.Model, largest: Mapping[int, tuple[float, float]]) 
 
 
 def has_fp8_cache(node: ir.Node) -> bool:
-    """Whether a PagedAttention node reads and writes FP8 caches."""
+    """Return whether a PagedAttention node reads and writes FP8 caches."""
     cache = node.inputs[3]
     return cache is not None and cache.dtype == ir.DataType.FLOAT8E4M3FN

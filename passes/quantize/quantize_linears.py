@@ -6,14 +6,14 @@
     mxfp4              Gemm(x, DequantizeLinear<output_dtype>(W, scale))                 W: E2M1, scale: E8M0
     fp8                Gemm(DequantizeLinear(QuantizeLinear(x, input_scale), input_scale), ...)
     nvfp4              Gemm(llmc.RoundFP4(x, input_scale), ...)
-    with AWQ           Gemm(Mul(x, pre_quant_scale), ...), rounded after the Mul
-    int8-smoothquant   the same, multiplied and rounded in fp32: Cast(x), Cast(input_scale) if x has 16 bits
+    with AWQ           Gemm(Mul(x, pre_quant_scale), ...), quantized after the Mul
+    int8-smoothquant   the same, multiplied and quantized in fp32: Cast(x), Cast(input_scale) if x has 16 bits
 
-A Cast follows where the scale is of another type than the graph computes in. Weights that come with fp32
+A Cast follows where the scale is of another type than the graph computes in. Weights with fp32
 scales have fp32 input scales as well, between two Casts, so that no scale is rounded to 16 bits: TensorRT-RTX
 1.7.1 builds that, with plans of the same size (FP8, SM89 and SM120, 2026-11-26). These are the forms that
 OpenVINO keeps compressed, that TensorRT fuses, and that ONNX Runtime computes exactly. The initializers have
-no data yet: `produce.py` makes it, or `stored_arrays.py` takes it from a quantized checkpoint.
+no data yet: `compiler/quantize/` makes it.
 """
 
 from __future__ import annotations

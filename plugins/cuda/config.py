@@ -1,4 +1,4 @@
-"""How a kernel is compiled."""
+"""The compilation settings of a kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `llmc.PagedAttention` means, as an ONNX function body of standard operators (opset 23).
+"""`llmc.PagedAttention` as an ONNX function body of standard operators (opset 23).
 
 Any ONNX runtime can execute a graph that carries this function: it is the reference that builds are
 proven against, and the executor for graphs that OpenVINO's attention cannot express. It scores every

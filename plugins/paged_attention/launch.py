@@ -1,4 +1,4 @@
-"""What to launch for a step of `llmc.PagedAttention`: variants, tiles, grids, splits, scratch.
+"""Launch plans for a step of `llmc.PagedAttention`: variants, tiles, grids, splits, scratch.
 
 Nothing here imports torch, triton or CUDA at the top: the plan can be made, printed and tested anywhere.
 A variant is one compiled kernel; `configure` is the only place that chooses tiles. All tensors are
@@ -139,7 +139,7 @@ def variant(kernel: str, attention: Attention, dtype: str, kv_dtype: str | None 
 def variants_for(
     layers: Iterable[Attention], dtypes: Iterable[tuple[str, str | None]]
 ) -> tuple[Variant, ...]:
-    """Every kernel that a model with these layers needs, once, for each (dtype, kv_dtype)."""
+    """Return every kernel that a model with these layers needs, once, for each (dtype, kv_dtype)."""
     pairs = list(dtypes)
     found = [variant(k, layer, *pair) for layer in layers for pair in pairs for k in ARGUMENTS]
     return tuple(dict.fromkeys(found))
@@ -204,7 +204,7 @@ def _decode_tile(rows: int, widest: int, fp8: bool, sm: int) -> tuple[int, int, 
 def splits(
     sequences: int, num_kv_heads: int, longest: int, multiprocessors: int, kv_dtype: str | None = None
 ) -> int:
-    """How many programs share a sequence's cache: enough for two on each multiprocessor.
+    """Return how many programs share a sequence's cache: enough for two on each multiprocessor.
 
     Instructions limit decode of a long FP8 cache: up to ten share them more evenly.
     """

@@ -76,7 +76,7 @@ class Attributes:
 
 
 class Launcher(Protocol):
-    """What a plugin needs to run; `launcher.AttentionLauncher` is one."""
+    """The launcher that a plugin needs to run, such as `launcher.AttentionLauncher`."""
 
     def launch(
         self, attention: Attention, dtype: str, scale: float, tensors: Mapping[str, int], tokens: int,

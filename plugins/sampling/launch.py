@@ -1,4 +1,4 @@
-"""What to launch for the candidates of a step's next tokens, and how to read the answer (`kernels.py`).
+"""Launch plans for the candidates of a step's next tokens, and the layout of the results (`kernels.py`).
 
 Nothing here imports torch, triton or CUDA at the top. The kernels do not depend on the model: its vocabulary
 and k are run-time arguments.
@@ -40,12 +40,12 @@ Row = tuple[np.ndarray, np.ndarray]  # token ids, int32 [C] ascending, and their
 
 
 def variant(kernel: str) -> str:
-    """What a bundle calls the kernel."""
+    """Return the name of the kernel in a bundle."""
     return f"{kernel}-abi{ABI}"
 
 
 def configure(kernel: str) -> Config:
-    """How a kernel is compiled, for every SM."""
+    """Return the compilation settings of a kernel, for every SM."""
     return _CONFIGS[kernel]
 
 

@@ -30,7 +30,7 @@ class EngineFile:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load an engine."""
+    """Options for loading an engine."""
 
     kv_blocks: int | None = None  # of the KV cache; None: as many as `kv_memory` and the limits allow
     kv_memory: int | None = None  # bytes of the KV cache at most; None: the backend's default

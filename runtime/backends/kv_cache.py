@@ -1,4 +1,4 @@
-"""How large the KV cache of a CPU engine is. `tensorrt/sizes.py` does this for GPUs."""
+"""The size of the KV cache of a CPU engine. `tensorrt/sizes.py` has that of GPUs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def block_bytes(geometry: Geometry, kv_dtype: str) -> int:
 
 
 def cpu_blocks(engine: EngineFile, options: LoadOptions) -> int:
-    """How many KV blocks to allocate: what full contexts of all sequences could use, within the memory.
+    """Return how many KV blocks to allocate: enough for full contexts of all sequences, within the memory.
 
     Raises RequestError where not one block fits.
     """

@@ -42,7 +42,7 @@ def _matches(pattern: str, meaning: str) -> Callable[[Any], str]:
 
 
 def path_fault(path: str) -> str:
-    """What makes `path` unfit to name a file in a bundle, or "".
+    """Return what makes `path` unfit to name a file in a bundle, or "".
 
     Allowed: relative, `/`-separated parts of ASCII letters, digits and `_.+@=-`, none of which
     starts or ends with a dot. That rules out `..`, absolute paths, drives, backslashes, hidden
@@ -68,7 +68,7 @@ SourceName = Annotated[
 
 @dataclass(frozen=True)
 class Producer:
-    """Who built the bundle: versions only, because a build must repeat byte for byte."""
+    """The software that built the bundle: versions only, because a build must repeat byte for byte."""
 
     llmc: Name
     libraries: Mapping[Name, Name]
@@ -99,7 +99,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the runtime sizes its buffers by. `block_size` is in tokens per KV block."""
+    """The shape of the model, for the sizes of buffers. `block_size` is in tokens per KV block."""
 
     num_layers: Positive
     num_heads: Positive
@@ -139,7 +139,7 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Target:
-    """Where the engine runs. `reason` says why this engine; `requires` maps library to version."""
+    """The target and the engine. `reason` says why this engine; `requires` maps library to version."""
 
     name: Slug
     engine: Slug
@@ -168,7 +168,7 @@ class KernelFile:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a TensorRT engine was built for; no `compute_capabilities`: portable, from Ampere (SM80) on.
+    """The GPUs and limits of a TensorRT engine; no `compute_capabilities`: portable, from Ampere (SM80) on.
 
     max_tokens, max_sequences, max_logits: what one step may hold (T, S and N of the graph's inputs).
     """
@@ -199,7 +199,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """How often one pass applied, and how often it nearly did."""
+    """The matches and near misses of one pass."""
 
     name: Name
     matches: Count
@@ -208,7 +208,7 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class Verification:
-    """How the engine compares with the checkpoint. `details` is informative: nothing may depend on it."""
+    """The comparison with the checkpoint. `details` is informative: nothing may depend on it."""
 
     status: Literal["passed", "skipped"]
     reason: Name | None = None

@@ -192,7 +192,7 @@ def _identity(entry: os.stat_result) -> Identity:
 
 
 def _stamp_file(root: Path) -> Path | None:
-    """Where the identities of this bundle's files are remembered; None without a home directory."""
+    """Return where the identities of this bundle's files are remembered; None without a home directory."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):
         base = os.path.expanduser("~/.cache")

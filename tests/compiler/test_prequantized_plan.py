@@ -278,10 +278,10 @@ def test_bytes_are_those_of_the_arrays_and_the_table_says_where_they_come_from(t
 @pytest.mark.parametrize(
     ("layout", "note"),
     [
-        ("ct-fp8-dynamic", "inputs, fp8 in the recipe, are not rounded (14 modules)"),
-        ("ct-w8a8", "inputs, fp8 in the recipe, are not rounded (14 modules)"),
-        ("modelopt-int8", "inputs, int8 in the recipe, are not rounded (14 modules)"),
-        ("deepseek", "inputs, fp8 in the recipe, are not rounded (14 modules)"),
+        ("ct-fp8-dynamic", "inputs, fp8 in the recipe, are not quantized (14 modules)"),
+        ("ct-w8a8", "inputs, fp8 in the recipe, are not quantized (14 modules)"),
+        ("modelopt-int8", "inputs, int8 in the recipe, are not quantized (14 modules)"),
+        ("deepseek", "inputs, fp8 in the recipe, are not quantized (14 modules)"),
         ("modelopt-fp8", None),
         ("ct-int4", None),
         ("modelopt-nvfp4", None),

@@ -68,7 +68,7 @@ def test_layers_that_are_multiplied_as_one_share_their_factors(built: Path) -> N
 
 
 def test_openvino_multiplies_in_int8_and_keeps_the_codes(built: Path) -> None:
-    """But lm_head, whose inputs are not rounded. Without VNNI see below."""
+    """But lm_head, whose inputs are not quantized. Without VNNI see below."""
     core, config = openvino.tested_core()
     if not int8.is_exact(core, config):
         pytest.skip("no VNNI here")
@@ -154,4 +154,4 @@ def test_the_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path
 
 def test_bench_says_what_is_rounded(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["bench", str(built), "--prompt-tokens", "20", "--new-tokens", "3"]) == 0
-    assert "as built: layers' inputs rounded to int8, the rest in fp32" in capsys.readouterr().out
+    assert "activations quantized to int8 as built, the rest in fp32" in capsys.readouterr().out

@@ -156,9 +156,9 @@ def test_the_command_line(
 ) -> None:
     short = ["--prompt-tokens", "20", "--new-tokens", "3"]
     assert main.main(["bench", str(built), *short]) == 0
-    assert "exact: fp32 activations" in capsys.readouterr().out
+    assert "fp32 activations, not quantized" in capsys.readouterr().out
     assert main.main(["bench", str(built), "--fast", *short]) == 0
-    assert "fast: activations rounded to int8" in capsys.readouterr().out
+    assert "fast: activations quantized to int8" in capsys.readouterr().out
     assert main.main(["run", str(built), TEXT, "--fast", "--max-tokens", "3"]) == 0
     assert capsys.readouterr().out.strip()
     assert main.main(["run", str(bundle("llama-tiny")), "x", "--fast"]) == 1

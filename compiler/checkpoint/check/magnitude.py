@@ -1,4 +1,4 @@
-"""Whether dequantized weights are as large as weights are. Finds scales stored as their inverse.
+"""Check the magnitude of dequantized weights. This finds scales that are stored as their inverse.
 
 Let c be the root mean square of a module's codes and r that of its weights, so that its scale is about
 r / c. Read with the inverse scale the weights come out at c * c / r instead of r. Linear weights of

@@ -23,7 +23,7 @@ _SCALES: tuple[Role, ...] = (
 
 
 def check_scales(quantized: QuantizedCheckpoint) -> list[Finding]:
-    """Every scale of every module and of the KV cache, all of their values."""
+    """Check every value of every scale, of modules and of the KV cache."""
     refs = [
         module.tensors[role]
         for module in quantized.modules.values()

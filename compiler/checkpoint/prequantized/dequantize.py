@@ -58,7 +58,7 @@ def _codes(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
 
 
 def _scale(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
-    """One scale for each row of first..stop and each group of columns: float32 [rows or 1, groups]."""
+    """Return a scale for each row of first..stop and each group of columns, float32 [rows or 1, groups]."""
     ref, (height, _) = module.tensors["weight_scale"], module.block
     if ref.shape and ref.shape[0] > 1:  # else one row of scales for all rows
         needed = slice(first // height, -(-stop // height))
@@ -100,5 +100,5 @@ def spread(module: QuantizedModule, values: np.ndarray) -> np.ndarray:
 
 
 def code_bits(module: QuantizedModule) -> int:
-    """Of one code of int4-packed or int8-packed."""
+    """Return the bits of a code of int4-packed or int8-packed."""
     return 4 if module.format == "int4-packed" else 8

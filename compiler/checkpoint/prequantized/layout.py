@@ -113,7 +113,7 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
 
 
 def _auxiliary(name: str) -> bool:
-    """Whether a name is that of a scale, and not of a model's own parameter."""
+    """Return whether a name is that of a scale, and not of a parameter of the model."""
     return _SCALE_LIKE.fullmatch(name.rpartition(".")[2]) is not None
 
 

@@ -1,4 +1,4 @@
-"""What one quantized module of a checkpoint is: its format and the part that each of its tensors plays."""
+"""One quantized module of a checkpoint: its format, and the role of each of its tensors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ KV_NAMES = (
 
 @dataclass(frozen=True)
 class QuantizedModule:
-    """One linear layer. `shape` is [out, in] of the weight it stands for.
+    """One quantized linear layer. `shape` is [out, in] of the dequantized weight.
 
     block: how many rows and columns of the weight share one value of `weight_scale`.
     """
@@ -77,5 +77,5 @@ class QuantizedModule:
 
     @property
     def nbytes(self) -> int:
-        """Of all its tensors."""
+        """Bytes of all its tensors."""
         return sum(ref.nbytes for ref in self.tensors.values())

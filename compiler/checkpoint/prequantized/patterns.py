@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 def matches(module: str, entries: Iterable[str]) -> bool:
-    """Whether one of `entries` names `module`, in any of the ways that the formats have:
+    """Return whether one of `entries` names `module`, in any of the ways that the formats have:
 
     its whole name; the name of a module around it ("model.visual"); the end of its name ("lm_head",
     "mlp.gate"); shell wildcards (ModelOpt); `re:` and a regular expression for the start of the name

@@ -1,4 +1,4 @@
-"""What the configuration files of a checkpoint say about its quantization.
+"""Read the quantization scheme that the configuration files of a checkpoint declare.
 
     config.json           `quantization_config`: ModelOpt, compressed-tensors, or `fp8` (DeepSeek)
     hf_quant_config.json  ModelOpt

@@ -1,4 +1,4 @@
-"""From the tensors of one module to a QuantizedModule, or to what contradicts itself in them.
+"""Recognize the quantization of a module from its tensors, or find what contradicts itself in them.
 
 The tensors decide: dtypes and the presence of scales give the format, the shape of the scales gives the
 group. The configuration settles only what the tensors leave open (one scale: a tensor or a block?)
@@ -23,7 +23,7 @@ _CODES = ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
 
 
 def is_quantized(tensors: Mapping[Role, TensorRef]) -> bool:
-    """Whether a module has codes for a weight, or a scale for one."""
+    """Return whether a module has codes for a weight, or a scale for one."""
     weight = tensors.get("weight")
     scales = {"weight_scale", "global_scale", "inverse_global_scale"}
     return bool(scales & tensors.keys()) or (weight is not None and weight.dtype in _CODES)
@@ -60,7 +60,7 @@ def recognize(
 
 
 def compare(module: QuantizedModule, scheme: DeclaredScheme) -> list[Finding]:
-    """Where a module of a sound layout contradicts the configuration."""
+    """Return where a module of a sound layout contradicts the configuration."""
     weight, scale = module.tensors["weight"], module.tensors["weight_scale"]
     if module.format != scheme.format:
         found = f"{weight.dtype} {list(weight.shape)}"

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its quantization; the tensors decide, and are compared with it."""
+"""The quantization scheme that a checkpoint declares. The tensors decide, and are compared with it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from llmc.compiler.checkpoint.prequantized.patterns import matches
 
 @dataclass(frozen=True)
 class DeclaredScheme:
-    """What a configuration says about one module. None: it does not say.
+    """What a configuration declares for one module. None: it does not say.
 
-    group_size: values of a row that share a scale; 0: the whole row. block: rows and columns.
-    inputs: what the recipe rounds a layer's inputs to, "fp8", "fp4" or "int8"; "" for nothing, or unsaid.
+    group_size: values of a row that share a scale; 0: the whole row
+    block: rows and columns that share a scale
+    inputs: the activation quantization, "fp8", "fp4" or "int8"; "": none, or not declared
     """
 
     format: Format

@@ -80,7 +80,7 @@ def compile_into(
 
 
 def attention_variants(model: ir.Model, resolved: Resolved) -> tuple[Variant, ...]:
-    """Every attention kernel that the model needs, for its dtype and that of its KV cache."""
+    """Return every attention kernel that the model needs, for its dtype and that of its KV cache."""
     cache = launch.FP8 if resolved.kv_dtype == quantize_kv_cache.FP8 else None
     return launch.variants_for(layers(model), [(resolved.dtype, cache)])
 
@@ -104,7 +104,7 @@ def layers(model: ir.Model) -> list[Attention]:
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels are kept between builds."""
+    """Return where compiled kernels are kept between builds."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return root / "llmc" / "kernels"

@@ -46,7 +46,7 @@ _STAND_IN = "the graph that TensorRT is given, in ONNX Runtime with the same rou
 
 @dataclass(frozen=True)
 class Flavor:
-    """One of the two TensorRTs. name: the target, the engine and the package on PyPI; library: the module."""
+    """A flavor of TensorRT. name: the target, the engine and the package on PyPI; library: the module."""
 
     name: str
     library: str
@@ -120,7 +120,7 @@ class TensorRTTarget:
             )
 
     def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
-        """The graph is proven with its cache in the model's dtype; what FP8 loses is measured beside it."""
+        """See `Target`. The loss of an FP8 cache is measured apart from the rest."""
         del engine
         scratch = [ORACLE_FILE]
         oracle = oracle_graph(model, resolved.dtype, round_cache=False)
@@ -182,7 +182,7 @@ def oracle_graph(model: ir.Model, dtype: str, *, round_cache: bool) -> ir.Model:
 
 
 def describe_sms(sms: tuple[int, ...]) -> str:
-    """What an engine runs on, in words."""
+    """Describe what an engine runs on."""
     if not sms:
         return "NVIDIA GPUs from Ampere on (portable)"
     return f"NVIDIA GPUs of compute capability {', '.join(f'{sm // 10}.{sm % 10}' for sm in sms)}"

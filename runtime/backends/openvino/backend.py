@@ -179,7 +179,7 @@ def _keep_narrow(model: ov.Model) -> bool:
 
 
 def _has_integer_weights(model: ov.Model) -> bool:
-    """Whether there are matrices of 8 or 4 bits."""
+    """Return whether there are matrices of 8 or 4 bits."""
     constants = (node for node in model.get_ops() if node.get_type_name() == "Constant")
     return any(
         node.get_output_element_type(0) in _INTEGER and len(node.get_output_shape(0)) > 1

@@ -21,12 +21,12 @@ _WIDTH = 64
 
 
 def rounds_inputs(model: ov.Model) -> bool:
-    """Whether any layer of `model` rounds its input with a static scale."""
+    """Return whether any layer of `model` quantizes its input with a static scale."""
     return any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
 
 
 def is_exact(core: ov.Core, config: dict[str, Any]) -> bool:
-    """Whether the largest products of int8 are added without overflow on this CPU: 64 times 127 x 127."""
+    """Return whether this CPU adds the largest int8 products, 64 times 127 x 127, without overflow."""
     x = Parameter(ov.Type.f32, ov.PartialShape([-1, _WIDTH]))
     low, high = (ops.constant(np.float32(limit)) for limit in (-128, 127))
     rounded = ops.fake_quantize(x, low, high, low, high, 256)

@@ -17,7 +17,7 @@ _ALIGNMENT = 256  # of what lies in one allocation: TensorRT wants its tensors t
 
 
 def probe(ordinal: int = 0) -> Device:
-    """What there is to know of a GPU before anything is on it. Raises CudaError where there is none."""
+    """Return the facts of the GPU before anything is on it. Raises CudaError where there is none."""
     call(driver.cuInit, 0)
     handle = call(driver.cuDeviceGet, ordinal)
     attributes = driver.CUdevice_attribute

@@ -40,7 +40,7 @@ class LoadedEngine:
         return int(self._engine.device_memory_size_v2)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All inputs and outputs. Raises BackendError for one that would have to lie in host memory."""
+        """Return all inputs and outputs. Raises BackendError for one that must lie in host memory."""
         trt, engine = self._trt, self._engine
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
@@ -110,7 +110,7 @@ class Context:
                 raise self._engine._error("cannot run the step", "set LLMC_TRACEBACK=1 for where it failed")
 
     def can_be_captured(self, stream: int) -> bool:
-        """Whether runs of this context may become a CUDA graph; TensorRT-RTX knows, TensorRT always can."""
+        """Return whether runs of this context may become a CUDA graph. With TensorRT they always may."""
         ask = getattr(self._context, "is_stream_capturable", None)
         return ask is None or bool(ask(stream))
 

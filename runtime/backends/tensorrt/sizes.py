@@ -1,4 +1,4 @@
-"""How much GPU memory goes where: arithmetic, done when all but the KV cache is on the GPU."""
+"""The division of GPU memory, computed when all but the KV cache is on the GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def reserve(total: int) -> int:
 def cache_blocks(
     block_bytes: int, *, free: int, total: int, kv_memory: int | None, useful: int, most: int
 ) -> int:
-    """How many KV blocks to make.
+    """Return how many KV blocks to make.
 
     block_bytes: of one block over all layers; free, total: the GPU's bytes now; kv_memory: what the user
     allows, None for all but the reserve; useful: blocks that could ever be in use; most: what the engine
