@@ -346,7 +346,8 @@ def _check_consistent(manifest: Manifest) -> None:
     for i, layer in enumerate(geometry.layers):
         if (layer.kind == "sliding") != (layer.window > 0):
             bad(f"geometry.layers[{i}].window", f"{layer.window} does not fit a {layer.kind} layer")
-    if (manifest.gpu is None) != (manifest.target.name == "cpu"):
+    needs_gpu = {"cpu": False, "tensorrt": True, "tensorrt-rtx": True}.get(manifest.target.name)
+    if needs_gpu is not None and needs_gpu != (manifest.gpu is not None):
         bad("gpu", f"{'missing' if manifest.gpu is None else 'given'} for the target {manifest.target.name}")
     if (manifest.format_version >= _GPU_FROM) != (manifest.gpu is not None):
         bad("format_version", f"{manifest.format_version} does not fit: `gpu` came with format {_GPU_FROM}")
