@@ -38,7 +38,7 @@ def list_models(
 def make(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `llmc zoo list`.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write; new or empty.")],
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Other seeds give other weights.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Random seed of the weights.")] = 0,
 ) -> None:
     """Write a checkpoint with random weights.
 

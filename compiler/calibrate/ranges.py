@@ -1,7 +1,8 @@
 """Magnitudes of activations, from which static scales are made.
 
-Magnitudes are counted in bins of 2^-11 of their size (the first 11 bits of the mantissa), so that 100 million
-of them need one pass and 4 MB, and a search over scales none of them again.
+Magnitudes are counted in a histogram whose bin is the float32 bit pattern without its last 12 bits: the
+exponent and 11 bits of mantissa, a relative width of 2^-11. 100 million magnitudes need one pass and 4 MB;
+the search for a scale then reads the histogram alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _RATIOS = 2.0 ** (-np.arange(0, 97) / 16)  # of the largest: down to 1/64
 
 
 @dataclass(frozen=True)
-class Entry:
+class ClipRanges:
     """Clip ranges of the inputs of a linear layer, one for each method; 0 if the inputs are all zeros.
 
     max: the largest magnitude. percentile: 99.99 % of the magnitudes are not larger. mse: the range with the
@@ -44,22 +45,22 @@ class Entry:
         return getattr(self, method)
 
 
-def ranges(layer: LayerInputs) -> tuple[dict[str, Entry], tuple[float, float]]:
+def ranges(layer: LayerInputs) -> tuple[dict[str, ClipRanges], tuple[float, float]]:
     """Each linear layer of a decoder layer -> its figures; and the largest magnitudes of keys and values.
 
     Fused linear layers have one input, and so the same figures.
     """
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ClipRanges] = {}
     for modules, x in layer.inputs.items():
-        entries |= dict.fromkeys(modules, entry(x))
+        entries |= dict.fromkeys(modules, clip_ranges(x))
     return entries, (_largest(layer.keys), _largest(layer.values))
 
 
-def entry(x: np.ndarray, element: str = "e4m3") -> Entry:
+def clip_ranges(x: np.ndarray, element: str = "e4m3") -> ClipRanges:
     """Return the ranges of finite float32 inputs of any shape. element: "e4m3" or "int8"."""
     largest = _largest(x)
     if not largest:
-        return Entry(0.0, 0.0, 0.0)
+        return ClipRanges(0.0, 0.0, 0.0)
     counts = _histogram(x)
     bins = np.flatnonzero(counts)
     counts = counts[bins]
@@ -67,7 +68,7 @@ def entry(x: np.ndarray, element: str = "e4m3") -> Entry:
     bits = (bins.astype(np.uint32) << _DROPPED_BITS) + np.uint32(1 << (_DROPPED_BITS - 1))
     magnitudes = np.minimum(bits.view(np.float32), np.float32(largest))
     rank = np.searchsorted(np.cumsum(counts), counts.sum() * (PERCENTILE / 100))
-    return Entry(largest, float(magnitudes[rank]), _least_error(magnitudes, counts, largest, element))
+    return ClipRanges(largest, float(magnitudes[rank]), _least_error(magnitudes, counts, largest, element))
 
 
 def _histogram(x: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from llmc.compiler.calibrate.ranges import Entry
+from llmc.compiler.calibrate.ranges import ClipRanges
 from llmc.runtime.errors import CheckpointError, RequestError
 
 FORMAT = 1
@@ -55,13 +55,13 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 class CalibrationTable:
     """entries: module -> its input's ranges. kv: layer -> the largest magnitude of its keys, and values."""
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, ClipRanges]
     kv: Mapping[int, tuple[float, float]]
     source: Source
 
     def __post_init__(self) -> None:
         entries = {
-            name: Entry(*(_rounded(figure, f"activations[{name}]") for figure in asdict(entry).values()))
+            name: ClipRanges(*(_rounded(figure, f"activations[{name}]") for figure in asdict(entry).values()))
             for name, entry in self.entries.items()
         }
         kv = {
@@ -111,9 +111,9 @@ class CalibrationTable:
                 _bad(f"source.{name}", "must be 64 hexadecimal digits")
         if type(source["tokens"]) is not int or not 0 < source["tokens"] < 2**63:
             _bad("source.tokens", "must be a positive integer")
-        names = [field.name for field in fields(Entry)]
+        names = [field.name for field in fields(ClipRanges)]
         entries = {
-            module: Entry(**_figures(record, f"activations[{module}]", names))
+            module: ClipRanges(**_figures(record, f"activations[{module}]", names))
             for module, record in _mapping(top["activations"], "activations").items()
         }
         kv = {}

@@ -216,7 +216,7 @@ def _read_tensors(root: Path) -> dict[str, TensorRef]:
         if odd := sorted(listed ^ found.keys()):
             fact = "lacks" if odd[0] in listed else "holds"
             raise CheckpointError(
-                f"{root / shard} {fact} {odd[0]!r}, against {INDEX} ({len(odd)} such tensors)",
+                f"{root / shard} {fact} {odd[0]!r}, against {INDEX}; tensors that differ: {len(odd)}",
                 hint="index and shards are of different versions; download both again",
             )
         tensors |= found

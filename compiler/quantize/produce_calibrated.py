@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc.compiler.calibrate.ranges import Entry, ranges
+from llmc.compiler.calibrate.ranges import ClipRanges, ranges
 from llmc.compiler.calibrate.run_layers import LayerInputs
 from llmc.compiler.calibrate.table import CalibrationTable, Source
 from llmc.compiler.checkpoint.safetensors import TensorRef
@@ -49,7 +49,7 @@ def produce_calibrated(
     raised for one that `found` does not show.
     """
     produced, left = Produced(), {matrix.modules: matrix for matrix in matrices}
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ClipRanges] = {}
     kv: dict[int, tuple[float, float]] = {}
 
     def write(matrix: QuantizedMatrix, arrays: Mapping[str, np.ndarray]) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmc.compiler.calibrate.ranges import entry
+from llmc.compiler.calibrate.ranges import clip_ranges
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.quantize.produce import chunks, input_scale
 from llmc.compiler.quantize.round_to_nearest import dequantize, quantize
@@ -58,7 +58,7 @@ def smooth(
     tried = []
     for a in STRENGTHS:
         factor = pre_quant_scale(_largest(x), columns, a)
-        amax = entry(x * factor, fmt.activations).amax(method)
+        amax = clip_ranges(x * factor, fmt.activations).amax(method)
         tried.append(Smoothing(factor, input_scale(matrix, amax, fmt.scales).astype(np.float32)))
     sample = x[:: max(1, len(x) // _TOKENS)]
     errors = np.zeros(len(tried))

@@ -27,13 +27,13 @@ ALIGNMENT = 64
 MAX_CHUNK_BYTES = 64 * 2**20
 _PAD = "__pad_"
 
-Entry = tuple[str, str, Sequence[int]]  # name, safetensors dtype, shape
+TensorEntry = tuple[str, str, Sequence[int]]  # name, safetensors dtype, shape
 Span = tuple[int, int]  # offset from the start of the file, bytes
 
 
 def write_safetensors(
     path: Path,
-    entries: Iterable[Entry],
+    entries: Iterable[TensorEntry],
     producer: Callable[[str], Iterable[Buffer]],
     *,
     alignment: int = ALIGNMENT,
@@ -66,7 +66,7 @@ def write_safetensors(
 
 
 def _header(
-    tensors: list[Entry], alignment: int, metadata: Mapping[str, str] | None
+    tensors: list[TensorEntry], alignment: int, metadata: Mapping[str, str] | None
 ) -> tuple[bytes, dict[str, int]]:
     """The header with its length prefix, padded with spaces to the alignment; and each tensor's size."""
     layout: dict[str, Mapping[str, object]] = {"__metadata__": metadata} if metadata else {}

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import TensorRef
-from llmc.compiler.weights.safetensors_writer import Entry, write_safetensors
+from llmc.compiler.weights.safetensors_writer import TensorEntry, write_safetensors
 from llmc.passes import edit
 from llmc.passes.dtypes import SAFETENSORS
 from llmc.passes.parameter import parameter
@@ -101,7 +101,7 @@ def main_dtype(model: ir.Model) -> str:
     return _NAMES[sizes.most_common(1)[0][0]]
 
 
-def _entry(value: ir.Value, made: Mapping[str, TensorRef]) -> Entry:
+def _entry(value: ir.Value, made: Mapping[str, TensorRef]) -> TensorEntry:
     name = str(value.name)
     if (ref := made.get(name)) and not _is_converted(value, ref):
         return name, ref.dtype, ref.shape

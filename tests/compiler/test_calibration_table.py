@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llmc.compiler.calibrate.ranges import Entry, entry, ranges
+from llmc.compiler.calibrate.ranges import ClipRanges, clip_ranges, ranges
 from llmc.compiler.calibrate.run_layers import LayerInputs
 from llmc.compiler.calibrate.table import CalibrationTable, Source
 from llmc.runtime.errors import CheckpointError, RequestError
@@ -44,7 +44,7 @@ def int8_error_at(x: np.ndarray, clip: float) -> float:
 @pytest.mark.parametrize("kind", ["normal", "outliers"])
 def test_the_best_range_for_int8(kind: str) -> None:
     x = inputs(kind)
-    found, fp8 = entry(x, "int8"), entry(x)
+    found, fp8 = clip_ranges(x, "int8"), clip_ranges(x)
     assert (found.max, found.percentile) == (fp8.max, fp8.percentile)
     least = min(int8_error_at(x, found.max * ratio) for ratio in np.linspace(1 / 64, 1, 800))
     assert int8_error_at(x, found.mse) <= 1.02 * least
@@ -54,7 +54,7 @@ def test_the_best_range_for_int8(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["normal", "outliers"])
 def test_ranges_against_brute_force(kind: str) -> None:
     x = inputs(kind)
-    found = entry(x)
+    found = clip_ranges(x)
     assert found.max == np.abs(x).max()
     quantile = np.quantile(np.abs(x), 0.9999, method="inverted_cdf")
     assert found.percentile == pytest.approx(quantile, rel=2**-11)
@@ -64,8 +64,8 @@ def test_ranges_against_brute_force(kind: str) -> None:
 
 
 def test_ranges_of_zeros_and_of_one_value() -> None:
-    assert entry(np.zeros((3, 4), np.float32)) == Entry(0.0, 0.0, 0.0)
-    one = entry(np.full((3, 4), -2.5, np.float32))
+    assert clip_ranges(np.zeros((3, 4), np.float32)) == ClipRanges(0.0, 0.0, 0.0)
+    one = clip_ranges(np.full((3, 4), -2.5, np.float32))
     assert one.max == one.percentile == 2.5
     assert error_at(np.full(3, 2.5, np.float32), one.mse) < 1e-10
 
@@ -73,8 +73,8 @@ def test_ranges_of_zeros_and_of_one_value() -> None:
 def test_modules_of_a_group_share_figures_and_kv_is_of_the_layer() -> None:
     x, y = inputs("normal"), inputs("outliers")
     entries, kv = ranges(LayerInputs(4, {("a.q", "a.k"): x, ("a.o",): y}, keys=x - 1, values=y))
-    assert entries["a.q"] == entries["a.k"] == entry(x)
-    assert entries["a.o"] == entry(y)
+    assert entries["a.q"] == entries["a.k"] == clip_ranges(x)
+    assert entries["a.o"] == clip_ranges(y)
     assert kv == (np.abs(x - 1).max(), np.abs(y).max())
 
 
@@ -162,4 +162,4 @@ def test_what_is_not_a_table_is_refused(damage: Callable[[str], str], message: s
 
 def test_figures_that_are_not_numbers_never_enter_a_table() -> None:
     with pytest.raises(CheckpointError, match=r"activations\[m\] must be a finite number"):
-        CalibrationTable({"m": Entry(float("nan"), 1.0, 1.0)}, {}, SOURCE)
+        CalibrationTable({"m": ClipRanges(float("nan"), 1.0, 1.0)}, {}, SOURCE)

@@ -304,7 +304,7 @@ def test_without_sm_the_gpu_that_is_here_decides_what_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensorrt_build, "is_installed", lambda library: True)
-    monkeypatch.setattr(target.TensorRTTarget, "legalize", lambda *args: None)
+    monkeypatch.setattr(target.TensorRTTarget, "legalize", lambda *args: ())
     monkeypatch.setattr(target, "version", lambda package: "1.0")
     root = checkpoint(tmp_path, "modelopt-nvfp4").write()
     request = BuildRequest(str(root), tmp_path / "x.llmc", target="tensorrt")
@@ -360,7 +360,7 @@ def test_a_checkpoint_whose_cache_alone_is_quantized(
     assert build(made, tmp_path / "x.llmc").quantization is None
     assert_equal(made, tmp_path / "x.llmc", False)
     monkeypatch.setattr(tensorrt_build, "is_installed", lambda library: True)
-    monkeypatch.setattr(target.TensorRTTarget, "legalize", lambda *args: None)
+    monkeypatch.setattr(target.TensorRTTarget, "legalize", lambda *args: ())
     monkeypatch.setattr(target, "version", lambda package: "1.0")
     options: Any = {"target": "tensorrt-rtx", "kv_dtype": "fp8"}
     plan, inputs = plan_build(BuildRequest(str(made.root), tmp_path / "y.llmc", **options))
