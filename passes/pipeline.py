@@ -26,7 +26,7 @@ from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
 from llmc.passes.legalize.widen_fp8_caches import WidenFP8Caches
 from llmc.passes.legalize.widen_int8_weights import WidenInt8Weights
 from llmc.passes.legalize.widen_logits import WidenLogits
-from llmc.passes.legalize.widen_offset_norms import WidenOffsetNorms
+from llmc.passes.legalize.widen_norms import WidenNorms
 from llmc.passes.quantize.plan import QuantPlan
 from llmc.passes.quantize.quantize_kv_cache import QuantizeKVCache
 from llmc.passes.quantize.quantize_linears import QuantizeLinears
@@ -103,7 +103,7 @@ def legalize_tensorrt(dtype: str) -> list[Pass]:
     return [
         RequireDtype(narrow, dtype),  # first: nothing else asks what the graph computes in
         FloatScales(),  # MXFP4: the parser takes no E8M0
-        WidenOffsetNorms(),
+        WidenNorms(),
         FactorRotaryTables(),
         WidenLogits(),
         UnnameDims(),  # after WidenLogits, which makes a new output

@@ -25,6 +25,7 @@ from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.plugins.paged_attention.spec import STEP_INPUTS
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
 
+ROUNDS_ONCE = "llmc.rounds_once"  # metadata of an RMSNormalization that scales in fp32 and rounds the product
 MODULE = "llmc.module"  # metadata of a node in a finalized graph: the checkpoint's module
 
 

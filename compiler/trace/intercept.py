@@ -82,8 +82,9 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
             if type(module) is nn.Linear:
                 interception.set_forward(module, _linear(module), "linear")
             elif kind.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
-                epsilon, offset = probes.rms_norm(name, module)
-                interception.set_forward(module, _rms_norm(module, epsilon, offset), "rms_norm")
+                interception.set_forward(
+                    module, _rms_norm(module, *probes.rms_norm(name, module)), "rms_norm"
+                )
             elif kind.endswith("RotaryEmbedding"):
                 tables = probes.rotary_tables(name, module, max_seq_len)
                 interception.set_forward(module, _rotary(module, tables), "rotary")
@@ -119,8 +120,10 @@ def _linear(module: nn.Linear) -> Callable[..., torch.Tensor]:
     return lambda x: torch.ops.llmc.linear(x, module.weight, module.bias)
 
 
-def _rms_norm(module: nn.Module, epsilon: float, offset: float) -> Callable[..., torch.Tensor]:
-    return lambda x: torch.ops.llmc.rms_norm(x, module.weight, epsilon, offset)
+def _rms_norm(
+    module: nn.Module, epsilon: float, offset: float, rounds_once: bool
+) -> Callable[..., torch.Tensor]:
+    return lambda x: torch.ops.llmc.rms_norm(x, module.weight, epsilon, offset, rounds_once)
 
 
 def _rotary(module: nn.Module, tables: dict[str, probes.RotaryTable]) -> Callable[..., Any]:

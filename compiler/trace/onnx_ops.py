@@ -14,7 +14,7 @@ DOMAIN = "llmc"
 SIGNATURES: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
     # operator: (inputs, optional inputs, attributes and their types)
     "TracedLinear": (["x", "weight"], ["bias"], {}),
-    "TracedRMSNorm": (["x", "weight"], [], {"epsilon": "FLOAT", "offset": "FLOAT"}),
+    "TracedRMSNorm": (["x", "weight"], [], {"epsilon": "FLOAT", "offset": "FLOAT", "rounds_once": "INT"}),
     "TracedRope": (["x", "cos", "sin"], [], {"interleaved": "INT"}),
     "TracedAttention": (
         ["query", "key", "value"],
@@ -54,8 +54,8 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     def linear(x, weight, bias=None):  # type: ignore[no-untyped-def]
         return op.TracedLinear(x, weight, bias)
 
-    def rms_norm(x, weight, epsilon: float, offset: float):  # type: ignore[no-untyped-def]
-        return op.TracedRMSNorm(x, weight, epsilon=epsilon, offset=offset)
+    def rms_norm(x, weight, epsilon: float, offset: float, rounds_once: bool):  # type: ignore[no-untyped-def]
+        return op.TracedRMSNorm(x, weight, epsilon=epsilon, offset=offset, rounds_once=int(rounds_once))
 
     def rope(x, cos, sin, interleaved: bool):  # type: ignore[no-untyped-def]
         return op.TracedRope(x, cos, sin, interleaved=int(interleaved))

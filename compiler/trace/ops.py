@@ -23,18 +23,22 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("llmc::rms_norm", mutates_args=())
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float, rounds_once: bool) -> Tensor:
     """y = x / sqrt(mean(x^2) + epsilon) * (weight + offset), over the last axis, statistics in fp32.
 
     Zhang and Sennrich 2019, arXiv:1910.07467. `offset` is 1 for the Gemma families, else 0.
+    rounds_once: multiply by the weight in fp32 too, and round the product alone (Gemma, OLMo 2); else what is
+    multiplied is rounded to x's dtype first (Llama).
     """
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    if not rounds_once:
+        wide = wide.to(x.dtype).float()
     return (wide * (weight.float() + offset)).to(x.dtype)
 
 
 @rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
+def _(x: Tensor, weight: Tensor, epsilon: float, offset: float, rounds_once: bool) -> Tensor:
     return torch.empty_like(x)
 
 

@@ -28,8 +28,8 @@ def _random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def rms_norm(name: str, module: nn.Module) -> tuple[float, float]:
-    """The (epsilon, offset) with which `ops.rms_norm` equals `module`.
+def rms_norm(name: str, module: nn.Module) -> tuple[float, float, bool]:
+    """The (epsilon, offset, rounds_once) with which `ops.rms_norm` equals `module`.
 
     Raises UnsupportedError if neither y*w nor y*(1+w) does.
     """
@@ -44,12 +44,25 @@ def rms_norm(name: str, module: nn.Module) -> tuple[float, float]:
             if not isinstance(epsilon, float):
                 continue
             for offset in (0.0, 1.0):
-                if _close(torch.ops.llmc.rms_norm(x, real.weight, epsilon, offset), expected):
-                    return epsilon, offset
+                if _close(torch.ops.llmc.rms_norm(x, real.weight, epsilon, offset, True), expected):
+                    return epsilon, offset, _rounds_once(real, epsilon, offset)
     raise UnsupportedError(
         f"module {name} ({type(module).__name__}) is named like an RMSNorm but computes something else",
         "llmc knows x/rms(x)*w and x/rms(x)*(1+w); this architecture needs a recipe of its own",
     )
+
+
+def _rounds_once(module: nn.Module, epsilon: float, offset: float) -> bool:
+    """Whether an RMSNorm in bf16 is nearer to one rounding than to two. Replaces its weight."""
+    width = int(module.weight.shape[0])  # type: ignore[index]
+    x, weight = _random(3, width).bfloat16(), _random(width).bfloat16()
+    module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    expected = type(module).forward(module, x)
+    once, twice = (
+        float((torch.ops.llmc.rms_norm(x, weight, epsilon, offset, one) - expected).float().abs().sum())
+        for one in (True, False)
+    )
+    return once < twice
 
 
 def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, RotaryTable]:

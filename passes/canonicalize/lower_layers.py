@@ -2,6 +2,8 @@
 
 TracedLinear(x [T,K], W [N,K], b)    -> Gemm(x, W, b) with transB=1: the weight stays as the checkpoint has it
 TracedRMSNorm(x, w){offset}          -> RMSNormalization(x, w + offset), axis -1 (ONNX opset 23)
+
+A norm that rounds once is marked so for `legalize/widen_norms.py`: ONNX has no attribute for it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import onnx_ir as ir
 
 from llmc.passes import edit
 from llmc.passes.contract import Matches
-from llmc.passes.spec import Stage, module_of
+from llmc.passes.spec import ROUNDS_ONCE, Stage, module_of
 from llmc.runtime.errors import UnsupportedError
 
 
@@ -56,5 +58,10 @@ class LowerRMSNorm:
                 weight = edit.insert(node, "Add", [weight, added], {}, f"{name}.scale", edit.dims(weight))
             settings = {"axis": -1, "epsilon": float(edit.attribute(node, "epsilon"))}
             inputs, shape = [edit.operand(node, 0), weight], edit.dims(node.outputs[0])
-            edit.replace(node, edit.insert(node, "RMSNormalization", inputs, settings, name, shape))
+            norm = edit.insert(node, "RMSNormalization", inputs, settings, name, shape)
+            if edit.attribute(node, "rounds_once"):
+                made = norm.producer()
+                assert made is not None
+                made.metadata_props[ROUNDS_ONCE] = "1"
+            edit.replace(node, norm)
         return Matches(len(nodes))

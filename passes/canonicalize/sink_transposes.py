@@ -35,7 +35,7 @@ class SinkTransposes:
             assert transpose is not None
             source, output = edit.operand(transpose, 0), node.outputs[0]
             inputs = [source, edit.operand(node, 1)]
-            settings = {name: edit.attribute(node, name) for name in ("epsilon", "offset")}
+            settings = {name: edit.attribute(node, name) for name in ("epsilon", "offset", "rounds_once")}
             shape = edit.dims(source)
             norm = edit.insert(
                 node, "TracedRMSNorm", inputs, settings, f"{output.name}.tokens", shape, "llmc"

@@ -124,9 +124,11 @@ def test_a_norm_that_is_no_rms_norm_is_refused_by_name() -> None:
 
 def test_the_probe_tells_gemma_norms_from_llama_norms() -> None:
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-    assert probes.rms_norm("a", modeling_llama.LlamaRMSNorm(16, eps=1e-5)) == (1e-5, 0.0)
-    assert probes.rms_norm("b", Gemma3RMSNorm(16, eps=1e-6)) == (1e-6, 1.0)
+    assert probes.rms_norm("a", modeling_llama.LlamaRMSNorm(16, eps=1e-5)) == (1e-5, 0.0, False)
+    assert probes.rms_norm("b", Gemma3RMSNorm(16, eps=1e-6)) == (1e-6, 1.0, True)
+    assert probes.rms_norm("c", Olmo2RMSNorm(16, eps=1e-6)) == (1e-6, 0.0, True)
 
 
 def test_rope_whose_angles_depend_on_the_length_is_refused_with_the_length_that_works() -> None:

@@ -25,13 +25,14 @@ from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
 from llmc.passes.legalize.widen_fp8_caches import WidenFP8Caches
 from llmc.passes.legalize.widen_int8_weights import WidenInt8Weights
 from llmc.passes.legalize.widen_logits import WidenLogits
-from llmc.passes.legalize.widen_offset_norms import WidenOffsetNorms
+from llmc.passes.legalize.widen_norms import WidenNorms
 from llmc.passes.parameter import parameter
 from llmc.passes.quantize.formats import get_format
 from llmc.passes.quantize.plan import Module, QuantPlan
 from llmc.passes.quantize.quantize_kv_cache import QuantizeKVCache
 from llmc.passes.quantize.quantize_linears import QuantizeLinears
 from llmc.passes.quantize.untie_head import UntieHead
+from llmc.passes.spec import ROUNDS_ONCE
 from support.passes import mark_parameters
 
 BF16 = ir.DataType.BFLOAT16
@@ -226,8 +227,8 @@ CASES = {
     "require-dtype": Case(
         RequireDtype(BF16, "bf16"), attention("bfloat16", "bfloat16"), SAME.format("BFLOAT16", "BFLOAT16"), 0
     ),
-    "widen-offset-norms": Case(
-        WidenOffsetNorms(),
+    "widen-norms": Case(
+        WidenNorms(),
         """g (bfloat16[T,8] x) => (bfloat16[T,8] y) <bfloat16[8] w, bfloat16 one = {1}, bfloat16[8] a> {
           a = Add (w, one)
           [n] y = RMSNormalization <axis = -1, epsilon = 1e-6> (x, a) }""",
@@ -306,6 +307,22 @@ def test_what_lines_do_not_show() -> None:
     unnamed = graph(CASES["unname-dims"].before)
     CASES["unname-dims"].rewrite(unnamed)
     assert [str(value.shape) for value in unnamed.graph.inputs] == ["[T,8]", "[None,8]"]
+
+
+def test_a_norm_without_an_offset_is_widened_if_it_is_marked() -> None:
+    text = """g (bfloat16[T,8] x) => (bfloat16[T,8] y) <bfloat16[8] w> {
+      [n] y = RMSNormalization <axis = -1, epsilon = 1e-6> (x, w) }"""
+    model = graph(text)
+    assert WidenNorms()(model).count == 0
+    model.graph[0].metadata_props[ROUNDS_ONCE] = "1"
+    assert WidenNorms()(model).count == 1
+    assert lines(model) == [
+        "n.wide_weight FLOAT = Cast w",
+        "n.wide_x FLOAT = Cast x",
+        "n.wide FLOAT = RMSNormalization n.wide_x n.wide_weight",
+        "y BFLOAT16 = Cast n.wide",
+    ]
+    assert WidenNorms()(model).count == 0
 
 
 def test_a_body_carries_the_rounding_of_the_softmax() -> None:
