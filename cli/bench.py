@@ -23,11 +23,12 @@ RUNS = 3
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run: `concurrency` prompts at once, from their arrival to the last token.
+    """One run: `concurrency` prompts that arrive together.
 
-    first_token_seconds: until the mean prompt has its first token.
-    prefill_tokens_per_second: prompt tokens until the last prompt has its first token.
-    decode_tokens_per_second: tokens of all prompts after that moment.
+    seconds: from their arrival to the last token of the last one.
+    first_token_seconds: time to first token, the mean over the prompts.
+    prefill_tokens_per_second: all prompt tokens / the time until every prompt has its first token.
+    decode_tokens_per_second: tokens generated after that time, of all prompts / the time that they took.
     """
 
     seconds: float
