@@ -312,7 +312,7 @@ def test_the_special_tokens_of_a_piece_keep_their_meaning(tmp_path: Path) -> Non
     assert_same(save(tmp_path, tokenizer), ["Once <mask> upon"])
 
 
-@pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="needs ../shared/checkpoints/stories260K")
+@pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="the trained checkpoint stories260K is not here")
 def test_a_trained_checkpoint_is_read_as_auto_tokenizer_reads_it() -> None:
     assert_same(CHECKPOINT)
     tokenizer = Tokenizer.load(CHECKPOINT)
