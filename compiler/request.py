@@ -107,9 +107,8 @@ def compute_dtype(request: BuildRequest, checkpoint_dtype: str) -> str:
     """Return what the engine computes in, for a checkpoint of `checkpoint_dtype` (torch's name)."""
     if request.dtype != "auto":
         return request.dtype
-    if request.target != "cpu" and checkpoint_dtype == "float16":
-        return "fp16"
-    return TARGETS[request.target].dtypes[0]
+    dtypes = TARGETS[request.target].dtypes
+    return "fp16" if checkpoint_dtype == "float16" and "fp16" in dtypes else dtypes[0]
 
 
 def cache_dtype(request: BuildRequest, dtype: str) -> str:
