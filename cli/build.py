@@ -12,6 +12,7 @@ import typer
 
 from llmc.cli.plan_table import plan_lines, prequantized_plan_lines
 from llmc.cli.text import print_json, size, table
+from llmc.compiler.request import KV_DTYPES, TARGETS
 from llmc.runtime.errors import BuildError
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ LIBRARIES = (
     "safetensors",
     "huggingface_hub",
 )
+_CACHES = [
+    f"{cache} ({', '.join(name for name, options in TARGETS.items() if cache in options.caches)})"
+    for cache in KV_DTYPES[1:]
+]
 
 
 def build(
@@ -79,7 +84,7 @@ def build(
         typer.Option(metavar="METHOD", help="Range of static activations: max, percentile or mse."),
     ] = "max",
     kv_dtype: Annotated[
-        str, typer.Option(help="What the KV cache holds: auto, fp8 (TensorRT) or int8 (cpu).")
+        str, typer.Option(help=f"What the KV cache holds: {', '.join(('auto', *_CACHES))}.")
     ] = "auto",
     sm: Annotated[
         str,
@@ -125,7 +130,7 @@ def build(
         exclude=tuple(exclude or ()),
         calibration=calibration,
         calibration_method=calibration_method,  # type: ignore[arg-type]
-        kv_dtype=kv_dtype,  # type: ignore[arg-type]
+        kv_dtype=kv_dtype,
         sms=parse_sms(sm),
         max_seq_len=max_seq_len,
         revision=revision,

@@ -14,7 +14,7 @@ from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.names import compare_names
 from llmc.compiler.progress import Clock, Progress, Silent
 from llmc.compiler.quantize.prequantized_plan import read_prequantized
-from llmc.compiler.request import BuildRequest
+from llmc.compiler.request import BuildRequest, quantized_cache
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import GRAPH_FILE, Resolved, Sizes
 from llmc.runtime.bundle.manifest import Manifest, Verification
@@ -118,12 +118,11 @@ def plan_build(
         from llmc.compiler.weights import write
         from llmc.passes import contract, pipeline
         from llmc.passes.geometry import read_geometry
-        from llmc.passes.quantize import quantize_kv_cache
     checkpoint, resolved = given.checkpoint, given.resolved
     config = load_config(checkpoint)
     max_seq_len = context_length(config, request.max_seq_len)
-    num_layers, fp8_cache = int(config.num_hidden_layers), resolved.kv_dtype == quantize_kv_cache.FP8
-    check_calibration(given.calibration, checkpoint.config, num_layers if fp8_cache else 0)
+    num_layers, cache = int(config.num_hidden_layers), quantized_cache(request)
+    check_calibration(given.calibration, checkpoint.config, num_layers if cache else 0)
     expected = given.family.expected(num_layers)
     with clock.phase("trace"):
         traced = trace(config, resolved.dtype, max_seq_len)
@@ -136,7 +135,7 @@ def plan_build(
         quantization = _quantization_plan(request, given, model)
         matrices = quantization.matrices() if quantization else []
         wanted = {"quantize-linears": len(matrices), "quantize-kv-cache": num_layers}
-        reports += contract.run(model, pipeline.quantize(quantization, fp8_cache), wanted)
+        reports += contract.run(model, pipeline.quantize(quantization, cache), wanted)
         engine = given.target.choose_engine(resolved, model)
         legalize = given.target.legalize(resolved, engine.engine, model, checkpoint.tensors)
         reports += contract.run(model, legalize)
@@ -229,7 +228,7 @@ def _quantization_plan(request: BuildRequest, given: _Given, model: ir.Model) ->
 
 
 def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Clock) -> Produced:
-    """Make the codes and scales of the quantized matrices, and give an FP8 cache its scales."""
+    """Make the codes and scales of the quantized matrices, and give a quantized cache its scales."""
     from llmc.compiler.quantize import step
     from llmc.compiler.quantize.produce import Produced
     from llmc.passes.quantize import quantize_kv_cache
@@ -246,7 +245,7 @@ def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock
             work,
             lambda done: clock.progress.bar(done, len(inputs.matrices)),
         )
-    if plan.resolved.kv_dtype == quantize_kv_cache.FP8:
+    if quantized_cache(plan.request):
         if inputs.prequantized:
             quantize_kv_cache.fill_kv_scales(inputs.model, inputs.prequantized.largest_kv)
         elif made.table is not None:
@@ -305,11 +304,11 @@ def _read_prequantized(
 
 
 def _read_calibration(request: BuildRequest) -> Calibration:
-    kv_cache = request.kv_dtype == "fp8"
-    if request.quant is None and not kv_cache:
+    cache = quantized_cache(request)
+    if request.quant is None and cache is None:
         return None
     from llmc.compiler.calibrate.source import read_calibration
     from llmc.passes.quantize.formats import get_format
 
     fmt = get_format(request.quant) if request.quant else None
-    return read_calibration(request.calibration, fmt, kv_cache, request.calibration_method)
+    return read_calibration(request.calibration, fmt, cache is not None, request.calibration_method)

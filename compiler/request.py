@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES, QuantizedCache
 from llmc.runtime.errors import BuildError, RequestError
 
 
@@ -27,7 +28,7 @@ TARGETS: Mapping[str, TargetOptions] = {
 }
 METHODS = ("max", "percentile", "mse")  # of calibration, the default first
 DTYPES = ("auto", "fp32", "bf16", "fp16")
-KV_DTYPES = ("auto", "fp8", "int8")
+KV_DTYPES = ("auto", *sorted({name for options in TARGETS.values() for name in options.caches}))
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ class BuildRequest:
     measured; None is a text of llmc's own, where the format needs one. calibration_method: how the range of
     static activations is taken from what was measured: the largest, a percentile, the least squared error;
     for formats that quantize activations.
-    kv_dtype: what the KV cache holds; `auto` is what the engine computes in, fp8 (E4M3) is for GPUs, int8 for
-    OpenVINO on the CPU.
+    kv_dtype: what the KV cache holds; `auto` is what the engine computes in; TARGETS has the others.
     sms: the GPUs' compute capabilities, 89 meaning 8.9; none means portable.
     max_seq_len: prompt and answer together, in tokens; None is the model's own context.
     verify: compare the engine with transformers, and fail the build when they differ.
@@ -59,7 +59,7 @@ class BuildRequest:
     exclude: tuple[str, ...] = ()
     calibration: Path | None = None
     calibration_method: Literal["max", "percentile", "mse"] = "max"
-    kv_dtype: Literal["auto", "fp8", "int8"] = "auto"
+    kv_dtype: str = "auto"
     sms: tuple[int, ...] = ()
     max_seq_len: int | None = None
     revision: str | None = None
@@ -95,7 +95,7 @@ class BuildRequest:
                 f"--calibration-method {self.calibration_method} needs activation quantization",
                 "leave it out, or add --quant with a format that quantizes them, such as fp8",
             )
-        if self.calibration is not None and self.quant is None and self.kv_dtype != "fp8":
+        if self.calibration is not None and self.quant is None and not quantized_cache(self):
             raise BuildError("--calibration is about quantization, and there is none", "add --quant FORMAT")
         if self.sms and self.target == "cpu":
             raise BuildError("--sm names GPUs, and the target is the CPU", "add --target tensorrt-rtx")
@@ -107,14 +107,18 @@ def compute_dtype(request: BuildRequest, checkpoint_dtype: str) -> str:
     """Return what the engine computes in, for a checkpoint of `checkpoint_dtype` (torch's name)."""
     if request.dtype != "auto":
         return request.dtype
-    if request.target != "cpu" and checkpoint_dtype == "float16":
-        return "fp16"
-    return TARGETS[request.target].dtypes[0]
+    dtypes = TARGETS[request.target].dtypes
+    return "fp16" if checkpoint_dtype == "float16" and "fp16" in dtypes else dtypes[0]
 
 
 def cache_dtype(request: BuildRequest, dtype: str) -> str:
     """Return what the KV cache of an engine that computes in `dtype` holds, as the manifest names it."""
     return TARGETS[request.target].caches.get(request.kv_dtype, dtype)
+
+
+def quantized_cache(request: BuildRequest) -> QuantizedCache | None:
+    """Return the cache of codes with scales that the engine gets; None: its cache has no scales."""
+    return QUANTIZED_CACHES.get(cache_dtype(request, "auto"))
 
 
 def parse_sms(text: str) -> tuple[int, ...]:

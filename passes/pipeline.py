@@ -23,15 +23,16 @@ from llmc.passes.legalize.mxfp4_weights import DoubleFP4Weights, FloatScales
 from llmc.passes.legalize.require_dtype import RequireDtype
 from llmc.passes.legalize.unname_dims import UnnameDims
 from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
-from llmc.passes.legalize.widen_fp8_caches import WidenFP8Caches
 from llmc.passes.legalize.widen_int8_weights import WidenInt8Weights
 from llmc.passes.legalize.widen_logits import WidenLogits
 from llmc.passes.legalize.widen_norms import WidenNorms
+from llmc.passes.legalize.widen_quantized_caches import WidenQuantizedCaches
 from llmc.passes.quantize.plan import QuantPlan
 from llmc.passes.quantize.quantize_kv_cache import QuantizeKVCache
 from llmc.passes.quantize.quantize_linears import QuantizeLinears
 from llmc.passes.quantize.untie_head import UntieHead
 from llmc.passes.spec import Stage
+from llmc.plugins.paged_attention.spec import QuantizedCache
 
 # What the graph for TensorRT may compute in. (Engines have 16 bits; tests compare a whole graph in fp32.)
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp32": ir.DataType.FLOAT}
@@ -59,7 +60,7 @@ def canonicalize(fusion: FusionPlan = FusionPlan()) -> list[Pass]:  # noqa: B008
     ]
 
 
-def quantize(plan: QuantPlan | None, fp8_cache: bool) -> list[Pass]:
+def quantize(plan: QuantPlan | None, cache: QuantizedCache | None) -> list[Pass]:
     """Return the passes from a canonical graph to a quantized one; none if nothing is quantized."""
     linears: list[Pass] = []
     if plan is not None:
@@ -67,7 +68,7 @@ def quantize(plan: QuantPlan | None, fp8_cache: bool) -> list[Pass]:
             UntieHead(plan),  # first: what is quantized is read by one Gemm only
             QuantizeLinears(plan),
         ]
-    return [*linears, *([QuantizeKVCache()] if fp8_cache else [])]
+    return [*linears, *([QuantizeKVCache(cache)] if cache else [])]
 
 
 def legalize_openvino(narrow: NarrowPlan) -> list[Pass]:
@@ -115,7 +116,7 @@ def oracle(dtype: str, round_cache: bool) -> list[Pass]:
     """Return the passes that turn a clone of TensorRT's graph into a stand-in that ONNX Runtime runs.
 
     dtype: what the engine computes in; with "fp32" nothing is rounded.
-    round_cache: False for the numbers that a cache in that dtype would give where the graph has FP8 caches.
+    round_cache: False for the numbers that a cache in that dtype would give in place of a quantized one.
     The weights stay the same external data, so the file must lie where the graph's lies.
     """
     rounding: list[Pass] = []
@@ -128,7 +129,7 @@ def oracle(dtype: str, round_cache: bool) -> list[Pass]:
         ]
     return [
         UnpackFP4Weights(),
-        WidenFP8Caches(rounded=round_cache),  # its roundings are not of the dtype: before RoundOutputs
+        WidenQuantizedCaches(rounded=round_cache),  # its roundings are not of the dtype: before RoundOutputs
         AttachBodies(),
         *rounding,
         Finalize(Stage.ORACLE),

@@ -4,9 +4,9 @@ TRACED           as the tracer wrote it: [1, T, ...] tensors, operators `llmc.Tr
 PAGED            attention reads and writes a paged KV cache: no `llmc.TracedAttention`, no `llmc.TracedRope`.
 PACKED           no batch axis: every activation is [T, ...] and T is the tokens of all sequences end to end.
 CANONICAL        standard ONNX operators and `llmc.PagedAttention` only; logits for the wanted rows only.
-QUANTIZED        also QuantizeLinear, DequantizeLinear, `llmc.RoundFP4`; FP8 caches have their scales.
+QUANTIZED        also QuantizeLinear, DequantizeLinear, `llmc.RoundFP4`; quantized caches have scales.
 FOR_OPENVINO     for OpenVINO: `llmc.PagedAttention` has its function body; activations in INT8 at most.
-FOR_ONNXRUNTIME  for ONNX Runtime: every llmc operator has its body; no 4-bit floats, no FP8 caches.
+FOR_ONNXRUNTIME  for ONNX Runtime: every llmc operator has its body; no 4-bit floats, no quantized caches.
 FOR_TENSORRT     for TensorRT: no function bodies; logits in fp32.
 ORACLE           a stand-in for a TensorRT engine, as FOR_ONNXRUNTIME, with casts to 16 bits.
 
@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from llmc.passes.parameter import parameter
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
-from llmc.plugins.paged_attention.spec import STEP_INPUTS
+from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES, STEP_INPUTS
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
 
 ROUNDS_ONCE = "llmc.rounds_once"  # metadata of an RMSNormalization that scales in fp32 and rounds the product
@@ -78,7 +78,8 @@ _BEFORE_PACKED = (Stage.TRACED, Stage.PAGED)
 _FINAL = (Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.FOR_TENSORRT, Stage.ORACLE)
 _WITH_BODIES = (Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.ORACLE)
 _PACKED_INPUTS = ("input_ids", "position_ids", *STEP_INPUTS)
-_FP4, _FP8, _INT8 = ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN, ir.DataType.INT8
+_FP4, _INT8 = ir.DataType.FLOAT4E2M1, ir.DataType.INT8
+_CODES = frozenset(ir.DataType[cache.onnx] for cache in QUANTIZED_CACHES.values())  # of KV caches
 
 
 def module_of(node: ir.Node) -> str:
@@ -120,11 +121,11 @@ def _node_problems(node: ir.Node, stage: Stage) -> Iterator[str]:
             if value.shape is not None and len(value.shape) > 1 and value.shape[0] == 1 and _varies(value):
                 yield f"still has a batch axis: {value.name} {value.shape}"
     if node.op_type == ATTENTION and stage in (Stage.QUANTIZED, *_FINAL):
-        fp8 = any(value is not None and value.dtype == _FP8 for value in node.inputs)
-        if fp8 and not {"key_scale", "value_scale"} <= node.attributes.keys():
-            yield "has an FP8 cache without scales"
-        if fp8 and stage in _WITH_BODIES:
-            yield "has an FP8 cache, which this engine's file cannot hold"
+        quantized = any(value is not None and value.dtype in _CODES for value in node.inputs)
+        if quantized and not {"key_scale", "value_scale"} <= node.attributes.keys():
+            yield "has a quantized cache without scales"
+        if quantized and stage in _WITH_BODIES:
+            yield "has a quantized cache, which this engine's file cannot hold"
 
 
 def _interface_problems(graph: ir.Graph, stage: Stage) -> Iterator[str]:

@@ -28,7 +28,7 @@ def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, meth
 
     path: a table (`.json`) or a text (any other name); None for llmc's own text
     fmt: the format of quantized weights, None for unquantized ones
-    kv_cache: whether the KV cache is FP8
+    kv_cache: whether the KV cache needs scales
 
     Returns None if nothing needs calibration.
     Raises RequestError for a file that cannot be read, for a table where the format needs the activations

@@ -16,7 +16,7 @@ from llmc.compiler.quantize.prequantized_form import (
     joined_format,
     read_module,
 )
-from llmc.compiler.request import BuildRequest
+from llmc.compiler.request import BuildRequest, quantized_cache
 from llmc.passes.canonicalize.fuse_linears import FusionPlan
 from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX, INT8_MAX
 from llmc.passes.quantize.plan import InputFactors, Module, QuantPlan
@@ -32,12 +32,12 @@ _HARMLESS = ("exclude", "fused")  # faults of a list that the tensors overrule, 
 class PrequantizedWeights:
     """A quantized checkpoint, read for one target. modules: by name, in the order of the checkpoint.
 
-    fp8_cache: whether the engine's KV cache is FP8.
+    has_cache_scales: whether the engine's KV cache has scales.
     """
 
     checkpoint: QuantizedCheckpoint
     modules: Mapping[str, PrequantizedModule]
-    fp8_cache: bool = False
+    has_cache_scales: bool = False
 
     @property
     def largest_kv(self) -> dict[int, tuple[float, float]]:
@@ -65,7 +65,7 @@ class PrequantizedWeights:
         """Settings of the recipe that the engine leaves out."""
         counts = Counter(one.note for one in self.modules.values() if one.note)
         notes = [f"{note} ({count} modules)" for note, count in counts.items()]
-        if self._kv_kind and not self.fp8_cache:
+        if self._kv_kind and not self.has_cache_scales:
             notes.append(f"the KV cache, {self._kv_kind} in the recipe, is not quantized")
         elif self._kv_kind not in _KV_RANGES and self.checkpoint.kv_scales:
             notes.append(f"the KV cache's scales, {self._kv_kind} in the recipe, are not used: they are 1.0")
@@ -125,7 +125,7 @@ def read_prequantized(
         name: read_module(module, schemes, BY_NAME[dtype].safetensors)
         for name, module in quantized.modules.items()
     }
-    return PrequantizedWeights(quantized, modules, request.kv_dtype == "fp8")
+    return PrequantizedWeights(quantized, modules, quantized_cache(request) is not None)
 
 
 def make_prequantized_plan(

@@ -6,13 +6,12 @@
     nvfp4-weight-only               OpenVINO       SM100 and newer
     fp8, fp8-per-channel            ONNX Runtime   SM89 and newer
     nvfp4                           ONNX Runtime   SM100 and newer
-    KV cache in fp8                 -              SM80 and newer, portable engines too
-    KV cache in int8                OpenVINO       -
+    quantized KV caches             OpenVINO       SM80 and newer, portable engines too
 
 OpenVINO quantizes activations to int8, not to E4M3 or E2M1. ONNX Runtime does so exactly, slowly, and
 holds all weights in fp32: these formats are on the CPU so that a GPU engine's numbers can be had without a
 GPU. The compute capabilities are those that TensorRT-RTX 1.7.1 builds for (it refuses FP8 for SM86, FP4 for
-SM89). mxfp4 is as nvfp4-weight-only.
+SM89). mxfp4 is as nvfp4-weight-only. `request.TARGETS` has the caches of each target.
 FP8 caches build for all of them (2026-11-26): TensorRT passes them to our plugin, whose kernels read E4M3 by
 shifts where the GPU has no instruction for it (before SM89).
 """

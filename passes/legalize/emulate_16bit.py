@@ -8,7 +8,8 @@ PagedAttention    scores, softmax and sums in fp32; the softmax weights are roun
 
 ONNX Runtime 1.32 has no bf16 arithmetic. It has fp16, but leaves roundings out where it likes: its error was
 half of transformers' (tales, 2026-11-23), this graph's is within 15 % of it. Caches are fp32 and hold rounded
-values, because the backend keeps them so; FP8 ones E4M3 codes times their scale (`widen_fp8_caches.py`).
+values, because the backend keeps them so; quantized ones hold codes times their scale
+(`widen_quantized_caches.py`).
 docs/explanation/fidelity.md says what this proves.
 """
 

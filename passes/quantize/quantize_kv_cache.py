@@ -1,4 +1,4 @@
-"""QuantizeKVCache: each attention layer stores keys and values as FP8 E4M3 codes, with a scale for each.
+"""QuantizeKVCache: each attention layer stores keys and values as codes, with a scale for each. For FP8:
 
     before  PagedAttention(q, k, v, key_cache bf16, value_cache bf16, ...)
     after   PagedAttention<key_scale, value_scale>(q, k, v, key_cache e4m3, value_cache e4m3, ...)
@@ -16,13 +16,13 @@ import onnx_ir as ir
 from llmc.passes.contract import Matches
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.spec import Stage, module_of
-from llmc.plugins.paged_attention.spec import E4M3_MAX
+from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES, QuantizedCache
 from llmc.runtime.errors import BuildError
 
-FP8 = "fp8"  # in a manifest
 _SMALLEST_NORMAL = 2.0**-126  # of fp32: below it a division would overflow
 _CACHES = {3: 1, 4: 2}  # input of the operator -> the output that is the same memory
 _SCALES = ("key_scale", "value_scale")
+_BY_ELEMENT = {ir.DataType[cache.onnx]: cache for cache in QUANTIZED_CACHES.values()}
 
 
 class QuantizeKVCache:
@@ -32,45 +32,48 @@ class QuantizeKVCache:
     requires = Stage.QUANTIZED  # or canonical, which is one without codes
     ensures = Stage.QUANTIZED
 
+    def __init__(self, cache: QuantizedCache) -> None:
+        self._element = ir.DataType[cache.onnx]
+
     def __call__(self, model: ir.Model) -> Matches:
-        nodes = [node for node in attention_nodes(model) if not has_fp8_cache(node)]
+        nodes = [node for node in attention_nodes(model) if cache_of(node) is None]
         for node in nodes:
             for name in _SCALES:
                 node.attributes[name] = ir.AttrFloat32(name, 1.0)
             for index, output in _CACHES.items():
                 for value in (node.inputs[index], node.outputs[output]):
                     assert value is not None
-                    value.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+                    value.type = ir.TensorType(self._element)
         return Matches(len(nodes))
 
 
 def fill_kv_scales(model: ir.Model, largest: Mapping[int, tuple[float, float]]) -> None:
-    """Gives the FP8 caches of a graph, at any stage after QuantizeKVCache, the scales that were measured.
+    """Give the quantized caches of a graph, at any stage after QuantizeKVCache, their measured scales.
 
     largest: layer -> the largest magnitudes of its keys (after rotary embedding, as they enter the cache) and
-    of its values. A scale is that over 448, as in ModelOpt's `k_scale` and `v_scale`; 1.0 for layers that
-    are not given and for keys or values that are all 0. The scales are attributes, not initializers, because
-    TensorRT's plugin takes them as fields.
+    of its values. A scale is that over the largest code, as in ModelOpt's `k_scale` and `v_scale`; 1.0 for
+    layers that are not given and for keys or values that are all 0. The scales are attributes, not
+    initializers, because TensorRT's plugin takes them as fields.
     Raises BuildError for a layer that the model lacks and for a magnitude that is negative, infinite or NaN.
     """
-    nodes = [node for node in attention_nodes(model) if has_fp8_cache(node)]
-    if unknown := sorted(largest.keys() - set(range(len(nodes)))):
+    found = [(node, cache) for node in attention_nodes(model) if (cache := cache_of(node))]
+    if unknown := sorted(largest.keys() - set(range(len(found)))):
         raise BuildError(
-            f"KV scales for layer {unknown[0]} of a model with {len(nodes)} layers",
+            f"KV scales for layer {unknown[0]} of a model with {len(found)} layers",
             "calibrate with this checkpoint",
         )
-    for layer, node in enumerate(nodes):
+    for layer, (node, cache) in enumerate(found):
         for name, amax in zip(_SCALES, largest.get(layer, (0.0, 0.0)), strict=True):
             if not math.isfinite(amax) or amax < 0:
                 raise BuildError(
                     f"the largest magnitude of {name.partition('_')[0]}s of {module_of(node)} is {amax}",
                     "calibrate with this checkpoint",
                 )
-            scale = max(amax / E4M3_MAX, _SMALLEST_NORMAL) if amax else 1.0
+            scale = max(amax / cache.largest, _SMALLEST_NORMAL) if amax else 1.0
             node.attributes[name] = ir.AttrFloat32(name, scale)
 
 
-def has_fp8_cache(node: ir.Node) -> bool:
-    """Return whether a PagedAttention node reads and writes FP8 caches."""
+def cache_of(node: ir.Node) -> QuantizedCache | None:
+    """Return the quantized cache of a PagedAttention node; None for caches in the model's dtype."""
     cache = node.inputs[3]
-    return cache is not None and cache.dtype == ir.DataType.FLOAT8E4M3FN
+    return _BY_ELEMENT.get(cache.dtype) if cache is not None and cache.dtype is not None else None

@@ -14,16 +14,17 @@ import numpy as np
 
 from llmc.plugins.cuda.config import Config
 from llmc.plugins.cuda.gpus import SHARED_LIMIT, SMS
+from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES
 
 DTYPES = ("fp16", "bf16")
-FP8 = "fp8e4m3"  # of the cache; its elements are passed to the kernels as bytes
+FP8 = "fp8"  # in spec.QUANTIZED_CACHES
 FP8_CONVERSION = 89  # the first SM with an instruction that widens E4M3 (PTX ISA, cvt)
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64  # query heads of one key/value head
 MAX_SPLITS = 64
 MIN_KEYS_PER_SPLIT = 128  # below this, a split's start-up costs more than its share of the cache
-_KEYS_PER_FP8_SPLIT = 1024  # at least, beyond two programs a multiprocessor
-_SM90_DECODE = {  # (widest head, FP8) -> keys, warps, stages
+_KEYS_PER_QUANTIZED_SPLIT = 1024  # at least, beyond two programs a multiprocessor
+_SM90_DECODE = {  # (widest head, quantized cache) -> keys, warps, stages
     (64, False): (64, 4, 3), (128, False): (32, 4, 3), (256, False): (64, 8, 3),
     (64, True): (128, 2, 3), (128, True): (64, 2, 3), (256, True): (64, 4, 3),
 }  # fmt: skip
@@ -80,7 +81,7 @@ class Variant:
 
     kernel: str
     dtype: str
-    kv_dtype: str
+    kv_dtype: str  # `dtype`, or a name in QUANTIZED_CACHES: its codes are passed to the kernels as bytes
     num_kv_heads: int
     group: int = 1
     head_dim: int = 0
@@ -91,7 +92,7 @@ class Variant:
 
     def __str__(self) -> str:
         flags = [n for n in ("window", "sinks", "softcap") if getattr(self, f"has_{n}")]
-        cache = ["fp8kv"] if self.kv_dtype == FP8 else []
+        cache = [f"{self.kv_dtype}kv"] if self.kv_dtype in QUANTIZED_CACHES else []
         sizes = f"h{self.num_kv_heads}x{self.group}d{self.head_dim or self.v_head_dim}"
         if self.head_dim and self.head_dim != self.v_head_dim:
             sizes += f"v{self.v_head_dim}"
@@ -122,8 +123,9 @@ def variant(kernel: str, attention: Attention, dtype: str, kv_dtype: str | None 
     if dtype not in DTYPES:
         raise ValueError(f"activations of {dtype}: choose one of {', '.join(DTYPES)}")
     kv_dtype = kv_dtype or dtype
-    if kv_dtype not in (dtype, FP8):
-        raise ValueError(f"a cache of {kv_dtype} for activations of {dtype}: choose {dtype} or {FP8}")
+    if kv_dtype not in (dtype, *QUANTIZED_CACHES):
+        known = " or ".join((dtype, *QUANTIZED_CACHES))
+        raise ValueError(f"a cache of {kv_dtype} for activations of {dtype}: choose {known}")
     a = attention
     if kernel == "reduce":  # reads no cache
         return Variant(kernel, dtype, dtype, a.num_kv_heads, a.num_heads // a.num_kv_heads, 0, a.v_head_dim)
@@ -147,7 +149,7 @@ def variants_for(
 
 def signature(v: Variant) -> dict[str, str]:
     """Run-time arguments -> Triton types. (Triton appends two scratch pointers; pass null for both.)"""
-    types = {"*model": f"*{v.dtype}", "*cache": "*u8" if v.kv_dtype == FP8 else f"*{v.dtype}"}
+    types = {"*model": f"*{v.dtype}", "*cache": "*u8" if v.kv_dtype in QUANTIZED_CACHES else f"*{v.dtype}"}
     return {name: types.get(type_, type_) for name, type_ in ARGUMENTS[v.kernel].items()}
 
 
@@ -177,27 +179,28 @@ def configure(v: Variant, sm: int) -> Config:
     if roomy:  # one swizzle for keys and values: ptxas 12.8 computes a wrong address with two (docs/gpu)
         sizes["HEAD_DIM_PAD"] = max(wide, min(v_wide, _SWIZZLED))
         sizes["V_HEAD_DIM_PAD"] = max(v_wide, min(wide, _SWIZZLED))
-    in_pairs = v.kv_dtype == FP8 and v.v_head_dim % 2 == 0 and not (roomy and v.kernel == "prefill")
+    quantized = v.kv_dtype in QUANTIZED_CACHES
+    in_pairs = quantized and v.v_head_dim % 2 == 0 and not (roomy and v.kernel == "prefill")
     sizes |= {"VALUES_IN_PAIRS": in_pairs}
     if v.kernel == "decode":
         rows = padded(v.group)
-        keys, warps, stages = _decode_tile(rows, max(64, widest), v.kv_dtype == FP8, sm)
+        keys, warps, stages = _decode_tile(rows, max(64, widest), quantized, sm)
         return Config(sizes | {"ROWS": rows, "KEYS": keys}, num_warps=warps, num_stages=stages)
     rows, keys, warps, stages = 128, 64, 8, 2
     if roomy and widest <= 64:
         warps, stages = 4, 3 if sm == 90 else 2
     elif sm == 90 and widest <= 128:
-        keys, stages = 64 if v.kv_dtype == FP8 else 128, 3
+        keys, stages = 64 if quantized else 128, 3
     elif not roomy and widest > 64:  # without wgmma, larger tiles spill registers
         rows, keys = (128, 32) if widest <= 128 else (64, 32)
     sizes |= {"ROWS": rows, "KEYS": keys, "CHUNK": _CHUNK}
     return Config(sizes, num_warps=warps, num_stages=stages)
 
 
-def _decode_tile(rows: int, widest: int, fp8: bool, sm: int) -> tuple[int, int, int]:
+def _decode_tile(rows: int, widest: int, quantized: bool, sm: int) -> tuple[int, int, int]:
     """Keys, warps and stages; those of SM90 are measured (docs/gpu/README.md)."""
     if sm == 90 and rows == 16:
-        return _SM90_DECODE[widest, fp8]
+        return _SM90_DECODE[widest, quantized]
     return (64 if widest <= 128 else 32), 4, 2
 
 
@@ -206,12 +209,12 @@ def splits(
 ) -> int:
     """Return how many programs share a sequence's cache: enough for two on each multiprocessor.
 
-    Instructions limit decode of a long FP8 cache: up to ten share them more evenly.
+    Instructions limit decode of a long quantized cache: up to ten share them more evenly.
     """
     programs = max(1, sequences * num_kv_heads)
     wanted = -(-2 * multiprocessors // programs)
-    if kv_dtype == FP8 and wanted > 1:
-        wanted = max(wanted, min(10 * multiprocessors // programs, longest // _KEYS_PER_FP8_SPLIT))
+    if kv_dtype in QUANTIZED_CACHES and wanted > 1:
+        wanted = max(wanted, min(10 * multiprocessors // programs, longest // _KEYS_PER_QUANTIZED_SPLIT))
     return max(1, min(wanted, longest // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
 
 

@@ -51,11 +51,12 @@ class AttentionLauncher:
 
     def launch(
         self, attention: Attention, dtype: str, scale: float, tensors: Mapping[str, int], tokens: int,
-        sequences: int, stream: int, kv_scales: tuple[float, float] | None = None,
+        sequences: int, stream: int, kv_dtype: str | None = None,
+        kv_scales: tuple[float, float] = (1.0, 1.0),
     ) -> None:  # fmt: skip
         """One layer. `tensors`: argument name -> device address, of the operator's inputs and its `output`;
-        tokens, sequences: the rows of `query` and of `past_lengths`, which may include padding; kv_scales:
-        of an FP8 cache's keys and values, None for a cache in the model's dtype.
+        tokens, sequences: the rows of `query` and of `past_lengths`, which may include padding; kv_dtype:
+        a name in QUANTIZED_CACHES, None for a cache in the model's dtype; kv_scales: of keys and of values.
 
         Raises CudaError; ValueError for tensors that do not fit the step or the kernels.
         """
@@ -69,18 +70,17 @@ class AttentionLauncher:
             )
         if misaligned := [name for name, address in tensors.items() if address % _ALIGNMENT]:
             raise ValueError(f"{misaligned[0]} does not begin at a multiple of {_ALIGNMENT} bytes")
-        kind = (attention, dtype, launch.FP8 if kv_scales else None)
+        kind = (attention, dtype, kv_dtype)
         plan = self._plans.get(kind)
         if plan is None:
             plan = self._plans[kind] = self._plan(*kind)
-        key_scale, value_scale = kv_scales or (1.0, 1.0)
         arguments: dict[str, float] = {"sinks": 0, "partial_sums": 0, "partial_top": 0, "partial_total": 0}
         arguments |= {name: self._scratch + at for name, at in scratch_layout(plan)[0].items()}
         arguments |= {
             "num_sequences": sequences,
             "num_splits": plan.num_splits,
-            "k_scale": key_scale,
-            "v_scale": value_scale,
+            "k_scale": kv_scales[0],
+            "v_scale": kv_scales[1],
         }
         arguments |= {"scale": scale, "softcap": attention.softcap, "window": attention.window, **tensors}
         for one in plan.launches:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from llmc.plugins.paged_attention.launch import Attention
-from llmc.plugins.paged_attention.spec import ABI_VERSION, DOMAIN, NAME
+from llmc.plugins.paged_attention.spec import ABI_VERSION, DOMAIN, NAME, QUANTIZED_CACHES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ _INPUT_NAMES = (
 )  # fmt: skip
 _STEP_INPUTS = range(5, 9)  # int32; all others but the caches have the model's dtype
 _ALIASES = {1: _KEY_CACHE, 2: _VALUE_CACHE}
-# One dtype for all four, the model's or FP8. (Places of outputs come after those of inputs.)
+# One dtype for all four, the model's or a quantized cache's. (Places of outputs come after those of inputs.)
 _CACHES = (_KEY_CACHE, _VALUE_CACHE, *(_INPUTS + output for output in _ALIASES))
 
 
@@ -70,7 +70,7 @@ class Attributes:
         return cls(heads, kv_heads, float(given["scale"]), window, float(given["softcap"]), *scales)
 
     def stored(self) -> dict[str, int | float]:
-        """What an engine stores: all but defaults, so that one without FP8 caches is what it always was."""
+        """What an engine stores: all but defaults, which those of before quantized caches lack."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {name: value for name, (value, default) in values.items() if value != default}
 
@@ -80,7 +80,7 @@ class Launcher(Protocol):
 
     def launch(
         self, attention: Attention, dtype: str, scale: float, tensors: Mapping[str, int], tokens: int,
-        sequences: int, stream: int, kv_scales: tuple[float, float] | None,
+        sequences: int, stream: int, kv_dtype: str | None, kv_scales: tuple[float, float],
     ) -> None: ...  # fmt: skip
 
 
@@ -131,6 +131,7 @@ def make_plugin(trt: Any) -> Any:
     Keep a reference to it as long as TensorRT may use it.
     """
     float_types = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
+    quantized = {getattr(trt.DataType, cache.tensorrt): cache.name for cache in QUANTIZED_CACHES.values()}
     field_types = {
         int: (np.int32, trt.PluginFieldType.INT32),
         float: (np.float32, trt.PluginFieldType.FLOAT32),
@@ -182,7 +183,7 @@ def make_plugin(trt: Any) -> Any:
                 return tensor.type == trt.DataType.INT32
             if pos in _CACHES and tensor.type != in_out[_KEY_CACHE].desc.type:
                 return False
-            if pos in _CACHES and tensor.type == trt.DataType.FP8:
+            if pos in _CACHES and tensor.type in quantized:
                 return True
             return tensor.type in float_types and tensor.type == in_out[_QUERY].desc.type
 
@@ -198,7 +199,7 @@ def make_plugin(trt: Any) -> Any:
                     f"query {list(query)} and key cache {list(key)} contradict {self.attributes}"
                 )
             a = self.attributes
-            if inputs[_KEY_CACHE].desc.type != trt.DataType.FP8 and (a.key_scale, a.value_scale) != (1, 1):
+            if inputs[_KEY_CACHE].desc.type not in quantized and (a.key_scale, a.value_scale) != (1, 1):
                 raise ValueError(f"a cache in the model's dtype has no scales: {a}")
 
         # Runtime.
@@ -248,7 +249,6 @@ def make_plugin(trt: Any) -> Any:
                 if outputs[output] != inputs[cache]:
                     raise ValueError(f"TensorRT gave {DOMAIN}.{NAME} a copy of {_INPUT_NAMES[cache]}")
             key, value = described[_KEY_CACHE].dims, described[_VALUE_CACHE].dims
-            scales = (self.attributes.key_scale, self.attributes.value_scale)
             launcher.launch(
                 _attention(self.attributes, key[3], value[3]),
                 float_types[described[_QUERY].type],
@@ -257,7 +257,8 @@ def make_plugin(trt: Any) -> Any:
                 described[_QUERY].dims[0],
                 described[_PAST_LENGTHS].dims[0],
                 stream,
-                scales if described[_KEY_CACHE].type == trt.DataType.FP8 else None,
+                quantized.get(described[_KEY_CACHE].type),
+                (self.attributes.key_scale, self.attributes.value_scale),
             )
 
     class PagedAttentionCreator(trt.IPluginCreatorV3One):

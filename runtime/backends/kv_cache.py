@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES
 from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.bundle.manifest import Geometry
 from llmc.runtime.dtypes import BY_NAME
@@ -24,7 +25,8 @@ def block_bytes(geometry: Geometry, kv_dtype: str) -> int:
             one.num_kv_heads * ((size + 8) * one.head_dim + size * (one.v_head_dim + 8)) for one in layers
         )
     elements = sum(one.num_kv_heads * (one.head_dim + one.v_head_dim) for one in layers)
-    return elements * size * BY_NAME[kv_dtype].bits // 8
+    element = 1 if kv_dtype in QUANTIZED_CACHES else BY_NAME[kv_dtype].bits // 8
+    return elements * size * element
 
 
 def cpu_blocks(engine: EngineFile, options: LoadOptions) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
-from llmc.plugins.paged_attention.spec import BLOCK_SIZE
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE, QUANTIZED_CACHES
 from llmc.runtime.bundle.strict_json import DAMAGED, bad, decode, no_constants, plain, shown, unique_keys
 from llmc.runtime.errors import BundleError
 from llmc.runtime.installation import upgrade_hint
@@ -27,6 +27,7 @@ SEAL = "manifest_sha256"  # the one field that is not in the dataclasses
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 
+_KV_CACHES = ("fp32", "fp16", "bf16", "u8", *QUANTIZED_CACHES)  # u8 is OpenVINO's own
 _PART = r"[A-Za-z0-9_+@=-](?:[A-Za-z0-9_.+@=-]{0,126}[A-Za-z0-9_+@=-])?"
 _PATH = re.compile(rf"{_PART}(?:/{_PART})*")
 
@@ -57,7 +58,7 @@ Positive = Annotated[int, _at_least(1)]
 Magnitude = Annotated[float, _at_least(0)]
 Fraction = Annotated[float, lambda value: "" if 0 <= value <= 1 else "must be between 0 and 1"]
 Name = Annotated[str, _matches(r"\S(?:.*\S)?", "a name without blanks around it")]
-# The name of a target or an engine. Which ones there are is known where they are loaded.
+# The name of a target, an engine or a KV cache. Which ones there are may differ between versions of llmc.
 Slug = Annotated[str, _matches(r"[a-z][a-z0-9-]{0,63}", "lower-case letters, digits and hyphens")]
 Sha256 = Annotated[str, _matches(r"[0-9a-f]{64}", "64 lowercase hexadecimal digits")]
 FilePath = Annotated[str, path_fault]
@@ -121,10 +122,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Precision:
-    """Arithmetic and KV-cache element types. fp8 (E4M3): on GPUs; u8: on the CPU."""
+    """Arithmetic and KV cache. `paged_attention/spec.py` has the quantized caches of GPUs; u8: on the CPU."""
 
     dtype: Literal["fp32", "fp16", "bf16"]
-    kv_dtype: Literal["fp32", "fp16", "bf16", "fp8", "u8"]
+    kv_dtype: Slug
 
 
 @dataclass(frozen=True)
@@ -352,7 +353,9 @@ def _check_consistent(manifest: Manifest) -> None:
     if (manifest.format_version >= _GPU_FROM) != (manifest.gpu is not None):
         bad("format_version", f"{manifest.format_version} does not fit: `gpu` came with format {_GPU_FROM}")
     kv_dtype, engine = manifest.precision.kv_dtype, manifest.target.engine
-    if (kv_dtype == "fp8" and manifest.gpu is None) or (kv_dtype == "u8" and engine != "openvino"):
+    if kv_dtype not in _KV_CACHES:
+        raise BundleError(f"the bundle has a KV cache of {kv_dtype}, which this llmc lacks", upgrade_hint())
+    if (kv_dtype in QUANTIZED_CACHES and manifest.gpu is None) or (kv_dtype == "u8" and engine != "openvino"):
         bad("precision.kv_dtype", f"{kv_dtype} is no KV cache of {engine}")
     if len({operator.name for operator in manifest.operators}) != len(manifest.operators):
         bad("operators", "an operator is listed twice")

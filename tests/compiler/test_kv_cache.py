@@ -22,7 +22,7 @@ from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.config import load_config
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.progress import Silent
-from llmc.compiler.request import BuildRequest, cache_dtype
+from llmc.compiler.request import TARGETS, BuildRequest, cache_dtype
 from llmc.compiler.targets.tensorrt import build
 from llmc.compiler.trace.export import trace
 from llmc.compiler.verify.judge import judge
@@ -31,6 +31,9 @@ from llmc.passes import contract
 from llmc.passes.geometry import attention_nodes, read_geometry
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.pipeline import canonicalize
+from llmc.plugins.cuda.gpus import SMS
+from llmc.plugins.paged_attention import launch
+from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES, QuantizedCache
 from llmc.plugins.paged_attention.tensorrt_plugin import Attributes, make_plugin
 from llmc.runtime.backends.kv_cache import block_bytes
 from llmc.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -38,6 +41,7 @@ from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, BundleError, UnsupportedError
+from llmc.runtime.installation import upgrade_hint
 from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
 from support.passes import lower_for_tensorrt, oracle_graph, set_kv_scales
@@ -207,6 +211,31 @@ def test_the_loss_is_that_of_the_cache_alone() -> None:
     assert loss["mean_kl"] == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=0.05)  # two digits
     assert loss["max_logit_error"] == 0.5
     assert loss["top1_agreement_without_ties"] == (p.argmax(1) == q.argmax(1)).mean()
+
+
+# The table.
+
+
+@pytest.mark.parametrize("cache", QUANTIZED_CACHES.values(), ids=QUANTIZED_CACHES)
+def test_every_quantized_cache_has_a_target_and_kernels(cache: QuantizedCache) -> None:
+    assert ir.DataType[cache.onnx].bitwidth == 8
+    codes = np.arange(256, dtype=np.uint8).view(ir.DataType[cache.onnx].numpy()).astype(np.float32)
+    assert cache.largest == np.nanmax(codes)
+    assert any(cache.name in options.caches.values() for options in TARGETS.values())
+    attention = launch.Attention(4, 2, 64, 64)
+    for kernel in ("write_kv", "prefill", "decode"):
+        variant = launch.variant(kernel, attention, "bf16", cache.name)
+        assert f"-{cache.name}kv-" in str(variant)
+        assert launch.signature(variant)["key_cache"] == "*u8"
+        for sm in SMS:
+            assert launch.configure(variant, sm).constants["FP8"] > 0
+
+
+@needs_tensorrt
+def test_tensorrt_has_every_quantized_cache() -> None:
+    trt = importlib.import_module("tensorrt_rtx")
+    for cache in QUANTIZED_CACHES.values():
+        assert hasattr(trt.DataType, cache.tensorrt)
 
 
 # The plugin.
@@ -399,6 +428,14 @@ def test_a_manifest_whose_engine_cannot_hold_its_cache_is_refused(
     other = replace(manifest, precision=replace(manifest.precision, kv_dtype=kv_dtype))
     with pytest.raises(BundleError, match=rf"precision\.kv_dtype.*{kv_dtype} is no KV cache of {engine}"):
         other.to_json()
+
+
+def test_a_cache_that_this_llmc_lacks_is_refused() -> None:
+    manifest = Manifest.from_json((GOLDEN / "format-2.llmc/manifest.json").read_bytes())
+    later = replace(manifest, precision=replace(manifest.precision, kv_dtype="fp3"))
+    with pytest.raises(BundleError, match="a KV cache of fp3, which this llmc lacks") as caught:
+        later.to_json()
+    assert caught.value.hint == upgrade_hint()
 
 
 def test_a_manifest_with_an_fp8_cache_reads_back_and_a_token_takes_half() -> None:

@@ -14,6 +14,7 @@ from llmc.passes.legalize.keep_16bit_weights import Narrow, NarrowPlan
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.passes.parameter import META, parameter, parameters
 from llmc.passes.spec import Stage
+from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES, QuantizedCache
 from llmc.runtime.errors import BuildError, UnsupportedError
 from support.traced_text import TRACED, traced
 
@@ -21,11 +22,11 @@ NARROW = NarrowPlan({"wo.weight": Narrow("fp16", 3)})
 FORMATS = ("int8-smoothquant", "fp8", "int8")
 
 
-def quantized(fmt: str | None, fp8_cache: bool = False) -> ir.Model:
+def quantized(fmt: str | None, cache: QuantizedCache | None = None) -> ir.Model:
     model = traced()
     contract.run(model, pipeline.canonicalize())
     plan = plan_weights(model, fmt, (), (), 16) if fmt else None
-    contract.run(model, pipeline.quantize(plan, fp8_cache))
+    contract.run(model, pipeline.quantize(plan, cache))
     assert spec.check(model, Stage.QUANTIZED) == []
     return model
 
@@ -60,14 +61,19 @@ def test_graphs_for_onnxruntime(fmt: str) -> None:
     )
 
 
-@pytest.mark.parametrize("fp8_cache", [False, True])
+@pytest.mark.parametrize("cache", [None, *QUANTIZED_CACHES.values()])
 @pytest.mark.parametrize("fmt", [None, *FORMATS])
-def test_graphs_for_tensorrt_and_their_stand_ins(fmt: str | None, fp8_cache: bool) -> None:
-    model = quantized(fmt, fp8_cache)
+def test_graphs_for_tensorrt_and_their_stand_ins(fmt: str | None, cache: QuantizedCache | None) -> None:
+    model = quantized(fmt, cache)
     check(model, pipeline.legalize_tensorrt("fp32"), Stage.FOR_TENSORRT, {})
     assert not to_tensorrt(model).functions
     stand_in = model.clone()
-    check(stand_in, pipeline.oracle("fp32", True), Stage.ORACLE, {"widen-fp8-caches": int(fp8_cache)})
+    check(
+        stand_in,
+        pipeline.oracle("fp32", True),
+        Stage.ORACLE,
+        {"widen-quantized-caches": int(cache is not None)},
+    )
 
 
 def test_fp8_activations_are_not_for_openvino() -> None:
@@ -75,9 +81,9 @@ def test_fp8_activations_are_not_for_openvino() -> None:
         contract.run(quantized("fp8"), pipeline.legalize_openvino(NarrowPlan()))
 
 
-def test_an_fp8_cache_is_not_for_onnxruntime() -> None:
-    with pytest.raises(BuildError, match="has an FP8 cache"):
-        contract.run(quantized(None, True), pipeline.legalize_onnxruntime())
+def test_a_quantized_cache_is_not_for_onnxruntime() -> None:
+    with pytest.raises(BuildError, match="has a quantized cache"):
+        contract.run(quantized(None, QUANTIZED_CACHES["fp8"]), pipeline.legalize_onnxruntime())
 
 
 def test_lists_in_the_wrong_order_are_refused() -> None:

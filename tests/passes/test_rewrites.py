@@ -22,10 +22,10 @@ from llmc.passes.legalize.mxfp4_weights import DoubleFP4Weights, FloatScales
 from llmc.passes.legalize.require_dtype import RequireDtype
 from llmc.passes.legalize.unname_dims import UnnameDims
 from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
-from llmc.passes.legalize.widen_fp8_caches import WidenFP8Caches
 from llmc.passes.legalize.widen_int8_weights import WidenInt8Weights
 from llmc.passes.legalize.widen_logits import WidenLogits
 from llmc.passes.legalize.widen_norms import WidenNorms
+from llmc.passes.legalize.widen_quantized_caches import WidenQuantizedCaches
 from llmc.passes.parameter import parameter
 from llmc.passes.quantize.formats import get_format
 from llmc.passes.quantize.plan import Module, QuantPlan
@@ -33,6 +33,7 @@ from llmc.passes.quantize.quantize_kv_cache import QuantizeKVCache
 from llmc.passes.quantize.quantize_linears import QuantizeLinears
 from llmc.passes.quantize.untie_head import UntieHead
 from llmc.passes.spec import ROUNDS_ONCE
+from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES
 from support.passes import mark_parameters
 
 BF16 = ir.DataType.BFLOAT16
@@ -128,7 +129,9 @@ CASES = {
         y FLOAT = Gemm w.input_scale.rounded w.wide""",
     ),
     "quantize-kv-cache": Case(
-        QuantizeKVCache(), attention("bfloat16", "bfloat16"), SAME.format("BFLOAT16", "FLOAT8E4M3FN")
+        QuantizeKVCache(QUANTIZED_CACHES["fp8"]),
+        attention("bfloat16", "bfloat16"),
+        SAME.format("BFLOAT16", "FLOAT8E4M3FN"),
     ),
     "keep-16bit-weights": Case(
         Keep16BitWeights(NarrowPlan({"w.weight": Narrow("fp16", 3), "e.weight": Narrow("bf16")})),
@@ -191,8 +194,8 @@ CASES = {
         u FLOAT = Gemm x w""",
         2,
     ),
-    "widen-fp8-caches": Case(
-        WidenFP8Caches(),
+    "widen-quantized-caches": Case(
+        WidenQuantizedCaches(),
         attention("bfloat16", "float8e4m3fn", ", key_scale = 0.5, value_scale = 2.0"),
         """.key.wide FLOAT = Cast k
         .key.scaled FLOAT = Div .key.wide .key_scale

@@ -12,7 +12,7 @@ import onnxruntime
 import openvino as ov
 import pytest
 
-from llmc.passes.legalize.widen_fp8_caches import WidenFP8Caches
+from llmc.passes.legalize.widen_quantized_caches import WidenQuantizedCaches
 from llmc.plugins.paged_attention import body, reference, spec
 from llmc.runtime.backends.openvino import attention
 from llmc.runtime.errors import BackendError
@@ -115,7 +115,7 @@ def make_model(shape: tuple[Any, ...], largest: tuple[float, float] | None = Non
             cache.name = f"{cache.name}.0"
         set_kv_scales(model, {0: largest})
         assert inputs[3].dtype == outputs[2].dtype == ir.DataType.FLOAT8E4M3FN
-        WidenFP8Caches()(model)
+        WidenQuantizedCaches()(model)
     return ir.to_proto(model).SerializeToString()
 
 

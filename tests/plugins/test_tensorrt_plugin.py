@@ -58,7 +58,7 @@ def test_a_plugin_launches_what_its_tensors_say(trt: Any) -> None:
         plugin.enqueue(described(trt, 8, 3, 99, 7), [], INPUTS, [800, *INPUTS[3:5]], 0, 5)
         plugin.enqueue(described(trt, 8, 3, 99, 7, fp8=True), [], INPUTS, [800, *INPUTS[3:5]], 0, 5)
     call = (ATTENTION[1], "fp16", 0.25, TENSORS, 8, 3, 5)
-    assert recorder.calls == [(*call, None), (*call, (1.0, 1.0))]
+    assert recorder.calls == [(*call, None, (1.0, 1.0)), (*call, "fp8", (1.0, 1.0))]
     with pytest.raises(RuntimeError, match="cannot launch"):
         plugin.enqueue(described(trt, 8, 3, 99, 7), [], INPUTS, [800, *INPUTS[3:5]], 0, 5)
 
@@ -136,8 +136,8 @@ class TestLauncher:
     def test_each_layers_cache_decides_the_kernels_and_their_scales(self) -> None:
         launcher, kernels = self.launcher()
         launcher.begin(np.array([0, 3, 4], np.int32), np.array([0, 9], np.int32))
-        for scales in (None, (0.5, 0.25), (0.125, 2.0)):
-            launcher.launch(ATTENTION[0], "fp16", 1.0, TENSORS, 4, 2, 0, scales)
+        for cache, scales in ((None, (1.0, 1.0)), ("fp8", (0.5, 0.25)), ("fp8", (0.125, 2.0))):
+            launcher.launch(ATTENTION[0], "fp16", 1.0, TENSORS, 4, 2, 0, cache, scales)
         tails = [f"fp16{cache}-h2x{g}d32v16" for cache in ("", "-fp8kv", "-fp8kv") for g in (1, 2, 2)]
         names = ["write_kv", "prefill", "decode"] * 3
         assert kernels.variants == [f"{name}-{tail}" for name, tail in zip(names, tails, strict=True)]

@@ -12,6 +12,7 @@ from llmc.passes.contract import Pass
 from llmc.passes.parameter import of_tensor, set_parameter
 from llmc.passes.quantize.plan import QuantPlan
 from llmc.passes.quantize.quantize_kv_cache import QuantizeKVCache, fill_kv_scales
+from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES
 
 
 def apply(model: ir.Model, passes: Sequence[Pass]) -> list[int]:
@@ -37,7 +38,7 @@ def quantize(model: ir.Model, plan: QuantPlan) -> None:
 
 def set_kv_scales(model: ir.Model, largest: Mapping[int, tuple[float, float]]) -> None:
     """FP8 caches of these largest magnitudes."""
-    QuantizeKVCache()(model)
+    QuantizeKVCache(QUANTIZED_CACHES["fp8"])(model)
     fill_kv_scales(model, largest)
 
 

@@ -18,7 +18,6 @@ from llmc.compiler.progress import Progress
 from llmc.compiler.targets.base import Resolved
 from llmc.passes import edit
 from llmc.passes.geometry import attention_nodes
-from llmc.passes.quantize import quantize_kv_cache
 from llmc.plugins.cuda.gpus import SMS
 from llmc.plugins.paged_attention import launch
 from llmc.plugins.paged_attention.launch import Attention, Variant
@@ -81,8 +80,7 @@ def compile_into(
 
 def attention_variants(model: ir.Model, resolved: Resolved) -> tuple[Variant, ...]:
     """Return every attention kernel that the model needs, for its dtype and that of its KV cache."""
-    cache = launch.FP8 if resolved.kv_dtype == quantize_kv_cache.FP8 else None
-    return launch.variants_for(layers(model), [(resolved.dtype, cache)])
+    return launch.variants_for(layers(model), [(resolved.dtype, resolved.kv_dtype)])
 
 
 def layers(model: ir.Model) -> list[Attention]:

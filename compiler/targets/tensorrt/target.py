@@ -30,7 +30,6 @@ from llmc.passes.contract import Pass
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
-from llmc.passes.quantize import quantize_kv_cache
 from llmc.runtime.bundle.manifest import Gpu
 from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import BuildError, UnsupportedError
@@ -38,7 +37,7 @@ from llmc.runtime.installation import install_hint
 from llmc.runtime.memory import available_memory
 
 PLAN_FILE = "engines/rank0.plan"
-# Beside weights/ while they are needed; no part of a bundle. The second: with the KV cache rounded to FP8.
+# Beside weights/ while they are needed; no part of a bundle. The second: with the KV cache rounded.
 ORACLE_FILE, KV_ORACLE_FILE = "rank0.oracle.onnx", "rank0.kv-oracle.onnx"
 _BF16_FROM = 80
 _STAND_IN = "the graph that TensorRT is given, in ONNX Runtime with the same roundings"
@@ -120,12 +119,12 @@ class TensorRTTarget:
             )
 
     def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
-        """See `Target`. The loss of an FP8 cache is measured apart from the rest."""
+        """See `Target`. The loss of a quantized cache is measured apart from the rest."""
         del engine
         scratch = [ORACLE_FILE]
         oracle = oracle_graph(model, resolved.dtype, round_cache=False)
         work.path(ORACLE_FILE).write_bytes(serialize(oracle))
-        if resolved.kv_dtype == quantize_kv_cache.FP8:
+        if resolved.kv_dtype != resolved.dtype:
             scratch.append(KV_ORACLE_FILE)
             rounded = oracle_graph(model, resolved.dtype, round_cache=True)
             work.path(KV_ORACLE_FILE).write_bytes(serialize(rounded))

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES
 from llmc.runtime.batch import STEP_INPUTS
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.errors import BackendError
 
 LOGITS = "logits"
-_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "FP8": 1, "INT32": 4}
-_CACHE_DTYPES = {"fp16": "HALF", "bf16": "BF16", "fp8": "FP8"}
+# The KV cache in the manifest -> its element type in TensorRT and the bytes of an element.
+_CACHES = {"fp16": ("HALF", 2), "bf16": ("BF16", 2)} | {
+    cache.name: (cache.tensorrt, 1) for cache in QUANTIZED_CACHES.values()
+}
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,16 @@ def bind(tensors: Iterable[Tensor], manifest: Manifest) -> Bindings:
     geometry = manifest.geometry
     step = {name: take(name, True, "INT32", (-1,)).most[0] for name in STEP_INPUTS}
     caches, limits = [], []
-    dtype = _CACHE_DTYPES.get(manifest.precision.kv_dtype, "")
-    if not dtype:
+    if manifest.precision.kv_dtype not in _CACHES:
         raise _unfit(f"a KV cache of {manifest.precision.kv_dtype} has no attention kernels")
+    dtype, element_bytes = _CACHES[manifest.precision.kv_dtype]
     for index, layer in enumerate(geometry.layers):
         for kind, width in (("key", layer.head_dim), ("value", layer.v_head_dim)):
             block = (layer.num_kv_heads, geometry.block_size, width)
             name, output = f"{kind}_cache.{index}", f"{kind}_cache_out.{index}"
             limits.append(take(name, True, dtype, (-1, *block)).most[0])
             take(output, False, dtype, (-1, *block))
-            nbytes = block[0] * block[1] * block[2] * _BYTES[dtype]
+            nbytes = block[0] * block[1] * block[2] * element_bytes
             caches.append(Cache(name, output, block, nbytes))
     take(LOGITS, False, "FLOAT", (-1, geometry.vocab_size))
     if given:

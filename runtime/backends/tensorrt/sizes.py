@@ -57,7 +57,6 @@ def scratch_bytes(
     multiprocessors: int,
 ) -> int:
     """Return the scratch that splits need, over all decode steps of up to `max_sequences` sequences."""
-    cache = launch.FP8 if precision.kv_dtype == "fp8" else None
     kinds = {
         Attention(geometry.num_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim, layer.window)
         for layer in geometry.layers
@@ -67,7 +66,7 @@ def scratch_bytes(
         start, past = longest_decode(count, max_seq_len)
         for kind in kinds:
             plan = launch.plan(
-                kind, precision.dtype, cache, start, past, sm=sm, multiprocessors=multiprocessors
+                kind, precision.dtype, precision.kv_dtype, start, past, sm=sm, multiprocessors=multiprocessors
             )
             most = max(most, scratch_layout(plan)[1])
     return most

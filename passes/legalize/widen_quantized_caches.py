@@ -1,4 +1,4 @@
-"""WidenFP8Caches: FP8 KV caches hold the same numbers in fp32, for ONNX Runtime.
+"""WidenQuantizedCaches: quantized KV caches hold the same numbers in fp32, for ONNX Runtime.
 
 Its Gather and ScatterND take no FP8.
 
@@ -6,7 +6,7 @@ Its Gather and ScatterND take no FP8.
     after   PagedAttention(q, Mul(Cast(Cast(Div(k, s), e4m3), fp32), s), ..., key_cache fp32, ...)
 
 The cache holds code x scale where it held the code, so the operator reads the same keys and values. Rounding
-is that of the operator's contract: divided in fp32, to nearest even, saturated at 448.
+is that of the operator's contract: divided in fp32, to nearest even, saturated at the largest code.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import onnx_ir as ir
 from llmc.passes import edit
 from llmc.passes.contract import Matches
 from llmc.passes.geometry import attention_nodes
-from llmc.passes.quantize.quantize_kv_cache import has_fp8_cache
+from llmc.passes.quantize.quantize_kv_cache import cache_of
 from llmc.passes.spec import Stage
 
 _ROLES = (("key", 1, 3, 1), ("value", 2, 4, 2))  # role, its input, its cache's input and output
 
 
-class WidenFP8Caches:
-    """Counts one match per PagedAttention with FP8 caches, which gets fp32 caches.
+class WidenQuantizedCaches:
+    """Counts one match per PagedAttention with quantized caches, which gets fp32 caches.
 
     rounded: False leaves keys and values as they are, to see what the rounding costs.
     """
 
-    name = "widen-fp8-caches"
+    name = "widen-quantized-caches"
     requires = Stage.QUANTIZED
     ensures = Stage.QUANTIZED
 
@@ -37,25 +37,29 @@ class WidenFP8Caches:
         self._rounded = rounded
 
     def __call__(self, model: ir.Model) -> Matches:
-        nodes = [node for node in attention_nodes(model) if has_fp8_cache(node)]
+        nodes = [node for node in attention_nodes(model) if cache_of(node)]
         for node in nodes:
             for role, index, cache, output in _ROLES:
                 scale = float(edit.attribute(node, f"{role}_scale"))
                 node.attributes.pop(f"{role}_scale")
+                element = edit.operand(node, cache).dtype
+                assert element is not None
                 for value in (edit.operand(node, cache), node.outputs[output]):
                     value.type = ir.TensorType(ir.DataType.FLOAT)  # a new one: a clone shares its types
                 if self._rounded:
-                    node.replace_input_with(index, _round(node, edit.operand(node, index), scale, role))
+                    node.replace_input_with(
+                        index, _round(node, edit.operand(node, index), scale, role, element)
+                    )
         return Matches(len(nodes))
 
 
-def _round(node: ir.Node, x: ir.Value, scale: float, role: str) -> ir.Value:
+def _round(node: ir.Node, x: ir.Value, scale: float, role: str, element: ir.DataType) -> ir.Value:
     graph, shape, name = node.graph, edit.dims(x), f"{node.name}.{role}"
     assert isinstance(graph, ir.Graph)
     factor = edit.constant(graph, np.array(scale, np.float32), f"{name}_scale")
 
     wide = edit.cast(node, x, ir.DataType.FLOAT, f"{name}.wide")
     scaled = edit.insert(node, "Div", [wide, factor], {}, f"{name}.scaled", shape)
-    codes = edit.cast(node, scaled, ir.DataType.FLOAT8E4M3FN, f"{name}.codes")  # saturates by default
+    codes = edit.cast(node, scaled, element, f"{name}.codes")  # of 8-bit floats: saturates by default
     values = edit.cast(node, codes, ir.DataType.FLOAT, f"{name}.values")
     return edit.insert(node, "Mul", [values, factor], {}, f"{name}.rounded", shape)
