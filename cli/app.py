@@ -53,9 +53,9 @@ class UsageError(LlmcError):
 
 
 def invoke(argv: Sequence[str]) -> int:
-    """Runs the command that `argv` names and returns its exit code.
+    """Run the command that `argv` names and return its exit code.
 
-    Raises UsageError, and whatever the command raises.
+    Raises UsageError, and what the command raises.
     """
     command = typer.main.get_command(app)
     try:

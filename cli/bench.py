@@ -1,4 +1,4 @@
-"""`llmc bench`: how fast a bundle is on this machine."""
+"""`llmc bench`: measure how fast a bundle is on this machine."""
 
 from __future__ import annotations
 
@@ -23,17 +23,15 @@ RUNS = 3
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run: `concurrency` prompts that arrive together.
+    """One run: `concurrency` prompts that arrive together."""
 
-    seconds: from their arrival to the last token of the last one.
-    first_token_seconds: time to first token, the mean over the prompts.
-    prefill_tokens_per_second: all prompt tokens / the time until every prompt has its first token.
-    decode_tokens_per_second: tokens generated after that time, of all prompts / the time that they took.
-    """
-
+    #: From the arrival of the prompts to the last token of the last one.
     seconds: float
+    #: Time to first token, the mean over the prompts.
     first_token_seconds: float
+    #: All prompt tokens / the time until every prompt has its first token.
     prefill_tokens_per_second: float
+    #: Tokens of all prompts generated after that time / the time that they took.
     decode_tokens_per_second: float
 
 
@@ -55,7 +53,8 @@ def bench(
 ) -> None:
     """Measure time to first token, prefill and decode speed.
 
-    Random prompts, greedy decoding, no prefix cache; one run to warm up, then the median of three.
+    The prompts are random, decoding is greedy, and the prefix cache is off. The figures are the median of
+    three runs after one to warm up.
     """
     from llmc.runtime.bundle.reader import Bundle
     from llmc.runtime.load import load_engine
@@ -120,7 +119,7 @@ def bench(
 def measure(
     engine: Engine, vocab_size: int, prompt_tokens: int, new_tokens: int, concurrency: int
 ) -> Measurement:
-    """Serves `concurrency` random prompts at once and times them."""
+    """Serve `concurrency` random prompts at once and time them."""
     import numpy as np
 
     from llmc.runtime.sampling import SamplingParams
@@ -152,7 +151,7 @@ def measure(
 
 
 def _weights(manifest: Manifest) -> str:
-    """The format of the weights of linear layers."""
+    """Return the format of the weights of linear layers."""
     return str((manifest.quantization or {}).get("format", manifest.source.dtype))
 
 

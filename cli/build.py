@@ -1,4 +1,4 @@
-"""`llmc build`: a checkpoint becomes a bundle."""
+"""`llmc build`: compile a checkpoint into a bundle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmc.passes.quantize.plan import QuantPlan
     from llmc.runtime.bundle.manifest import Geometry, Manifest, Target, Verification
 
-# What the extra `build` installs, by the names to import.
+# Import names of the libraries that the extra `build` installs.
 LIBRARIES = (
     "torch",
     "transformers",
@@ -57,7 +57,7 @@ def build(
         str, typer.Option(help="What the engine runs on: cpu, tensorrt-rtx or tensorrt.")
     ] = "cpu",
     dtype: Annotated[
-        str, typer.Option(help="What it computes in: auto, fp32 (cpu), bf16 or fp16 (TensorRT).")
+        str, typer.Option(help="What the engine computes in: auto, fp32 (cpu), bf16 or fp16 (TensorRT).")
     ] = "auto",
     quant: Annotated[
         str | None,
@@ -69,14 +69,14 @@ def build(
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Modules to leave as they are; may be given several times."),
+        typer.Option(metavar="PATTERN", help="Modules not to quantize; may be given several times."),
     ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="Text to measure activations on, or a table (.json) of an earlier build "
-            "(default: llmc's own text, where the format needs one).",
+            "(default: a built-in text, where the format needs one).",
         ),
     ] = None,
     calibration_method: Annotated[
@@ -149,7 +149,7 @@ def build(
 
 
 def require_build_libraries() -> None:
-    """Before a download, and not after it, is the time to miss them."""
+    """Raise ModuleNotFoundError for a missing library of the extra `build`, before a download starts."""
     from importlib.util import find_spec
 
     for name in LIBRARIES:
@@ -158,7 +158,7 @@ def require_build_libraries() -> None:
 
 
 def default_output(checkpoint: str) -> Path:
-    """`<name of the checkpoint>.llmc` in the current directory."""
+    """Return `<name of the checkpoint>.llmc` in the current directory."""
     path = Path(checkpoint).expanduser()
     name = path.resolve().name if path.exists() else checkpoint.rstrip("/").rpartition("/")[2]
     if not name:
@@ -167,7 +167,7 @@ def default_output(checkpoint: str) -> Path:
 
 
 def describe_target(target: Target) -> str:
-    """Which engine runs it, and where if that is not the same."""
+    """Describe the engine, and the target where its name differs."""
     return target.engine if target.engine == target.name else f"{target.engine} on {target.name}"
 
 
@@ -200,10 +200,10 @@ def describe_verification(record: Verification) -> str:
 
 
 def describe_kv_cache_loss(manifest: Manifest) -> str:
-    """Describe the loss of a quantized KV cache; "" for a cache in the dtype that the engine computes in."""
+    """Describe the loss of a quantized KV cache; "" for a cache in the dtype of the arithmetic."""
     if (kv_dtype := manifest.precision.kv_dtype) == manifest.precision.dtype:
         return ""
-    loss = manifest.verification.details.get("kv_cache_loss", {})  # open: nothing need be there
+    loss = manifest.verification.details.get("kv_cache_loss", {})  # an open field: any of it may be missing
     if not {"mean_kl", "top1_agreement_without_ties"} <= set(loss):
         return f"{kv_dtype}: loss not measured"
     agreement = loss["top1_agreement_without_ties"]
@@ -278,7 +278,7 @@ def _plan_text(plan: BuildPlan) -> str:
     family = (
         "a family with a recipe"
         if plan.checkpoint.known_family
-        else "no recipe: only the verification vouches for it"
+        else "no recipe: accepted on verification alone"
     )
     output = str(request.output)
     if os.path.lexists(request.output):

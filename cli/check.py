@@ -1,4 +1,4 @@
-"""`llmc check`: whether a checkpoint is what it says it is."""
+"""`llmc check`: check that a checkpoint is what it says it is."""
 
 from __future__ import annotations
 
@@ -85,5 +85,5 @@ def _count(number: int, what: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Control characters of strange tensor names do not reach the terminal."""
+    """Return `text` with control characters escaped: names of tensors may hold any."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

@@ -1,4 +1,4 @@
-"""`llmc doctor`: whether this machine has what llmc needs."""
+"""`llmc doctor`: check that this machine has what llmc needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmc.runtime.errors import BackendError, LlmcError
 from llmc.runtime.installation import DISTRIBUTION, install_hint
 
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*([^;]*?)\s*(?:;\s*(.*))?")
-_USES = {  # extra of llmc ("": none) -> what it is for
+_USES = {  # extra of llmc ("": none) -> what needs its libraries
     "": "llmc run",
     "build": "llmc build",
     "kernels": "GPU kernels",
@@ -27,14 +27,14 @@ _GPU_TARGETS = ("tensorrt-rtx", "tensorrt")
 
 @dataclass(frozen=True)
 class Library:
-    """A library that llmc wants.
-
-    extra: "" if `llmc run` needs it, else the extra of llmc that brings it; version: None if it is missing.
-    """
+    """A library that llmc requires."""
 
     name: str
+    #: The extra of llmc that installs it; "": `llmc run` needs it.
     extra: str
+    #: The required version, such as ">=1.2,==1.*".
     wanted: str
+    #: The installed version; None: it is missing.
     version: str | None
 
     @property
@@ -53,7 +53,8 @@ def doctor(
 ) -> None:
     """Check whether this machine has what llmc needs.
 
-    Fails if `llmc run` cannot work on this CPU; what only `llmc build` or GPU engines need may be missing.
+    The command fails if `llmc run` cannot work on this CPU. Libraries that only `llmc build` or GPU engines
+    need may be missing.
     """
     machine = Machine.this()
     found = libraries()
@@ -108,7 +109,7 @@ def libraries() -> list[Library]:
 
 
 def complete(found: list[Library], *extras: str) -> bool:
-    """Return whether every library of these extras is there in a version that fits."""
+    """Return whether every library of these extras is installed in a version that fits."""
     return all(library.fits for library in found if library.extra in extras)
 
 
@@ -127,7 +128,7 @@ def satisfies(version: str, wanted: str) -> bool:
 
 
 def attention_fault() -> LlmcError | None:
-    """Runs the start-up test of the OpenVINO backend; what is wrong with it, or None."""
+    """Run the start-up test of the OpenVINO backend. Return its error, or None."""
     try:
         from llmc.runtime.backends.openvino.backend import tested_core
 
@@ -152,7 +153,7 @@ def _installed(name: str) -> str | None:
 
 
 def _numbers(version: str) -> list[int]:
-    """ "2.13.0+cpu" -> [2, 13, 0]"""
+    """Return the numbers of a version: "2.13.0+cpu" -> [2, 13, 0]."""
     match = re.match(r"[0-9]+(\.[0-9]+)*", version)
     return [int(part) for part in match[0].split(".")] if match else []
 

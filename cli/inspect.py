@@ -1,4 +1,4 @@
-"""`llmc inspect`: what a bundle says about itself."""
+"""`llmc inspect`: show what is inside a bundle."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ def describe_weights(manifest: Manifest) -> str:
     plan, weights = manifest.quantization, manifest.weights
     if plan is None:
         return f"{weights.dtype}: {weights.note}" if weights.note else weights.dtype
-    names = ("format", "modules", "bits_per_parameter")  # the field is open: none of them need be there
+    names = ("format", "modules", "bits_per_parameter")  # an open field: any of them may be missing
     return ", ".join(f"{name.replace('_', ' ')} {plan[name]}" for name in names if name in plan)
 
 
 def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:
-    """The format and what was recorded of its loss; None for weights that are not quantized."""
+    """Return the format and its recorded loss; None for weights that are not quantized."""
     if manifest.quantization is None:
         return None
     loss = manifest.verification.details.get("quantization_loss")
@@ -134,7 +134,7 @@ def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def describe_worst(manifest: Manifest) -> list[tuple[str, str]]:
-    """The layers that rounding changed most: by the output on the calibration text, else by the weight."""
+    """Describe the layers with the largest error: of outputs on the calibration text, else of weights."""
     for what in ("output", "weight"):
         errors = (manifest.quantization or {}).get(f"largest_{what}_errors")
         if isinstance(errors, Mapping) and errors:

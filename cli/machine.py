@@ -12,13 +12,18 @@ from llmc.runtime.memory import available_memory, total_memory
 
 @dataclass(frozen=True)
 class Machine:
-    """cores: logical CPUs that this process may use; memory in bytes, None where the system does not say."""
+    """The machine that this process runs on."""
 
+    #: Python's version.
     python: str
     system: str
+    #: The name of the processor.
     cpu: str
+    #: Logical CPUs that this process may use.
     cores: int
+    #: Bytes; None: the system does not say.
     memory: int | None
+    #: Bytes that can be used without swapping; None: the system does not say.
     available_memory: int | None
 
     @staticmethod
@@ -35,7 +40,7 @@ class Machine:
 
 
 def _fields(path: str) -> dict[str, str]:
-    """`name: value` lines; the first of each name."""
+    """Return the `name: value` lines of a file, the first line of each name."""
     fields: dict[str, str] = {}
     try:
         text = Path(path).read_text(errors="replace")

@@ -1,11 +1,11 @@
-"""The entry point of `llmc`: runs one command and turns every outcome into an exit code.
+"""The entry point of `llmc`: run one command and turn every outcome into an exit code.
 
     0    done
     1    error: the input, the machine or the disk; an `error:` and a `hint:` line say what and what to do
     2    wrong usage of the command line, in the same two lines
     70   internal error: a bug in llmc (EX_SOFTWARE)
     130  interrupted (128 + SIGINT)
-    141  whoever read the output has closed it (128 + SIGPIPE)
+    141  the reader of the output closed it (128 + SIGPIPE)
 
 Nothing is imported here before it is needed: `llmc run` must start fast.
 """
@@ -29,7 +29,7 @@ _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `llmc` with `argv` (by default the process's own) and returns the exit code."""
+    """Run `llmc` with `argv` (default: the arguments of this process) and return the exit code."""
     with contextlib.suppress(AttributeError, OSError):  # text of a model may not fit the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a full disk or a closed pipe must show here, not when Python shuts down
         return code
     except KeyboardInterrupt as error:
-        # CPython notes an interrupt that passes through an `exec` of text (as imports do), and under
-        # `python -m` dies by SIGINT in the end although it was caught; the next such call clears the note.
+        # CPython notes an interrupt that passes through an `exec` of text (as imports do). Under `python -m`
+        # it then dies by SIGINT in the end, although this caught it. The next such call clears the note.
         eval("None")
         return report(error, INTERRUPTED, "interrupted", "nothing was left half-written")
     except BrokenPipeError as error:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(error: BaseException, code: int, message: str, hint: str) -> int:
-    """Prints the two lines that every failure gets (and the traceback, if asked for); returns `code`."""
+    """Print the lines `error:` and `hint:`, and the traceback if it is asked for. Return `code`."""
     if os.environ.get(TRACEBACK, "0") not in ("", "0"):
         import traceback
 
@@ -74,7 +74,7 @@ def report(error: BaseException, code: int, message: str, hint: str) -> int:
 
 
 def _one_line(text: str) -> str:
-    """`text` in one line. Control characters of strange file or tensor names do not reach the terminal."""
+    """Return `text` in one line, control characters escaped: names of files and tensors may hold any."""
     text = " ".join(text.splitlines())
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
@@ -106,7 +106,7 @@ def _os_error(error: OSError) -> int:
 
 
 def _output_is_closed() -> bool:
-    """Return whether the reader of stdout has gone, and not that of some other pipe."""
+    """Return whether the closed pipe is stdout, and not another one."""
     import select
 
     try:
@@ -118,7 +118,7 @@ def _output_is_closed() -> bool:
 
 
 def _discard_output() -> None:
-    """What is still in stdout's buffer would fail again, with a traceback, when Python shuts down."""
+    """Redirect stdout to nowhere: its buffer would fail again, with a traceback, when Python shuts down."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

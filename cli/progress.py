@@ -13,7 +13,7 @@ from llmc.compiler.progress import Progress
 
 @contextlib.contextmanager
 def shown() -> Iterator[Progress]:
-    """The Progress that fits stderr."""
+    """Yield the progress that fits stderr: a display on a terminal, else notes."""
     if not sys.stderr.isatty():
         yield Notes()
         return
@@ -22,7 +22,7 @@ def shown() -> Iterator[Progress]:
 
 
 class Notes:
-    """Prints notes to stderr and nothing else."""
+    """A Progress that prints notes to stderr and nothing else."""
 
     def phase(self, name: str) -> None:
         del name
@@ -35,7 +35,7 @@ class Notes:
 
 
 class Display:
-    """Draws one line for each phase on stderr: a bar while it runs, then its duration."""
+    """A Progress that draws one line for each phase on stderr: a bar while it runs, then its duration."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""`llmc run`: prompts in, text out."""
+"""`llmc run`: generate text with a bundle."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 @dataclass(frozen=True)
 class Prompt:
-    """`where`: the file and line it came from; empty for the one prompt of the command line."""
+    """A prompt."""
 
     text: str
+    #: The file and line that it came from; "": the command line.
     where: str = ""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished prompt. Seconds count from the moment all prompts were handed to the engine."""
+    """A finished prompt. Seconds count from the moment when the engine got all prompts."""
 
     prompt: Prompt
     output: RequestOutput
@@ -92,7 +93,10 @@ def run(
         ),
     ] = None,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Round activations to int8 (int8 and int4 bundles): not exact.")
+        bool,
+        typer.Option(
+            "--fast", help="Quantize activations to int8 (int8 and int4 bundles); this changes the output."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
 ) -> None:
@@ -148,9 +152,9 @@ def serve(
     chat: bool = False,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Answer]:
-    """Runs all prompts at once; yields each answer, in the prompts' order, as soon as that allows.
+    """Run all prompts at once. Yield each answer as soon as it and those before it are finished.
 
-    `on_text` gets every piece of text as it comes, of whichever prompt.
+    on_text: is called with every new piece of text, of any prompt
     """
     started = time.perf_counter()
     ids = {_add(engine, prompt, params, chat): number for number, prompt in enumerate(prompts)}
@@ -183,7 +187,7 @@ def _add(engine: Engine, prompt: Prompt, params: SamplingParams, chat: bool) -> 
 
 
 def read_prompts(prompt: str | None, file: str | None) -> list[Prompt]:
-    """The prompts that the command line names. Raises RequestError unless there is at least one."""
+    """Return the prompts that the command line names. Raises RequestError if there is none."""
     if prompt is not None and file is not None:
         raise RequestError("there is a prompt and --prompts", "leave one of them out")
     if file is not None:
@@ -194,7 +198,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[Prompt]:
                 raise RequestError(f"{name}:{number}: the line is empty", "write one prompt on each line")
         return [Prompt(line, f"{name}:{number}") for number, line in enumerate(lines, 1)]
     if prompt is None:
-        hint = 'give it behind the bundle ("Once upon a time"), - for stdin, or --prompts FILE'
+        hint = 'give it after the bundle ("Once upon a time"), - for stdin, or --prompts FILE'
         raise RequestError("there is no prompt", hint)
     text = _read("-", "stdin").removesuffix("\n") if prompt == "-" else prompt
     try:
@@ -207,7 +211,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[Prompt]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "512M", "2G", "1.5GiB" or a plain number; the units are powers of 1024."""
+    """Return the bytes of "512M", "2G", "1.5GiB" or a plain number; the units are powers of 1024."""
     import math
 
     digits = text.strip().upper().removesuffix("B").removesuffix("I")
@@ -224,7 +228,7 @@ def parse_size(text: str) -> int:
 
 
 def _read(file: str, name: str) -> str:
-    """The whole text of a file, or of stdin."""
+    """Return the whole text of a file, or of stdin."""
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return data.decode("utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def size(nbytes: int) -> str:
-    """1536 -> "1.5 KiB"."""
+    """Return a number of bytes as text: 1536 -> "1.5 KiB"."""
     value = float(nbytes)
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if value < 1000:
@@ -18,7 +18,7 @@ def size(nbytes: int) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "", right: Sequence[int] = ()) -> str:
-    """Rows in aligned columns, two blanks apart; the columns in `right` are right-aligned."""
+    """Return `rows` in columns, two blanks apart; the columns in `right` are right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

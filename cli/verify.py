@@ -1,4 +1,4 @@
-"""`llmc verify`: is a bundle whole, and is it as close to its checkpoint as a pipeline demands?"""
+"""`llmc verify`: check a bundle's files and judge it by thresholds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def verify(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Measure on this text in UTF-8 (default: a text of llmc's own)."),
+        typer.Option(metavar="FILE", help="Measure on this text in UTF-8 (default: a built-in text)."),
     ] = None,
     min_top1: Annotated[
         float | None,
@@ -62,7 +62,7 @@ def verify(
 
 
 def _complaint(path: Path, verdict: Verdict, missed: list[Threshold]) -> tuple[str, str]:
-    """Message and hint."""
+    """Return the message and the hint of the error for missed thresholds."""
     message = f"{path} misses {', '.join(one.text for one in missed)}"
     manifest = verdict.bundle.manifest
     if any(one.figure is None for one in missed):

@@ -1,4 +1,4 @@
-"""`llmc zoo`: small random checkpoints, to try llmc without a download."""
+"""`llmc zoo`: write small random checkpoints, to try llmc without a download."""
 
 from __future__ import annotations
 

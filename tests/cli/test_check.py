@@ -1,4 +1,4 @@
-"""`llmc check` as a command: what it prints, its exit code, and what it imports."""
+"""`llmc check`: its output, its exit code and its imports."""
 
 import json
 import re
@@ -20,7 +20,7 @@ WIDTH = 64
 
 @pytest.fixture
 def llmc(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line in this process -> exit code, stdout, stderr."""
+    """Run a command line in this process -> exit code, stdout, stderr."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -31,7 +31,7 @@ def llmc(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def write(root: Path, **changes: np.ndarray | None) -> Path:
-    """A ModelOpt FP8 checkpoint of two projections; `changes` ("q_proj__weight_scale") are to its tensors."""
+    """Write a ModelOpt FP8 checkpoint of two projections. changes: tensors, such as q_proj__weight_scale."""
     draw = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {
         "model.embed_tokens.weight": draw.normal(size=(32, WIDTH)).astype(ml_dtypes.bfloat16),
@@ -91,7 +91,7 @@ def test_an_unquantized_checkpoint(llmc: Run, checkpoint: Callable[[str], Path])
     assert "\nparameters    123,200, 32.00 bits each\n" in out
 
 
-def test_faults_are_a_table_and_one_error_that_counts_them(llmc: Run, tmp_path: Path) -> None:
+def test_faults_become_a_table_and_one_error_with_their_number(llmc: Run, tmp_path: Path) -> None:
     root = write(
         tmp_path / "bad",
         q_proj__weight_scale=None,
@@ -117,7 +117,7 @@ def test_faults_are_a_table_and_one_error_that_counts_them(llmc: Run, tmp_path: 
     ]
 
 
-def test_warnings_alone_are_no_error(llmc: Run, tmp_path: Path) -> None:
+def test_warnings_alone_exit_with_0(llmc: Run, tmp_path: Path) -> None:
     root = write(tmp_path / "warn", k_proj__input_scale=np.float32(0.5))
     code, out, err = llmc("check", root)
     assert (code, err) == (0, "")

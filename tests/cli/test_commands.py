@@ -1,4 +1,4 @@
-"""The command line where all is well: what goes to stdout, what to stderr, what is imported, exit codes."""
+"""Commands that succeed: their stdout, their stderr, their imports and exit codes."""
 
 import contextlib
 import io
@@ -49,7 +49,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def llmc(capsys):
-    """Runs a command line in this process -> stdout. It must succeed and leave stderr empty."""
+    """Run a command line in this process -> stdout. It must succeed and leave stderr empty."""
 
     def call(*arguments):
         capsys.readouterr()
@@ -63,7 +63,7 @@ def llmc(capsys):
 
 @pytest.fixture
 def stdin(monkeypatch):
-    """Sets what the next command reads from stdin."""
+    """Set what the next command reads from stdin."""
 
     def give(text):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
@@ -84,7 +84,7 @@ def engine(tiny):
 
 
 def process(*arguments, **options):
-    """`llmc` in a process of its own."""
+    """Run `llmc` in a separate process."""
     command = [sys.executable, "-m", "llmc.cli.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=LONG, **options)
 
@@ -333,7 +333,7 @@ def test_run_on_a_terminal_streams_and_reports_statistics(tiny):
 def read_terminal(descriptor):
     try:
         return os.read(descriptor, 4096)
-    except OSError:  # how Linux says that the other end is closed
+    except OSError:  # Linux: the other end is closed
         return b""
 
 

@@ -1,4 +1,4 @@
-"""Every bad input: one `error:` line, one `hint:` line, the right exit code, and nothing half-written."""
+"""Bad input of every kind: one `error:` line, one `hint:` line, the right exit code, no partial files."""
 
 import contextlib
 import hashlib
@@ -27,7 +27,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def fails(capsys):
-    """Runs a command line in this process, which must fail with exactly two lines -> (error, hint)."""
+    """Run a command line in this process, which must fail with exactly two lines -> (error, hint)."""
 
     def call(*arguments, code=main.ERROR):
         capsys.readouterr()
@@ -51,7 +51,7 @@ def model(checkpoint, tmp_path):
 
 @pytest.fixture
 def build_fails(fails, tmp_path):
-    """`llmc build` of a checkpoint, which must fail and leave nothing behind -> (error, hint)."""
+    """Run `llmc build`, which must fail and leave nothing behind -> (error, hint)."""
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()  # as the command does where it is the first to import it
     (tmp_path / "out").mkdir()
@@ -82,7 +82,7 @@ def write_tensors(file, header, data):
 
 
 def odd_checkpoint(directory, **config):
-    """A checkpoint of another architecture, with one tensor."""
+    """Write a checkpoint of another architecture, with one tensor."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     tensor = {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
@@ -332,7 +332,7 @@ def test_interrupted_build_leaves_nothing(model, tmp_path):
 
 
 def test_an_interrupt_inside_an_import_is_an_exit_code_too(tmp_path):
-    """Where CPython would end `python -m` by the signal, though the interrupt was caught."""
+    """CPython would end `python -m` by the signal here, although the interrupt was caught."""
     (tmp_path / "interrupted.py").write_text(
         "import sys\nfrom llmc.cli import app, main\n"
         "app.invoke = lambda argv: exec('raise KeyboardInterrupt')\nsys.exit(main.main([]))\n"
@@ -387,7 +387,7 @@ def test_newer_format(fails, tiny):
 
 
 def edit_bundle(path, **contents):
-    """Replaces files of a bundle by `contents` (None: removes them) and lists them in its manifest."""
+    """Replace files of a bundle by `contents` (None: remove them) and list them in its manifest."""
     manifest = Manifest.from_json((path / "manifest.json").read_bytes())
     files = dict(manifest.files)
     for name, data in contents.items():
@@ -551,12 +551,12 @@ def test_wrong_usage(fails, arguments, error, hint):
     assert hint in got[1]
 
 
-# Whatever else may happen
+# Unexpected errors
 
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Makes `llmc zoo list` raise what a test gives."""
+    """Make `llmc zoo list` raise what a test gives."""
 
     def breaks(error):
         from llmc.compiler import zoo

@@ -1,4 +1,4 @@
-"""`llmc verify`: what it prints, what it demands, and what it refuses."""
+"""`llmc verify`: its output, its thresholds and its errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def llmc(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, list[str]]]:
-    """Runs a command line in this process -> exit code, stdout, lines of stderr without notes."""
+    """Run a command line in this process -> exit code, stdout, lines of stderr without notes."""
 
     def call(*arguments: object) -> tuple[int, str, list[str]]:
         capsys.readouterr()
@@ -64,14 +64,14 @@ def tiny(bundle: Callable[[str], Path], tmp_path: Path) -> Path:
 
 
 def rewrite(bundle: Path, **changes: Any) -> None:
-    """Gives a bundle other fields in its manifest."""
+    """Change fields in the manifest of a bundle."""
     manifest = Manifest.from_json((bundle / "manifest.json").read_bytes())
     (bundle / "manifest.json").write_bytes(replace(manifest, **changes).to_json())
 
 
 @pytest.fixture
 def quantized(tiny: Path) -> Path:
-    """A bundle whose manifest says that it is quantized, verified, and what that lost."""
+    """A bundle whose manifest records that it is quantized and verified, with the quantization loss."""
     record = replace(PASSED, details={"quantization_loss": LOSS})
     rewrite(
         tiny, verification=record, quantization={"format": "int4", "modules": 14, "bits_per_parameter": 4.5}
@@ -81,7 +81,7 @@ def quantized(tiny: Path) -> Path:
 
 @pytest.fixture
 def for_gpu(tiny: Path) -> Path:
-    """The same for a GPU, in 16 bits: with the engine's own figures."""
+    """A bundle for a GPU in 16 bits, with the figures of its engine as well."""
     engine = LOSS | {"mean_kl": 0.021, "top1_agreement": 0.9, "positions": 1464}
     rewrite(
         tiny,
@@ -96,7 +96,7 @@ def for_gpu(tiny: Path) -> Path:
     return tiny
 
 
-# What it prints
+# Output
 
 
 def test_the_recorded_figures(llmc: Any, quantized: Path) -> None:
@@ -118,7 +118,7 @@ def test_the_recorded_figures(llmc: Any, quantized: Path) -> None:
 
 
 def test_a_quantized_cache_must_meet_the_thresholds_too(llmc: Any, quantized: Path) -> None:
-    """Its loss is measured apart from that of the weights, and a user has both."""
+    """The losses of the weights and of the cache are measured apart, and an engine has both."""
     cache = {"kv_dtype": "u8", "mean_kl": 0.0037, "positions": 148, "top1_agreement_without_ties": 0.88}
     rewrite(
         quantized,
@@ -228,7 +228,7 @@ def test_a_figure_that_the_build_did_not_record(llmc: Any, tiny: Path) -> None:
 
 
 def test_figures_of_older_builds(llmc: Any, quantized: Path) -> None:
-    """They have two perplexities, and the plain count only."""
+    """They record two perplexities and the plain count alone."""
     names = ("mean_kl", "top1_agreement_without_ties", "perplexity", "perplexity_unquantized")
     old = {name: LOSS[name] for name in names}
     rewrite(quantized, verification=replace(PASSED, details={"quantization_loss": old}))
@@ -241,7 +241,7 @@ def test_figures_of_older_builds(llmc: Any, quantized: Path) -> None:
 @pytest.mark.parametrize(
     "details", [{"quantization_loss": "none"}, {"quantization_loss": {"mean_kl": "low"}}]
 )
-def test_details_of_any_kind(details: dict[str, Any], llmc: Any, quantized: Path) -> None:
+def test_malformed_details_are_no_figures(details: dict[str, Any], llmc: Any, quantized: Path) -> None:
     rewrite(quantized, verification=replace(PASSED, details=details))
     code, _, errors = llmc("verify", quantized, "--max-kl", "1")
     assert code == 1
@@ -249,7 +249,7 @@ def test_details_of_any_kind(details: dict[str, Any], llmc: Any, quantized: Path
 
 
 @pytest.mark.parametrize("options", [("--min-top1", "1.5"), ("--max-kl", "-1"), ("--max-kl", "low")])
-def test_thresholds_that_mean_nothing(options: tuple[str, str], llmc: Any, quantized: Path) -> None:
+def test_invalid_thresholds(options: tuple[str, str], llmc: Any, quantized: Path) -> None:
     code, out, errors = llmc("verify", quantized, *options)
     assert (code, out, len(errors)) == (2, "", 2)
 
@@ -279,7 +279,7 @@ def test_a_gpu_bundle_reads_no_text(llmc: Any, for_gpu: Path, tmp_path: Path) ->
     assert "is for a GPU (tensorrt-rtx) and cannot be run here" in errors[0]
 
 
-# What it refuses
+# Errors
 
 
 def test_another_checkpoint(llmc: Any, tiny: Path, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_bundle_without_a_tokenizer_reads_no_text(llmc: Any, tiny: Path, tmp_p
     assert errors[0] == f"error: {tiny} has no tokenizer to read a text with"
 
 
-def test_a_lack_of_memory(llmc: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory(llmc: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.txt").write_text("some text")
     monkeypatch.setattr(judge, "available_memory", lambda: 1 << 20)
     code, _, errors = llmc("verify", tiny, "--text", tmp_path / "t.txt")
@@ -333,11 +333,11 @@ def test_a_lack_of_memory(llmc: Any, tiny: Path, tmp_path: Path, monkeypatch: py
     assert errors[0] == "error: this needs about 0.9 GiB of memory, 0.0 GiB are available"
 
 
-# What it measures
+# Measurements
 
 
 def test_perplexity_of_the_engine_alone(llmc: Any, tiny: Path, tmp_path: Path) -> None:
-    """Against the definition, from logits of whole windows."""
+    """It equals the definition, computed from the logits of whole windows."""
     from llmc.compiler.verify.engine_logits import ragged
     from llmc.runtime.backends.openvino.backend import OpenVinoBackend
 
@@ -357,7 +357,7 @@ def test_perplexity_of_the_engine_alone(llmc: Any, tiny: Path, tmp_path: Path) -
     assert record["figures"]["origin"] == "recorded"
 
 
-def test_what_needs_no_checkpoint_needs_no_build_libraries() -> None:
+def test_without_a_checkpoint_no_build_libraries_are_imported() -> None:
     code = (
         "import llmc.compiler.verify.judge, llmc.compiler.verify.measure, llmc.compiler.verify.child, sys; "
         "print({'torch', 'transformers', 'onnx', 'onnx_ir', 'ml_dtypes'} & set(sys.modules))"
@@ -370,7 +370,7 @@ def test_what_needs_no_checkpoint_needs_no_build_libraries() -> None:
 def test_a_cpu_engine_beside_its_checkpoint(
     llmc: Any, tiny: Path, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Unquantized, in fp32: the same model twice."""
+    """Both are the same unquantized model in fp32."""
     source = checkpoint("llama-tiny")
     options = ("--min-top1", "1", "--max-kl", "1e-6", "--max-perplexity-increase", "0.01")
     code, out, errors = llmc("verify", tiny, "--against", source, *options)
@@ -388,7 +388,7 @@ def test_a_cpu_engine_beside_its_checkpoint(
 
 
 @pytest.mark.slow
-def test_an_engine_of_other_weights_is_found_out(
+def test_an_engine_with_other_weights_misses_the_thresholds(
     llmc: Any, tiny: Path, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """The manifest names a checkpoint whose weights the engine does not have."""

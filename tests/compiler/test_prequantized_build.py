@@ -290,7 +290,7 @@ def test_the_dry_run_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
     [row] = [line.split() for line in out.splitlines() if line.startswith("model.layers.0-1.mlp.down_proj")]
     assert row[1:] == ["192", "x", "320", "8.05", "fp8-per-channel-weight-only"]
     assert "14 of 15 matrices in fp8-per-channel-weight-only" in out
-    assert "as the checkpoint has them: compressed-tensors float-quantized" in out
+    assert "codes and scales of the checkpoint: compressed-tensors float-quantized" in out
     assert "inputs, fp8 in the recipe, are not quantized (14 modules)" in out
     assert main.main(["build", str(root), "-o", str(output), "--dry-run", "--quant", "int8"]) == 1
     assert "quantized already" in capsys.readouterr().err

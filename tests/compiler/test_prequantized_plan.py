@@ -271,7 +271,7 @@ def test_bytes_are_those_of_the_arrays_and_the_table_says_where_they_come_from(t
     arrays = [(192 + 2 * 64) * 192, 192 * 192, 2 * INTERMEDIATE * 192, 192 * INTERMEDIATE]
     assert plan.bytes_after == 2 * 96 * 192 + 2000 + 2 * sum(size // 2 + size // 16 + 4 for size in arrays)
     lines = prequantized_plan_lines(plan)
-    assert "as the checkpoint has them: compressed-tensors nvfp4-pack-quantized" in lines
+    assert "codes and scales of the checkpoint: compressed-tensors nvfp4-pack-quantized" in lines
     assert any(line.startswith("14 of 15 matrices in nvfp4: ") for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""One hash of all that a checkpoint says."""
+"""A hash of the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llmc.compiler.checkpoint.checkpoint import Checkpoint
 
 
 def content_hash(checkpoint: Checkpoint) -> str:
-    """sha256 of the config's values and of every tensor's name, dtype, shape and data.
+    """Return the sha256 of the configuration and of every tensor's name, dtype, shape and data.
 
     It does not depend on how the tensors are sharded or the JSON is laid out.
     """

@@ -1,4 +1,4 @@
-"""A stand-in for the NVIDIA driver: a libcuda.so.1 in C, and what it does, in Python.
+"""A stand-in for the NVIDIA driver: a libcuda.so.1 in C that calls Python.
 
 cuda-python loads it where LD_LIBRARY_PATH says so. Memory is the host's, kernels run in Triton's interpreter,
 and graphs are recorded and replayed. Calls arrive in `StandIn.event`.
@@ -81,7 +81,7 @@ R cuGetProcAddress(const char *name, void **f, int v, U flags) {
 
 
 def compile_driver(compiler: str, folder: Path) -> None:
-    """Makes libcuda.so.1 in `folder` with a C compiler."""
+    """Compile libcuda.so.1 into `folder` with a C compiler."""
     functions = [line[2:].split("(")[0] for line in _DRIVER.splitlines() if line.startswith("R cu")]
     table = " ".join(f'{{"{name}", {name}}},' for name in functions if "ProcAddress" not in name)
     library, code = folder / "libcuda.so.1", folder / "driver.c"
@@ -90,7 +90,7 @@ def compile_driver(compiler: str, folder: Path) -> None:
 
 
 class StandIn:
-    """What the stand-in driver does: keeps memory, runs kernels in Triton's interpreter, records graphs."""
+    """The driver in Python: it keeps memory, runs kernels in Triton's interpreter and records graphs."""
 
     def __init__(self, fail: str = "") -> None:
         self.fail, self.log = fail, []
@@ -168,7 +168,7 @@ class StandIn:
         del self.graphs[handle]
 
     def view(self, address: int, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """Device memory. Whatever reaches past what was allocated is an error."""
+        """Return device memory as an array. Memory that was not allocated is an error."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         assert any(start <= address and address + size <= start + n for start, n in self.memory.items())
         return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""Families without a recipe that are known to work: tiny random models, so that they keep working."""
+"""Families without a recipe that are known to work, as tiny random models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OTHERS = (
 
 
 def write_random(family: str, directory: Path) -> Path:
-    """Write a tiny random checkpoint of `family` in fp32 below `directory`."""
+    """Write a tiny random checkpoint of `family` in fp32 below `directory` and return its path."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     config = AutoConfig.for_model(family, **sizes, **heads, vocab_size=384, pad_token_id=0)

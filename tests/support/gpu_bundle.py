@@ -1,4 +1,4 @@
-"""A bundle for GPUs of a model of two layers, as its manifest, its engine and its steps describe it."""
+"""A GPU bundle of a model of two layers: its manifest, its files, its engine's tensors and its steps."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def gpu_changes(**changes: Any) -> dict[str, Any]:
 
 
 def write_files(folder: Path) -> Path:
-    """Writes what a bundle of `manifest()` holds, but for the manifest, into `folder`."""
+    """Write the files of a bundle of `manifest()`, without the manifest, into `folder`. Return `folder`."""
     for name in manifest().files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(PLAN_BYTES if name == PLAN else b"\n.version 8.8\n")
@@ -122,7 +122,7 @@ def write_files(folder: Path) -> Path:
 
 
 def tensors(cache: str = "FP8" if KV_SCALES else "HALF") -> list[Tensor]:
-    """What TensorRT says of a well-built engine, with caches of that dtype."""
+    """Return the tensors of a valid engine, as TensorRT lists them, with caches of that dtype."""
     most = {"input_ids": 512, "position_ids": 512, "query_start": 17, "past_lengths": 16, "block_begins": 17}
     most |= {"block_indices": 16 * 35, "logits_index": 32}
     made = [Tensor(name, True, "INT32", (-1,), (size,)) for name, size in most.items()]
@@ -135,7 +135,11 @@ def tensors(cache: str = "FP8" if KV_SCALES else "HALF") -> list[Tensor]:
 
 
 def batch(past: Sequence[int], new: Sequence[int], wants: Sequence[int] | None = None) -> Batch:
-    """A step with made-up contents; block tables hold consecutive numbers."""
+    """Return a step with arbitrary token ids; block tables hold consecutive numbers.
+
+    past, new: tokens of each sequence in the cache, and of this step. wants: the rows of logits; None: the
+        last token of each sequence.
+    """
     ends = np.cumsum(new)
     need = [-(-(p + n) // 32) for p, n in zip(past, new, strict=True)]
     arrays = (
@@ -151,7 +155,7 @@ def batch(past: Sequence[int], new: Sequence[int], wants: Sequence[int] | None =
 
 
 def make_layer(trt: Any, attention: Attention, scale: float) -> Any:
-    """A plugin as an engine holds it."""
+    """Return an attention plugin as an engine holds it, and its creator."""
     values = {name: getattr(attention, name) for name in ("num_heads", "num_kv_heads", "window", "softcap")}
     given = trt.PluginFieldCollection([])
     kinds = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}

@@ -11,13 +11,13 @@ from support.passes import mark_parameters
 TYPES = {"fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
 NUMPY = {"fp32": np.float32, "bf16": ml_dtypes.bfloat16, "fp16": np.float16}
 ROWS, COLUMNS = {"a": 96, "b": 32}, 256
-# Relative to the largest output: sums of 256 products in another order; one rounding of the output and, with
-# activations, inputs whose rounding falls on the other side.
+# Relative to the largest output. It covers sums of 256 products in another order, one rounding of the output
+# and, with activation quantization, inputs that are rounded to the neighboring code.
 TOLERANCE = {"fp32": 1e-6, "bf16": 2**-8, "fp16": 2**-11}
 
 
 def two_linears(dtype: str) -> ir.Model:
-    """y = x a^T and z = x b^T, computed in `dtype`, without data; x, y and z are fp32."""
+    """Return y = x a^T and z = x b^T, computed in `dtype`, without data; x, y and z are fp32."""
     narrow = TYPES[dtype]
 
     def cast(value: ir.Value, name: str, kind: ir.DataType) -> ir.Node:

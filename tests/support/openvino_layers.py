@@ -1,4 +1,4 @@
-"""How OpenVINO runs the matrices of a model, and a first step to run it with."""
+"""The kernels that OpenVINO runs the matrices of a model with, and a first step for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmc.runtime.batch import Batch
 
 
 def layers_of(backend: OpenVinoBackend) -> tuple[Counter[str], list[str]]:
-    """How matrices are multiplied, with how many, and the types of the large constants."""
+    """Return how many matrices each kind of kernel multiplies, and the types of the large constants."""
     kinds: Counter[str] = Counter()
     constants = []
     for node in backend._request.get_compiled_model().get_runtime_model().get_ops():
@@ -25,6 +25,6 @@ def layers_of(backend: OpenVinoBackend) -> tuple[Counter[str], list[str]]:
 
 
 def prompt() -> Batch:
-    """The first step of one sequence."""
+    """Return the first step of one sequence, with the logits of every token."""
     ids = np.random.default_rng(0).integers(3, 4000, 40)
     return Batch.pack([(ids.tolist(), 0, [0, 1], range(40))])

@@ -1,4 +1,4 @@
-"""The files of the clone that an installation has, and the names they get there."""
+"""The files of the clone that are installed, and their names in the installation."""
 
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,18 +10,18 @@ CLONE_ONLY = ("model_zoo/llama/tales/*", "model_zoo/llama/train_tales.py")
 
 
 def files() -> list[Path]:
-    """Every file of the rooms that could be installed, relative to the root."""
+    """Return every file that can be installed, relative to the root."""
     found = [path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file()]
     kept = [path for path in found if not any(fnmatch(path.as_posix(), pattern) for pattern in CLONE_ONLY)]
     return [path for path in kept if path.suffix != ".pyc"]
 
 
 def package(folder: Path) -> str:
-    """The name under which a folder of the tree is installed."""
+    """Return the name of the package that a folder of the tree becomes."""
     return "llmc" if folder == Path("runtime/_llmc") else ".".join(("llmc", *folder.parts))
 
 
 def module(file: Path) -> str:
-    """The name under which a file of the tree is imported."""
+    """Return the name of the module that a file of the tree becomes."""
     name = package(file.parent)
     return name if file.name == "__init__.py" else f"{name}.{file.stem}"

@@ -1,4 +1,4 @@
-"""Lists of passes on small graphs, without the runner's checks: they lack inputs that a stage demands."""
+"""Lists of passes on small graphs. The runner's checks are left out: the graphs lack inputs of a stage."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES
 
 
 def apply(model: ir.Model, passes: Sequence[Pass]) -> list[int]:
-    """Runs `passes` in order, in place; returns the number of matches of each."""
+    """Run `passes` in order, in place. Return the number of matches of each."""
     return [one(model).count for one in passes]
 
 
 def mark_parameters(model: ir.Model) -> ir.Model:
-    """Lets the initializers without data be parameters of the checkpoint, by their names, as a trace does."""
+    """Make the initializers without data parameters of the checkpoint, by their names, as a trace does."""
     for value in model.graph.initializers.values():
         if value.const_value is None:
             name, shape = str(value.name), tuple(edit.dims(value))
@@ -37,7 +37,7 @@ def quantize(model: ir.Model, plan: QuantPlan) -> None:
 
 
 def set_kv_scales(model: ir.Model, largest: Mapping[int, tuple[float, float]]) -> None:
-    """FP8 caches of these largest magnitudes."""
+    """Give the graph FP8 caches with the scales of these largest magnitudes of (keys, values) by layer."""
     QuantizeKVCache(QUANTIZED_CACHES["fp8"])(model)
     fill_kv_scales(model, largest)
 
@@ -47,7 +47,7 @@ def lower_for_tensorrt(model: ir.Model, dtype: str) -> None:
 
 
 def oracle_graph(model: ir.Model, dtype: str, *, round_cache: bool = True) -> ir.Model:
-    """A copy of TensorRT's graph that ONNX Runtime runs."""
+    """Return a copy of TensorRT's graph that ONNX Runtime runs."""
     stand_in = model.clone()
     apply(stand_in, pipeline.oracle(dtype, round_cache))
     return stand_in

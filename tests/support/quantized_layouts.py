@@ -1,7 +1,7 @@
-"""Checkpoints in the quantized layouts that are published, written for tests.
+"""Checkpoints in the published quantized layouts, written for tests.
 
-The writers follow the formats' own descriptions and share nothing with llmc's readers: codes are made by
-ml_dtypes, packed with shifts, and each comes with the weight it stands for, computed from the codes.
+The writers follow the descriptions of the formats and share nothing with llmc's readers. ml_dtypes makes the
+codes, shifts pack them, and the weight that they stand for is computed from the codes.
 """
 
 import json
@@ -50,7 +50,7 @@ def f32(value: Any) -> np.ndarray:
     return np.asarray(value, np.float32)
 
 
-# Quantizers: weight [out, in] -> tensors of the module by the last part of their names, and the exact weight
+# Quantizers: weight [out, in] -> tensors by the last part of their names, and the dequantized weight
 
 
 def fp8(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
@@ -68,7 +68,7 @@ def fp8_channel(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
 
 
 def fp8_channel_bf16(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
-    """compressed-tensors' FP8_DYNAMIC: [out, 1], in the model's dtype."""
+    """compressed-tensors' FP8_DYNAMIC: scales [out, 1] in the model's dtype."""
     scale = (np.abs(w).max(1, keepdims=True) / 448).astype(BF16)
     codes = np.clip(w / scale.astype(np.float32), -448, 448).astype(E4M3)
     return {"weight": codes, "weight_scale": scale}, codes.astype(np.float32) * scale.astype(np.float32)
@@ -134,7 +134,7 @@ def int4_awq(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
 
 
 def to_int32(codes: np.ndarray, bits: int) -> np.ndarray:
-    """compressed-tensors' pack_to_int32 along the last axis: offset to unsigned, the first value lowest."""
+    """Pack as compressed-tensors' pack_to_int32, along the last axis: unsigned, the first value lowest."""
     per_word = 32 // bits
     raw = (codes.astype(np.int64) + (1 << (bits - 1))).astype(np.uint32)
     raw = np.pad(raw, ((0, 0), (0, -raw.shape[1] % per_word)))
@@ -145,7 +145,11 @@ def to_int32(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def packed(bits: int, group: int, symmetric: bool = True, shuffle: bool = False) -> Quantizer:
-    """group 0: one scale a row. shuffle: columns belong to groups in another order (weight_g_idx)."""
+    """Return a quantizer of `pack-quantized`.
+
+    group: columns to a scale; 0: the whole row. shuffle: columns belong to groups in another order
+        (weight_g_idx).
+    """
 
     def quantize(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
         rows, columns = w.shape
@@ -188,7 +192,7 @@ def int8(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
     return {"weight": codes, "weight_scale": scale}, codes.astype(np.float32) * scale
 
 
-# Configurations, as the producers write them
+# Configurations, as producers write them
 
 
 def modelopt(algorithm: str | None, **more: Any) -> dict[str, Any]:
@@ -237,7 +241,7 @@ def int_args(bits: int, group: int | None, symmetric: bool = True) -> dict[str, 
 
 NVFP4_ARGS = float_args(4, "tensor_group", group_size=16)
 TOKEN = float_args(8, "token", dynamic=True)
-# name -> quantizer, configuration, format as the report says it
+# name -> quantizer, configuration, format in the report of `llmc check`
 LAYOUTS: dict[str, tuple[Quantizer, dict[str, Any], str]] = {
     "modelopt-fp8": (fp8, modelopt("FP8"), "fp8"),
     "modelopt-fp8-channel": (fp8_channel, modelopt("FP8_PER_CHANNEL_PER_TOKEN"), "fp8-channel"),
@@ -305,7 +309,7 @@ LAYOUTS: dict[str, tuple[Quantizer, dict[str, Any], str]] = {
 
 
 class Written:
-    """A checkpoint directory: its tensors and configuration, to change and write again."""
+    """A checkpoint directory, whose tensors and configuration a test can change and write again."""
 
     def __init__(self, root: Path, tensors: Tensors, exact: Tensors, settings: dict[str, Any]) -> None:
         self.root, self.tensors, self.exact = root, tensors, exact
@@ -316,7 +320,7 @@ class Written:
 
     @property
     def said(self) -> dict[str, Any]:
-        """The settings of the quantization."""
+        """The settings of the quantization in the configuration."""
         return self.hf_quant["quantization"] if self.hf_quant else self.config["quantization_config"]
 
     def write(self) -> Path:
@@ -331,7 +335,7 @@ class Written:
         return list(check_checkpoint(self.write(), full).findings)
 
     def finding(self, kind: str, tensor: str, warning: bool = False) -> str:
-        """What the only finding says; it must be of this kind and about this tensor."""
+        """Return the text of the only finding, which must be of this kind and about this tensor."""
         [found] = self.findings()
         assert (found.kind, found.tensor, found.warning) == (kind, tensor, warning), found
         assert found.kind in KINDS
@@ -374,7 +378,7 @@ def assemble(
     for name, weight in weights().items():
         if share:
             weight = np.clip(weight, -0.2, 0.2)
-            weight[0, 0] = 0.2  # the same amax, hence the same global scales
+            weight[0, 0] = 0.2  # the same largest magnitude, hence the same global scale
         tensors, exact[name] = quantizers[name](weight)
         plain |= {f"{name}.{last}": value for last, value in tensors.items()}
     return Written(root, plain, exact, settings)

@@ -1,6 +1,6 @@
-"""Serves a few requests with the GPU backend on the stand-ins for the driver and for TensorRT.
+"""A script that serves requests with the GPU backend on the stand-ins for the driver and for TensorRT.
 
-A script: test_tensorrt_backend.py starts it in a process whose libcuda is the stand-in.
+test_tensorrt_backend.py starts it in a process whose libcuda is the stand-in.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from support.gpu_bundle import (
 )
 from support.tensorrt_stand_in import ReferenceBackend, StandInTensorRt
 
-# A number near the middle between two codes may become either, where the layer before rounded otherwise.
+# A number near the middle of two codes may become either, if the layer before it was rounded differently.
 STEP_OF_E4M3 = 2**-3
 ATOL = 0.1 if KV_SCALES else 0.02
 
 
 def main(graphs: str, directory: Path) -> None:
-    """Serves a few requests with the backend and checks every step, and what is left of memory."""
+    """Serve requests with the backend. Check every step, and that all memory is freed in the end."""
     import warnings
 
     real = importlib.import_module("tensorrt_rtx")
@@ -136,7 +136,7 @@ def main(graphs: str, directory: Path) -> None:
 
 
 def sample_on(backend: Any, gpu: StandIn) -> None:
-    """Serves requests with all logits and with candidates: the same tokens, and little comes to the host."""
+    """Serve requests with all logits and with candidates. Check that the tokens agree and what is copied."""
     assert backend.max_candidates == sampling.MAX_K
 
     class AllLogits:
@@ -144,7 +144,7 @@ def sample_on(backend: Any, gpu: StandIn) -> None:
         forward = backend.forward
 
     def tokens(on: Any, options: list[dict[str, Any]]) -> tuple[list[tuple[int, ...]], int, list[int]]:
-        """The tokens, logits and bytes that came to the host."""
+        """Return the tokens of each request, their number, and the bytes of each copy to the host."""
         engine = ServingEngine(on, None, (), MAX_LEN, 64, 6, vocab_size=VOCAB)
         params = [SamplingParams(max_tokens=4 + i, **given) for i, given in enumerate(options)]
         prompts = [
@@ -169,7 +169,7 @@ def sample_on(backend: Any, gpu: StandIn) -> None:
     assert any(size % (4 * VOCAB) == 0 for size in downloads)  # steps with a k that is too large
     assert {row, 2 * row} <= set(downloads)  # and those after that request's end
 
-    # Rows that the kernels cannot answer come whole.
+    # Rows that the kernels cannot answer are copied whole.
     device = gpu.view(backend._addresses["logits"], np.float32, (3, VOCAB))
     device[:], device[1, 5], device[2, 6] = -1, np.nan, np.inf
     device[0, 7:9] = 3

@@ -1,4 +1,4 @@
-"""A stand-in for TensorRT's engine, which is numpy between the attention layers; those are real plugins.
+"""A stand-in for TensorRT's engine: numpy between the attention layers, which are real plugins.
 
 `ReferenceBackend` is the same model with the reference of attention, to compare with.
 """
@@ -32,7 +32,7 @@ from support.gpu_bundle import (
 
 
 class Model:
-    """Weights between the attention layers."""
+    """The layers between the attention layers, with random weights."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -53,7 +53,7 @@ class Model:
 
 
 class ReferenceBackend:
-    """The model in numpy, with caches of its own."""
+    """The whole model in numpy, attention and caches included."""
 
     name, block_size = "reference", 32
 
@@ -76,7 +76,7 @@ class ReferenceBackend:
 
 
 class StandInTensorRt:
-    """TensorRT's module, but for the engine."""
+    """TensorRT's module, in which engines are stand-ins."""
 
     def __init__(self, real: Any, gpu: StandIn, capturable: bool, most_contexts: int = 99) -> None:
         self._real, self.gpu, self.capturable, self.most_contexts = real, gpu, capturable, most_contexts
@@ -94,7 +94,7 @@ class StandInTensorRt:
 
 
 class StandInEngine:
-    """An engine of `Model`, seen as the backend sees one."""
+    """An engine of `Model`, with the interface that the backend uses."""
 
     device_memory_size_v2 = 1 << 20
 
@@ -208,7 +208,7 @@ class StandInContext:
             ):
                 if made is not None:
                     array(name)[:] = made
-            array("output")[:] = np.nan  # memory that anything was in
+            array("output")[:] = np.nan  # it may have held anything
 
         def add(layer: int) -> None:
             array("x", np.float32)[:] += array("output").astype(np.float32) @ engine.model.out[layer]

@@ -55,7 +55,7 @@ WEIGHTS = {
 
 
 def traced(text: str = TRACED) -> ir.Model:
-    """The text as a model with the shapes that a trace records."""
+    """Return the text as a model with the shapes that a trace records."""
     model = ir.from_onnx_text(text)
     for node in model.graph:
         for value in node.outputs:

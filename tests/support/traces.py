@@ -1,4 +1,4 @@
-"""Traces that several tests start from: made once, copied for each."""
+"""Traces that several tests start from: each is made once and copied for every test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmc.passes.pipeline import canonicalize
 
 
 def copy_of(done: Trace) -> Trace:
-    """A trace that can be rewritten; `done` stays as it is."""
+    """Return a copy of a trace for a test to rewrite; `done` stays unchanged."""
     model = done.model.clone()
     values = [*model.graph.inputs, *model.graph.initializers.values()]
     for value in (*values, *(value for node in model.graph for value in node.outputs)):
@@ -27,7 +27,7 @@ def copy_of(done: Trace) -> Trace:
 
 @functools.cache  # callers must not change the graph
 def canonical(path: Path) -> tuple[ir.Model, dict[str, TensorRef]]:
-    """The canonical graph of a checkpoint in fp32, and the checkpoint's tensors."""
+    """Return the canonical graph of a checkpoint in fp32, and the checkpoint's tensors."""
     checkpoint = Checkpoint.open(path)
     config = load_config(checkpoint)
     model = trace(config, "fp32", context_length(config, None)).model

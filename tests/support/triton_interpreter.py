@@ -1,4 +1,4 @@
-"""Runs the Triton kernels with Triton's interpreter, on the CPU.
+"""The Triton kernels, run by Triton's interpreter on the CPU.
 
 TRITON_INTERPRET=1 must be set before triton is imported.
 """
@@ -21,10 +21,10 @@ def run_attention(
     attention: Attention, dtype: str, kv_dtype: str | None, plan: Plan, tensors: Mapping[str, Any], *,
     scale: float, k_scale: float = 1.0, v_scale: float = 1.0, sm: int = 80,
 ) -> None:  # fmt: skip
-    """Runs a plan of `llmc.PagedAttention`, in milliseconds a program.
+    """Run a plan of `llmc.PagedAttention`. A program takes milliseconds.
 
-    tensors: torch CPU tensors under the kernels' argument names, `output` among them, an FP8 cache as uint8.
-    They are written in place.
+    tensors: torch CPU tensors by the kernels' argument names, `output` included; an FP8 cache is uint8. The
+        outputs and caches are written in place.
     """
     from llmc.plugins.paged_attention import kernels
 
@@ -46,9 +46,9 @@ def run_attention(
 def run_sampling(
     logits: Any, k: int, chunk: int = sampling.CHUNK, capacity: int = sampling.CAPACITY
 ) -> list[sampling.Row | None]:
-    """Runs the sampling kernels on a torch CPU tensor float32 [N, vocab].
+    """Run the sampling kernels on `logits`, a torch CPU tensor float32 [N, vocab].
 
-    Smaller sizes than the kernels' own give more parts, and too many ties sooner.
+    chunk, capacity: sizes; smaller ones than the kernels have give more parts, and sooner too many ties
     """
     from llmc.plugins.sampling import kernels
 
@@ -69,8 +69,11 @@ def run_sampling(
 
 
 def _patch_interpreter() -> None:
-    """Triton 3.9's interpreter multiplies bfloat16 matrices by their bits and truncates float32 to bfloat16;
-    a GPU multiplies numbers and rounds to nearest even. Bits of a bfloat16 are a float32's upper half."""
+    """Correct the arithmetic of Triton 3.9's interpreter for bfloat16.
+
+    It multiplies bfloat16 matrices by their bits and truncates float32 to bfloat16. A GPU multiplies numbers
+    and rounds to nearest even. Bits of a bfloat16 are the upper half of a float32.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
