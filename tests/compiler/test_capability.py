@@ -1,4 +1,4 @@
-"""Which formats a target has, and what a user is told of one that it has not."""
+"""The formats that a target supports, and the errors for the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmc.runtime.errors import RequestError, UnsupportedError
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_the_cpu_has_them_all(fmt: str) -> None:
+def test_cpu_supports_every_format(fmt: str) -> None:
     assert capability.check(fmt, "cpu", ()) is FORMATS[fmt]
 
 
@@ -27,7 +27,7 @@ def test_the_cpu_has_them_all(fmt: str) -> None:
         ("nvfp4-weight-only", (), "a portable engine must run on SM80", "int4"),
     ],
 )
-def test_what_a_gpu_lacks_is_said_with_the_nearest_format(
+def test_unsupported_format_names_the_nearest_one(
     fmt: str, sms: tuple[int, ...], needed: str, instead: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=needed) as caught:
@@ -46,17 +46,17 @@ def test_what_a_gpu_lacks_is_said_with_the_nearest_format(
         ("int8-smoothquant", ()),
     ],
 )
-def test_what_a_gpu_has(fmt: str, sms: tuple[int, ...]) -> None:
+def test_formats_that_a_gpu_supports(fmt: str, sms: tuple[int, ...]) -> None:
     assert capability.check(fmt, "tensorrt-rtx", sms) is FORMATS[fmt]
 
 
-def test_an_unknown_format_names_the_known_ones() -> None:
+def test_unknown_format_lists_the_known_ones() -> None:
     with pytest.raises(RequestError, match="'q4_0'") as caught:
         capability.check("q4_0", "cpu", ())
     assert "nvfp4-weight-only" in caught.value.hint
 
 
-def test_nothing_is_traced_first(
+def test_unsupported_format_is_refused_before_the_trace(
     checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "x.llmc"
