@@ -21,9 +21,9 @@ def test_cpu_supports_every_format(fmt: str) -> None:
 @pytest.mark.parametrize(
     ("fmt", "sms", "needed", "instead"),
     [
-        ("fp8", (80, 89), "fp8 needs SM89 or newer, and SM80 is asked for", "int8"),
+        ("fp8", (80, 89), "fp8 needs SM89 or newer, but the engine is for SM80", "int8"),
         ("fp8-per-channel", (), "a portable engine must run on SM80", "int8"),
-        ("nvfp4", (89,), "nvfp4 needs SM100 or newer, and SM89 is asked for", "int4"),
+        ("nvfp4", (89,), "nvfp4 needs SM100 or newer, but the engine is for SM89", "int4"),
         ("nvfp4-weight-only", (), "a portable engine must run on SM80", "int4"),
     ],
 )
@@ -32,7 +32,7 @@ def test_unsupported_format_names_the_nearest_one(
 ) -> None:
     with pytest.raises(UnsupportedError, match=needed) as caught:
         capability.check(fmt, "tensorrt-rtx", sms)
-    assert f"--quant {instead} runs there" in caught.value.hint
+    assert f"use --quant {instead}, which runs there" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,6 @@ def test_unsupported_format_is_refused_before_the_trace(
     command = ["build", str(checkpoint("llama-tiny")), "-o", str(output), "--target", "tensorrt-rtx"]
     assert main.main([*command, "--quant", "nvfp4", "--sm", "89"]) == 1
     error, hint = capsys.readouterr().err.splitlines()
-    assert error == "error: nvfp4 needs SM100 or newer, and SM89 is asked for"
-    assert hint == "hint: --quant int4 runs there; or name newer GPUs only, as in --sm 120"
+    assert error == "error: nvfp4 needs SM100 or newer, but the engine is for SM89"
+    assert hint == "hint: use --quant int4, which runs there; or name newer GPUs only, as in --sm 120"
     assert list(tmp_path.iterdir()) == []

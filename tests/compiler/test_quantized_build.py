@@ -228,7 +228,7 @@ def test_the_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exclude": ("*",)}, "--exclude is about quantization"),
+        ({"exclude": ("*",)}, "--exclude needs quantization"),
     ],
 )
 def test_what_cannot_be_asked_for(options: dict[str, object], message: str) -> None:
