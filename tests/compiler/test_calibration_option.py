@@ -92,7 +92,7 @@ def test_invalid_calibration_files_are_refused(
     first: Path, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source, output = checkpoint("llama-tiny"), tmp_path / "x.llmc"
-    with pytest.raises(RequestError, match="int4 takes nothing from a table"):
+    with pytest.raises(RequestError, match="int4 cannot use a calibration table"):
         build(source, output, "int4", calibration=first / "calibration.json")
     with pytest.raises(RequestError, match=r"cannot read .*nowhere"):
         build(source, output, calibration=tmp_path / "nowhere.txt")
@@ -107,7 +107,7 @@ def test_invalid_calibration_files_are_refused(
         build(source, output, calibration=damaged)
     with pytest.raises(RequestError, match="has no module"):
         build(source, output, calibration=renamed(first, tmp_path))
-    with pytest.raises(BuildError, match="--calibration is about quantization"):
+    with pytest.raises(BuildError, match="--calibration needs quantization"):
         BuildRequest(str(source), output, calibration=damaged)
     with pytest.raises(BuildError, match="no calibration method 'median'"):
         BuildRequest(str(source), output, quant="fp8", calibration_method="median")  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def test_method_without_activation_quantization_is_refused(
     for fmt in ("int8", "int4", "nvfp4-weight-only"):
         request = BuildRequest(*where, quant=fmt, calibration_method=method)  # type: ignore[arg-type]
         with pytest.raises(
-            RequestError, match=f"{method} is about activations, and {fmt} does not"
+            RequestError, match=f"{method} needs activation quantization, which {fmt} does not"
         ) as caught:
             plan_build(request)
         assert "such as fp8" in caught.value.hint
@@ -181,5 +181,5 @@ def test_the_command_line(
     ]
     assert main.main([*command, "--calibration", str(first / "calibration.json")]) == 1
     error, hint = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: int4 takes nothing from a table of ranges")
+    assert error.startswith("error: int4 cannot use a calibration table")
     assert hint.startswith("hint: give a text")

@@ -131,7 +131,7 @@ def changed(path: str, value: Any) -> str:
         ("activations", {}, "activations must be an object with at least one field"),
         ("activations/m.q/max", ..., r"activations\[m.q\].max is missing"),
         ("activations/m.q/min", 1.0, r"activations\[m.q\].min is unknown"),
-        ("activations/m.q/max", -1.0, r"activations\[m.q\].max must be a finite number from 0 on, got -1"),
+        ("activations/m.q/max", -1.0, r"activations\[m.q\].max must be a finite number, 0 or more, got -1"),
         ("activations/m.q/mse", float("nan"), r"activations\[m.q\].mse must be a finite number"),
         ("activations/m.q/mse", float("inf"), r"activations\[m.q\].mse must be a finite number"),
         ("activations/m.q/mse", "1", r"activations\[m.q\].mse must be a finite number"),

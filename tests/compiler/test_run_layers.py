@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from llmc.compiler import zoo
 from llmc.compiler.calibrate import subgraph
 from llmc.compiler.calibrate.run_layers import layers
-from llmc.compiler.calibrate.source import own_text
+from llmc.compiler.calibrate.source import default_text
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.quantize.gptq import gptq, hessian, output_error
@@ -160,7 +160,7 @@ def test_gptq_on_our_text_keeps_the_outputs_on_another() -> None:
     model, tensors = canonical(tales)
     fmt = get_format("int4")
     unseen = [Tokenizer.from_file(str(tales / "tokenizer.json")).encode(text).ids for text in TEXTS]
-    ours = calibration_windows(own_text(), tales / "tokenizer.json", 4096, 1024)
+    ours = calibration_windows(default_text(), tales / "tokenizer.json", 4096, 1024)
     ratios = []
     for one, other in zip(layers(model, tensors, ours), layers(model, tensors, unseen), strict=True):
         for group, x in one.inputs.items():

@@ -180,7 +180,7 @@ def test_smoothing_halves_the_error_of_a_trained_model(
 ) -> None:
     """Of model_zoo/llama/tales, the inputs of down_proj, the hardest: against a fixed strength of 0.5."""
     from llmc.compiler.calibrate.run_layers import layers
-    from llmc.compiler.calibrate.source import own_text
+    from llmc.compiler.calibrate.source import default_text
     from llmc.compiler.texts import calibration_windows
     from llmc.passes.quantize.fake_quantize import round_int8
 
@@ -193,7 +193,7 @@ def test_smoothing_halves_the_error_of_a_trained_model(
         w = own[matrix.weights[0]].read().astype(np.float32)
         return float(np.linalg.norm((rounded - x) @ w.T) / np.linalg.norm(x @ w.T))
 
-    ids = calibration_windows(own_text(), tales / "tokenizer.json", 4096, 1024)
+    ids = calibration_windows(default_text(), tales / "tokenizer.json", 4096, 1024)
     for layer in layers(model, own, ids):
         name = f"model.layers.{layer.layer}.mlp.down_proj"
         matrix = QuantizedMatrix((name,), (256,), 704, FORM)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from llmc.compiler.calibrate.source import own_text
+from llmc.compiler.calibrate.source import default_text
 from llmc.compiler.texts import CALIBRATION_TOKENS, calibration_windows, read_text
 from llmc.runtime.errors import CheckpointError, RequestError
 
@@ -16,7 +16,7 @@ TALES = Path(__file__).parents[2] / "model_zoo/llama/tales/tokenizer.json"
 
 
 def test_the_text_that_comes_with_llmc() -> None:
-    text = own_text()
+    text = default_text()
     assert 2500 < len(text.split()) < 4000
     assert {"FOX", "DUKE:", "def", "litres"} <= set(text.split())  # tale, verse, code, figures
     windows = calibration_windows(text, TALES, 4096, 1024)
@@ -58,7 +58,7 @@ def test_truncation_and_padding_of_the_tokenizer_are_left_out(tmp_path: Path) ->
     encoder.enable_truncation(16)
     encoder.enable_padding(length=100_000)
     encoder.save(str(tmp_path / "tokenizer.json"))
-    text = own_text()
+    text = default_text()
     assert calibration_windows(text, tmp_path / "tokenizer.json", 4096, 1024) == calibration_windows(
         text, TALES, 4096, 1024
     )
@@ -66,13 +66,13 @@ def test_truncation_and_padding_of_the_tokenizer_are_left_out(tmp_path: Path) ->
 
 def test_no_window_is_longer_than_the_context_or_256(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = checkpoint("qwen3-tiny") / "tokenizer.json"
-    assert max(map(len, calibration_windows(own_text(), tokenizer, 320, 4096))) == 256
-    assert max(map(len, calibration_windows(own_text(), tokenizer, 320, 7))) == 7
-    assert sum(map(len, calibration_windows(own_text(), tokenizer, 320, 4096))) == CALIBRATION_TOKENS
+    assert max(map(len, calibration_windows(default_text(), tokenizer, 320, 4096))) == 256
+    assert max(map(len, calibration_windows(default_text(), tokenizer, 320, 7))) == 7
+    assert sum(map(len, calibration_windows(default_text(), tokenizer, 320, 4096))) == CALIBRATION_TOKENS
 
 
 def test_ids_that_the_model_lacks_are_left_out() -> None:
-    windows = calibration_windows(own_text(), TALES, 300, 1024)
+    windows = calibration_windows(default_text(), TALES, 300, 1024)
     assert windows
     assert max(token for ids in windows for token in ids) < 300
     with pytest.raises(CheckpointError, match="no token of the calibration text"):
