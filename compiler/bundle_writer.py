@@ -1,9 +1,8 @@
-"""Writes a bundle so that its final name only ever carries a whole one.
+"""Write a bundle atomically: a directory with its final name is always complete.
 
-Everything goes into `.NAME.llmc.tmp-<pid>` beside the output; the last step renames it. A build
-that fails, is interrupted or is terminated removes its directory; one that is killed outright
-leaves it to the next build of the same output, which also puts back an old bundle that was set
-aside in that instant.
+Everything goes into `.NAME.llmc.tmp-<pid>` beside the output; the last step renames it. A build that fails,
+is interrupted or is terminated removes its directory. If it is killed, the next build of the same output
+removes the directory, and restores the old bundle if that had been renamed already.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BundleWriter:
-    """`with BundleWriter(output, force) as writer:` - write files under `writer.path(...)`, then `finish`.
+    """A context manager: write files to `writer.path(...)`, then call `finish`.
 
-    Leaving the block without `finish` removes everything written and touches nothing else.
-    Raises BuildError where the output cannot be written, or exists and may not be replaced.
+    Leaving the context without `finish` removes every file that was written, and nothing else.
+    Raises BuildError if the output cannot be written, or exists and may not be replaced.
     """
 
     def __init__(self, output: Path, force: bool = False) -> None:
@@ -78,7 +77,7 @@ class BundleWriter:
         trace: TracebackType | None,
     ) -> None:
         if os.getpid() != self._pid:
-            return  # a forked child leaves what is its parent's
+            return  # a forked child: the files are its parent's
         with self._cleanup:
             full = isinstance(error, OSError) and error.errno in _OUT_OF_SPACE
             written = _size_of(self._directory) if full else 0
@@ -86,7 +85,7 @@ class BundleWriter:
             self._out_of_space(error, max(self._needed, written))
 
     def path(self, relative: str) -> Path:
-        """Return where to write the bundle's file `relative`, and create its parent directory."""
+        """Return the path to write the bundle's file `relative` to, and create its parent directory."""
         if (fault := path_fault(relative)) or relative == MANIFEST_NAME:
             raise BuildError(f"bundle file {relative!r}: {fault or 'the manifest is written by finish()'}")
         path = self._directory / relative
@@ -94,11 +93,11 @@ class BundleWriter:
         return path
 
     def add_hash(self, relative: str, sha256: str, nbytes: int) -> None:
-        """Record the hash of a file that the caller computed, so that `finish` need not read it again."""
+        """Record the hash that the caller computed of a file, so that `finish` need not read the file."""
         self._hashes[relative] = FileRecord(nbytes, sha256)
 
     def discard(self, relative: str) -> None:
-        """Remove a file that the bundle does not keep, and the directories that this leaves empty."""
+        """Remove a file from the bundle, and the directories that this leaves empty."""
         path = self.path(relative)
         path.unlink()
         self._hashes.pop(relative, None)
@@ -108,15 +107,15 @@ class BundleWriter:
             parent.rmdir()
 
     def check_disk_space(self, nbytes: int) -> None:
-        """Raises BuildError unless `nbytes` more bytes fit now; call it before a long write."""
+        """Raise BuildError unless the disk has room for `nbytes` more bytes. Call it before a long write."""
         self._needed = _size_of(self._directory) + nbytes
         if shutil.disk_usage(self._directory).free < nbytes:
             self._out_of_space(None, nbytes)
 
     def finish(self, manifest: Manifest) -> Path:
-        """Completes the bundle and returns its path; fills in the manifest's `files` and `weights.bytes`.
+        """Complete the bundle and return its path. Fills in the manifest's `files` and `weights.bytes`.
 
-        Raises BundleError if the manifest breaks a rule of the format.
+        Raises BundleError if the manifest violates the format.
         """
         files = {name: self._record(name) for name in sorted(_files_in(self._directory))}
         if absent := sorted(set(self._hashes) - set(files)):
@@ -181,7 +180,7 @@ class BundleWriter:
                 shutil.rmtree(entry, ignore_errors=True)
 
     def _beside(self, kind: str) -> Path:
-        """A name in the same directory, so that the rename stays within one file system."""
+        """Return a path in the same directory, so that the rename stays within one file system."""
         return self.output.parent / f".{self.output.name}.{kind}-{self._pid}"
 
     def _out_of_space(self, error: BaseException | None, needed: int) -> NoReturn:
@@ -195,7 +194,7 @@ class BundleWriter:
 
 @contextlib.contextmanager
 def _terminated_as_exception() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit here, so that cleaning up happens as it does for Ctrl-C."""
+    """Turn SIGTERM and SIGHUP into SystemExit, so that the cleanup runs as it does for Ctrl-C."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
@@ -214,7 +213,7 @@ def _terminated_as_exception() -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Takes the lock that marks a build directory as alive; False if another process holds it."""
+    """Take the lock that marks a build directory as in use; return False if another process holds it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -223,9 +222,9 @@ def _lock(descriptor: int) -> bool:
 
 
 def _is_abandoned(directory: Path, pid: int) -> bool:
-    """Return whether the build that made `directory` is gone: its pid and its lock are.
+    """Return whether the build that made `directory` has ended: no process has its pid or its lock.
 
-    The lock covers what a pid cannot: builds in other containers, and pids used again.
+    The lock covers builds in other containers, and pids that were reused.
     """
     if pid != os.getpid():
         try:
@@ -246,9 +245,9 @@ def _is_abandoned(directory: Path, pid: int) -> bool:
 
 
 def _why_not_ours(directory: Path) -> str:
-    """Why `--force` must leave `directory` alone, or "" if it holds a bundle and nothing else.
+    """Return why `--force` must not replace `directory`; "" if it holds a bundle and nothing else.
 
-    The bundle may be damaged, or newer than this llmc: only its list of files is looked at.
+    The bundle may be damaged, or newer than this llmc: only its list of files is read.
     """
     if directory.is_symlink() or not directory.is_dir():
         return "it is a symbolic link" if directory.is_symlink() else "it is not a directory"
@@ -258,16 +257,16 @@ def _why_not_ours(directory: Path) -> str:
         files = {*tree["files"], MANIFEST_NAME} if tree["format_version"] else set()
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return f"it has no readable {MANIFEST_NAME}, so it is not a bundle"
-    strangers = sorted(_files_in(directory) - files)
-    return f"it holds {strangers[0]!r}, which is not part of a bundle" if strangers else ""
+    unlisted = sorted(_files_in(directory) - files)
+    return f"it holds {unlisted[0]!r}, which is not part of a bundle" if unlisted else ""
 
 
 def _open_regular(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)  # never waits for the other end of a pipe
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)  # never blocks on a pipe
 
 
 def _files_in(directory: Path) -> set[str]:
-    """Everything under `directory` that is not a directory, as relative POSIX paths."""
+    """Return everything under `directory` that is not a directory, as relative POSIX paths."""
     found: set[str] = set()
     for root, directories, names in os.walk(directory):
         links = [name for name in directories if os.path.islink(os.path.join(root, name))]

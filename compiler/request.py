@@ -15,9 +15,9 @@ from llmc.runtime.errors import BuildError, RequestError
 class TargetOptions:
     """The choices that a target offers."""
 
-    #: What an engine computes in, the default first.
+    #: The compute dtypes, the default first.
     dtypes: tuple[str, ...]
-    #: Value of --kv-dtype -> what the manifest calls that KV cache.
+    #: Value of --kv-dtype -> the manifest's name of that KV cache.
     caches: Mapping[str, str]
 
 
@@ -26,44 +26,44 @@ TARGETS: Mapping[str, TargetOptions] = {
     "tensorrt-rtx": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
     "tensorrt": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
 }
-METHODS = ("max", "percentile", "mse")  # of calibration, the default first
+METHODS = ("max", "percentile", "mse")  # the calibration methods, the default first
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 KV_DTYPES = ("auto", *sorted({name for options in TARGETS.values() for name in options.caches}))
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """checkpoint: a directory or a hub id. output: the bundle to write.
+    """The options of a build. Raises BuildError or RequestError for an invalid value."""
 
-    dtype: what the engine computes in; `auto` is fp32 on the CPU, where nothing else is exact, and on a GPU
-    the checkpoint's own 16-bit dtype, bf16 for others.
-    quant: the format of the linear layers' weights, None as they are; exclude: modules to leave as they are,
-    shell patterns.
-    calibration: a text that the layers' inputs are measured on, or a table (.json) of what an earlier build
-    measured; None is a text of llmc's own, where the format needs one. calibration_method: how the range of
-    static activations is taken from what was measured: the largest, a percentile, the least squared error;
-    for formats that quantize activations.
-    kv_dtype: what the KV cache holds; `auto` is what the engine computes in; TARGETS has the others.
-    sms: the GPUs' compute capabilities, 89 meaning 8.9; none means portable.
-    max_seq_len: prompt and answer together, in tokens; None is the model's own context.
-    verify: compare the engine with transformers, and fail the build when they differ.
-    force: replace an existing bundle.
-    Raises BuildError or RequestError for an invalid value.
-    """
-
+    #: A directory or a hub id.
     checkpoint: str
+    #: The bundle to write.
     output: Path
+    #: One of TARGETS.
     target: str = "cpu"
+    #: The compute dtype. `auto`: fp32 on the CPU, where only that is exact; on a GPU fp16 for fp16
+    #: checkpoints, else bf16.
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    #: The format of the linear layers' weights; None: unquantized.
     quant: str | None = None
+    #: Modules that are not quantized, as shell patterns.
     exclude: tuple[str, ...] = ()
+    #: A text to calibrate on, or the table (.json) of an earlier build. None: llmc's text, if the format
+    #: needs calibration.
     calibration: Path | None = None
+    #: The clip range of static activations: the largest magnitude, a percentile, or the least squared error.
     calibration_method: Literal["max", "percentile", "mse"] = "max"
+    #: The dtype of the KV cache. `auto`: the compute dtype. TARGETS has the others.
     kv_dtype: str = "auto"
+    #: The compute capabilities of the GPUs, 89 for 8.9. Empty: portable.
     sms: tuple[int, ...] = ()
+    #: The longest sequence, prompt and answer together, in tokens. None: the model's context length.
     max_seq_len: int | None = None
+    #: A branch, tag or commit of the hub repository.
     revision: str | None = None
+    #: Compare the engine with transformers, and fail the build if they differ.
     verify: bool = True
+    #: Replace an existing bundle.
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class BuildRequest:
                 f"--kv-dtype {' or '.join(options.caches)}, or leave it out",
             )
         if self.exclude and self.quant is None:
-            raise BuildError("--exclude is about quantization, and there is none", "add --quant FORMAT")
+            raise BuildError("--exclude needs quantization", "add --quant FORMAT")
         if self.calibration_method not in METHODS:
             raise BuildError(
                 f"there is no calibration method {self.calibration_method!r}", f"known: {', '.join(METHODS)}"
@@ -93,10 +93,10 @@ class BuildRequest:
         if self.calibration_method != METHODS[0] and self.quant is None:
             raise RequestError(
                 f"--calibration-method {self.calibration_method} needs activation quantization",
-                "leave it out, or add --quant with a format that quantizes them, such as fp8",
+                "leave it out, or add --quant with a format that quantizes activations, such as fp8",
             )
         if self.calibration is not None and self.quant is None and not quantized_cache(self):
-            raise BuildError("--calibration is about quantization, and there is none", "add --quant FORMAT")
+            raise BuildError("--calibration needs quantization", "add --quant FORMAT")
         if self.sms and self.target == "cpu":
             raise BuildError("--sm names GPUs, and the target is the CPU", "add --target tensorrt-rtx")
         if self.max_seq_len is not None and self.max_seq_len < 1:
@@ -104,7 +104,7 @@ class BuildRequest:
 
 
 def compute_dtype(request: BuildRequest, checkpoint_dtype: str) -> str:
-    """Return what the engine computes in, for a checkpoint of `checkpoint_dtype` (torch's name)."""
+    """Return the engine's compute dtype for a checkpoint of `checkpoint_dtype` (torch's name)."""
     if request.dtype != "auto":
         return request.dtype
     dtypes = TARGETS[request.target].dtypes
@@ -112,7 +112,7 @@ def compute_dtype(request: BuildRequest, checkpoint_dtype: str) -> str:
 
 
 def cache_dtype(request: BuildRequest, dtype: str) -> str:
-    """Return what the KV cache of an engine that computes in `dtype` holds, as the manifest names it."""
+    """Return the manifest's name of the KV cache of an engine that computes in `dtype`."""
     return TARGETS[request.target].caches.get(request.kv_dtype, dtype)
 
 
@@ -122,7 +122,10 @@ def quantized_cache(request: BuildRequest) -> QuantizedCache | None:
 
 
 def parse_sms(text: str) -> tuple[int, ...]:
-    """`--sm 86,89,120` -> (86, 89, 120). Raises BuildError for what is no number."""
+    """Return the compute capabilities, sorted: "86,89,120" -> (86, 89, 120).
+
+    Raises BuildError for a part that is not a number.
+    """
     parts = [part.strip().lower().removeprefix("sm").lstrip("_") for part in text.split(",") if part.strip()]
     if bad := [part for part in parts if not part.isdigit()]:
         raise BuildError(

@@ -2,14 +2,14 @@
 
 `make` writes a directory that transformers loads like any other: config.json (a copy of the zoo's
 file), generation_config.json, a byte-level BPE tokenizer with a chat template, and safetensors
-shards. Weights are drawn tensor by tensor, a few megabytes at a time, so that the size of the
-model is bounded by the disk and not by memory.
+shards. Weights are drawn tensor by tensor, a few megabytes at a time, so that the disk and not the memory
+limits the size of the model.
 
 The same name and seed give the same bytes: every value is exact integer arithmetic on raw PCG64
-output, whose stream numpy guarantees across versions (NEP 19; the normal sampler's is not).
+output, whose stream numpy guarantees across versions (NEP 19; it does not guarantee the normal sampler's).
 
-Token ids: 0-255 are the bytes, 256-259 the special tokens, then a few English merges. The ids
-from there up to `vocab_size` have no token, as in most published checkpoints.
+Token ids: 0-255 are the bytes, 256-259 the special tokens; a few English merges follow. The remaining ids
+up to `vocab_size` have no token, as in most published checkpoints.
 """
 
 from __future__ import annotations
@@ -54,35 +54,31 @@ _CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """One model that `make` can write: an entry of `model_zoo/<model_type>/zoo.toml`.
-
-    parameters: their number; tied weights count once
-    config: the file of its config.json in that folder
-    prepends_bos: whether the tokenizer puts the BOS token before a text
-    """
+    """One model that `make` can write: an entry of `model_zoo/<model_type>/zoo.toml`."""
 
     name: str
     model_type: str
     description: str
+    #: The number of parameters; tied weights count once.
     parameters: int
+    #: The file in that folder that becomes config.json.
     config: str
+    #: Whether the tokenizer puts the BOS token before a text.
     prepends_bos: bool
 
 
 @dataclass(frozen=True)
 class Family:
-    """What random weights must know of a model family: the table `weights` of its zoo.toml.
+    """The properties of a model family that random weights depend on: the table `weights` of its zoo.toml."""
 
-    norms_add_one: whether norms multiply by 1 + weight
-    scaled_embeddings: whether the model multiplies embeddings by sqrt(hidden size)
-    """
-
+    #: Whether norms multiply by 1 + weight.
     norms_add_one: bool = False
+    #: Whether the model multiplies embeddings by sqrt(hidden size).
     scaled_embeddings: bool = False
 
 
 def list_zoo() -> list[ZooEntry]:
-    """Every model that `make` can write, the smallest first. Imports nothing heavy."""
+    """Return the models that `make` can write, the smallest first. Imports nothing heavy."""
     families = [entry.name for entry in resources.files("llmc.model_zoo").iterdir() if entry.is_dir()]
     entries = [
         ZooEntry(model_type=family, **model)
@@ -93,20 +89,20 @@ def list_zoo() -> list[ZooEntry]:
 
 
 def _table(model_type: str) -> dict[str, Any]:
-    """The zoo.toml of a family; an empty one without it."""
+    """Return the contents of a family's zoo.toml; empty if it has none."""
     file = resources.files("llmc.model_zoo") / model_type / "zoo.toml"
     return tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
 def zoo_config(name: str) -> dict[str, Any]:
-    """The config.json of a zoo model. Raises UnsupportedError for an unknown name."""
+    """Return the config.json of a zoo model. Raises UnsupportedError for an unknown name."""
     return json.loads(_config_text(_entry(name)))
 
 
 def make(name: str, directory: str | Path, seed: int = 0) -> Path:
     """Write the random checkpoint `name` to `directory`, which must not exist or be empty.
 
-    It is written to a temporary directory beside it and renamed when whole. Returns the directory.
+    It is written to a temporary directory beside it, which is renamed when complete. Returns the directory.
     Raises UnsupportedError for an unknown name and CheckpointError for an occupied directory.
     """
     entry = _entry(name)
@@ -166,12 +162,12 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _weights(directory: Path) -> dict[str, Weight]:
-    """Name, shape and scale of every tensor that transformers would save for the config in `directory`.
+    """Return every tensor that transformers would save for the config in `directory`, by name.
 
     Linear weights get std 1/sqrt(fan_in), which keeps activations at unit scale, so that the output
     depends on the input through every layer. Embeddings and the head get twice that, so that logits
-    spread (std about 2) and the first choice is clear of the second. Where the model scales embeddings
-    itself, every token would predict itself with that gain, so the last norm carries it.
+    spread (std about 2) and the most likely token is far from the second. If the model scales the embeddings,
+    that gain would make every token predict itself, so the last norm gets the gain instead.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -235,8 +231,11 @@ def write_weights(
 
 
 def _draw(weight: Weight, seed: int, name: str) -> Iterator[np.ndarray]:
-    """float32 chunks of one tensor. A value is the sum of four 16-bit uniforms: mean 131070, variance
-    4 * (2**32 - 1) / 12, near enough to a normal one, and exact on every machine."""
+    """Yield float32 chunks of one tensor.
+
+    A value is the sum of four 16-bit uniforms, of mean 131070 and variance 4 * (2**32 - 1) / 12: nearly
+    normal, and exact on every machine.
+    """
     generator = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
     scale = np.float32(weight.std / math.sqrt((2**32 - 1) / 3))
     left = math.prod(weight.shape)
@@ -250,7 +249,7 @@ def _draw(weight: Weight, seed: int, name: str) -> Iterator[np.ndarray]:
 
 
 def _write_tokenizer(directory: Path, entry: ZooEntry, config: Mapping[str, Any]) -> None:
-    """tokenizer.json (byte-level BPE, see the module's docstring) and tokenizer_config.json."""
+    """Write tokenizer.json (byte-level BPE, see the module's docstring) and tokenizer_config.json."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -1,6 +1,6 @@
-"""Magnitudes of activations, from which static scales are made.
+"""Clip ranges of activations, from which static scales are computed.
 
-Magnitudes are counted in a histogram whose bin is the float32 bit pattern without its last 12 bits: the
+Magnitudes are counted in a histogram. A bin is the float32 bit pattern without its last 12 bits: the
 exponent and 11 bits of mantissa, a relative width of 2^-11. 100 million magnitudes need one pass and 4 MB;
 the search for a scale then reads the histogram alone.
 """
@@ -17,38 +17,36 @@ from llmc.passes.quantize.elements import decode, encode
 from llmc.passes.quantize.formats import E4M3_MAX, INT8_MAX
 from llmc.runtime.errors import RequestError
 
-PERCENTILE = 99.99  # of the magnitudes
-_DROPPED_BITS = 12  # of the 23 of float32's mantissa
+PERCENTILE = 99.99
+_DROPPED_BITS = 12  # of the 23 bits of float32's mantissa
 _BINS = 1 << (31 - _DROPPED_BITS)
 _CHUNK = 1 << 22  # elements
 _LARGEST = {"e4m3": E4M3_MAX, "int8": INT8_MAX}
-_RATIOS = 2.0 ** (-np.arange(0, 97) / 16)  # of the largest: down to 1/64
+_RATIOS = 2.0 ** (-np.arange(0, 97) / 16)  # clip range / largest magnitude: 1 down to 1/64
 
 
 @dataclass(frozen=True)
 class ClipRanges:
-    """Clip ranges of the inputs of a linear layer, one for each method; 0 if the inputs are all zeros.
+    """Clip ranges of the inputs of a linear layer, one for each method; 0 if the inputs are all zeros."""
 
-    max: the largest magnitude. percentile: 99.99 % of the magnitudes are not larger. mse: the range with the
-    least mean squared error when E4M3 codes at a scale of range / 448 replace the inputs, or int8 codes at a
-    scale of range / 127.
-    """
-
+    #: The largest magnitude.
     max: float
+    #: 99.99 % of the magnitudes are not larger.
     percentile: float
+    #: The range of the least mean squared error with E4M3 codes at scale range / 448, or int8 at range / 127.
     mse: float
 
     def amax(self, method: str) -> float:
-        """The range by `method`. Raises RequestError for an unknown one."""
+        """Return the range by `method`. Raises RequestError for an unknown method."""
         if method not in METHODS:
             raise RequestError(f"there is no calibration method {method!r}", f"known: {', '.join(METHODS)}")
         return getattr(self, method)
 
 
 def ranges(layer: LayerInputs) -> tuple[dict[str, ClipRanges], tuple[float, float]]:
-    """Each linear layer of a decoder layer -> its figures; and the largest magnitudes of keys and values.
+    """Return the clip ranges of a decoder layer, by linear layer, and the amax of its keys and of its values.
 
-    Fused linear layers have one input, and so the same figures.
+    Fused linear layers share their input, and so their ranges.
     """
     entries: dict[str, ClipRanges] = {}
     for modules, x in layer.inputs.items():
@@ -57,14 +55,14 @@ def ranges(layer: LayerInputs) -> tuple[dict[str, ClipRanges], tuple[float, floa
 
 
 def clip_ranges(x: np.ndarray, element: str = "e4m3") -> ClipRanges:
-    """Return the ranges of finite float32 inputs of any shape. element: "e4m3" or "int8"."""
+    """Return the clip ranges of finite float32 inputs of any shape. element: "e4m3" or "int8"."""
     largest = _largest(x)
     if not largest:
         return ClipRanges(0.0, 0.0, 0.0)
     counts = _histogram(x)
     bins = np.flatnonzero(counts)
     counts = counts[bins]
-    # A bin's middle stands for what it holds.
+    # The middle of a bin stands for all its magnitudes.
     bits = (bins.astype(np.uint32) << _DROPPED_BITS) + np.uint32(1 << (_DROPPED_BITS - 1))
     magnitudes = np.minimum(bits.view(np.float32), np.float32(largest))
     rank = np.searchsorted(np.cumsum(counts), counts.sum() * (PERCENTILE / 100))

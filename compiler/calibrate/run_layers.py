@@ -1,7 +1,7 @@
-"""Runs the canonical graph a decoder layer at a time, and shows what enters its linear layers and its cache.
+"""Run the canonical graph a decoder layer at a time, to collect the inputs of its linear layers and cache.
 
-The graph is cut at the decoder layers. Memory holds the weights and the inputs of one of them, and the values
-that cross to later ones (the residual stream), whatever the number of layers.
+The graph is cut at the decoder layers. Memory holds the weights and the inputs of one layer, and the values
+that later layers need (the residual stream), whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -29,28 +29,30 @@ _BEFORE = -1  # the piece in front of the first layer
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """The inputs of one decoder layer, float32, for the tokens of all sequences in their order.
-
-    inputs: fused linear layers -> their input, [tokens, in].
-    keys, values: what is written to the cache, [tokens, kv_heads x head_dim].
-    """
+    """The inputs of one decoder layer, float32, for the tokens of all sequences in order."""
 
     layer: int
+    #: Fused linear layers -> their input, [tokens, in].
     inputs: dict[tuple[str, ...], np.ndarray]
+    #: The keys that are written to the cache, [tokens, kv_heads x head_dim].
     keys: np.ndarray
+    #: The values that are written to the cache, [tokens, kv_heads x head_dim].
     values: np.ndarray
 
 
 def layers(
     model: ir.Model, tensors: Mapping[str, TensorRef], sequences: Sequence[Sequence[int]]
 ) -> Iterator[LayerInputs]:
-    """Yield what enters the linear layers and the cache of each decoder layer of `model`, in order.
+    """Yield the inputs of the linear layers and of the cache of each decoder layer of `model`, in order.
 
-    `model` is a canonical graph in fp32 whose parameters have no data yet; it is not changed, and must not be
-    before the last layer is out. `sequences` are token ids, none longer than the context of the graph.
-    Drop what one layer gave before asking for the next: memory then holds only one. Linear layers outside
-    of the decoder layers (lm_head) are left out, and so are those whose weight something else reads too.
-    Raises BuildError when a tensor is missing, is not of floating point, or the model overflows;
+    model: a canonical graph in fp32 whose parameters have no data yet. It is not changed, and must not change
+        before the last layer is yielded.
+    tensors: the checkpoint's tensors, by name
+    sequences: token ids, none longer than the context of the graph
+
+    Drop the inputs of one layer before asking for the next: memory then holds only one layer's. Linear
+    layers outside of the decoder layers (lm_head) are left out, and so are those with a shared weight.
+    Raises BuildError if a tensor is missing or not in floating point, or if the model overflows;
     UnsupportedError for a graph whose layers cannot be told apart.
     """
     attention = attention_nodes(model)
@@ -91,7 +93,7 @@ def _run(
     shown: set[ir.Value],
     later: set[ir.Value],
 ) -> dict[ir.Value, np.ndarray]:
-    """The values in `shown` of all steps, one after the other. Leaves those in `later` in `crossing`."""
+    """Return the values `shown`, concatenated over all steps. Stores the values `later` in `crossing`."""
     tokens = sum(len(batch.input_ids) for batch in batches)
     seen = {value: np.empty((tokens, edit.dims(value)[-1]), np.float32) for value in shown}
     first = 0
@@ -106,7 +108,7 @@ def _run(
 
 
 def _layers(model: ir.Model, attention: Sequence[ir.Node]) -> dict[ir.Node, int]:
-    """The decoder layer that each node belongs to, by the name of its module; _BEFORE: none."""
+    """Return the decoder layer of each node, by the name of its module; _BEFORE for the others."""
     prefixes = {_prefix(node): layer for layer, node in enumerate(attention)}
     if not attention or len(prefixes) < len(attention) or "" in prefixes:
         names = ", ".join(map(module_of, attention[:3]))
@@ -123,7 +125,7 @@ def _prefix(node: ir.Node) -> str:
 
 
 def _pieces(model: ir.Model, layer_of: Mapping[ir.Node, int]) -> dict[ir.Node, int]:
-    """The piece that each node is run in: its layer's, or else the first that has its inputs."""
+    """Return the piece that runs each node: its layer's, or else the first one that has its inputs."""
     piece_of: dict[ir.Node, int] = {}
     for node in model.graph:
         producers = (value.producer() for value in node.inputs if value is not None)
@@ -131,20 +133,20 @@ def _pieces(model: ir.Model, layer_of: Mapping[ir.Node, int]) -> dict[ir.Node, i
         piece_of[node] = max(ready, layer_of[node])
         if _BEFORE < layer_of[node] < ready:
             raise UnsupportedError(
-                f"{module_of(node)} uses what a later decoder layer computes",
+                f"{module_of(node)} depends on a later decoder layer",
                 "choose a quantization that needs no calibration",
             )
     return piece_of
 
 
 def _groups(nodes: Iterable[ir.Node]) -> dict[tuple[str, ...], ir.Value]:
-    """The linear layers among `nodes`, fused ones together -> their input."""
+    """Return the linear layers among `nodes`, fused ones together -> their input."""
     records = ((node, linear(node)) for node in nodes)
     return {record.modules: edit.operand(node, 0) for node, record in records if record is not None}
 
 
 def _ancestors(model: ir.Model, values: set[ir.Value]) -> list[ir.Node]:
-    """The nodes that `values` are computed by, in order."""
+    """Return the nodes that `values` depend on, in order."""
     needed = set(values)
     nodes = []
     for node in reversed(list(model.graph)):
@@ -159,5 +161,5 @@ def _refuse_overflow(seen: Mapping[ir.Value, np.ndarray], layer: int) -> None:
         if not np.isfinite(array.sum(dtype=np.float64)):
             raise BuildError(
                 f"{value.name} in decoder layer {layer} is infinite or NaN on the calibration text",
-                "are the weights damaged? `llmc check` reads them",
+                "run `llmc check CHECKPOINT`: the weights may be damaged",
             )

@@ -16,32 +16,33 @@ from llmc.runtime.errors import RequestError
 Calibration = str | CalibrationTable | None  # a text, the table of an earlier build, or no calibration
 
 
-def own_text() -> str:
-    """The calibration text that comes with llmc."""
+def default_text() -> str:
+    """Return llmc's calibration text."""
     files = resources.files("llmc.compiler.calibrate").joinpath("text").iterdir()
     texts = [file.read_text(encoding="utf-8") for file in sorted(files, key=lambda file: file.name)]
     return "\n\n".join(text.strip() for text in texts) + "\n"
 
 
 def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, method: str) -> Calibration:
-    """Read what `--calibration` names; without it, llmc's own text if the build needs calibration.
+    """Read the file of `--calibration`; without it return llmc's text if the build needs calibration.
 
-    path: a table (`.json`) or a text (any other name); None for llmc's own text
+    path: a table (`.json`) or a text (any other name); None for llmc's text
     fmt: the format of quantized weights, None for unquantized ones
     kv_cache: whether the KV cache needs scales
+    method: the calibration method
 
     Returns None if nothing needs calibration.
-    Raises RequestError for a file that cannot be read, for a table where the format needs the activations
-    themselves, and for a `method` other than the default where activations are not quantized.
+    Raises RequestError for a file that cannot be read, for a table if the format needs a text, and for a
+    `method` other than the default if activations are not quantized.
     """
     activations = kv_cache or bool(fmt and fmt.activations)
     if fmt and not fmt.activations and method != METHODS[0]:
         raise RequestError(
-            f"--calibration-method {method} is about activations, and {fmt.name} does not quantize them",
-            "leave it out, or choose a format that quantizes them, such as fp8",
+            f"--calibration-method {method} needs activation quantization, which {fmt.name} does not have",
+            "leave it out, or choose a format that quantizes activations, such as fp8",
         )
     if path is None:
-        return own_text() if activations or (fmt and fmt.packed) else None
+        return default_text() if activations or (fmt and fmt.packed) else None
     if path.suffix != ".json":
         return read_text(path)
     try:
@@ -50,24 +51,24 @@ def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, meth
         raise RequestError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
     if fmt and fmt.smoothed:
         raise RequestError(
-            f"{fmt.name} takes nothing from a table of ranges: smoothing needs the range of every channel",
-            "give a text to calibrate on, or leave --calibration out for llmc's own",
+            f"{fmt.name} cannot use a calibration table: smoothing needs the range of every channel",
+            "give a text to calibrate on, or leave --calibration out for llmc's text",
         )
     if fmt and not activations:
         raise RequestError(
-            f"{fmt.name} takes nothing from a table of ranges: its activations are not quantized",
+            f"{fmt.name} cannot use a calibration table: it does not quantize activations",
             "give a text to calibrate on, or leave --calibration out",
         )
     return table
 
 
 def check_calibration(calibration: Calibration, config: Mapping[str, Any], layers: int) -> None:
-    """Check that a calibration table belongs to this model. A text always does.
+    """Check that a calibration table belongs to this model. A text fits every model.
 
     config: the values of config.json
     layers: the number of layers whose KV cache needs a range
 
-    Raises RequestError for the table of another model, and for one that lacks a layer's KV cache.
+    Raises RequestError for the table of another model, or if the table lacks a layer's KV cache.
     """
     if not isinstance(calibration, CalibrationTable):
         return
@@ -79,5 +80,5 @@ def check_calibration(calibration: Calibration, config: Mapping[str, Any], layer
     if missing := sorted(set(range(layers)) - calibration.kv.keys()):
         raise RequestError(
             f"the calibration table has no range of keys and values for layer {missing[0]}",
-            "it is not complete; leave --calibration out to measure this checkpoint",
+            "the table is incomplete; leave --calibration out to measure this checkpoint",
         )

@@ -1,4 +1,4 @@
-"""Packs calibration sequences into steps of the engine. No sequence has a past."""
+"""Pack calibration sequences into steps of the engine. No sequence has cached tokens."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from itertools import count, islice
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.batch import Batch
 
-# Attention's definition scores every token of a step against every other: longer steps cost more for each.
+# The reference attention scores every token of a step against every other: longer steps cost more per token.
 _TOKENS = 256
 
 
 def steps(sequences: Sequence[Sequence[int]]) -> list[Batch]:
-    """Consecutive sequences in steps of up to 256 tokens; a longer one is a step of its own."""
+    """Return consecutive sequences in steps of up to 256 tokens; a longer sequence is one step."""
     grouped: list[list[Sequence[int]]] = []
     for ids in sequences:
         if grouped and sum(map(len, grouped[-1])) + len(ids) <= _TOKENS:

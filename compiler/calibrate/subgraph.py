@@ -1,4 +1,4 @@
-"""A piece of the canonical graph that runs: ONNX Runtime, with weights read from the checkpoint."""
+"""Run a part of the canonical graph in ONNX Runtime, with weights read from the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from llmc.runtime.errors import BuildError
 
 
 class Piece:
-    """Computes `outputs` from values that other nodes made and from the step.
+    """Computes `outputs` from the values of earlier pieces and from the step.
 
-    `nodes` are those of `model`, in order, that `outputs` need and that were not run before; the model is not
-    changed. Parameters are read here and live as long as the piece. Of one that is only looked up by a
-    token's id, the embedding, a step reads its rows.
-    Raises BuildError when the checkpoint lacks a parameter or has it in something else than floating point.
+    model: the canonical graph, which is not changed
+    nodes: the nodes that `outputs` need and that no earlier piece ran, in the graph's order
+    tensors: the checkpoint's tensors, by name
+
+    Parameters are read here and live as long as the piece. But of an embedding, a step reads only the rows
+    of its tokens.
+    Raises BuildError if the checkpoint lacks a parameter or does not have it in floating point.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Piece:
         self._session = _session(model, self._inputs, self._outputs) if self._outputs else None
 
     def __call__(self, step: Batch, crossed: Mapping[ir.Value, np.ndarray]) -> dict[ir.Value, np.ndarray]:
-        """Every output, and what was looked up, for one step. `crossed`: what the pieces before this made."""
+        """Return every output and the rows looked up in one step. crossed: the values of earlier pieces."""
         given = dict(crossed) | {value: self._look_up(node, step) for value, node in self._lookups.items()}
         if self._session is None:
             return given
@@ -83,7 +86,7 @@ class Piece:
 
 
 def read_float32(record: Parameter, shape: Sequence[int], tensors: Mapping[str, TensorRef]) -> np.ndarray:
-    """The data of a parameter in float32; of fused layers, the rows of one after those of the other."""
+    """Read a parameter in float32; the rows of fused layers are concatenated."""
     array = np.empty(shape, np.float32)
     first = 0
     for source in record.sources:
@@ -120,7 +123,7 @@ def _is_lookup(node: ir.Node) -> bool:
 def _session(
     model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]
 ) -> ort.InferenceSession:
-    """The nodes between `inputs` and `outputs`; its ports are in their order."""
+    """Return a session of the nodes between `inputs` and `outputs`, with its ports in their order."""
     part = extract(model, inputs, outputs)
     options = ort.SessionOptions()
     options.log_severity_level = 3

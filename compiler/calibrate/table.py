@@ -1,11 +1,11 @@
-"""A model's activation ranges as a file: JSON that a person can read, and that is read strictly.
+"""A model's activation ranges as a JSON file that people can read, with a strict parser.
 
     {"format": 1,
      "source": {"text_sha256": ..., "tokens": ..., "config_sha256": ...},
      "activations": {"model.layers.0.mlp.down_proj": {"max": ..., "percentile": ..., "mse": ...}, ...},
      "kv": {"0": {"key": ..., "value": ...}, ...}}
 
-Figures have six significant digits, and these are what is used: a table read back equals the one written.
+Figures are rounded to six significant digits before use: a table read back equals the one written.
 """
 
 from __future__ import annotations
@@ -29,15 +29,13 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Source:
-    """The text and the model that were measured.
+    """The text and the model that a table was measured with."""
 
-    text_sha256: of the text in UTF-8; of no text: random tokens
-    tokens: how many of its tokens ran
-    config_sha256: of the model's configuration (`config_sha256`)
-    """
-
+    #: The hash of the text in UTF-8; that of the empty text if random tokens ran.
     text_sha256: str
+    #: The number of tokens that ran.
     tokens: int
+    #: `config_sha256` of the model.
     config_sha256: str
 
     @classmethod
@@ -47,15 +45,17 @@ class Source:
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
-    """sha256 of the values in config.json, however they are laid out."""
+    """Return the sha256 of the values in config.json, whatever their order and whitespace."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class CalibrationTable:
-    """entries: module -> its input's ranges. kv: layer -> the largest magnitude of its keys, and values."""
+    """The activation ranges of a model."""
 
+    #: Module -> the clip ranges of its input.
     entries: Mapping[str, ClipRanges]
+    #: Layer -> (largest magnitude of its keys, largest magnitude of its values).
     kv: Mapping[int, tuple[float, float]]
     source: Source
 
@@ -72,20 +72,20 @@ class CalibrationTable:
         object.__setattr__(self, "kv", kv)
 
     def amax(self, module: str, method: str) -> float:
-        """The clip range of the input of `module` by "max", "percentile" or "mse".
+        """Return the clip range of the input of `module` by "max", "percentile" or "mse".
 
-        Raises RequestError for a method or a module that is not there.
+        Raises RequestError for an unknown method or module.
         """
         if module not in self.entries:
             near = get_close_matches(module, self.entries, n=1)
             raise RequestError(
                 f"the calibration table has no module {module}",
-                f"it has {near[0]}" if near else "it is of another model; calibrate this one",
+                f"it has {near[0]}" if near else "the table belongs to another model; calibrate this one",
             )
         return self.entries[module].amax(method)
 
     def to_json(self) -> str:
-        """The file's text; equal tables give equal text."""
+        """Return the file's text. Equal tables give equal text."""
         table = {
             "format": FORMAT,
             "source": asdict(self.source),
@@ -96,8 +96,7 @@ class CalibrationTable:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> CalibrationTable:
-        """The table in `text`. Raises CheckpointError, naming the field, for anything but what
-        `to_json` writes."""
+        """Parse the text of `to_json`. Raises CheckpointError, naming the field, for anything else."""
         try:
             table = json.loads(text, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
@@ -127,7 +126,7 @@ class CalibrationTable:
 
 def _rounded(figure: float, where: str) -> float:
     if not math.isfinite(figure) or figure < 0:
-        _bad(where, f"must be a finite number from 0 on, got {figure}")
+        _bad(where, f"must be a finite number, 0 or more, got {figure}")
     return float(f"{figure:.6g}")
 
 
@@ -136,7 +135,7 @@ def _figures(record: Any, where: str, names: Iterable[str]) -> dict[str, float]:
     for name, figure in figures.items():
         number = type(figure) in (int, float) and 0 <= figure < 1e39  # (NaN compares false)
         if not number:
-            _bad(f"{where}.{name}", f"must be a finite number from 0 on, got {str(figure)[:40]}")
+            _bad(f"{where}.{name}", f"must be a finite number, 0 or more, got {str(figure)[:40]}")
     return {name: float(figures[name]) for name in names}
 
 

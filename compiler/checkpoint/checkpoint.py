@@ -48,13 +48,19 @@ class Checkpoint:
 
     path: Path
     config: dict[str, Any]
+    #: Empty if there is no generation_config.json.
     generation_config: dict[str, Any]
+    #: All tensors, by name.
     tensors: dict[str, TensorRef]
+    #: The files of TOKENIZER_FILES that exist.
     tokenizer_files: list[Path]
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
-        """Raises CheckpointError, with a hint, for whatever is missing, damaged or contradictory."""
+        """Open a checkpoint directory.
+
+        Raises CheckpointError, with a hint, for whatever is missing, damaged or contradictory.
+        """
         root = Path(path)
         if root.is_file():
             raise CheckpointError(
@@ -95,11 +101,14 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> Path | None:
-        """tokenizer.json, or None: a model can be built, but not prompted with text, without one."""
+        """The path of tokenizer.json, or None. Without it a model can be built, but not prompted by text."""
         return next((file for file in self.tokenizer_files if file.name == "tokenizer.json"), None)
 
     def require_tokenizer(self) -> Path:
-        """tokenizer.json. Raises CheckpointError, saying how to make one, when there is none."""
+        """Return the path of tokenizer.json.
+
+        Raises CheckpointError if there is none; the hint says how to make one.
+        """
         if self.tokenizer is not None:
             return self.tokenizer
         names = {file.name for file in self.tokenizer_files}
@@ -114,7 +123,7 @@ class Checkpoint:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a generation, from generation_config.json, else config.json; possibly none."""
+        """Ids that end a generation, from generation_config.json or else config.json. May be empty."""
         ids = self._token_id("eos_token_id")
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
@@ -143,7 +152,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """torch's name ("bfloat16") of the dtype in config.json, else of the one most bytes have."""
+        """The dtype in config.json, else that of most bytes, by torch's name ("bfloat16")."""
         for source in (self.config, self._text_config):
             named = source.get("dtype") or source.get("torch_dtype")
             if isinstance(named, str) and named != "auto":
@@ -156,11 +165,11 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of tensor data."""
+        """The size of the tensor data in bytes."""
         return sum(ref.nbytes for ref in self.tensors.values())
 
     def file_hashes(self) -> dict[str, str]:
-        """sha256 of every file the checkpoint consists of, by file name."""
+        """Return the sha256 of every file of the checkpoint, by file name."""
         files = {self.path / CONFIG, *self.tokenizer_files, *(ref.file for ref in self.tensors.values())}
         if not (self.path / WEIGHTS).is_file():
             files.add(self.path / INDEX)
@@ -216,7 +225,7 @@ def _read_tensors(root: Path) -> dict[str, TensorRef]:
         if odd := sorted(listed ^ found.keys()):
             fact = "lacks" if odd[0] in listed else "holds"
             raise CheckpointError(
-                f"{root / shard} {fact} {odd[0]!r}, against {INDEX}; tensors that differ: {len(odd)}",
+                f"{root / shard} {fact} {odd[0]!r}, contrary to {INDEX}; tensors that differ: {len(odd)}",
                 hint="index and shards are of different versions; download both again",
             )
         tensors |= found
@@ -224,7 +233,7 @@ def _read_tensors(root: Path) -> dict[str, TensorRef]:
 
 
 def _is_name(shard: Any) -> bool:
-    """Return whether `shard` names a file in the same directory, and not one elsewhere."""
+    """Return whether `shard` names a file in the same directory."""
     return isinstance(shard, str) and Path(shard).name == shard != ".." and "\\" not in shard
 
 

@@ -11,18 +11,17 @@ from llmc.runtime.errors import BuildError, CheckpointError, UnsupportedError
 
 
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """transformers' config object for a checkpoint.
+    """Return transformers' config object for a checkpoint. Code that ships with a checkpoint is never run.
 
-    Raises UnsupportedError for what llmc cannot compile and CheckpointError for values that
-    transformers refuses. Code that ships with a checkpoint is never run.
+    Raises UnsupportedError for a model that llmc cannot compile, CheckpointError for values that transformers
+    refuses.
     """
     raw = dict(checkpoint.config)
     families = ", ".join(known_families())
-    raw.pop(
-        "quantization_config", None
-    )  # quantize/stored_plan.py reads it; transformers would want a package
+    # checkpoint/prequantized reads it; transformers would need the package that wrote the checkpoint.
+    raw.pop("quantization_config", None)
     if checkpoint.model_type not in _known_model_types():
-        remote = " with code of its own (auto_map)" if "auto_map" in raw else ""
+        remote = " with custom code (auto_map)" if "auto_map" in raw else ""
         raise UnsupportedError(
             f"transformers does not know the architecture {checkpoint.model_type!r}{remote}",
             f"families that llmc is tested with: {families}",
@@ -61,19 +60,19 @@ def _known_model_types() -> set[str]:
 
 
 def context_length(config: PreTrainedConfig, wanted: int | None) -> int:
-    """The bundle's context in tokens: `wanted`, or all that the model was made for.
+    """Return the bundle's context length in tokens: `wanted`, or the model's if it is None.
 
-    Raises BuildError if `wanted` is more than the model's own context.
+    Raises BuildError if `wanted` is more than the model's context length.
     """
-    own = getattr(config, "max_position_embeddings", None)
-    own = own if own and own > 0 else None  # some families write -1 for "no limit"
+    limit = getattr(config, "max_position_embeddings", None)
+    limit = limit if limit and limit > 0 else None  # some families write -1 for "no limit"
     if wanted is None:
-        if own is None:
+        if limit is None:
             raise BuildError("config.json has no max_position_embeddings", "give --max-seq-len")
-        return int(own)
-    if own is not None and wanted > own:
+        return int(limit)
+    if limit is not None and wanted > limit:
         raise BuildError(
-            f"--max-seq-len {wanted} is more than the model's context of {own} tokens",
-            f"give at most {own}",
+            f"--max-seq-len {wanted} is more than the model's context of {limit} tokens",
+            f"give at most {limit}",
         )
     return wanted

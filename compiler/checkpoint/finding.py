@@ -1,7 +1,4 @@
-"""Findings of `llmc check`: one tensor or setting each.
-
-docs/reference/check-findings.md explains every kind.
-"""
+"""The findings of `llmc check`. docs/reference/check-findings.md explains every kind."""
 
 from __future__ import annotations
 
@@ -24,9 +21,13 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: one of KINDS; tensor: its name (or a module's, or a file's); warning: suspicious, but usable."""
+    """A fault or a warning about one tensor, module or file."""
 
+    #: One of KINDS.
     kind: str
+    #: The name of the tensor, the module or the file.
     tensor: str
+    #: The fact, to be printed after `tensor`.
     what: str
+    #: Suspicious, but usable.
     warning: bool = False

@@ -1,7 +1,7 @@
-"""Turns what the user typed into a checkpoint directory: a local path, or a Hugging Face hub id.
+"""Resolve a local path or a Hugging Face hub id to a checkpoint directory.
 
-A hub id is downloaded into huggingface_hub's own cache (HF_HOME), so that what transformers or
-vLLM fetched before is found, and HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there.
+A hub id is downloaded into the cache of huggingface_hub (HF_HOME), which transformers and vLLM share.
+HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE have their usual meaning.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve(checkpoint: str | Path, revision: str | None = None) -> Path:
-    """The directory of `checkpoint`: itself when it exists, else the downloaded hub repository.
+    """Return the directory of `checkpoint`: the path if it exists, else the downloaded hub repository.
 
-    `revision` is a branch, tag or commit of a hub id. Raises CheckpointError when there is no such
-    directory or repository, when access is denied, and when the hub cannot be reached.
+    revision: a branch, tag or commit of the hub repository
+
+    Raises CheckpointError when there is no such directory or repository, when access is denied, and when
+    the hub cannot be reached.
     """
     name = str(checkpoint)
     local = Path(checkpoint).expanduser()
@@ -62,7 +64,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _explain(name: str, revision: str | None, error: Exception) -> tuple[str, str]:
-    """Message and hint for what `snapshot_download` raised."""
+    """Return the message and the hint for an error of `snapshot_download`."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{name}"
@@ -81,7 +83,7 @@ def _explain(name: str, revision: str | None, error: Exception) -> tuple[str, st
     if isinstance(error, errors.HFValidationError):
         return f"there is no directory {name}, and it is not a valid hub id", "hub ids look like org/name"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        fact = f"{where} is no directory and not wholly in the download cache, and "
+        fact = f"{where} is neither a directory nor complete in the download cache, and "
         if constants.is_offline_mode():
             return f"{fact}HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE, or give a checkpoint directory"
         cause = error.__cause__

@@ -1,4 +1,4 @@
-"""Compares the tensors of a checkpoint with those the model wants, and says shortly how they differ."""
+"""Compare the tensor names and shapes of a checkpoint with those that the model expects."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ class Shaped(Protocol):
 def compare_names(
     expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Shaped], ignore: Iterable[str] = ()
 ) -> None:
-    """Check that `tensors` are those the model `expected` (name -> shape; tied names once).
+    """Check that `tensors` are those that the model expects.
 
-    Extra tensors are allowed when a pattern of IGNORED_EXTRAS or `ignore` matches the whole name,
-    and `lm_head.weight` when the model, having it tied, does not expect it.
-    Raises CheckpointError with a short difference: layers are collapsed, names paired with the
-    nearest one.
+    expected: name -> shape; tied parameters once
+    ignore: patterns, besides IGNORED_EXTRAS, for the whole names of extra tensors that are allowed;
+        `lm_head.weight` is allowed if the model ties it
+
+    Raises CheckpointError with a short difference: layers are collapsed, and a missing name is paired with
+    the nearest extra one.
     """
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in (*IGNORED_EXTRAS, *ignore)))
     missing = _collapse(name for name in expected if name not in tensors)
@@ -55,12 +57,12 @@ def compare_names(
         more = [f"and {len(facts) - 6} more differences"] if len(facts) > 6 else []
         raise CheckpointError(
             "the checkpoint does not fit its config.json: " + "; ".join(facts[:6] + more),
-            hint="config.json and the weights are of different models or versions; get both from one place",
+            hint="config.json and the weights are of different models or versions; download both again",
         )
 
 
 def _collapse(names: Iterable[str]) -> list[str]:
-    """Names that differ in numbers only become one: `model.layers.{0-27}.mlp.gate_proj.weight`."""
+    """Merge names that differ only in numbers: `model.layers.{0-27}.mlp.gate_proj.weight`."""
     groups: defaultdict[str, list[list[int]]] = defaultdict(list)
     for name in names:
         parts = name.split(".")
@@ -75,7 +77,7 @@ def _collapse(names: Iterable[str]) -> list[str]:
 
 
 def ranges(numbers: Iterable[int]) -> list[str]:
-    """Runs of consecutive numbers: [0, 1, 2, 5] -> ["0-2", "5"]."""
+    """Return the runs of consecutive numbers: [0, 1, 2, 5] -> ["0-2", "5"]."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -86,7 +88,7 @@ def ranges(numbers: Iterable[int]) -> list[str]:
 
 
 def _braced(numbers: set[int]) -> str:
-    """Render one number plainly, several as at most four runs in braces."""
+    """Format one number as it is, several as at most four runs in braces."""
     runs = ranges(numbers)
     text = ",".join(runs[:4]) + (",..." if len(runs) > 4 else "")
     return text if len(numbers) == 1 else "{" + text + "}"

@@ -7,9 +7,9 @@
     [verify]
     logit_tolerance = 1e-4               # fp32; absolute, for logits of order 10
     [quantize]                           # optional
-    exclude = ["*.router"]               # modules whose weights stay as they are; shell patterns
+    exclude = ["*.router"]               # modules that are not quantized; shell patterns
 
-A family without a recipe is tried all the same; then it is accepted on verification alone.
+A family without a recipe is compiled too; then it is accepted on verification alone.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ DEFAULT_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Recipe:
-    """`matches`: pass name -> (places per layer, places per model)."""
+    """The recipe of a model family."""
 
     model_type: str
+    #: Whether the family has a recipe.
     known: bool = False
+    #: Pass name -> (places per layer, places per model).
     matches: dict[str, tuple[int, int]] = field(default_factory=dict)
+    #: The largest absolute difference of fp32 logits that verification accepts.
     logit_tolerance: float = DEFAULT_TOLERANCE
+    #: Modules that are not quantized, as shell patterns.
     quantize_exclude: tuple[str, ...] = ()
 
     def expected(self, num_layers: int) -> dict[str, int]:
-        """Pass name -> the number of places it must rewrite in a model of `num_layers` layers."""
+        """Return pass name -> the number of places it must rewrite in a model of `num_layers` layers."""
         return {name: layer * num_layers + model for name, (layer, model) in self.matches.items()}
 
 
@@ -55,6 +59,6 @@ def load(model_type: str) -> Recipe:
 
 
 def known_families() -> list[str]:
-    """Return every family with a recipe."""
+    """Return the families with a recipe, sorted."""
     root = resources.files("llmc.model_zoo")
     return sorted(entry.name for entry in root.iterdir() if (entry / "recipe.toml").is_file())

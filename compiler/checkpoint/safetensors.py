@@ -1,4 +1,4 @@
-"""Reads safetensors files lazily: the header is checked in full, tensor data only when asked for.
+"""Read safetensors files lazily: the header is checked in full, tensor data is read on request.
 
 Format (https://github.com/huggingface/safetensors#format): 8 bytes, little-endian, the length N of
 the header; N bytes of JSON, `{"name": {"dtype", "shape", "data_offsets": [begin, end]}, ...}` with
@@ -39,10 +39,10 @@ class TensorRef:
     nbytes: int
 
     def read(self, rows: slice | None = None) -> np.ndarray:
-        """The tensor, or the rows `rows` (step 1) of its first axis; only those bytes are read.
+        """Read the tensor, or the rows `rows` (step 1) of its first axis. Only those bytes are read.
 
-        BF16 and F8 come as `ml_dtypes` types (bfloat16, float8_e4m3fn, ...). F4 and F6 come as
-        uint8, still packed: the last axis then counts bytes.
+        Returns BF16 and F8 as `ml_dtypes` types (bfloat16, float8_e4m3fn, ...), and F4 and F6 as packed
+        uint8, whose last axis counts bytes.
         Raises CheckpointError when the file has become shorter or unreadable.
         """
         bits = DTYPES[self.dtype].bits
@@ -74,7 +74,7 @@ class TensorRef:
         return data.view(numpy_dtype(self.dtype)).reshape(shape)
 
     def iter_chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
-        """Consecutive blocks of rows, in order, each of at most `max_bytes` (but at least one row)."""
+        """Yield consecutive blocks of rows, each of at most `max_bytes` (but at least one row)."""
         if not self.shape or not self.nbytes:
             yield self.read()
             return
@@ -115,7 +115,7 @@ def read_header(path: Path | str) -> dict[str, TensorRef]:
             over = position - size
             raise _damaged(file, f"truncated: tensor {ref.name!r} ends {over} bytes after the file does")
     if position != size:
-        raise _damaged(file, f"{size - position} bytes after the last tensor belong to none")
+        raise _damaged(file, f"{size - position} bytes follow the last tensor")
     return {ref.name: ref for ref in refs}
 
 

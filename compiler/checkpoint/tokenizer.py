@@ -1,4 +1,4 @@
-"""Puts the checkpoint's tokenizer into the bundle, as transformers understands it."""
+"""Write the checkpoint's tokenizer, as transformers reads it, to the bundle."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _WANTED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 
 
 def save(checkpoint: Checkpoint, writer: BundleWriter) -> None:
-    """Writes `tokenizer/`; nothing for a checkpoint without a tokenizer.
+    """Write `tokenizer/`, or nothing for a checkpoint without a tokenizer.
 
-    transformers rebuilds some tokenizers from their class and overrules parts of tokenizer.json, so what
-    it would save is stored, not a copy of the files: the runtime then needs tokenizer.json alone.
+    transformers rebuilds some tokenizers from their class and overrides parts of tokenizer.json. So the
+    bundle gets what transformers would save, not a copy of the files: the runtime needs tokenizer.json alone.
     Raises CheckpointError if transformers cannot read the tokenizer.
     """
     if not any(file.name != "generation_config.json" for file in checkpoint.tokenizer_files):
@@ -29,7 +29,7 @@ def save(checkpoint: Checkpoint, writer: BundleWriter) -> None:
     except Exception as error:  # transformers and tokenizers raise bare exceptions of many kinds
         raise CheckpointError(
             f"transformers cannot read the tokenizer in {checkpoint.path}: {str(error).splitlines()[0]}",
-            "download the tokenizer's files again, or remove them to build without text",
+            "download the tokenizer's files again, or remove them to build without a tokenizer",
         ) from error
     with TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""GPTQ: rounding that lets the columns still to come make up for the error of those already rounded.
+"""GPTQ: quantize a column at a time, and let the remaining columns compensate for the error.
 
 Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323. The loss is tr(D H D^T): D [out, in] is the error
 of the weights, H = X^T X / tokens the second moment of the layer's inputs X. It is computed in the form of
@@ -9,9 +9,9 @@ With H = M diag(d) M^T, M unit upper triangular, the loss of rounding w to q is
 
 so q_j, in the order of the columns, is v_j rounded to nearest.
 
-The scale of a block of columns is, of those that `scales.candidates` tries around the block as it has become,
-the one whose codes, with the feedback within the block, have the least such loss. A row that has one scale
-gets it from its original weights, by the error weighted with diag(H).
+The scale of a block of columns is one of `scales.candidates` for the block with the feedback of the columns
+before it: the one whose codes, with the feedback within the block, have the least such loss. A row with one
+scale gets it from its original weights, by the error weighted with diag(H).
 
 Measured on model_zoo/llama/tales, top-1 agreement with fp32 and mean KL on 8,192 held-out tokens, lm_head
 left out (2026-11-26):
@@ -23,7 +23,7 @@ left out (2026-11-26):
           loss with feedback                                       95.26 % 0.0052   95.69 % 0.0044
           loss with feedback                  calibrate/text       94.62 % 0.0053   95.76 % 0.0045
 
-(16,384 tokens of its training text, 5,748 of ours. A quarter of a percent is noise.)
+(16,384 tokens of its training text, 5,748 of calibrate/text. A quarter of a percent is noise.)
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from llmc.passes.quantize import elements
 from llmc.passes.quantize.formats import Format
 from llmc.runtime.errors import BuildError, CheckpointError
 
-_WIDTH = 128  # columns rounded between two matrix products, where the format has no blocks of its own
+_WIDTH = 128  # columns rounded between two matrix products, for formats without blocks
 
 
 def hessian(x: np.ndarray) -> np.ndarray:
-    """The second moment of inputs float32 [tokens, in]: x^T x / tokens, float32 [in, in]."""
+    """Return the second moment x^T x / tokens, float32 [in, in], of inputs `x`, float32 [tokens, in]."""
     return x.T @ x / np.float32(len(x))
 
 
@@ -62,52 +62,57 @@ def gptq(
     amax: float | None = None,
     damping: float = 0.01,
 ) -> dict[str, np.ndarray]:
-    """The arrays of `fmt.layout` for the weight `name`, `rows` [out, in], as `round_to_nearest.quantize`
-    gives them, with codes and scales that keep the layer's output for inputs of second moment `hessian`
-    [in, in].
+    """Quantize a weight so that the layer's output changes little.
 
-    `amax` is as in `quantize`. `damping` times the mean of H's diagonal is added to the diagonal: inputs that
-    calibration never saw are rounded to nearest.
-    Raises what `quantize` raises; CheckpointError when `hessian` is not finite, and BuildError when it is not
-    positive definite even so damped.
+    rows: the weight, [out, in]
+    hessian: the second moment of the layer's inputs, [in, in]
+    name: the weight's name, for errors
+    amax: as in `round_to_nearest.quantize`
+    damping: this times the mean of H's diagonal is added to the diagonal, so that inputs that calibration
+        never saw are rounded to nearest
+
+    Returns the arrays of `fmt.layout`, as `round_to_nearest.quantize` does.
+    Raises the errors of `quantize`; CheckpointError if `hessian` is not finite, BuildError if the damped
+    `hessian` is not positive definite.
     """
     wide, global_scale = round_to_nearest.prepare(rows, fmt, name, amax)
     factor, pivots = _factorize(hessian, damping, name)
     weight = np.ascontiguousarray(wide.T)  # [in, out]: the work is by column
     array = np.empty(weight.shape, elements.encode(weight[:0], fmt.element).dtype)
     errors = np.empty_like(weight)
-    chosen: list[np.ndarray] = []  # of each block, [out]
+    chosen: list[np.ndarray] = []  # the scales of each block, [out]
     factors = np.full(len(wide), global_scale)
     if fmt.block == 0:
         tried = _candidates(weight, fmt, global_scale, name)
-        diagonal = np.square(factor) @ pivots  # of the damped H
+        diagonal = np.square(factor) @ pivots  # that of the damped H
         losses = np.stack([_weighted_error(weight, one, diagonal, fmt) for one in tried])
         chosen.append(_best(tried, losses))
         factors = scales.effective(chosen[0], global_scale)
     width = fmt.block if fmt.block > 0 else _WIDTH
     for first in range(0, len(weight), width):
         span = slice(first, first + width)
-        own, inner = weight[span], factor[span, span]
+        columns, inner = weight[span], factor[span, span]
         feedback = factor[:first, span].T @ errors[:first]
         if fmt.block > 0:
-            # As the columns were if none of the block were rounded: the next takes back what one adds.
-            free = own + np.linalg.solve(inner.T, feedback)
+            # The columns if none of the block were rounded: each compensates for the feedback before it.
+            free = columns + np.linalg.solve(inner.T, feedback)
             tried = _candidates(free, fmt, global_scale, name)
             every = scales.effective(tried, global_scale)
-            _, _, losses = _round(own[:, None], feedback[:, None], inner, pivots[span], every, fmt)
+            _, _, losses = _round(columns[:, None], feedback[:, None], inner, pivots[span], every, fmt)
             chosen.append(_best(tried, losses))
             factors = scales.effective(chosen[-1], global_scale)
-        array[span], errors[span], _ = _round(own, feedback, inner, pivots[span], factors, fmt)
+        array[span], errors[span], _ = _round(columns, feedback, inner, pivots[span], factors, fmt)
     stored = np.stack(chosen, axis=1) if chosen else global_scale
     return round_to_nearest.assemble(np.ascontiguousarray(array.T), stored, global_scale, fmt)
 
 
 def _factorize(hessian: np.ndarray, damping: float, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """M [in, in] and d [in] of the damped H, computed in float64, in float32. H = 0: the identity's."""
+    """Return M [in, in] and d [in] of the damped H, float32 computed in float64. H = 0 acts as identity."""
     damped = hessian.astype(np.float64)
     if not np.isfinite(damped.sum()):
         raise CheckpointError(
-            f"the inputs of {name} are infinite or NaN on the calibration text", "are the weights damaged?"
+            f"the inputs of {name} are infinite or NaN on the calibration text",
+            "run `llmc check CHECKPOINT`: the weights may be damaged",
         )
     mean = float(np.trace(damped)) / len(damped)
     damped[np.diag_indices_from(damped)] += damping * mean if mean else 1
@@ -115,7 +120,7 @@ def _factorize(hessian: np.ndarray, damping: float, name: str) -> tuple[np.ndarr
         lower = np.linalg.cholesky(damped[::-1, ::-1])  # columns in reverse: an upper factor
     except np.linalg.LinAlgError as error:
         raise BuildError(
-            f"the inputs of {name} depend on each other: GPTQ with damping {damping} cannot use them",
+            f"the inputs of {name} are linearly dependent: GPTQ with damping {damping} cannot use them",
             "calibrate on more text, or with more damping",
         ) from error
     upper = lower[::-1, ::-1]
@@ -124,40 +129,45 @@ def _factorize(hessian: np.ndarray, damping: float, name: str) -> tuple[np.ndarr
 
 
 def _round(
-    own: np.ndarray,
+    columns: np.ndarray,
     feedback: np.ndarray,
     inner: np.ndarray,
     pivots: np.ndarray,
     factors: np.ndarray,
     fmt: Format,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rounds some columns [width, ..., out], one after the other.
+    """Round columns, one after the other.
 
-    own: the weights; feedback: of the columns before these; inner: M among these; factors [..., out]: what
-    codes are multiplied by. Returns the codes, the errors w - q, and the loss [..., out].
+    columns: the weights, [width, ..., out]
+    feedback: that of the columns before these, [width, ..., out]
+    inner: the part of M for these columns, [width, width]
+    pivots: the part of d, [width]
+    factors: the multipliers of the codes, [..., out]
+
+    Returns the codes, the errors w - q, and the loss [..., out].
     """
-    target = np.broadcast_to(own + feedback, (len(own), *factors.shape)).copy()
+    target = np.broadcast_to(columns + feedback, (len(columns), *factors.shape)).copy()
     array = np.empty(target.shape, elements.encode(target[:0], fmt.element).dtype)
     errors = np.empty_like(target)
     loss = np.zeros_like(factors)
     for j, column in enumerate(target):
         array[j] = elements.encode(column / factors, fmt.element)
         rounded = elements.decode(array[j], fmt.element) * factors
-        errors[j] = own[j] - rounded
+        errors[j] = columns[j] - rounded
         loss += pivots[j] * np.square(column - rounded)
         target[j + 1 :] += np.multiply.outer(inner[j, j + 1 :], errors[j])
     return array, errors, loss
 
 
 def _candidates(columns: np.ndarray, fmt: Format, global_scale: np.float32, name: str) -> np.ndarray:
-    """Stored scales [n, out] to try for a block of columns [width, out]."""
+    """Return the stored scales [n, out] to try for a block of columns [width, out]."""
     blocks = np.ascontiguousarray(columns.T)[:, None, :]
     first = round_to_nearest.first_scales(blocks, fmt, global_scale, name)
     return np.stack([first, *scales.candidates(first, fmt)])[..., 0]
 
 
 def _best(tried: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Choose the scales [n, out] of least loss [n, out]; the first of equals."""
+    """Return the scales [out] of `tried` [n, out] with the least loss [n, out]; of equals the first."""
     return np.take_along_axis(tried, losses.argmin(0)[None], 0)[0]
 
 
@@ -170,5 +180,5 @@ def _weighted_error(columns: np.ndarray, stored: np.ndarray, weights: np.ndarray
 
 
 def _energy(matrix: np.ndarray, hessian: np.ndarray) -> float:
-    """tr(A H A^T); what rounding leaves of 0 may be negative."""
+    """Return tr(A H A^T), and 0 where rounding makes it negative."""
     return max(0.0, float(np.einsum("ij,ij->", matrix @ hessian, matrix, dtype=np.float64)))

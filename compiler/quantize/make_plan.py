@@ -1,4 +1,4 @@
-"""Plans the quantization of a canonical graph: its linear layers, and who decides on each."""
+"""Plan the quantization of the linear layers of a canonical graph."""
 
 from __future__ import annotations
 
@@ -22,9 +22,15 @@ def plan_weights(
     scales: str | None = None,
     head: str | None = None,
 ) -> QuantPlan:
-    """The plan for the linear layers of a canonical graph, and lm_head's if `head` is its format.
+    """Return the plan for the linear layers of a canonical graph, which is not changed.
 
-    The graph stays as it is. Raises RequestError as `make_plan` does.
+    fmt: the name of the format
+    exclude, recipe_exclude: modules that are not quantized, as shell patterns
+    stored_bits: bits per value of the other weights
+    scales: as in `make_plan`
+    head: the format of lm_head; None: not quantized
+
+    Raises RequestError as `make_plan` does.
     """
     found = survey(model, with_tied=head is not None)
     return make_plan(
@@ -34,9 +40,11 @@ def plan_weights(
 
 
 def plan_prequantized(model: ir.Model, stored: PrequantizedWeights, stored_bits: int) -> PrequantizedPlan:
-    """The plan for a pre-quantized checkpoint; `stored_bits` is what its other weights have.
+    """Return the plan for a pre-quantized checkpoint and its canonical graph, which is not changed.
 
-    The graph stays as it is. Raises UnsupportedError as `make_prequantized_plan` does.
+    stored_bits: bits per value of the other weights
+
+    Raises UnsupportedError as `make_prequantized_plan` does.
     """
     found = survey(model)
     return make_prequantized_plan(

@@ -25,9 +25,9 @@ def produce_prequantized(
     directory: Path,
     on_matrix: Callable[[int], None] = lambda done: None,
 ) -> Produced:
-    """Writes the arrays of `matrices`, as the checkpoint has them, and their input scales.
+    """Write the arrays of `matrices`, with the checkpoint's values, and their input scales to `directory`.
 
-    Raises CheckpointError for scales that are not positive numbers.
+    Raises CheckpointError for scales that are not finite and positive.
     """
     produced = Produced()
     for index, matrix in enumerate(matrices):
@@ -41,7 +41,7 @@ def produce_prequantized(
 
 
 def arrays_of(stored: PrequantizedModule, fmt: Format) -> dict[str, np.ndarray]:
-    """The arrays of `fmt.layout` for one module; `fmt` may be that of the matrix it is a part of."""
+    """Return the arrays of `fmt.layout` for one module. fmt: the format of the matrix that contains it."""
     module = stored.module
     if fmt.double_scaled:
         arrays = {"weight": module.tensors["weight"].read(), "weight_scale": _read_scales(module)}
@@ -55,7 +55,7 @@ def arrays_of(stored: PrequantizedModule, fmt: Format) -> dict[str, np.ndarray]:
 
 
 def _codes(module: QuantizedModule) -> np.ndarray:
-    """[out, in], int8 or float8_e4m3fn, less their zero points."""
+    """Return the codes minus their zero points, int8 or float8_e4m3fn [out, in]."""
     stored, (rows, columns) = module.tensors["weight"].read(), module.shape
     if module.format == "int4-awq":
         return unpack_int4_along_out(stored)
@@ -68,7 +68,7 @@ def _codes(module: QuantizedModule) -> np.ndarray:
 
 
 def _scales(module: QuantizedModule, fmt: Format) -> np.ndarray:
-    """As `fmt.layout` has them, in the dtype that the checkpoint has: values are repeated, not computed."""
+    """Return the scales in the shape of `fmt.layout` and the checkpoint's dtype. Values are only repeated."""
     stored, (height, width), (rows, columns) = _read_scales(module), module.block, module.shape
     if fmt.block == -1:
         return stored.reshape(())
@@ -85,7 +85,7 @@ def _read_scales(module: QuantizedModule) -> np.ndarray:
     wide = scales.astype(np.float32)
     if not (np.isfinite(wide).all() and (wide > 0).all()):
         raise CheckpointError(
-            f"tensor {ref.name} has scales that are not positive numbers",
-            "`llmc check CHECKPOINT` counts them",
+            f"tensor {ref.name} has scales that are not finite and positive",
+            "run `llmc check CHECKPOINT` to count them",
         )
     return scales

@@ -1,16 +1,17 @@
-"""The form in which an engine holds a quantized module of a checkpoint: format and scales.
+"""Choose the format and the scales in which an engine holds a pre-quantized module.
 
     in the checkpoint           in the engine
-    fp8, fp8-channel            E4M3, one scale or one a row
+    fp8, fp8-channel            E4M3, one scale or one per row
     fp8-block [h, w]            E4M3, a scale for w columns; those of h rows are repeated
     nvfp4                       E2M1, the same two scales
     int4-awq, int4-packed       4 bits, a scale for each group or row
     int4-packed, zero points    int8: code - zero point is within -15..15
     int8, int8-packed           int8, a scale for each group or row
 
-Every code and scale is exactly the checkpoint's but for compressed-tensors' inverse scales, which become
+Every code and scale is exactly the checkpoint's, except compressed-tensors' inverse scales, which become
 multipliers in fp32: 1 / x, rounded once. Blocks that do not divide a row become smaller ones with the same
-scales. Static inputs are rounded as in the recipe; those that are rounded dynamically, or to int8, are not.
+scales. Activations with static scales are quantized as in the recipe. Activations that the recipe quantizes
+dynamically, or to int8, are not quantized.
 """
 
 from __future__ import annotations
@@ -40,31 +41,32 @@ _CODES = {
     "int8-packed": "int8",
     "int8": "int8",
 }
-_WAY_OUT = "build from a checkpoint that was quantized without it, or from the unquantized one"
+_WAY_OUT = "build from a checkpoint that was quantized in another way, or from the unquantized one"
 
 
 @dataclass(frozen=True)
 class PrequantizedModule:
-    """`global_scale` of NVFP4 and `input_scale` of static inputs are fp32 multipliers.
-
-    pre_quant_scale: the tensor that the layer's input is multiplied by, None where that changes nothing;
-    factors: its values. note: what the recipe does to the inputs and the engine does not.
-    """
+    """A module of a pre-quantized checkpoint, and its format in the engine."""
 
     module: QuantizedModule
     format: Format
+    #: The multiplier of NVFP4's block scales; None for other formats.
     global_scale: np.float32 | None = None
+    #: The static scale of the activations, a multiplier; None if they are not quantized.
     input_scale: np.float32 | None = None
+    #: The tensor that the layer's input is multiplied by; None if it is absent, or all ones.
     pre_quant_scale: TensorRef | None = None
+    #: The values of `pre_quant_scale` as bytes.
     factors: bytes = field(default=b"", repr=False)
+    #: The activation quantization of the recipe that the engine omits; "" if there is none.
     note: str = ""
 
 
 def read_module(module: QuantizedModule, schemes: DeclaredSchemes | None, dtype: str) -> PrequantizedModule:
-    """Decides on the form, for an engine that computes in `dtype` ("F32", "BF16" or "F16").
+    """Choose the format of `module` in an engine that computes in `dtype` ("F32", "BF16" or "F16").
 
-    Scales of 16 bits stay so where the engine computes in them or in fp32; else they are widened to fp32.
-    Raises UnsupportedError, naming the module, where no form has the same values.
+    16-bit scales keep their dtype if the engine computes in it or in fp32; else they are widened to fp32.
+    Raises UnsupportedError, naming the module, if no format has the same values.
     """
     element, block = _CODES[module.format], _block(module)
     _refuse_reordered(module)
@@ -85,7 +87,7 @@ def read_module(module: QuantizedModule, schemes: DeclaredSchemes | None, dtype:
         raise UnsupportedError(f"module {module.name} is {module.format}: {reason}", _WAY_OUT)
     if element == "e2m1" and block != 16:
         raise UnsupportedError(
-            f"module {module.name} is NVFP4 in groups of {block}; engines know groups of 16", _WAY_OUT
+            f"module {module.name} is NVFP4 in groups of {block}; engines support groups of 16", _WAY_OUT
         )
     factor = module.tensors.get("pre_quant_scale")
     values = factor.read().astype(np.float32) if factor else np.ones(1, np.float32)
@@ -103,8 +105,10 @@ def read_module(module: QuantizedModule, schemes: DeclaredSchemes | None, dtype:
 
 
 def fusion_key(part: PrequantizedModule) -> FusionKey:
-    """Return what linear layers of one input must share to be fused exactly: as `joined_format` has it, and
-    the scales of which a fused layer has one."""
+    """Return the properties that linear layers of one input must share to be fused without changing a value.
+
+    These are the properties that `joined_format` compares, and the scales of which a fused layer has one.
+    """
     fmt = part.format
     block = 0 if fmt.block == -1 else fmt.block
     return FusionKey(
@@ -123,9 +127,9 @@ def _number(scale: np.float32 | None) -> float | None:
 
 
 def joined_format(parts: Sequence[PrequantizedModule]) -> Format | None:
-    """The format of the rows of all `parts` as one matrix, or None.
+    """Return the format of the rows of all `parts` as one matrix, or None if they cannot be one.
 
-    FP8 weights with one scale each have, joined, one scale a row, unless it is the same scale.
+    FP8 weights with one scale each become a matrix with one scale per row, unless they share the scale.
     """
     forms = [part.format for part in parts]
     if len({(fmt.element, fmt.activations) for fmt in forms}) > 1:
@@ -148,7 +152,7 @@ def _one_scale(part: PrequantizedModule) -> float:
 
 
 def _block(module: QuantizedModule) -> int:
-    """Columns that share a scale in the engine; 0: the row, -1: the matrix."""
+    """Return the number of columns that share a scale in the engine; 0: the row, -1: the matrix."""
     width, columns = module.block[1], module.shape[1]
     if module.format == "fp8":
         return -1
@@ -156,7 +160,7 @@ def _block(module: QuantizedModule) -> int:
 
 
 def _scalar(module: QuantizedModule, role: Role, inverse: Role) -> np.float32 | None:
-    """The fp32 multiplier, from the tensor of either role; a reciprocal is rounded once."""
+    """Return the fp32 multiplier from the tensor of either role; a reciprocal is rounded once."""
     ref, global_scale = module.tensors.get(role), module.tensors.get(inverse)
     one = ref or global_scale
     if one is None:
@@ -166,7 +170,8 @@ def _scalar(module: QuantizedModule, role: Role, inverse: Role) -> np.float32 | 
         scale = np.float32(value if one is ref else 1 / value if value else math.inf)
     if not np.isfinite(scale) or scale <= 0:
         raise CheckpointError(
-            f"tensor {one.name} is {value}, which is no scale", "`llmc check CHECKPOINT` says more"
+            f"tensor {one.name} is {value}; a scale must be finite and positive",
+            "run `llmc check CHECKPOINT` for details",
         )
     return scale
 
@@ -177,21 +182,20 @@ def _refuse_reordered(module: QuantizedModule) -> None:
         return
     index = ref.read()
     in_order = np.arange(module.shape[1]) // module.block[1]
-    if (index >= 0).all() and not np.array_equal(index, in_order):  # -1: never filled in
+    if (index >= 0).all() and not np.array_equal(index, in_order):  # -1: uninitialized
         raise UnsupportedError(
-            f"module {module.name} has columns out of the order of their groups (weight_g_idx)",
-            "engines have groups of neighbours; quantize with another activation ordering: actorder "
-            "`weight` or none",
+            f"module {module.name} has reordered columns (weight_g_idx), but engines have contiguous groups",
+            "quantize with another activation ordering: actorder `weight` or none",
         )
 
 
 def _codes_less_zero_points(module: QuantizedModule) -> str:
-    """The codes that hold code - zero point."""
+    """Return the element type that holds code - zero point."""
     if code_bits(module) == 4:
         return "int8"
     if zero_points(module, 0, module.shape[0]).any():
         raise UnsupportedError(
-            f"module {module.name} has 8-bit codes with zero points, whose differences need 9 bits",
+            f"module {module.name} has 8-bit codes with zero points; code - zero point needs 9 bits",
             "engines are symmetric; quantize it with `symmetric: true`",
         )
     return "int8"

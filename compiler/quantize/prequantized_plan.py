@@ -23,26 +23,28 @@ from llmc.passes.quantize.plan import InputFactors, Module, QuantPlan
 from llmc.runtime.dtypes import BY_NAME
 from llmc.runtime.errors import CheckpointError, RequestError, UnsupportedError
 
-# What the recipe's KV cache holds -> the largest magnitude over its scale. Others may have a bias as well.
+# Format of the recipe's KV cache -> largest magnitude / scale. Other formats may have a bias as well.
 _KV_RANGES = {"": E4M3_MAX, "FP8": E4M3_MAX, "NVFP4": E4M3_MAX * E2M1_MAX, "INT8": INT8_MAX}
-_HARMLESS = ("exclude", "fused")  # faults of a list that the tensors overrule, and of layers kept apart
+# The tensors override the exclude list, and layers with different scales are not fused.
+_HARMLESS = ("exclude", "fused")
 
 
 @dataclass(frozen=True)
 class PrequantizedWeights:
-    """A quantized checkpoint, read for one target. modules: by name, in the order of the checkpoint.
-
-    has_cache_scales: whether the engine's KV cache has scales.
-    """
+    """A pre-quantized checkpoint, read for one target."""
 
     checkpoint: QuantizedCheckpoint
+    #: By name, in the order of the checkpoint.
     modules: Mapping[str, PrequantizedModule]
+    #: Whether the engine's KV cache has scales.
     has_cache_scales: bool = False
 
     @property
     def largest_kv(self) -> dict[int, tuple[float, float]]:
-        """Layer -> the largest magnitudes of its keys and values that the scales of the recipe's cache stand
-        for; empty for a cache whose scales mean something else."""
+        """Layer -> (largest key, largest value) in magnitude, by the KV scales of the checkpoint.
+
+        Empty for a cache format that llmc does not know.
+        """
         largest = _KV_RANGES.get(self._kv_kind)
         if largest is None:
             return {}
@@ -51,18 +53,18 @@ class PrequantizedWeights:
 
     @property
     def _kv_kind(self) -> str:
-        """The element type of the KV cache in the recipe; "": not stated."""
+        """The format of the KV cache in the recipe; "" if not declared."""
         schemes = self.checkpoint.schemes
         return schemes.kv_cache if schemes else ""
 
     @property
     def fusion(self) -> FusionPlan:
-        """Which linear layers must stay apart."""
+        """The keys by which linear layers may be fused."""
         return FusionPlan({name: fusion_key(module) for name, module in self.modules.items()})
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Settings of the recipe that the engine leaves out."""
+        """The settings of the recipe that the engine omits."""
         counts = Counter(one.note for one in self.modules.values() if one.note)
         notes = [f"{note} ({count} modules)" for note, count in counts.items()]
         if self._kv_kind and not self.has_cache_scales:
@@ -74,14 +76,17 @@ class PrequantizedWeights:
 
 @dataclass(frozen=True)
 class PrequantizedPlan(QuantPlan):
-    """`format` is the commonest. recipe: the scheme that the checkpoint declares. notes: as in
-    PrequantizedWeights."""
+    """The plan for a pre-quantized checkpoint. `format` is the format of most modules."""
 
+    #: The scheme that the checkpoint declares.
     recipe: str = ""
+    #: The program that quantized the checkpoint, with its version; "" if not declared.
     producer: str = ""
+    #: As in PrequantizedWeights.
     notes: tuple[str, ...] = field(default=())
 
     def record(self) -> dict[str, Any]:
+        """Return the manifest's record of the quantization."""
         formats = Counter(module.format.name for module in self.modules if module.format)
         return super().record() | {
             "format": self.formats,
@@ -96,10 +101,11 @@ class PrequantizedPlan(QuantPlan):
 def read_prequantized(
     checkpoint: Checkpoint, request: BuildRequest, dtype: str
 ) -> PrequantizedWeights | None:
-    """Read what an engine that computes in `dtype` will hold; None if the checkpoint is not quantized.
+    """Read the weights of a pre-quantized checkpoint for an engine that computes in `dtype`.
 
-    Raises RequestError if another quantization is asked for, CheckpointError for a layout that contradicts
-    itself, UnsupportedError, naming the module, for what no engine or not this target holds.
+    Returns None if the checkpoint is not quantized.
+    Raises RequestError if the request has quantization options, CheckpointError for a contradictory layout,
+    UnsupportedError, naming the module, for a layout that engines do not support.
     """
     quantized = read_quantized(checkpoint)
     if not quantized.quantized:
@@ -108,17 +114,17 @@ def read_prequantized(
     if request.quant:
         raise RequestError(
             f"--quant {request.quant}: the checkpoint is quantized already ({label})",
-            "build it as it is, without --quant; or quantize the checkpoint that it was made from",
+            "leave --quant out, or quantize the checkpoint that it was made from",
         )
     if request.calibration is not None:
         raise RequestError(
-            f"--calibration: the checkpoint is quantized already ({label}), with scales of its own",
-            "leave it out",
+            f"--calibration: the checkpoint is quantized already ({label}) and has its scales",
+            "leave --calibration out",
         )
     for finding in quantized.findings:
         if not finding.warning and finding.kind not in _HARMLESS:
             raise CheckpointError(
-                f"{finding.tensor} {finding.what}", f"`llmc check {checkpoint.path}` shows all that is wrong"
+                f"{finding.tensor} {finding.what}", f"run `llmc check {checkpoint.path}` for all findings"
             )
     schemes = quantized.schemes
     modules = {
@@ -136,14 +142,19 @@ def make_prequantized_plan(
     stored_bits: int,
     other_params: int,
 ) -> PrequantizedPlan:
-    """Make the plan for `matrices`, [out, in] by module; `groups` are fused, as `fusion` lets them.
+    """Return the plan in which every matrix keeps the checkpoint's format.
 
-    Raises UnsupportedError for a quantized module that is none of them.
+    matrices: the shapes [out, in] of the graph's linear layers, by module
+    groups: the modules of each fused linear layer
+    stored_bits: bits per value of the other weights
+    other_params: the number of values of the weights that are not in `matrices`
+
+    Raises UnsupportedError for a quantized module that is not in `matrices`.
     """
     if extra := [name for name in stored.modules if name not in matrices]:
         raise UnsupportedError(
-            f"module {extra[0]} is quantized, and is an embedding, a tied lm_head, or no layer of the model",
-            "llmc reads quantized weights of linear layers; leave this module out when quantizing",
+            f"module {extra[0]} is quantized, but it is an embedding, a tied lm_head, or not in the model",
+            "exclude this module when quantizing: llmc reads quantized weights of linear layers only",
         )
     modules = {name: _kept(stored.checkpoint, name, shape) for name, shape in matrices.items()}
     for group in groups:
@@ -151,7 +162,7 @@ def make_prequantized_plan(
         if not parts:
             continue
         fmt = joined_format(parts)
-        assert fmt is not None, f"{group} were joined"
+        assert fmt is not None, f"{group} were fused"
         scale = parts[0].pre_quant_scale
         factors = InputFactors(scale.name, scale.dtype, scale.shape) if scale else None
         for name in group:

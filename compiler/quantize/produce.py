@@ -1,7 +1,7 @@
-"""Makes the codes and scales of a plan's matrices from the checkpoint, one matrix at a time, on disk.
+"""Quantize a plan's matrices, one at a time, to files of codes and scales.
 
-With calibration (compiler/calibrate) the layers' inputs decide how weights are rounded (`gptq.py`), and what
-range static activations get; without, the weights alone do.
+This module rounds to nearest. With calibration, `produce_calibrated.py` quantizes weights and chooses the
+ranges of static activations by the layers' inputs.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from llmc.runtime.dtypes import BY_NUMPY
 
 @dataclass
 class Produced:
-    """tensors: initializer -> its data on disk. errors: module -> relative error of its output, where
-    calibration measured it. weight_errors: module -> that of its weight, of the others that were rounded.
-    table: the ranges of activations that calibration saw."""
+    """The arrays that a build made, and their errors."""
 
+    #: Initializer -> its data on disk.
     tensors: dict[str, TensorRef] = field(default_factory=dict)
+    #: Module -> relative error of its output, for modules that were quantized with calibration.
     errors: dict[str, float] = field(default_factory=dict)
+    #: Module -> relative error of its weight, for modules that were rounded to nearest.
     weight_errors: dict[str, float] = field(default_factory=dict)
+    #: The ranges of activations, from calibration.
     table: CalibrationTable | None = None
 
 
@@ -40,7 +42,11 @@ def produce(
     directory: Path,
     on_matrix: Callable[[int], None] = lambda done: None,
 ) -> Produced:
-    """Rounds the weights of `matrices` to nearest. `tensors`: the checkpoint's."""
+    """Round the weights of `matrices` to nearest and write the arrays to `directory`.
+
+    tensors: the checkpoint's tensors, by name
+    on_matrix: called with the number of matrices that are done
+    """
     produced = Produced()
     for index, matrix in enumerate(matrices):
         on_matrix(index)
@@ -53,9 +59,9 @@ def produce(
 def round_to_nearest(
     produced: Produced, matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef]
 ) -> dict[str, np.ndarray]:
-    """The arrays of the format's layout; 4-bit blocks get the scale of the least squared error.
+    """Return the arrays of the format's layout. 4-bit blocks get the scale of the least squared error.
 
-    Notes in `produced` what each weight loses: |W - dequantized| / |W| (Frobenius norms).
+    Adds the relative error of each weight to `produced`: |W - dequantized| / |W| (Frobenius norms).
     """
     fmt = matrix.format
     amax = largest_magnitude(matrix, tensors)
@@ -77,14 +83,14 @@ def _energy(array: np.ndarray) -> float:
 
 
 def largest_magnitude(matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef]) -> float | None:
-    """Return the largest magnitude over all fused layers; None for formats without a global scale."""
+    """Return the largest magnitude of all fused layers; None for formats without a global scale."""
     if not matrix.format.has_global_scale:
         return None
     return max(absmax(chunks(tensors[name]), name) for name in matrix.weights)
 
 
 def join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Arrays of consecutive rows as those of one matrix; global scales, 0-d, are the same in all."""
+    """Concatenate the arrays of consecutive rows. Global scales, 0-d, are the same in all pieces."""
     return {
         name: array if array.ndim == 0 else np.concatenate([piece[name] for piece in pieces])
         for name, array in pieces[0].items()
@@ -92,7 +98,7 @@ def join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def keep(produced: Produced, matrix: QuantizedMatrix, arrays: Mapping[str, np.ndarray], file: Path) -> None:
-    """Writes a matrix's arrays, and its input's if there are any, to `file` and notes where they are."""
+    """Write arrays of a matrix to `file`, and add their places on disk to `produced`."""
     named = {matrix.initializer(array): value for array, value in arrays.items()}
     entries = [(name, BY_NUMPY[value.dtype.name].safetensors, value.shape) for name, value in named.items()]
     write_safetensors(file, entries, lambda name: [_bytes(named[name])])
@@ -106,9 +112,12 @@ def _bytes(array: np.ndarray) -> memoryview:
 def add_input_scales(
     produced: Produced, matrices: Sequence[QuantizedMatrix], method: str, dtype: str, directory: Path
 ) -> None:
-    """The scales of static activations, of ranges by `method` ("max", "percentile", "mse") in the table.
+    """Add the scales of static activations, from the ranges in the table. Smoothed matrices have theirs.
 
-    Smoothed ones have theirs. dtype: of FP8's scales. Raises RequestError for a table of another model.
+    method: the calibration method, "max", "percentile" or "mse"
+    dtype: the dtype of FP8's scales
+
+    Raises RequestError for a table of another model.
     """
     assert produced.table is not None
     for index, matrix in enumerate(matrices):
@@ -119,7 +128,7 @@ def add_input_scales(
 
 
 def input_scale(matrix: QuantizedMatrix, amax: float, dtype: str) -> np.ndarray:
-    """The 0-d scale of activations of range `amax`: fp32 for NVFP4, else `dtype` (F32, F16 or BF16)."""
+    """Return the 0-d scale of activations of range `amax`: fp32 for NVFP4, else `dtype` (F32, F16, BF16)."""
     global_scale = np.atleast_1d(scales.global_scale(amax, matrix.format))
     return (global_scale if matrix.format.double_scaled else scales.round_up(global_scale, dtype))[0].reshape(
         ()
@@ -127,5 +136,5 @@ def input_scale(matrix: QuantizedMatrix, amax: float, dtype: str) -> np.ndarray:
 
 
 def chunks(ref: TensorRef) -> Iterator[np.ndarray]:
-    """Rows of a tensor, in its dtype, a piece at a time."""
+    """Return an iterator over consecutive blocks of rows of a tensor, in its dtype."""
     return ref.iter_chunks()

@@ -1,8 +1,7 @@
-"""Makes a plan's codes and scales by what the layers see on a text, a decoder layer at a time.
+"""Quantize a plan's matrices by the layers' inputs on a text, a decoder layer at a time.
 
-GPTQ rounds the weights (`gptq.py`), after smoothing where the format has it (`smoothquant.py`). Static scales
-of activations come from the range of the layer's input. With the table of an earlier build nothing is run,
-and weights are rounded to nearest.
+GPTQ quantizes the weights (`gptq.py`), after smoothing if the format has it (`smoothquant.py`). Static scales
+of activations come from the range of the layer's input.
 """
 
 from __future__ import annotations
@@ -42,11 +41,16 @@ def produce_calibrated(
     method: str,
     on_matrix: Callable[[int], None] = lambda done: None,
 ) -> Produced:
-    """The data of `matrices`, without the scales of activations, and the ranges that were seen.
+    """Quantize `matrices`, write the arrays to `directory`, and measure the ranges of activations.
 
-    `found`: what enters the layers of the unquantized graph (`calibrate.layers`), consumed once, in order.
-    Smoothed matrices come with the scale of their activations, of the range by `method`; UnsupportedError is
-    raised for one that `found` does not show.
+    tensors: the checkpoint's tensors, by name
+    found: the inputs of the layers of the unquantized graph (`calibrate.run_layers`), consumed once, in order
+    source: the text and the model, for the table
+    method: the calibration method
+    on_matrix: called with the number of matrices that are done
+
+    Smoothed matrices get the scale of their activations; `produce.add_input_scales` adds the others.
+    Raises UnsupportedError for a smoothed matrix that is not in `found`.
     """
     produced, left = Produced(), {matrix.modules: matrix for matrix in matrices}
     entries: dict[str, ClipRanges] = {}
@@ -71,11 +75,11 @@ def produce_calibrated(
                 write(matrix, _rounded(produced, matrix, tensors, x))
             del x
         del layer
-    for matrix in list(left.values()):  # outside of the decoder layers
+    for matrix in list(left.values()):  # those outside of the decoder layers
         if matrix.format.smoothed:
             raise UnsupportedError(
                 f"{matrix.modules[0]} is in no decoder layer: calibration does not see its inputs",
-                f"leave it as it is: --exclude {matrix.modules[0]}",
+                f"leave it unquantized: --exclude {matrix.modules[0]}",
             )
         del left[matrix.modules]
         write(matrix, round_to_nearest(produced, matrix, tensors))
@@ -90,7 +94,11 @@ def _rounded(
     x: np.ndarray,
     factor: np.ndarray | np.float32 = _ONE,
 ) -> dict[str, np.ndarray]:
-    """x: what the stored weights are multiplied with, [tokens, in]; factor: what columns are divided by."""
+    """Return the arrays of a matrix, quantized by GPTQ.
+
+    x: the inputs of the stored weights, [tokens, in]
+    factor: the divisor of the weights' columns, [in]
+    """
     moments = hessian(x)
     amax = largest_magnitude(matrix, tensors)
     pieces = []

@@ -1,8 +1,7 @@
-"""Quantizes weights, a block of rows at a time, and dequantizes them as an engine does.
+"""Quantize weights to nearest, a block of rows at a time, and dequantize them as an engine does.
 
-The arrays of consecutive blocks of rows, joined along their first axis, are those of the whole matrix.
-Formats with a global scale need the largest magnitude of all rows (of all fused layers) first:
-`absmax`.
+The arrays of consecutive blocks of rows, concatenated along their first axis, are those of the whole matrix.
+Formats with a global scale need the largest magnitude of all rows (of all fused layers) first: see `absmax`.
 """
 
 from __future__ import annotations
@@ -31,14 +30,16 @@ def absmax(chunks: Iterable[np.ndarray], name: str) -> float:
 def quantize(
     rows: np.ndarray, fmt: Format, name: str, *, amax: float | None = None, search: str = "amax"
 ) -> dict[str, np.ndarray]:
-    """The arrays of `fmt.layout` for `rows` [any, in] of the weight `name`, given in any float dtype.
+    """Return the arrays of `fmt.layout` for rows of a weight.
 
-    `amax` is the `absmax` that the global scale of fp8 and nvfp4 comes from, that of `rows` by default;
-    other formats do not look at it. `search` is how the scales of channels and blocks are chosen: "amax",
-    the largest magnitude, or "mse", the least squared error among some around that. A format with nothing
-    but a global scale has nothing to search.
-    Raises CheckpointError for NaN or infinity; UnsupportedError when the shape does not fit the format
-    (blocks are never padded: engines read the matrix as it is) or a scale does not fit its dtype.
+    rows: [any, in], of any float dtype
+    name: the weight's name, for errors
+    amax: the `absmax` of the whole weight, for the global scale of fp8 and nvfp4; that of `rows` by default
+    search: how the scales of channels and blocks are chosen: "amax", by the largest magnitude, or "mse", by
+        the least squared error of some scales around that one; not for formats with a global scale only
+
+    Raises CheckpointError for NaN or infinity; UnsupportedError if the shape does not fit the format (blocks
+    are never padded, because engines read the matrix in place) or if a scale does not fit its dtype.
     """
     if search not in SEARCHES or (search == "mse" and fmt.block == -1):
         raise ValueError(f"{fmt.name} has no search {search!r}")
@@ -56,8 +57,10 @@ def quantize(
 def prepare(
     rows: np.ndarray, fmt: Format, name: str, amax: float | None = None
 ) -> tuple[np.ndarray, np.float32]:
-    """`rows` in float32, and the global scale of `fmt` (1 where it has none), as `quantize` takes and
-    raises."""
+    """Return `rows` in float32, and the global scale of `fmt` (1 if it has none).
+
+    The arguments and the errors are those of `quantize`.
+    """
     if reason := fmt.why_not(rows.shape):
         raise UnsupportedError(f"tensor {name} cannot be stored as {fmt.name}: {reason}", _WAY_OUT)
     wide = _checked(rows, name)
@@ -75,7 +78,7 @@ def prepare(
 
 
 def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32, name: str) -> np.ndarray:
-    """`scales.first_scales`, checked. Raises UnsupportedError when one does not fit its dtype."""
+    """Return `scales.first_scales`. Raises UnsupportedError if a scale does not fit its dtype."""
     chosen = scales.first_scales(blocks, fmt, global_scale)
     _check_scales(chosen, fmt, name)
     return chosen
@@ -84,7 +87,7 @@ def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32, name
 def assemble(
     array: np.ndarray, chosen: np.ndarray | np.float32, global_scale: np.float32, fmt: Format
 ) -> dict[str, np.ndarray]:
-    """The arrays of `fmt.layout` from codes [rows, in] and stored scales [rows, blocks] (or the one)."""
+    """Return the arrays of `fmt.layout` from codes [rows, in] and stored scales [rows, blocks] or 0-d."""
     stored = np.asarray(chosen, numpy_dtype(fmt.scales))
     arrays = {
         "weight": elements.pack(array) if fmt.packed else array,
@@ -98,12 +101,11 @@ def assemble(
 def dequantize(arrays: Mapping[str, np.ndarray], fmt: Format) -> np.ndarray:
     """Return float32 [rows, in]: code x scale, in float32, as DequantizeLinear computes it.
 
-    A weight of a packed format may be int8 [rows, in] instead, numbers that the scales belong to
-    (`Parameter.packed`).
+    The weight of a packed format may also be int8 [rows, in], unpacked (`Parameter.packed`).
 
-    NVFP4: weight_scale x weight_scale_2 is rounded to float32 first, the inner of the two DequantizeLinear;
-    then code x that. INT4 with 16-bit scales is exact. An engine that dequantizes to 16 bits rounds these
-    values once more.
+    NVFP4: weight_scale x weight_scale_2 is rounded to float32 first, by the inner DequantizeLinear, and is
+    then multiplied by the code. INT4 with 16-bit scales is exact. An engine that dequantizes to 16 bits
+    rounds these values once more.
     """
     weight = arrays["weight"]
     packed = fmt.packed and weight.dtype == np.uint8
@@ -132,6 +134,6 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
 def _check_scales(stored: np.ndarray, fmt: Format, name: str) -> None:
     if not np.isfinite(np.asarray(stored, np.float32)).all():
         raise UnsupportedError(
-            f"tensor {name} has weights so large that a scale of {fmt.name} does not fit {fmt.scales}",
+            f"tensor {name} has weights too large for {fmt.name}: a scale does not fit {fmt.scales}",
             _WAY_OUT,
         )

@@ -1,7 +1,7 @@
-"""Which scale each channel or block of a weight gets: from its largest magnitude, or by searching.
+"""Choose the scale of each channel or block of a weight, from its largest magnitude or by a search.
 
 Scales are rounded to the dtype they are stored in before the codes are chosen, so that the codes fit the
-scale the engine multiplies by. Of a channel or block of zeros the scale is 1.
+scale that the engine multiplies by. The scale of a channel or block of zeros is 1.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from llmc.passes.quantize.elements import decode, encode
 from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, INT8_MAX, Format
 from llmc.runtime.dtypes import numpy_dtype
 
-# Below the largest magnitude: clipping the extremes can make the rest finer.
+# Scales below that of the largest magnitude: clipping the extremes can reduce the error of the rest.
 _RATIOS = tuple(1 - 0.04 * step for step in range(1, 11))
-# Around the nearest E4M3 scale, in its own steps (of 1/16 to 1/8): down to clip, and up by half, where the
-# block's largest weight falls on 4 instead of 6 and those between 2/3 and 1 of it become finer ("Four Over
-# Six").
+# E4M3 scales around the nearest one, by steps of 1/16 to 1/8: down to clip, and up by half, where the largest
+# weight of the block becomes 4 instead of 6 and those between 2/3 and 1 of it are finer ("Four Over Six").
 _E4M3_STEPS = (1, -1, 2, -2, 3, -3, 4, -4, 5)
 _SMALLEST_NORMAL = np.float32(2.0**-126)  # never divide by less
 _LARGEST = {"int8": INT8_MAX, "e4m3": E4M3_MAX, "e2m1": E2M1_MAX * E4M3_MAX}
 
 
 def global_scale(amax: float, fmt: Format) -> np.float32:
-    """Return the fp32 scale that spans a matrix, or fused layers, of largest magnitude `amax`.
+    """Return the fp32 scale of a matrix, or of fused layers, of largest magnitude `amax`.
 
-    fp8: amax / 448. nvfp4: amax / (6 x 448), which puts the largest block scale at 448, the largest E4M3
-    (ModelOpt's weight_scale_2; compressed-tensors stores the inverse). int8, of activations: amax / 127. All
-    zeros: 1.
+    fp8: amax / 448. nvfp4: amax / (6 x 448), which makes the largest block scale 448, the largest E4M3
+    (ModelOpt's weight_scale_2; compressed-tensors stores the inverse). int8, for activations: amax / 127.
+    The scale of zeros is 1.
     """
     limit = np.float32(_LARGEST[fmt.element])
     return np.maximum(np.float32(amax) / limit, _SMALLEST_NORMAL) if amax else np.float32(1)
 
 
 def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32) -> np.ndarray:
-    """The stored scales [out, n] of blocks [out, n, size], each the smallest that clips nothing.
+    """Return the stored scales [out, n] of blocks [out, n, size], each the smallest that clips nothing.
 
-    global_scale: that of NVFP4; its block scales are block_amax / (6 x global_scale), within 2^-9..448 and
-    rounded to nearest as in ModelOpt, so that they may clip a little.
-    INT4: max(largest / 7, -smallest / 8): codes are -8..7, and TensorRT takes no negative scale that would
-    turn the longer side to where the larger weight is (llama.cpp's Q4_0 does that). Against amax / 7 it saves
-    a tenth of the squared error of our trained checkpoint.
+    global_scale: NVFP4's; its block scales are block_amax / (6 x global_scale), within 2^-9..448 and
+        rounded to nearest as in ModelOpt, so that they may clip a little
+
+    INT4 has max(largest / 7, -smallest / 8), because its codes are -8..7. llama.cpp's Q4_0 gives the largest
+    magnitude the code -8 by negative scales, which TensorRT refuses. Compared with amax / 7, this saves a
+    tenth of the squared error of our trained checkpoint.
     """
     if fmt.element == "int4":
         scales = np.maximum(blocks.max(-1) / np.float32(7), blocks.min(-1) / np.float32(-8))
@@ -66,7 +66,7 @@ def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32) -> n
 
 
 def search_scales(blocks: np.ndarray, first: np.ndarray, fmt: Format, global_scale: np.float32) -> np.ndarray:
-    """The scales around `first` with the least squared error in each block; ties keep the earlier."""
+    """Return the scales around `first` with the least squared error in each block; of equals the first."""
     best = first.copy()
     error = _squared_error(blocks, best, fmt, global_scale)
     for scales in candidates(first, fmt):
@@ -78,7 +78,7 @@ def search_scales(blocks: np.ndarray, first: np.ndarray, fmt: Format, global_sca
 
 
 def candidates(first: np.ndarray, fmt: Format) -> Iterator[np.ndarray]:
-    """The stored scales around `first` that a search tries, each of its shape and dtype."""
+    """Yield the stored scales around `first` that a search tries, each of its shape and dtype."""
     if fmt.scales == "F8_E8M0":
         yield _power_of_two(np.maximum(first.astype(np.float32) / 2, _SMALLEST_NORMAL))  # clips the largest
         return
@@ -88,19 +88,19 @@ def candidates(first: np.ndarray, fmt: Format) -> Iterator[np.ndarray]:
                 np.maximum(first.astype(np.float32) * np.float32(ratio), _SMALLEST_NORMAL), fmt.scales
             )
         return
-    # Positive E4M3 bytes are in the order of their values: 0x01 is 2^-9, 0x7E is 448.
+    # Positive E4M3 bytes have the order of their values: 0x01 is 2^-9, 0x7E is 448.
     for step in _E4M3_STEPS:
         steps = np.clip(first.view(np.uint8).astype(np.int16) + step, 0x01, 0x7E)
         yield steps.astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
 
 
 def effective(scales: np.ndarray, global_scale: np.ndarray | np.float32) -> np.ndarray:
-    """Stored scales, times the global scale of NVFP4 (else 1), in fp32: what a code is multiplied by."""
+    """Return the fp32 multipliers of the codes: stored scales times the global scale of NVFP4 (else 1)."""
     return scales.astype(np.float32) * global_scale
 
 
 def round_up(scales: np.ndarray, stored: str) -> np.ndarray:
-    """Positive fp32 scales as `stored`, never smaller, so that nothing clips. Overflow becomes inf."""
+    """Round positive fp32 scales up to the dtype `stored`, so that nothing clips. Overflow becomes inf."""
     with np.errstate(over="ignore"):
         narrow = scales.astype(numpy_dtype(stored))
     too_small = narrow.astype(np.float32) < scales
@@ -110,7 +110,7 @@ def round_up(scales: np.ndarray, stored: str) -> np.ndarray:
 
 
 def _power_of_two(scales: np.ndarray) -> np.ndarray:
-    """Positive fp32 scales as E8M0, rounded up, so that nothing clips. Beyond 2^127 the scale is NaN."""
+    """Round positive fp32 scales up to E8M0, so that nothing clips. Beyond 2^127 the scale is NaN."""
     fraction, exponent = np.frexp(scales)
     power = exponent - (fraction == 0.5)
     with np.errstate(over="ignore"):

@@ -1,14 +1,14 @@
-"""SmoothQuant: large channels of a layer's input are made smaller, and its weight's columns larger instead.
+"""SmoothQuant: scale large channels of a layer's input down, and the weight's columns up.
 
-Xiao, Lin, Seznec, Wu, Demouth, Han 2022, arXiv:2211.10438. One scale for all of X wastes its codes where a
-few channels are much larger than the rest. So the layer computes (X / s) (W s)^T, which is the same, with
+Xiao, Lin, Seznec, Wu, Demouth, Han 2022, arXiv:2211.10438. One scale for all of X wastes codes if a few
+channels are much larger than the rest. So the layer computes (X / s) (W s)^T, which is the same, with
 
     s_j = max|X_j|^a / max|W_j|^(1 - a)
 
-The input is multiplied by `pre_quant_scale` = 1 / s. Fused layers share s, and max|W_j|
-is over all of them. The paper has a = 0.5; large a spare the inputs, small ones the weights. Here each matrix
-gets the one, of a few, whose quantized inputs and weights change its output least. Mean KL and top-1
-agreement with fp32 of model_zoo/llama/tales on 14,648 held-out tokens, lm_head left out (2026-11-26):
+The input is multiplied by `pre_quant_scale` = 1 / s. Fused layers share s, and max|W_j| is over all of them.
+The paper has a = 0.5; a larger a favors the inputs, a smaller one the weights. Here each matrix gets the a
+whose quantized inputs and weights change its output least, of a few. Mean KL and top-1 agreement with fp32 of
+model_zoo/llama/tales on 14,648 held-out tokens, without lm_head (2026-11-26):
 
     ranges by largest magnitude       by least squared error
     a = 0.5     0.0057  94.3 %        0.0030  96.3 %
@@ -33,25 +33,30 @@ from llmc.passes.quantize.fake_quantize import round_int8
 from llmc.passes.quantize.matrix import QuantizedMatrix
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # a
-_TOKENS = 512  # of those that calibration saw, to compare with
-_SPAN = 2.0**12  # 1 / s is within 1 / _SPAN.._SPAN, so that smoothed weights have scales in fp16
+_TOKENS = 512  # the number of calibration tokens that outputs are compared on
+_SPAN = 2.0**12  # 1 / s is within 1 / _SPAN.._SPAN, so that the scales of smoothed weights fit fp16
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """float32: pre_quant_scale [in] is 1 / s; input_scale [] that of the smoothed input."""
+    """The factors of a smoothed matrix, float32."""
 
+    #: 1 / s, [in].
     pre_quant_scale: np.ndarray
+    #: The scale of the smoothed input, 0-d.
     input_scale: np.ndarray
 
 
 def smooth(
     matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef], x: np.ndarray, method: str
 ) -> Smoothing:
-    """The best smoothing of `matrix` for inputs `x`, float32 [tokens, in].
+    """Return the best smoothing of `matrix` for inputs `x`, float32 [tokens, in].
 
-    method: of the range of activations, "max", "percentile" or "mse". Both arrays are fp32; input_scale is a
-    number of the dtype of the format's scales too. Raises what `quantize` raises.
+    tensors: the checkpoint's tensors, by name
+    method: the calibration method, "max", "percentile" or "mse"
+
+    input_scale is fp32, with a value that the dtype of the format's scales represents.
+    Raises the errors of `quantize`.
     """
     fmt, refs = matrix.format, [tensors[name] for name in matrix.weights]
     columns = np.max([_largest(chunk) for ref in refs for chunk in chunks(ref)], axis=0)
@@ -73,13 +78,16 @@ def smooth(
 
 
 def pre_quant_scale(inputs: np.ndarray, columns: np.ndarray, a: float) -> np.ndarray:
-    """1 / s, float32 [in], for largest magnitudes of channels of inputs and columns of weights; 1 where one
-    is 0."""
+    """Return 1 / s, float32 [in], and 1 where a magnitude is 0.
+
+    inputs: the largest magnitude of each channel of the input, [in]
+    columns: the largest magnitude of each column of the weights, [in]
+    """
     used = (inputs > 0) & (columns > 0)
     x, w = (np.where(used, one, 1).astype(np.float64) for one in (inputs, columns))
     return np.clip(w ** (1 - a) / x**a, 1 / _SPAN, _SPAN).astype(np.float32)
 
 
 def _largest(array: np.ndarray) -> np.ndarray:
-    """float32 [n], of the columns of an array of any float dtype."""
+    """Return the largest magnitude of each column, float32 [n], of an array [any, n] of any float dtype."""
     return np.maximum(array.max(0), -array.min(0)).astype(np.float32)

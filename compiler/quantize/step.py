@@ -1,4 +1,4 @@
-"""The step of a build that makes codes and scales."""
+"""The step of a build that makes the codes and scales of quantized matrices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmc.passes.quantize.matrix import QuantizedMatrix
     from llmc.passes.quantize.plan import QuantPlan
 
-TABLE_FILE = "calibration.json"  # in the bundle: what was measured, to be kept, reviewed and passed back
+TABLE_FILE = "calibration.json"  # in the bundle; can be reviewed, and passed to --calibration
 _SCRATCH = "scratch"
 _WORST = 5
 OnMatrix = Callable[[int], None]
@@ -31,7 +31,7 @@ class Maker(Protocol):
     """Makes the arrays of quantized matrices."""
 
     def make(self, matrices: Sequence[QuantizedMatrix], directory: Path, on_matrix: OnMatrix) -> Produced:
-        """Write the arrays to files in `directory`. `on_matrix`: called with how many are done."""
+        """Write the arrays to files in `directory`. on_matrix: called with the number of matrices done."""
         ...
 
 
@@ -39,7 +39,9 @@ class Maker(Protocol):
 class RoundToNearest:
     """Rounds the weights to nearest. Ranges of activations come from `table`, if there is one."""
 
+    #: The checkpoint's tensors, by name.
     tensors: Mapping[str, TensorRef]
+    #: The calibration table of an earlier build.
     table: CalibrationTable | None = None
 
     def make(self, matrices: Sequence[QuantizedMatrix], directory: Path, on_matrix: OnMatrix) -> Produced:
@@ -55,7 +57,7 @@ class Calibrated:
     tensors: Mapping[str, TensorRef]
     layer_inputs: Iterable[LayerInputs]
     source: Source
-    #: How the range of static activations is taken: "max", "percentile" or "mse".
+    #: The calibration method, "max", "percentile" or "mse".
     method: str
 
     def make(self, matrices: Sequence[QuantizedMatrix], directory: Path, on_matrix: OnMatrix) -> Produced:
@@ -84,10 +86,12 @@ def make_weights(
     work: BundleWriter,
     on_matrix: OnMatrix,
 ) -> Produced:
-    """Make the data of `matrices` in scratch files of `work`, which `discard` removes.
+    """Make the arrays of `matrices` in scratch files of `work`, which `discard` removes.
 
-    dtype: what the engine computes in. method: as in `Calibrated`. Where activations were measured, their
-    table stays in the bundle.
+    dtype: the engine's compute dtype
+    method: as in `Calibrated`
+
+    If activations were measured, their table stays in the bundle.
     """
     directory = work.path(f"{_SCRATCH}/x").parent
     made = maker.make(matrices, directory, on_matrix)
@@ -109,7 +113,7 @@ def discard(work: BundleWriter) -> None:
 def record(
     plan: QuantPlan | None, matrices: Sequence[QuantizedMatrix], made: Produced, method: str
 ) -> Mapping[str, Any] | None:
-    """Return what the manifest says: the plan in short, the calibration, and the least accurate modules."""
+    """Return the manifest's record: the plan in short, the calibration, and the least accurate modules."""
     if plan is None:
         return None
     found = plan.record()

@@ -1,4 +1,4 @@
-"""Which formats a target computes in, by its GPUs. Consulted before anything is traced.
+"""The quantization formats that a target supports. They are checked before the trace.
 
     format                          cpu            tensorrt-rtx, tensorrt
     int8, int4, int4-block128       OpenVINO       SM80 and newer, portable engines too
@@ -8,12 +8,13 @@
     nvfp4                           ONNX Runtime   SM100 and newer
     quantized KV caches             OpenVINO       SM80 and newer, portable engines too
 
-OpenVINO quantizes activations to int8, not to E4M3 or E2M1. ONNX Runtime does so exactly, slowly, and
-holds all weights in fp32: these formats are on the CPU so that a GPU engine's numbers can be had without a
-GPU. The compute capabilities are those that TensorRT-RTX 1.7.1 builds for (it refuses FP8 for SM86, FP4 for
-SM89). mxfp4 is as nvfp4-weight-only. `request.TARGETS` has the caches of each target.
-FP8 caches build for all of them (2026-11-26): TensorRT passes them to our plugin, whose kernels read E4M3 by
-shifts where the GPU has no instruction for it (before SM89).
+OpenVINO quantizes activations to int8, not to E4M3 or E2M1. ONNX Runtime computes these formats exactly, but
+slowly, and holds all weights in fp32. They are on the CPU so that a GPU engine's results can be computed
+without a GPU. The compute capabilities are those that TensorRT-RTX 1.7.1 builds for (it refuses FP8 for SM86
+and FP4 for SM89). mxfp4 has the row of nvfp4-weight-only.
+`request.TARGETS` has the caches of each target.
+FP8 caches build for every GPU (2026-11-26): TensorRT passes them to our plugin, whose kernels decode E4M3
+with shifts where the GPU has no instruction for it (before SM89).
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from collections.abc import Sequence
 from llmc.passes.quantize.formats import Format, get_format
 from llmc.runtime.errors import UnsupportedError
 
-_OLDEST = {"int8": 80, "int4": 80, "e4m3": 89, "e2m1": 100}  # by the element type of the weight
-PORTABLE = 80  # what an engine for no particular GPU must run on
+_OLDEST = {"int8": 80, "int4": 80, "e4m3": 89, "e2m1": 100}  # element type -> the oldest compute capability
+PORTABLE = 80  # the oldest compute capability that a portable engine must run on
 
 
 def check(name: str, target: str, sms: Sequence[int]) -> Format:
-    """Return the format `name`, if `target` computes in it.
+    """Return the format `name`, if `target` supports it.
 
-    sms: compute capabilities of the GPUs; none: portable
+    sms: compute capabilities of the GPUs; empty: portable
 
-    Raises RequestError for an unknown format, UnsupportedError naming the nearest format that would do.
+    Raises RequestError for an unknown format, UnsupportedError, naming the nearest supported format, for one
+    that the target does not support.
     """
     fmt = get_format(name)
     if target == "cpu":
@@ -43,37 +45,37 @@ def check(name: str, target: str, sms: Sequence[int]) -> Format:
     needed = f"{name} needs SM{_OLDEST[fmt.element]} or newer"
     names = "89,120" if fmt.element == "e4m3" else "120"
     raise UnsupportedError(
-        f"{needed}, and SM{oldest} is asked for"
+        f"{needed}, but the engine is for SM{oldest}"
         if sms
-        else f"{needed}, and a portable engine must run on SM{PORTABLE}",
-        f"--quant {nearest(fmt, oldest)} runs there; or name newer GPUs only, as in --sm {names}",
+        else f"{needed}, but a portable engine must run on SM{PORTABLE}",
+        f"use --quant {nearest(fmt, oldest)}, which runs there; or name newer GPUs only, as in --sm {names}",
     )
 
 
 def check_prequantized(fmt: Format, module: str, target: str, sms: Sequence[int]) -> None:
-    """Check that `target` computes with `module` in the format of a pre-quantized checkpoint.
+    """Check that `target` supports the format of `module` of a pre-quantized checkpoint.
 
-    Raises UnsupportedError.
+    Raises UnsupportedError, naming the module, if it does not.
     """
     if target == "cpu":
         return
     if fmt.element == "e4m3" and fmt.block > 0 and fmt.activations:
         raise UnsupportedError(
-            f"module {module} is FP8 in blocks with static inputs, which TensorRT does not build",
-            "--target cpu computes with it; or quantize it with dynamic inputs",
+            f"module {module} is FP8 in blocks with static activation scales, which TensorRT does not build",
+            "use --target cpu, or quantize the checkpoint with dynamic activation scales",
         )
     needed = max(_OLDEST[fmt.element], _OLDEST.get(fmt.activations, 0))
     if (oldest := min(sms, default=PORTABLE)) < needed:
         names = "89,120" if needed == _OLDEST["e4m3"] else "120"
-        asked = f"SM{oldest} is asked for" if sms else f"a portable engine must run on SM{PORTABLE}"
+        asked = f"the engine is for SM{oldest}" if sms else f"a portable engine must run on SM{PORTABLE}"
         raise UnsupportedError(
-            f"module {module} is {fmt.name}, which needs SM{needed} or newer, and {asked}",
-            f"name newer GPUs only, as in --sm {names}; or --target cpu",
+            f"module {module} is {fmt.name}, which needs SM{needed} or newer, but {asked}",
+            f"name newer GPUs only, as in --sm {names}, or use --target cpu",
         )
 
 
 def nearest(fmt: Format, oldest: int) -> str:
-    """Return the name of the format nearest in size that GPUs from SM`oldest` on compute in."""
+    """Return the name of the format nearest in size that GPUs from SM`oldest` on support."""
     if fmt.element == "e4m3":
         return "int8"
     return "int4" if oldest < _OLDEST["e2m1"] else fmt.name

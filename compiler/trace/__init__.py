@@ -1,1 +1,1 @@
-"""Tracing, from a transformers model to an ONNX graph: start at export.py."""
+"""Trace a transformers model into an ONNX graph: start at export.py."""

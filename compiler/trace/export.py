@@ -1,7 +1,7 @@
-"""Traces a Hugging Face causal language model into an ONNX graph, without loading its weights.
+"""Trace a Hugging Face causal language model into an ONNX graph, without loading its weights.
 
 The model is built with fake parameters (shape and dtype, no storage), its known modules are
-intercepted, and `torch.export` followed by `torch.onnx` writes what is left. The graph has the inputs
+intercepted, and `torch.export` followed by `torch.onnx` exports the rest. The graph has the inputs
 input_ids [1, T] and position_ids [1, T], no KV cache and no mask: the passes add the cache.
 """
 
@@ -30,29 +30,29 @@ from llmc.runtime.dtypes import BY_NAME
 from llmc.runtime.errors import LlmcError, UnsupportedError
 
 OPSET = 23
-_EXAMPLE_TOKENS = 7  # any length but 1; the graph is symbolic in it
+_EXAMPLE_TOKENS = 7  # any number but 1; the graph is symbolic in it
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A traced model: the graph, and what its parameters are called in the checkpoint.
-
-    `parameters`: name in the checkpoint -> shape, without the names that are tied to another.
-    `tied`: name of a tied parameter -> the name it shares its data with.
-    `replaced`: intercepted operator -> number of modules.
-    """
+    """A traced model."""
 
     model: ir.Model
+    #: Name in the checkpoint -> shape, without the parameters that are tied to another.
     parameters: dict[str, tuple[int, ...]]
+    #: Name of a tied parameter -> name of the parameter that it shares its data with.
     tied: dict[str, str]
+    #: Intercepted operator -> number of modules.
     replaced: dict[str, int]
 
 
 def trace(config: PreTrainedConfig, dtype: str, max_seq_len: int) -> Trace:
-    """Traces the causal language model that `config` describes, computing in `dtype` ("fp32", "fp16" or
-    "bf16"), whatever dtype the checkpoint is stored in.
+    """Trace the causal language model of `config`.
 
-    Raises UnsupportedError, naming the module, where the model does something llmc cannot express.
+    dtype: the compute dtype, "fp32", "fp16" or "bf16", whatever the dtype of the checkpoint
+    max_seq_len: the number of positions of the rotary tables
+
+    Raises UnsupportedError, naming the module, if the model does something that llmc cannot express.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     model = _fake_model(config, getattr(torch, BY_NAME[dtype].numpy), fake)
@@ -65,7 +65,7 @@ def trace(config: PreTrainedConfig, dtype: str, max_seq_len: int) -> Trace:
 
 
 def _fake_model(config: PreTrainedConfig, dtype: torch.dtype, fake: FakeTensorMode) -> PreTrainedModel:
-    """The model with parameters that have no storage. Buffers (rotary frequencies) stay real and fp32."""
+    """Return the model with parameters without storage. Buffers (rotary frequencies) stay real and fp32."""
     register = nn.Module.register_parameter
 
     def register_fake(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -82,7 +82,7 @@ def _fake_model(config: PreTrainedConfig, dtype: torch.dtype, fake: FakeTensorMo
             f"transformers has no causal language model for model_type {config.model_type!r}",
             "llmc compiles text-only causal language models",
         ) from error
-    except Exception as error:  # model code; an old one knows the attention functions of its own file only
+    except Exception as error:  # model code raises many kinds; old code knows only its file's attention
         raise UnsupportedError(
             f"transformers cannot make a {config.model_type} model with llmc's attention: {error!r}",
             "`llmc zoo list` shows the families that are known to work",
@@ -127,10 +127,10 @@ def _export(model: PreTrainedModel, fake: FakeTensorMode) -> ir.Model:
         )
     except LlmcError:
         raise
-    except Exception as error:  # torch raises many kinds; the cause is what the user needs
+    except Exception as error:  # torch raises many kinds; the user needs the cause
         cause = str(error.__cause__ or error).strip().splitlines()
         if "specialized it to be a constant" in str(error):
-            cause = ["its code depends on the number of tokens, as that of recurrent models does"]
+            cause = ["its code depends on the number of tokens, as the code of recurrent models does"]
         raise UnsupportedError(
             f"tracing {type(model).__name__} failed: {cause[0] if cause else type(error).__name__}",
             "set LLMC_TRACEBACK=1 to see where; `llmc zoo list` shows the families that are known to work",
@@ -143,7 +143,7 @@ def _export(model: PreTrainedModel, fake: FakeTensorMode) -> ir.Model:
 
 
 def _rename_parameters(graph: ir.Model, tied: dict[str, str]) -> None:
-    """Initializers get the checkpoint's names, without the wrapper's prefix, and fake data a Parameter."""
+    """Give initializers the checkpoint's names, without the wrapper's prefix, and fake ones a Parameter."""
     for value in list(graph.graph.initializers.values()):
         tensor = value.const_value
         if value.name and value.name.startswith("model."):
@@ -155,7 +155,7 @@ def _rename_parameters(graph: ir.Model, tied: dict[str, str]) -> None:
 
 
 def _fold_only_small(node: ir.Node) -> bool | None:
-    """Constant folding must neither touch weights (their data is not here) nor write tables twice."""
+    """Return False for nodes that must not be folded: weights have no data, and tables would be copied."""
     for value in node.inputs:
         if value is not None and value.is_initializer():
             tensor = value.const_value
@@ -166,7 +166,7 @@ def _fold_only_small(node: ir.Node) -> bool | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints and warns about its own internals; none of it is for our user."""
+    """Suppress the output and the warnings of the exporter, which are about its internals."""
     level = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
-"""Replaces, while a model is traced, the modules whose meaning llmc knows by one operator each.
+"""Replace each module that llmc knows by one operator while a model is traced.
 
-Nothing is assumed from a class name alone: every replacement is probed with random numbers
-against the code it replaces, and refused when the two disagree (`probes.py`).
+A class name alone is not trusted: every replacement is compared with the code that it replaces on random
+numbers, and refused when the two disagree (`probes.py`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from llmc.compiler.trace import ops as ops  # registers torch.ops.llmc
 from llmc.compiler.trace import probes
 from llmc.runtime.errors import UnsupportedError
 
-ATTENTION = "llmc"  # the name of our attention implementation in transformers' registry
+ATTENTION = "llmc"  # the name of llmc's attention implementation in transformers' registry
 
 
 @dataclass
 class Interception:
-    """The replaced modules: operator name -> how many modules, and the attention calls seen in the trace."""
+    """The replacements in a model, which `undo` reverts."""
 
+    #: Operator -> number of modules that it replaces.
     replaced: Counter[str] = field(default_factory=Counter)
+    #: The calls of the attention interface during the trace.
     attention_calls: list[probes.AttentionCall] = field(default_factory=list)
     _restore: list[Callable[[], None]] = field(default_factory=list)
 
@@ -49,8 +51,11 @@ class Interception:
 
 
 class _OrderedSet(set[Any]):
-    """A set that iterates in the order of insertion: the order of strings in a set changes from process to
-    process, and model code (Gemma 3) that loops over one would make another graph each time."""
+    """A set that iterates in the order of insertion.
+
+    The order of strings in a set changes from process to process. Model code that loops over one (Gemma 3)
+    would make a different graph each time.
+    """
 
     def __init__(self, items: Iterable[Any] = ()) -> None:
         self._order = dict.fromkeys(items)
@@ -65,11 +70,12 @@ _active: list[Interception] = []
 
 @contextmanager
 def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception]:
-    """Within the context, `model` computes with the operators of `ops.py`.
+    """Make `model` compute with the operators of `ops.py` within the context.
 
-    The model must have been made with `attn_implementation=ATTENTION`; `max_seq_len` is the number of
-    positions for which rotary tables are made. Raises UnsupportedError, naming the module, where a
-    probe fails.
+    model: a model that was made with `attn_implementation=ATTENTION`
+    max_seq_len: the number of positions of the rotary tables
+
+    Raises UnsupportedError, naming the module, if a probe fails.
     """
     interception = Interception()
     _active.append(interception)
@@ -100,7 +106,7 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
 
 
 def _refuse(name: str, module: nn.Module, model: PreTrainedModel) -> None:
-    """Raises UnsupportedError for a module that the paged graph has no place for yet."""
+    """Raise UnsupportedError for a module that the paged graph cannot express."""
     kind = type(module).__name__
     if kind.endswith("Experts"):
         raise UnsupportedError(
@@ -110,13 +116,13 @@ def _refuse(name: str, module: nn.Module, model: PreTrainedModel) -> None:
         owner = name.rpartition(".")[0]
         mixer = type(model.get_submodule(owner)).__name__
         raise UnsupportedError(
-            f"module {owner} ({mixer}) is not attention, but mixes tokens: {name} convolves over them",
-            "llmc has a cache for attention only, none for state-space and other recurrent layers",
+            f"module {owner} ({mixer}) is a recurrent layer: {name} convolves over tokens",
+            "llmc has a cache for attention only, not for state-space and other recurrent layers",
         )
 
 
 def _linear(module: nn.Linear) -> Callable[..., torch.Tensor]:
-    # Reads the module's parameters at call time: a captured tensor would lose its checkpoint name.
+    # The parameters are read at call time: a captured tensor would lose its checkpoint name.
     return lambda x: torch.ops.llmc.linear(x, module.weight, module.bias)
 
 
@@ -144,12 +150,12 @@ def _rotary(module: nn.Module, tables: dict[str, probes.RotaryTable]) -> Callabl
 def _intercept_apply_rotary(
     model: PreTrainedModel, interception: Interception, repeat: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
-    """Replaces `apply_rotary_pos_emb` in the Python module that defines the model's attention."""
+    """Replace `apply_rotary_pos_emb` in the Python modules that define the model's layers."""
     owners = [owner for owner in _python_modules(model) if hasattr(owner, "apply_rotary_pos_emb")]
     if not owners:
         raise UnsupportedError(
             f"{type(model).__name__} has rotary embeddings but no function `apply_rotary_pos_emb`",
-            "this architecture applies its positions in a way llmc does not know yet",
+            "llmc does not support the rotary embedding of this architecture",
         )
     for owner in owners:
         interleaved = probes.apply_rotary(owner, repeat)
@@ -165,7 +171,7 @@ def _intercept_apply_rotary(
             if unsqueeze_dim != 1:
                 raise UnsupportedError(
                     f"apply_rotary_pos_emb is called with unsqueeze_dim={unsqueeze_dim}",
-                    "llmc knows the layout [batch, heads, tokens, head_dim] only",
+                    "llmc supports the layout [batch, heads, tokens, head_dim] only",
                 )
             rope = torch.ops.llmc.rope
             return rope(q, cos, sin, interleaved), rope(k, cos, sin, interleaved)
@@ -174,7 +180,7 @@ def _intercept_apply_rotary(
 
 
 def _python_modules(model: PreTrainedModel) -> list[ModuleType]:
-    """The Python modules that define the model's layers, torch's own left out."""
+    """Return the Python modules that define the model's layers, without torch's."""
     names = dict.fromkeys(type(module).__module__ for module in model.modules())
     return [sys.modules[name] for name in names if not name.startswith("torch.")]
 
@@ -191,17 +197,17 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: q, k, v [1, heads, T, head_dim] -> [1, T, heads, head_dim]."""
+    """Implement transformers' attention: q, k, v [1, heads, T, head_dim] -> [1, T, heads, head_dim]."""
     where = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
     refusals = {
-        "a mask of its own": attention_mask is not None,
+        "a custom attention mask": attention_mask is not None,
         "attention sinks": kwargs.get("s_aux") is not None,
         "attention that is not causal": not kwargs.get("is_causal", getattr(module, "is_causal", True)),
         "attention in chunks": "chunked" in str(getattr(module, "layer_type", "")),
     }
     for what, refused in refusals.items():
         if refused:
-            raise UnsupportedError(f"{where} uses {what}", "llmc cannot express this in its paged graph yet")
+            raise UnsupportedError(f"{where} uses {what}", "llmc does not support this attention yet")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     call = probes.AttentionCall(module, scale, float(softcap or 0.0), int(sliding_window or 0))
     _active[-1].attention_calls.append(call)
@@ -209,5 +215,5 @@ def _attention(
     return torch.ops.llmc.attention(query, key, value, call.scale, call.softcap, call.window, layer), None
 
 
-# transformers skips its masks for a name that is in the attention registry but not in the mask registry.
+# transformers makes no masks for a name that is in the attention registry but not in the mask registry.
 AttentionInterface.register(ATTENTION, _attention)

@@ -1,4 +1,4 @@
-"""The translation of the operators of `ops.py` to ONNX: one node of domain `llmc` each."""
+"""Translate each operator of `ops.py` to one ONNX node of the domain `llmc`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnxscript
 import torch
 
 DOMAIN = "llmc"
-# Names no standard operator has: onnxscript refuses two operators of one name, whatever their domains.
+# The names differ from all standard operators: onnxscript refuses a name twice, even in different domains.
 SIGNATURES: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
     # operator: (inputs, optional inputs, attributes and their types)
     "TracedLinear": (["x", "weight"], ["bias"], {}),
@@ -47,7 +47,7 @@ def _register_schemas() -> None:
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The `custom_translation_table` for `torch.onnx.export`."""
+    """Return the `custom_translation_table` for `torch.onnx.export`."""
     _register_schemas()
     op = onnxscript.values.Opset(DOMAIN, 1)
 

@@ -1,7 +1,7 @@
-"""The torch operators that a trace records in place of a model's own modules.
+"""The torch operators that a trace records in place of a model's modules.
 
-Each is one opaque node in the exported program and one node of domain `llmc` in ONNX.
-The Python bodies are their meaning: the probes run them against the modules they replace.
+Each is one opaque node in the exported program and one node of the domain `llmc` in ONNX.
+The Python bodies define them: the probes compare them with the modules that they replace.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Tensor = torch.Tensor
 
 @torch.library.custom_op("llmc::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y[..., N] = x[..., K] @ weight[N, K]^T + bias[N]."""
+    """Compute y[..., N] = x[..., K] @ weight[N, K]^T + bias[N]."""
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -24,11 +24,13 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("llmc::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float, rounds_once: bool) -> Tensor:
-    """y = x / sqrt(mean(x^2) + epsilon) * (weight + offset), over the last axis, statistics in fp32.
+    """Compute y = x / sqrt(mean(x^2) + epsilon) * (weight + offset) over the last axis, statistics in fp32.
 
-    Zhang and Sennrich 2019, arXiv:1910.07467. `offset` is 1 for the Gemma families, else 0.
-    rounds_once: multiply by the weight in fp32 too, and round the product alone (Gemma, OLMo 2); else what is
-    multiplied is rounded to x's dtype first (Llama).
+    offset: 1 for the Gemma families, else 0
+    rounds_once: multiply by the weight in fp32 and round only the product (Gemma, OLMo 2); else the
+        normalized x is rounded to x's dtype first (Llama)
+
+    Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
@@ -44,9 +46,11 @@ def _(x: Tensor, weight: Tensor, epsilon: float, offset: float, rounds_once: boo
 
 @torch.library.custom_op("llmc::rope", mutates_args=())
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) on the first 2*R features of x.
+    """Apply the rotary position embedding (Su et al. 2021, arXiv:2104.09864) to the first 2*R features of x.
 
-    x [1, H, T, D]; cos and sin [1, T, R]. A pair is (i, i + R), or (2i, 2i + 1) when interleaved.
+    x: [1, H, T, D]
+    cos, sin: [1, T, R]
+    interleaved: rotate the pairs (2i, 2i + 1); else (i, i + R)
     """
     half = cos.shape[-1]
     rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
@@ -69,11 +73,16 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int, layer: int
 ) -> Tensor:
-    """Causal grouped-query attention of one sequence with itself.
+    """Compute causal grouped-query self-attention of one sequence.
 
-    query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, Dv] -> [1, T, Hq, Dv].
-    `window` > 0: a token sees itself and the window-1 tokens before it. `softcap` > 0: scores become
-    softcap * tanh(scores / softcap) before the mask (Gemma 2, arXiv:2408.00118).
+    query: [1, Hq, T, D]
+    key: [1, Hkv, T, D]
+    value: [1, Hkv, T, Dv]
+    softcap: if positive, scores become softcap * tanh(scores / softcap) before the mask (Gemma 2,
+        arXiv:2408.00118)
+    window: if positive, a token attends to itself and the window - 1 tokens before it
+
+    Returns [1, T, Hq, Dv].
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -1,6 +1,6 @@
-"""Numeric probes: does a module really compute what the operator that replaces it computes?
+"""Numeric probes: compare modules with the operators that replace them.
 
-Each probe runs the model's own code in fp32 on random numbers beside the operator of `ops.py`.
+Each probe runs the model's code and the operator of `ops.py` in fp32 on the same random numbers.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def _random(*shape: int) -> torch.Tensor:
 
 
 def rms_norm(name: str, module: nn.Module) -> tuple[float, float, bool]:
-    """The (epsilon, offset, rounds_once) with which `ops.rms_norm` equals `module`.
+    """Return the (epsilon, offset, rounds_once) with which `ops.rms_norm` equals `module`.
 
-    Raises UnsupportedError if neither y*w nor y*(1+w) does.
+    Raises UnsupportedError if neither y*w nor y*(1+w) equals it.
     """
     width = module.weight.shape[0]  # type: ignore[index]
     real = copy.copy(module)
@@ -48,12 +48,12 @@ def rms_norm(name: str, module: nn.Module) -> tuple[float, float, bool]:
                     return epsilon, offset, _rounds_once(real, epsilon, offset)
     raise UnsupportedError(
         f"module {name} ({type(module).__name__}) is named like an RMSNorm but computes something else",
-        "llmc knows x/rms(x)*w and x/rms(x)*(1+w); this architecture needs a recipe of its own",
+        "llmc supports x/rms(x)*w and x/rms(x)*(1+w), but not this architecture yet",
     )
 
 
 def _rounds_once(module: nn.Module, epsilon: float, offset: float) -> bool:
-    """Whether an RMSNorm in bf16 is nearer to one rounding than to two. Replaces its weight."""
+    """Return whether an RMSNorm in bf16 is closer to one rounding than to two. Replaces its weight."""
     width = int(module.weight.shape[0])  # type: ignore[index]
     x, weight = _random(3, width).bfloat16(), _random(width).bfloat16()
     module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
@@ -66,10 +66,10 @@ def _rounds_once(module: nn.Module, epsilon: float, offset: float) -> bool:
 
 
 def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, RotaryTable]:
-    """The tables of a rotary embedding, keyed by the suffix of the layer type ('' if there is only one).
+    """Return the tables of a rotary embedding, by the suffix of the layer type ('' if there is only one).
 
     Raises UnsupportedError if the angles of a position depend on the length of the sequence
-    (dynamic NTK; LongRoPE beyond its original context).
+    (dynamic NTK; LongRoPE beyond its original context length).
     """
     takes_type = "layer_type" in inspect.signature(type(module).forward).parameters
     kinds: list[str | None] = list(module.layer_types) if takes_type else [None]  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, R
             )
             raise UnsupportedError(
                 f"module {name}: with {rope} rope the angles depend on the length of the sequence, "
-                f"which a KV cache cannot follow at {max_seq_len} positions",
+                f"which a KV cache does not allow at {max_seq_len} positions",
                 f"build with --max-seq-len {original or 'the original context length'} or less",
             )
         for repeat in (_halves, _pairs):
@@ -103,7 +103,7 @@ def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, R
         else:
             raise UnsupportedError(
                 f"module {name} ({type(module).__name__}) does not return each angle twice",
-                "this architecture's rotary embedding needs a recipe of its own",
+                "llmc does not support the rotary embedding of this architecture",
             )
         tables[f"_{kind}" if kind else ""] = RotaryTable(
             once[0][0].contiguous(), once[1][0].contiguous(), repeat
@@ -112,28 +112,33 @@ def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, R
 
 
 def _halves(angle: torch.Tensor) -> torch.Tensor:
-    """a b -> a b a b"""
+    """Repeat the angles: a b -> a b a b."""
     return torch.cat((angle, angle), -1)
 
 
 def _pairs(angle: torch.Tensor) -> torch.Tensor:
-    """a b -> a a b b"""
+    """Repeat each angle: a b -> a a b b."""
     return angle.repeat_interleave(2, -1)
 
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """cos and sin [positions, R] in fp32; `repeat` makes of R angles the 2*R that the model hands around."""
+    """The cosines and sines of a rotary embedding."""
 
+    #: [positions, R], fp32.
     cos: torch.Tensor
+    #: [positions, R], fp32.
     sin: torch.Tensor
+    #: Repeats R angles to the 2*R angles that the model passes to its layers.
     repeat: Callable[[torch.Tensor], torch.Tensor]
 
 
 def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     """Return whether `owner.apply_rotary_pos_emb` rotates interleaved pairs (2i, 2i+1) rather than (i, i+R).
 
-    `repeat` is how the model's rotary embedding repeats its angles.
+    repeat: as in RotaryTable
+
+    Raises UnsupportedError if it does neither.
     """
     tokens, half = 5, 4
     angle = _random(1, tokens, half)
@@ -145,7 +150,7 @@ def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tenso
             return interleaved
     raise UnsupportedError(
         f"{owner.__name__}.apply_rotary_pos_emb is neither of the two known rotations",
-        "this architecture's rotary embedding needs a recipe of its own",
+        "llmc does not support the rotary embedding of this architecture",
     )
 
 
@@ -160,7 +165,10 @@ class AttentionCall:
 
 
 def attention(calls: list[AttentionCall]) -> None:
-    """Compares `ops.attention` with the model's own eager attention, once per kind of call."""
+    """Compare `ops.attention` with the model's eager attention, once per kind of call.
+
+    Raises UnsupportedError if they differ, or if the model has no eager attention.
+    """
     seen = set()
     for call in calls:
         kind = (type(call.module), call.scale, call.softcap, call.window)
@@ -171,7 +179,7 @@ def attention(calls: list[AttentionCall]) -> None:
         if eager is None:
             raise UnsupportedError(
                 f"{type(call.module).__name__} has no eager attention to compare with",
-                "this architecture needs a recipe of its own",
+                "llmc does not support the attention of this architecture",
             )
         groups = int(getattr(call.module, "num_key_value_groups", 1))
         length = call.window + 4 if 0 < call.window <= 64 else 9
@@ -185,6 +193,6 @@ def attention(calls: list[AttentionCall]) -> None:
         got = torch.ops.llmc.attention(q, k, v, call.scale, call.softcap, call.window, 0)
         if not _close(got, expected):
             raise UnsupportedError(
-                f"{type(call.module).__name__} attends in a way llmc does not know",
-                "this architecture needs a recipe of its own",
+                f"the attention of {type(call.module).__name__} computes something else than llmc's",
+                "llmc does not support the attention of this architecture",
             )

@@ -1,1 +1,1 @@
-"""The files that hold an engine's weights."""
+"""Write the files of an engine's weights."""

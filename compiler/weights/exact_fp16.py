@@ -1,8 +1,8 @@
-"""Which bf16 matrices are fp16 times a power of two, exactly.
+"""Find the bf16 matrices that are exactly fp16 times a power of two.
 
-bf16 has 8 significant bits; fp16 has 11, and holds 8 of them in magnitudes from 2^-17 (its subnormals are
-multiples of 2^-24) to below 2^16. So a matrix whose nonzero weights lie within 32 binary orders of the
-largest becomes fp16 when multiplied by the power of two that puts the largest there, and no bit is lost.
+bf16 has 8 significant bits. fp16 has 11, and represents 8 of them for magnitudes from 2^-17 (its subnormals
+are multiples of 2^-24) to below 2^16. So if the nonzero weights of a matrix lie within 32 binary orders of
+the largest, the power of two that moves the largest below 2^16 makes the matrix fp16 without losing a bit.
 OpenVINO widens fp16 faster than bf16 (docs/explanation/performance.md).
 """
 
@@ -14,12 +14,12 @@ import numpy as np
 
 from llmc.compiler.checkpoint.safetensors import TensorRef
 
-_HIGHEST, _LOWEST = 15, -17  # of fp16, where 8 significant bits fit
-_MAGNITUDE, _FRACTION_BITS, _BIAS, _INFINITY = 0x7FFF, 7, 127, 0x7F80  # of bf16
+_HIGHEST, _LOWEST = 15, -17  # exponents at which fp16 has 8 significant bits
+_MAGNITUDE, _FRACTION_BITS, _BIAS, _INFINITY = 0x7FFF, 7, 127, 0x7F80  # bf16
 
 
 def exponent(refs: Iterable[TensorRef]) -> int | None:
-    """The power of two for bf16 tensors that are one matrix; None where fp16 cannot hold them exactly."""
+    """Return the power of two for the bf16 tensors of one matrix; None if fp16 cannot hold them exactly."""
     largest, smallest = 0, _INFINITY  # magnitudes are in the order of their bits
     for ref in refs:
         for chunk in ref.iter_chunks():

@@ -1,4 +1,4 @@
-"""Which matrices of a graph stay in the 16 bits that the checkpoint has them in, without a changed value."""
+"""Plan which matrices of a graph stay in the checkpoint's 16-bit dtype, without changing a value."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _NARROW = {"BF16": "bf16", "F16": "fp16"}
 
 
 def narrow_plan(model: ir.Model, tensors: Mapping[str, TensorRef]) -> NarrowPlan:
-    """The plan for the fp32 matrices of a quantized graph. `tensors`: the checkpoint's, by name.
+    """Return the plan for the fp32 matrices of a quantized graph. tensors: the checkpoint's, by name.
 
-    bf16 matrices that are multiplied become fp16 times a power of two where that is exact (`exact_fp16.py`).
+    The bf16 weights of a Gemm become fp16 times a power of two if that is exact (`exact_fp16.py`).
     """
     found = {}
     for weight, record in parameters(model):

@@ -1,10 +1,10 @@
-"""Streams tensors into a safetensors file: bounded memory, one pass, hashed on the way.
+"""Stream tensors into a safetensors file, in one pass with bounded memory, and hash it.
 
 Every tensor starts at a multiple of 64 bytes (a cache line, and the widest vector load), so that an
-engine can map the file and use it in place. safetensors allows no holes, so a gap of up to 63 bytes
-is itself a tensor, `__pad_N` (N: where it starts), of zero U8. Sorting instead was rejected: it aligns
-nothing after the first odd size, and it loses the caller's order, the one in which the engine reads.
-Weight matrices are multiples of 64 bytes nearly always, so most files hold no pad at all.
+engine can memory-map the file and use it in place. safetensors allows no holes, so a gap of up to 63 bytes
+is itself a tensor, `__pad_N` of zero U8, where N is its offset. Sorting by size was rejected: it does not
+align the tensors after the first odd size, and it loses the caller's order, in which the engine reads.
+Nearly all weight matrices are multiples of 64 bytes, so most files have no padding.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ def write_safetensors(
     alignment: int = ALIGNMENT,
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[str, int, dict[str, Span]]:
-    """Write `entries` in their order. Returns the file's SHA-256, its size, and where each tensor lies.
+    """Write `entries` in order.
 
-    producer: yields the little-endian bytes of one tensor by its name, in any number of C-contiguous
+    producer: yields the little-endian bytes of the tensor of a name, in any number of C-contiguous
         buffers. It is called once per entry, in order, and its buffers are not kept. (An `ml_dtypes`
         array is not a plain buffer: pass `array.view(numpy.uint8)`.)
-    alignment: of each tensor, in bytes; 1 writes no padding between tensors
+    alignment: the alignment of each tensor in bytes; 1 writes no padding between tensors
     metadata: the header's `__metadata__`
 
-    The offsets are those that ONNX external data wants.
-    Raises BuildError if the entries do not make a valid file, or if a producer yields too many or
-    too few bytes; OSError from writing is passed on.
+    Returns the file's SHA-256, its size, and the span of each tensor, as ONNX external data wants it.
+    Raises BuildError if the entries do not make a valid file, or if a producer yields too many or too few
+    bytes; OSError if writing fails.
     """
     tensors = list(entries)
     header, sizes = _header(tensors, alignment, metadata)
@@ -68,7 +68,7 @@ def write_safetensors(
 def _header(
     tensors: list[TensorEntry], alignment: int, metadata: Mapping[str, str] | None
 ) -> tuple[bytes, dict[str, int]]:
-    """The header with its length prefix, padded with spaces to the alignment; and each tensor's size."""
+    """Return the header, with its length prefix and padded with spaces, and the size of each tensor."""
     layout: dict[str, Mapping[str, object]] = {"__metadata__": metadata} if metadata else {}
     sizes: dict[str, int] = {}
     end = 0
@@ -133,4 +133,4 @@ def _write(file: BinaryIO, digest: hashlib._Hash, data: bytes | memoryview) -> N
     digest.update(data)
     rest = memoryview(data)
     while rest:
-        rest = rest[file.write(rest) :]  # one write may take less than all, never nothing
+        rest = rest[file.write(rest) :]  # a write may be partial

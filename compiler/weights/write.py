@@ -1,6 +1,6 @@
-"""Writes the engine's weights: the checkpoint's tensors, in the dtype and the order of the graph.
+"""Write the engine's weights: the checkpoint's tensors, in the dtype and the order of the graph.
 
-Piece by piece, so that memory never holds more than one piece. Tied tensors are stored once.
+They are streamed in chunks, so that memory holds only one chunk. Tied tensors are stored once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NAMES = {
     ir.DataType.INT4: "int4",
     ir.DataType.FLOAT8E4M3FN: "fp8",
     ir.DataType.FLOAT4E2M1: "fp4",
-    ir.DataType.UINT8: "fp4",  # as ONNX Runtime gets it
+    ir.DataType.UINT8: "fp4",  # packed, for ONNX Runtime
 }
 
 
@@ -44,10 +44,14 @@ def write_weights(
     on_bytes: Callable[[int], None] = lambda done: None,
     made: Mapping[str, TensorRef] = MappingProxyType({}),
 ) -> int:
-    """Stream every large initializer of `model` to the bundle and points the graph at it.
+    """Stream every large initializer of `model` to the bundle, and make the graph refer to the file.
 
-    Each parameter is read from its source tensors, or from `made` (by its name in the graph) if the build
-    made it; it is converted to the dtype of the graph. Returns the bytes written.
+    tensors: the checkpoint's tensors, by name
+    on_bytes: called with the number of bytes written so far
+    made: the arrays that the build made, by the names of their initializers
+
+    Each parameter is read from its source tensors, or from `made`, and converted to the dtype of the graph.
+    Returns the bytes written.
     Raises BuildError if a tensor is missing or cannot be converted.
     """
     values = [value for value in model.graph.initializers.values() if not _is_inline(value)]
@@ -83,7 +87,7 @@ def write_weights(
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Return the bytes that `write_weights` will write, without the header."""
+    """Return the number of bytes that `write_weights` will write, without the header."""
     return sum(_nbytes(value) for value in model.graph.initializers.values() if not _is_inline(value))
 
 
@@ -94,7 +98,7 @@ def num_elements(model: ir.Model) -> int:
 
 
 def main_dtype(model: ir.Model) -> str:
-    """Return the dtype that most elements of the weights have: as `_NAMES` has it."""
+    """Return the dtype of most elements of the weights, by its name in `_NAMES`."""
     sizes: Counter[ir.DataType] = Counter()
     for value in model.graph.initializers.values():
         sizes[_dtype(value)] += math.prod(_shape(value))
@@ -136,14 +140,14 @@ def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.nd
         return
     if not record.sources:
         raise BuildError(f"the graph needs {value.name}, which the build has not made")
-    for source in record.sources:  # fused layers: one tensor after the other
+    for source in record.sources:  # the tensors of fused layers are concatenated
         name, ref = source.tensor, tensors.get(source.tensor)
         if ref is None:
             raise BuildError(f"the graph needs {name}, which the checkpoint lacks")
         if ref.dtype not in FLOATS:
             raise BuildError(
                 f"tensor {name} is {ref.dtype}, which llmc cannot convert to {dtype}",
-                "`llmc check CHECKPOINT` says what is wrong with it",
+                "run `llmc check CHECKPOINT` to see what is wrong with it",
             )
         power = record.exponent
         for chunk in ref.iter_chunks():
@@ -151,7 +155,7 @@ def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.nd
 
 
 def _is_converted(value: ir.Value, ref: TensorRef) -> bool:
-    """Return whether the file holds other numbers, or another dtype, than the array that was made."""
+    """Return whether the file has other values than the array that was made, or another dtype."""
     record = parameter(value)
     assert record is not None, f"{value.name} was made and has no Parameter"
     if record.exponent or record.packed:

@@ -123,7 +123,7 @@ def test_warnings_alone_exit_with_0(llmc: Run, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert "result        0 faults, 1 warning\n" in out
     assert re.search(
-        r"^warning +fused +model\.layers\.0\.self_attn\.q_proj\.input_scale +q_proj, k_proj",
+        r"^warning +fused +model\.layers\.0\.self_attn\.q_proj\.input_scale +differs among q_proj, k_proj",
         out,
         re.MULTILINE,
     )

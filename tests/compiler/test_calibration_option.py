@@ -1,4 +1,4 @@
-"""`--calibration`: the table in a bundle, a table passed back, a text, and what is refused."""
+"""`--calibration`: the table in a bundle, a reused table, a text, and invalid files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def scales(bundle: Path) -> dict[str, float]:
     return {name: float(ref.read()) for name, ref in tensors.items() if name.endswith(".input_scale")}
 
 
-def test_a_scale_is_the_largest_magnitude_in_the_table_over_448(first: Path) -> None:
+def test_fp8_scale_is_the_amax_of_the_table_over_448(first: Path) -> None:
     table = CalibrationTable.from_json((first / "calibration.json").read_bytes())
     fused = "|".join(f"{MODULES.format(one)}.input_scale" for one in "qkv")
     expected = np.float32(table.amax(MODULES.format("q"), "max")) / np.float32(448)
@@ -51,7 +51,7 @@ def test_a_scale_is_the_largest_magnitude_in_the_table_over_448(first: Path) -> 
     assert all(0 < error < 0.1 for error in worst.values())
 
 
-def test_a_table_passed_back_gives_the_same_scales(
+def test_reused_table_gives_the_same_scales(
     first: Path, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     table = first / "calibration.json"
@@ -65,7 +65,7 @@ def test_a_table_passed_back_gives_the_same_scales(
     assert scales(other) != scales(first)
 
 
-def test_a_text_of_ones_own(first: Path, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_custom_calibration_text(first: Path, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The sea was calm, and nobody spoke. " * 30, "utf-8")
     bundle = build(checkpoint("llama-tiny"), tmp_path / "x.llmc", "int8", calibration=text)
@@ -76,10 +76,8 @@ def test_a_text_of_ones_own(first: Path, checkpoint: Callable[[str], Path], tmp_
     )
 
 
-def test_a_long_text_of_ones_own_is_heard_to_its_end(
-    checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """Texts that differ in their last part give different ranges; of both no more than 8,192 tokens run."""
+def test_windows_are_sampled_from_the_whole_text(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Texts that differ only at their end give different ranges. At most 8,192 tokens of each run."""
     tables = []
     for name, end in (("a", "the sea was calm. "), ("b", "QUIT; NOTHING! 0123456789 ")):
         text = tmp_path / f"{name}.txt"
@@ -90,9 +88,11 @@ def test_a_long_text_of_ones_own_is_heard_to_its_end(
     assert max(table.source.tokens for table in tables) <= 8192
 
 
-def test_what_is_refused(first: Path, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_invalid_calibration_files_are_refused(
+    first: Path, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     source, output = checkpoint("llama-tiny"), tmp_path / "x.llmc"
-    with pytest.raises(RequestError, match="int4 takes nothing from a table"):
+    with pytest.raises(RequestError, match="int4 cannot use a calibration table"):
         build(source, output, "int4", calibration=first / "calibration.json")
     with pytest.raises(RequestError, match=r"cannot read .*nowhere"):
         build(source, output, calibration=tmp_path / "nowhere.txt")
@@ -107,7 +107,7 @@ def test_what_is_refused(first: Path, checkpoint: Callable[[str], Path], tmp_pat
         build(source, output, calibration=damaged)
     with pytest.raises(RequestError, match="has no module"):
         build(source, output, calibration=renamed(first, tmp_path))
-    with pytest.raises(BuildError, match="--calibration is about quantization"):
+    with pytest.raises(BuildError, match="--calibration needs quantization"):
         BuildRequest(str(source), output, calibration=damaged)
     with pytest.raises(BuildError, match="no calibration method 'median'"):
         BuildRequest(str(source), output, quant="fp8", calibration_method="median")  # type: ignore[arg-type]
@@ -115,14 +115,14 @@ def test_what_is_refused(first: Path, checkpoint: Callable[[str], Path], tmp_pat
 
 
 @pytest.mark.parametrize("method", ["percentile", "mse"])
-def test_a_method_where_no_activations_are_rounded_is_refused(
+def test_method_without_activation_quantization_is_refused(
     method: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     where = str(checkpoint("llama-tiny")), tmp_path / "x.llmc"
     for fmt in ("int8", "int4", "nvfp4-weight-only"):
         request = BuildRequest(*where, quant=fmt, calibration_method=method)  # type: ignore[arg-type]
         with pytest.raises(
-            RequestError, match=f"{method} is about activations, and {fmt} does not"
+            RequestError, match=f"{method} needs activation quantization, which {fmt} does not"
         ) as caught:
             plan_build(request)
         assert "such as fp8" in caught.value.hint
@@ -133,7 +133,7 @@ def test_a_method_where_no_activations_are_rounded_is_refused(
     BuildRequest(*where, quant="nvfp4", calibration_method=method)  # type: ignore[arg-type]
 
 
-def test_the_table_of_another_model_is_refused_before_the_trace(
+def test_table_of_another_model_is_refused_before_the_trace(
     first: Path, checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """llama-tiny-plain has the same modules as llama-tiny."""
@@ -144,7 +144,7 @@ def test_the_table_of_another_model_is_refused_before_the_trace(
     assert "leave --calibration out" in hint
 
 
-def test_an_fp8_cache_wants_every_layer_of_the_table(
+def test_fp8_cache_needs_every_layer_in_the_table(
     first: Path, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     table = json.loads((first / "calibration.json").read_text())
@@ -162,7 +162,7 @@ def test_an_fp8_cache_wants_every_layer_of_the_table(
 
 
 def renamed(first: Path, directory: Path) -> Path:
-    """A table with the modules of another model."""
+    """Write a table with the modules of another model."""
     path = directory / "other.json"
     path.write_text((first / "calibration.json").read_text().replace("model.layers", "transformer.h"))
     return path
@@ -181,5 +181,5 @@ def test_the_command_line(
     ]
     assert main.main([*command, "--calibration", str(first / "calibration.json")]) == 1
     error, hint = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: int4 takes nothing from a table of ranges")
+    assert error.startswith("error: int4 cannot use a calibration table")
     assert hint.startswith("hint: give a text")

@@ -1,4 +1,4 @@
-"""Activation ranges against brute force on the raw values; the table's file, and what it refuses."""
+"""Activation ranges, compared with brute force on the raw values; the table's file, and damaged ones."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def inputs(kind: str) -> np.ndarray:
 
 
 def error_at(x: np.ndarray, clip: float) -> float:
-    """Mean squared error of E4M3 (numpy's own saturating cast) at a scale of clip / 448, in float64."""
+    """Return the mean squared error of saturating E4M3 at a scale of clip / 448, in float64."""
     scale = np.float32(clip / 448)
     codes = np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
     return float(np.square(codes.astype(np.float64) * scale - x).mean())
 
 
 def int8_error_at(x: np.ndarray, clip: float) -> float:
-    """The same of int8 at a scale of clip / 127."""
+    """Return the mean squared error of int8 at a scale of clip / 127, in float64."""
     scale = np.float32(clip / 127)
     codes = np.clip(np.round(x / scale), -127, 127)
     return float(np.square(codes.astype(np.float64) * scale - x).mean())
 
 
 @pytest.mark.parametrize("kind", ["normal", "outliers"])
-def test_the_best_range_for_int8(kind: str) -> None:
+def test_mse_range_for_int8(kind: str) -> None:
     x = inputs(kind)
     found, fp8 = clip_ranges(x, "int8"), clip_ranges(x)
     assert (found.max, found.percentile) == (fp8.max, fp8.percentile)
@@ -70,7 +70,7 @@ def test_ranges_of_zeros_and_of_one_value() -> None:
     assert error_at(np.full(3, 2.5, np.float32), one.mse) < 1e-10
 
 
-def test_modules_of_a_group_share_figures_and_kv_is_of_the_layer() -> None:
+def test_fused_layers_share_ranges() -> None:
     x, y = inputs("normal"), inputs("outliers")
     entries, kv = ranges(LayerInputs(4, {("a.q", "a.k"): x, ("a.o",): y}, keys=x - 1, values=y))
     assert entries["a.q"] == entries["a.k"] == clip_ranges(x)
@@ -84,7 +84,7 @@ def table() -> CalibrationTable:
     return CalibrationTable(entries, {0: kv}, SOURCE)
 
 
-def test_the_file_gives_back_what_was_written() -> None:
+def test_table_round_trips_through_its_file() -> None:
     written = table()
     text = written.to_json()
     read = CalibrationTable.from_json(text)
@@ -96,7 +96,7 @@ def test_the_file_gives_back_what_was_written() -> None:
     assert max(len(f"{figure}".replace(".", "").strip("0")) for figure in read.kv[0]) <= 6
 
 
-def test_amax_names_what_is_not_there() -> None:
+def test_amax_of_an_unknown_module_or_method() -> None:
     with pytest.raises(RequestError, match="no calibration method 'best'") as raised:
         table().amax("m.q", "best")
     assert raised.value.hint == "known: max, percentile, mse"
@@ -106,7 +106,7 @@ def test_amax_names_what_is_not_there() -> None:
 
 
 def changed(path: str, value: Any) -> str:
-    """The file with the field at `path` set to `value`; Ellipsis removes it."""
+    """Return the file's text with the field at `path` set to `value`, or removed by Ellipsis."""
     data = json.loads(table().to_json())
     *parents, last = path.split("/")
     place = data
@@ -131,7 +131,7 @@ def changed(path: str, value: Any) -> str:
         ("activations", {}, "activations must be an object with at least one field"),
         ("activations/m.q/max", ..., r"activations\[m.q\].max is missing"),
         ("activations/m.q/min", 1.0, r"activations\[m.q\].min is unknown"),
-        ("activations/m.q/max", -1.0, r"activations\[m.q\].max must be a finite number from 0 on, got -1"),
+        ("activations/m.q/max", -1.0, r"activations\[m.q\].max must be a finite number, 0 or more, got -1"),
         ("activations/m.q/mse", float("nan"), r"activations\[m.q\].mse must be a finite number"),
         ("activations/m.q/mse", float("inf"), r"activations\[m.q\].mse must be a finite number"),
         ("activations/m.q/mse", "1", r"activations\[m.q\].mse must be a finite number"),
@@ -140,7 +140,7 @@ def changed(path: str, value: Any) -> str:
         ("kv/0/key", None, r"kv\[0\].key must be a finite number"),
     ],
 )  # fmt: skip
-def test_a_damaged_file_is_refused_by_field(path: str, value: Any, message: str) -> None:
+def test_damaged_file_is_refused_with_the_field(path: str, value: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as raised:
         CalibrationTable.from_json(changed(path, value))
     assert raised.value.hint
@@ -155,11 +155,11 @@ def test_a_damaged_file_is_refused_by_field(path: str, value: Any, message: str)
         (lambda text: text.replace('"format": 1', '"format": 1, "format": 1'), "a key appears twice"),
     ],
 )
-def test_what_is_not_a_table_is_refused(damage: Callable[[str], str], message: str) -> None:
+def test_non_table_is_refused(damage: Callable[[str], str], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         CalibrationTable.from_json(damage(table().to_json()))
 
 
-def test_figures_that_are_not_numbers_never_enter_a_table() -> None:
+def test_non_finite_figures_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"activations\[m\] must be a finite number"):
         CalibrationTable({"m": ClipRanges(float("nan"), 1.0, 1.0)}, {}, SOURCE)

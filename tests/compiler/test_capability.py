@@ -1,4 +1,4 @@
-"""Which formats a target has, and what a user is told of one that it has not."""
+"""The formats that a target supports, and the errors for the others."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from llmc.runtime.errors import RequestError, UnsupportedError
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_the_cpu_has_them_all(fmt: str) -> None:
+def test_cpu_supports_every_format(fmt: str) -> None:
     assert capability.check(fmt, "cpu", ()) is FORMATS[fmt]
 
 
 @pytest.mark.parametrize(
     ("fmt", "sms", "needed", "instead"),
     [
-        ("fp8", (80, 89), "fp8 needs SM89 or newer, and SM80 is asked for", "int8"),
+        ("fp8", (80, 89), "fp8 needs SM89 or newer, but the engine is for SM80", "int8"),
         ("fp8-per-channel", (), "a portable engine must run on SM80", "int8"),
-        ("nvfp4", (89,), "nvfp4 needs SM100 or newer, and SM89 is asked for", "int4"),
+        ("nvfp4", (89,), "nvfp4 needs SM100 or newer, but the engine is for SM89", "int4"),
         ("nvfp4-weight-only", (), "a portable engine must run on SM80", "int4"),
     ],
 )
-def test_what_a_gpu_lacks_is_said_with_the_nearest_format(
+def test_unsupported_format_names_the_nearest_one(
     fmt: str, sms: tuple[int, ...], needed: str, instead: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=needed) as caught:
         capability.check(fmt, "tensorrt-rtx", sms)
-    assert f"--quant {instead} runs there" in caught.value.hint
+    assert f"use --quant {instead}, which runs there" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -46,23 +46,23 @@ def test_what_a_gpu_lacks_is_said_with_the_nearest_format(
         ("int8-smoothquant", ()),
     ],
 )
-def test_what_a_gpu_has(fmt: str, sms: tuple[int, ...]) -> None:
+def test_formats_that_a_gpu_supports(fmt: str, sms: tuple[int, ...]) -> None:
     assert capability.check(fmt, "tensorrt-rtx", sms) is FORMATS[fmt]
 
 
-def test_an_unknown_format_names_the_known_ones() -> None:
+def test_unknown_format_lists_the_known_ones() -> None:
     with pytest.raises(RequestError, match="'q4_0'") as caught:
         capability.check("q4_0", "cpu", ())
     assert "nvfp4-weight-only" in caught.value.hint
 
 
-def test_nothing_is_traced_first(
+def test_unsupported_format_is_refused_before_the_trace(
     checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "x.llmc"
     command = ["build", str(checkpoint("llama-tiny")), "-o", str(output), "--target", "tensorrt-rtx"]
     assert main.main([*command, "--quant", "nvfp4", "--sm", "89"]) == 1
     error, hint = capsys.readouterr().err.splitlines()
-    assert error == "error: nvfp4 needs SM100 or newer, and SM89 is asked for"
-    assert hint == "hint: --quant int4 runs there; or name newer GPUs only, as in --sm 120"
+    assert error == "error: nvfp4 needs SM100 or newer, but the engine is for SM89"
+    assert hint == "hint: use --quant int4, which runs there; or name newer GPUs only, as in --sm 120"
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Opening checkpoint directories: what is read, and every way in which one can be wrong."""
+"""Opening checkpoint directories, and refusing every kind of damage."""
 
 import hashlib
 import json
@@ -156,16 +156,16 @@ def test_errors(root: Path, damage: Callable[[Path], object], fact: str, hint: s
     assert "\n" not in caught.value.message
 
 
-def test_a_shard_with_more_than_the_index_says(root: Path) -> None:
+def test_shard_with_unindexed_tensors_is_refused(root: Path) -> None:
     shard(root)
     safetensors.numpy.save_file(TENSORS, root / SHARDS[1])
     with pytest.raises(
-        CheckpointError, match=r"holds 'model.embed_tokens.weight', against .*; tensors that differ: 1$"
+        CheckpointError, match=r"holds 'model.embed_tokens.weight', contrary to .*; tensors that differ: 1$"
     ):
         Checkpoint.open(root)
 
 
-def test_a_shard_that_the_index_does_not_name_is_not_part_of_the_checkpoint(root: Path) -> None:
+def test_unindexed_shard_is_ignored(root: Path) -> None:
     index(lambda weight_map: weight_map.pop("model.norm.weight"))(root)
     assert list(Checkpoint.open(root).tensors) == ["model.embed_tokens.weight"]
 
@@ -182,7 +182,7 @@ def test_not_a_directory(root: Path, tmp_path: Path) -> None:
     assert "GGUF" in caught.value.hint
 
 
-def test_without_tokenizer_json(root: Path) -> None:
+def test_missing_tokenizer_json(root: Path) -> None:
     (root / "tokenizer.json").unlink()
     checkpoint = Checkpoint.open(root)
     assert checkpoint.tokenizer is None
@@ -215,7 +215,7 @@ def difference(want: dict[str, tuple[int, ...]], have: dict[str, TensorRef]) -> 
     return caught.value.message.removeprefix("the checkpoint does not fit its config.json: ")
 
 
-def test_matching_names_and_ignorable_extras() -> None:
+def test_matching_names_and_ignored_extras() -> None:
     compare_names(expected(), refs())
     extras = {
         "lm_head__weight": (8, 4),
@@ -226,7 +226,7 @@ def test_matching_names_and_ignorable_extras() -> None:
     assert difference(expected(), refs(**extras)) == "unexpected mtp.0"
 
 
-def test_names_that_differ_are_collapsed_and_paired() -> None:
+def test_differing_names_are_collapsed_and_paired() -> None:
     renamed = {n.replace("q_norm", "query_norm"): r for n, r in refs(model__norm__weight=(5,)).items()}
     assert difference(expected(), renamed) == (
         "no model.layers.{0-11}.self_attn.q_norm.weight "
@@ -243,7 +243,7 @@ def test_names_that_differ_are_collapsed_and_paired() -> None:
     assert "no model.layers.{1-2,7}.mlp.up_proj.weight" in difference(expected(), holes)
 
 
-def test_a_long_difference_is_cut() -> None:
+def test_long_difference_is_truncated() -> None:
     text = difference({f"tensor_{i}": (1,) for i in range(30)}, refs())
     assert text.endswith("; and 28 more differences")
     assert text.count(";") == 6

@@ -1,4 +1,4 @@
-"""Every family in the zoo, on both CPU engines, against transformers in fp32.
+"""Every family in the zoo, on both CPU engines, compared with transformers in fp32.
 
 Logits of ragged batches (prefill, chunked prefill, mixed steps, decode) and 64 greedy tokens.
 """
@@ -30,13 +30,13 @@ TOLERANCE = 1e-4  # fp32 logits
 FAMILIES = [entry.name for entry in list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 ENGINES = ("openvino", "onnxruntime")
 NEW_TOKENS = 64
-# Tokens that each of three sequences gets, step by step: prefill, mixed, decode.
+# The number of tokens of each of three sequences, step by step: prefill, mixed, decode.
 STEPS = [(70, 5, 33), (1, 40, 9), (1, 0, 17), (0, 32, 1), *[(1, 1, 1)] * 10]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers computes, in fp32, for one checkpoint."""
+    """The results of transformers in fp32 for one checkpoint."""
 
     sequences: list[list[int]]
     logits: list[np.ndarray]
@@ -77,7 +77,7 @@ def backend_for(path: Path, engine: str, blocks: int = 64) -> Backend:
 
 
 def run_steps(backend: Backend, sequences: list[list[int]], steps: list[tuple[int, ...]]) -> list[np.ndarray]:
-    """Logits of every position, computed in the given chunks, with shuffled block tables."""
+    """Return the logits of every position, computed in the given chunks, with shuffled block tables."""
     free = np.random.default_rng(2).permutation(backend.num_blocks).tolist()
     tables = [[free.pop() for _ in range(-(-len(ids) // 32))] for ids in sequences]
     past = [0] * len(sequences)
@@ -97,7 +97,7 @@ def run_steps(backend: Backend, sequences: list[list[int]], steps: list[tuple[in
 
 
 def check(expected: Reference, backend: Backend, max_seq_len: int) -> None:
-    """Ragged steps give the same logits, and continuous batching the same greedy tokens."""
+    """Check that ragged steps give the same logits, and continuous batching the same greedy tokens."""
     for logits, got in zip(expected.logits, run_steps(backend, expected.sequences, STEPS), strict=True):
         assert np.ptp(logits) > 1, "the reference must depend on its input"
         assert np.abs(got - logits).max() < TOLERANCE
@@ -120,13 +120,13 @@ def test_only_the_softcap_family_needs_onnx_runtime(bundle: Callable[[str], Path
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_trained_checkpoint_equals_transformers(engine: str, stories: Path, stories_bundle: Path) -> None:
+def test_trained_checkpoint_equals_transformers(engine: str, stories: Path, stories_bundle: Path) -> None:
     check(reference(stories), backend_for(stories_bundle, engine), 512)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", OTHERS)
-def test_families_without_a_recipe_equal_transformers_too(family: str, tmp_path: Path) -> None:
+def test_families_without_a_recipe_equal_transformers(family: str, tmp_path: Path) -> None:
     checkpoint = write_random(family, tmp_path)
     built = compile_model(BuildRequest(str(checkpoint), tmp_path / "x.llmc", verify=False)).path
     check(reference(checkpoint), backend_for(built, "openvino"), 256)

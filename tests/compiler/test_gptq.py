@@ -1,4 +1,4 @@
-"""GPTQ against its paper's algorithm, a column at a time in float64; and what it must improve."""
+"""GPTQ, compared with the paper's algorithm in float64 and with rounding to nearest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def weights(seed: int = 1) -> np.ndarray:
 
 
 def inputs(tokens: int = 1500) -> np.ndarray:
-    """Inputs that depend on each other, some larger than others, as activations are."""
+    """Draw correlated inputs of different magnitudes, like activations."""
     rng = np.random.default_rng(2)
     mixed = rng.standard_normal((tokens, IN)) @ (rng.standard_normal((IN, IN)) * 0.05 + np.eye(IN))
     return (mixed * rng.lognormal(0, 0.7, IN)).astype(np.float32)
@@ -34,12 +34,12 @@ def nearest(rows: np.ndarray, fmt: Format) -> dict[str, np.ndarray]:
     return quantize(rows, fmt, "w", search="amax" if fmt.block == -1 else "mse")
 
 
-def plain_gptq(
-    rows: np.ndarray, second_moment: np.ndarray, fmt: Format, stored: np.ndarray, over: np.float32
+def reference_gptq(
+    rows: np.ndarray, second_moment: np.ndarray, fmt: Format, stored: np.ndarray, global_scale: np.float32
 ) -> np.ndarray:
-    """The dequantized weights by algorithm 1 of arXiv:2210.17323, without its lazy batches, in float64.
+    """Compute algorithm 1 of arXiv:2210.17323, without its lazy batches, dequantized, in float64.
 
-    The scales are given, [out, blocks]: how they are chosen is not the paper's.
+    The scales, `stored` [out, blocks], are given, because llmc does not choose them as the paper does.
     """
     damped = second_moment.astype(np.float64)
     damped += 0.01 * np.trace(damped) / len(damped) * np.eye(len(damped))
@@ -47,7 +47,7 @@ def plain_gptq(
     left = rows.astype(np.float64)
     rounded = np.zeros_like(left)
     for j in range(left.shape[1]):
-        factors = scales.effective(stored[:, j // fmt.block if fmt.block > 0 else 0], over)
+        factors = scales.effective(stored[:, j // fmt.block if fmt.block > 0 else 0], global_scale)
         code = elements.encode(left[:, j].astype(np.float32) / factors, fmt.element)
         rounded[:, j] = elements.decode(code, fmt.element) * factors
         left[:, j:] -= np.outer((left[:, j] - rounded[:, j]) / upper[j, j], upper[j, j:])
@@ -55,14 +55,14 @@ def plain_gptq(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_codes_are_those_of_the_paper(name: str) -> None:
+def test_codes_equal_the_papers_algorithm(name: str) -> None:
     fmt, rows, second = get_format(name), weights(), hessian(inputs())
     arrays = gptq(rows, second, fmt, "w")
     stored = arrays["weight_scale"]
-    if fmt.block <= 0:  # one for each row, or for all of them
+    if fmt.block <= 0:  # one scale for each row, or for all rows
         stored = np.broadcast_to(stored.reshape(-1, 1), (OUT, 1))
-    over = np.float32(arrays.get("weight_scale_2", 1))
-    expected = plain_gptq(rows, second, fmt, stored, over)
+    global_scale = np.float32(arrays.get("weight_scale_2", 1))
+    expected = reference_gptq(rows, second, fmt, stored, global_scale)
     found = dequantize(arrays, fmt)
     assert (
         found != expected
@@ -71,7 +71,7 @@ def test_codes_are_those_of_the_paper(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loses_less_of_the_output_than_rounding_to_nearest(name: str) -> None:
+def test_output_error_is_below_round_to_nearest(name: str) -> None:
     fmt, rows, x = get_format(name), weights(), inputs()
     second = hessian(x)
     plain, better = nearest(rows, fmt), gptq(rows, second, fmt, "w")
@@ -95,7 +95,7 @@ def test_independent_inputs_are_rounded_to_nearest(name: str, second: np.ndarray
         assert np.array_equal(found[array], expected), array
 
 
-def test_the_global_scale_may_come_from_other_layers() -> None:
+def test_global_scale_of_fused_layers() -> None:
     rows = weights()
     for name in ("fp8", "nvfp4"):
         fmt = get_format(name)
@@ -104,7 +104,7 @@ def test_the_global_scale_may_come_from_other_layers() -> None:
         assert found[key] == scales.global_scale(3.0, fmt)
 
 
-def test_inputs_never_seen_are_rounded_to_nearest_in_place() -> None:
+def test_unseen_inputs_are_rounded_to_nearest() -> None:
     x, fmt = inputs(), get_format("fp8")
     x[:, [3, 200]] = 0
     rows = weights()
@@ -112,14 +112,14 @@ def test_inputs_never_seen_are_rounded_to_nearest_in_place() -> None:
     assert np.array_equal(found["weight"][:, [3, 200]], expected["weight"][:, [3, 200]])
 
 
-def test_fewer_tokens_than_inputs_will_do() -> None:
+def test_fewer_tokens_than_inputs_are_enough() -> None:
     x, rows, fmt = inputs(tokens=40), weights(), get_format("int4")
     second = hessian(x)
     error = output_error(rows, dequantize(gptq(rows, second, fmt, "w"), fmt), second)
     assert error < 0.5 * output_error(rows, dequantize(nearest(rows, fmt), fmt), second)
 
 
-def test_what_cannot_be_rounded_is_refused_by_name() -> None:
+def test_invalid_hessians_and_weights_are_refused() -> None:
     rows, second = weights(), hessian(inputs())
     with pytest.raises(UnsupportedError, match=r"tensor a\.b cannot be stored as int4-block128: 96 columns"):
         gptq(rows[:, :96], second[:96, :96], get_format("int4-block128"), "a.b")
@@ -127,7 +127,7 @@ def test_what_cannot_be_rounded_is_refused_by_name() -> None:
         gptq(np.where(rows == rows[0, 0], np.nan, rows), second, get_format("int8"), "a.b")
     with pytest.raises(CheckpointError, match=r"inputs of a\.b are infinite or NaN"):
         gptq(rows, np.where(second == second[0, 0], np.inf, second), get_format("int8"), "a.b")
-    with pytest.raises(BuildError, match=r"inputs of a\.b depend on each other"):
+    with pytest.raises(BuildError, match=r"inputs of a\.b are linearly dependent"):
         gptq(rows, np.ones((IN, IN), np.float32), get_format("int8"), "a.b", damping=0)
 
 

@@ -1,6 +1,6 @@
-"""Resolving names against a stub of the hub on 127.0.0.1; child processes, as HF_* is read at import.
+"""Resolving names with a stub of the hub on 127.0.0.1, in child processes: HF_* is read at import.
 
-The stub speaks what huggingface_hub 2.4 asks for: `/api/models/ID/revision/REV` for the commit,
+The stub answers the requests of huggingface_hub 2.4: `/api/models/ID/revision/REV` for the commit,
 `/api/models/ID/tree/COMMIT?recursive=true` for the files, HEAD and GET of `/ID/resolve/COMMIT/FILE`.
 """
 
@@ -119,7 +119,7 @@ def hub() -> Iterator[str]:
 
 
 def ask(cache: Path, endpoint: str, *names: tuple[str, str | None], offline: bool = False) -> list[list[str]]:
-    """What `resolve` answers in a child: file names, or [message, hint]."""
+    """Return the results of `resolve` in a child: file names, or [message, hint]."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": str(int(offline))}
@@ -135,7 +135,7 @@ def ask(cache: Path, endpoint: str, *names: tuple[str, str | None], offline: boo
     return [json.loads(line) for line in child.stdout.splitlines()]
 
 
-def test_downloads_only_what_a_build_reads(tmp_path: Path, hub: str) -> None:
+def test_downloads_only_the_files_of_a_build(tmp_path: Path, hub: str) -> None:
     wanted = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
     assert ask(tmp_path, hub, ("org/name", None), ("org/name", COMMIT)) == [wanted, wanted]
     fetched = {path.split("/")[-1] for path in StubHub.log if "/resolve/" in path}
@@ -165,7 +165,8 @@ def test_hub_errors(tmp_path: Path, hub: str) -> None:
         ("pickled/name has no safetensors weights", "pickled"),
         ("downloading broken/name failed: ", "resumes"),
         (
-            f"org/down is no directory and not wholly in the download cache, and the hub ({hub}) answers 500",
+            "org/down is neither a directory nor complete in the download cache, "
+            f"and the hub ({hub}) answers 500",
             "",
         ),
         ("there is no directory org/na..me, and it is not a valid hub id", "org/name"),
@@ -179,16 +180,16 @@ def test_hub_errors(tmp_path: Path, hub: str) -> None:
 
 def test_offline_and_unreachable(tmp_path: Path, hub: str) -> None:
     [(message, hint)] = ask(tmp_path, hub, ("org/name", None), offline=True)
-    assert message.endswith("not wholly in the download cache, and HF_HUB_OFFLINE is set")
+    assert message.endswith("nor complete in the download cache, and HF_HUB_OFFLINE is set")
     assert "HF_HUB_OFFLINE" in hint
     assert StubHub.log == []
     [(message, hint)] = ask(tmp_path, "http://127.0.0.1:9", ("org/name", "main"))
-    assert message.startswith("org/name at revision main is no directory and not wholly in")
+    assert message.startswith("org/name at revision main is neither a directory nor complete in")
     assert message.endswith("and the hub (http://127.0.0.1:9) cannot be reached")
     assert "connection" in hint
 
 
-def test_local_directories_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_directory_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert resolve("org/name") == Path("org/name")
@@ -198,7 +199,7 @@ def test_local_directories_come_first(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("path", ["./org/name", "/org/name", "a/b/c", "name", "../name", "org/name/", ""])
-def test_what_is_not_shaped_like_a_hub_id_is_a_path(
+def test_malformed_hub_id_is_treated_as_a_path(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

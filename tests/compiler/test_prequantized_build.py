@@ -1,4 +1,4 @@
-"""Quantized checkpoints through `llmc build`: the engine computes with the weights that they stand for."""
+"""`llmc build` of pre-quantized checkpoints: the engine computes with the dequantized weights."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ needs_tensorrt = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph depends on the architecture alone: traces it once for all layouts."""
+    """Trace the graph once for all layouts, because it depends on the architecture alone."""
     monkeypatch.setattr(export, "trace", _trace)
 
 
@@ -88,7 +88,7 @@ def _traced(model_type: str, dtype: str, max_seq_len: int) -> export.Trace:
 
 
 def complete(made: Written, model_type: str = "llama") -> Written:
-    """The tensors of `made` as a checkpoint that transformers knows the architecture of."""
+    """Write the tensors of `made` as a checkpoint of an architecture that transformers supports."""
     made.config |= CONFIG | {"model_type": model_type}
     made.tensors["model.embed_tokens.weight"] = (
         made.tensors["model.embed_tokens.weight"] * BF16(0.5)
@@ -117,7 +117,7 @@ def build(made: Written, output: Path, **options: Any) -> Manifest:
 
 
 def rounded(x: np.ndarray, module: Any) -> np.ndarray:
-    """The input of a layer as the recipe multiplies it; static scales only."""
+    """Return the input of a layer after the recipe's activation quantization, if its scale is static."""
     tensors = {
         role: ref.read().astype(np.float64).reshape(-1)
         for role, ref in module.tensors.items()
@@ -142,7 +142,7 @@ def rounded(x: np.ndarray, module: Any) -> np.ndarray:
 
 
 def reference(made: Written, sequences: Sequences) -> list[np.ndarray]:
-    """transformers' fp32 logits, with the dequantized weights and the inputs rounded where that is static."""
+    """Return transformers' fp32 logits with dequantized weights and static activation quantization."""
     quantized: QuantizedCheckpoint = read_quantized(Checkpoint.open(made.root))
     config = {key: value for key, value in made.config.items() if key != "quantization_config"}
     model = AutoModelForCausalLM.from_config(
@@ -162,14 +162,14 @@ def reference(made: Written, sequences: Sequences) -> list[np.ndarray]:
 
 
 def logits(backend: Backend, ids: np.ndarray) -> np.ndarray:
-    """[len, 96], in one step."""
+    """Return the logits of one step, [len, 96]."""
 
     step = Batch.pack([(ids, 0, [2, 0], range(len(ids)))])
     return backend.forward(step).copy()
 
 
 def errors(made: Written, bundle: Path, engine: str, sequences: Sequences) -> list[float]:
-    """The largest of the logits of each sequence, relative to 10 or to the largest logit."""
+    """Return the largest error of each sequence's logits, relative to the largest logit, or to 10."""
     backend = load_backend(EngineFile(engine, bundle / "rank0.onnx"), LoadOptions(kv_blocks=4))
     return [
         float(np.abs(logits(backend, ids) - expected).max() / max(1, np.abs(expected).max() / 10))
@@ -178,8 +178,11 @@ def errors(made: Written, bundle: Path, engine: str, sequences: Sequences) -> li
 
 
 def assert_equal(made: Written, bundle: Path, rounds_inputs: bool) -> None:
-    """Where inputs are rounded, one in some 100,000 lies so near a tie that it falls on the other side, and
-    what follows in that sequence differs: most sequences must be free of that."""
+    """Check that most sequences are exact.
+
+    With activation quantization, about one input in 100,000 lies so near a tie that it is rounded to the
+    other side, and the rest of its sequence differs.
+    """
     engine = "onnxruntime" if rounds_inputs else "openvino"
     found = errors(made, bundle, engine, SHORT if rounds_inputs else LONG)
     assert sum(one < 1e-4 for one in found) > len(found) / 2, found
@@ -188,7 +191,7 @@ def assert_equal(made: Written, bundle: Path, rounds_inputs: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 @pytest.mark.parametrize("layout", BUILDABLE)
-def test_every_layout_computes_what_it_stands_for(layout: str, model_type: str, tmp_path: Path) -> None:
+def test_every_layout_equals_the_dequantized_model(layout: str, model_type: str, tmp_path: Path) -> None:
     made = checkpoint(tmp_path, layout, model_type=model_type)
     manifest = build(made, tmp_path / "x.llmc")
     static = layout in ("modelopt-fp8", "ct-fp8") or "nvfp4" in layout
@@ -202,7 +205,7 @@ def test_every_layout_computes_what_it_stands_for(layout: str, model_type: str, 
 
 
 @pytest.mark.slow
-def test_layers_with_different_global_scales_stay_apart(tmp_path: Path) -> None:
+def test_layers_with_different_global_scales_are_not_fused(tmp_path: Path) -> None:
     made = checkpoint(tmp_path, "modelopt-nvfp4", share=False)
     manifest = build(made, tmp_path / "x.llmc")
     [fuse] = [one for one in manifest.passes if one.name == "fuse-linears"]
@@ -214,7 +217,7 @@ def test_layers_with_different_global_scales_stay_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fp8_with_a_scale_each_becomes_one_matrix_with_a_scale_a_row(tmp_path: Path) -> None:
+def test_per_tensor_fp8_layers_fuse_to_per_channel_fp8(tmp_path: Path) -> None:
     made = checkpoint(tmp_path, "modelopt-fp8", share=False)
     manifest = build(made, tmp_path / "x.llmc")
     assert manifest.quantization is not None
@@ -223,8 +226,8 @@ def test_fp8_with_a_scale_each_becomes_one_matrix_with_a_scale_a_row(tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_mixture_of_formats_and_plain_layers(tmp_path: Path) -> None:
-    """k_proj is plain and apart, the rest of attention is FP8, the MLPs are NVFP4."""
+def test_mixed_formats_and_unquantized_layers(tmp_path: Path) -> None:
+    """k_proj is unquantized and not fused, the rest of attention is FP8, the MLPs are NVFP4."""
 
     def quantizer(name: str) -> Quantizer:
         if name.endswith("k_proj"):
@@ -245,7 +248,7 @@ def test_a_mixture_of_formats_and_plain_layers(tmp_path: Path) -> None:
     assert_equal(made, tmp_path / "x.llmc", True)
 
 
-def test_the_file_holds_the_codes_of_the_checkpoint(tmp_path: Path) -> None:
+def test_weights_file_has_the_checkpoints_codes(tmp_path: Path) -> None:
     made = checkpoint(tmp_path, "ct-fp8-dynamic")
     build(made, tmp_path / "x.llmc")
     written = read_header(tmp_path / "x.llmc/weights/model.safetensors")
@@ -266,8 +269,8 @@ def test_the_file_holds_the_codes_of_the_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["modelopt-awq", "ct-int4-asymmetric", "ct-int4-channel"])
-def test_fast_rounds_the_inputs_of_integer_weights(tmp_path: Path, layout: str) -> None:
-    """Blocks of 64 in 4 and in 8 bits, and a scale for each row."""
+def test_fast_quantizes_the_inputs_of_integer_weights(tmp_path: Path, layout: str) -> None:
+    """Blocks of 64 in 4 and in 8 bits, and one scale per row."""
     build(checkpoint(tmp_path, layout), tmp_path / "x.llmc")
     engines = [load_engine(tmp_path / "x.llmc", kv_memory=1 << 20, fast=fast) for fast in (False, True)]
     exact, fast = (logits(engine.backend, LONG[0]) for engine in engines)
@@ -275,14 +278,14 @@ def test_fast_rounds_the_inputs_of_integer_weights(tmp_path: Path, layout: str) 
     assert 1e-4 < error < 0.1
 
 
-def test_the_loss_of_rounded_inputs_is_against_the_dequantized_weights(tmp_path: Path) -> None:
+def test_quantization_loss_is_relative_to_the_dequantized_weights(tmp_path: Path) -> None:
     made = checkpoint(tmp_path, "modelopt-fp8")
     manifest = compile_model(BuildRequest(str(made.write()), tmp_path / "x.llmc")).manifest
     assert manifest.verification.details["quantization_loss"]["reference"] == "dequantized"
     assert recorded(manifest).against == "the dequantized checkpoint"
 
 
-def test_the_dry_run_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = checkpoint(tmp_path, "ct-fp8-dynamic").write()
     output = tmp_path / "x.llmc"
     assert main.main(["build", str(root), "-o", str(output), "--dry-run"]) == 0
@@ -300,7 +303,7 @@ def test_the_dry_run_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
 # TensorRT: built for GPUs, and the same graph computed on the CPU
 
 
-def test_without_sm_the_gpu_that_is_here_decides_what_it_takes(
+def test_enterprise_target_checks_formats_for_the_local_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensorrt_build, "is_installed", lambda library: True)
@@ -313,12 +316,12 @@ def test_without_sm_the_gpu_that_is_here_decides_what_it_takes(
     assert plan.quantization is not None
     assert plan.quantization.record()["formats"] == {"nvfp4": 14}
     monkeypatch.setattr(target, "_this_gpu", lambda wanted: (90,))
-    with pytest.raises(UnsupportedError, match="is nvfp4, which needs SM100 or newer, and SM90"):
+    with pytest.raises(UnsupportedError, match=r"is nvfp4, which needs SM100 or newer, but .* SM90"):
         plan_build(request)
 
 
 def graph_for_tensorrt(made: Written, directory: Path, dtype: str, sm: int) -> BuildInputs:
-    """Writes what TensorRT is given, and its weights, into `directory`."""
+    """Write TensorRT's graph and its weights to `directory`."""
     options: Any = {"target": "tensorrt-rtx", "dtype": dtype, "sms": (sm,)}
     request = BuildRequest(str(made.write()), directory / "unused.llmc", verify=False, **options)
     _, inputs = plan_build(request)
@@ -347,10 +350,8 @@ KV_ONLY = {
 
 
 @pytest.mark.parametrize("method", KV_ONLY)
-def test_a_checkpoint_whose_cache_alone_is_quantized(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    """Its weights are plain, and an FP8 cache has its scales."""
+def test_checkpoint_with_only_kv_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """The weights are unquantized, and an FP8 cache has the checkpoint's scales."""
 
     def plain(w: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         return {"weight": w.astype(BF16)}, w
@@ -389,10 +390,11 @@ def test_a_checkpoint_whose_cache_alone_is_quantized(
         ("ct-nvfp4", 120),
     ],
 )
-def test_tensorrt_builds_every_kind_and_its_graph_loses_what_16_bits_lose(
-    layout: str, sm: int, tmp_path: Path
-) -> None:
-    """Where inputs are rounded to 8 or 4 bits, 16 bits decide on codes: test_stored_graph.py has those."""
+def test_tensorrt_graph_of_every_layout_is_accurate_to_16_bits(layout: str, sm: int, tmp_path: Path) -> None:
+    """Layouts with activation quantization are only built, because 16-bit rounding changes their codes.
+
+    tests/passes/test_prequantized_linears.py compares them.
+    """
     made = checkpoint(tmp_path, layout)
     inputs = graph_for_tensorrt(made, tmp_path, "bf16", sm)
     oracle = tmp_path / "graph/oracle.onnx"
@@ -411,7 +413,7 @@ def test_tensorrt_builds_every_kind_and_its_graph_loses_what_16_bits_lose(
 
 @needs_tensorrt
 @pytest.mark.slow
-def test_fp8_with_a_scale_each_builds_as_well(tmp_path: Path) -> None:
+def test_fused_per_tensor_fp8_builds_for_tensorrt(tmp_path: Path) -> None:
     made = checkpoint(tmp_path, "modelopt-fp8", share=False)
     inputs = graph_for_tensorrt(made, tmp_path, "fp16", 89)
     limits = tensorrt_build.EngineLimits(128, 64, 4, 8)
@@ -423,7 +425,7 @@ def test_fp8_with_a_scale_each_builds_as_well(tmp_path: Path) -> None:
 
 
 def moved(model: ir.Model, directory: Path) -> ir.Model:
-    """`model` with its weights where the graph was copied to."""
+    """Return `model` with its weights in the directory that the graph was copied to."""
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.base_dir = directory

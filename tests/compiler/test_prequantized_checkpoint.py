@@ -1,6 +1,6 @@
-"""Quantized checkpoints in the layouts that are published: what they are read as, and every fault in them.
+"""Pre-quantized checkpoints in every published layout: reading them, and finding their faults.
 
-The writers are in quantized_layouts.py.
+tests/support/quantized_layouts.py writes them.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from support.quantized_layouts import (
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Written]:
-    """layout -> a sound checkpoint in it; q, k, v share no scale unless `share` (then all linears do)."""
+    """Return a function that makes a valid checkpoint. share: all linear layers share their scales."""
 
     def make(layout: str, share: bool = True) -> Written:
         quantizer, settings, _ = LAYOUTS[layout]
@@ -74,7 +74,7 @@ def test_dequantizes_every_layout_exactly(write: Callable[..., Written], layout:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_sound_checkpoint_has_no_findings(write: Callable[..., Written], layout: str) -> None:
+def test_valid_checkpoint_has_no_findings(write: Callable[..., Written], layout: str) -> None:
     made = write(layout)
     for full in (False, True):
         report = check_checkpoint(made.write(), full)
@@ -88,7 +88,7 @@ def test_a_sound_checkpoint_has_no_findings(write: Callable[..., Written], layou
     assert 4 < report.quantized_bits < (5.5 if "4" in layout or "awq" in layout else 8.5)
 
 
-def test_the_plan_of_a_module_names_every_tensor(write: Callable[..., Written]) -> None:
+def test_module_has_the_role_of_every_tensor(write: Callable[..., Written]) -> None:
     quantized = read_quantized(Checkpoint.open(write("ct-nvfp4").write()))
     module = quantized.modules[Q0]
     assert (module.format, module.group_size, module.block) == ("nvfp4", 16, (1, 16))
@@ -103,7 +103,7 @@ def test_the_plan_of_a_module_names_every_tensor(write: Callable[..., Written]) 
 
 
 def test_mixed_precision(tmp_path: Path) -> None:
-    """Each module in a format of its own, listed by ModelOpt in `quantized_layers`."""
+    """Modules of different formats, which ModelOpt lists in `quantized_layers`."""
     quantizers, layers = {}, {}
     for index, name in enumerate(weights()):
         attention = "self_attn" in name
@@ -121,13 +121,13 @@ def test_mixed_precision(tmp_path: Path) -> None:
     del made.said["quantized_layers"][Q0]
     assert "does not name it" in made.finding("exclude", f"{Q0}.weight")
     made.said["quantized_layers"][Q0] = {"quant_algo": "NVFP4", "group_size": 16}
-    assert "is fp8 (F8_E4M3 [192, 192]), the configuration says nvfp4" in made.finding(
+    assert "is fp8 (F8_E4M3 [192, 192]), but the configuration says nvfp4" in made.finding(
         "format", f"{Q0}.weight"
     )
 
 
 def test_modelopt_in_config_json(write: Callable[..., Written]) -> None:
-    """The newer form, alone and beside hf_quant_config.json."""
+    """ModelOpt's newer configuration, alone and beside hf_quant_config.json."""
     made = write("modelopt-nvfp4")
     group = {"weights": NVFP4_ARGS, "input_activations": NVFP4_ARGS, "targets": ["Linear"]}
     made.config["quantization_config"] = {
@@ -147,7 +147,8 @@ def test_modelopt_in_config_json(write: Callable[..., Written]) -> None:
     assert (report.kv_cache, report.kv_scales) == ("FP8", 4)
     made.said["quant_algo"] = "FP8"
     assert (
-        made.finding("config", "hf_quant_config.json") == "says ModelOpt FP8, config.json says ModelOpt NVFP4"
+        made.finding("config", "hf_quant_config.json")
+        == "declares ModelOpt FP8, but config.json declares ModelOpt NVFP4"
     )
     made.said.update(quant_algo="NVFP4", exclude_modules=["lm_head", "model.layers.9*"])
     assert "'model.layers.9*'" in made.finding("config", "hf_quant_config.json", warning=True)
@@ -162,7 +163,7 @@ def test_group_size_is_read_from_the_tensors_where_the_file_omits_it(write: Call
     assert check_checkpoint(made.write()).formats == {"int4-awq in groups of 64": 14}
 
 
-# Faults, each alone in an otherwise sound checkpoint
+# Faults, each alone in an otherwise valid checkpoint
 
 
 def test_fp8_labelled_nvfp4(write: Callable[..., Written]) -> None:
@@ -171,7 +172,7 @@ def test_fp8_labelled_nvfp4(write: Callable[..., Written]) -> None:
     found = made.findings()
     assert len(found) == 14
     assert {one.kind for one in found} == {"format"}
-    assert found[0].what == "is fp8 (F8_E4M3 [192, 192]), the configuration says nvfp4"
+    assert found[0].what == "is fp8 (F8_E4M3 [192, 192]), but the configuration says nvfp4"
 
 
 def test_fp8_bytes_stored_as_nvfp4(write: Callable[..., Written]) -> None:
@@ -179,7 +180,7 @@ def test_fp8_bytes_stored_as_nvfp4(write: Callable[..., Written]) -> None:
     draw = np.random.default_rng(5)
     byte = draw.integers(0, 0x70, (HIDDEN, HIDDEN), np.uint8)
     made.tensors[f"{Q0}.weight"] = byte
-    assert "groups of 32, the configuration says 16, or the weight is FP8 bytes" in made.finding(
+    assert "groups of 32, but the configuration says 16, or the weight is FP8 bytes" in made.finding(
         "shape", f"{Q0}.weight_scale"
     )
     made.tensors[f"{Q0}.weight_scale"] = np.ones((HIDDEN, HIDDEN // 8), E4M3)  # consistent, but twice as wide
@@ -227,7 +228,9 @@ def test_scales_without_a_weight(write: Callable[..., Written], layout: str) -> 
     ("layout", "last"),
     [("modelopt-fp8", "weight_scale"), ("modelopt-fp8", "input_scale"), ("ct-nvfp4", "weight_global_scale")],
 )
-def test_bad_scales(write: Callable[..., Written], layout: str, last: str, value: float, what: str) -> None:
+def test_invalid_scales(
+    write: Callable[..., Written], layout: str, last: str, value: float, what: str
+) -> None:
     made = write(layout)
     name = f"{GATE0}.{last}"
     made.tensors[name] = np.full_like(made.tensors[name], value)
@@ -235,26 +238,26 @@ def test_bad_scales(write: Callable[..., Written], layout: str, last: str, value
     assert [(one.kind, one.tensor, one.what) for one in found] == [("value", name, f"{what} of 1 values")]
 
 
-def test_bad_scales_among_many(write: Callable[..., Written]) -> None:
+def test_invalid_scales_are_counted(write: Callable[..., Written]) -> None:
     made = write("modelopt-nvfp4")
     scales = made.tensors[f"{K0}.weight_scale"]
     scales[-1, -1], scales[0, 0], scales[1, 2] = np.nan, 0, -1
     assert made.finding("value", f"{K0}.weight_scale") == "1 NaN and 1 zero and 1 negative of 768 values"
 
 
-def test_codes_that_are_nan(write: Callable[..., Written]) -> None:
+def test_nan_codes(write: Callable[..., Written]) -> None:
     made = write("deepseek")
     made.tensors[f"{K0}.weight"][7, 7] = np.nan
     assert made.finding("value", f"{K0}.weight") == "has codes that are NaN"
 
 
-def test_bad_values_in_plain_tensors(write: Callable[..., Written]) -> None:
+def test_invalid_values_in_unquantized_tensors(write: Callable[..., Written]) -> None:
     made = write("modelopt-fp8")
     made.tensors["model.norm.weight"][3] = np.inf
     assert made.finding("value", "model.norm.weight") == "1 infinite of 192 values"
 
 
-def test_the_sample_misses_what_full_finds(write: Callable[..., Written]) -> None:
+def test_full_check_reads_rows_outside_the_samples(write: Callable[..., Written]) -> None:
     made = write("modelopt-fp8")
     table = np.ones((4096, HIDDEN), BF16)
     table[700, 0] = np.nan
@@ -277,20 +280,20 @@ def test_wrong_group_size(write: Callable[..., Written], layout: str, said: int,
     found = made.findings()
     assert {one.kind for one in found} == {"shape"}
     assert len(found) == 14
-    assert f"groups of {stored}, the configuration says {said}" in found[0].what
+    assert f"groups of {stored}, but the configuration says {said}" in found[0].what
     assert found[0].tensor == f"{Q0}.weight_scale"
 
 
 @pytest.mark.parametrize(
     ("layout", "last", "shape", "dtype", "what"),
     [
-        ("modelopt-nvfp4", "weight_scale", (64, 6), E4M3, "groups of 32, the configuration says 16"),
+        ("modelopt-nvfp4", "weight_scale", (64, 6), E4M3, "groups of 32, but the configuration says 16"),
         ("modelopt-nvfp4", "weight_scale", (64, 5), E4M3, "does not divide"),
         ("modelopt-nvfp4", "weight_scale", (12, 64), E4M3, "does not divide"),
         ("ct-nvfp4", "weight_global_scale", (2,), np.float32, "not one number"),
         ("deepseek", "weight_scale_inv", (2, 2), np.float32, "blocks of [128, 128] in [64, 192] need [1, 2]"),
         ("modelopt-fp8-channel", "weight_scale", (65,), np.float32, "does not divide"),
-        ("ct-int4", "weight_shape", (3,), np.int64, "is not what"),
+        ("ct-int4", "weight_shape", (3,), np.int64, "has another shape"),
         ("ct-int4-asymmetric", "weight_zero_point", (8, 4), np.int32, "not [8, 3]"),
         ("modelopt-nvfp4-awq", "pre_quant_scale", (191,), BF16, "not [192]"),
     ],
@@ -306,11 +309,11 @@ def test_wrong_shapes(
 def test_wrong_dtypes(write: Callable[..., Written]) -> None:
     made = write("modelopt-nvfp4")
     made.tensors[f"{K0}.weight_scale"] = made.tensors[f"{K0}.weight_scale"].astype(np.float32)
-    assert made.finding("dtype", f"{K0}.weight_scale") == "is F32, of nvfp4 it is F8_E4M3"
+    assert made.finding("dtype", f"{K0}.weight_scale") == "is F32; nvfp4 has F8_E4M3"
 
 
 @pytest.mark.parametrize("layout", ["modelopt-fp8", "ct-nvfp4", "deepseek"])
-def test_excluded_but_quantized(write: Callable[..., Written], layout: str) -> None:
+def test_quantized_but_excluded(write: Callable[..., Written], layout: str) -> None:
     made = write(layout)
     key = {"modelopt-fp8": "exclude_modules", "ct-nvfp4": "ignore"}.get(layout, "modules_to_not_convert")
     made.said[key] = ["lm_head", K0]
@@ -319,7 +322,7 @@ def test_excluded_but_quantized(write: Callable[..., Written], layout: str) -> N
 
 
 @pytest.mark.parametrize("layout", ["modelopt-fp8", "ct-int4", "deepseek"])
-def test_plain_but_not_excluded(write: Callable[..., Written], layout: str) -> None:
+def test_unquantized_but_not_excluded(write: Callable[..., Written], layout: str) -> None:
     made = write(layout)
     for name in [name for name in made.tensors if name.startswith(f"{K0}.")]:
         del made.tensors[name]
@@ -329,8 +332,8 @@ def test_plain_but_not_excluded(write: Callable[..., Written], layout: str) -> N
     )
 
 
-def test_an_incomplete_exclude_list(write: Callable[..., Written]) -> None:
-    """Old ModelOpt files omit modules, which is a warning; a loader of compressed-tensors would fail."""
+def test_incomplete_exclude_list(write: Callable[..., Written]) -> None:
+    """Old ModelOpt files omit modules: a warning. A loader of compressed-tensors would fail: a fault."""
     made = write("modelopt-fp8")
     made.said["exclude_modules"] = []
     made.finding("exclude", "lm_head.weight", warning=True)
@@ -339,7 +342,7 @@ def test_an_incomplete_exclude_list(write: Callable[..., Written]) -> None:
     made.finding("exclude", "lm_head.weight")
 
 
-# What each inversion does to FP8, NVFP4 (both ways of writing) and integers
+# Scales stored as their inverse, for FP8, NVFP4 (ModelOpt and compressed-tensors) and integers
 
 
 @pytest.mark.parametrize(
@@ -372,8 +375,8 @@ def test_inverse_scales(write: Callable[..., Written], layout: str, last: str, e
 
 @pytest.mark.parametrize("rms", [0.002, 0.02, 0.5])
 @pytest.mark.parametrize("layout", ["modelopt-fp8", "modelopt-nvfp4", "ct-nvfp4", "ct-int4", "deepseek"])
-def test_the_criterion_holds_for_large_and_small_weights(tmp_path: Path, layout: str, rms: float) -> None:
-    """Nothing as written, one finding for each module with inverted scales; outliers of 50 times the rms."""
+def test_inverse_scales_of_large_and_small_weights(tmp_path: Path, layout: str, rms: float) -> None:
+    """Only inverse scales give a finding, one for each module. Outliers are 50 times the rms."""
     quantizer, settings, _ = LAYOUTS[layout]
 
     def scaled(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
@@ -393,14 +396,14 @@ def test_the_criterion_holds_for_large_and_small_weights(tmp_path: Path, layout:
     assert {one.kind for one in found} == {"magnitude"}
 
 
-def test_a_module_out_of_line_with_its_kind(tmp_path: Path) -> None:
-    """Small weights, one scale 1000 times too large: plausible alone, not beside the others."""
+def test_outlier_among_similar_modules(tmp_path: Path) -> None:
+    """A scale of small weights that is 1000 times too large is plausible alone, but not beside the others."""
     made = assemble(
         tmp_path / "small", dict.fromkeys(weights(), lambda w: fp8(w * np.float32(0.03))), modelopt("FP8")
     )
     made.tensors[f"{GATE0}.weight_scale"] *= np.float32(1000)
     assert re.search(
-        r"are about 2\.\d+ and those of its kind 0\.002", made.finding("magnitude", f"{GATE0}.weight")
+        r"are about 2\.\d+ and those of similar modules 0\.002", made.finding("magnitude", f"{GATE0}.weight")
     )
 
 
@@ -412,7 +415,7 @@ def test_inverse_input_scales(write: Callable[..., Written], layout: str, last: 
     for name in made.tensors:
         if name.endswith(f".{last}"):
             made.tensors[name] = 1 / made.tensors[name]
-    assert "14 of 14 are like it: are they stored as the inverse?" in made.finding(
+    assert "as 14 of 14 input scales do: are they stored as the inverse?" in made.finding(
         "magnitude", f"{Q0}.{last}"
     )
 
@@ -423,7 +426,7 @@ def test_dead_layers_are_a_warning(write: Callable[..., Written]) -> None:
     assert made.finding("magnitude", f"{K0}.weight", warning=True) == "all sampled values are zero"
 
 
-def test_fused_projections_with_different_scales(write: Callable[..., Written]) -> None:
+def test_fused_layers_with_different_scales(write: Callable[..., Written]) -> None:
     made = write("modelopt-nvfp4", share=False)
     found = made.findings()
     assert {one.kind for one in found} == {"fused"}
@@ -433,10 +436,10 @@ def test_fused_projections_with_different_scales(write: Callable[..., Written]) 
         for layer in (0, 1)
         for end in ("self_attn.q_proj", "mlp.gate_proj")
     ]
-    assert found[0].what.startswith("q_proj, k_proj, v_proj have different ones: ")
+    assert found[0].what.startswith("differs among q_proj, k_proj, v_proj: ")
 
 
-def test_tensors_that_nobody_claims(write: Callable[..., Written]) -> None:
+def test_unclaimed_tensors(write: Callable[..., Written]) -> None:
     made = write("modelopt-fp8")
     made.tensors[f"{K0}.weight_scale_3"] = f32(1)
     made.finding("unclaimed", f"{K0}.weight_scale_3")
@@ -452,10 +455,10 @@ def test_tensors_that_nobody_claims(write: Callable[..., Written]) -> None:
     assert made.findings() == []
 
 
-def test_config_and_tensors_disagree_on_being_quantized(write: Callable[..., Written]) -> None:
+def test_config_and_tensors_disagree_on_quantization(write: Callable[..., Written]) -> None:
     made = write("ct-fp8")
     settings = made.config.pop("quantization_config")
-    assert "says nothing of quantization" in made.finding("config", "config.json")
+    assert "does not declare quantization" in made.finding("config", "config.json")
     plain = {name: value for name, value in made.tensors.items() if "proj" not in name}
     plain |= {f"{name}.weight": value.astype(BF16) for name, value in made.exact.items()}
     made.tensors = plain
@@ -514,7 +517,7 @@ def test_lfs_pointers_and_truncated_files(write: Callable[..., Written]) -> None
         ),
     ],
 )
-def test_formats_that_are_not_read(
+def test_unsupported_formats_are_refused(
     write: Callable[..., Written], settings: dict[str, Any], what: str
 ) -> None:
     made = write("ct-fp8")
@@ -545,8 +548,8 @@ def test_exclude_patterns(entry: str, matching: str, other: str) -> None:
 @pytest.mark.parametrize(
     "layout", ["modelopt-nvfp4", "ct-nvfp4", "ct-int4-asymmetric", "ct-int4-reordered", "deepseek"]
 )
-def test_nothing_but_errors_of_ours(write: Callable[..., Written], layout: str) -> None:
-    """Tensors of odd shapes and dtypes, settings of odd types: findings or an LlmcError, no traceback."""
+def test_malformed_input_gives_findings_or_an_llmc_error(write: Callable[..., Written], layout: str) -> None:
+    """Tensors of random shapes and dtypes, and settings of random types, cause no traceback."""
     made = write(layout)
     draw = np.random.default_rng(11)
     made.tensors = {name: value for name, value in made.tensors.items() if "layers.1" not in name}

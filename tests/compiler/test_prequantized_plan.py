@@ -1,4 +1,4 @@
-"""Quantized checkpoints for engines: formats, arrays, what can be one matrix, and what is refused."""
+"""Pre-quantized checkpoints for engines: formats, arrays, fusion, and refused layouts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from support.quantized_layouts import (
 
 V0, DOWN0 = Q0.replace("q_proj", "v_proj"), GATE0.replace("gate_proj", "down_proj")
 QKV = [Q0, K0, V0]
-# layout -> name of the format on a CPU, of matrices of 192 columns and, where it differs, of 320
+# layout -> name of the format on a CPU, for matrices of 192 columns and, if it differs, of 320
 FORMS = {
     "modelopt-fp8": ("fp8",),
     "modelopt-fp8-channel": ("fp8-per-channel-weight-only",),
@@ -70,12 +70,12 @@ FORMS = {
     "ct-w8a8": ("int8",),
     "deepseek": ("fp8-block64-weight-only",),
 }
-REFUSED = {"ct-int4-reordered": "out of the order", "ct-int8-asymmetric": "zero points"}
+REFUSED = {"ct-int4-reordered": "reordered columns", "ct-int8-asymmetric": "zero points"}
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Written]:
-    """layout -> a checkpoint in it, whose layers share their scales if `share`."""
+    """Return a function that makes a checkpoint. share: all layers share their scales."""
 
     def make(layout: str, share: bool = True) -> Written:
         quantizer, settings, _ = LAYOUTS[layout]
@@ -97,7 +97,7 @@ def read(made: Written, dtype: str = "fp32", **options: Any) -> PrequantizedWeig
 
 
 def mixed(root: Path, quantizer_of: Callable[[str], Quantizer | None], settings: dict[str, Any]) -> Written:
-    """A checkpoint whose modules are quantized each in its way; None: not at all."""
+    """Make a checkpoint whose modules are quantized by `quantizer_of` their name; None: not quantized."""
 
     def plain(w: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         return {"weight": w.astype(BF16)}, w
@@ -134,7 +134,7 @@ def test_arrays_have_the_values_of_the_checkpoint(
 
 @pytest.mark.parametrize("share", [True, False], ids=["same scales", "different scales"])
 @pytest.mark.parametrize("layout", FORMS)
-def test_what_is_multiplied_as_one_has_the_values_of_its_parts(
+def test_fused_layers_have_the_values_of_their_parts(
     write: Callable[..., Written], layout: str, share: bool
 ) -> None:
     made = write(layout, share)
@@ -154,7 +154,7 @@ def test_what_is_multiplied_as_one_has_the_values_of_its_parts(
     np.testing.assert_allclose(got, exact, rtol=2**-22 if layout == "ct-nvfp4" else 0, atol=0)
 
 
-def test_codes_and_scales_are_the_bytes_of_the_checkpoint(write: Callable[..., Written]) -> None:
+def test_codes_and_scales_keep_the_checkpoints_bytes(write: Callable[..., Written]) -> None:
     made = write("modelopt-nvfp4")
     part = read(made).modules[Q0]
     arrays = arrays_of(part, part.format)
@@ -194,14 +194,14 @@ def test_scales_are_never_rounded(
 
 
 @pytest.mark.parametrize("layout", REFUSED)
-def test_what_no_engine_holds(write: Callable[..., Written], layout: str) -> None:
+def test_unsupported_layouts_are_refused(write: Callable[..., Written], layout: str) -> None:
     with pytest.raises(UnsupportedError, match=REFUSED[layout]) as caught:
         read(write(layout))
     assert Q0 in caught.value.message
     assert caught.value.hint
 
 
-def test_a_group_index_in_order_and_zero_points_of_zero_are_nothing(tmp_path: Path) -> None:
+def test_trivial_group_index_and_zero_points_are_accepted(tmp_path: Path) -> None:
     settings = compressed(
         "pack-quantized", {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}, None
     )
@@ -217,10 +217,10 @@ def test_a_group_index_in_order_and_zero_points_of_zero_are_nothing(tmp_path: Pa
     np.testing.assert_array_equal(dequantize(arrays_of(part, part.format), part.format), made.exact[DOWN0])
 
 
-# What can be one matrix
+# Fusion
 
 
-def test_layers_of_which_one_is_not_quantized_stay_apart(tmp_path: Path) -> None:
+def test_layers_with_an_unquantized_one_are_not_fused(tmp_path: Path) -> None:
     settings = modelopt("FP8", exclude_modules=["lm_head", "*.k_proj"])
     made = mixed(tmp_path / "x", lambda name: None if name.endswith("k_proj") else fp8, settings)
     stored = read(made)
@@ -233,7 +233,7 @@ def test_layers_of_which_one_is_not_quantized_stay_apart(tmp_path: Path) -> None
     assert set(kept.values()) == {"not quantized in the checkpoint (in its list of exceptions)"}
 
 
-def test_layers_of_different_formats_and_inputs_stay_apart(tmp_path: Path) -> None:
+def test_layers_of_different_formats_or_input_scales_are_not_fused(tmp_path: Path) -> None:
     layers = {name: {"quant_algo": "FP8" if "k_proj" in name else "NVFP4"} for name in weights()}
     settings = modelopt("MIXED_PRECISION", quantized_layers=layers)
     made = mixed(tmp_path / "x", lambda name: fp8 if "k_proj" in name else nvfp4(False), settings)
@@ -261,7 +261,7 @@ def plan_of(stored: PrequantizedWeights) -> Any:
     return make_prequantized_plan(stored, shapes, groups, stored_bits=16, other_params=1000)
 
 
-def test_bytes_are_those_of_the_arrays_and_the_table_says_where_they_come_from(tmp_path: Path) -> None:
+def test_plan_counts_the_bytes_of_the_arrays_and_names_the_scheme(tmp_path: Path) -> None:
     made = mixed(
         tmp_path / "x",
         lambda name: nvfp4(True),
@@ -287,7 +287,7 @@ def test_bytes_are_those_of_the_arrays_and_the_table_says_where_they_come_from(t
         ("modelopt-nvfp4", None),
     ],
 )
-def test_what_the_recipe_does_at_run_time_and_the_engine_does_not_is_said(
+def test_notes_name_the_omitted_activation_quantization(
     write: Callable[..., Written], layout: str, note: str | None
 ) -> None:
     plan = plan_of(read(write(layout)))
@@ -313,7 +313,7 @@ def test_weight_only_nvfp4_and_nvfp4_with_fp8_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codes", ["int8", "int4", "e4m3", "e2m1"])
 @pytest.mark.parametrize("block", [-1, 0, 16, 32, 64])
 @pytest.mark.parametrize("activations", ["", "e4m3", "e2m1"])
-def test_names_of_formats_say_all_but_the_dtype_of_scales(codes: str, block: int, activations: str) -> None:
+def test_format_names_encode_all_but_the_dtype_of_scales(codes: str, block: int, activations: str) -> None:
     usual = {"int8": ("", "e4m3"), "int4": ("", "e4m3"), "e4m3": ("", "e4m3"), "e2m1": ("", "e4m3", "e2m1")}
     if activations not in usual[codes] or (block == -1 and codes != "e4m3"):
         return
@@ -322,26 +322,26 @@ def test_names_of_formats_say_all_but_the_dtype_of_scales(codes: str, block: int
     assert fmt == Format(fmt.name, codes, block, scales, activations)
 
 
-def test_names_that_llmc_writes_are_of_the_same_kind() -> None:
+def test_formats_of_quant_follow_the_naming_scheme() -> None:
     for name, fmt in FORMATS.items():
         if fmt.smoothed:
             continue  # named after its method
         assert systematic_format(fmt.element, fmt.block, fmt.scales, fmt.activations) == fmt
         assert fmt.name == name
     with pytest.raises(RequestError):
-        get_format("int4-block64")  # a checkpoint may hold it, --quant does not make it
+        get_format("int4-block64")  # checkpoints may have it, but --quant does not make it
 
 
 # Refusals
 
 
-def test_quantizing_it_again(write: Callable[..., Written]) -> None:
+def test_quant_of_a_prequantized_checkpoint_is_refused(write: Callable[..., Written]) -> None:
     with pytest.raises(RequestError, match=r"--quant int8: .* quantized already \(ModelOpt FP8\)") as caught:
         read(write("modelopt-fp8"), quant="int8")
-    assert "without --quant" in caught.value.hint
+    assert "leave --quant out" in caught.value.hint
 
 
-def test_a_layout_that_contradicts_itself_names_the_tensor(write: Callable[..., Written]) -> None:
+def test_contradictory_layout_names_the_tensor(write: Callable[..., Written]) -> None:
     made = write("modelopt-fp8")
     del made.tensors[f"{K0}.weight_scale"]
     with pytest.raises(CheckpointError, match=f"{K0}.weight its weight_scale is missing") as caught:
@@ -350,7 +350,7 @@ def test_a_layout_that_contradicts_itself_names_the_tensor(write: Callable[..., 
 
 
 @pytest.mark.parametrize("value", [0, -1, np.nan, np.inf])
-def test_scales_that_are_none(write: Callable[..., Written], value: float) -> None:
+def test_nonpositive_scales_are_refused(write: Callable[..., Written], value: float) -> None:
     made = write("ct-int4")
     made.tensors[f"{K0}.weight_scale"][3, 1] = value
     part = read(made).modules[K0]
@@ -362,7 +362,7 @@ def test_scales_that_are_none(write: Callable[..., Written], value: float) -> No
         read(made)
 
 
-def test_a_quantized_module_that_is_no_linear_layer(write: Callable[..., Written]) -> None:
+def test_quantized_embedding_is_refused(write: Callable[..., Written]) -> None:
     made = write("modelopt-fp8")
     made.said["exclude_modules"] = ["lm_head"]
     table, _ = fp8(made.tensors["model.embed_tokens.weight"].astype(np.float32))
@@ -381,16 +381,16 @@ def test_a_quantized_module_that_is_no_linear_layer(write: Callable[..., Written
         ("ct-int4", (75,), "SM80"),
     ],
 )
-def test_gpus_that_lack_the_format(
+def test_gpus_without_the_format_are_refused(
     write: Callable[..., Written], layout: str, sms: tuple[int, ...], needs: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=f"needs {needs} or newer") as caught:
         read(write(layout), "bf16", sms=sms)
     assert "--sm" in caught.value.hint
-    assert read(write("ct-int4"), "bf16", sms=()).modules  # portable engines hold integers
+    assert read(write("ct-int4"), "bf16", sms=()).modules  # portable engines support integers
 
 
-def test_blocks_with_static_inputs_are_for_the_cpu(tmp_path: Path) -> None:
+def test_fp8_blocks_with_static_activation_scales_need_the_cpu(tmp_path: Path) -> None:
     def quantize(w: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         tensors, exact = LAYOUTS["ct-fp8-block"][0](w)
         return tensors | {"input_scale": f32(0.1)}, exact
@@ -400,11 +400,11 @@ def test_blocks_with_static_inputs_are_for_the_cpu(tmp_path: Path) -> None:
         tmp_path / "x", lambda name: quantize, compressed("float-quantized", block, float_args(8, "tensor"))
     )
     assert read(made).modules[Q0].format.name == "fp8-block64"
-    with pytest.raises(UnsupportedError, match="static inputs"):
+    with pytest.raises(UnsupportedError, match="static activation scales"):
         read(made, "bf16")
 
 
-def test_a_plain_checkpoint_is_none_of_this(tmp_path: Path) -> None:
+def test_unquantized_checkpoint_returns_none(tmp_path: Path) -> None:
     made = mixed(tmp_path / "x", lambda name: None, {})
     request = BuildRequest("x", Path("x.llmc"), quant="int8")
     assert read_prequantized(Checkpoint.open(made.write()), request, "fp32") is None
@@ -413,7 +413,7 @@ def test_a_plain_checkpoint_is_none_of_this(tmp_path: Path) -> None:
 # KV scales
 
 
-def test_scales_of_the_cache(write: Callable[..., Written]) -> None:
+def test_kv_scales_are_read(write: Callable[..., Written]) -> None:
     made = write("modelopt-fp8")
     assert read(made).largest_kv == {}
     made.said["kv_cache_quant_algo"] = "FP8"
@@ -438,10 +438,10 @@ def test_scales_of_the_cache(write: Callable[..., Written]) -> None:
         ({"kv_cache_scheme": {"num_bits": 8, "type": "int", "symmetric": True}}, 127),
     ],
 )
-def test_scales_of_a_cache_stand_for_the_magnitudes_of_its_kind(
+def test_kv_scales_give_the_largest_magnitudes(
     write: Callable[..., Written], said: dict[str, Any], largest: float
 ) -> None:
-    """`largest`: of the codes, scales of blocks included."""
+    """largest: the largest magnitude of the codes, times the scales of blocks."""
     made, amax = write("modelopt-fp8"), np.array([12, 6], np.float32)
     made.said.update(said)
     key, value = amax / np.float32(largest)
@@ -459,7 +459,7 @@ def test_scales_of_a_cache_stand_for_the_magnitudes_of_its_kind(
         ({"kv_cache_scheme": {"num_bits": 8, "type": "int", "symmetric": False}}, "INT8_AFFINE"),
     ],
 )
-def test_scales_of_other_caches_are_left_out_and_that_is_said(
+def test_kv_scales_of_unknown_formats_are_ignored_with_a_note(
     write: Callable[..., Written], said: dict[str, Any], kind: str
 ) -> None:
     made = write("modelopt-fp8")

@@ -1,4 +1,4 @@
-"""Quantizers: every code and scale against encoders written from the specifications, and properties."""
+"""Quantizers: every code and scale, compared with encoders written from the specifications; properties."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,15 +23,15 @@ from llmc.runtime.errors import CheckpointError, RequestError, UnsupportedError
 
 TALES = Path(__file__).parents[2] / "model_zoo/llama/tales/model.safetensors"
 NAMES = list(FORMATS)
-DISTINCT = [name for name in NAMES if name != "nvfp4-weight-only"]  # whose weights are nvfp4's
+DISTINCT = [name for name in NAMES if name != "nvfp4-weight-only"]  # the same weights as nvfp4
 SEARCHED = [(name, s) for name in DISTINCT for s in ("amax", "mse") if (name, s) != ("fp8", "mse")]
 
 
-# The specifications, as tables: value of every non-negative code, ascending.
+# The specifications as tables: the value of every non-negative code, ascending.
 
 
 def minifloat(exponent_bits: int, mantissa_bits: int, bias: int) -> np.ndarray:
-    """IEEE 754's rule for a float without infinities: subnormals where the exponent field is 0."""
+    """Return the values of a float without infinities by IEEE 754: an exponent field of 0 means subnormal."""
     values = []
     for code in range(2 ** (exponent_bits + mantissa_bits)):
         exponent, mantissa = divmod(code, 2**mantissa_bits)
@@ -44,7 +44,7 @@ E2M1 = minifloat(2, 1, bias=1)
 E4M3 = minifloat(4, 3, bias=7)[:-1]  # S.1111.111 is NaN
 
 
-def test_tables_are_the_specifications() -> None:
+def test_tables_equal_the_specifications() -> None:
     assert np.array_equal(E2M1, [0, 0.5, 1, 1.5, 2, 3, 4, 6])  # OCP MX 1.0, FP4
     assert (E4M3[0x7E], E4M3[0x08], E4M3[0x07], E4M3[0x01]) == (  # OFP8 1.0, table 1
         448,
@@ -54,28 +54,28 @@ def test_tables_are_the_specifications() -> None:
     )
 
 
-def slow_code(x: float, table: np.ndarray) -> int:
-    """Round to nearest, ties to the even code, saturating; the sign above the table's bits."""
+def reference_code(x: float, table: np.ndarray) -> int:
+    """Encode one value: to nearest, ties to the even code, saturating; the sign is above the table's bits."""
     distances = abs(table - abs(float(x)))
     nearest = np.flatnonzero(distances == distances.min()).tolist()
     code = nearest[0] if len(nearest) == 1 else next(code for code in nearest if code % 2 == 0)
     return code | (1 << (len(table) - 1).bit_length() if np.signbit(x) else 0)
 
 
-def slow_integer(x: float, low: int, high: int) -> int:
+def reference_integer(x: float, low: int, high: int) -> int:
     return max(low, min(high, round(float(x))))  # (Python's round: ties to even)
 
 
 ENCODERS: dict[str, Callable[[float], int]] = {
-    "int8": lambda x: slow_integer(x, -127, 127),
-    "int4": lambda x: slow_integer(x, -8, 7),
-    "e4m3": lambda x: slow_code(x, E4M3),
-    "e2m1": lambda x: slow_code(x, E2M1),
+    "int8": lambda x: reference_integer(x, -127, 127),
+    "int4": lambda x: reference_integer(x, -8, 7),
+    "e4m3": lambda x: reference_code(x, E4M3),
+    "e2m1": lambda x: reference_code(x, E2M1),
 }
 
 
 def midpoints(table: np.ndarray) -> np.ndarray:
-    """Every value, every midpoint, and the float32 on either side of both; beyond the largest too."""
+    """Return every value, every midpoint, their float32 neighbors, and some beyond the largest value."""
     exact = sorted({*table, *((a + b) / 2 for a, b in pairwise(table)), table[-1] * 2})
     points = np.array(exact, np.float32)
     near = np.concatenate([points, np.nextafter(points, np.inf), np.nextafter(points, -np.inf)])
@@ -107,7 +107,7 @@ def test_decode_agrees_with_ml_dtypes(codes: str, dtype: str) -> None:
     np.testing.assert_array_equal(ours[: len(table)], table)
 
 
-def test_packing_puts_the_first_code_in_the_low_nibble() -> None:
+def test_first_code_is_in_the_low_nibble() -> None:
     assert pack(np.array([[1, 2, -8, 7]], np.int8)).tolist() == [[0x21, 0x78]]
     assert unpack(np.array([[0x21, 0x78]], np.uint8), "int4").tolist() == [[1, 2, -8, 7]]
     every = np.arange(256, dtype=np.uint8).reshape(2, 128)
@@ -115,7 +115,7 @@ def test_packing_puts_the_first_code_in_the_low_nibble() -> None:
         np.testing.assert_array_equal(pack(unpack(every, codes)), every)
 
 
-def test_packing_is_that_of_onnx() -> None:
+def test_packing_equals_onnx() -> None:
     from onnx import TensorProto, helper, numpy_helper
 
     array = np.array([1, -8, 7, 0, -1, 3], np.int8)
@@ -124,11 +124,11 @@ def test_packing_is_that_of_onnx() -> None:
     np.testing.assert_array_equal(numpy_helper.to_array(stored), numpy_helper.to_array(proto))
 
 
-# Whole matrices against a loop over blocks, written from the formulas in FORMATS' docstring.
+# Whole matrices, compared with a loop over blocks that is written from the formulas in FORMATS' docstring.
 
 
-def slow_quantize(w: np.ndarray, fmt: Format) -> dict[str, np.ndarray]:
-    """search="amax", one float32 operation at a time."""
+def reference_quantize(w: np.ndarray, fmt: Format) -> dict[str, np.ndarray]:
+    """Quantize with search="amax", one float32 operation at a time."""
     f32 = np.float32
     rows, columns = w.shape
     size = {-1: columns, 0: columns}.get(fmt.block, fmt.block)
@@ -157,7 +157,7 @@ def slow_quantize(w: np.ndarray, fmt: Format) -> dict[str, np.ndarray]:
                 scale = f32(next(2.0**e for e in range(-127, 128) if 2.0**e >= exact))
             else:
                 exact = min(max(abs(x).max() / (f32(6) * over), f32(2**-9)), f32(448))
-                scale = f32(E4M3[slow_code(float(exact), E4M3)])
+                scale = f32(E4M3[reference_code(float(exact), E4M3)])
             scales[row, block] = scale
             effective = scale * over
             bits[row, block * size : (block + 1) * size] = [ENCODERS[fmt.element](v / effective) for v in x]
@@ -180,7 +180,7 @@ with np.errstate(all="ignore"):
 
 
 def matrix(rows: int = 5, columns: int = 256, seed: int = 0) -> np.ndarray:
-    """Normal, with an outlier, a row and a block of zeros, a row a million times smaller than the rest."""
+    """Draw normal values with an outlier, a row and a block of zeros, and a row a million times smaller."""
     w = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
     w[0, 3] *= 20
     w[1] = 0
@@ -194,14 +194,14 @@ def matrix(rows: int = 5, columns: int = 256, seed: int = 0) -> np.ndarray:
 def test_matrix_is_bit_exact(name: str, scale: float) -> None:
     w = matrix() * np.float32(scale)
     fmt = FORMATS[name]
-    ours, slow = quantize(w, fmt, "w"), slow_quantize(w, fmt)
+    ours, slow = quantize(w, fmt, "w"), reference_quantize(w, fmt)
     assert ours.keys() == slow.keys()
     for key, expected in slow.items():
         assert ours[key].tobytes() == expected.tobytes(), key
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_arrays_are_those_of_the_layout(name: str) -> None:
+def test_arrays_match_the_layout(name: str) -> None:
     fmt = FORMATS[name]
     arrays = quantize(matrix(), fmt, "w")
     assert {key: (array.dtype, array.shape) for key, array in arrays.items()} == {
@@ -219,7 +219,7 @@ def test_bits_per_parameter(name: str, bits: float) -> None:
 
 
 @pytest.mark.parametrize(("name", "search"), SEARCHED)
-def test_blocks_of_rows_join_to_the_whole(name: str, search: str) -> None:
+def test_blocks_of_rows_concatenate_to_the_matrix(name: str, search: str) -> None:
     fmt, w = FORMATS[name], matrix(7)
     chunks = [w[:3], w[3:4], w[4:]]
     amax = absmax(chunks, "w")
@@ -232,7 +232,7 @@ def test_blocks_of_rows_join_to_the_whole(name: str, search: str) -> None:
             assert all(part[key] == whole for part in parts)
 
 
-# What holds for any matrix.
+# Properties of any matrix.
 
 normal = st.floats(-1, 1, width=32).map(lambda x: 0.0 if abs(x) < 1e-30 else x)
 weights = hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.just(128)), elements=normal)
@@ -240,7 +240,7 @@ magnitudes = st.sampled_from([1e-12, 1e-3, 1.0, 1e3])
 
 
 def step_bound(fmt: Format, w: np.ndarray, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The largest error that rounding may cause to each weight."""
+    """Return the largest error that rounding may cause to each weight."""
     over = arrays.get("weight_scale_2", np.float32(1))
     stored = arrays["weight_scale"].astype(np.float64)
     size = w.shape[1] if fmt.block <= 0 else fmt.block
@@ -271,8 +271,8 @@ def test_error_is_at_most_half_a_step(name: str, w: np.ndarray, magnitude: float
 @pytest.mark.parametrize(("name", "search"), SEARCHED)
 @settings(max_examples=25)
 @given(w=weights)
-def test_representable_weights_stay(name: str, search: str, w: np.ndarray) -> None:
-    """Codes again the same; values too, but for the last bit of an fp32 scale."""
+def test_representable_weights_are_kept(name: str, search: str, w: np.ndarray) -> None:
+    """Quantizing again gives the same codes, and the same values up to the last bit of an fp32 scale."""
     fmt = FORMATS[name]
     once = quantize(w, fmt, "w", search=search)
     values = dequantize(once, fmt)
@@ -343,7 +343,7 @@ def test_odd_sizes(name: str, columns: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4", "int4-block128", "nvfp4"])
-def test_a_broken_block_is_refused(name: str) -> None:
+def test_partial_block_is_refused(name: str) -> None:
     with pytest.raises(
         UnsupportedError, match=r"tensor a\.weight .* 40 columns are not a multiple"
     ) as caught:
@@ -352,7 +352,7 @@ def test_a_broken_block_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 32), (2, 0), (32,), (1, 2, 32)])
-def test_only_matrices(shape: tuple[int, ...]) -> None:
+def test_other_ranks_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(UnsupportedError, match="tensor t cannot"):
         quantize(np.ones(shape, np.float32), FORMATS["int8"], "t")
 
@@ -360,7 +360,7 @@ def test_only_matrices(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("value", "word"), [(np.nan, "NaN"), (np.inf, "infinity"), (-np.inf, "infinity")])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_what_is_not_finite_is_refused(name: str, value: float, word: str, dtype: type) -> None:
+def test_nonfinite_weights_are_refused(name: str, value: float, word: str, dtype: type) -> None:
     w = np.ones((2, 128), dtype)
     w[1, 5] = value
     with pytest.raises(CheckpointError, match=f"tensor l.0.weight has {word}"):
@@ -369,15 +369,15 @@ def test_what_is_not_finite_is_refused(name: str, value: float, word: str, dtype
         absmax([w], "l.0.weight")
 
 
-def test_an_amax_of_other_weights_is_a_mistake() -> None:
+def test_amax_below_the_weights_is_refused() -> None:
     with pytest.raises(ValueError, match="smaller than its weight"):
         quantize(np.ones((1, 16), np.float32), FORMATS["nvfp4"], "w", amax=0.5)
     with pytest.raises(ValueError, match="no search 'mse'"):
         quantize(np.ones((1, 16), np.float32), FORMATS["fp8"], "w", search="mse")
 
 
-def test_a_shared_global_scale() -> None:
-    """Two layers multiplied as one: the same weight_scale_2, and values as if they were one matrix."""
+def test_shared_global_scale() -> None:
+    """Fused layers share weight_scale_2, and have the values of one matrix."""
     q, k = matrix(4, seed=1), matrix(3, seed=2) * np.float32(0.1)
     for name in ("fp8", "nvfp4"):
         fmt, amax = FORMATS[name], absmax([q, k], "q|k")
@@ -388,7 +388,7 @@ def test_a_shared_global_scale() -> None:
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8", "fp8-per-channel"])
-def test_scales_of_another_dtype(name: str, dtype: str) -> None:
+def test_scale_dtypes(name: str, dtype: str) -> None:
     fmt = FORMATS[name].with_scales(dtype)
     w = matrix()
     w[3] = 1
@@ -403,14 +403,14 @@ def test_nvfp4_scales_are_e4m3() -> None:
 
 
 @given(st.floats(2.0**-100, 2.0**13, width=32), st.sampled_from(["F16", "BF16", "F32"]))
-def test_round_up_is_the_next(x: float, dtype: str) -> None:
+def test_round_up_gives_the_next_value(x: float, dtype: str) -> None:
     up = round_up(np.array([x], np.float32), dtype)
     below = np.nextafter(up, np.zeros(1, up.dtype)).astype(np.float32)
     assert below[0] < np.float32(x) <= up.astype(np.float32)[0]
 
 
-def test_modelopt_numbers() -> None:
-    """weight_scale_2 = amax / (6 x 448); block scales of 448 for the largest, e2m1 x scale x scale_2 back."""
+def test_nvfp4_follows_modelopt() -> None:
+    """weight_scale_2 is amax / (6 x 448), the largest block scale 448, and a value code x scale x scale_2."""
     w = np.tile(np.array([6, -6, 4, 3, 2, 1.5, 1, 0.5] * 2, np.float32), (1, 2)) / 8
     w[0, 16:] /= 4
     arrays = quantize(w, FORMATS["nvfp4"], "w")
@@ -421,7 +421,7 @@ def test_modelopt_numbers() -> None:
     assert E2M1_VALUES[0xF] == -6
 
 
-def test_weight_only_differs_in_activations_alone() -> None:
+def test_weight_only_formats_differ_in_activations_alone() -> None:
     both = FORMATS["nvfp4"], FORMATS["nvfp4-weight-only"]
     assert replace(both[0], name=both[1].name, activations="") == both[1]
 
@@ -441,7 +441,7 @@ def test_weight_only_differs_in_activations_alone() -> None:
     ],
 )
 def test_error_of_trained_weights(name: str, search: str, relative: float) -> None:
-    """What the choices in formats.py rest on: the relative L2 error of the trained checkpoint's layers."""
+    """The relative L2 error of the trained checkpoint's layers, which the choices in formats.py rest on."""
     error = total = 0.0
     for ref in read_header(TALES).values():
         if ".layers." not in ref.name or len(ref.shape) != 2 or ref.shape[1] % 128:
@@ -460,7 +460,7 @@ def test_unknown_format() -> None:
 
 
 def dequantize_linear(arrays: dict[str, np.ndarray], fmt: Format, shape: tuple[int, int]) -> Any:
-    """What onnx's reference evaluator makes of the arrays: scales to fp32, then DequantizeLinear."""
+    """Dequantize the arrays by onnx's reference evaluator: scales to fp32, then DequantizeLinear."""
     from onnx import TensorProto, helper
     from onnx.reference import ReferenceEvaluator
 
@@ -491,7 +491,7 @@ def dequantize_linear(arrays: dict[str, np.ndarray], fmt: Format, shape: tuple[i
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dequantize_is_that_of_onnx(name: str) -> None:
+def test_dequantize_equals_onnx(name: str) -> None:
     w, fmt = matrix(), FORMATS[name]
     arrays = quantize(w, fmt, "w")
     np.testing.assert_array_equal(dequantize_linear(arrays, fmt, (5, 256)), dequantize(arrays, fmt))

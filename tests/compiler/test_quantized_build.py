@@ -34,10 +34,10 @@ def build(checkpoint: Path, output: Path, fmt: str, **options: object) -> dict[s
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["int8", "int4"])
 @pytest.mark.parametrize("name", TINY)
-def test_every_family_computes_with_its_rounded_weights(
+def test_every_family_computes_with_the_quantized_weights(
     name: str, fmt: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The build compares with transformers on the dequantized weights, to the bound of fp32."""
+    """The build compares with transformers on the dequantized weights, within the tolerance of fp32."""
     manifest = build(checkpoint(name), tmp_path / "x.llmc", fmt)
     assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
     assert manifest["quantization"]["format"] == fmt  # type: ignore[index]
@@ -51,10 +51,10 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return output, request.param
 
 
-def test_the_layers_that_lose_most_are_named(
+def test_manifest_names_the_least_accurate_layers(
     built: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of int8, that saw no inputs, by |W - code x scale| / |W|; of calibrated int4 by the outputs."""
+    """int8 without calibration: by |W - code x scale| / |W|; calibrated int4: by the outputs."""
     bundle, fmt = built
     quantization = json.loads((bundle / "manifest.json").read_text())["quantization"]
     what = {"int8": "weight", "int4": "output"}[fmt]
@@ -79,7 +79,7 @@ def test_the_layers_that_lose_most_are_named(
     assert f"worst layers relative error of the {what}: {listed}" in shown
 
 
-def test_the_file_holds_the_codes_and_scales_of_the_checkpoint(built: tuple[Path, str]) -> None:
+def test_weights_file_has_the_codes_and_scales(built: tuple[Path, str]) -> None:
     bundle, fmt = built
     source = Checkpoint.open(TALES).tensors
     written = read_header(bundle / "weights" / "model.safetensors")
@@ -113,7 +113,7 @@ def test_openvino_keeps_the_codes_in_memory(built: tuple[Path, str]) -> None:
     assert len(codes) == 5 * 4 + (fmt == "int8")  # q/k/v and gate/up are one matrix each; lm_head is int8
 
 
-def test_the_loss_on_a_trained_model_is_small_and_recorded(built: tuple[Path, str]) -> None:
+def test_quantization_loss_of_a_trained_model_is_small_and_recorded(built: tuple[Path, str]) -> None:
     bundle, fmt = built
     manifest = json.loads((bundle / "manifest.json").read_text())
     loss = manifest["verification"]["details"]["quantization_loss"]
@@ -140,7 +140,9 @@ def test_inspect_shows_the_format_and_the_loss(
     assert lines["loss"].endswith("on 1,464 positions")
 
 
-def test_a_threshold_tells_them_apart(built: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_thresholds_accept_int8_and_refuse_int4(
+    built: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     bundle, fmt = built
     assert main.main(["verify", str(bundle), "--min-top1", "0.97"]) == {"int8": 0, "int4": 1}[fmt]
     assert main.main(["verify", str(bundle), "--max-kl", "0.001"]) == {"int8": 0, "int4": 1}[fmt]
@@ -148,10 +150,10 @@ def test_a_threshold_tells_them_apart(built: tuple[Path, str], capsys: pytest.Ca
 
 
 @pytest.mark.slow
-def test_measured_again_the_loss_is_what_the_build_recorded(
+def test_verify_against_reproduces_the_recorded_loss(
     built: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The build compares transformers with itself, `llmc verify --against` the engine with transformers."""
+    """The build computes both sides in transformers, `llmc verify --against` computes one with the engine."""
     bundle, _ = built
     assert main.main(["verify", str(bundle), "--against", str(TALES), "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)["figures"]
@@ -161,7 +163,7 @@ def test_measured_again_the_loss_is_what_the_build_recorded(
         assert measured[name] == pytest.approx(loss[name], rel=0.02), name
 
 
-def test_two_builds_are_the_same_bytes(built: tuple[Path, str], tmp_path: Path) -> None:
+def test_builds_are_byte_identical(built: tuple[Path, str], tmp_path: Path) -> None:
     bundle, fmt = built
     build(TALES, tmp_path / "again.llmc", fmt, verify=False)
     for name in ("rank0.onnx", "weights/model.safetensors"):
@@ -169,8 +171,8 @@ def test_two_builds_are_the_same_bytes(built: tuple[Path, str], tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_two_verified_builds_are_byte_identical(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """Weights, graph and manifest, the measured loss included."""
+def test_verified_builds_are_byte_identical(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Weights, graph and manifest are identical, the measured loss included."""
     for name in ("a", "b"):
         build(checkpoint("qwen3-tiny"), tmp_path / name / "x.llmc", "int4")
     for file in (path for path in (tmp_path / "a").rglob("*") if path.is_file()):
@@ -179,7 +181,7 @@ def test_two_verified_builds_are_byte_identical(checkpoint: Callable[[str], Path
     assert "quantization_loss" in (tmp_path / "a/x.llmc/manifest.json").read_text()
 
 
-def test_excluded_modules_stay_as_they_are(tmp_path: Path) -> None:
+def test_excluded_modules_are_not_quantized(tmp_path: Path) -> None:
     manifest = build(
         TALES, tmp_path / "x.llmc", "int4", exclude=("*.mlp.*", "*.0.self_attn.k_proj"), verify=False
     )
@@ -192,7 +194,7 @@ def test_excluded_modules_stay_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("fmt", "pattern"), [("int8", "lm_head"), ("int4", "*head")])
-def test_a_tied_head_that_is_excluded_stays_the_embedding(fmt: str, pattern: str, tmp_path: Path) -> None:
+def test_excluded_tied_head_stays_the_embedding(fmt: str, pattern: str, tmp_path: Path) -> None:
     manifest = build(TALES, tmp_path / "x.llmc", fmt, exclude=(pattern,))
     assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
     assert manifest["quantization"]["kept"] == {"lm_head": f"--exclude {pattern}"}  # type: ignore[index]
@@ -208,7 +210,7 @@ def test_everything_excluded_with_a_tied_head_is_refused(tmp_path: Path) -> None
         build(TALES, tmp_path / "x.llmc", "int8", exclude=("*",))
 
 
-def test_blocks_of_128_leave_out_what_they_cannot_take(tmp_path: Path) -> None:
+def test_matrices_without_whole_blocks_are_not_quantized(tmp_path: Path) -> None:
     manifest = build(TALES, tmp_path / "x.llmc", "int4-block128")
     assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
     kept = manifest["quantization"]["kept"]  # type: ignore[index]
@@ -216,7 +218,7 @@ def test_blocks_of_128_leave_out_what_they_cannot_take(tmp_path: Path) -> None:
     assert "multiple of the block of 128" in kept["model.layers.0.mlp.down_proj"]
 
 
-def test_the_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = ["build", str(TALES), "-o", str(tmp_path / "x.llmc"), "--quant", "int8", "--dry-run"]
     assert main.main(command) == 0
     out = capsys.readouterr().out
@@ -228,16 +230,16 @@ def test_the_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exclude": ("*",)}, "--exclude is about quantization"),
+        ({"exclude": ("*",)}, "--exclude needs quantization"),
     ],
 )
-def test_what_cannot_be_asked_for(options: dict[str, object], message: str) -> None:
+def test_invalid_requests_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(BuildError, match=message) as error:
         BuildRequest("x", Path("x.llmc"), **options)  # type: ignore[arg-type]
     assert error.value.hint
 
 
-def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
+def test_exclude_pattern_without_a_match_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="down_proj"):
         build(TALES, tmp_path / "x.llmc", "int8", exclude=("down_proj",))
     assert list(tmp_path.iterdir()) == []

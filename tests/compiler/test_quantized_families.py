@@ -1,9 +1,9 @@
-"""Every format on every target that has it, for every dense family of the zoo: built, and proven.
+"""Every format on every target that supports it, for every dense family of the zoo: built and verified.
 
-The build itself is the proof: the engine (or the graph that TensorRT is given, in ONNX Runtime) against
-transformers with the same codes dequantized in numpy and the same rounding of inputs, to the bounds of
-docs/explanation/fidelity.md. What is not special to a format is shared: a trace is made once a family, and
-the verification runs in this process.
+The build itself verifies: it compares the engine (or TensorRT's graph, in ONNX Runtime) with transformers,
+with the same codes dequantized in numpy and the same activation quantization, within the tolerances of
+docs/explanation/fidelity.md. To save time, each family is traced once, and the verification runs in this
+process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from support.traces import copy_of
 
 FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 NARROW = ("llama-tiny", "mistral-tiny", "olmo2-tiny")  # no block of 128 divides their 64 columns
-OLDEST_SM = {"int8": 80, "int4": 80, "e4m3": 89, "e2m1": 120}  # by the codes of the weights
+OLDEST_SM = {"int8": 80, "int4": 80, "e4m3": 89, "e2m1": 120}  # by the element type of the weights
 PAIRS = [(n, f) for n in FAMILIES for f in FORMATS if f != "int4-block128" or n not in NARROW]
 needs_tensorrt = pytest.mark.skipif(
     not tensorrt_build.is_installed("tensorrt_rtx"), reason="the package tensorrt-rtx is not installed"
@@ -94,7 +94,7 @@ def test_for_tensorrt(name: str, fmt: str, checkpoint: Callable[[str], Path], tm
 
 
 @pytest.mark.parametrize("name", NARROW)
-def test_a_model_that_is_too_narrow_is_refused(
+def test_model_without_whole_blocks_is_refused(
     name: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(RequestError, match="64 columns are not a multiple of the block of 128"):

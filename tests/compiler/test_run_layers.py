@@ -1,4 +1,4 @@
-"""Calibration's run of the graph: what it shows is what transformers computes, family by family."""
+"""Running the graph for calibration: the layer inputs equal transformers', for every family."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from llmc.compiler import zoo
 from llmc.compiler.calibrate import subgraph
 from llmc.compiler.calibrate.run_layers import layers
-from llmc.compiler.calibrate.source import own_text
+from llmc.compiler.calibrate.source import default_text
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.quantize.gptq import gptq, hessian, output_error
@@ -31,9 +31,9 @@ from llmc.runtime.errors import BuildError, UnsupportedError
 from support.traces import canonical
 
 FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
-SOME = ("llama-tiny", "mistral-tiny", "gemma2-tiny")  # plain, window, softcap and widened norms
+SOME = ("llama-tiny", "mistral-tiny", "gemma2-tiny")  # no special feature, window, softcap and widened norms
 NAMES = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-LENGTHS = (70, 1, 33, 200, 300)  # two to a step, and one longer than a step; all windows are crossed
+LENGTHS = (70, 1, 33, 200, 300)  # several in a step, and one longer than a step and than all windows
 
 
 def some_sequences(path: Path) -> list[list[int]]:
@@ -43,7 +43,7 @@ def some_sequences(path: Path) -> list[list[int]]:
 
 
 class Hooked:
-    """transformers in fp32 with eager attention: what enters its linear layers and its cache."""
+    """transformers in fp32 with eager attention, recording the inputs of linear layers and of the cache."""
 
     def __init__(self, path: Path, all_ids: list[list[int]]) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -72,7 +72,7 @@ class Hooked:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shows_what_transformers_computes(name: str, checkpoint: Callable[[str], Path]) -> None:
+def test_layer_inputs_equal_transformers(name: str, checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint(name)
     model, tensors = canonical(path)
     ids = some_sequences(path)
@@ -94,7 +94,7 @@ def test_shows_what_transformers_computes(name: str, checkpoint: Callable[[str],
             np.testing.assert_allclose(getattr(one, role), want, atol=1e-4, rtol=1e-4)
 
 
-def test_groups_are_those_of_the_plan(checkpoint: Callable[[str], Path]) -> None:
+def test_groups_equal_those_of_the_plan(checkpoint: Callable[[str], Path]) -> None:
     model, tensors = canonical(checkpoint("gemma2-tiny"))
     plan = plan_weights(model, "int8", (), (), 16)
     groups = {module.group for module in plan.modules if module.format is not None}
@@ -105,7 +105,7 @@ def changed(tensors: dict[str, TensorRef], name: str, **fields: Any) -> dict[str
     return tensors | {name: replace(tensors[name], **fields)}
 
 
-def test_what_cannot_be_run_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_missing_and_invalid_tensors_are_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     model, tensors = canonical(checkpoint("llama-tiny"))
     name = "model.layers.0.mlp.down_proj.weight"
     with pytest.raises(BuildError, match=r"needs model\.layers\.0\.mlp\.down_proj\.weight, which"):
@@ -129,10 +129,10 @@ def test_layers_without_a_number_are_refused(checkpoint: Callable[[str], Path]) 
         next(layers(model, tensors, [[1, 2, 3]]))
 
 
-def test_one_layer_is_alive_at_a_time(
+def test_only_one_layer_is_in_memory(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the arrays nor the session and weights of a layer outlive the step to the next one."""
+    """The arrays, the session and the weights of a layer are freed before the next one is computed."""
     pieces: list[weakref.ref[subgraph.Piece]] = []
 
     class Watched(subgraph.Piece):
@@ -153,14 +153,16 @@ def test_one_layer_is_alive_at_a_time(
 
 
 @pytest.mark.slow
-def test_gptq_on_our_text_keeps_the_outputs_on_another() -> None:
-    """In int4 each matrix of the trained checkpoint loses less of its output on a text that GPTQ has not seen
-    than by rounding to nearest; all of them on average less than two thirds of that."""
+def test_gptq_generalizes_to_another_text() -> None:
+    """On a text that GPTQ has not seen, the output error in int4 is below that of rounding to nearest.
+
+    That holds for each matrix of the trained checkpoint; the average is below two thirds.
+    """
     tales = Path(__file__).parents[2] / "model_zoo/llama/tales"
     model, tensors = canonical(tales)
     fmt = get_format("int4")
     unseen = [Tokenizer.from_file(str(tales / "tokenizer.json")).encode(text).ids for text in TEXTS]
-    ours = calibration_windows(own_text(), tales / "tokenizer.json", 4096, 1024)
+    ours = calibration_windows(default_text(), tales / "tokenizer.json", 4096, 1024)
     ratios = []
     for one, other in zip(layers(model, tensors, ours), layers(model, tensors, unseen), strict=True):
         for group, x in one.inputs.items():

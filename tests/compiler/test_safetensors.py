@@ -1,4 +1,4 @@
-"""The header reader against the safetensors library, and against damaged files."""
+"""The reader of headers, compared with the safetensors library and tested with damaged files."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def changed(name: str, **fields: object) -> dict[str, object]:
     return {**GOOD, name: {**GOOD[name], **fields}}
 
 
-def test_reads_what_the_library_writes(tmp_path: Path) -> None:
+def test_reads_files_of_the_library(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tensors: dict[str, Any] = {
         "f32": rng.standard_normal((5, 3), dtype=np.float32),
@@ -66,7 +66,7 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         assert b"".join(chunk.tobytes() for chunk in ref.iter_chunks(8)) == tensors[name].tobytes()
 
 
-def test_knows_the_sizes_of_the_library(tmp_path: Path) -> None:
+def test_dtype_sizes_equal_those_of_the_library(tmp_path: Path) -> None:
     for dtype, (_, bits, numpy_dtype, _) in DTYPES.items():
         entry = {"dtype": dtype, "shape": [2, 8], "data_offsets": [0, 2 * bits]}
         content = file_of({"x": entry}, bytes(2 * bits))
@@ -87,7 +87,7 @@ def test_reads_rows(tmp_path: Path) -> None:
         ref.read(slice(0, 4, 2))
 
 
-def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
+def test_truncation_after_opening_is_detected(tmp_path: Path) -> None:
     path = write(tmp_path, file_of(GOOD))
     refs = read_header(path)
     os.truncate(path, path.stat().st_size - 4)
@@ -98,7 +98,7 @@ def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
         refs["a"].read()
 
 
-def test_half_byte_rows_are_refused(tmp_path: Path) -> None:
+def test_rows_that_end_within_a_byte_are_refused(tmp_path: Path) -> None:
     entry = {"dtype": "F4", "shape": [2, 3], "data_offsets": [0, 3]}
     ref = read_header(write(tmp_path, file_of({"x": entry}, bytes(3))))["x"]
     with pytest.raises(CheckpointError, match="do not end on a byte"):
@@ -139,10 +139,10 @@ TWICE = b"{" + ONE + b"," + ONE + b"}"
         (file_of(changed("b.weight", data_offsets=[44, 48])), "'b.weight' overlaps"),
         (file_of(changed("b.weight", data_offsets=[52, 56]), DATA + b"1234"), "hole"),
         (file_of(GOOD, DATA[:-1]), "'b.weight' ends 1 bytes after the file"),
-        (file_of(GOOD, DATA + b"1"), "1 bytes after the last tensor"),
+        (file_of(GOOD, DATA + b"1"), "1 bytes follow the last tensor"),
     ],
 )
-def test_damage_is_named(tmp_path: Path, content: bytes, fact: str) -> None:
+def test_damaged_files_are_refused(tmp_path: Path, content: bytes, fact: str) -> None:
     path = write(tmp_path, content)
     with pytest.raises(CheckpointError, match=fact) as caught:
         read_header(path)
@@ -192,8 +192,8 @@ def damaged_files(draw: st.DrawFn) -> bytes:
 
 @settings(max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=damaged_files())
-def test_only_checkpoint_errors_come_out(tmp_path: Path, content: bytes) -> None:
-    """And what is accepted is accepted by the library too, with the same data."""
+def test_damaged_files_raise_only_checkpoint_errors(tmp_path: Path, content: bytes) -> None:
+    """The library too accepts every file that the reader accepts, with the same data."""
     path = write(tmp_path, content)
     try:
         refs = read_header(path)

@@ -1,4 +1,4 @@
-"""The weights writer against the safetensors library, and against itself."""
+"""The writer of safetensors files, compared with the safetensors library; its files are repeatable."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def tensors_of(shapes, seed=0):
 
 
 def write(path, tensors):
-    """Writes {name: (dtype, array)} and returns what the writer returned."""
+    """Write {name: (dtype, array)} and return the result of the writer."""
     arrays = {name: np.asarray(value, NUMPY[dtype]) for name, (dtype, value) in tensors.items()}
     entries = [(name, tensors[name][0], array.shape) for name, array in arrays.items()]
     return arrays, write_safetensors(path, entries, lambda name: [np.atleast_1d(arrays[name])])
@@ -54,7 +54,7 @@ MIXED = {
 }
 
 
-def test_the_library_reads_it(tmp_path):
+def test_library_reads_the_file(tmp_path):
     path = tmp_path / "model.safetensors"
     arrays, (sha256, nbytes, spans) = write(path, tensors_of(MIXED))
     data = path.read_bytes()
@@ -69,7 +69,7 @@ def test_the_library_reads_it(tmp_path):
         np.testing.assert_array_equal(loaded[name], array)
 
 
-def test_whole_lines_need_no_pads(tmp_path):
+def test_aligned_sizes_need_no_padding(tmp_path):
     path = tmp_path / "model.safetensors"
     write(path, tensors_of({"b": ("F32", (16, 2)), "a": ("F16", (64,)), "last": ("U8", (3,))}))
     with safe_open(path, "np") as file:
@@ -82,7 +82,7 @@ def test_two_writes_are_identical(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype_is_known_to_the_library(tmp_path, dtype):
+def test_library_knows_every_dtype(tmp_path, dtype):
     path, shape = tmp_path / "model.safetensors", (4, 8)
     nbytes = math.prod(shape) * DTYPES[dtype].bits // 8
     write_safetensors(path, [("x", dtype, shape)], lambda name: [bytes(nbytes)])
@@ -91,7 +91,7 @@ def test_every_dtype_is_known_to_the_library(tmp_path, dtype):
         assert file.get_slice("x").get_shape() == list(shape)
 
 
-def test_bf16_goes_through_a_view(tmp_path):
+def test_bf16_is_written_through_a_view(tmp_path):
     path, value = tmp_path / "model.safetensors", np.arange(32, dtype=ml_dtypes.bfloat16)
     _, _, spans = write_safetensors(path, [("x", "BF16", value.shape)], lambda name: [value.view(np.uint8)])
     offset, size = spans["x"]
@@ -139,21 +139,21 @@ def test_memory_is_bounded(tmp_path):
         ([("x", "F4", (3,))], [b"1"], "tensor 'x': F4 [3] does not fill whole bytes"),
     ],
 )
-def test_faults_are_named(tmp_path, entries, buffers, expected):
+def test_invalid_entries_are_refused(tmp_path, entries, buffers, expected):
     with pytest.raises(BuildError) as caught:
         write_safetensors(tmp_path / "model.safetensors", entries, lambda name: buffers)
     assert expected in caught.value.message
 
 
-def test_a_header_the_library_would_refuse_is_refused_here(tmp_path, monkeypatch):
+def test_header_over_the_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("llmc.compiler.weights.safetensors_writer.MAX_HEADER_BYTES", 100)
     with pytest.raises(BuildError) as caught:
         write_safetensors(tmp_path / "w", [(f"{i}", "U8", (64,)) for i in range(9)], lambda name: [bytes(64)])
     assert "spread the tensors" in caught.value.hint
 
 
-def test_a_write_that_fails_is_an_oserror(tmp_path):
-    """With a real limit on the file's size, in a child: the write stops half-way through a buffer."""
+def test_failed_write_raises_oserror(tmp_path):
+    """A limit on the file size of a child process stops the write in the middle of a buffer."""
     code = (
         "import sys; from pathlib import Path\n"
         "from llmc.compiler.weights.safetensors_writer import write_safetensors\n"
@@ -169,8 +169,8 @@ def test_a_write_that_fails_is_an_oserror(tmp_path):
     assert (tmp_path / "w").stat().st_size == 50_000
 
 
-def test_a_file_without_padding_and_with_metadata(tmp_path):
-    """As transformers reads it: nothing but the weights, and their format in the header."""
+def test_no_padding_and_metadata(tmp_path):
+    """transformers expects the weights alone, and their format in the header."""
     data = {"a": b"abc", "b": b"defgh"}
     entries = [(name, "U8", [len(value)]) for name, value in data.items()]
     file = tmp_path / "model.safetensors"
@@ -189,8 +189,8 @@ def test_a_file_without_padding_and_with_metadata(tmp_path):
     assert (size, spans) == (len(written), {"a": (8 + length, 3), "b": (11 + length, 5)})
 
 
-def test_an_array_that_was_made_is_converted_where_its_parameter_says_so(tmp_path: Path) -> None:
-    """E2M1 codes as int8 of twice their value, E8M0 scales as half of theirs in fp32: no value changes."""
+def test_made_arrays_are_converted_as_their_parameter_says(tmp_path: Path) -> None:
+    """E2M1 codes become int8 of twice their value, and E8M0 scales fp32 of half theirs."""
     codes = np.arange(16, dtype=np.uint8).reshape(1, 16)
     packed = codes[:, 0::2] | codes[:, 1::2] << 4
     scales = np.array([[0.25, 8.0]], ml_dtypes.float8_e8m0fnu)

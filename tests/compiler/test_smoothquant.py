@@ -1,4 +1,4 @@
-"""SmoothQuant: the factors of the paper's formula, the best strength, and a fold that changes nothing."""
+"""SmoothQuant: the factors by the paper's formula, the best strength, and folding them into the weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SOURCE = Source("0" * 64, 300, "0" * 64)
 
 
 def inputs(outlier: float = 60) -> np.ndarray:
-    """[tokens, in] with a channel of large values, one of zeros, and one of a single large value."""
+    """Draw [tokens, in] with a channel of large values, one of zeros, and one with a single large value."""
     x = np.random.default_rng(3).standard_normal((300, 96)).astype(np.float32)
     x[:, 5] *= outlier
     x[:, 9] = 0
@@ -63,7 +63,7 @@ def tensors(weights: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("a", [0.0, 0.5, 0.85, 1.0])
-def test_factors_are_those_of_the_paper(a: float, weights: dict[str, np.ndarray]) -> None:
+def test_factors_follow_the_paper(a: float, weights: dict[str, np.ndarray]) -> None:
     x, w = inputs(), np.concatenate(list(weights.values()))
     found = pre_quant_scale(np.abs(x).max(0), np.abs(w).max(0), a)
     assert found.dtype == np.float32
@@ -80,7 +80,7 @@ def test_factors_have_bounds() -> None:
 
 
 def error_of(x: np.ndarray, weights: dict[str, np.ndarray], a: float | None) -> float:
-    """Of the product's int8 form, from its definition; a: None for no smoothing."""
+    """Compute the error of the product in int8 by its definition. a: the strength; None: no smoothing."""
     w = np.concatenate(list(weights.values())).astype(np.float64)
     wide = x.astype(np.float64)
     s = np.ones(x.shape[1])
@@ -92,9 +92,7 @@ def error_of(x: np.ndarray, weights: dict[str, np.ndarray], a: float | None) -> 
     return float(np.square(product - wide @ w.T).sum())
 
 
-def test_the_strength_is_that_of_the_least_error(
-    weights: dict[str, np.ndarray], tensors: dict[str, TensorRef]
-) -> None:
+def test_strength_has_the_least_error(weights: dict[str, np.ndarray], tensors: dict[str, TensorRef]) -> None:
     chosen = set()
     for outlier in (1, 60, 1000):
         x = inputs(outlier)
@@ -112,7 +110,7 @@ def test_the_strength_is_that_of_the_least_error(
     assert len(chosen) > 1  # there is something to choose
 
 
-def test_by_another_method_the_range_is_smaller(tensors: dict[str, TensorRef]) -> None:
+def test_percentile_range_is_smaller(tensors: dict[str, TensorRef]) -> None:
     x = inputs()
     x[0] *= 50
     found = smooth(MATRIX, tensors, x, "percentile")
@@ -131,7 +129,7 @@ def produce(
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("scales", ["F32", "BF16", "F16"])
-def test_the_stored_factors_are_folded_into_the_weights(
+def test_stored_factors_are_folded_into_the_weights(
     wide: bool,
     scales: str,
     weights: dict[str, np.ndarray],
@@ -139,7 +137,7 @@ def test_the_stored_factors_are_folded_into_the_weights(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """wide: a matrix of too many columns for GPTQ, which is rounded to nearest."""
+    """wide: a matrix with too many columns for GPTQ, which is rounded to nearest."""
     if wide:
         monkeypatch.setattr(calibrated, "MOST_COLUMNS", 95)
     matrix = QuantizedMatrix(MATRIX.modules, MATRIX.rows, 96, FORM.with_scales(scales))
@@ -168,7 +166,7 @@ def test_all_zeros(tensors: dict[str, TensorRef]) -> None:
     assert (found.pre_quant_scale == 1).all()
 
 
-def test_a_layer_whose_input_is_not_seen_is_refused(tensors: dict[str, TensorRef], tmp_path: Path) -> None:
+def test_layer_without_measured_inputs_is_refused(tensors: dict[str, TensorRef], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"l\.0\.a is in no decoder layer") as caught:
         produce_calibrated([MATRIX], tensors, [], SOURCE, tmp_path, "max")
     assert "--exclude l.0.a" in caught.value.hint
@@ -178,9 +176,9 @@ def test_a_layer_whose_input_is_not_seen_is_refused(tensors: dict[str, TensorRef
 def test_smoothing_halves_the_error_of_a_trained_model(
     tensors: dict[str, TensorRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of model_zoo/llama/tales, the inputs of down_proj, the hardest: against a fixed strength of 0.5."""
+    """The inputs of down_proj of model_zoo/llama/tales are the hardest; compared with a strength of 0.5."""
     from llmc.compiler.calibrate.run_layers import layers
-    from llmc.compiler.calibrate.source import own_text
+    from llmc.compiler.calibrate.source import default_text
     from llmc.compiler.texts import calibration_windows
     from llmc.passes.quantize.fake_quantize import round_int8
 
@@ -193,7 +191,7 @@ def test_smoothing_halves_the_error_of_a_trained_model(
         w = own[matrix.weights[0]].read().astype(np.float32)
         return float(np.linalg.norm((rounded - x) @ w.T) / np.linalg.norm(x @ w.T))
 
-    ids = calibration_windows(own_text(), tales / "tokenizer.json", 4096, 1024)
+    ids = calibration_windows(default_text(), tales / "tokenizer.json", 4096, 1024)
     for layer in layers(model, own, ids):
         name = f"model.layers.{layer.layer}.mlp.down_proj"
         matrix = QuantizedMatrix((name,), (256,), 704, FORM)
@@ -209,7 +207,7 @@ def test_smoothing_halves_the_error_of_a_trained_model(
 )
 @pytest.mark.parametrize(("dtype", "sms"), [("bf16", (80,)), ("fp16", (120,)), ("bf16", ())])
 def test_tensorrt_keeps_the_codes(dtype: str, sms: tuple[int, ...], tmp_path: Path) -> None:
-    """The plan of one layer: were the weight widened, it would take 2 bytes a weight."""
+    """The plan of a layer has about one byte per weight; it would have two if TensorRT widened the weight."""
     rows, columns = 2048, 1024
     narrow = ir.TensorType({"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}[dtype])
     x = ir.Value(name="x", shape=ir.Shape(["T", columns]), type=narrow)
@@ -238,5 +236,5 @@ def test_tensorrt_keeps_the_codes(dtype: str, sms: tuple[int, ...], tmp_path: Pa
     profile = {"x": ((1, columns), (16, columns), (64, columns))}
     job = build.EngineJob(RTX.library, str(tmp_path / "m.onnx"), str(tmp_path / "p"), profile, sms)
     built = build.build(job, Silent())
-    print(dtype, sms, round(built.plan_bytes / weight.size, 3), "bytes a weight")
+    print(dtype, sms, round(built.plan_bytes / weight.size, 3), "bytes per weight")
     assert built.plan_bytes < 1.2 * weight.size

@@ -34,7 +34,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("built") / "tales.llmc")
 
 
-def test_it_is_proven_and_its_loss_recorded(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_is_verified_and_its_loss_recorded(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((built / "manifest.json").read_text())
     verification = manifest["verification"]
     assert (verification["status"], verification["top1_agreement"]) == ("passed", 1)
@@ -53,7 +53,7 @@ def test_it_is_proven_and_its_loss_recorded(built: Path, capsys: pytest.CaptureF
     assert main.main(["verify", str(built), "--min-top1", "0.94", "--max-kl", "0.005"]) == 0
 
 
-def test_layers_that_are_multiplied_as_one_share_their_factors(built: Path) -> None:
+def test_fused_layers_share_their_factors(built: Path) -> None:
     tensors = read_header(built / "weights/model.safetensors")
     fused = "|".join(f"model.layers.0.self_attn.{one}_proj.{{}}" for one in "qkv")
 
@@ -68,7 +68,7 @@ def test_layers_that_are_multiplied_as_one_share_their_factors(built: Path) -> N
 
 
 def test_openvino_multiplies_in_int8_and_keeps_the_codes(built: Path) -> None:
-    """But lm_head, whose inputs are not quantized. Without VNNI see below."""
+    """lm_head is an exception, because its inputs are not quantized. The test below runs without VNNI."""
     core, config = openvino.tested_core()
     if not int8.is_exact(core, config):
         pytest.skip("no VNNI here")
@@ -80,8 +80,8 @@ def test_openvino_multiplies_in_int8_and_keeps_the_codes(built: Path) -> None:
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
-def test_where_int8_products_overflow_they_are_fp32(built: Path, isa: str) -> None:
-    """oneDNN is held to instructions without VNNI; the engine must still compute what it computes here."""
+def test_without_vnni_products_are_fp32(built: Path, isa: str) -> None:
+    """oneDNN is limited to instructions without VNNI; the engine must compute nearly the same logits."""
     script = """
 import sys
 import numpy as np
@@ -124,13 +124,13 @@ def test_fast_is_refused(built: Path) -> None:
     assert "leave --fast out" in caught.value.hint
 
 
-def test_two_builds_are_the_same_bytes(built: Path, tmp_path: Path) -> None:
+def test_builds_are_byte_identical(built: Path, tmp_path: Path) -> None:
     again = build(tmp_path / "again.llmc", verify=False)
     for name in ("rank0.onnx", "weights/model.safetensors", "calibration.json"):
         assert (built / name).read_bytes() == (again / name).read_bytes()
 
 
-def test_excluded_modules_stay_as_they_are(tmp_path: Path) -> None:
+def test_excluded_modules_are_not_quantized(tmp_path: Path) -> None:
     bundle = build(tmp_path / "x.llmc", exclude=("*.down_proj",), kv_dtype="int8")
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["verification"]["status"] == "passed"
@@ -144,7 +144,7 @@ def test_excluded_modules_stay_as_they_are(tmp_path: Path) -> None:
     assert "model.layers.3.mlp.down_proj.pre_quant_scale" not in tensors
 
 
-def test_the_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = ["build", str(TALES), "-o", str(tmp_path / "x.llmc"), "--quant", FORM, "--dry-run"]
     assert main.main(command) == 0
     out = capsys.readouterr().out
@@ -152,6 +152,6 @@ def test_the_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bench_says_what_is_rounded(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_names_the_activation_quantization(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["bench", str(built), "--prompt-tokens", "20", "--new-tokens", "3"]) == 0
     assert "activations quantized to int8 as built, the rest in fp32" in capsys.readouterr().out

@@ -334,7 +334,7 @@ def test_without_sm_the_enterprise_target_asks_the_gpu_that_is_here(monkeypatch:
     assert check("tensorrt", (), quant="fp8") == check("tensorrt", (), quant="nvfp4") == (100,)
     monkeypatch.setattr(target, "_this_gpu", lambda wanted: (90,))
     assert check("tensorrt", (), quant="fp8") == (90,)
-    with pytest.raises(UnsupportedError, match="nvfp4 needs SM100 or newer, and SM90 is asked for"):
+    with pytest.raises(UnsupportedError, match="nvfp4 needs SM100 or newer, but the engine is for SM90"):
         check("tensorrt", (), quant="nvfp4")
     monkeypatch.setattr(target, "_this_gpu", lambda wanted: (70,))
     with pytest.raises(UnsupportedError, match="tensorrt builds no engine for SM70"):

@@ -1,4 +1,4 @@
-"""Texts as windows of token ids: special tokens, vocabularies, and files that are no text."""
+"""Texts as windows of token ids: special tokens, vocabularies, and invalid files."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from llmc.compiler.calibrate.source import own_text
+from llmc.compiler.calibrate.source import default_text
 from llmc.compiler.texts import CALIBRATION_TOKENS, calibration_windows, read_text
 from llmc.runtime.errors import CheckpointError, RequestError
 
 TALES = Path(__file__).parents[2] / "model_zoo/llama/tales/tokenizer.json"
 
 
-def test_the_text_that_comes_with_llmc() -> None:
-    text = own_text()
+def test_default_text() -> None:
+    text = default_text()
     assert 2500 < len(text.split()) < 4000
     assert {"FOX", "DUKE:", "def", "litres"} <= set(text.split())  # tale, verse, code, figures
     windows = calibration_windows(text, TALES, 4096, 1024)
@@ -25,7 +25,7 @@ def test_the_text_that_comes_with_llmc() -> None:
     assert encoder.decode([token for ids in windows for token in ids]) == text  # all of it, in order
 
 
-def test_windows_begin_as_prompts_do(checkpoint: Callable[[str], Path]) -> None:
+def test_windows_begin_like_prompts(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = checkpoint("llama-tiny") / "tokenizer.json"  # it puts 256 first
     windows = calibration_windows("the king and the queen " * 400, tokenizer, 320, 100, max_tokens=450)
     assert [len(ids) for ids in windows] == [100, 100, 100, 100, 50]
@@ -36,7 +36,7 @@ def test_windows_begin_as_prompts_do(checkpoint: Callable[[str], Path]) -> None:
     assert body == expected[: len(body)]
 
 
-def test_windows_from_all_parts_of_a_longer_text(checkpoint: Callable[[str], Path]) -> None:
+def test_windows_are_sampled_from_the_whole_text(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = checkpoint("llama-tiny") / "tokenizer.json"  # it puts 256 first
     parts = [f"{letter} " * 10_000 for letter in "abcd"]
     first = calibration_windows("".join(parts), tokenizer, 320, 1024)
@@ -53,12 +53,12 @@ def test_windows_from_all_parts_of_a_longer_text(checkpoint: Callable[[str], Pat
     )
 
 
-def test_truncation_and_padding_of_the_tokenizer_are_left_out(tmp_path: Path) -> None:
+def test_tokenizer_truncation_and_padding_are_ignored(tmp_path: Path) -> None:
     encoder = Tokenizer.from_file(str(TALES))
     encoder.enable_truncation(16)
     encoder.enable_padding(length=100_000)
     encoder.save(str(tmp_path / "tokenizer.json"))
-    text = own_text()
+    text = default_text()
     assert calibration_windows(text, tmp_path / "tokenizer.json", 4096, 1024) == calibration_windows(
         text, TALES, 4096, 1024
     )
@@ -66,20 +66,20 @@ def test_truncation_and_padding_of_the_tokenizer_are_left_out(tmp_path: Path) ->
 
 def test_no_window_is_longer_than_the_context_or_256(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = checkpoint("qwen3-tiny") / "tokenizer.json"
-    assert max(map(len, calibration_windows(own_text(), tokenizer, 320, 4096))) == 256
-    assert max(map(len, calibration_windows(own_text(), tokenizer, 320, 7))) == 7
-    assert sum(map(len, calibration_windows(own_text(), tokenizer, 320, 4096))) == CALIBRATION_TOKENS
+    assert max(map(len, calibration_windows(default_text(), tokenizer, 320, 4096))) == 256
+    assert max(map(len, calibration_windows(default_text(), tokenizer, 320, 7))) == 7
+    assert sum(map(len, calibration_windows(default_text(), tokenizer, 320, 4096))) == CALIBRATION_TOKENS
 
 
-def test_ids_that_the_model_lacks_are_left_out() -> None:
-    windows = calibration_windows(own_text(), TALES, 300, 1024)
+def test_ids_beyond_the_vocabulary_are_dropped() -> None:
+    windows = calibration_windows(default_text(), TALES, 300, 1024)
     assert windows
     assert max(token for ids in windows for token in ids) < 300
     with pytest.raises(CheckpointError, match="no token of the calibration text"):
         calibration_windows("Z", TALES, 5, 1024)
 
 
-def test_without_a_tokenizer_the_ids_are_random_and_the_same_each_time() -> None:
+def test_ids_without_a_tokenizer_are_random_and_repeatable() -> None:
     windows = calibration_windows("", None, 1000, 64)
     assert windows == calibration_windows("other", None, 1000, 64)
     assert {len(ids) for ids in windows} == {64}
@@ -97,9 +97,7 @@ def test_without_a_tokenizer_the_ids_are_random_and_the_same_each_time() -> None
         (None, "cannot read", "check the path"),
     ],
 )
-def test_files_that_are_no_text_are_refused(
-    tmp_path: Path, content: bytes | None, message: str, hint: str
-) -> None:
+def test_non_text_files_are_refused(tmp_path: Path, content: bytes | None, message: str, hint: str) -> None:
     file = tmp_path / "text.txt"
     if content is not None:
         file.write_bytes(content)
@@ -108,12 +106,12 @@ def test_files_that_are_no_text_are_refused(
     assert hint in raised.value.hint
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9\n")
     assert read_text(tmp_path / "text.txt") == "caf\u00e9\n"
 
 
-def test_a_damaged_tokenizer_is_an_error_with_its_path(tmp_path: Path) -> None:
+def test_damaged_tokenizer_names_its_path(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used"):

@@ -1,4 +1,4 @@
-"""Tracing: what is recorded, and that a module which computes something else is refused by name."""
+"""Tracing: the recorded graph, and modules that differ from llmc's operators are refused by name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {
 }
 
 
-def test_a_trace_holds_no_weights_and_one_node_a_module() -> None:
+def test_trace_has_no_weights_and_one_node_per_module() -> None:
     traced = trace(LlamaConfig(**TINY, tie_word_embeddings=True), "fp32", 128)
     counts = Counter(node.op_type for node in traced.model.graph)
     assert counts["TracedLinear"] == 15
@@ -55,7 +55,7 @@ def test_parameters_have_the_names_and_shapes_of_the_real_model() -> None:
     assert trace(config, "fp32", 128).parameters == expected
 
 
-def test_tracing_leaves_transformers_as_it_was() -> None:
+def test_tracing_restores_transformers() -> None:
     before = modeling_llama.apply_rotary_pos_emb
     register = nn.Module.register_parameter
     trace(LlamaConfig(**TINY), "fp32", 128)
@@ -65,7 +65,7 @@ def test_tracing_leaves_transformers_as_it_was() -> None:
 
 
 @pytest.mark.slow
-def test_the_graph_does_not_depend_on_the_hash_seed() -> None:
+def test_graph_does_not_depend_on_the_hash_seed() -> None:
     """Gemma 3 computes its rotary tables in a loop over a set of strings."""
     program = """
 from transformers import AutoConfig
@@ -89,7 +89,7 @@ print([(node.op_type, node.name, [v and v.name for v in node.inputs]) for node i
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"])
-def test_an_intercepted_model_computes_what_the_original_computes(family: str) -> None:
+def test_intercepted_model_equals_the_original(family: str) -> None:
     root = Path(__file__).parents[2] / "model_zoo" / family / "tiny.json"
     torch.manual_seed(0)
     eager, ours = (
@@ -109,7 +109,7 @@ def test_an_intercepted_model_computes_what_the_original_computes(family: str) -
     assert (got - expected).abs().max() < 1e-5
 
 
-def test_a_norm_that_is_no_rms_norm_is_refused_by_name() -> None:
+def test_norm_other_than_rms_norm_is_refused() -> None:
     class OddRMSNorm(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -122,7 +122,7 @@ def test_a_norm_that_is_no_rms_norm_is_refused_by_name() -> None:
         probes.rms_norm("layers.3.norm", OddRMSNorm())
 
 
-def test_the_probe_tells_gemma_norms_from_llama_norms() -> None:
+def test_probe_distinguishes_gemma_and_llama_norms() -> None:
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
@@ -131,7 +131,7 @@ def test_the_probe_tells_gemma_norms_from_llama_norms() -> None:
     assert probes.rms_norm("c", Olmo2RMSNorm(16, eps=1e-6)) == (1e-6, 0.0, True)
 
 
-def test_rope_whose_angles_depend_on_the_length_is_refused_with_the_length_that_works() -> None:
+def test_dynamic_rope_is_refused_beyond_its_original_context() -> None:
     parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     config = LlamaConfig(**TINY | {"max_position_embeddings": 64}, rope_parameters=parameters)
     with pytest.raises(UnsupportedError, match="dynamic rope the angles depend on the length") as caught:
@@ -140,7 +140,7 @@ def test_rope_whose_angles_depend_on_the_length_is_refused_with_the_length_that_
     trace(config, "fp32", 64)  # up to the original context the angles are fixed
 
 
-def test_longrope_is_built_up_to_its_original_context_and_refused_beyond() -> None:
+def test_longrope_is_refused_beyond_its_original_context() -> None:
     from transformers import Phi3Config
 
     rope = {
@@ -158,20 +158,20 @@ def test_longrope_is_built_up_to_its_original_context_and_refused_beyond() -> No
     trace(config, "fp32", 64)
 
 
-def test_an_unknown_rotation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_rotation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos, k * cos))
     with pytest.raises(UnsupportedError, match="neither of the two known rotations"):
         trace(LlamaConfig(**TINY), "fp32", 128)
 
 
-def test_attention_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def doubled(*args: Any, **kwargs: Any) -> Any:
         output, weights = original(*args, **kwargs)
         return output * 2, weights
 
     original = modeling_qwen3.eager_attention_forward
     monkeypatch.setattr(modeling_qwen3, "eager_attention_forward", doubled)
-    with pytest.raises(UnsupportedError, match="Qwen3Attention attends in a way llmc does not know"):
+    with pytest.raises(UnsupportedError, match="attention of Qwen3Attention computes something else"):
         trace(AutoConfig.for_model("qwen3", **TINY, head_dim=16), "fp32", 128)
 
 
@@ -186,15 +186,13 @@ def test_attention_that_computes_something_else_is_refused(monkeypatch: pytest.M
         ({"model_type": "mamba", "state_size": 4, "num_hidden_layers": 1}, "Mamba"),
     ],
 )
-def test_other_architectures_are_refused_with_what_stopped_it(
-    settings: dict[str, Any], complaint: str
-) -> None:
+def test_unsupported_architectures_are_refused(settings: dict[str, Any], complaint: str) -> None:
     config = AutoConfig.for_model(**TINY | settings)
     with pytest.raises(UnsupportedError, match=complaint):
         trace(config, "fp32", 128)
 
 
-def test_rotary_tables_are_those_of_transformers(checkpoint: Callable[[str], Path]) -> None:
+def test_rotary_tables_equal_transformers(checkpoint: Callable[[str], Path]) -> None:
     config = AutoConfig.from_pretrained(checkpoint("llama-tiny"))
     rotary = modeling_llama.LlamaRotaryEmbedding(config)
     cos, _ = rotary(torch.zeros(1, 1, 1), torch.tensor([[0, 5, 100]]))

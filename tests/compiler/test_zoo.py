@@ -1,4 +1,4 @@
-"""The model zoo: its checkpoints load in transformers, and each shows its family's peculiarity."""
+"""The model zoo: its checkpoints load in transformers, and the settings of each family take effect."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ TOKENS = 64
 
 @pytest.fixture(scope="module", autouse=True)
 def no_network() -> Any:
-    """A connection to anywhere fails the test: loading a local directory must not ask the hub."""
+    """Fail the test on any connection: loading a local directory must not ask the hub."""
     import socket
 
     def refuse(self: socket.socket, address: object) -> None:
@@ -46,7 +46,7 @@ def load(directory: Path, **kwargs: Any) -> Any:
 
 
 def logits(model: Any) -> np.ndarray:
-    """[TOKENS, vocab] for a fixed random prompt."""
+    """Return the logits [TOKENS, vocab] of a fixed random prompt."""
     import torch
 
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, TOKENS)))
@@ -67,7 +67,7 @@ def test_loads_in_transformers(name: str, checkpoints: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_opens_as_a_checkpoint(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """And has the tensors that transformers' own save_pretrained writes."""
+    """The tensors are those that transformers' save_pretrained writes."""
     ours = Checkpoint.open(checkpoints[name])
     load(checkpoints[name]).save_pretrained(tmp_path)
     theirs = Checkpoint.open(tmp_path)
@@ -123,10 +123,10 @@ PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
         ("gemma3-tiny", "rope_parameters", {f"{k}_attention": PLAIN_ROPE for k in ("sliding", "full")}, 1),
     ],
 )
-def test_peculiarities_are_effective(
+def test_family_settings_are_effective(
     name: str, key: str, value: object, first: int, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Changing the key changes the logits, from position `first` on and not before."""
+    """Changing the key changes the logits from position `first` on, and not before it."""
     config = zoo_config(name)
     assert config[key] != value
     shutil.copy(checkpoints[name] / "model.safetensors", tmp_path)
@@ -136,7 +136,7 @@ def test_peculiarities_are_effective(
     assert change[first:].max() > 0.2
 
 
-def test_geometry_covers_what_shapes_can_hide() -> None:
+def test_geometries_distinguish_dimensions() -> None:
     configs = {name: zoo_config(name) for name in TINY}
     for config in configs.values():
         assert config["num_key_value_heads"] < config["num_attention_heads"]
@@ -145,7 +145,7 @@ def test_geometry_covers_what_shapes_can_hide() -> None:
     assert {c["tie_word_embeddings"] for c in configs.values()} == {True, False}
 
 
-def test_same_seed_same_bytes(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+def test_same_seed_gives_the_same_bytes(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     again = make("qwen2-tiny", tmp_path / "again")
     files = sorted(file.name for file in again.iterdir())
     assert files == sorted(file.name for file in checkpoints["qwen2-tiny"].iterdir())
@@ -157,7 +157,7 @@ def test_same_seed_same_bytes(tmp_path: Path, checkpoints: dict[str, Path]) -> N
 
 
 def test_values_do_not_drift_between_releases(checkpoints: dict[str, Path]) -> None:
-    """Recorded results refer to these weights."""
+    """Published measurements refer to these weights."""
     values = Checkpoint.open(checkpoints["llama-tiny"]).tensors["model.norm.weight"].read()
     assert values[:3].tolist() == pytest.approx([0.8774434328079224, 1.063165307044983, 1.1161236763000488])
 
@@ -193,7 +193,7 @@ def test_drawn_values_are_bell_shaped(tmp_path: Path) -> None:
 
 
 def test_large_shape_needs_little_of_transformers(tmp_path: Path) -> None:
-    """qwen3-0.6b-shape is a gigabyte: only its names, shapes and count are checked here."""
+    """qwen3-0.6b-shape is a gigabyte, so only its names, shapes and count are checked."""
     (tmp_path / "config.json").write_text(json.dumps(zoo_config("qwen3-0.6b-shape")))
     weights = zoo._weights(tmp_path)
     assert weights["model.embed_tokens.weight"].shape == (32000, 1024)
@@ -221,7 +221,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
+def test_empty_directory_is_accepted(tmp_path: Path) -> None:
     assert make("llama-tiny", str(tmp_path)) == tmp_path
     assert Checkpoint.open(tmp_path).model_type == "llama"
     assert tmp_path.stat().st_mode & 0o777 == 0o755

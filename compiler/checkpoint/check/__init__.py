@@ -1,1 +1,1 @@
-"""`llmc check`: whether a checkpoint is what it says it is."""
+"""`llmc check`: compares a checkpoint with its configuration, and examines its values."""

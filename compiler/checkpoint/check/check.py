@@ -1,4 +1,4 @@
-"""Is a checkpoint what it says it is? What `llmc check` prints."""
+"""Check a checkpoint and summarize it, for `llmc check`."""
 
 from __future__ import annotations
 
@@ -16,27 +16,37 @@ from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
 
 @dataclass(frozen=True)
 class CheckReport:
-    """quantization: "" if there is none. formats: modules by format. parameters: values of the model.
-
-    bits_per_parameter: of everything, scales and plain tensors included; quantized_bits: of the
-    quantized modules alone, 0 without any. full: whether every value was read, or a sample of the weights.
-    """
+    """A summary of a checkpoint, and its findings."""
 
     path: str
     model_type: str
+    #: The declared quantization; "undeclared" if only the tensors show one, "" if there is none.
     quantization: str
+    #: The program that quantized the checkpoint, with its version; "" if not declared.
     producer: str
+    #: Format -> number of modules.
     formats: dict[str, int]
+    #: Quantized modules whose layout is invalid.
     unread: tuple[str, ...]
+    #: Unquantized modules that the configuration excludes.
     excluded: tuple[str, ...]
+    #: The number of tensors.
     tensors: int
+    #: The size of the tensor data in bytes.
     bytes: int
+    #: The number of the model's values, without scales.
     parameters: int
+    #: Of the whole checkpoint, scales and unquantized tensors included.
     bits_per_parameter: float
+    #: Bits per value of the quantized modules alone; 0 without any.
     quantized_bits: float
+    #: The declared format of the KV cache; "" if there is none.
     kv_cache: str
+    #: The number of tensors with scales of the KV cache.
     kv_scales: int
+    #: Whether every value was read, rather than a sample of the weights.
     full: bool
+    #: Faults first, then warnings.
     findings: tuple[Finding, ...]
 
     @property
@@ -46,9 +56,10 @@ class CheckReport:
 
 
 def check_checkpoint(path: Path | str, full: bool = False) -> CheckReport:
-    """Checks a checkpoint directory: headers, configuration, every scale, and the values of the weights.
+    """Check the headers, the configuration, every scale and the weights of a checkpoint directory.
 
-    Weights are read in samples, or in `full`; a few megabytes at a time in both cases.
+    full: read every weight rather than samples; a few megabytes at a time in both cases
+
     Raises CheckpointError for files that cannot be read, UnsupportedError for an unknown quantization.
     """
     checkpoint = Checkpoint.open(path)
@@ -88,7 +99,7 @@ def _report(
 
 
 def describe(module: QuantizedModule) -> str:
-    """ "nvfp4 in groups of 16"."""
+    """Return the format and its group or block size: "nvfp4 in groups of 16"."""
     if module.format == "fp8-block":
         return f"{module.format} of {module.block[0]} x {module.block[1]}"
     groups = f" in groups of {module.group_size}" if module.group_size else ""

@@ -1,9 +1,9 @@
-"""Check the magnitude of dequantized weights. This finds scales that are stored as their inverse.
+"""Check the magnitude of dequantized weights, to find scales that are stored as their inverse.
 
 Let c be the root mean square of a module's codes and r that of its weights, so that its scale is about
-r / c. Read with the inverse scale the weights come out at c * c / r instead of r. Linear weights of
-language models have r between 0.001 and 1, codes have c of 2.5 (4-bit integers) to hundreds (FP8; NVFP4
-with its global scale counts as up to 2688), so an inverse scale always makes them larger, beyond:
+r / c. Multiplied by the inverse scale, the weights have c * c / r instead of r. Linear weights of language
+models have r between 0.001 and 1; codes have c of 2.5 (4-bit integers) to hundreds (FP8; NVFP4 with its
+global scale counts as up to 2688). So an inverse scale always makes them larger, and beyond these limits:
 
     LIMIT    an rms of 8, for every r below 0.78 and c of 2.5 or more
     APART    100 times the median of the modules of the same name (`q_proj` of every layer) that are
@@ -11,9 +11,9 @@ with its global scale counts as up to 2688), so an inverse scale always makes th
 
 Modules that are smaller than 1/1000 of that median get a warning: pruned and dead layers exist.
 
-Activations have no codes to look at, but NVFP4's input scale is amax / 2688, and its inverse is above 1
-unless amax is: it is wrong if more than half of a checkpoint's are above 1. FP8's input scale is stored
-in one way by every format.
+Activations have no stored codes. But the input scale of NVFP4 is amax / 2688, which is above 1 only if amax
+is above 2688, while its inverse nearly always is above 1. So if more than half of a checkpoint's input scales
+are above 1, they are stored as the inverse. The input scale of FP8 has the same definition in every format.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ _SAMPLE = 1 << 20
 
 
 def check_weights(quantized: QuantizedCheckpoint, broken: set[str], full: bool) -> list[Finding]:
-    """NaN in the codes of every module, and its magnitude; `broken`: tensors known to be bad, left out."""
+    """Check the codes of every module for NaN, and the magnitude of its weights.
+
+    broken: tensors that are known to be invalid; their modules are skipped
+    full: read every weight rather than samples
+    """
     findings: list[Finding] = []
     rms: dict[str, float] = {}
     for name, module in quantized.modules.items():
@@ -54,7 +58,7 @@ def check_weights(quantized: QuantizedCheckpoint, broken: set[str], full: bool) 
 
 
 def _sample(module: QuantizedModule) -> Iterator[np.ndarray]:
-    """Rows from the beginning, the middle and the end, as the activations' scale makes them."""
+    """Yield rows at the beginning, the middle and the end, without AWQ's `pre_quant_scale`."""
     rows, columns = module.shape
     count = max(2, _SAMPLE // (4 * columns))
     starts = {0, max(0, (rows - count) // 2), max(0, rows - count)} if rows > 3 * count else {0}
@@ -65,7 +69,7 @@ def _sample(module: QuantizedModule) -> Iterator[np.ndarray]:
 
 
 def _effective(module: QuantizedModule, weight: np.ndarray) -> np.ndarray:
-    """AWQ moves a factor from activations to weights; back with it, as the product has it."""
+    """Undo AWQ's `pre_quant_scale`, which moves a factor from the activations to the weights."""
     factor = module.tensors.get("pre_quant_scale")
     return weight if factor is None else weight * factor.read().astype(np.float32)
 
@@ -78,12 +82,12 @@ def _magnitudes(quantized: QuantizedCheckpoint, rms: dict[str, float]) -> list[F
     findings = []
     for name, value in rms.items():
         weight = quantized.modules[name].tensors["weight"].name
-        kin = by_end[name.rpartition(".")[2]]
-        usual = median(kin if len(kin) >= 3 else list(sound.values()) or [value])
+        same_name = by_end[name.rpartition(".")[2]]
+        usual = median(same_name if len(same_name) >= 3 else list(sound.values()) or [value])
         if value > LIMIT or value > APART * usual:
             what = f"dequantized, its values are about {value:.3g}"
             what += (
-                f" and those of its kind {usual:.3g}"
+                f" and those of similar modules {usual:.3g}"
                 if value > APART * usual
                 else ", far too large for a weight"
             )
@@ -92,7 +96,7 @@ def _magnitudes(quantized: QuantizedCheckpoint, rms: dict[str, float]) -> list[F
             what = (
                 "all sampled values are zero"
                 if value == 0
-                else f"values are about {value:.3g}, of its kind {usual:.3g}"
+                else f"values are about {value:.3g}, those of similar modules {usual:.3g}"
             )
             findings.append(Finding("magnitude", weight, what, warning=True))
     return findings
@@ -113,7 +117,7 @@ def _inputs(quantized: QuantizedCheckpoint) -> list[Finding]:
         return []
     value, name = wrong[0]
     what = (
-        f"stands for activations up to {value * 2688:,.0f}, and {len(wrong)} of {len(found)} are like it: "
+        f"implies activations up to {value * 2688:,.0f}, as {len(wrong)} of {len(found)} input scales do: "
         "are they stored as the inverse?"
     )
     return [Finding("magnitude", name, what)]

@@ -1,4 +1,4 @@
-"""Numbers that no checkpoint should hold: NaN, inf, and scales that are zero or negative."""
+"""Find invalid values: NaN, infinity, and scales that are zero or negative."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SCALES: tuple[Role, ...] = (
 
 
 def check_scales(quantized: QuantizedCheckpoint) -> list[Finding]:
-    """Check every value of every scale, of modules and of the KV cache."""
+    """Return a finding for each scale, of a module or the KV cache, with invalid values. All are read."""
     refs = [
         module.tensors[role]
         for module in quantized.modules.values()
@@ -35,7 +35,10 @@ def check_scales(quantized: QuantizedCheckpoint) -> list[Finding]:
 
 
 def check_plain(quantized: QuantizedCheckpoint, full: bool) -> list[Finding]:
-    """NaN and inf in every tensor that is not quantized: in all values, or in a sample of its rows."""
+    """Return a finding for each unquantized tensor with NaN or infinity.
+
+    full: read every row rather than samples
+    """
     biases = [m.tensors["bias"] for m in quantized.modules.values() if "bias" in m.tensors]
     found = []
     for ref in (*quantized.plain.values(), *biases):
@@ -46,7 +49,7 @@ def check_plain(quantized: QuantizedCheckpoint, full: bool) -> list[Finding]:
 
 
 def sample(ref: TensorRef) -> list[slice | None]:
-    """Rows from the beginning, the middle and the end, about 64 KiB each; all of a small tensor."""
+    """Return rows at the beginning, the middle and the end, about 64 KiB each; [None] for a small tensor."""
     if not ref.shape or ref.nbytes <= 3 << 16:
         return [None]
     rows = ref.shape[0]

@@ -1,1 +1,1 @@
-"""Checkpoints whose weights are quantized already: their declared scheme, and their tensors."""
+"""Pre-quantized checkpoints: the schemes that they declare, and their tensors."""

@@ -1,4 +1,4 @@
-"""`config_groups` of compressed-tensors, which ModelOpt writes as well, and the fields beside it."""
+"""Read `config_groups`, which compressed-tensors and ModelOpt write, and the fields beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Groups = tuple[tuple[tuple[str, ...], DeclaredScheme], ...]
 
 
 def read_groups(config: Mapping[str, Any], int4: Format) -> Groups:
-    """`config_groups`, which ModelOpt has from compressed-tensors. int4: the layout of 4-bit integers."""
+    """Return (targets, scheme) for each entry of `config_groups`. int4: the layout of 4-bit integers."""
     groups = config.get("config_groups")
     found: list[tuple[tuple[str, ...], DeclaredScheme]] = []
     for name, group in groups.items() if isinstance(groups, dict) else ():
@@ -24,12 +24,12 @@ def read_groups(config: Mapping[str, Any], int4: Format) -> Groups:
         inputs = group.get("input_activations")
         static = isinstance(inputs, dict) and inputs.get("dynamic") in (False, "local", None)
         layout = group.get("format") or config.get("format")
-        scheme = replace(_group_claim(name, weights, static, layout, int4), inputs=_inputs(inputs))
+        scheme = replace(_group_scheme(name, weights, static, layout, int4), inputs=_inputs(inputs))
         found.append((names(group.get("targets")) or ("Linear",), scheme))
     return tuple(found)
 
 
-def _group_claim(
+def _group_scheme(
     name: str, weights: Mapping[str, Any], static: bool, layout: Any, int4: Format
 ) -> DeclaredScheme:
     bits, kind, size = weights.get("num_bits"), weights.get("type", "int"), weights.get("group_size")
@@ -53,24 +53,26 @@ def _group_claim(
     if kind == "int" and bits == 8 and strategy in ("tensor", "channel") and symmetric:
         return DeclaredScheme("int8")
     raise UnsupportedError(
-        f"the weights of {name} are {bits}-bit {kind}, {strategy}, {layout}: llmc does not read that",
+        f"the weights of {name} are {bits}-bit {kind}, {strategy}, {layout}, which llmc does not read",
         hint="known: float-quantized FP8, nvfp4-pack-quantized, pack-quantized with 4 or 8 bits, "
         "int-quantized with 8 bits",
     )
 
 
 def _inputs(activations: Any) -> str:
-    """{"num_bits": 8, "type": "float"} -> "fp8"."""
+    """Return the activation quantization: {"num_bits": 8, "type": "float"} -> "fp8"; "" for none."""
     if not isinstance(activations, dict) or not activations.get("num_bits"):
         return ""
     return f"{'fp' if activations.get('type') == 'float' else 'int'}{activations['num_bits']}"
 
 
 def describe_groups(groups: Groups) -> str:
+    """Return the formats of the groups: "fp8 and nvfp4"."""
     return " and ".join(dict.fromkeys(scheme.format for _, scheme in groups)) or "without a format"
 
 
 def first_group_size(config: Mapping[str, Any]) -> Any:
+    """Return the first `group_size` of weights in `config_groups`, or None."""
     groups = config.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
@@ -80,7 +82,7 @@ def first_group_size(config: Mapping[str, Any]) -> Any:
 
 
 def kv_format(scheme: Any) -> str:
-    """ "FP8", or compressed-tensors' {"num_bits": 8, "type": "float"} -> "FP8"."""
+    """Return the format of the KV cache: "FP8" or {"num_bits": 8, "type": "float"} -> "FP8"; "" for none."""
     if isinstance(scheme, dict):
         affine = "_AFFINE" if scheme.get("symmetric") is False else ""
         return f"{'FP' if scheme.get('type') == 'float' else 'INT'}{scheme.get('num_bits', '?')}{affine}"
@@ -88,4 +90,5 @@ def kv_format(scheme: Any) -> str:
 
 
 def names(value: Any) -> tuple[str, ...] | None:
+    """Return a list of the configuration as strings; None for anything else."""
     return tuple(str(name) for name in value) if isinstance(value, list) else None

@@ -1,4 +1,4 @@
-"""The weight that a quantized module stands for, in float32, a block of rows at a time.
+"""Dequantize the weight of a module to float32, a block of rows at a time.
 
     fp8, fp8-channel, fp8-block, int8    code * weight_scale
     nvfp4 (ModelOpt)                     code * (weight_scale * weight_scale_2)
@@ -6,9 +6,9 @@
     int4-awq                             code * weight_scale
     int4-packed, int8-packed             (code - zero_point) * weight_scale
 
-DeepSeek's `weight_scale_inv` multiplies like any other. The formulas are those of the packages that
-write the formats; both evaluate them in the scale's dtype, which may be bfloat16, and here it is
-always float32. AWQ's `pre_quant_scale` belongs to the activation and is not applied.
+DeepSeek's `weight_scale_inv` multiplies too. The formulas are those of the packages that write the formats.
+Both packages evaluate them in the scale's dtype, which may be bfloat16; here it is always float32. AWQ's
+`pre_quant_scale` belongs to the activation and is not applied.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llmc.passes.quantize.elements import decode, unpack
 
 
 def dequantize(module: QuantizedModule, rows: slice | None = None) -> np.ndarray:
-    """Rows `rows` (step 1; all by default) of the weight, float32 [rows, in]. Reads only their bytes."""
+    """Return the rows `rows` (step 1; default: all) of the weight, float32 [rows, in]. Reads only these."""
     first, stop, _ = (rows or slice(None)).indices(module.shape[0])
     if stop <= first:
         return np.empty((0, module.shape[1]), np.float32)
@@ -37,14 +37,14 @@ def dequantize(module: QuantizedModule, rows: slice | None = None) -> np.ndarray
 
 
 def iter_rows(module: QuantizedModule, max_bytes: int) -> Iterator[np.ndarray]:
-    """The whole weight in order, in float32 blocks of at most `max_bytes` (but at least two rows)."""
+    """Yield the weight in float32 blocks of rows, each of at most `max_bytes` (but at least two rows)."""
     step = max(2, max_bytes // (4 * module.shape[1]) // 2 * 2)
     for first in range(0, module.shape[0], step):
         yield dequantize(module, slice(first, first + step))
 
 
 def _codes(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
-    """The stored values of rows first..stop as float32, before any scale."""
+    """Return the codes of rows first..stop as float32, before any scale."""
     weight, columns = module.tensors["weight"], module.shape[1]
     if module.format == "int4-awq":
         pairs = weight.read(slice(first // 2, -(-stop // 2)))
@@ -58,7 +58,7 @@ def _codes(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
 
 
 def _scale(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
-    """Return a scale for each row of first..stop and each group of columns, float32 [rows or 1, groups]."""
+    """Return the scales of rows first..stop for each group of columns, float32 [rows or 1, groups]."""
     ref, (height, _) = module.tensors["weight_scale"], module.block
     if ref.shape and ref.shape[0] > 1:  # else one row of scales for all rows
         needed = slice(first // height, -(-stop // height))
@@ -76,9 +76,9 @@ def _scale(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
 
 
 def zero_points(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
-    """Those of rows first..stop, int8 [rows, groups].
+    """Return the zero points of rows first..stop, int8 [rows, groups].
 
-    They are packed along the rows: int32 [ceil(out * bits / 32), groups].
+    The tensor is packed along the rows: int32 [ceil(out * bits / 32), groups].
     """
     in_word = 32 // code_bits(module)
     begin = first // in_word
@@ -88,17 +88,17 @@ def zero_points(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
 
 
 def spread(module: QuantizedModule, values: np.ndarray) -> np.ndarray:
-    """[rows, groups] -> [rows, in], or [rows, 1] where a row has one group."""
+    """Repeat the values of groups for their columns: [rows, groups] -> [rows, in]; [rows, 1] stays so."""
     if values.shape[1] == 1:
         return values
     columns, width = module.shape[1], module.block[1]
     if (ref := module.tensors.get("group_index")) is not None:
         group = ref.read()
-        if (group >= 0).all():  # -1: never filled in, groups are in order
+        if (group >= 0).all():  # -1: uninitialized, the groups are in order
             return values[:, group]
     return np.repeat(values, width, axis=1)[:, :columns]
 
 
 def code_bits(module: QuantizedModule) -> int:
-    """Return the bits of a code of int4-packed or int8-packed."""
+    """Return the bits per code of int4-packed or int8-packed."""
     return 4 if module.format == "int4-packed" else 8

@@ -1,4 +1,4 @@
-"""The scales of a quantized KV cache, layer by layer."""
+"""Read the scales of a checkpoint's KV cache."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\..*?(?:[kv]_proj\.)?([kv])_scale")
 
 
 def layer_kv_scales(checkpoint: QuantizedCheckpoint) -> dict[int, tuple[float, float]]:
-    """Layer -> (scale of its keys, scale of its values): a cached code times it is the value, in NVFP4 times
-    the scale of its block too.
+    """Return layer -> (scale of the keys, scale of the values), which multiply the cached codes.
 
-    ModelOpt has them on k_proj and v_proj, compressed-tensors on the attention module; one that is absent
-    is 1. Empty for a checkpoint without any. Raises CheckpointError for one that is not a positive number.
+    A cache in NVFP4 has a scale for each block as well. ModelOpt stores the scales on k_proj and v_proj,
+    compressed-tensors on the attention module. A missing one of a pair is 1.
+    Raises CheckpointError for a scale that is not a positive number.
     """
     found: dict[int, dict[str, float]] = {}
     for name, ref in checkpoint.kv_scales.items():
         match = _NAME.fullmatch(name)
         if match is None:
-            continue  # of queries, or a bias
+            continue  # a scale of queries, or a bias
         values = ref.read().astype("float32").reshape(-1)
         if values.size != 1 or not 0 < values[0] < float("inf"):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The tensors of a whole checkpoint, sorted: quantized modules, plain weights, KV scales, and the rest."""
+"""Sort the tensors of a checkpoint into quantized modules, unquantized weights, KV scales, and the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmc.compiler.checkpoint.checkpoint import CONFIG, Checkpoint
 from llmc.compiler.checkpoint.finding import Finding
 from llmc.compiler.checkpoint.names import IGNORED_EXTRAS
 from llmc.compiler.checkpoint.prequantized.module import KV_NAMES, ROLES, QuantizedModule, Role
-from llmc.compiler.checkpoint.prequantized.read_config import read_claims
+from llmc.compiler.checkpoint.prequantized.read_config import read_schemes
 from llmc.compiler.checkpoint.prequantized.recognize import is_quantized, recognize
 from llmc.compiler.checkpoint.prequantized.scheme import DeclaredSchemes
 from llmc.compiler.checkpoint.safetensors import TensorRef
@@ -28,47 +28,49 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3")
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """claims: None if the configuration says nothing of quantization.
+    """The tensors of a checkpoint, sorted and compared with its configuration."""
 
-    modules: of a sound layout, by name. plain: every tensor that is not quantized, by name.
-    unread: modules with codes or scales whose layout is not sound. excluded: modules with a plain matrix
-    that the exclude list names. findings: of the layout.
-    """
-
+    #: None if the configuration does not declare quantization.
     schemes: DeclaredSchemes | None
+    #: Quantized modules of a valid layout, by name.
     modules: Mapping[str, QuantizedModule]
+    #: Quantized modules whose layout is invalid.
     unread: tuple[str, ...]
+    #: Every unquantized tensor of the model, by name.
     plain: Mapping[str, TensorRef]
+    #: The scales of the KV cache, by name.
     kv_scales: Mapping[str, TensorRef]
+    #: Modules with an unquantized matrix that the configuration excludes.
     excluded: tuple[str, ...]
+    #: Faults and warnings about the layout.
     findings: tuple[Finding, ...]
 
     @property
     def quantized(self) -> bool:
-        """Whether the configuration or any tensor says so."""
+        """Whether the configuration or any tensor shows quantization."""
         return self.schemes is not None or bool(self.modules) or bool(self.unread)
 
     @property
     def named(self) -> dict[str, QuantizedModule | TensorRef]:
-        """The model's own parameters by name, a quantized weight as its module: no scales."""
+        """The parameters of the unquantized model, by name; a quantized weight as its module."""
         weights = {f"{name}.weight": module for name, module in self.modules.items()}
         biases = [module.tensors["bias"] for module in self.modules.values() if "bias" in module.tensors]
         return {**self.plain, **weights, **{ref.name: ref for ref in biases}}
 
     @property
     def parameters(self) -> int:
-        """Values of the model: of quantized weights as many as they stand for, and no scales."""
+        """The number of the model's values, without scales; packed codes count as values."""
         codes = sum(math.prod(module.shape) for module in self.modules.values())
         biases = [module.tensors["bias"] for module in self.modules.values() if "bias" in module.tensors]
         return codes + sum(math.prod(ref.shape) for ref in (*biases, *self.plain.values()))
 
 
 def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
-    """Sorts a checkpoint's tensors and compares them with its configuration. Reads no weights.
+    """Sort a checkpoint's tensors and compare them with its configuration. Reads no weights.
 
     Raises UnsupportedError for a method that llmc does not read, CheckpointError for damaged files.
     """
-    schemes = read_claims(checkpoint)
+    schemes = read_schemes(checkpoint)
     findings = list(schemes.findings) if schemes else []
     parts: defaultdict[str, dict[Role, TensorRef]] = defaultdict(dict)
     others: dict[str, TensorRef] = {}
@@ -105,7 +107,7 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     findings += _against_config(schemes, modules, plain, broken)
     findings += _hidden_size(checkpoint, modules) + _fused(modules)
     if schemes and schemes.kv_cache and not kv_scales:
-        what = f"says that the KV cache is {schemes.kv_cache}, no tensor has its scales: 1.0 is used"
+        what = f"says that the KV cache is {schemes.kv_cache}, but no tensor has its scales: 1.0 is used"
         findings.append(Finding("missing", CONFIG, what, warning=True))
     excluded = [name for name in _matrices(plain) if schemes and schemes.excludes(name)]
     unread = tuple(sorted(broken))
@@ -113,12 +115,12 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
 
 
 def _auxiliary(name: str) -> bool:
-    """Return whether a name is that of a scale, and not of a parameter of the model."""
+    """Return whether `name` is the name of a scale rather than of a parameter of the model."""
     return _SCALE_LIKE.fullmatch(name.rpartition(".")[2]) is not None
 
 
 def _matrices(plain: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    """Modules that could have been quantized: with a plain `weight` of two axes, embeddings apart."""
+    """Return the unquantized matrices of modules that could have been quantized; embeddings could not."""
     found = {}
     for name, ref in plain.items():
         module, _, last = name.rpartition(".")
@@ -134,13 +136,13 @@ def _against_config(
     plain: Mapping[str, TensorRef],
     broken: set[str],
 ) -> list[Finding]:
-    """The exclude list against the tensors, in both directions, and claims without any tensor."""
+    """Compare the exclude list with the tensors, in both directions, and find schemes without any tensor."""
     if schemes is None:
         first = [(name, module.format) for name, module in modules.items()][:1]
-        what = "says nothing of quantization, but {} is {} ({} such modules)"
+        what = "does not declare quantization, but {} is {} ({} such modules)"
         return [Finding("config", CONFIG, what.format(*one, len(modules))) for one in first]
     if schemes.groups and not modules and not broken:
-        return [Finding("config", CONFIG, f"says {schemes.label}, but no tensor is quantized")]
+        return [Finding("config", CONFIG, f"declares {schemes.label}, but no tensor is quantized")]
     findings = []
     for name, module in modules.items():
         weight = module.tensors["weight"].name
@@ -165,7 +167,7 @@ def _against_config(
 
 
 def _hidden_size(checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule]) -> list[Finding]:
-    """FP8 bytes with scales for half of them look like NVFP4 of twice the width: the model's size tells."""
+    """Find FP8 weights whose scales make them look like NVFP4 of twice the width, by the hidden size."""
     hidden = checkpoint.config.get("hidden_size")
     findings = []
     for name, module in modules.items():
@@ -186,15 +188,13 @@ def _hidden_size(checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule])
             and module.shape[1] == 2 * (hidden or 0)
         ):
             weight = module.tensors["weight"]
-            what = (
-                f"has {module.shape[1]} values of 4 bits a row, hidden_size is {hidden}: these are FP8 bytes"
-            )
+            what = f"has {module.shape[1]} 4-bit values per row, hidden_size is {hidden}: these are FP8 bytes"
             findings.append(Finding("format", weight.name, what))
     return findings
 
 
 def _fused(modules: Mapping[str, QuantizedModule]) -> list[Finding]:
-    """Projections that engines run as one must agree on the scales that one product has only one of."""
+    """Warn about linear layers that cannot be fused, because their global or input scales differ."""
     findings = []
     for name in modules:
         parent, _, end = name.rpartition(".")
@@ -206,9 +206,7 @@ def _fused(modules: Mapping[str, QuantizedModule]) -> list[Finding]:
                 refs = [one.tensors[role] for one in members if role in one.tensors]
                 values = {float(ref.read().reshape(-1)[0]) for ref in refs if math.prod(ref.shape) == 1}
                 if len(values) > 1:
-                    kin = ", ".join(group)
-                    what = (
-                        f"{kin} have different ones: {', '.join(f'{value:.4g}' for value in sorted(values))}"
-                    )
+                    differing = ", ".join(f"{value:.4g}" for value in sorted(values))
+                    what = f"differs among {', '.join(group)}: {differing}"
                     findings.append(Finding("fused", refs[0].name, what, warning=True))
     return findings

@@ -12,19 +12,19 @@ Format = Literal[
     "fp8",  # E4M3, one scale
     "fp8-channel",  # E4M3, a scale for each row
     "fp8-block",  # E4M3, a scale for each block of (usually) 128 x 128
-    "nvfp4",  # E2M1, an E4M3 scale for each 16 of a row, and a global scale
+    "nvfp4",  # E2M1, an E4M3 scale for each 16 values of a row, and a global scale
     "int4-awq",  # ModelOpt: two rows in a byte, a scale for each group of a row
     "int4-packed",  # compressed-tensors: eight values in an int32
     "int8-packed",  # compressed-tensors: four values in an int32
-    "int8",  # one byte a value, one scale or a scale for each row
+    "int8",  # one byte per value, one scale or a scale for each row
 ]
 Role = Literal[
     "weight",
-    "weight_scale",  # multiplies, whatever it is called
+    "weight_scale",  # multiplies, whatever the format calls it
     "global_scale",  # multiplies
     "inverse_global_scale",  # divides
-    "input_scale",  # a step of the activations' codes
-    "inverse_input_scale",  # 1 / such a step
+    "input_scale",  # multiplies the codes of activations
+    "inverse_input_scale",  # 1 / input_scale
     "zero_point",
     "shape",
     "group_index",
@@ -48,34 +48,29 @@ ROLES: dict[str, Role] = {
     "pre_quant_scale": "pre_quant_scale",
     "bias": "bias",
 }
-KV_NAMES = (
-    "k_scale",
-    "v_scale",
-    "q_scale",
-    "k_bias",
-    "v_bias",
-)  # of an attention module, or of k_proj, v_proj
+# The tensors of an attention module, or of k_proj and v_proj.
+KV_NAMES = ("k_scale", "v_scale", "q_scale", "k_bias", "v_bias")
 
 
 @dataclass(frozen=True)
 class QuantizedModule:
-    """One quantized linear layer. `shape` is [out, in] of the dequantized weight.
-
-    block: how many rows and columns of the weight share one value of `weight_scale`.
-    """
+    """A quantized linear layer of a checkpoint."""
 
     name: str
     format: Format
+    #: [out, in] of the dequantized weight.
     shape: tuple[int, int]
+    #: The rows and columns of the weight that share one value of `weight_scale`.
     block: tuple[int, int]
+    #: The layer's tensors, as they lie on disk.
     tensors: Mapping[Role, TensorRef]
 
     @property
     def group_size(self) -> int | None:
-        """Values of a row that share a scale, for the formats with groups inside a row; else None."""
+        """The number of values of a row that share a scale; None if a row or more shares one."""
         return self.block[1] if self.block[0] == 1 and self.block[1] < self.shape[1] else None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its tensors."""
+        """The size of all its tensors in bytes."""
         return sum(ref.nbytes for ref in self.tensors.values())

@@ -1,4 +1,4 @@
-"""Which modules an entry of `ignore`, `exclude_modules`, `modules_to_not_convert` or `targets` means."""
+"""Match modules with the entries of `ignore`, `exclude_modules`, `modules_to_not_convert` and `targets`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Iterable
 
 
 def matches(module: str, entries: Iterable[str]) -> bool:
-    """Return whether one of `entries` names `module`, in any of the ways that the formats have:
+    """Return whether one of `entries` matches `module`. An entry is one of:
 
-    its whole name; the name of a module around it ("model.visual"); the end of its name ("lm_head",
-    "mlp.gate"); shell wildcards (ModelOpt); `re:` and a regular expression for the start of the name
-    (compressed-tensors). Class names ("Linear") match nothing: a checkpoint has no classes.
+    * the whole name of the module, or the name of a module that contains it ("model.visual")
+    * the end of its name ("lm_head", "mlp.gate")
+    * shell wildcards (ModelOpt)
+    * `re:` and a regular expression for the start of its name (compressed-tensors)
+
+    Class names ("Linear") match nothing: a checkpoint has no classes.
     """
     return any(_matches(module, entry) for entry in entries)
 

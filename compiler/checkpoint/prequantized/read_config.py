@@ -3,7 +3,7 @@
     config.json           `quantization_config`: ModelOpt, compressed-tensors, or `fp8` (DeepSeek)
     hf_quant_config.json  ModelOpt
 
-The tensors decide what a module is; this is what they are compared with.
+The tensors decide the format of a module. They are compared with these schemes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ METHODS = {"modelopt": "ModelOpt", "compressed-tensors": "compressed-tensors", "
 _KEY = "quantization_config"
 
 
-def read_claims(checkpoint: Checkpoint) -> DeclaredSchemes | None:
-    """The claims of a checkpoint's files, or None for one that says it is not quantized.
+def read_schemes(checkpoint: Checkpoint) -> DeclaredSchemes | None:
+    """Return the schemes that a checkpoint's files declare; None if they do not declare quantization.
 
     Raises UnsupportedError for a method or format that llmc does not read, and CheckpointError for
     damaged files.
@@ -67,10 +67,10 @@ def read_claims(checkpoint: Checkpoint) -> DeclaredSchemes | None:
 
 
 def _compare(schemes: DeclaredSchemes, beside: DeclaredSchemes) -> DeclaredSchemes:
-    """`schemes` of config.json, with what hf_quant_config.json says otherwise."""
+    """Compare the schemes of config.json with those `beside` it; return the former, completed."""
     findings = []
     if schemes.groups != beside.groups and schemes.label != beside.label:
-        what = f"says {beside.label}, {CONFIG} says {schemes.label}"
+        what = f"declares {beside.label}, but {CONFIG} declares {schemes.label}"
         findings.append(Finding("config", MODELOPT_FILE, what))
     if schemes.exclude is None:
         schemes = replace(schemes, exclude=beside.exclude)
@@ -100,7 +100,7 @@ _INPUTS = {
 
 
 def _algorithm(name: Any, group: Any) -> DeclaredScheme:
-    """ModelOpt's quant_algo."""
+    """Return the scheme of ModelOpt's `quant_algo` `name`, with its `group_size` `group`."""
     size = group if isinstance(group, int) and group > 0 else None
     inputs = _INPUTS.get(name, "") if isinstance(name, str) else ""
     if name in ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8"):
@@ -116,7 +116,7 @@ def _algorithm(name: Any, group: Any) -> DeclaredScheme:
     if name in ("W8A16", "W8A8_SQ_PER_CHANNEL"):
         return DeclaredScheme("int8", inputs=inputs)
     raise UnsupportedError(
-        f"ModelOpt's {name!r} is a format that llmc does not read",
+        f"llmc does not read the ModelOpt format {name!r}",
         hint="known: FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, NVFP4, W4A16_NVFP4, NVFP4_AWQ, "
         "W4A8_NVFP4_FP8, W4A16_AWQ, W8A16, W8A8_SQ_PER_CHANNEL, MIXED_PRECISION",
     )

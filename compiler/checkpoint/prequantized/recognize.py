@@ -1,7 +1,7 @@
-"""Recognize the quantization of a module from its tensors, or find what contradicts itself in them.
+"""Recognize the quantization of a module from its tensors, or find their contradictions.
 
 The tensors decide: dtypes and the presence of scales give the format, the shape of the scales gives the
-group. The configuration settles only what the tensors leave open (one scale: a tensor or a block?)
+group. The configuration settles only what the tensors leave open (is one scale for a tensor or a block?)
 and is then compared.
 """
 
@@ -23,7 +23,7 @@ _CODES = ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
 
 
 def is_quantized(tensors: Mapping[Role, TensorRef]) -> bool:
-    """Return whether a module has codes for a weight, or a scale for one."""
+    """Return whether a module has a weight of codes, or a scale of a weight."""
     weight = tensors.get("weight")
     scales = {"weight_scale", "global_scale", "inverse_global_scale"}
     return bool(scales & tensors.keys()) or (weight is not None and weight.dtype in _CODES)
@@ -32,14 +32,15 @@ def is_quantized(tensors: Mapping[Role, TensorRef]) -> bool:
 def recognize(
     name: str, tensors: Mapping[Role, TensorRef], scheme: DeclaredScheme | None
 ) -> tuple[QuantizedModule | None, list[Finding]]:
-    """The module, if its layout is sound, and every fault of the layout."""
+    """Return the module, or None if its layout is invalid, and the findings about it."""
     weight = tensors.get("weight")
     if weight is None:
         first = next(iter(tensors.values()))
-        return None, [Finding("missing", first.name, f"{name} has this, but no weight")]
+        return None, [Finding("missing", first.name, f"belongs to {name}, which has no weight")]
     if weight.dtype not in _CODES:
         scale = tensors.get("weight_scale") or next(iter(tensors.values()))
-        return None, [Finding("format", scale.name, f"scales a weight of {weight.dtype}, which has no codes")]
+        what = f"scales a weight of {weight.dtype}, which is not quantized"
+        return None, [Finding("format", scale.name, what)]
     if len(weight.shape) != 2 or 0 in weight.shape:
         return None, [Finding("shape", weight.name, f"is {list(weight.shape)}; llmc reads [out, in] only")]
     missing = _missing_scales(weight, tensors, scheme)
@@ -48,7 +49,7 @@ def recognize(
     guess = _format(tensors, scheme)
     if guess is None:
         expected = f" ({scheme.format} was expected)" if scheme else ""
-        what = f"{weight.dtype} {list(weight.shape)} with these scales is no layout that llmc knows{expected}"
+        what = f"has an unknown layout: {weight.dtype} {list(weight.shape)} with these scales{expected}"
         return None, [Finding("format", weight.name, what)]
     findings = _dtypes(guess, tensors)
     if findings:
@@ -60,11 +61,11 @@ def recognize(
 
 
 def compare(module: QuantizedModule, scheme: DeclaredScheme) -> list[Finding]:
-    """Return where a module of a sound layout contradicts the configuration."""
+    """Return the findings where a module of a valid layout contradicts the configuration."""
     weight, scale = module.tensors["weight"], module.tensors["weight_scale"]
     if module.format != scheme.format:
         found = f"{weight.dtype} {list(weight.shape)}"
-        what = f"is {module.format} ({found}), the configuration says {scheme.format}"
+        what = f"is {module.format} ({found}), but the configuration says {scheme.format}"
         return [Finding("format", weight.name, what)]
     if scheme.group_size is not None:
         size = scheme.group_size or module.shape[1]
@@ -72,8 +73,8 @@ def compare(module: QuantizedModule, scheme: DeclaredScheme) -> list[Finding]:
         stored = scale.shape[1] if len(scale.shape) > 1 else 1
         if stored != groups:
             said = scheme.group_size or "one for the row"
-            what = f"has {stored} scales a row of {module.shape[1]}: groups of {module.block[1]}, "
-            what += f"the configuration says {said}"
+            what = f"has {stored} scales per row of {module.shape[1]}: groups of {module.block[1]}, "
+            what += f"but the configuration says {said}"
             if module.format == "nvfp4" and module.block[1] == 2 * size:
                 what += ", or the weight is FP8 bytes"
             return [Finding("shape", scale.name, what)]
@@ -81,14 +82,14 @@ def compare(module: QuantizedModule, scheme: DeclaredScheme) -> list[Finding]:
     if scheme.static_input and not {"input_scale", "inverse_input_scale"} & module.tensors.keys():
         which = "input_global_scale" if "inverse_global_scale" in module.tensors else "input_scale"
         findings.append(
-            Finding("missing", weight.name, f"its {which} is missing: the activations' scale is static")
+            Finding("missing", weight.name, f"its {which} is missing, but the activations' scale is static")
         )
     if not scheme.symmetric and "zero_point" not in module.tensors:
         findings.append(
-            Finding("missing", weight.name, "its weight_zero_point is missing: it is not symmetric")
+            Finding("missing", weight.name, "its weight_zero_point is missing, but it is not symmetric")
         )
     if scheme.symmetric and (point := module.tensors.get("zero_point")) is not None:
-        findings.append(Finding("format", point.name, "is there, although the configuration says symmetric"))
+        findings.append(Finding("format", point.name, "is present, but the configuration says symmetric"))
     return findings
 
 
@@ -117,12 +118,12 @@ def _format(tensors: Mapping[Role, TensorRef], scheme: DeclaredScheme | None) ->
         return None if packed else "int4-awq"
     if weight.dtype == "I32" and packed:
         if tensors["shape"].dtype not in _INDICES:
-            return "int4-packed"  # a fault in any case
+            return "int4-packed"  # _dtypes refuses it
         shape = tensors["shape"].read().reshape(-1)
         columns = int(shape[-1]) if shape.size else 0
         by_bits: dict[int, Format] = {4: "int4-packed", 8: "int8-packed"}
         fitting = [fmt for bits, fmt in by_bits.items() if math.ceil(columns * bits / 32) == weight.shape[1]]
-        if len(fitting) == 2:  # one word a row
+        if len(fitting) == 2:  # one word per row
             return scheme.format if scheme and scheme.format in fitting else fitting[0]
         return (
             fitting[0]
@@ -143,7 +144,7 @@ def _format(tensors: Mapping[Role, TensorRef], scheme: DeclaredScheme | None) ->
 
 
 def _dtypes(fmt: Format, tensors: Mapping[Role, TensorRef]) -> list[Finding]:
-    """Scales of a dtype that the format does not have."""
+    """Return the findings about tensors whose dtype does not belong to the format, or that are no scalars."""
     allowed = {
         "weight_scale": _SCALE_DTYPES.get(fmt, _FLOATS),
         "zero_point": ("I32",),
@@ -153,7 +154,7 @@ def _dtypes(fmt: Format, tensors: Mapping[Role, TensorRef]) -> list[Finding]:
     findings = []
     for role, ref in tensors.items():
         if role not in ("weight", "bias") and ref.dtype not in (known := allowed.get(role, _FLOATS)):
-            what = f"is {ref.dtype}, of {fmt} it is {' or '.join(known)}"
+            what = f"is {ref.dtype}; {fmt} has {' or '.join(known)}"
             findings.append(Finding("dtype", ref.name, what))
         scalars = ("global_scale", "inverse_global_scale", "input_scale", "inverse_input_scale")
         if role in scalars and math.prod(ref.shape) != 1:

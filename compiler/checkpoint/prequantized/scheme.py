@@ -11,38 +11,41 @@ from llmc.compiler.checkpoint.prequantized.patterns import matches
 
 @dataclass(frozen=True)
 class DeclaredScheme:
-    """What a configuration declares for one module. None: it does not say.
-
-    group_size: values of a row that share a scale; 0: the whole row
-    block: rows and columns that share a scale
-    inputs: the activation quantization, "fp8", "fp4" or "int8"; "": none, or not declared
-    """
+    """The scheme that a configuration declares for one module. A field that it does not declare is None."""
 
     format: Format
+    #: The number of values of a row that share a scale; 0: the whole row.
     group_size: int | None = None
+    #: The rows and columns that share a scale.
     block: tuple[int, int] | None = None
+    #: Whether the scale of the activations is stored.
     static_input: bool | None = None
     symmetric: bool = True
+    #: The activation quantization, "fp8", "fp4" or "int8"; "" if there is none, or none is declared.
     inputs: str = ""
 
 
 @dataclass(frozen=True)
 class DeclaredSchemes:
-    """groups: (targets, claim), the first match counts; a target that is a class name is for every module.
+    """The schemes that a checkpoint's configuration declares."""
 
-    exclude: None when the files have no such list. kv_cache: "" when they name no format for it.
-    """
-
+    #: The quantization method: "modelopt", "compressed-tensors" or "fp8".
     method: str
+    #: The method and the formats, for people.
     label: str
+    #: The program that quantized the checkpoint, with its version; "" if not declared.
     producer: str
+    #: (targets, scheme): the first match counts. A class name as a target means every linear layer.
     groups: tuple[tuple[tuple[str, ...], DeclaredScheme], ...]
+    #: The exclude list; None if the files have none.
     exclude: tuple[str, ...] | None
+    #: The format of the KV cache; "" if not declared.
     kv_cache: str
+    #: Contradictions within the configuration.
     findings: tuple[Finding, ...] = field(default=(), compare=False)
 
     def of(self, module: str) -> DeclaredScheme | None:
-        """The claim for a module that is not excluded; None if the files do not name it."""
+        """Return the scheme of a module that is not excluded; None if no target matches."""
         for targets, scheme in self.groups:
             if matches(module, targets):
                 return scheme
@@ -50,10 +53,11 @@ class DeclaredSchemes:
 
     @property
     def default(self) -> DeclaredScheme | None:
-        """The claim for every linear layer that no other target names."""
+        """The scheme of the linear layers that no other target matches."""
         return next((scheme for targets, scheme in self.groups if any(map(_is_class, targets))), None)
 
     def excludes(self, module: str) -> bool:
+        """Return whether the exclude list matches `module`."""
         return matches(module, self.exclude or ())
 
 

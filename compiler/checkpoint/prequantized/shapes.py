@@ -1,4 +1,4 @@
-"""The shapes of a quantized module's tensors: the weight they stand for, and what shares a scale."""
+"""Check the shapes of a quantized module's tensors, and find the shape of the weight and of its blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmc.compiler.checkpoint.safetensors import TensorRef
 def lay_out(
     name: str, fmt: Format, tensors: Mapping[Role, TensorRef], scheme: DeclaredScheme | None
 ) -> QuantizedModule | Finding:
-    """The module with its shape [out, in] and block, or the first contradiction of shapes."""
+    """Return the module with its shape [out, in] and block, or the first contradiction of shapes."""
     weight, scale = tensors["weight"], tensors["weight_scale"]
     rows, columns = weight.shape
     if fmt == "nvfp4":
@@ -25,7 +25,7 @@ def lay_out(
         stored = tuple(int(one) for one in tensors["shape"].read().reshape(-1))
         words = math.ceil(stored[-1] * (4 if fmt == "int4-packed" else 8) / 32) if len(stored) == 2 else -1
         if len(stored) != 2 or (stored[0], words) != weight.shape:
-            what = f"says {list(stored)}, which is not what {fmt} {list(weight.shape)} holds"
+            what = f"says {list(stored)}, but {fmt} {list(weight.shape)} has another shape"
             return Finding("shape", tensors["shape"].name, what)
         rows, columns = stored
     block = _block(fmt, (rows, columns), scale, scheme)
@@ -43,7 +43,7 @@ def lay_out(
 def _block(
     fmt: Format, shape: tuple[int, int], scale: TensorRef, scheme: DeclaredScheme | None
 ) -> tuple[int, int] | None:
-    """Rows and columns that share a scale; None if the scale's shape does not fit."""
+    """Return the rows and columns that share a scale; None if the scale's shape does not fit."""
     rows, columns = shape
     if fmt in ("fp8", "int8") and math.prod(scale.shape) == 1:
         return rows, columns
@@ -57,12 +57,12 @@ def _block(
         return None
     size = scheme.group_size if scheme and scheme.group_size else None
     if size and math.ceil(columns / size) == scale.shape[1]:
-        return 1, min(size, columns)  # of int4-packed the last group may be short
+        return 1, min(size, columns)  # the last group of int4-packed may be short
     return None if columns % scale.shape[1] else (1, columns // scale.shape[1])
 
 
 def _others(module: QuantizedModule) -> Finding | None:
-    """The first tensor, other than the weight and its scale, whose shape does not fit."""
+    """Return a finding about the first other tensor that does not fit the module."""
     rows, columns = module.shape
     groups = math.ceil(columns / module.block[1])
     words = math.ceil(rows * (4 if module.format == "int4-packed" else 8) / 32)
@@ -71,9 +71,9 @@ def _others(module: QuantizedModule) -> Finding | None:
         if role in wanted and ref.shape != wanted[role]:
             return Finding("shape", ref.name, f"is {list(ref.shape)}, not {list(wanted[role])}")
         if role == "zero_point" and module.format not in ("int4-packed", "int8-packed"):
-            return Finding("format", ref.name, f"is not read with {module.format}")
+            return Finding("format", ref.name, f"is not part of {module.format}")
     if (index := module.tensors.get("group_index")) is not None and int(index.read().max()) >= groups:
-        return Finding("value", index.name, f"names groups beyond the {groups} there are")
+        return Finding("value", index.name, f"names groups beyond the {groups} of the module")
     return None
 
 
