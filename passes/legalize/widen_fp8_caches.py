@@ -26,7 +26,7 @@ _ROLES = (("key", 1, 3, 1), ("value", 2, 4, 2))  # role, its input, its cache's 
 class WidenFP8Caches:
     """Counts one match per PagedAttention with FP8 caches, which gets fp32 caches.
 
-    rounded: False leaves keys and values as they are, to see what the rounding costs.
+    rounded: False leaves keys and values unrounded, to measure the error of the rounding.
     """
 
     name = "widen-fp8-caches"
@@ -43,7 +43,7 @@ class WidenFP8Caches:
                 scale = float(edit.attribute(node, f"{role}_scale"))
                 node.attributes.pop(f"{role}_scale")
                 for value in (edit.operand(node, cache), node.outputs[output]):
-                    value.type = ir.TensorType(ir.DataType.FLOAT)  # a new one: a clone shares its types
+                    value.type = ir.TensorType(ir.DataType.FLOAT)  # a new object: a clone shares its types
                 if self._rounded:
                     node.replace_input_with(index, _round(node, edit.operand(node, index), scale, role))
         return Matches(len(nodes))
