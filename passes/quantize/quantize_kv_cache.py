@@ -26,7 +26,7 @@ _SCALES = ("key_scale", "value_scale")
 
 
 class QuantizeKVCache:
-    """Counts one match per attention layer. Scales are 1.0 until `fill_kv_scales` knows better."""
+    """Quantize KV caches. Counts one match per layer. Scales are 1.0 until `fill_kv_scales` runs."""
 
     name = "quantize-kv-cache"
     requires = Stage.QUANTIZED  # or canonical, which is one without codes
