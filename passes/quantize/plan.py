@@ -203,7 +203,7 @@ def make_plan(
         reason = reasons[name]
         if not reason:
             kept = next((other for other in group if reasons[other]), None)
-            reason = f"multiplied with {kept.rpartition('.')[2]}: {reasons[kept]}" if kept else ""
+            reason = f"fused with {kept.rpartition('.')[2]}: {reasons[kept]}" if kept else ""
         chosen = None if reason else fmt
         if head and reason.startswith("default: ") and any(fnmatchcase(name, one) for one in HEADS):
             chosen = get_format(head)
