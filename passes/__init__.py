@@ -1,1 +1,1 @@
-"""The rewrites between the traced and the canonical graph: start at pipeline.py."""
+"""The passes that rewrite the graph, from the traced one to an engine's file. Start at pipeline.py."""

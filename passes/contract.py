@@ -1,4 +1,4 @@
-"""The contract of a pass, and the runner that holds every pass to it."""
+"""The contract of a pass, and the runner that checks it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import onnx_ir as ir
 from llmc.passes import spec
 from llmc.runtime.errors import BuildError, UnsupportedError
 
-DUMP = "LLMC_DUMP"  # environment: a directory that receives the graph after every pass, as text
-_DUMPED_ELEMENTS = 64  # of a constant; larger ones are dumped without their data
+DUMP = "LLMC_DUMP"  # environment variable: the directory for the graph after every pass, as text
+_DUMPED_ELEMENTS = 64  # constants with more elements are dumped without their data
 
 
 @dataclass
 class Matches:
-    """The result of one pass: the places it rewrote, and its near misses with the reason.
+    """The result of one pass."""
 
-    declined: places that it could have rewritten, and was told not to.
-    """
-
+    #: The number of places that the pass rewrote.
     count: int = 0
+    #: The places that almost matched, each with the reason.
     near_misses: list[str] = field(default_factory=list)
+    #: The number of places that the pass was told to leave.
     declined: int = 0
 
 
@@ -62,10 +62,10 @@ def run(
     expected: Mapping[str, int] = MappingProxyType({}),
     dump: Path | None = None,
 ) -> list[PassReport]:
-    """Runs `passes` over `model` in order and checks every stage.
+    """Run `passes` over `model` in order and check every stage.
 
     expected: pass name -> the number of matches that the model's recipe demands.
-    dump: a directory for the graph after every pass, as text; by default that of LLMC_DUMP, if it is set.
+    dump: a directory for the graph after every pass, as text. The default is LLMC_DUMP, if it is set.
     Raises UnsupportedError for a model that llmc cannot lower or that differs from its recipe, and BuildError
     when a pass leaves a graph that violates its stage.
     """
@@ -115,14 +115,14 @@ def _first(problems: Sequence[str]) -> str:
 
 
 def _dump(model: ir.Model, directory: Path, name: str) -> None:
-    """Writes the graph, without large data, to the next number in `directory`."""
+    """Write the graph, without large data, to the next numbered file in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     number = 1 + sum(1 for file in directory.iterdir() if file.suffix == ".txt")
     (directory / f"{number:02}-{name}.txt").write_text(as_text(model), "utf-8")
 
 
 def as_text(model: ir.Model) -> str:
-    """The graph in ONNX's text form; large initializers are without their data. The graph stays as it is."""
+    """Return the graph in ONNX's text form, without the data of large initializers. `model` is unchanged."""
     large = {
         value: value.const_value
         for value in model.graph.initializers.values()
@@ -131,7 +131,7 @@ def as_text(model: ir.Model) -> str:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # onnx_ir warns of every initializer without data
     try:
-        for value in large:  # not in a clone: one of nodes that are out of order cannot be made
+        for value in large:  # not in a clone: nodes that are out of order cannot be cloned
             value.const_value = None
         return ir.to_onnx_text(model)
     finally:

@@ -1,4 +1,4 @@
-"""ONNX's element types by safetensors' names, from the table in `runtime/dtypes.py`."""
+"""ONNX element types by their safetensors names, from the table in `runtime/dtypes.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from llmc.runtime.dtypes import numpy_dtype
 
-# The element types of weights and scales, by safetensors' names.
+# The element types of weights and scales, by their safetensors names.
 ONNX: Mapping[str, ir.DataType] = {
     name: ir.DataType.from_numpy(numpy_dtype(name))
     for name in ("F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "I64", "I32", "I8", "U8")

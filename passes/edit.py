@@ -1,4 +1,4 @@
-"""The few graph reads and edits that the passes share."""
+"""The graph reads and edits that the passes share."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ Dim = int | str | ir.SymbolicDim
 
 
 def operand(node: ir.Node, index: int) -> ir.Value:
-    """Input `index` of `node`, which must be there."""
+    """Return input `index` of `node`, which must exist."""
     value = node.inputs[index]
     assert value is not None, f"{node.op_type} lacks input {index}"
     return value
 
 
 def dims(value: ir.Value) -> list[int]:
-    """The shape of `value`, with -1 for the number of tokens."""
+    """Return the shape of `value`, with -1 for the number of tokens."""
     assert value.shape is not None, f"{value.name} has no shape"
     return [dim if isinstance(dim, int) else -1 for dim in value.shape]
 
 
 def attribute(node: ir.Node, name: str) -> int | float:
-    """A number attribute of `node`."""
+    """Return an int or float attribute of `node`."""
     value = node.attributes[name].value
     assert isinstance(value, int | float), f"{node.op_type}.{name} is not a number"
     return value
 
 
 def constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
-    """An initializer with the content of `array`; one name always means one content."""
+    """Return the initializer `name`, and add it with the content of `array` if the graph lacks it."""
     existing = graph.initializers.get(name)
     if existing is not None:
         return existing
@@ -58,10 +58,10 @@ def insert(
     domain: str = "",
     dtype: ir.DataType | None = None,
 ) -> ir.Value:
-    """Inserts a node with one output before another, keeping the trail to the checkpoint's module.
+    """Insert a node with one output before another, with the metadata that names the checkpoint's module.
 
-    shape: of the output; -1 is the axis of the tokens.
-    dtype: of the output; by default that of the first input.
+    shape: the output's shape. -1 is the axis of the tokens.
+    dtype: the output's dtype. The default is that of the first input.
     """
     if dtype is None and inputs[0] is not None:
         dtype = inputs[0].dtype
@@ -75,23 +75,23 @@ def insert(
 
 
 def cast(before: ir.Node, x: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
-    """Inserts Cast(x, dtype) before a node."""
+    """Insert Cast(x, dtype) before a node."""
     return insert(before, "Cast", [x], {"to": dtype.value}, name, list(x.shape or []), dtype=dtype)
 
 
 def reshape(before: ir.Node, x: ir.Value, shape: Sequence[int], name: str) -> ir.Value:
-    """Inserts Reshape(x, shape) before a node."""
+    """Insert Reshape(x, shape) before a node."""
     assert isinstance(before.graph, ir.Graph)
     return insert(before, "Reshape", [x, shape_constant(before.graph, shape)], {}, name, shape)
 
 
 def shape_constant(graph: ir.Graph, shape: Sequence[int]) -> ir.Value:
-    """A reshape target as an initializer."""
+    """Return a reshape target as an initializer."""
     return constant(graph, np.array(shape, np.int64), "shape_" + "_".join(str(dim) for dim in shape))
 
 
 def replace(old: ir.Node, new: ir.Value) -> None:
-    """Lets everything that used `old`'s only output use `new`, and removes `old`."""
+    """Replace the only output of `old` by `new` wherever it is used, and remove `old`."""
     output, graph = old.outputs[0], old.graph
     assert isinstance(graph, ir.Graph)
     for index, value in enumerate(graph.outputs):
@@ -103,5 +103,5 @@ def replace(old: ir.Node, new: ir.Value) -> None:
 
 
 def remove_unused(model: ir.Model) -> None:
-    """Removes nodes and initializers that no output needs."""
+    """Remove nodes and initializers that no output needs."""
     onnx_ir.passes.common.RemoveUnusedNodesPass()(model)

@@ -1,4 +1,4 @@
-"""A part of a graph as a model of its own, for ONNX Runtime."""
+"""Extraction of a subgraph as a model that ONNX Runtime can run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llmc.passes.spec import Stage
 
 
 def extract(model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
-    """The nodes of `model` between `inputs` and `outputs`, with ports in that order; `model` stays as it is.
+    """Return the subgraph between `inputs` and `outputs`, with its ports in that order. `model` is unchanged.
 
-    Parameters among `inputs` are graph inputs of the part, not initializers.
+    Parameters among `inputs` are graph inputs of the subgraph, not initializers.
     """
     graph = ir.convenience.extract(model.graph, inputs, outputs)
     for value in graph.inputs:

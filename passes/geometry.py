@@ -1,4 +1,4 @@
-"""Reads off the canonical graph what the runtime must know to size its buffers."""
+"""The geometry of a canonical graph, from which the runtime sizes its buffers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llmc.runtime.bundle.manifest import Geometry, Layer
 
 
 def attention_nodes(model: ir.Model) -> list[ir.Node]:
-    """The paged attention nodes, layer by layer."""
+    """Return the paged attention nodes in the order of the layers."""
     nodes = [node for node in model.graph if node.op_type == NAME]
     return sorted(nodes, key=lambda node: int(str(edit.operand(node, 3).name).rpartition(".")[2]))
 
 
 def read_geometry(model: ir.Model) -> Geometry:
-    """The geometry of a canonical graph; the graph, not the config, is what the engine computes."""
+    """Return the geometry of a canonical graph. The engine computes the graph, so the config is not asked."""
     layers, heads = [], 0
     for node in attention_nodes(model):
         _, kv_heads, _, width = edit.dims(edit.operand(node, 3))

@@ -1,7 +1,7 @@
 """The record of a large initializer: its modules in the checkpoint, and the tensors of its data.
 
-The record lies in the value's `meta`, which `ir.Model.clone` copies. An initializer has a Parameter, data, or
-both: the data of a parameter arrives when the weights are written.
+The record is in the value's `meta`, which `ir.Model.clone` copies. An initializer has a Parameter, data, or
+both. A parameter gets its data when the weights are written.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Parameter:
     modules: tuple[str, ...]
     #: The rows of each module's weight, or of its vector.
     rows: tuple[int, ...]
-    #: The tensors that make up the data, concatenated along axis 0; empty where the build makes it.
+    #: The tensors that make up the data, concatenated along axis 0. Empty where the build computes the data.
     sources: tuple[Source, ...]
-    #: Which array of the modules: "weight", "bias", or a quantized one's "weight_scale", ...
+    #: The array's name: "weight", "bias", or for a quantized module "weight_scale" and so on.
     array: str = _WEIGHT
     #: The file holds value * 2**exponent.
     exponent: int = 0
-    #: Packed element type of the array that the build makes ("e2m1"), where the file holds another; else "".
+    #: The packed element type of the computed array ("e2m1"), where the file holds another type; else "".
     packed: str = ""
 
     @property
@@ -47,13 +47,13 @@ class Parameter:
 
 
 def of_tensor(name: str, shape: tuple[int, ...]) -> Parameter:
-    """The parameter that is the tensor `name` of the checkpoint, whole."""
+    """Return the parameter for the whole tensor `name` of the checkpoint."""
     module, _, array = name.rpartition(".")
     return Parameter((module,), (shape[0] if shape else 1,), (Source(name),), array)
 
 
 def joined(parts: Iterable[Parameter]) -> Parameter:
-    """Join the rows of several parameters, in order. All are the same array of their modules."""
+    """Join the rows of several parameters, in order. All must be the same array of their modules."""
     every = list(parts)
     (array,) = {part.array for part in every}
     return Parameter(
@@ -86,5 +86,5 @@ def new_parameter(graph: ir.Graph, record: Parameter, shape: ir.Shape, dtype: ir
     """Add the initializer that `record` describes, without data."""
     value = ir.Value(name=record.file_name, shape=shape, type=ir.TensorType(dtype))
     set_parameter(value, record)
-    graph.initializers.add(value)  # register_initializer demands data
+    graph.initializers.add(value)  # register_initializer requires data
     return value

@@ -1,4 +1,4 @@
-"""THE pipelines: every graph pass of a build, in order, from the traced graph to one engine's file."""
+"""The pipelines: every graph pass of a build, in order, from the traced graph to one engine's file."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from llmc.passes.quantize.untie_head import UntieHead
 from llmc.passes.spec import Stage
 from llmc.plugins.paged_attention.spec import QuantizedCache
 
-# What the graph for TensorRT may compute in. (Engines have 16 bits; tests compare a whole graph in fp32.)
+# The dtypes of graphs for TensorRT. (Engines compute in 16 bits; tests compare a whole graph in fp32.)
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp32": ir.DataType.FLOAT}
 
 
 def canonicalize(fusion: FusionPlan = FusionPlan()) -> list[Pass]:  # noqa: B008 (it is frozen)
     """Return the passes from a traced graph to the canonical one.
 
-    fusion: which linear layers must stay apart
+    fusion: the linear layers that must stay apart.
     """
     return [
-        # 1. Attention: from one sequence without a cache to packed sequences with a paged one.
-        SinkTransposes(),  # first: leaves one order of norm and transpose to recognize
+        # 1. Attention: from one sequence without a cache to packed sequences with a paged cache.
+        SinkTransposes(),  # first: later passes then see one order of norm and transpose
         LowerRope(),  # before paging: it moves the rotation in front of the transposes that paging consumes
         PageAttention(),
         # 2. Tokens: only attention mixes them, so the batch axis can go once attention is paged.
@@ -65,18 +65,18 @@ def quantize(plan: QuantPlan | None, cache: QuantizedCache | None) -> list[Pass]
     linears: list[Pass] = []
     if plan is not None:
         linears = [
-            UntieHead(plan),  # first: what is quantized is read by one Gemm only
+            UntieHead(plan),  # first: only one Gemm may read a quantized weight
             QuantizeLinears(plan),
         ]
     return [*linears, *([QuantizeKVCache(cache)] if cache else [])]
 
 
 def legalize_openvino(narrow: NarrowPlan) -> list[Pass]:
-    """Return the passes from a quantized fp32 graph to OpenVINO's. narrow: which matrices stay in 16 bits."""
+    """Return the passes from a quantized fp32 graph to OpenVINO's. narrow: the matrices that stay 16-bit."""
     return [
         DoubleFP4Weights(),  # MXFP4 as int8, which OpenVINO keeps compressed
         Keep16BitWeights(narrow),  # OpenVINO widens them in registers
-        AttachBodies(),  # the file runs in ONNX Runtime as well
+        AttachBodies(),  # so that ONNX Runtime can run the file too
         Finalize(Stage.FOR_OPENVINO),
     ]
 
@@ -95,35 +95,35 @@ def legalize_onnxruntime() -> list[Pass]:
 def legalize_tensorrt(dtype: str) -> list[Pass]:
     """Return the passes from a quantized graph traced in `dtype` (a key of DTYPES) to TensorRT's.
 
-    `tensorrt_boundary.to_tensorrt` then writes it in the parser's terms. What no pass names here, the parser
-    takes unchanged (TensorRT-RTX 1.7.1, 2026-11-23): RotaryEmbedding over [T, heads, 1, D] without position
-    ids, RMSNormalization (statistics in fp32, rounded before the weight, as Llama does), Gather with int32
-    indices, Split, Gemm.
+    `tensorrt_boundary.to_tensorrt` then replaces llmc's operators. The parser takes these operators unchanged
+    (TensorRT-RTX 1.7.1, 2026-11-23): RotaryEmbedding over [T, heads, 1, D] without position ids,
+    RMSNormalization (statistics in fp32, rounded before the weight, as in Llama), Gather with int32 indices,
+    Split, Gemm.
     """
     narrow = DTYPES[dtype]
     return [
-        RequireDtype(narrow, dtype),  # first: nothing else asks what the graph computes in
+        RequireDtype(narrow, dtype),  # first: no other pass checks the graph's dtype
         FloatScales(),  # MXFP4: the parser takes no E8M0
         WidenNorms(),
         FactorRotaryTables(),
         WidenLogits(),
-        UnnameDims(),  # after WidenLogits, which makes a new output
-        Finalize(Stage.FOR_TENSORRT),  # last: puts the nodes in order
+        UnnameDims(),  # after WidenLogits, which adds an output
+        Finalize(Stage.FOR_TENSORRT),  # last: sorts the nodes
     ]
 
 
 def oracle(dtype: str, round_cache: bool) -> list[Pass]:
     """Return the passes that turn a clone of TensorRT's graph into a stand-in that ONNX Runtime runs.
 
-    dtype: what the engine computes in; with "fp32" nothing is rounded.
-    round_cache: False for the numbers that a cache in that dtype would give in place of a quantized one.
-    The weights stay the same external data, so the file must lie where the graph's lies.
+    dtype: the dtype that the engine computes in. With "fp32" nothing is rounded.
+    round_cache: False for the numbers that a cache in that dtype would give where the graph has quantized caches.
+    The weights stay the same external data, so the file must be in the directory of the original.
     """
     rounding: list[Pass] = []
     narrow = DTYPES[dtype]
     if narrow != ir.DataType.FLOAT:
         rounding = [
-            WidenCaches(narrow),  # before RoundOutputs, which would round what the cache holds once more
+            WidenCaches(narrow),  # before RoundOutputs, which would round the contents of the caches twice
             RoundOutputs(narrow),
             RoundSoftmax(narrow),  # after AttachBodies: it edits attention's body
         ]

@@ -1,6 +1,6 @@
-"""The definition of a legal graph, stage by stage, as code.
+"""The definition of a legal graph at each stage, as executable checks.
 
-TRACED           as the tracer wrote it: [1, T, ...] tensors, operators `llmc.Traced*`.
+TRACED           the tracer's output: [1, T, ...] tensors, operators `llmc.Traced*`.
 PAGED            attention reads and writes a paged KV cache: no `llmc.TracedAttention`, no `llmc.TracedRope`.
 PACKED           no batch axis: every activation is [T, ...] and T is the tokens of all sequences end to end.
 CANONICAL        standard ONNX operators and `llmc.PagedAttention` only; logits for the wanted rows only.
@@ -10,7 +10,7 @@ FOR_ONNXRUNTIME  for ONNX Runtime: every llmc operator has its body; no 4-bit fl
 FOR_TENSORRT     for TensorRT: no function bodies; logits in fp32.
 ORACLE           a stand-in for a TensorRT engine, as FOR_ONNXRUNTIME, with casts to 16 bits.
 
-Every initializer has data or a Parameter, at every stage.
+At every stage, every initializer has data or a Parameter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODULE = "llmc.module"  # metadata of a node in a finalized graph: the checkpoin
 
 
 class Stage(enum.Enum):
-    """A stage of the graph. The first five take graphs of later stages as well."""
+    """A stage of the graph. The checks of the first five also accept graphs of later stages."""
 
     TRACED = "traced"
     PAGED = "paged"
@@ -83,7 +83,7 @@ _CODES = frozenset(ir.DataType[cache.onnx] for cache in QUANTIZED_CACHES.values(
 
 
 def module_of(node: ir.Node) -> str:
-    """The checkpoint module that `node` was traced from, or the node's own name."""
+    """Return the checkpoint module that `node` was traced from, or the name of the node."""
     if MODULE in node.metadata_props:
         return node.metadata_props[MODULE]
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
@@ -93,7 +93,7 @@ def module_of(node: ir.Node) -> str:
 
 
 def check(model: ir.Model, stage: Stage) -> list[str]:
-    """Return the ways in which `model` violates `stage`, most telling first; empty if it is legal."""
+    """Return how `model` violates `stage`, most important first. The list is empty for a legal graph."""
     problems: list[str] = []
     for node in model.graph:
         where = f"operator {node.op_type} of module {module_of(node)}"
@@ -164,5 +164,5 @@ def _function_problems(model: ir.Model, stage: Stage) -> Iterator[str]:
 
 
 def _varies(value: ir.Value) -> bool:
-    """Whether the shape depends on the number of tokens."""
+    """Return whether the shape depends on the number of tokens."""
     return value.shape is not None and any(not isinstance(dim, int) for dim in value.shape)

@@ -1,1 +1,1 @@
-"""Opens bundles and serves requests: start at load.py. Imports neither torch nor transformers nor onnx."""
+"""The runtime: opens bundles and serves requests without torch, transformers or onnx. Start at load.py."""

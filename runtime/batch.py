@@ -1,4 +1,4 @@
-"""The arrays of one step, under the names of the graph's inputs."""
+"""The arrays of one step, named like the graph's inputs."""
 
 from __future__ import annotations
 
@@ -13,45 +13,44 @@ from llmc.plugins.paged_attention import spec
 from llmc.runtime.scheduler import ScheduledChunk
 from llmc.runtime.sequence import Sequence
 
-# The graph's inputs that describe a step -> their length, symbolically. Its other inputs are KV caches.
+# The graph's inputs that describe a step -> their symbolic length. The other inputs are KV caches.
 STEP_INPUTS: Mapping[str, str] = {
     "input_ids": "T",
     "position_ids": "T",
     **spec.STEP_INPUTS,
     "logits_index": "N",
 }
-# A chunk: its token ids, the tokens before it that are in the cache, the block table of its sequence, and
-# which of its tokens get logits: True is the last one, False none, else their places in the chunk, ascending.
+# A chunk: its token ids, the number of cached tokens before it, the block table of its sequence, and which of
+# its tokens get logits. True: the last one. False: none. Otherwise: their places in the chunk, ascending.
 Row = tuple[Iterable[int], int, Values[int], bool | Values[int]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """S chunks of S sequences, their T tokens end to end, no padding. Every array is int32.
+    """S chunks of S sequences, with their T tokens end to end and no padding. Every array is int32."""
 
-    input_ids [T], position_ids [T]: the new tokens and their places in their own sequences.
-    query_start [S+1]: chunk s is the rows query_start[s] .. query_start[s+1]-1.
-    past_lengths [S]: tokens of each sequence that are in the cache already.
-    block_indices [n], block_begins [S+1]: the block table of sequence s, for its past and its new
-        tokens, is block_indices[block_begins[s] : block_begins[s+1]].
-    logits_index [N]: the rows whose logits are wanted, ascending; N may be 0.
-    """
-
+    #: [T], the new tokens.
     input_ids: np.ndarray
+    #: [T], the position of each token in its sequence.
     position_ids: np.ndarray
+    #: [S+1], chunk s is the rows query_start[s] .. query_start[s+1]-1.
     query_start: np.ndarray
+    #: [S], the number of tokens of each sequence in the cache.
     past_lengths: np.ndarray
+    #: [n], the block tables of all sequences, for cached and new tokens.
     block_indices: np.ndarray
+    #: [S+1], the table of sequence s is block_indices[block_begins[s] : block_begins[s+1]].
     block_begins: np.ndarray
+    #: [N], the rows whose logits are wanted, ascending. N may be 0.
     logits_index: np.ndarray
 
     @classmethod
     def pack(cls, rows: Iterable[Row]) -> Batch:
-        """Packs chunks, one of each sequence, into a step. See `Row`."""
+        """Pack chunks, one of each sequence, into a step. See `Row`."""
         input_ids: list[int] = []
         position_ids: list[int] = []
         query_start, past_lengths, block_begins = [0], [], [0]
-        block_indices: array[int] = array("i")  # long contexts have long tables: copied, not unpacked
+        block_indices: array[int] = array("i")  # long contexts have long tables, so they are copied whole
         logits_index: list[int] = []
         for token_ids, past, block_table, wanted in rows:
             first = len(input_ids)
@@ -78,7 +77,7 @@ class Batch:
         return cls(*(np.array(column, np.int32) for column in columns))
 
     def split(self, sequences: int) -> Iterator[Batch]:
-        """The same step as several, one after the other, of at most `sequences` sequences each."""
+        """Split the step into consecutive steps of at most `sequences` sequences."""
         for first in range(0, len(self.past_lengths), sequences):
             last = min(first + sequences, len(self.past_lengths))
             begin, end = self.query_start[[first, last]]
@@ -96,10 +95,10 @@ class Batch:
 
 
 def build_batch(chunks: list[ScheduledChunk]) -> tuple[Batch, list[Sequence]]:
-    """Packs a step, and says which sequence each row of its logits belongs to.
+    """Pack a step. Return it and the sequence of each row of its logits.
 
-    The last token of a chunk that completes its sequence's known tokens gets logits. A chunk from the middle
-    of a prompt gets none.
+    The last token of a chunk gets logits if the chunk completes its sequence's known tokens. A chunk from the
+    middle of a prompt gets none.
     """
     completes = [count == sequence.num_pending for sequence, count in chunks]
     rows = (

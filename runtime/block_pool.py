@@ -1,8 +1,8 @@
 """Ownership of KV cache blocks: reference counts, and a prefix cache of full blocks.
 
-A block is used (somebody holds a reference), cached (nobody does, but its content is known under a
-hash and may be taken up again), or empty. Cached blocks count as free: allocation takes empty
-blocks first and then evicts the cached block that was released longest ago.
+A block is used (sequences hold references to it), cached (none does, but the block can be found by the hash
+of its content and used again), or empty. Cached blocks count as free. Allocation takes empty blocks first and
+then evicts the cached block that was released longest ago.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 
 
 def hash_block(previous: bytes, token_ids: Sequence[int]) -> bytes:
-    """The name of a full block: 32 bytes over its own tokens and, through `previous`, all before them.
+    """Return the hash of a full block: 32 bytes over its tokens and, through `previous`, all tokens before.
 
-    Cryptographic, because a collision would show one user's context to another.
+    The hash is cryptographic, because a collision would show one user's context to another.
     """
     return hashlib.blake2b(previous + array("i", token_ids).tobytes(), digest_size=32).digest()
 
 
 class BlockPool:
-    """Hands out the block numbers 0 .. num_blocks-1 of a KV cache of `block_size` tokens a block."""
+    """The blocks 0 .. num_blocks-1 of a KV cache, with `block_size` tokens each."""
 
     def __init__(self, num_blocks: int, block_size: int = BLOCK_SIZE, prefix_cache: bool = True) -> None:
         if num_blocks < 1 or block_size < 1:
@@ -33,23 +33,23 @@ class BlockPool:
         self.block_size = block_size
         self.prefix_cache = prefix_cache
         self._references = [0] * num_blocks
-        self._empty = list(range(num_blocks - 1, -1, -1))  # a stack: low numbers first
-        self._cached: OrderedDict[int, None] = OrderedDict()  # released longest ago first
+        self._empty = list(range(num_blocks - 1, -1, -1))  # a stack that starts with low numbers
+        self._cached: OrderedDict[int, None] = OrderedDict()  # in the order of release
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks that `allocate` could hand out now, evicting cached ones where needed."""
+        """Number of blocks that `allocate` can return now, if it evicts cached blocks."""
         return len(self._empty) + len(self._cached)
 
     @property
     def num_used(self) -> int:
-        """Blocks that somebody holds."""
+        """Number of blocks that sequences hold."""
         return self.num_blocks - self.num_free
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens of one sequence."""
+        """Return the number of blocks for `num_tokens` tokens of one sequence."""
         return -(-num_tokens // self.block_size)
 
     def references(self, block: int) -> int:
@@ -57,7 +57,7 @@ class BlockPool:
         return self._references[block]
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks of undefined content, each held once. Raises ValueError if there are fewer."""
+        """Return `count` blocks of undefined content, each held once. Raises ValueError if fewer are free."""
         if count > self.num_free:
             raise ValueError(f"{count} blocks wanted, {self.num_free} of {self.num_blocks} are free")
         blocks = []
@@ -72,7 +72,7 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Holds each block once more; a cached one becomes used again."""
+        """Add a reference to each block. Cached blocks become used."""
         for block in blocks:
             if self._references[block] == 0:
                 if block not in self._cached:
@@ -81,9 +81,9 @@ class BlockPool:
             self._references[block] += 1
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Lets go of each block of a sequence's table once.
+        """Drop one reference to each block of a sequence's table.
 
-        Backwards, so that the end of a prefix is evicted before its beginning, without which it is useless.
+        The last block comes first, so that the end of a prefix is evicted before its beginning.
         """
         for block in reversed(blocks):
             if self._references[block] == 0:
@@ -96,13 +96,13 @@ class BlockPool:
                     self._empty.append(block)
 
     def remember(self, block: int, digest: bytes) -> None:
-        """Puts a used block, full and computed, into the prefix cache. The first of two equals wins."""
+        """Put a used block, full and computed, into the prefix cache. The first of two equal blocks stays."""
         if self.prefix_cache and digest not in self._block_of and block not in self._hash_of:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
     def match(self, digests: Iterable[bytes]) -> list[int]:
-        """The longest run of remembered blocks for a prefix, in order, each now held once more."""
+        """Return the cached blocks of the longest prefix, in order, and add a reference to each."""
         blocks = []
         for digest in digests:
             block = self._block_of.get(digest)
@@ -113,14 +113,14 @@ class BlockPool:
         return blocks
 
     def forget(self) -> None:
-        """Empties the prefix cache; blocks in use stay in use, under no hash."""
+        """Empty the prefix cache. Used blocks stay used and lose their hash."""
         self._empty.extend(self._cached)
         self._cached.clear()
         self._block_of.clear()
         self._hash_of.clear()
 
     def check(self) -> None:
-        """Raises AssertionError, with a sentence, unless every invariant of the pool holds."""
+        """Check every invariant of the pool. Raises AssertionError with a sentence."""
         empty, cached = set(self._empty), set(self._cached)
         invariant(len(empty) == len(self._empty), f"an empty block is listed twice: {self._empty}")
         invariant(not empty & cached, f"blocks both empty and cached: {empty & cached}")
@@ -140,6 +140,6 @@ class BlockPool:
 
 
 def invariant(holds: bool, message: str) -> None:
-    """Raises AssertionError(message) unless it holds; unlike `assert`, under python -O too."""
+    """Raise AssertionError(message) unless `holds`. Unlike `assert`, this also works under python -O."""
     if not holds:
         raise AssertionError(message)

@@ -1,7 +1,7 @@
-"""Incremental detokenization: text while the tokens are still coming.
+"""Incremental detokenization: text while tokens are being generated.
 
-A token is bytes, not text: one character may be spread over several tokens, and a stop string over
-several characters. What is not certain yet is held back, and comes with a later token or at the end.
+A token is bytes, not text. A character may span several tokens, and a stop string several characters. Text
+that is not certain yet is held back until a later token or the end.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import tokenizers
 
 
 class TokenBytes:
-    """The UTF-8 bytes each token of a vocabulary contributes to a text; one table for all requests.
+    """The UTF-8 bytes of each token of a vocabulary, in one table for all requests.
 
-    The tokenizer's own decoder renders each token once, behind a letter or at the start of a text
-    (where SentencePiece drops a space). Only tokens that are no valid UTF-8 by themselves are looked
-    into: byte-fallback tokens such as <0xE2>, and byte-level BPE pieces.
+    The tokenizer's decoder renders each token once, after a letter or at the start of a text (where
+    SentencePiece drops a space). Only tokens that are not valid UTF-8 are parsed: byte-fallback tokens
+    such as <0xE2>, and byte-level BPE pieces.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
@@ -28,7 +28,7 @@ class TokenBytes:
         self._table: dict[tuple[int, bool], bytes] = {}
 
     def __call__(self, token_id: int, at_start: bool) -> bytes:
-        """The bytes of a token; none for special tokens and for ids the tokenizer does not know."""
+        """Return the bytes of a token. Special tokens and unknown ids have none."""
         known = self._table.get((token_id, at_start))
         if known is None:
             known = self._table[token_id, at_start] = self._look_up(token_id, at_start)
@@ -53,11 +53,11 @@ class TokenBytes:
 
 
 class Detokenizer:
-    """One output's text, a token at a time. Constant work per token.
+    """The text of one output, built token by token. Each token takes constant time.
 
-    `previous` is the last token of the prompt. The output continues the prompt's text: its first
-    word keeps its leading space. After a special token (a chat template ends with one), or with no
-    prompt, the output is a text of its own and starts as the tokenizer's `decode` would start it.
+    previous: the last token of the prompt. The output continues the prompt's text, so its first word keeps
+    its leading space. After a special token (a chat template ends with one), or without a prompt, the output
+    is a separate text and starts as in the tokenizer's `decode`.
     """
 
     def __init__(self, token_bytes: TokenBytes, previous: int | None = None) -> None:
@@ -66,22 +66,22 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The characters that `token_id` completes; the bytes of an unfinished one are held back."""
+        """Return the characters that `token_id` completes. Bytes of an incomplete character are held back."""
         data = self._token_bytes(token_id, self._at_start)
         if token_id not in self._token_bytes.special:
             self._at_start = False
         return self._utf8.decode(data)
 
     def finish(self) -> str:
-        """Return what was held back, as U+FFFD: no more bytes will complete it."""
+        """Return the bytes held back as U+FFFD, because they stay incomplete."""
         return self._utf8.decode(b"", final=True)
 
 
 class StopChecker:
     """Ends a text before the first of the `stop` strings.
 
-    The first is the one that is complete first, so the result does not depend on how the text is
-    cut into pieces. Text that may turn out to be the beginning of a stop string is held back.
+    The first stop string is the one that is complete first, so the result does not depend on how the text is
+    split. Text that may be the beginning of a stop string is held back.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -91,7 +91,7 @@ class StopChecker:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """The part of the text so far that is certain to be output and was not returned before."""
+        """Return the text that is now certain and was not returned before."""
         if not self._stop or self.stopped:
             return "" if self.stopped else text
         text = self._held + text
@@ -106,7 +106,7 @@ class StopChecker:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """Return what was held back: the text ends here, so it is no stop string."""
+        """Return the text held back. It cannot become a stop string, because the text ends here."""
         held, self._held = self._held, ""
         return held
 
@@ -120,22 +120,22 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """A stop string was found: the text has ended."""
+        """Whether a stop string was found, so that the text has ended."""
         return self._checker.stopped
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` makes certain."""
+        """Return the text that `token_id` makes certain."""
         return self._checker.push(self._detokenizer.push(token_id))
 
     def finish(self) -> str:
-        """Return all that was held back."""
+        """Return all text that was held back."""
         return self._checker.push(self._detokenizer.finish()) + self._checker.finish()
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The character that byte-level BPE (GPT-2) writes for each byte.
+    """Return the map from the characters of byte-level BPE (GPT-2) to bytes.
 
-    Printable Latin-1 bytes stand for themselves, the other 68 for U+0100, U+0101, ... in order.
+    Printable Latin-1 characters stand for themselves, U+0100, U+0101, ... for the other 68 bytes in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,4 +1,4 @@
-"""The element types of tensors: what safetensors, numpy and llmc call them, and how many bits they have.
+"""The element types of tensors: their names in safetensors, numpy and llmc, and their sizes.
 
 torch and config.json use numpy's names.
 """
@@ -13,17 +13,15 @@ if TYPE_CHECKING:
 
 
 class Dtype(NamedTuple):
-    """One element type.
+    """One element type."""
 
-    safetensors: its name in safetensors files
-    bits: of one element
-    numpy: its name in numpy and ml_dtypes; "" for types narrower than a byte, which are read as packed bytes
-    name: its name in llmc's options and manifests, "" for types that these never name
-    """
-
+    #: The name in safetensors files.
     safetensors: str
+    #: The size of one element in bits.
     bits: int
+    #: The name in numpy and ml_dtypes; "" for types narrower than a byte, which are read as packed bytes.
     numpy: str = ""
+    #: The name in llmc's options and manifests; "" for types that they do not use.
     name: str = ""
 
 
@@ -56,12 +54,12 @@ DTYPES: Mapping[str, Dtype] = {
 }
 BY_NAME: Mapping[str, Dtype] = {dtype.name: dtype for dtype in DTYPES.values() if dtype.name}
 BY_NUMPY: Mapping[str, Dtype] = {dtype.numpy: dtype for dtype in DTYPES.values() if dtype.numpy}
-FLOATS = ("F64", "F32", "F16", "BF16")  # unquantized weights, in safetensors' names
+FLOATS = ("F64", "F32", "F16", "BF16")  # the types of unquantized weights, by their safetensors names
 
 
 def numpy_dtype(safetensors: str) -> np.dtype:
-    """The numpy dtype of a safetensors dtype. Types narrower than a byte are read as packed bytes: uint8."""
-    import ml_dtypes  # noqa: F401  (its types get their names in numpy)
+    """Return the numpy dtype of a safetensors dtype. Types narrower than a byte are packed in uint8."""
+    import ml_dtypes  # noqa: F401  (registers its types with numpy)
     import numpy as np
 
     return np.dtype(DTYPES[safetensors].numpy or "uint8")

@@ -23,31 +23,30 @@ from llmc.runtime.sequence import FinishReason
 from llmc.runtime.sequence import Sequence as TokenSequence
 from llmc.runtime.tokenizer import Tokenizer
 
-_Row = tuple[np.ndarray | None, np.ndarray]  # as `Candidates`
+_Row = tuple[np.ndarray | None, np.ndarray]  # ids and logits, as in `Candidates`
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request after one of its steps.
-
-    new_text: what this step adds to the text; text: all of it, the prompt not included.
-    token_ids: all tokens generated, an end-of-sequence token included.
-    prompt_tokens: length of the prompt.
-    finish_reason: None while it goes on; "stop" (end of sequence, or a stop string), "length"
-        (max_tokens or the context is reached) or "abort".
-    """
+    """A request after one of its steps."""
 
     request_id: str
+    #: The text that this step added.
     new_text: str
+    #: The whole output text, without the prompt.
     text: str
+    #: All generated tokens, including an end-of-sequence token.
     token_ids: tuple[int, ...]
+    #: The number of tokens in the prompt.
     prompt_tokens: int
+    #: None: not finished. "stop": an end-of-sequence token or a stop string. "length": max_tokens or the end
+    #: of the context. "abort": aborted.
     finish_reason: FinishReason | None
 
 
 @dataclass
 class EngineStats:
-    """Sums since the engine started; times in seconds. step_seconds - backend_seconds is our own cost."""
+    """Sums since the engine started. step_seconds - backend_seconds is the time outside the backend."""
 
     steps: int = 0
     step_seconds: float = 0.0
@@ -64,11 +63,11 @@ class _Request:
     text_stream: TextStream | None
     text: str = ""
     output_ids: list[int] = field(default_factory=list)
-    inbox: deque[RequestOutput] | None = None  # a `stream` reads here, whoever made the step
+    inbox: deque[RequestOutput] | None = None  # the outputs for `stream`, from steps of any caller
 
 
 class Engine:
-    """Serves requests with one backend. Not thread-safe: one thread adds, steps and aborts."""
+    """A serving engine with one backend. It is not thread-safe: one thread adds, steps and aborts."""
 
     def __init__(
         self,
@@ -82,11 +81,12 @@ class Engine:
         vocab_size: int | None = None,
         prefix_cache: bool = True,
     ) -> None:
-        """Without a tokenizer, prompts are token ids and no text comes out.
+        """Create an engine. Without a tokenizer, prompts are token ids and there is no output text.
 
-        max_seq_len: tokens of prompt and output together; max_batch_tokens: tokens of a step;
-        max_sequences: sequences running at once; vocab_size: rows of the model's embedding table,
-        the tokenizer's size if not given.
+        max_seq_len: the maximum number of tokens of prompt and output together.
+        max_batch_tokens: the maximum number of tokens in a step.
+        max_sequences: the maximum number of sequences that run at the same time.
+        vocab_size: the rows of the model's embedding table. The default is the tokenizer's size.
         """
         self.backend = backend
         self.tokenizer = tokenizer
@@ -100,24 +100,24 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        """A request waits or runs, so `step` has something to do."""
+        """Whether any request waits or runs."""
         return bool(self._requests)
 
     def add_request(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, request_id: str | None = None
     ) -> str:
-        """Queues a request and returns its id.
+        """Queue a request and return its id.
 
-        Raises RequestError if the prompt is empty, too long or not of this vocabulary, if prompt and
-        max_tokens could never fit the cache, or if a request of this id is unfinished.
+        Raises RequestError if the prompt is empty, too long or outside the vocabulary, if prompt and
+        max_tokens can never fit the cache, or if a request with this id is unfinished.
         """
         return self._queue(self._accept(prompt, params or SamplingParams(), request_id))
 
     def step(self) -> list[RequestOutput]:
-        """Computes one batch. Returns an output for every request that got a token.
+        """Compute one batch. Return an output for every request that got a token.
 
-        When the backend fails, its error passes through; the requests stay queued, to be computed
-        again from the start by the next step, unless the caller aborts them.
+        Errors of the backend propagate. The requests then stay queued, and the next step computes them again
+        from the start, unless the caller aborts them.
         """
         started = time.perf_counter()
         chunks = self.scheduler.schedule()
@@ -136,7 +136,7 @@ class Engine:
         return outputs
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """Ends a request and frees its blocks; None if it is unknown or has finished already."""
+        """End a request and free its blocks. Return None if it is unknown or has finished already."""
         request = self._requests.get(request_id)
         return self._report(request, "", "abort") if request else None
 
@@ -145,9 +145,9 @@ class Engine:
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Runs all prompts to their end and returns the finished outputs in the order of the prompts.
+        """Run all prompts to the end. Return the finished outputs in the order of the prompts.
 
-        `params` is for all of them, or a list with one each. Requests added elsewhere advance too.
+        params: one for all prompts, or a list with one for each. Other requests of the engine advance too.
         """
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
@@ -161,17 +161,17 @@ class Engine:
             while any(request_id in self._requests for request_id in ids):
                 finished.update((o.request_id, o) for o in self.step() if o.finish_reason)
         finally:
-            for request_id in ids:  # after an error none of them is left behind
+            for request_id in ids:  # after an error none of them stays queued
                 self.abort(request_id)
         return [finished[request_id] for request_id in ids]
 
     def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
-        """Yields the request's output after each of its tokens; closing the iterator aborts it.
+        """Yield the request's output after each of its tokens. Closing the iterator aborts the request.
 
-        Several streams may be read in turns: each advances all of them, and none loses an output.
-        Raises RequestError at once, not at the first token.
+        Streams may be read in turns: each advances all of them, and no output is lost.
+        Raises RequestError at the call, not at the first token.
         """
         return self._stream(self._accept(prompt, params or SamplingParams(), None))
 
@@ -191,7 +191,7 @@ class Engine:
     def _accept(
         self, prompt: str | Sequence[int], params: SamplingParams, request_id: str | None
     ) -> _Request:
-        """A valid request that is not queued yet."""
+        """Return a valid request, without queuing it."""
         token_ids = self._token_ids(prompt)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and the engine has none", "leave `stop` empty")
@@ -239,7 +239,7 @@ class Engine:
         return request_id
 
     def _forward(self, batch: Batch, sampled: list[TokenSequence]) -> Iterable[_Row]:
-        """Runs the step. Of each row only what its sampling needs, if the backend can leave out the rest."""
+        """Run the step. Return the logits of each row, or only candidates if the backend can select them."""
         rows: Iterable[_Row]
         started = time.perf_counter()
         most = getattr(self.backend, "max_candidates", 0)
@@ -251,7 +251,7 @@ class Engine:
         return rows
 
     def _append(self, sequence: TokenSequence, token: int) -> RequestOutput:
-        """Gives a sequence its next token and ends it if that was the last."""
+        """Append the next token to a sequence, and finish the sequence if it was the last."""
         request, params = self._requests[sequence.request_id], sequence.params
         sequence.token_ids.append(token)
         request.output_ids.append(token)

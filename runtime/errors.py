@@ -1,4 +1,4 @@
-"""Every error llmc raises on purpose, and nothing else.
+"""The errors that llmc raises on purpose.
 
 LlmcError
 ├── CheckpointError     the checkpoint cannot be read or contradicts itself
@@ -9,7 +9,7 @@ LlmcError
 ├── RequestError        a generation request or an option that cannot be served
 └── BackendError        an engine backend failed its self-test or its call
 
-Each carries a message (the fact: what, where) and a hint (the way out). The
+Each has a message (the fact: what, where) and a hint (what to do about it). The
 command line prints them as one `error:` and one `hint:` line and exits with 1.
 """
 

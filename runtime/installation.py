@@ -13,9 +13,9 @@ DISTRIBUTION = "llmc-aot"
 
 
 def install_hint(extra: str = "") -> str:
-    """Return the command that installs `extra`, or without one, llmc with the libraries of `llmc run`.
+    """Return the command that installs `extra`. Without one: llmc with the libraries of `llmc run`.
 
-    It names the clone where llmc was installed from one, else the package index.
+    The command installs from the clone if llmc was installed from one, otherwise from the package index.
     """
     if from_clone():
         return f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
@@ -31,11 +31,11 @@ def upgrade_hint(version: str = "") -> str:
 
 @lru_cache(maxsize=1)
 def from_clone() -> bool:
-    """Return whether pip installed llmc from a directory (PEP 610), or nothing installed it at all."""
+    """Return whether pip installed llmc from a directory (PEP 610), or llmc is not installed at all."""
     try:
         record = distribution(DISTRIBUTION).read_text("direct_url.json")
         return record is not None and "dir_info" in json.loads(record)
     except PackageNotFoundError:
         return True
-    except ValueError:  # a damaged record says nothing
+    except ValueError:  # a damaged record counts as none
         return False

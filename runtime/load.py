@@ -24,23 +24,25 @@ def load_engine(
     prefix_cache: bool = True,
     fast: bool = False,
 ) -> Engine:
-    """Opens a bundle (checking it) and loads its engine.
+    """Open and check a bundle, and load its engine.
 
-    kv_memory: bytes for the KV cache; by default what `max_sequences` full contexts could use, within a
-        quarter of the free memory and 4 GiB. Pages are taken from the system when first written. On a GPU:
-        within what is free once the engine is loaded.
-    max_batch_tokens: tokens computed in one step at most; longer prompts are prefilled in chunks. Smaller
-        steps let running requests go on sooner, larger ones serve more tokens a second.
-    threads: CPU threads, by default one for each physical core that the process may use.
-    fast: round activations to int8 before they meet int8 or int4 weights (OpenVINO only), and with a u8 KV
-        cache compute the rest in bf16 where the CPU can. It is faster and not exact:
-        docs/explanation/quantization.md has what it costs. By default arithmetic is fp32.
+    kv_memory: the bytes of the KV cache. The default is enough for `max_sequences` full contexts, within a
+        quarter of the free memory and 4 GiB. The system provides pages when they are first written. On a GPU
+        the limit is the free memory after the engine is loaded.
+    max_batch_tokens: the maximum number of tokens in a step. Longer prompts are prefilled in chunks. Smaller
+        steps reduce the latency of running requests, larger steps increase the throughput.
+    max_sequences: the maximum number of sequences in a step.
+    threads: the number of CPU threads. The default is one per physical core that the process may use.
+    prefix_cache: reuse the KV blocks of equal prefixes.
+    fast: quantize activations to int8 in layers with int8 or int4 weights (OpenVINO only), and with a u8 KV
+        cache compute the rest in bf16 if the CPU supports it. It is faster and not exact:
+        docs/explanation/quantization.md has the quantization loss. By default arithmetic is fp32.
     Raises BundleError, BackendError, RequestError.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     manifest = opened.manifest
     _check_operators(manifest)
-    if manifest.gpu is not None:  # what a step may hold was fixed when the engine was built
+    if manifest.gpu is not None:  # the build fixed the limits of a step
         max_sequences = min(max_sequences, manifest.gpu.max_sequences)
         max_batch_tokens = min(max_batch_tokens, manifest.gpu.max_tokens)
     max_sequences = min(max_sequences, max_batch_tokens)
@@ -67,7 +69,7 @@ def load_engine(
 
 
 def _activation_group(opened: Bundle) -> int:
-    """The activations that share a scale with `fast`. Raises RequestError where the flag would do nothing."""
+    """Return how many activations share a scale with `fast`. Raises RequestError if `fast` has no effect."""
     plan = opened.manifest.quantization
     if plan is None:
         raise RequestError(
@@ -81,7 +83,7 @@ def _activation_group(opened: Bundle) -> int:
             "build it again, or leave --fast out",
         )
     if not isinstance(group, int) or group < 1:
-        prequantized = "recipe" in plan  # --quant is not for those
+        prequantized = "recipe" in plan  # --quant does not apply to pre-quantized checkpoints
         raise RequestError(
             f"`fast` is for int8 or int4 weights, in blocks of 16 or more; {opened.name} has them in "
             f"{plan.get('format')}",
@@ -91,6 +93,6 @@ def _activation_group(opened: Bundle) -> int:
 
 
 def _check_operators(manifest: Manifest) -> None:
-    """Raises BundleError if the engine uses an operator that this runtime lacks, at that ABI."""
+    """Raise BundleError if the engine uses an operator that this runtime lacks in that ABI version."""
     if missing := unsupported((one.name, one.abi) for one in manifest.operators):
         raise BundleError(missing[0], "build the bundle again with this llmc")

@@ -1,4 +1,4 @@
-"""The memory of this machine, and how much of it a verification needs."""
+"""The memory of this machine, and an estimate of the memory for a verification."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ _BASE_BYTES = 900 << 20  # torch, transformers and an engine, without weights
 
 
 def total_memory() -> int | None:
-    """Bytes of the machine, or None where the system does not say."""
+    """Return the bytes of the machine, or None if the system does not report them."""
     return _meminfo("MemTotal")
 
 
 def available_memory() -> int | None:
-    """Bytes that can be used without swapping, or None where the system does not say."""
+    """Return the bytes available without swapping, or None if the system does not report them."""
     return _meminfo("MemAvailable")
 
 
 def memory_needed(weight_bytes: int) -> int:
     """Estimate the bytes that a verification needs.
 
-    weight_bytes: of all weights in fp32, whatever the engine's dtype. transformers holds them once, and then
-    the engine holds them again, packed or widened; the two never live at the same time. Pages of the engine's
-    file come on top, and the kernel may drop those.
+    weight_bytes: the size of all weights in fp32, for any dtype of the engine. transformers holds them first,
+    and then the engine, packed or widened, but never both at the same time. Pages of the engine's file are
+    extra, and the kernel may drop them.
     """
     return _BASE_BYTES + int(weight_bytes * 1.25)
 

@@ -1,8 +1,8 @@
-"""Sampling of the next token: the same filters, in the same order, as transformers' `generate`.
+"""Sampling of the next token, with the same filters in the same order as transformers' `generate`.
 
-Repetition penalty, temperature, top-k, top-p, min-p. Greedy decoding (temperature 0) applies the
-repetition penalty too and nothing else. Every filter only ever removes tokens, so after top-k the
-others work on the few survivors instead of on the whole vocabulary.
+The order is repetition penalty, temperature, top-k, top-p, min-p. Greedy decoding (temperature 0) applies
+only the repetition penalty. Filters only remove tokens, so after top-k the others work on the few remaining
+ones instead of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -19,27 +19,25 @@ from llmc.runtime.errors import BackendError, RequestError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The sampling options of one request. Every value is checked here, once.
+    """The sampling options of one request. The constructor raises RequestError for an invalid value."""
 
-    max_tokens: tokens to generate at most, at least 1.
-    temperature: divides the logits; 0 is greedy decoding.
-    top_k: keep the k most likely tokens (and all that tie with the last of them); 0 keeps all.
-    top_p: keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps all.
-    min_p: keep tokens at least min_p times as likely as the most likely one; 0 keeps all.
-    repetition_penalty: divides positive and multiplies negative logits of tokens already seen; 1 is off.
-    seed: makes the draws of this request reproducible, whatever runs beside it.
-    stop: strings that end the output; the output stops before them.
-    ignore_eos: go on after an end-of-sequence token.
-    """
-
+    #: Maximum number of tokens to generate, at least 1.
     max_tokens: int = 128
+    #: Divides the logits. 0: greedy decoding.
     temperature: float = 0.0
+    #: Keep the k most likely tokens, and all that tie with the last of them. 0: keep all.
     top_k: int = 0
+    #: Keep the smallest set of most likely tokens whose probability reaches top_p. 1: keep all.
     top_p: float = 1.0
+    #: Keep tokens at least min_p times as likely as the most likely one. 0: keep all.
     min_p: float = 0.0
+    #: Divides positive logits of tokens already seen, and multiplies negative ones. 1: off.
     repetition_penalty: float = 1.0
+    #: Makes the draws of this request reproducible, independent of other requests. None: random.
     seed: int | None = None
+    #: Strings that end the output. The output does not include them.
     stop: tuple[str, ...] = ()
+    #: Continue after an end-of-sequence token.
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -51,7 +49,7 @@ class SamplingParams:
                 raise RequestError(f"{field.name} is {value!r}", f"{field.name} must be {hint}")
 
 
-# For every field: the type it must have, which values are allowed, and that in words.
+# Field -> its type, a predicate for valid values, and a description of them for the hint.
 _LIMITS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "max_tokens": (int, lambda v: v >= 1, "a whole number of at least 1"),
     "temperature": ((int, float), lambda v: 0 <= v < math.inf, "0 (greedy) or a positive number"),
@@ -70,10 +68,10 @@ _LIMITS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
 
 
 def candidates_needed(params: Iterable[SamplingParams], most: int) -> int:
-    """How many of its largest logits, with all that tie with the last of them, decide each row's next token.
+    """Return how many of a row's largest logits, with ties, decide its next token, for all rows.
 
-    1 if all rows are decoded greedily: then the first of the largest is enough. Sampling among the top 1
-    needs those that tie with it too, so it counts as 2. 0: a row needs all its logits, or more than `most`.
+    1: all rows are decoded greedily, so the first of the largest logits is enough. Sampling with top_k 1 also
+    needs the ties, so it counts as 2. 0: a row needs all its logits, or more than `most`.
     """
     needed = 0
     for one in params:
@@ -91,13 +89,14 @@ def sample(
     rng: np.random.Generator,
     ids: np.ndarray | None = None,
 ) -> int:
-    """The next token for float32 `logits[V]`, which are left as they are.
+    """Return the next token.
 
-    `token_ids` are all tokens so far, prompt and output: the repetition penalty looks at them.
-    `ids`: the tokens that `logits` are of, ascending, those that `candidates_needed` says or more of them;
-    the token is the one that all logits would give. None: they are all logits, in order.
-    Sampling takes exactly one number from `rng`, greedy decoding none.
-    Raises BackendError when the logits hold no usable maximum (NaN, or infinite).
+    logits: float32 [V]. They are not changed.
+    token_ids: all tokens so far, prompt and output, for the repetition penalty.
+    rng: sampling takes exactly one number, greedy decoding none.
+    ids: the token ids of `logits`, ascending. They must include the candidates that `candidates_needed` asks
+    for, so that the result is the same as with all logits. None: the logits are complete.
+    Raises BackendError if the maximum of the logits is NaN or infinite.
     """
     if params.repetition_penalty != 1.0:
         logits = penalize_repetition(logits, params.repetition_penalty, token_ids)
@@ -112,10 +111,10 @@ def sample(
 
 
 def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
-    """The tokens that temperature, top-k, top-p and min-p leave, and their weights.
+    """Apply temperature, top-k, top-p and min-p. Return the remaining tokens and their weights.
 
-    Returns token ids (int64 [C], None standing for all of them in order) and float32 weights [C]:
-    probabilities up to one common factor, the largest of them 1.
+    Token ids are int64 [C], or None for the whole vocabulary in order. Weights are float32 [C]: probabilities
+    up to a common factor, so that the largest is 1.
     """
     ids: np.ndarray | None = None
     if 0 < params.top_k < len(logits):
@@ -123,7 +122,7 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray |
         logits = logits[ids]
     top = logits.max()
     _check_finite(top)
-    # Subtracting the maximum first keeps a tiny temperature from overflowing.
+    # The maximum is subtracted first, so that a tiny temperature does not overflow.
     with np.errstate(over="ignore"):
         weights = np.exp((logits - top) / np.float32(max(params.temperature, 1e-30)))
     if params.top_p < 1.0:
@@ -134,9 +133,9 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray |
 
 
 def penalize_repetition(logits: np.ndarray, penalty: float, token_ids: Sequence[int]) -> np.ndarray:
-    """A copy of float32 `logits[V]` with those of `token_ids` made less likely (penalty > 1), each once."""
+    """Return a copy of float32 `logits[V]` in which each of `token_ids` is less likely (penalty > 1)."""
     seen = np.array(token_ids, np.int64)
-    seen = seen[seen < len(logits)]  # an embedding table may have more rows than there are logits
+    seen = seen[seen < len(logits)]  # an embedding table can have more rows than there are logits
     scores = logits[seen]
     penalized = logits.copy()
     penalized[seen] = np.where(scores < 0, scores * np.float32(penalty), scores / np.float32(penalty))
@@ -144,14 +143,14 @@ def penalize_repetition(logits: np.ndarray, penalty: float, token_ids: Sequence[
 
 
 def _largest(logits: np.ndarray, count: int) -> np.ndarray:
-    """Indices, ascending, of the `count` largest and of all that tie with the least of them."""
-    # Column maxima of the logits, laid out in 64 rows, bound it from below, and only columns that
-    # reach the bound matter: 0.05 ms for 150,000 logits, where a partition of them all takes 2 ms.
+    """Return the indices, ascending, of the `count` largest and of all that tie with the last of them."""
+    # The logits are laid out in 64 rows. The column maxima bound the last of the largest from below, and only
+    # columns that reach the bound matter: 0.05 ms for 150,000 logits. A partition of them all takes 2 ms.
     columns = len(logits) // 64
     if count <= columns:
         rest = 64 * columns
         peaks = logits[:rest].reshape(64, columns).max(axis=0)
-        _check_finite(peaks.max())  # the comparison below would silently drop a NaN
+        _check_finite(peaks.max())  # the comparison below would drop a NaN silently
         reached = np.flatnonzero(peaks >= np.partition(peaks, -count)[-count])
         near = (reached + columns * np.arange(64)[:, None]).ravel()
         near = np.concatenate([near, np.arange(rest, len(logits))])
@@ -163,13 +162,13 @@ def _largest(logits: np.ndarray, count: int) -> np.ndarray:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices into `weights`, ascending, of the tokens top-p keeps: at least the most likely one.
+    """Return the indices into `weights`, ascending, of the tokens that top-p keeps: at least one.
 
-    A token goes when it and all less likely ones together reach at most 1 - top_p.
+    A token is removed if it and all less likely tokens together reach at most 1 - top_p.
     """
     total = float(weights.sum(dtype=np.float64))
     outside = (1.0 - top_p) * total
-    # Tokens below outside / V cannot reach `outside` even together: no need to sort that long tail.
+    # Tokens below outside / V cannot reach `outside` even together, so that long tail is not sorted.
     head = np.flatnonzero(weights >= min(1.0, outside / len(weights)))
     values = weights[head]
     ordered = np.sort(values)
@@ -184,8 +183,8 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
 
 
 def _draw(weights: np.ndarray, uniform: float) -> int:
-    """The index that `uniform` from [0, 1) falls on when every index is as wide as its weight."""
-    # Sums of short pieces first: adding up 150,000 weights one by one takes 4 ms, this 0.1 ms.
+    """Draw an index in proportion to its weight, with `uniform` from [0, 1)."""
+    # Sums of short pieces come first: adding 150,000 weights one by one takes 4 ms, this 0.1 ms.
     pieces = np.add.reduceat(weights, np.arange(0, len(weights), 256), dtype=np.float64).cumsum()
     target = uniform * pieces[-1]
     piece = _first_above(pieces, target)
@@ -195,7 +194,7 @@ def _draw(weights: np.ndarray, uniform: float) -> int:
 
 
 def _first_above(cumulative: np.ndarray, target: float) -> int:
-    """The first index whose cumulative weight exceeds `target`; rounding never leads past the last."""
+    """Return the first index whose cumulative weight exceeds `target`, or with rounding errors the last."""
     return int(np.searchsorted(cumulative, min(target, np.nextafter(cumulative[-1], 0.0)), side="right"))
 
 
@@ -206,7 +205,7 @@ def _keep(
 
 
 def _check_finite(top: np.floating) -> None:
-    """A NaN anywhere makes NaN the maximum, so one look at the maximum is enough."""
+    """Raise BackendError unless the maximum is finite. A NaN anywhere makes the maximum NaN."""
     if not math.isfinite(top):
         raise BackendError(
             f"the engine computed logits whose maximum is {top}",

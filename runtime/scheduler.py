@@ -1,10 +1,10 @@
-"""Continuous batching: which tokens of which sequences the next step computes.
+"""Continuous batching: the choice of tokens and sequences for the next step.
 
-Sequences run first come, first served. Running ones decode first; what is left of the step's token
-budget prefills the prompts of the next ones, in chunks. When blocks run out, the youngest running
-sequence gives its blocks back and waits, at the head of the queue, to be computed again (its full
-blocks usually come back from the prefix cache). The oldest sequence can thus always take what it
-needs, and since no request is accepted that the whole pool could not hold, every one is finished.
+Sequences are served in the order of arrival. Running sequences decode first, and the rest of the step's token
+budget prefills the next prompts in chunks. When blocks run out, the youngest running sequence is preempted:
+it frees its blocks and waits at the head of the queue to be computed again (its full blocks usually come from
+the prefix cache). So the oldest sequence always gets the blocks that it needs. The scheduler accepts no
+request that the whole pool cannot hold, so every request finishes.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from llmc.runtime.sequence import FinishReason, Sequence, SequenceState
 
 
 class ScheduledChunk(NamedTuple):
-    """The next `num_tokens` uncomputed tokens of `sequence`; its block table has room for them."""
+    """The next `num_tokens` uncomputed tokens of `sequence`. Its block table has room for them."""
 
     sequence: Sequence
     num_tokens: int
 
 
 class Scheduler:
-    """Owns the waiting and the running sequences and their blocks.
+    """The waiting and the running sequences, and their blocks.
 
-    max_batch_tokens: tokens a step computes at most.
-    max_sequences: sequences that run at the same time at most.
-    max_seq_len: the model's context, prompt and output together, in tokens.
+    max_batch_tokens: the maximum number of tokens in a step.
+    max_sequences: the maximum number of sequences that run at the same time.
+    max_seq_len: the model's context in tokens, prompt and output together.
     """
 
     def __init__(self, pool: BlockPool, max_batch_tokens: int, max_sequences: int, max_seq_len: int) -> None:
@@ -49,21 +49,21 @@ class Scheduler:
         self._arrivals = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a new sequence. Raises RequestError if it could never run (see `check_fits`)."""
+        """Queue a new sequence. Raises RequestError if it can never run (see `check_fits`)."""
         self.check_fits(sequence)
         sequence.arrival = self._arrivals
         self._arrivals += 1
         self.waiting.append(sequence)
 
     def check_fits(self, sequence: Sequence) -> None:
-        """Raises RequestError if the prompt fills the context, or prompt and output exceed the pool."""
+        """Raise RequestError if the prompt fills the context, or if prompt and output exceed the pool."""
         prompt, pool = sequence.prompt_tokens, self.pool
         if prompt >= self.max_seq_len:
             raise RequestError(
                 f"the prompt has {prompt} tokens, the context {self.max_seq_len}",
                 f"shorten the prompt to at most {self.max_seq_len - 1} tokens",
             )
-        # The last token is generated, but never computed.
+        # The last token is generated but not computed.
         cached = min(prompt + sequence.params.max_tokens, self.max_seq_len) - 1
         if pool.blocks_for(cached) > pool.num_blocks:
             room = pool.num_blocks * pool.block_size - prompt + 1
@@ -76,17 +76,17 @@ class Scheduler:
             )
 
     def schedule(self) -> list[ScheduledChunk]:
-        """The chunks of the next step, with blocks for all their tokens; empty only if nothing is queued.
+        """Return the next step's chunks, with blocks for all their tokens. Empty only if nothing is queued.
 
-        Call `commit` when they are computed, or `rollback` when that failed.
+        The caller must call `commit` when they are computed, or `rollback` if that failed.
         """
         chunks: list[ScheduledChunk] = []
         budget = self.max_batch_tokens
         short_of_blocks = False
-        # Oldest first. Only the youngest can still be prefilling, so no decode waits for a prefill.
+        # The oldest comes first. Only the youngest can still be in prefill, so no decode waits for a prefill.
         for sequence in list(self.running):
             if sequence.state is not SequenceState.RUNNING:
-                break  # it and all younger ones were preempted a moment ago
+                break  # it and all younger ones have just been preempted
             count = min(sequence.num_pending, budget)
             while count and not self._grow(sequence, count):
                 short_of_blocks = True
@@ -98,7 +98,7 @@ class Scheduler:
             if count:
                 chunks.append(ScheduledChunk(sequence, count))
                 budget -= count
-        # Who is short of blocks goes first: a small newcomer would only be preempted for it.
+        # A sequence that lacks blocks goes first. A small new one would only be preempted for it.
         while budget and not short_of_blocks and self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             if not self._admit(sequence):
@@ -110,7 +110,7 @@ class Scheduler:
         return chunks
 
     def commit(self, chunks: list[ScheduledChunk]) -> None:
-        """Records that the chunks are in the cache; their full blocks become shareable."""
+        """Record that the chunks are in the cache. Their full blocks can now be shared."""
         size = self.pool.block_size
         for sequence, count in chunks:
             full_before = sequence.num_computed // size
@@ -122,13 +122,13 @@ class Scheduler:
                     self.pool.remember(sequence.block_table[index], digests[index])
 
     def rollback(self) -> None:
-        """After a failed step: nothing in the cache is trusted, every sequence is to be computed again."""
+        """Discard the cache after a failed step. Every sequence is computed again."""
         while self.running:
             self._preempt_youngest()
         self.pool.forget()
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Takes a waiting or running sequence out and frees its blocks."""
+        """Remove a waiting or running sequence and free its blocks."""
         if sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
@@ -138,7 +138,7 @@ class Scheduler:
         sequence.finish_reason = reason
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
-        """Makes room for `count` more computed tokens; False, and nothing done, if blocks are short."""
+        """Allocate blocks for `count` more computed tokens. If too few are free, only return False."""
         missing = self.pool.blocks_for(sequence.num_computed + count) - len(sequence.block_table)
         if missing > self.pool.num_free:
             return False
@@ -147,11 +147,11 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Moves the head of the queue to the running ones if the pool can hold all its known tokens."""
+        """Start the head of the queue if the pool can hold all its known tokens. Return whether it can."""
         pool, known = self.pool, len(sequence.token_ids)
         shared: list[int] = []
         if pool.prefix_cache:
-            # Never the last token: its logits are wanted, so it has to be computed.
+            # The last token is never taken from the cache: its logits are wanted, so it has to be computed.
             shared = pool.match(sequence.block_digests((known - 1) // pool.block_size, pool.block_size))
         if pool.blocks_for(known) - len(shared) > pool.num_free:
             pool.free(shared)
@@ -175,7 +175,7 @@ class Scheduler:
         sequence.num_computed = 0
 
     def check(self) -> None:
-        """Between steps: raises AssertionError, with a sentence, unless every invariant holds."""
+        """Check every invariant, between steps. Raises AssertionError with a sentence."""
         self.pool.check()
         arrivals = [sequence.arrival for sequence in (*self.running, *self.waiting)]
         invariant(arrivals == sorted(set(arrivals)), f"not in the order of arrival: {arrivals}")

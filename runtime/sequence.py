@@ -1,4 +1,4 @@
-"""One request as the scheduler sees it: its tokens, how far they are computed, and in which blocks."""
+"""The scheduler's view of a request: its tokens, how many of them are computed, and its blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class SequenceState(Enum):
-    """WAITING holds no block; RUNNING holds blocks; FINISHED has given them back."""
+    """A WAITING sequence holds no blocks, a RUNNING one does, and a FINISHED one has freed them."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -26,11 +26,11 @@ class SequenceState(Enum):
 class Sequence:
     """Prompt and output of one request.
 
-    token_ids: all tokens known so far, the prompt's `prompt_tokens` first.
-    num_computed: how many of them have their keys and values in the cache.
-    block_table: the cache blocks holding them, in order; int32, as the engine wants it.
-    arrival: place in the order of arrival, given by the scheduler.
-    rng: this request's own random numbers, so that its draws do not depend on its neighbours.
+    token_ids: all known tokens. The first `prompt_tokens` are the prompt.
+    num_computed: the number of tokens whose keys and values are in the cache.
+    block_table: the cache blocks of these tokens, in order, int32.
+    arrival: the place in the order of arrival, set by the scheduler.
+    rng: the request's random numbers, independent of other requests.
     """
 
     __slots__ = (
@@ -62,16 +62,16 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Known tokens that are not computed yet: 1 while decoding, more while prefilling."""
+        """Number of known tokens that are not computed yet: 1 in decode, more in prefill."""
         return len(self.token_ids) - self.num_computed
 
     @property
     def num_output(self) -> int:
-        """Tokens generated so far."""
+        """Number of tokens generated so far."""
         return len(self.token_ids) - self.prompt_tokens
 
     def block_digests(self, count: int, block_size: int) -> list[bytes]:
-        """The chained hashes of the first `count` blocks, all of whose tokens must be known."""
+        """Return the chained hashes of the first `count` blocks. All their tokens must be known."""
         digests = self._digests
         for index in range(len(digests), count):
             tokens = self.token_ids[index * block_size : (index + 1) * block_size]

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer and chat template, read from its files as transformers reads them."""
+"""A checkpoint's tokenizer and chat template, with the behaviour of transformers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Message = dict[str, Any]
 
 
 class Tokenizer:
-    """Text to token ids and back, and conversations to prompts.
+    """Converts between text and token ids, and conversations to prompts.
 
-    special_tokens: what the chat template sees under `bos_token`, `eos_token`, ...
+    special_tokens: the values of `bos_token`, `eos_token`, ... in the chat template.
     chat_template: Jinja source, or None for a model without one.
     """
 
@@ -42,7 +42,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        """Reads tokenizer.json and, where they exist, the configuration files beside it.
+        """Read tokenizer.json and the configuration files in its directory, if they exist.
 
         Raises BundleError if tokenizer.json is missing or a file cannot be read.
         """
@@ -51,10 +51,10 @@ class Tokenizer:
             raise BundleError(f"{directory} has no tokenizer.json", "build the bundle again")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust library raises bare Exception
+        except Exception as error:  # the Rust library raises plain Exception
             raise BundleError(f"{path} cannot be read: {error}", "build the bundle again") from error
         config = _read_json(directory / "tokenizer_config.json")
-        if "added_tokens_decoder" not in config:  # since it exists, it says all that the older file said
+        if "added_tokens_decoder" not in config:  # newer, with all that the other file says
             config |= _read_json(directory / "special_tokens_map.json")
         try:
             special_tokens = _special_tokens(config)
@@ -73,19 +73,19 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest token id; ids may have gaps."""
+        """One more than the largest token id. Ids can have gaps."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with BOS and the like where the model's tokenizer adds them."""
+        """Return the token ids of `text`, with BOS and other special tokens if the tokenizer adds them."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of `token_ids`, special tokens left out."""
+        """Return the text of `token_ids` without special tokens."""
         return self.backend.decode(list(token_ids), skip_special_tokens=True)
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        """Turns the output that follows `prompt_ids` into text, token by token."""
+        """Return a detokenizer for the output that follows `prompt_ids`."""
         return Detokenizer(self._token_bytes, prompt_ids[-1] if prompt_ids else None)
 
     @cached_property
@@ -95,11 +95,11 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The conversation as one text, special tokens written out.
+        """Render the conversation as one text that includes special tokens.
 
-        messages: dicts with at least "role" (and usually "content"), plain JSON values throughout.
-        variables: whatever else the template knows, such as `tools` or `enable_thinking`.
-        Raises RequestError if there is no template, or it does not accept the conversation.
+        messages: dicts with at least "role" and usually "content". All values are plain JSON.
+        variables: other variables of the template, such as `tools` or `enable_thinking`.
+        Raises RequestError if there is no template, or if it does not accept the conversation.
         """
         if self.chat_template is None:
             raise RequestError(
@@ -111,7 +111,7 @@ class Tokenizer:
                 '[{"role": "user", "content": "Hello"}]',
             )
         try:
-            # Through JSON and back: the template, code from a stranger, gets to see plain data only.
+            # Through JSON and back, because the template is untrusted code and must see plain data only.
             given = {"messages": [_plain(message) for message in messages], **variables}
             data = json.loads(json.dumps(given))
         except (TypeError, ValueError) as error:
@@ -119,14 +119,14 @@ class Tokenizer:
         values: dict[str, Any] = {"tools": None, "documents": None, **self.special_tokens, **data}
         try:
             return self._template.render(**values, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a template is a program; whatever it raises is about this request
+        except Exception as error:  # a template is a program, and all its errors concern this request
             raise RequestError(
                 f"the model's chat template refuses this conversation: {error}",
                 "check the roles and their order (system, then user and assistant in turn)",
             ) from error
 
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
-        """Token ids of the conversation; the template wrote BOS and the like, so none are added."""
+        """Return the token ids of the conversation. The template adds BOS, so the tokenizer does not."""
         return self.encode(self.apply_chat_template(messages, **variables), add_special_tokens=False)
 
     @cached_property
@@ -144,9 +144,9 @@ class Tokenizer:
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's words for training; here only its content counts."""
+    """The tag `{% generation %}`, which marks text for training. Only its content is rendered."""
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own interface)
+    tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -155,7 +155,7 @@ class _GenerationTag(Extension):
 
 
 class _PublicNamespace(Namespace):
-    """Jinja's namespace() without underscore names, which reach into the interpreter."""
+    """Jinja's namespace() without underscore names, which would give access to the interpreter."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         for name in dict(*args[1:], **kwargs):
@@ -183,14 +183,14 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML; models were trained on plain JSON.
+    # Jinja's filter escapes HTML, but models were trained on plain JSON.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def _plain(message: Message) -> Message:
-    """Without None values, which templates would write out; reasoning under the names they read."""
+    """Return a message without None values, which templates would print. Reasoning gets all its names."""
     message = {name: value for name, value in message.items() if value is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((message[name] for name in names if name in message), None)
@@ -200,13 +200,13 @@ def _plain(message: Message) -> Message:
 
 
 def _content(value: Any) -> str | None:
-    """The text of a special token, written as a string or as {"content": ...}."""
+    """Return the text of a special token, given as a string or as {"content": ...}."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """The tokens that have a name: bos_token, eos_token, ..., and those a model adds."""
+    """Return the special tokens with a name: bos_token, eos_token, ..., and the names that a model adds."""
     named = {name: value for name, value in config.items() if name.endswith("_token")}
     extra = config.get("extra_special_tokens")
     if isinstance(extra, dict):
@@ -217,9 +217,9 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 def _add_missing_tokens(
     backend: tokenizers.Tokenizer, config: dict[str, Any], special_tokens: dict[str, str]
 ) -> None:
-    """Adds the tokens that the configuration names and tokenizer.json lacks, in order of their ids."""
+    """Add the tokens that the configuration has and tokenizer.json lacks, in the order of their ids."""
     listed: dict[str, Any] = config.get("added_tokens_decoder") or {}
-    # By all their properties, since the configuration may correct the properties of a token.
+    # All properties are compared, because the configuration may correct the properties of a token.
     known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
     for _, properties in sorted(listed.items(), key=lambda item: int(item[0])):
         token = tokenizers.AddedToken(**properties)
@@ -235,7 +235,7 @@ def _add_missing_tokens(
 
 
 def _find_chat_template(directory: Path, config: dict[str, Any]) -> str | None:
-    """chat_template.jinja, or else the template (of several, the default one) in the configuration."""
+    """Return chat_template.jinja, or else the (default) template in the configuration, or None."""
     path = directory / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")

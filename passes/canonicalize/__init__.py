@@ -1,1 +1,1 @@
-"""Passes from the traced graph to the canonical one."""
+"""Passes from the traced graph to the canonical graph."""

@@ -1,6 +1,6 @@
-"""FoldReshapes: of consecutive reshapes only the last counts, and one that changes nothing goes.
+"""FoldReshapes: keep only the last of consecutive reshapes, and remove reshapes that change nothing.
 
-Sound because every reshape target has one free axis, the tokens, and otherwise constant axes.
+This is sound because every reshape target has one free axis, the tokens, and otherwise constant axes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llmc.passes.spec import Stage
 
 
 class FoldReshapes:
-    """Counts the reshapes that were bypassed or removed."""
+    """Fold redundant reshapes. Counts the reshapes that were bypassed or removed."""
 
     name = "fold-reshapes"
     requires = Stage.PACKED

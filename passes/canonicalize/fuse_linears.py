@@ -1,4 +1,4 @@
-"""FuseLinears: linear layers that read the same input become one, and a split.
+"""FuseLinears: fuse linear layers that read the same input into one, followed by a split.
 
 before  q = Gemm(x, Wq); k = Gemm(x, Wk); v = Gemm(x, Wv)
 after   q, k, v = Split(Gemm(x, [Wq; Wk; Wv]))
@@ -25,25 +25,25 @@ from llmc.passes.spec import Stage, module_of
 
 @dataclass(frozen=True)
 class FusionKey:
-    """The properties that pre-quantized layers must share to be fused.
+    """The properties that pre-quantized layers must share to be fused."""
 
-    kind: equal where one format can hold the rows of both. format: its name, for the report.
-    shared: what one fused layer has only one of, name -> value.
-    """
-
+    #: Equal where one format can hold the rows of both layers.
     kind: tuple[str | int, ...]
+    #: The name of the format, for the report.
     format: str
+    #: Name and value of each property that a fused layer has only once, such as a global scale.
     shared: tuple[tuple[str, float | str | None], ...] = ()
 
 
 @dataclass(frozen=True)
 class FusionPlan:
-    """Which linear layers must stay apart. modules: those that are quantized already, each with its key."""
+    """The linear layers that can be fused only with layers of the same key."""
 
+    #: The pre-quantized modules, each with its key.
     modules: Mapping[str, FusionKey] = field(default_factory=dict)
 
     def why_apart(self, modules: Sequence[str]) -> str:
-        """Why layers that read the same input cannot be fused exactly, or ""."""
+        """Return why layers that read the same input cannot be fused exactly, or ""."""
         keys = [self.modules[name] for name in modules if name in self.modules]
         if not keys:
             return ""
@@ -58,7 +58,7 @@ class FusionPlan:
 
 
 class FuseLinears:
-    """Counts one match per group of layers that became one. plan: which ones must not."""
+    """Fuse linear layers, except those that `plan` keeps apart. Counts one match per fused group."""
 
     name = "fuse-linears"
     requires = Stage.PACKED
@@ -125,7 +125,7 @@ def _fuse(graph: ir.Graph, nodes: list[ir.Node]) -> None:
 
 
 def _joined(graph: ir.Graph, nodes: list[ir.Node], index: int) -> ir.Value:
-    """The initializer that holds the weights (1) or biases (2) of all `nodes`, one after the other."""
+    """Add an initializer for the weights (index 1) or biases (index 2) of all `nodes`, in their order."""
     parts = [edit.operand(node, index) for node in nodes]
     records = [record for part in parts if (record := parameter(part)) is not None]
     shape = [sum(edit.dims(part)[0] for part in parts), *edit.dims(parts[0])[1:]]

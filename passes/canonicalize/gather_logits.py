@@ -1,4 +1,4 @@
-"""GatherLogits: logits are computed for the wanted rows only.
+"""GatherLogits: compute logits for the wanted rows only.
 
 before  hidden [T, K] -> norm -> lm_head -> logits [T, V]
 after   hidden -> Gather(logits_index [N]) -> norm -> lm_head -> logits [N, V]
@@ -18,7 +18,7 @@ ROWS = "N"
 
 
 class GatherLogits:
-    """See the module's docstring. Counts 1 when the rows are gathered."""
+    """Gather the rows before the final norm. Counts 1, or 0 if the graph gathers them already."""
 
     name = "gather-logits"
     requires = Stage.PACKED
@@ -45,7 +45,7 @@ class GatherLogits:
 
 
 def _rowwise_chain(logits: ir.Value) -> list[ir.Node]:
-    """The nodes from `logits` back to the norm before the lm_head, each with one activation as input 0."""
+    """Return the nodes from `logits` back to the norm before the lm_head. Input 0 is the activation."""
     chain: list[ir.Node] = []
     node = logits.producer()
     while node is not None and node.op_type in ELEMENTWISE:

@@ -1,9 +1,9 @@
-"""LowerLinear and LowerRMSNorm: the traced layers become standard ONNX operators.
+"""LowerLinear and LowerRMSNorm: replace the traced layers by standard ONNX operators.
 
-TracedLinear(x [T,K], W [N,K], b)    -> Gemm(x, W, b) with transB=1: the weight stays as the checkpoint has it
+TracedLinear(x [T,K], W [N,K], b)    -> Gemm(x, W, b) with transB=1: W keeps the checkpoint's layout
 TracedRMSNorm(x, w){offset}          -> RMSNormalization(x, w + offset), axis -1 (ONNX opset 23)
 
-A norm that rounds once is marked so for `legalize/widen_norms.py`: ONNX has no attribute for it.
+A norm that rounds once gets a mark for `legalize/widen_norms.py`, because ONNX has no attribute for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmc.runtime.errors import UnsupportedError
 
 
 class LowerLinear:
-    """Counts one match per linear layer."""
+    """Replace TracedLinear by Gemm. Counts one match per linear layer."""
 
     name = "lower-linear"
     requires = Stage.PACKED
@@ -40,7 +40,7 @@ class LowerLinear:
 
 
 class LowerRMSNorm:
-    """Counts one match per normalization."""
+    """Replace TracedRMSNorm by RMSNormalization. Counts one match per norm."""
 
     name = "lower-rms-norm"
     requires = Stage.PACKED

@@ -1,10 +1,10 @@
-"""LowerRope: rotary embedding moves in front of the head transpose and becomes the standard operator.
+"""LowerRope: move rotary embedding in front of the head transpose, as the standard operator.
 
 before  x [1,T,H,D] -> Transpose -> TracedRope(cos, sin [1,T,R]) -> [1,H,T,D]
 after   x -> Reshape [T,H,1,D] -> RotaryEmbedding(cos, sin [T,1,R]) -> Reshape [1,T,H,D] -> Transpose
 
-Every token is its own batch entry for the operator (ONNX RotaryEmbedding-23), so that tokens stay the
-first axis and nothing is moved in memory.
+The operator (ONNX RotaryEmbedding-23) sees every token as a batch entry, so the tokens stay the first axis
+and nothing is moved in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEADS_FIRST = [0, 2, 1, 3]  # [1, T, H, D] <-> [1, H, T, D]
 
 
 class LowerRope:
-    """See the module's docstring. Counts one match per rotated tensor (query or key)."""
+    """Replace TracedRope by RotaryEmbedding. Counts one match per rotated tensor (query or key)."""
 
     name = "lower-rope"
     requires = Stage.TRACED
@@ -27,7 +27,7 @@ class LowerRope:
 
     def __call__(self, model: ir.Model) -> Matches:
         matches = Matches()
-        angles: dict[ir.Value, ir.Value] = {}  # cos or sin of the trace -> as the operator wants it
+        angles: dict[ir.Value, ir.Value] = {}  # cos or sin [1, T, R] -> [T, 1, R]
         for node in list(model.graph):
             if node.op_type == "TracedRope":
                 if not is_head_transpose(edit.operand(node, 0).producer()):
@@ -60,7 +60,7 @@ def _lower(node: ir.Node, angles: dict[ir.Value, ir.Value]) -> None:
 
 
 def _after(node: ir.Node | None) -> ir.Node:
-    """The node that follows `node` in the graph's order."""
+    """Return the node that follows `node` in the graph's order."""
     assert node is not None
     assert node.graph is not None
     order = iter(node.graph)
@@ -68,7 +68,7 @@ def _after(node: ir.Node | None) -> ir.Node:
 
 
 def token_major(before: ir.Node, x: ir.Value) -> ir.Value:
-    """The value [1, T, H, D] whose head transpose is `x` [1, H, T, D], inserting one if there is none."""
+    """Return the value [1, T, H, D] whose head transpose is `x` [1, H, T, D]. Insert one if there is none."""
     producer = x.producer()
     if producer is not None and is_head_transpose(producer):
         return edit.operand(producer, 0)

@@ -1,10 +1,10 @@
-"""PackTokens: removes the batch axis, so that T can be the tokens of many sequences end to end.
+"""PackTokens: remove the batch axis, so that T can be the tokens of many sequences end to end.
 
 before  every activation [1, T, ...]
 after   every activation [T, ...]; input_ids and position_ids are [T], int32
 
-Sound because, once attention is paged, every remaining operator treats each token by itself. One rule an
-operator; an operator without a rule is refused by name.
+This is sound because, once attention is paged, every remaining operator treats each token by itself. Each
+operator has a rule. An operator without a rule is refused by name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _AXIS = {"Concat", "LayerNormalization", "Softmax", "Split"}
 
 
 class PackTokens:
-    """See the module's docstring. Counts 1, or 0 if there is no batch axis."""
+    """Remove the batch axis. Counts 1, or 0 if there is none."""
 
     name = "pack-tokens"
     requires = Stage.PAGED
@@ -73,7 +73,7 @@ def _has_batch(value: ir.Value) -> bool:
 
 
 def _squeeze_constants(graph: ir.Graph, node: ir.Node, rank: int) -> None:
-    """A constant of full rank would broadcast the batch axis back in."""
+    """Drop the batch axis of constants of full rank, which would broadcast it back in."""
     for index, value in enumerate(node.inputs):
         if value is None or not value.is_initializer() or len(edit.dims(value)) < rank:
             continue

@@ -1,10 +1,10 @@
-"""PageAttention: attention of a sequence with itself becomes attention with a paged KV cache.
+"""PageAttention: replace attention of a sequence with itself by attention over a paged KV cache.
 
 before  TracedAttention(q [1,Hq,T,D], k [1,Hkv,T,D], v [1,Hkv,T,Dv]) -> [1,T,Hq,Dv]
 after   llmc.PagedAttention(q [T,Hq*D], k [T,Hkv*D], v [T,Hkv*Dv], key_cache.N, value_cache.N, step inputs)
 
-Adds the graph inputs that describe a step, the cache of every layer, and the caches' new contents as
-graph outputs (the same memory, written in place, wherever an engine can).
+The pass adds graph inputs for the batch of a step and for each layer's caches. The updated caches are graph
+outputs. Engines that can write in place give both the same memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llmc.plugins.paged_attention import spec as operator
 
 
 class PageAttention:
-    """See the module's docstring. Counts one match per attention layer."""
+    """Replace TracedAttention by PagedAttention. Counts one match per attention layer."""
 
     name = "page-attention"
     requires = Stage.TRACED

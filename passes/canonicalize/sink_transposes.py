@@ -1,10 +1,10 @@
-"""SinkTransposes: a norm over the head's features moves in front of the head transpose.
+"""SinkTransposes: move a norm over the head's features in front of the head transpose.
 
 before  x [1,T,H,D] -> Transpose -> TracedRMSNorm -> [1,H,T,D]
 after   x -> TracedRMSNorm -> Transpose
 
-The two commute because the norm works on the last axis only. Gemma 3 writes it the first way, Qwen 3 the
-second; afterwards LowerRope and PageAttention see one form.
+The two commute because the norm works on the last axis only. Gemma 3 transposes first and Qwen 3 normalizes
+first. After this pass, LowerRope and PageAttention see one form.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmc.passes.spec import Stage
 
 
 class SinkTransposes:
-    """Counts one match per norm moved."""
+    """Move norms in front of head transposes. Counts one match per norm."""
 
     name = "sink-transposes"
     requires = Stage.TRACED

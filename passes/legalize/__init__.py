@@ -1,1 +1,1 @@
-"""Passes from the quantized graph to what one engine takes."""
+"""Passes from the quantized graph to the graph that one engine takes."""

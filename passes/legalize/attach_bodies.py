@@ -1,4 +1,4 @@
-"""AttachBodies: every llmc operator gets its function body."""
+"""AttachBodies: add the function bodies of llmc's operators, which any ONNX runtime can execute."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmc.plugins.operator import bodies_for
 
 
 class AttachBodies:
-    """The bodies that any ONNX runtime executes. Counts those that the graph lacked."""
+    """Add function bodies. Counts those that the graph lacked."""
 
     name = "attach-bodies"
     requires = Stage.QUANTIZED

@@ -1,9 +1,9 @@
-"""DropActivationQuantization: the half of a quantized graph that can be verified exactly.
+"""DropActivationQuantization: remove activation quantization, so that the graph can be verified in fp32.
 
     QuantizeLinear(x, s), DequantizeLinear(., s)  ->  x          llmc.RoundFP4(x, s)  ->  x
 
-Where a value lies at the edge between two codes, the last bit of fp32 decides, and two right engines differ
-by a whole code. So a build verifies this graph to the bounds of fp32, and the rounding beside it.
+Where a value lies on the edge between two codes, the last bit of fp32 decides, and two correct engines can
+differ by a whole code. So a build verifies this graph to the bounds of fp32, and the quantization separately.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmc.plugins.round_fp4 import spec as round_fp4
 
 
 class DropActivationQuantization:
-    """Counts one match per quantized input."""
+    """Remove activation quantization. Counts one match per quantized input."""
 
     name = "drop-activation-quantization"
     requires = Stage.QUANTIZED
@@ -33,7 +33,7 @@ class DropActivationQuantization:
 
 
 def rounded_to(model: ir.Model) -> set[ir.DataType]:
-    """The element types that layers quantize their activations to; none where none does."""
+    """Return the element types that layers quantize their activations to, if any."""
     found = set()
     for node in model.graph:
         if node.op_type == round_fp4.NAME:

@@ -1,13 +1,13 @@
-"""The graph that TensorRT gets, as one that ONNX Runtime computes on the CPU with the same roundings.
+"""Emulation of TensorRT's 16-bit arithmetic: a graph that ONNX Runtime computes with the same roundings.
 
 Every tensor keeps its type. A node that computes does so in fp32: its inputs are widened, which is exact, and
-its outputs are rounded once, to nearest even, as a GPU does that sums in fp32. What rounds inside a node:
+its outputs are rounded once, to nearest even, as on a GPU that sums in fp32. Two operators also round inside:
 
-RMSNormalization  in fp32, rounded before the weight, and after it, as ONNX defines it and Llama does it
+RMSNormalization  in fp32, rounded before the weight and after it, as in ONNX's definition and in Llama
 PagedAttention    scores, softmax and sums in fp32; the softmax weights are rounded for the second product
 
-ONNX Runtime 1.32 has no bf16 arithmetic. It has fp16, but leaves roundings out where it likes: its error was
-half of transformers' (tales, 2026-11-23), this graph's is within 15 % of it. Caches are fp32 and hold rounded
+ONNX Runtime 1.32 has no bf16 arithmetic. It has fp16, but omits some of the roundings: its error was half of
+transformers' (tales, 2026-11-23). This graph's error is within 15 % of it. Caches are fp32 and hold rounded
 values, because the backend keeps them so; quantized ones hold codes times their scale
 (`widen_quantized_caches.py`).
 docs/explanation/fidelity.md says what this proves.
@@ -24,11 +24,11 @@ from llmc.passes.contract import Matches
 from llmc.passes.spec import STRUCTURAL, Stage
 from llmc.plugins.paged_attention.spec import NAME as PAGED_ATTENTION
 
-_MOVES = STRUCTURAL | {"Cast", "Identity"}  # these compute nothing: they take and give any type
+_MOVES = STRUCTURAL | {"Cast", "Identity"}  # operators that compute nothing and take any type
 
 
 class WidenCaches:
-    """Caches of 16 bits become fp32. Counts the graph inputs and outputs."""
+    """Make 16-bit caches fp32. Counts the graph inputs and outputs."""
 
     name = "widen-caches"
     requires = Stage.QUANTIZED
@@ -45,7 +45,7 @@ class WidenCaches:
 
 
 class RoundOutputs:
-    """y = op(x) -> y = round(op(widen(x))). Counts the nodes. They are in order afterwards."""
+    """Rewrite y = op(x) to y = round(op(widen(x))), and sort the nodes. Counts the nodes rewritten."""
 
     name = "round-outputs"
     requires = Stage.QUANTIZED
@@ -64,9 +64,9 @@ class RoundOutputs:
 
 
 class RoundSoftmax:
-    """Rounds attention's weights, which the kernels multiply with the values in the model's type.
+    """Round the softmax weights, which the kernels multiply by the values in the model's dtype.
 
-    In the function body of PagedAttention. Counts 1, or 0 where it is done or there is no attention.
+    The pass edits the function body of PagedAttention. Counts the bodies that it rewrote.
     """
 
     name = "round-softmax"
@@ -85,7 +85,7 @@ class RoundSoftmax:
 
 
 def _compute_in_fp32(node: ir.Node, narrow: ir.DataType) -> bool:
-    """Rewrites one node; returns whether anything of it was narrow."""
+    """Rewrite one node. Return whether any input or output was narrow."""
     rounded = [value for value in node.outputs if value.dtype == narrow]
     inputs = [
         (i, value) for i, value in enumerate(node.inputs) if value is not None and value.dtype == narrow
@@ -100,7 +100,7 @@ def _compute_in_fp32(node: ir.Node, narrow: ir.DataType) -> bool:
 
 
 def _widened(node: ir.Node, value: ir.Value) -> ir.Value:
-    """`value` in fp32: one Cast, however many use it."""
+    """Return `value` in fp32. All its users share one Cast."""
     name = f"{value.name}.in_fp32"
     for user, _ in value.uses():
         if user.outputs[0].name == name:
@@ -109,8 +109,8 @@ def _widened(node: ir.Node, value: ir.Value) -> ir.Value:
 
 
 def _round(node: ir.Node, value: ir.Value, narrow: ir.DataType) -> None:
-    """Lets those that use `value` use it rounded; `value` itself is fp32 from here on."""
-    value.type = ir.TensorType(ir.DataType.FLOAT)  # a new one: a clone shares its types with the original
+    """Make `value` fp32, and give its users the rounded value."""
+    value.type = ir.TensorType(ir.DataType.FLOAT)  # a new object: a clone shares its types with the original
     uses = list(value.uses())
     rounded = edit.cast(node, value, narrow, f"{value.name}.rounded")
     for user, index in uses:
@@ -118,7 +118,7 @@ def _round(node: ir.Node, value: ir.Value, narrow: ir.DataType) -> None:
 
 
 def _round_before_weight(node: ir.Node, narrow: ir.DataType) -> None:
-    """norm(x, w) -> Mul(widen(round(norm(x, 1))), w)."""
+    """Rewrite norm(x, w) to Mul(widen(round(norm(x, 1))), w)."""
     weight, output = edit.operand(node, 1), node.outputs[0]
     width = edit.dims(weight)
     assert isinstance(node.graph, ir.Graph)

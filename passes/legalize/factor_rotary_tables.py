@@ -1,22 +1,24 @@
-"""FactorRotaryTables: two small rotary tables for each that has a row for every position of the context.
+"""FactorRotaryTables: replace each rotary table with a row per position by two small tables.
 
 The canonical graph gathers row p of cos and sin [positions, R], fp32. With p = 256*h + l, the angle of p is
 the angle a of 256*h plus the angle b of l, and
 
     cos(a + b) = cos a cos b - sin a sin b        sin(a + b) = sin a cos b + cos a sin b
 
-So rows 0 to 255 (`low`) and every 256th row (`high`) are enough: 0.2 MB for 40,960 positions and R = 64, for
-which whole tables take 21 MB. All of it is in fp32, and rounded where the rows were that it replaces.
+So rows 0 to 255 (`low`) and every 256th row (`high`) are enough: 0.2 MB for 40,960 positions and R = 64. The
+whole tables take 21 MB. Everything is computed in fp32 and rounded where the replaced rows were rounded.
 
-How near the products are to the whole table (u = 2^-24, s the factor that tables may have, f a frequency):
+The difference between the products and the whole table has a bound. Let u = 2^-24, let s be the factor that
+a model may scale its tables by, and let f be a frequency:
 
-angles   a model rounds p*f to fp32, which is off by at most u*p*f; so much is also the most that 256*h*f and
-         l*f are off together. The two angles differ by at most 2*u*p*f
-values   cos and sin are off by at most 2u (one unit in the last place), times s by 3u, divided again by 4u;
-         of the four factors that makes sqrt(2)*(3 + 4)*u, products and sum round by 2u, the whole table is
-         off by 3u: less than 16u
+angles   A model rounds p*f to fp32, with an error of at most u*p*f. The errors of 256*h*f and l*f add up to
+         at most as much. The two angles differ by at most 2*u*p*f.
+values   cos and sin have an error of at most 2u (one unit in the last place), 3u after multiplication by s,
+         and 4u after division by s. The four factors give sqrt(2)*(3 + 4)*u, the products and the sum round
+         by 2u, and the whole table has an error of 3u: less than 16u together.
 
-That is s*u*(2*p*f + 16), and `factor` holds every element to it. To exact angles, both are equally near.
+The bound is s*u*(2*p*f + 16), and `factor` checks it for every element. Both tables are equally
+close to the exact angles.
 """
 
 from __future__ import annotations
@@ -36,21 +38,28 @@ UNIT = 2.0**-24  # the largest relative error of rounding to fp32
 
 @dataclass(frozen=True)
 class Factors:
-    """The small tables, fp32. low_*: [256, R], with the factor s; high_*: [blocks, R], without it."""
+    """The small tables, fp32."""
 
+    #: [256, R], scaled by s.
     low_cos: np.ndarray
+    #: [256, R], scaled by s.
     low_sin: np.ndarray
+    #: [blocks, R], not scaled.
     high_cos: np.ndarray
+    #: [blocks, R], not scaled.
     high_sin: np.ndarray
 
     def block(self, h: int) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin [256, R] of positions 256*h to 256*h + 255, fp32, as the engine computes them."""
+        """Return cos and sin [256, R], fp32, for positions from 256*h on, as the engine computes them."""
         cos, sin = self.high_cos[h], self.high_sin[h]
         return cos * self.low_cos - sin * self.low_sin, sin * self.low_cos + cos * self.low_sin
 
 
 def factor(cos: np.ndarray, sin: np.ndarray) -> Factors | None:
-    """The factors of two tables [positions, R], fp32; None if they save little or do not give the tables."""
+    """Return the factors of two tables [positions, R], fp32.
+
+    None: the tables are too short to gain from it, or the products exceed the bound.
+    """
     scale = cos[0, 0]
     if len(cos) <= 2 * BLOCK or not scale > 0:
         return None
@@ -68,9 +77,9 @@ def factor(cos: np.ndarray, sin: np.ndarray) -> Factors | None:
 
 
 class FactorRotaryTables:
-    """Replaces rows of large rotary tables by products of rows of small ones. Counts the pairs of tables.
+    """Replace rows of large rotary tables by products of rows of small ones. Counts the pairs of tables.
 
-    Tables that `factor` refuses are left as they are. Nodes may be out of order afterwards.
+    Tables that `factor` refuses stay unchanged. Nodes may be out of order afterwards.
     """
 
     name = "factor-rotary-tables"
@@ -106,7 +115,7 @@ def _factor_tables(graph: ir.Graph) -> int:
 
 
 def _gather(angles: ir.Value) -> ir.Node | None:
-    """The Gather of rows that `angles` comes from, with only its shape and dtype changed since."""
+    """Return the Gather that `angles` comes from, if only reshapes and casts lie between; else None."""
     node = angles.producer()
     while node is not None and node.op_type in ("Cast", "Reshape"):
         node = edit.operand(node, 0).producer()
@@ -116,7 +125,7 @@ def _gather(angles: ir.Value) -> ir.Node | None:
 
 
 def _table(gather: ir.Node) -> np.ndarray | None:
-    """The table [positions, R] whose rows are gathered, if it is one of constant fp32 numbers."""
+    """Return the table [positions, R] whose rows are gathered, if it is constant and fp32; else None."""
     table = edit.operand(gather, 0)
     if table.const_value is None or table.dtype != ir.DataType.FLOAT or len(edit.dims(table)) != 2:
         return None
@@ -124,7 +133,7 @@ def _table(gather: ir.Node) -> np.ndarray | None:
 
 
 def _split(near: ir.Node, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """positions -> (positions // 256, positions % 256), in the dtype of positions, inserted before `near`."""
+    """Insert positions // 256 and positions % 256 before `near`, in the dtype of positions. Return both."""
     graph, shape = near.graph, edit.dims(positions)
     assert isinstance(graph, ir.Graph)
     assert positions.dtype is not None
@@ -136,7 +145,7 @@ def _split(near: ir.Node, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _replace(cos: ir.Node, sin: ir.Node, factors: Factors, high: ir.Value, low: ir.Value) -> None:
-    """Puts products of rows of the factors in the place of the rows [T, R] that `cos` and `sin` gather."""
+    """Replace the rows [T, R] that `cos` and `sin` gather by products of rows of the factors."""
     graph, shape = cos.graph, edit.dims(cos.outputs[0])
     assert isinstance(graph, ir.Graph)
 

@@ -1,4 +1,4 @@
-"""Finalize: what every target does last to a graph, and how the graph becomes a file."""
+"""Finalize: the last pass of every target, and the serialization of its graph."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from llmc.passes.spec import MODULE, Stage, module_of
 
 
 class Finalize:
-    """Names and orders the graph, and drops the exporter's trail, which holds paths of this machine.
+    """Name and sort the nodes, and drop the exporter's metadata, which holds paths of this machine.
 
-    Each node keeps its module, so that an engine's messages can be traced back. Counts the nodes whose trail
-    was dropped. stage: what the graph is then.
+    Each node keeps its module, so that an engine's messages can be traced back. Counts the nodes whose
+    metadata was dropped. stage: the stage of the finished graph.
     """
 
     name = "finalize"
@@ -44,5 +44,5 @@ class Finalize:
 
 
 def serialize(model: ir.Model) -> bytes:
-    """The bytes of the ONNX file; the same model gives the same bytes."""
+    """Return the bytes of the ONNX file. The same model gives the same bytes."""
     return ir.to_proto(model).SerializeToString(deterministic=True)

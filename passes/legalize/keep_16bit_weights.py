@@ -1,12 +1,12 @@
-"""Keep16BitWeights: 16-bit weights stay 16-bit in the file. The graph widens them, which changes no value.
+"""Keep16BitWeights: keep 16-bit weights in the file. The graph widens them, which changes no value.
 
     before  Gemm(x, W)              Gather(E, ids)              W, E: fp32
     after   Gemm(x, Cast(W, fp32))  Cast(Gather(E, ids), fp32)  W, E: bf16 or fp16, as in the checkpoint
-    or      Gemm(x * 2^-k, Cast(W * 2^k))  Cast(Gather(E * 2^k, ids)) * 2^-k       bf16 that fits fp16 so
+    or      Gemm(x * 2^-k, Cast(W * 2^k))  Cast(Gather(E * 2^k, ids)) * 2^-k       bf16 stored as fp16
 
-OpenVINO multiplies with such weights directly, widening them in registers, so that decoding reads half the
-bytes (`runtime/backends/openvino/backend.py`). Arithmetic stays fp32 throughout, and a power of two changes
-no bit of it. (The inputs of layers are multiplied: behind a product OpenVINO would compute it more slowly.)
+OpenVINO widens such weights in registers, so decoding reads half the bytes
+(`runtime/backends/openvino/backend.py`). Arithmetic stays fp32 throughout, and a power of two changes no bit
+of it. (The pass scales the inputs of layers, because OpenVINO computes a factor after a Gemm more slowly.)
 """
 
 from __future__ import annotations
@@ -27,21 +27,27 @@ _NARROW = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
 
 @dataclass(frozen=True)
 class Narrow:
-    """One matrix that stays in 16 bits. dtype: "bf16" or "fp16"; exponent: the file holds W * 2**exponent."""
+    """One matrix that stays in 16 bits."""
 
+    #: "bf16" or "fp16".
     dtype: str
+    #: The file holds W * 2**exponent.
     exponent: int = 0
 
 
 @dataclass(frozen=True)
 class NarrowPlan:
-    """The matrices that stay in 16 bits, by `Parameter.file_name`."""
+    """The matrices that stay in 16 bits."""
 
+    #: By `Parameter.file_name`.
     matrices: Mapping[str, Narrow] = field(default_factory=dict)
 
 
 class Keep16BitWeights:
-    """Counts one match per matrix. Those of the plan must be fp32 parameters that are `read_as_matrix`."""
+    """Keep the plan's matrices in 16 bits. Counts one match per matrix.
+
+    Each must be an fp32 parameter for which `read_as_matrix` is true.
+    """
 
     name = "keep-16bit-weights"
     requires = Stage.QUANTIZED
@@ -66,7 +72,7 @@ class Keep16BitWeights:
 
 
 def read_as_matrix(weight: ir.Value) -> bool:
-    """Return whether nothing reads `weight` but Gemms, as their matrix, and Gathers, as their table."""
+    """Return whether only Gemms, as their matrix, and Gathers, as their table, read `weight`."""
     places = {"Gemm": 1, "Gather": 0}
     return all(places.get(node.op_type) == index for node, index in weight.uses())
 
@@ -74,7 +80,7 @@ def read_as_matrix(weight: ir.Value) -> bool:
 def _keep(weight: ir.Value, record: Parameter, narrow: Narrow) -> None:
     dtype, power = _NARROW[narrow.dtype], narrow.exponent
     set_parameter(weight, replace(record, exponent=power))
-    weight.type = ir.TensorType(dtype)  # a new one: a clone of the graph shares its types
+    weight.type = ir.TensorType(dtype)  # a new object: a clone of the graph shares its types
     for node, index in list(weight.uses()):
         if node.op_type == "Gather":
             _widen_output(node, dtype, power)
@@ -88,7 +94,7 @@ def _keep(weight: ir.Value, record: Parameter, narrow: Narrow) -> None:
 
 
 def _factor(node: ir.Node, power: int) -> ir.Value:
-    """2 to the -power."""
+    """Return the constant 2 ** -power."""
     assert isinstance(node.graph, ir.Graph)
     return edit.constant(node.graph, np.array(2.0**-power, np.float32), f"two_to_{-power}")
 

@@ -1,4 +1,4 @@
-"""DoubleFP4Weights and FloatScales: MXFP4 weights for engines that lack E8M0 scales. No value changes.
+"""DoubleFP4Weights and FloatScales: store MXFP4 weights without E8M0 scales. No value changes.
 
     before            DequantizeLinear<block_size = 32, output_dtype = D>(W e2m1, scale e8m0)
     DoubleFP4Weights  DequantizeLinear<block_size = 32>(2 W int8, scale / 2 fp32)                  D: fp32
@@ -24,7 +24,7 @@ from llmc.passes.spec import Stage
 
 
 class DoubleFP4Weights:
-    """Counts one match per matrix."""
+    """Store MXFP4 weights as int8 with fp32 scales. Counts one match per matrix."""
 
     name = "double-fp4-weights"
     requires = Stage.QUANTIZED
@@ -35,7 +35,7 @@ class DoubleFP4Weights:
 
 
 class FloatScales:
-    """Counts one match per matrix."""
+    """Store the scales of MXFP4 weights as bf16 or fp32. Counts one match per matrix."""
 
     name = "float-scales"
     requires = Stage.QUANTIZED
@@ -49,7 +49,7 @@ def _rewrite(model: ir.Model, rewrite: Callable[[ir.Node], None]) -> Matches:
     nodes = [node for node in model.graph if node.op_type == "DequantizeLinear" and _is_mxfp4(node)]
     for node in nodes:
         rewrite(node)
-        del node.attributes["output_dtype"]  # it is that of the scale now
+        del node.attributes["output_dtype"]  # the default, the dtype of the scale, is right now
     return Matches(len(nodes))
 
 
@@ -77,9 +77,9 @@ def _widen_scales(node: ir.Node) -> None:
 
 
 def _store(value: ir.Value, dtype: ir.DataType, exponent: int = 0, packed: str = "") -> None:
-    """Let the file hold `value` as another type. It must have no data yet."""
+    """Make the file store `value` as another type. It must have no data yet."""
     record = parameter(value)
     assert record is not None
     assert value.const_value is None
     set_parameter(value, replace(record, exponent=exponent, packed=packed))
-    value.type = ir.TensorType(dtype)  # a new one: a clone of the graph shares its types
+    value.type = ir.TensorType(dtype)  # a new object: a clone of the graph shares its types

@@ -1,4 +1,4 @@
-"""RequireDtype: refuse a graph that computes in another dtype than the engine. It changes nothing."""
+"""RequireDtype: refuse a graph whose dtype is not the engine's. The pass changes nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from llmc.runtime.errors import BuildError
 
 
 class RequireDtype:
-    """dtype: what every attention layer must compute in. called: the name that users know it by.
+    """Check the dtype of every attention layer.
 
+    dtype: the dtype that each must compute in. called: the user's name for it.
     Raises BuildError for a layer that computes in another dtype.
     """
 

@@ -1,13 +1,13 @@
-"""The ONNX model that TensorRT's parser is given: llmc's operators become TensorRT's.
+"""The ONNX model for TensorRT's parser, with llmc's operators replaced by TensorRT's.
 
     llmc.PagedAttention   gets plugin_namespace and plugin_version, by which the parser finds the plugin
     llmc.RoundFP4(x, s)   becomes Cast(DequantizeLinear(q, DequantizeLinear(scales, s))), where q and scales
-                          are what TRT_FP4DynamicQuantize(x, s) gives
-    function bodies       are removed: the parser would take the body in place of the plugin
+                          are the outputs of TRT_FP4DynamicQuantize(x, s)
+    function bodies       are removed, because the parser would take the body in place of the plugin
 
 Custom operators of the parser: https://github.com/onnx/onnx-tensorrt (TensorRT-RTX 1.7.1 builds
-TRT_FP4DynamicQuantize for SM120). A function that is called twice is refused by that parser, so the
-operators stand in the graph itself.
+TRT_FP4DynamicQuantize for SM120). That parser refuses a function that is called twice, so the pass puts the
+operators into the graph itself.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from llmc.plugins.paged_attention import tensorrt_plugin
 from llmc.plugins.round_fp4 import spec as round_fp4
 from llmc.runtime.errors import BuildError
 
-_TRT = "trt"  # domain of the parser's own operators
+_TRT = "trt"  # the domain of the parser's custom operators
 _FP8 = onnx.TensorProto.FLOAT8E4M3FN
 
 
 def to_tensorrt(model: ir.Model) -> onnx.ModelProto:
-    """Return a legalized graph as TensorRT's parser takes it; the weights stay outside. `model` is unchanged.
+    """Return a legalized graph in the form for TensorRT's parser, without the weights. `model` is unchanged.
 
-    Raises BuildError for an operator of llmc that TensorRT has no counterpart of.
+    Raises BuildError for an llmc operator that TensorRT lacks.
     """
     source = ir.to_proto(model)
-    G_LOGGER.severity = G_LOGGER.ERROR  # it warns of every type that numpy lacks
+    G_LOGGER.severity = G_LOGGER.ERROR  # graphsurgeon warns of every type that numpy lacks
     graph = gs.import_onnx(source)
     graph.functions.clear()
     for node in list(graph.nodes):
@@ -89,7 +89,7 @@ _REPLACE: dict[str, Callable[[gs.Graph, gs.Node], None]] = {
 
 
 def _keep_modules(source: onnx.ModelProto, exported: onnx.ModelProto) -> None:
-    """Give each node the checkpoint's module again, which graphsurgeon drops: error messages name it."""
+    """Restore each node's module, which graphsurgeon drops and error messages name."""
     modules = {node.name: list(node.metadata_props) for node in source.graph.node}
     for node in exported.graph.node:
         name = next((name for name in (node.name, node.name.rpartition(".")[0]) if name in modules), None)

@@ -1,7 +1,7 @@
-"""UnnameDims: dimensions of graph inputs and outputs lose their names, but for T, the number of tokens.
+"""UnnameDims: drop the names of dimensions of graph inputs and outputs, except T, the number of tokens.
 
-With more names their order in TensorRT's engine changes from build to build, and no other name joins two
-tensors of one standard operator.
+With more than one name, their order in TensorRT's engine changes from build to build. The other names are not
+needed: none of them relates two tensors of one standard operator.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llmc.passes.spec import Stage
 
 
 class UnnameDims:
-    """Counts one match per input or output."""
+    """Drop dimension names. Counts one match per input or output."""
 
     name = "unname-dims"
     requires = Stage.QUANTIZED

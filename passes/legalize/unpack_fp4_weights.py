@@ -1,10 +1,10 @@
-"""UnpackFP4Weights: a table lookup in place of packed E2M1 weights, for ONNX Runtime, which has no FP4.
+"""UnpackFP4Weights: replace packed E2M1 weights by a table lookup, for ONNX Runtime, which has no FP4.
 
     before  DequantizeLinear(W [N, K] e2m1, scale [N, K/B])              B columns share a scale
     after   Mul(Reshape(Gather(table, nibbles of W [N, K/2] uint8), [N, K/B, B]), scale) as [N, K]
 
-A code stands for one of 16 numbers (elements.E2M1_VALUES), so the result is the same to the last bit. E8M0
-scales, which ONNX Runtime lacks as well, are looked up in the same way.
+A code stands for one of 16 numbers (elements.E2M1_VALUES), so the result is bit-identical. E8M0 scales,
+which ONNX Runtime also lacks, are looked up in the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmc.passes.spec import Stage
 
 
 class UnpackFP4Weights:
-    """Counts one match per matrix. The original graph of a clone keeps its packed initializers."""
+    """Unpack E2M1 weights. Counts one match per matrix. If `model` is a clone, the original stays packed."""
 
     name = "unpack-fp4-weights"
     requires = Stage.QUANTIZED
@@ -92,7 +92,7 @@ def _look_up(graph: ir.Graph, node: ir.Node, packed: ir.Value) -> None:
 
 
 def _powers_of_two(graph: ir.Graph, node: ir.Node, scale: ir.Value) -> ir.Value:
-    """E8M0 bytes as fp32: byte b is 2^(b - 127), and 255 is NaN."""
+    """Return E8M0 bytes as fp32: byte b is 2^(b - 127), and 255 is NaN."""
     name, shape = str(scale.name), edit.dims(scale)
     values = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
     table = edit.constant(graph, values, "e8m0_values")

@@ -1,10 +1,10 @@
-"""WidenInt8Weights: int8 weights beside INT8 activations, for ONNX Runtime, in a form that it does not fuse.
+"""WidenInt8Weights: keep ONNX Runtime from multiplying int8 weights by INT8 activations in integers.
 
     before  Gemm(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear(W [N, K], scale [N]))
     after   Gemm(DequantizeLinear(QuantizeLinear(x)), Mul(Cast(W), scale [N, 1]))
 
-Of two DequantizeLinear it would make an int8 product, whose sums overflow on CPUs without VNNI (its own
-option against that, session.x64quantprecision, fails on layers with weights alone; 1.32, 2026-11-26).
+ONNX Runtime fuses two DequantizeLinear into an int8 Gemm, whose sums overflow on CPUs without VNNI. Its
+option against that, session.x64quantprecision, fails on weight-only layers (1.32, 2026-11-26).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmc.passes.spec import Stage
 
 
 class WidenInt8Weights:
-    """Counts one match per fp32 Gemm whose input is quantized to int8."""
+    """Widen int8 weights. Counts one match per fp32 Gemm whose input is quantized to int8."""
 
     name = "widen-int8-weights"
     requires = Stage.QUANTIZED

@@ -1,9 +1,9 @@
-"""WidenNorms: a norm that rounds once normalizes and scales in fp32, as Gemma and OLMo 2 have it.
+"""WidenNorms: normalize and scale in fp32 where a norm rounds once, as in Gemma and OLMo 2.
 
     before  RMSNormalization(x, w)                16 bits; w may be Add(weight, c)
     after   Cast(RMSNormalization(Cast(x, fp32), Cast(w, fp32)))       Add in fp32 too
 
-Other norms round before the weight, as Llama does. The mark comes from a probe of the model's own norm.
+Other norms round before the weight, as in Llama. A probe of the model's norm module sets the mark.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llmc.passes.spec import ROUNDS_ONCE, Stage
 
 
 class WidenNorms:
-    """Counts one match per norm."""
+    """Widen marked norms. Counts one match per norm."""
 
     name = "widen-norms"
     requires = Stage.QUANTIZED
@@ -39,7 +39,7 @@ def _rounds_once(node: ir.Node) -> bool:
 
 
 def _offset(scale: ir.Value) -> ir.Node | None:
-    """The Add that gives a norm its weight, if there is one."""
+    """Return the Add that produces a norm's weight, or None."""
     add = scale.producer()
     return add if add is not None and add.op_type == "Add" else None
 

@@ -26,7 +26,7 @@ _ROLES = (("key", 1, 3, 1), ("value", 2, 4, 2))  # role, its input, its cache's 
 class WidenQuantizedCaches:
     """Counts one match per PagedAttention with quantized caches, which gets fp32 caches.
 
-    rounded: False leaves keys and values as they are, to see what the rounding costs.
+    rounded: False leaves keys and values unrounded, to measure the error of the rounding.
     """
 
     name = "widen-quantized-caches"
@@ -45,7 +45,7 @@ class WidenQuantizedCaches:
                 element = edit.operand(node, cache).dtype
                 assert element is not None
                 for value in (edit.operand(node, cache), node.outputs[output]):
-                    value.type = ir.TensorType(ir.DataType.FLOAT)  # a new one: a clone shares its types
+                    value.type = ir.TensorType(ir.DataType.FLOAT)  # a new object: a clone shares its types
                 if self._rounded:
                     node.replace_input_with(
                         index, _round(node, edit.operand(node, index), scale, role, element)

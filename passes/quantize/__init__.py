@@ -1,1 +1,1 @@
-"""Quantized linear layers and KV caches in the graph, and the facts about formats."""
+"""Quantization formats, and the passes that quantize linear layers and KV caches."""

@@ -1,8 +1,8 @@
 """Element types: rounding and saturation of scaled values, and packing of 4-bit codes.
 
 All round to nearest, ties to even, and saturate, as ONNX's QuantizeLinear does.
-INT8: -127..127. The most negative code is left out, so that a scale of amax / 127 is exact at both ends.
-INT4: -8..7, all sixteen codes; with so few, the sixteenth is worth having (see `scales.first_scales`).
+INT8: -127..127. The code -128 is not used, so that a scale of amax / 127 is exact at both ends.
+INT4: -8..7. All sixteen codes are used, because one of sixteen is a large share (see `scales.first_scales`).
 E4M3: OCP 8-bit Floating Point Specification (OFP8) 1.0: bias 7, no infinity, largest 448 (saturating mode).
 E2M1: OCP Microscaling Formats (MX) Specification 1.0, FP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6, sign in bit 3.
 """
@@ -21,7 +21,7 @@ _INT_RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
 
 
 def encode(values: np.ndarray, element: str) -> np.ndarray:
-    """float32 values -> codes: int8 for "int8" and "int4", float8_e4m3fn for "e4m3", uint8 for "e2m1"."""
+    """Encode float32 values: int8 for "int8" and "int4", float8_e4m3fn for "e4m3", uint8 for "e2m1"."""
     if element in _INT_RANGES:
         return np.clip(np.rint(values), *_INT_RANGES[element]).astype(np.int8)
     if element == "e4m3":
@@ -30,18 +30,18 @@ def encode(values: np.ndarray, element: str) -> np.ndarray:
 
 
 def decode(array: np.ndarray, element: str) -> np.ndarray:
-    """Codes as `encode` gives them -> the float32 values they stand for, exactly."""
+    """Return the exact float32 values of codes from `encode`."""
     return E2M1_VALUES[array] if element == "e2m1" else array.astype(np.float32)
 
 
 def pack(array: np.ndarray) -> np.ndarray:
-    """4-bit codes [..., n], n even -> uint8 [..., n / 2], the first of each two in the low nibble."""
+    """Pack 4-bit codes [..., n], n even, to uint8 [..., n / 2]. The first of each pair is the low nibble."""
     nibbles = array.view(np.uint8) & 0xF
     return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
 
 
 def unpack(packed: np.ndarray, element: str) -> np.ndarray:
-    """Undo `pack`: int8 for "int4", uint8 for "e2m1"."""
+    """Unpack the result of `pack` to codes [..., n]: int8 for "int4", uint8 for "e2m1"."""
     array = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.uint8)
     array[..., 0::2] = packed & 0xF
     array[..., 1::2] = packed >> 4

@@ -1,6 +1,6 @@
 """The quantization formats of linear layers, and the arrays of each.
 
-A weight W [out, in] becomes named arrays, under the names ModelOpt gives them in its checkpoints:
+A weight W [out, in] becomes several arrays, named as in ModelOpt's checkpoints:
 
     name              weight             weight_scale         weight_scale_2   bits per weight
     int8, int8-smoothquant
@@ -13,21 +13,22 @@ A weight W [out, in] becomes named arrays, under the names ModelOpt gives them i
                       E2M1, packed       E4M3 [out, in/16]    fp32 []          4.5
     mxfp4             E2M1, packed       E8M0 [out, in/32]                     4.25
 
-"packed" is uint8 [out, in/2], the even column in the low nibble: the layout of ModelOpt's and
-compressed-tensors' NVFP4, and of 4-bit tensors in ONNX (ModelOpt's INT4 pairs rows instead). Every format
-is symmetric (no zero point: TensorRT takes none): weight = code x scale, for NVFP4
-code x (weight_scale x weight_scale_2). nvfp4 and nvfp4-weight-only are the same weights; `activations`
-differs. mxfp4 is that of the OCP Microscaling Formats (MX) Specification 1.0, weight-only: its scales are
-powers of two.
-int8-smoothquant stores a W whose columns were multiplied by s, and beside it pre_quant_scale [in], 1 / s
+"packed" is uint8 [out, in/2] with the even column in the low nibble. ModelOpt's and compressed-tensors' NVFP4
+and 4-bit tensors in ONNX have this layout (ModelOpt's INT4 pairs rows instead). Every format is symmetric,
+because TensorRT takes no zero points: weight = code x scale, and for NVFP4
+code x (weight_scale x weight_scale_2).
+nvfp4 and nvfp4-weight-only have the same weights and differ in `activations`.
+mxfp4 is the format of the OCP Microscaling Formats (MX) Specification 1.0, weight-only. Its scales are powers
+of two.
+int8-smoothquant stores a W whose columns were multiplied by s, and pre_quant_scale [in], 1 / s
 (`compiler/quantize/smoothquant.py`).
 
-INT4 is in blocks of 32 by default. On our trained checkpoint their squared error is a third less than that
-of blocks of 128, for 0.375 bits more, and they divide every matrix of the model zoo, which 128 does not.
-Its scales are fp16: fp32 would cost another half bit, and bf16 would be off by up to 0.8 % in a whole
-block. DequantizeLinear gives the dtype of its scale, so a graph that computes in fp32 casts the scales to
-fp32 first: then code x scale is exact, and OpenVINO keeps the weights compressed all the same. TensorRT
-wants scales in the dtype it multiplies in: `Format.with_scales`.
+INT4 has blocks of 32 by default. On our trained checkpoint their squared error is a third less than that of
+blocks of 128, for 0.375 bits more, and they divide every matrix of the model zoo, which 128 does not.
+The scales are fp16: fp32 would cost another half bit, and bf16 would have an error of up to 0.8 % in a whole
+block. DequantizeLinear returns the dtype of its scale, so a graph that computes in fp32 casts the scales to
+fp32 first. Then code x scale is exact, and OpenVINO still keeps the weights compressed. TensorRT needs scales
+in the dtype that it computes in (`Format.with_scales`).
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ class Format:
     name: str
     #: Element type of the weight: "int8", "int4", "e4m3" or "e2m1".
     element: str
-    #: Columns that share a scale; 0: the whole row does, -1: the whole matrix does.
+    #: Number of columns that share a scale. 0: one scale per row, -1: one scale for the matrix.
     block: int
-    #: Dtype of `weight_scale` in safetensors' names.
+    #: Dtype of `weight_scale`, by its safetensors name.
     scales: str
     #: Element type of the layer's quantized input: "int8", "e4m3" or "e2m1"; "": weight-only.
     activations: str = ""
-    #: Whether the input is multiplied by a `pre_quant_scale` first, and the weight's columns divided by it.
+    #: Whether the input is multiplied by `pre_quant_scale` and the weight's columns are divided by it.
     smoothed: bool = False
 
     @property
@@ -82,14 +83,16 @@ class Format:
         return self.element in ("int4", "e2m1")
 
     def with_scales(self, dtype: str) -> Format:
-        """Return the same format with `weight_scale` in "F16", "BF16" or "F32". Raises ValueError for others,
-        and for a format whose scales are fixed, such as NVFP4's E4M3."""
+        """Return the same format with `weight_scale` in "F16", "BF16" or "F32".
+
+        Raises ValueError for other dtypes, and for a format with fixed scales, such as NVFP4's E4M3.
+        """
         if not self.float_scales or dtype not in ("F16", "BF16", "F32"):
             raise ValueError(f"{self.name} cannot have {dtype} scales")
         return replace(self, scales=dtype)
 
     def why_not(self, shape: tuple[int, ...]) -> str:
-        """Why a matrix of this shape cannot take the format, or ""."""
+        """Return why a matrix of this shape cannot have the format, or ""."""
         if len(shape) != 2 or 0 in shape:
             return f"shape {list(shape)} is not that of a matrix with elements"
         if self.block > 0 and shape[1] % self.block:
@@ -99,7 +102,7 @@ class Format:
         return ""
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> (dtype in safetensors' names, shape) of the arrays that a weight of `shape` becomes."""
+        """Return name -> (safetensors dtype, shape) of the arrays that a weight of `shape` becomes."""
         rows, columns = shape
         weight = {"int8": "I8", "e4m3": "F8_E4M3"}.get(self.element, "U8")
         scales: tuple[int, ...] = () if self.block == -1 else (rows,)
@@ -114,11 +117,11 @@ class Format:
         return arrays
 
     def nbytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of a weight of `shape`, scales included."""
+        """Return the bytes of a weight of `shape`, scales included."""
         return sum(DTYPES[dtype].bits // 8 * math.prod(dims) for dtype, dims in self.layout(shape).values())
 
     def bits_per_parameter(self, shape: tuple[int, int]) -> float:
-        """Stored bits of one weight, its share of the scales included."""
+        """Return the stored bits per weight, scales included."""
         return 8 * self.nbytes(shape) / math.prod(shape)
 
 
@@ -139,23 +142,23 @@ FORMATS: Mapping[str, Format] = {
 
 
 def get_format(name: str) -> Format:
-    """Return the format of that name. Raises RequestError with the known ones."""
+    """Return the format `name`. Raises RequestError, with the known names, if there is none."""
     if name not in FORMATS:
         raise RequestError(f"there is no weight format {name!r}", f"known: {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
-# Checkpoints hold more than llmc writes: a name says what differs from these.
+# Checkpoints have more formats than llmc writes. A systematic name says what differs from these.
 _KINDS = {"int8": ("int8", 0, ""), "int4": ("int4", 32, ""), "fp8": ("e4m3", -1, "e4m3"),
           "nvfp4": ("e2m1", 16, "e2m1"), "mxfp4": ("e2m1", 32, "")}  # fmt: skip
 _INPUTS = {"-weight-only": "", "-fp8-inputs": "e4m3"}
 
 
 def systematic_format(element: str, block: int, scales: str, activations: str = "") -> Format:
-    """The format that a checkpoint's weight is in, under a systematic name.
+    """Return the format of a checkpoint's weight, with a systematic name.
 
-    The names in FORMATS are of that kind, but for int8-smoothquant, which is a method's; others are
-    int4-block64, fp8-per-channel-weight-only, nvfp4-fp8-inputs.
+    The names in FORMATS are systematic, except int8-smoothquant, which is the name of a method. Other
+    systematic names are int4-block64, fp8-per-channel-weight-only and nvfp4-fp8-inputs.
     """
     kinds = [name for name, one in _KINDS.items() if one[0] == element]
     kind = kinds[scales == "F8_E8M0"] if len(kinds) > 1 else kinds[0]

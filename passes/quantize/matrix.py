@@ -13,14 +13,15 @@ _WEIGHT = ".weight"
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """modules: their names in the checkpoint, whose rows follow one another; rows: how many each has.
+    """One quantized matrix.
 
-    Its arrays are `weight` for the codes and `weight_scale`, `weight_scale_2` for the scales;
-    `input_scale` for that of static activations, `pre_quant_scale` [columns] for what smoothed ones are
-    multiplied by before.
+    `weight` holds its codes, and `weight_scale` and `weight_scale_2` their scales. Statically quantized
+    activations have an `input_scale`, smoothed ones also `pre_quant_scale` [columns], their factors.
     """
 
+    #: The names of the fused modules in the checkpoint, in the order of their rows.
     modules: tuple[str, ...]
+    #: The number of rows of each module.
     rows: tuple[int, ...]
     columns: int
     format: Format
@@ -31,19 +32,19 @@ class QuantizedMatrix:
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The names of the checkpoint's tensors."""
+        """The names of the weights in the checkpoint."""
         return tuple(module + _WEIGHT for module in self.modules)
 
     def parameter(self, array: str) -> Parameter:
-        """The record of an array of the format's layout, or of one of the input; the build makes the data."""
+        """Return the record of an array of the weight or of the input. The build computes its data."""
         return Parameter(self.modules, self.rows, (), array)
 
     def initializer(self, array: str) -> str:
-        """The name of that array in the graph."""
+        """Return the name of `array` in the graph."""
         return self.parameter(array).file_name
 
     @property
     def layout(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """Initializer's name -> (dtype in safetensors' names, shape) of the weight's arrays."""
+        """The weight's arrays: name of the initializer -> (safetensors dtype, shape)."""
         arrays = self.format.layout(self.shape)
         return {self.initializer(array): entry for array, entry in arrays.items()}

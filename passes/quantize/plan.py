@@ -1,7 +1,7 @@
-"""The quantization plan: the format of each linear layer, or why it has none. Frozen and printable.
+"""The quantization plan: the format of each linear layer, or the reason why it has none.
 
-Linear layers that read the same input are fused (passes/canonicalize/fuse_linears.py): they share a
-decision, and the global scale of formats that have one.
+Linear layers that read the same input are fused (passes/canonicalize/fuse_linears.py). They share a decision
+and, in formats that have one, the global scale.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from llmc.passes.quantize.formats import Format, get_format
 from llmc.passes.quantize.matrix import QuantizedMatrix
 from llmc.runtime.errors import BuildError, RequestError
 
-# The embedding is read by the row, and most of the loss comes from the last matrix: ModelOpt,
-# compressed-tensors' recipes and llama.cpp leave them wider as well.
+# A step reads only a few rows of the embedding, and most of the quantization loss comes from the last matrix.
+# ModelOpt, compressed-tensors' recipes and llama.cpp also leave them wider.
 HEADS = ("lm_head", "*.lm_head")
 ALWAYS_EXCLUDED = (*HEADS, "embed_tokens", "*.embed_tokens")
 _LARGEST_GROUP, _SMALLEST_GROUP = 128, 16  # activations that share an int8 scale
@@ -29,24 +29,30 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True)
 class InputFactors:
-    """A tensor of the checkpoint that a layer's input is multiplied by. dtype: in safetensors' names."""
+    """A tensor of the checkpoint that a layer's input is multiplied by."""
 
     name: str
+    #: By its safetensors name.
     dtype: str
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Module:
-    """One matrix [out, in] of the model. `format` is None where it stays unquantized, for the `reason`."""
+    """One matrix [out, in] of the model."""
 
     name: str
     shape: tuple[int, int]
+    #: None: the matrix is not quantized.
     format: Format | None
+    #: Why it is not quantized; "" if it is.
     reason: str
-    group: tuple[str, ...]  # the modules that it is fused with, itself among them
-    pre_quant_scale: InputFactors | None = None  # [in]
-    tied: bool = False  # to the embedding, which stays: its codes come on top
+    #: The modules of its fused layer, itself among them.
+    group: tuple[str, ...]
+    #: The factors [in] of a pre-quantized checkpoint.
+    pre_quant_scale: InputFactors | None = None
+    #: Whether it shares its values with the embedding, which stays: quantizing it adds bytes.
+    tied: bool = False
 
     @property
     def params(self) -> int:
@@ -55,28 +61,29 @@ class Module:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """The decision for every matrix, in the order of the model.
+    """The decision for every matrix. Frozen and printable."""
 
-    `stored_bits` is what a parameter takes that is not quantized, `other_params` counts those in no matrix.
-    """
-
+    #: The requested format, or the most frequent format of a pre-quantized checkpoint.
     format: Format
+    #: In the order of the model.
     modules: tuple[Module, ...]
+    #: Bits of a parameter that is not quantized.
     stored_bits: int
+    #: Number of parameters outside the matrices.
     other_params: int
 
     def quantized(self) -> dict[str, Module]:
-        """Module name -> the modules that are quantized."""
+        """Return the quantized modules by name."""
         return {module.name: module for module in self.modules if module.format}
 
     def groups(self) -> list[tuple[Module, ...]]:
-        """Return the quantized modules in groups of fused layers, the unit of a global scale."""
+        """Return the quantized modules in groups of fused layers. Each group has one global scale."""
         by_name = self.quantized()
         seen = dict.fromkeys(module.group for module in by_name.values())
         return [tuple(by_name[name] for name in group) for group in seen]
 
     def matrices(self) -> list[QuantizedMatrix]:
-        """The quantized matrices of the graph, in its order."""
+        """Return the quantized matrices in the order of the graph."""
         found = []
         for group in self.groups():
             names, rows = tuple(m.name for m in group), tuple(m.shape[0] for m in group)
@@ -94,7 +101,7 @@ class QuantPlan:
 
     @property
     def bytes_after(self) -> int:
-        """Scales included, each shared one once."""
+        """Bytes of the model after quantization. Scales are included, shared ones once."""
         saved = 0
         for group in self.groups():
             fused = (sum(module.shape[0] for module in group), group[0].shape[1])
@@ -105,7 +112,7 @@ class QuantPlan:
 
     @property
     def formats(self) -> str:
-        """The names of the formats, those of most modules first."""
+        """The names of the formats, the one of most modules first."""
         counts = Counter(module.format.name for module in self.modules if module.format)
         return " and ".join(name for name, _ in counts.most_common())
 
@@ -116,11 +123,11 @@ class QuantPlan:
 
     @property
     def activation_group(self) -> int:
-        """The number of activations that share an int8 scale with `llmc run --fast`; 0: it is not possible.
+        """Number of activations that share an int8 scale with `llmc run --fast`; 0 if it is not possible.
 
-        The group is as large as the blocks of all int8 and int4 weights allow; a scale for a whole row has no
-        block. OpenVINO quantizes nothing in groups that do not divide a block, nor in groups of less than its
-        16 lanes. docs/explanation/performance.md has what was tried.
+        The group is as large as the blocks of all int8 and int4 weights allow. A scale per row sets no limit.
+        OpenVINO quantizes nothing in groups that do not divide a block or are smaller than its 16 lanes.
+        docs/explanation/performance.md lists the group sizes that were tried.
         """
         if self.format.smoothed:
             return 0  # its activations are int8 already
@@ -130,7 +137,7 @@ class QuantPlan:
         return group if group >= _SMALLEST_GROUP else 0
 
     def record(self) -> dict[str, Any]:
-        """The plan in short, for the manifest: what was quantized, what was not, and the size.
+        """Return the summary of the plan for the manifest.
 
         "activations": the element types that layers quantize their inputs to, if any.
         """
@@ -159,16 +166,19 @@ def make_plan(
     head: str | None = None,
     tied: Sequence[str] = (),
 ) -> QuantPlan:
-    """The plan for `matrices`: module name in the checkpoint (without ".weight") -> [out, in].
+    """Decide the format of each matrix.
 
-    `exclude` is what the user asked to leave, `recipe_exclude` what the family's recipe does: shell
-    patterns (fnmatch, case-sensitive) of whole module names. `groups` are the fused modules; by
-    default q, k and v, and gate and up, by their names. What keeps one of a group keeps all of it.
-    `head` is the format of lm_head, None as it is; those in `tied` are embeddings too, and stay so beside it.
-    `scales` is the dtype of weight_scale where it is not the format's own ("F16", "BF16", "F32"); that of
-    NVFP4 is always E4M3. `stored_bits` and `other_params` are as in QuantPlan.
-    Raises RequestError for an unknown format, a pattern of the user's that matches nothing, and when
-    nothing is left to quantize; BuildError for a pattern of the recipe's that matches nothing.
+    matrices: module name in the checkpoint (without ".weight") -> [out, in].
+    exclude: the user's shell patterns (fnmatch, case-sensitive) of whole module names to leave unquantized.
+    recipe_exclude: the patterns of the family's recipe.
+    groups: the fused modules. The default is q, k and v, and gate and up, by their names. A module that is
+    left unquantized keeps its whole group unquantized.
+    scales: the dtype of weight_scale ("F16", "BF16" or "F32"), where the format allows a choice.
+    stored_bits, other_params: as in QuantPlan.
+    head: the format of lm_head. None: not quantized.
+    tied: the modules that share their weight with the embedding.
+    Raises RequestError for an unknown format, for a user's pattern that matches nothing, and if nothing is
+    left to quantize; BuildError for a recipe's pattern that matches nothing.
     """
     fmt = get_format(format)
     if scales is not None and fmt.float_scales:
@@ -193,7 +203,7 @@ def make_plan(
         reason = reasons[name]
         if not reason:
             kept = next((other for other in group if reasons[other]), None)
-            reason = f"multiplied with {kept.rpartition('.')[2]}: {reasons[kept]}" if kept else ""
+            reason = f"fused with {kept.rpartition('.')[2]}: {reasons[kept]}" if kept else ""
         chosen = None if reason else fmt
         if head and reason.startswith("default: ") and any(fnmatchcase(name, one) for one in HEADS):
             chosen = get_format(head)
@@ -208,7 +218,7 @@ def make_plan(
 
 
 def fused_groups(matrices: Mapping[str, tuple[int, int]]) -> list[tuple[str, ...]]:
-    """Return the modules that are fused, by Hugging Face's names and a common input size."""
+    """Return the groups of fused modules, found by Hugging Face's names and equal input sizes."""
     found = []
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in matrices):
         for siblings in _SIBLINGS:
@@ -242,11 +252,11 @@ def _why_not(
 
 
 def _nearest(pattern: str, names: Iterable[str]) -> str:
-    """Return what the user may have meant, as a hint."""
+    """Return a hint with the patterns that the user may have meant."""
     for wider in (f"*.{pattern}", f"{pattern}.*", f"*{pattern}*"):
         if any(fnmatchcase(name, wider) for name in names):
             return f"a pattern is of the whole name of a module: did you mean {wider!r}?"
-    # Names that differ in the layer's number alone say the same; so do the ends of names.
+    # Offer one pattern for all layers, and the last parts of names.
     candidates = {re.sub(r"\.\d+\.", ".*.", name) for name in names}
     ends = {f"*.{name.rpartition('.')[2]}" for name in names if "." in name}
     near = get_close_matches(pattern, sorted(candidates | ends), n=3, cutoff=0.5)

@@ -23,16 +23,16 @@ CODES = {
     "e4m3": ir.DataType.FLOAT8E4M3FN,
     "e2m1": ir.DataType.FLOAT4E2M1,
 }
-SCALES_OF = {"bf16": "BF16", "fp16": "F16"}  # what TensorRT computes in -> the dtype of its scales
+SCALES_OF = {"bf16": "BF16", "fp16": "F16"}  # TensorRT's compute dtype -> the dtype of its scales
 
 
 def initializer(graph: ir.Graph, record: Parameter, dtype: str, shape: tuple[int, ...]) -> ir.Value:
-    """Adds an initializer that is no codes. dtype: in safetensors' names."""
+    """Add an initializer that holds no codes. dtype: a safetensors name."""
     return new_parameter(graph, record, ir.Shape(shape), ONNX[dtype])
 
 
 def dequantize(node: ir.Node, codes: ir.Value, scale: ir.Value, where: dict[str, int], name: str) -> ir.Value:
-    """DequantizeLinear(codes, scale), in the dtype of the scale. where: its attributes."""
+    """Insert DequantizeLinear(codes, scale), in the dtype of the scale. where: its attributes."""
     shape = list(codes.shape or [])
     return edit.insert(node, "DequantizeLinear", [codes, scale], where, name, shape, dtype=scale.dtype)
 
@@ -40,7 +40,7 @@ def dequantize(node: ir.Node, codes: ir.Value, scale: ir.Value, where: dict[str,
 def multiplied_input(
     graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix, factors: InputFactors
 ) -> ir.Value:
-    """x times the checkpoint's `factors`, in fp32 unless these have the dtype of x."""
+    """Multiply x by the checkpoint's `factors`, in fp32 unless they have the dtype of x."""
     x, name = edit.operand(node, 0), factors.name
     assert x.dtype is not None
     same = ONNX[factors.dtype] == x.dtype
@@ -52,7 +52,7 @@ def multiplied_input(
 
 
 def smoothed_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
-    """x multiplied and quantized in fp32, whatever x is: only codes, and what they stand for, are narrow."""
+    """Smooth and quantize x in fp32, and dequantize it to the dtype of x."""
     x, name = edit.operand(node, 0), matrix.initializer("input_scale")
     wanted, shape = x.dtype, list(x.shape or [])
     assert wanted is not None
@@ -70,7 +70,7 @@ def smoothed_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> i
 
 
 def rounded_input(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
-    """x quantized and dequantized with the static `input_scale`."""
+    """Quantize and dequantize x with the static `input_scale`."""
     x, fmt = edit.operand(node, 0), matrix.format
     name, shape = matrix.initializer("input_scale"), list(x.shape or [])
     assert x.dtype is not None

@@ -26,7 +26,7 @@ _BY_ELEMENT = {ir.DataType[cache.onnx]: cache for cache in QUANTIZED_CACHES.valu
 
 
 class QuantizeKVCache:
-    """Counts one match per attention layer. Scales are 1.0 until `fill_kv_scales` knows better."""
+    """Quantize KV caches. Counts one match per layer. Scales are 1.0 until `fill_kv_scales` runs."""
 
     name = "quantize-kv-cache"
     requires = Stage.QUANTIZED  # or canonical, which is one without codes

@@ -1,4 +1,4 @@
-"""QuantizeLinears: the weights that a plan names become codes and scales.
+"""QuantizeLinears: replace the weights that a plan names by codes and scales.
 
     before             Gemm(x, W)
     weight-only        Gemm(x, DequantizeLinear(W, scale))       W: int8, int4 or E4M3, as in `formats.py`
@@ -9,11 +9,11 @@
     with AWQ           Gemm(Mul(x, pre_quant_scale), ...), quantized after the Mul
     int8-smoothquant   the same, multiplied and quantized in fp32: Cast(x), Cast(input_scale) if x has 16 bits
 
-A Cast follows where the scale is of another type than the graph computes in. Weights with fp32
-scales have fp32 input scales as well, between two Casts, so that no scale is rounded to 16 bits: TensorRT-RTX
-1.7.1 builds that, with plans of the same size (FP8, SM89 and SM120, 2026-11-26). These are the forms that
-OpenVINO keeps compressed, that TensorRT fuses, and that ONNX Runtime computes exactly. The initializers have
-no data yet: `compiler/quantize/` makes it.
+A Cast follows where the scale's type is not the graph's compute dtype. Weights with fp32 scales also have
+fp32 input scales, between two Casts, so that no scale is rounded to 16 bits. TensorRT-RTX 1.7.1 builds that,
+with plans of the same size (FP8, SM89 and SM120, 2026-11-26). OpenVINO keeps these forms compressed, TensorRT
+fuses them, and ONNX Runtime computes them exactly. The initializers have no data yet:
+`compiler/quantize/` computes it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from llmc.plugins.round_fp4 import spec as round_fp4
 
 
 class QuantizeLinears:
-    """Counts one match per matrix of the plan; one that the graph lacks is a near miss."""
+    """Quantize the matrices of a plan. Counts one match each. One that the graph lacks is a near miss."""
 
     name = "quantize-linears"
     requires = Stage.CANONICAL
@@ -69,11 +69,11 @@ def _quantize(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix, factors: 
 
 
 def _dequantized(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
-    """The weight of `node`, from codes and scales, in the dtype of its other operand."""
+    """Insert the dequantized weight of `node`, in the dtype of its other operand."""
     fmt, weight, x = matrix.format, edit.operand(node, 1), edit.operand(node, 0)
     wanted, name = x.dtype, str(weight.name)
     assert wanted is not None
-    weight.type = ir.TensorType(qdq.CODES[fmt.element])  # a new one: types may be shared
+    weight.type = ir.TensorType(qdq.CODES[fmt.element])  # a new object: types may be shared
     set_parameter(weight, matrix.parameter("weight"))
     arrays = fmt.layout(matrix.shape)
     scale = qdq.initializer(graph, matrix.parameter("weight_scale"), *arrays["weight_scale"])
@@ -86,7 +86,7 @@ def _dequantized(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.
         return edit.insert(
             node, "DequantizeLinear", operands, attributes, f"{name}.wide", shape, dtype=wanted
         )
-    elif scale.dtype != wanted and wanted == ir.DataType.FLOAT:  # the product of code and scale is then exact
+    elif scale.dtype != wanted and wanted == ir.DataType.FLOAT:  # so that code x scale is exact
         scale = edit.cast(node, scale, wanted, f"{scale.name}.cast")
     wide = qdq.dequantize(node, weight, scale, _axis(fmt), f"{name}.wide")
     return wide if wide.dtype == wanted else edit.cast(node, wide, wanted, f"{wide.name}.cast")

@@ -1,4 +1,4 @@
-"""Reads the linear layers off a canonical graph, for a plan that says which of them are quantized."""
+"""The linear layers of a canonical graph, from which a quantization plan is made."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from llmc.passes.spec import module_of
 
 @dataclass(frozen=True)
 class Survey:
-    """The linear layers of a graph.
+    """The linear layers of a graph."""
 
-    shapes: module -> [out, in]. groups: the modules of each Gemm. tied: those that share the embedding.
-    other_params: the elements of parameters outside of the matrices.
-    """
-
+    #: Module -> [out, in].
     shapes: dict[str, tuple[int, int]]
+    #: The modules of each Gemm.
     groups: list[tuple[str, ...]]
+    #: The modules that share their weight with the embedding.
     tied: tuple[str, ...]
+    #: Number of parameters outside the matrices.
     other_params: int
 
 
 def survey(model: ir.Model, *, with_tied: bool = False) -> Survey:
-    """The linear layers of `model`. with_tied: also those whose weight is the embedding (a tied lm_head)."""
+    """Return the linear layers of `model`. with_tied: also those tied to the embedding."""
     shapes: dict[str, tuple[int, int]] = {}
     groups: list[tuple[str, ...]] = []
     tied: list[str] = []
@@ -49,12 +49,12 @@ def survey(model: ir.Model, *, with_tied: bool = False) -> Survey:
 
 
 def linear(node: ir.Node) -> Parameter | None:
-    """The weight of a Gemm that nothing else reads; None for any other node."""
+    """Return the weight of a Gemm if nothing else reads it, or None."""
     return _weight(node, shared=False)
 
 
 def tied_linear(node: ir.Node) -> Parameter | None:
-    """The weight of a Gemm that something else reads too, as an lm_head tied to the embedding has it."""
+    """Return the weight of a Gemm if another node also reads it (a tied lm_head), or None."""
     return _weight(node, shared=True)
 
 

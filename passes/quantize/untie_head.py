@@ -1,4 +1,4 @@
-"""UntieHead: an lm_head that a plan quantizes, and that is tied to the embedding, gets a matrix of its own.
+"""UntieHead: give an lm_head that is tied to the embedding a separate matrix, if the plan quantizes it.
 
 before  Gather(E, ids), Gemm(x, E)
 after   Gather(E, ids), Gemm(x, W)         W: a parameter with the rows of E
@@ -19,7 +19,7 @@ from llmc.passes.spec import Stage, module_of
 
 
 class UntieHead:
-    """Counts one match per matrix untied."""
+    """Untie matrices from the embedding. Counts one match per matrix."""
 
     name = "untie-head"
     requires = Stage.CANONICAL

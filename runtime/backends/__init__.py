@@ -17,10 +17,10 @@ _LOADERS = {
 
 
 def load_backend(engine: EngineFile, options: LoadOptions) -> Backend:
-    """Loads an engine and allocates its KV cache. Imports only the library that it needs.
+    """Load an engine and allocate its KV cache. Imports only the library that the engine needs.
 
-    Raises BackendError for an engine that cannot run here or has not what the options ask for; RequestError
-    for a KV cache that does not fit.
+    Raises BackendError for an engine that cannot run here or that lacks what the options ask for;
+    RequestError for a KV cache that does not fit.
     """
     if engine.engine not in _LOADERS:
         raise BackendError(f"there is no backend {engine.engine!r}", f"known backends: {', '.join(_LOADERS)}")

@@ -1,4 +1,4 @@
-"""The interface of backends: what loads an engine file, and what runs it."""
+"""The interface of backends: the options for loading an engine file, and the calls that run it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from llmc.runtime.bundle.reader import Bundle
 
 @dataclass(frozen=True)
 class EngineFile:
-    """A file that a backend can load. Without a bundle it is a graph for the CPU."""
+    """A file that a backend can load."""
 
-    engine: str  # the backend's name in a manifest
+    #: The name of the backend in a manifest.
+    engine: str
     path: Path
-    kv_dtype: str = "fp32"  # of the KV cache, as in the manifest
+    #: The element type of the KV cache, as in the manifest.
+    kv_dtype: str = "fp32"
+    #: None: the file is a graph for the CPU.
     bundle: Bundle | None = None
 
     @classmethod
     def of(cls, bundle: Bundle) -> EngineFile:
-        """The engine of a bundle. Raises BundleError if the bundle has none."""
+        """Return the engine of a bundle. Raises BundleError if the bundle has none."""
         manifest = bundle.manifest
         return cls(manifest.target.engine, bundle.engine_path(), manifest.precision.kv_dtype, bundle)
 
@@ -32,57 +35,59 @@ class EngineFile:
 class LoadOptions:
     """Options for loading an engine."""
 
-    kv_blocks: int | None = None  # of the KV cache; None: as many as `kv_memory` and the limits allow
-    kv_memory: int | None = None  # bytes of the KV cache at most; None: the backend's default
-    max_tokens: int = 2048  # of a step
-    max_sequences: int = 64  # of a step
-    threads: int | None = None  # of the CPU; None: one for each core
-    # Activations of a row that share an int8 scale before they meet int8 or int4 weights; None: not rounded.
+    #: Number of blocks of the KV cache. None: as many as `kv_memory` and the limits allow.
+    kv_blocks: int | None = None
+    #: Maximum size of the KV cache in bytes. None: the backend's default.
+    kv_memory: int | None = None
+    #: Maximum number of tokens in a step.
+    max_tokens: int = 2048
+    #: Maximum number of sequences in a step.
+    max_sequences: int = 64
+    #: Number of CPU threads. None: one per core.
+    threads: int | None = None
+    #: Number of activations in a row that share an int8 scale, in layers with int8 or int4 weights. None:
+    #: activations are not quantized.
     activation_group: int | None = None
 
 
 class Backend(Protocol):
-    """A loaded engine and the KV cache it writes.
+    """A loaded engine and the KV cache that it writes."""
 
-    name: what reports call it, such as "openvino".
-    num_blocks, block_size: the cache holds num_blocks blocks of block_size tokens each.
-    """
-
+    #: The name in reports, such as "openvino".
     name: str
+    #: Number of blocks in the cache.
     num_blocks: int
+    #: Tokens per block.
     block_size: int
 
     def forward(self, batch: Batch) -> np.ndarray:
-        """Computes the batch's tokens and writes their keys and values into the cache.
+        """Compute the batch's tokens and write their keys and values into the cache.
 
-        Returns logits float32 [N, vocab] for `batch.logits_index`, valid until the next call.
-        Raises BackendError when the call fails; the engine then trusts nothing in the cache.
+        Returns logits, float32 [N, vocab], for `batch.logits_index`. They are valid until the next call.
+        Raises BackendError if the call fails. The engine then discards the whole cache.
         """
         ...
 
 
 class Candidates(NamedTuple):
-    """Tokens among which a row's next one is.
+    """The candidates for a row's next token."""
 
-    ids: int32 [C], ascending; None for the whole vocabulary. logits: float32 [C], theirs.
-    """
-
+    #: Token ids, int32 [C], ascending. None: the whole vocabulary.
     ids: np.ndarray | None
+    #: Logits of these tokens, float32 [C].
     logits: np.ndarray
 
 
 class SamplingBackend(Backend, Protocol):
-    """A backend that can leave most logits where they are computed. The engine asks for `max_candidates`.
+    """A backend that can reduce logits to candidates on the device. The engine checks `max_candidates`."""
 
-    max_candidates: the largest k of `forward_sampled`; 0 where it cannot do it at all.
-    """
-
+    #: The largest k of `forward_sampled`. 0: it is not available.
     max_candidates: int
 
     def forward_sampled(self, batch: Batch, k: int) -> list[Candidates]:
-        """As `forward`, but of each row only the k largest logits, and all that tie with the last of them.
+        """Compute the batch like `forward`, but return each row's k largest logits, and ties with the last.
 
-        k = 1 is greedy decoding: of tokens that tie the first alone, and 0 in place of its logit.
-        A row may come whole: where too many tie, or where its logits are not numbers.
+        k = 1 is greedy decoding: of tokens that tie only the first is returned, with 0 in place of its logit.
+        The whole row is returned if too many logits tie or if any is NaN.
         """
         ...

@@ -1,4 +1,4 @@
-"""The size of the KV cache of a CPU engine. `tensorrt/sizes.py` has that of GPUs."""
+"""The size of the KV cache of a CPU engine. For GPUs it is in `tensorrt/sizes.py`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _DEFAULT_LIMIT = 4 << 30
 
 
 def block_bytes(geometry: Geometry, kv_dtype: str) -> int:
-    """Bytes of one KV block over all layers, keys and values.
+    """Return the bytes of one KV block, keys and values of all layers.
 
-    u8 is OpenVINO's cache: a scale and a zero point, fp32, for each channel of a block of keys and for
-    each token's value.
+    u8 is OpenVINO's cache, with an fp32 scale and zero point for each channel of a block of keys and for each
+    token of a block of values.
     """
     size, layers = geometry.block_size, geometry.layers
     if kv_dtype == "u8":
@@ -30,9 +30,9 @@ def block_bytes(geometry: Geometry, kv_dtype: str) -> int:
 
 
 def cpu_blocks(engine: EngineFile, options: LoadOptions) -> int:
-    """Return how many KV blocks to allocate: enough for full contexts of all sequences, within the memory.
+    """Return how many KV blocks to allocate: full contexts of all sequences, as far as the memory allows.
 
-    Raises RequestError where not one block fits.
+    Raises RequestError if not even one block fits.
     """
     if options.kv_blocks is not None:
         return options.kv_blocks

@@ -1,7 +1,7 @@
-"""Runs a bundle's graph with ONNX Runtime on the CPU.
+"""The ONNX Runtime backend, on the CPU.
 
-The graph carries `llmc.PagedAttention` as a function of standard operators, which ONNX Runtime inlines.
-Used for graphs that OpenVINO cannot take (attention softcap), and as the reference in tests.
+The graph has a function body of standard operators for `llmc.PagedAttention`, which ONNX Runtime inlines.
+The backend runs graphs that OpenVINO cannot (attention softcap), and is the reference in tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llmc.runtime.errors import BackendError
 
 
 def load(engine: EngineFile, options: LoadOptions) -> OnnxRuntimeBackend:
-    """Loads a graph. Raises BackendError for `activation_group` and for caches that are not fp32."""
+    """Load a graph. Raises BackendError for `activation_group` and for caches that are not fp32."""
     if options.activation_group is not None:
         raise BackendError(
             "ONNX Runtime computes with fp32 activations here: `fast` would change nothing",
@@ -65,10 +65,10 @@ class OnnxRuntimeBackend:
             output = port.name.replace("_cache.", "_cache_out.")
             if output not in present:
                 raise BackendError(f"{engine.name} has no output {output}", "rebuild the bundle")
-            self._binding.bind_ortvalue_output(output, value)  # written in place: same memory in and out
+            self._binding.bind_ortvalue_output(output, value)  # the cache is updated in place
 
     def forward(self, batch: Batch) -> np.ndarray:
-        """Logits float32 [N, vocab] of the rows in `batch.logits_index`; valid until the next call."""
+        """Return logits, float32 [N, vocab], for `batch.logits_index`. They are valid until the next call."""
         for name in STEP_INPUTS:
             self._binding.bind_cpu_input(name, getattr(batch, name))
         self._binding.bind_output("logits")

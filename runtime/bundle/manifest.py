@@ -1,8 +1,8 @@
 """The manifest of a bundle, formats 1 and 2: frozen dataclasses, a strict reader and a deterministic writer.
 
-The dataclasses below ARE the schema: `strict_json.decode` walks their type hints, so a field is stated once.
-FORMAT.md says what each field means. Every rule holds in both directions: `to_json` refuses to
-write what `from_json` would refuse to read.
+The dataclasses are the schema: `strict_json.decode` reads their type hints, so each field is declared once.
+FORMAT.md documents each field. Every rule holds in both directions: `to_json` does not write a manifest that
+`from_json` would refuse.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def _matches(pattern: str, meaning: str) -> Callable[[Any], str]:
 
 
 def path_fault(path: str) -> str:
-    """Return what makes `path` unfit to name a file in a bundle, or "".
+    """Return why `path` cannot be the name of a file in a bundle, or "".
 
-    Allowed: relative, `/`-separated parts of ASCII letters, digits and `_.+@=-`, none of which
-    starts or ends with a dot. That rules out `..`, absolute paths, drives, backslashes, hidden
-    files and spellings that differ between file systems, in one rule.
+    A path is relative. Its `/`-separated parts consist of ASCII letters, digits and `_.+@=-`, and none starts
+    or ends with a dot. This one rule excludes `..`, absolute paths, drives, backslashes, hidden files and
+    spellings that differ between file systems.
     """
     plain = len(path) <= 512 and _PATH.fullmatch(path)
     return "" if plain else "must be a relative path of plain names inside the bundle"
@@ -69,7 +69,7 @@ SourceName = Annotated[
 
 @dataclass(frozen=True)
 class Producer:
-    """The software that built the bundle: versions only, because a build must repeat byte for byte."""
+    """The software that built the bundle. It holds only versions, because builds are reproducible."""
 
     llmc: Name
     libraries: Mapping[Name, Name]
@@ -77,7 +77,7 @@ class Producer:
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint. `files` maps each file that was read to its sha256."""
+    """The checkpoint. `files` maps each file of it that was read to the sha256."""
 
     name: SourceName
     model_type: Name
@@ -115,7 +115,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Limits:
-    """Build-time limits. `max_seq_len` is in tokens: prompt and answer together."""
+    """Build-time limits. `max_seq_len` counts tokens of prompt and output together."""
 
     max_seq_len: Positive
 
@@ -130,7 +130,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Format 1 holds one rank; the fields are here so that it says so."""
+    """The number of ranks, which is always one in formats 1 and 2."""
 
     tp: Literal[1] = 1
     pp: Literal[1] = 1
@@ -140,7 +140,7 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Target:
-    """The target and the engine. `reason` says why this engine; `requires` maps library to version."""
+    """The target and the engine. `reason` says why this engine was chosen. `requires`: library -> version."""
 
     name: Slug
     engine: Slug
@@ -150,40 +150,42 @@ class Target:
 
 @dataclass(frozen=True)
 class KernelFile:
-    """One kernel of ours, compiled ahead of time.
+    """A kernel of llmc, compiled ahead of time."""
 
-    variant: what it computes; sm: the compute capability that it, and its tiles, were made for. A cubin runs
-    on exactly that one, PTX on newer ones too (FORMAT.md has the exception).
-    entry: its name in the file; shared_memory: dynamic, in bytes; registers: a thread.
-    """
-
+    #: The name of the computation.
     variant: Name
+    #: The compute capability that the kernel and its tiles were compiled for. A cubin runs on exactly that
+    #: one, PTX also on newer ones (FORMAT.md has the exception).
     sm: Positive
     kind: Literal["cubin", "ptx"]
     file: FilePath
+    #: The name of the kernel in the file.
     entry: Name
+    #: Dynamic shared memory in bytes.
     shared_memory: Count
     num_warps: Positive
+    #: Registers per thread.
     registers: Count
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPUs and limits of a TensorRT engine; no `compute_capabilities`: portable, from Ampere (SM80) on.
+    """The GPUs and limits of a TensorRT engine."""
 
-    max_tokens, max_sequences, max_logits: what one step may hold (T, S and N of the graph's inputs).
-    """
-
+    #: Empty: the engine is portable and runs on Ampere (SM80) and newer.
     compute_capabilities: tuple[Positive, ...]
+    #: Maximum T of a step, as in the graph's inputs.
     max_tokens: Positive
+    #: Maximum S of a step.
     max_sequences: Positive
+    #: Maximum N of a step.
     max_logits: Positive
     kernels: tuple[KernelFile, ...]
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An `llmc` operator in the engine: the runtime must provide this name at this ABI."""
+    """An `llmc` operator in the engine. The runtime must provide this name with this ABI."""
 
     name: Name
     abi: Positive
@@ -192,7 +194,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids that begin a prompt (None: nothing does) and that end an answer."""
+    """The token id that begins a prompt (None if there is none), and the ids that end an output."""
 
     bos: Count | None
     eos: tuple[Count, ...]
@@ -209,7 +211,7 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class Verification:
-    """The comparison with the checkpoint. `details` is informative: nothing may depend on it."""
+    """The comparison with the checkpoint. `details` is informative only."""
 
     status: Literal["passed", "skipped"]
     reason: Name | None = None
@@ -232,7 +234,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weight files; `bytes` is the sum of their sizes on disk."""
+    """The weight files. `bytes` is the sum of their sizes."""
 
     files: tuple[FilePath, ...]
     bytes: Count
@@ -248,9 +250,9 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a bundle says about itself. `files` lists every file but the manifest.
+    """The manifest. `files` lists every file of the bundle except the manifest.
 
-    `format_version` follows from the content: the oldest format that can say it.
+    `format_version` is the oldest format that has all the fields in use.
     """
 
     producer: Producer
@@ -273,7 +275,7 @@ class Manifest:
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
-        """Reads a manifest. Raises BundleError, naming the field, for anything but a valid one."""
+        """Read a manifest. Raises BundleError, naming the field, if it is not valid."""
         if len(data) > MAX_MANIFEST_BYTES:
             raise BundleError(f"{MANIFEST_NAME}: more than {MAX_MANIFEST_BYTES} bytes", DAMAGED)
         try:
@@ -293,7 +295,7 @@ class Manifest:
         return manifest
 
     def to_json(self) -> bytes:
-        """The one spelling of this manifest: sorted keys, indent 1, ASCII, a newline at the end."""
+        """Return the canonical JSON of the manifest: sorted keys, indent 1, ASCII, a newline at the end."""
         manifest = typing.cast("Manifest", decode(Manifest, plain(self), ""))
         _check_consistent(manifest)
         tree = plain(manifest)
@@ -306,7 +308,7 @@ class Manifest:
 
 
 def _sealed(tree: dict[str, Any]) -> bytes:
-    """The JSON of `tree` with its own sha256 in it, so that a changed byte of the manifest shows."""
+    """Return the JSON of `tree` with the sha256 of that JSON, so that any changed byte is found."""
     seal = hashlib.sha256(_json(tree)).hexdigest()
     return _json({**tree, SEAL: seal})
 
@@ -316,7 +318,7 @@ def _json(tree: dict[str, Any]) -> bytes:
 
 
 def _with_later_fields(tree: Any) -> Any:
-    """A tree of an older format with the fields that came after it, saying nothing."""
+    """Return a tree of an older format with empty values for the fields that were added later."""
     if not isinstance(tree, dict) or tree.get("format_version") == _GPU_FROM:
         return tree
     if "gpu" in tree:
@@ -325,10 +327,10 @@ def _with_later_fields(tree: Any) -> Any:
 
 
 def _refuse_newer(tree: Any) -> None:
-    """Every format, present or future, keeps `format_version` and `producer.llmc` in their places."""
+    """Refuse newer formats. Every format has `format_version` and `producer.llmc` in the same places."""
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version <= FORMAT_VERSION:
-        return  # `decode` has the words for these
+        return  # `decode` reports these
     producer = tree.get("producer")
     needed = producer.get("llmc") if isinstance(producer, dict) else None
     if isinstance(needed, str) and re.fullmatch(r"[0-9A-Za-z.+-]{1,64}", needed):
@@ -340,7 +342,7 @@ def _refuse_newer(tree: Any) -> None:
 
 
 def _check_consistent(manifest: Manifest) -> None:
-    """The rules that join two fields."""
+    """Check the rules that involve more than one field."""
     geometry, verification, weights = manifest.geometry, manifest.verification, manifest.weights
     if len(geometry.layers) != geometry.num_layers:
         bad("geometry.layers", f"has {len(geometry.layers)} layers, num_layers is {geometry.num_layers}")

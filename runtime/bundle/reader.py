@@ -1,8 +1,8 @@
-"""Opens a bundle: nothing in it is used before its manifest, its list of files and their bytes are checked.
+"""The reader of bundles. It checks the manifest, the list of files and their bytes before anything is used.
 
-Hashing gigabytes at every start would cost seconds, so a file that was hashed once is remembered by
-its identity (device, inode, size, mtime, ctime) and hashed again only when that changes.
-FORMAT.md, "What opening guarantees", says what this finds and what it cannot.
+Hashing gigabytes at every start would take seconds. So the reader records the identity of each hashed file
+(device, inode, size, mtime, ctime), and hashes it again only when the identity changes.
+FORMAT.md, "What opening guarantees", says which damage this finds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Identity = list[int]  # device, inode, size, mtime_ns, ctime_ns
 _CHUNK = 2**20
 _HASH_THREADS = 8
 _TICK_NS = 2 * 10**9  # the coarsest timestamps in use (FAT); most file systems have milliseconds
-_SAFE_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no links, no waiting on pipes
+_SAFE_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no links, no blocking on pipes
 _COPY_AGAIN = "copy the bundle again, or rebuild it with `llmc build --force`"
 
 
@@ -40,10 +40,10 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify_hashes: bool = True) -> Bundle:
-        """Opens and checks the bundle at `path`; every fault is a BundleError that names the file.
+        """Open and check the bundle at `path`. Raises BundleError, naming the file, for every fault.
 
-        The manifest, the set of files and their sizes are always checked. With `verify_hashes`
-        so is the sha256 of every file that has changed since it was last hashed here.
+        The manifest, the set of files and their sizes are always checked. With `verify_hashes`, the sha256 of
+        every file that has changed since it was last hashed here is checked too.
         """
         root = Path(path)
         data = _read_manifest(root)
@@ -55,7 +55,7 @@ class Bundle:
         return bundle
 
     def verify(self) -> None:
-        """Hashes every byte of every file now, whatever was remembered. Raises BundleError."""
+        """Hash every file now, also those whose identity is recorded. Raises BundleError."""
         self._check_hashes(self._check_files(), {})
 
     @property
@@ -63,7 +63,7 @@ class Bundle:
         return self.path.name.removesuffix(".llmc")
 
     def engine_path(self, rank: int = 0) -> Path:
-        """The engine file of `rank`. Raises BundleError if the bundle has none."""
+        """Return the engine file of `rank`. Raises BundleError if the bundle has none."""
         for engine in self.manifest.engines:
             if engine.rank == rank:
                 return self.path / engine.file
@@ -71,12 +71,12 @@ class Bundle:
 
     @property
     def tokenizer_dir(self) -> Path | None:
-        """None if the bundle was built without a tokenizer."""
+        """The directory of the tokenizer; None if the bundle was built without one."""
         has_one = any(name.startswith("tokenizer/") for name in self.manifest.files)
         return self.path / "tokenizer" if has_one else None
 
     def _check_files(self) -> dict[str, Identity]:
-        """The identity of each listed file, after checking that exactly those exist at their sizes."""
+        """Check that exactly the listed files exist, with their sizes. Return the identity of each."""
         listed = self.manifest.files
         directories = {"", *(str(parent) for name in listed for parent in _parents(name))}
         found = {}
@@ -104,13 +104,13 @@ class Bundle:
             return
         started = time.time_ns()
         _hash_all(self, sorted(changed, key=lambda name: (-found[name][2], name)), found)
-        # A file written in the tick in which it was hashed could be written again without a trace.
+        # A file that is written and hashed in one tick of the clock can be written again with the same mtime.
         fresh = {name for name in changed if max(found[name][3:5]) + _TICK_NS >= started}
         _save_stamps(self.path, {name: stamp for name, stamp in stamps.items() if name not in fresh})
 
 
 def sha256_of_file(path: Path, identity: Identity | None = None, stop: threading.Event | None = None) -> str:
-    """The sha256 of a file, in bounded memory. Raises BundleError if `identity` is given and not its own."""
+    """Return the sha256 of a file, in bounded memory. Raises BundleError if its identity differs."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
     with open(path, "rb", buffering=0, opener=lambda name, _: os.open(name, _SAFE_OPEN)) as file:
         before = os.fstat(file.fileno())
@@ -122,7 +122,7 @@ def sha256_of_file(path: Path, identity: Identity | None = None, stop: threading
 
 
 def _hash_all(bundle: Bundle, names: list[str], found: dict[str, Identity]) -> None:
-    from concurrent.futures import ThreadPoolExecutor, as_completed  # a warm start does without
+    from concurrent.futures import ThreadPoolExecutor, as_completed  # not needed by a warm start
 
     stop = threading.Event()
     with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
@@ -171,7 +171,7 @@ def _parents(name: str) -> list[str]:
 
 
 def _walk(root: Path, directories: set[str]) -> Iterator[tuple[str, os.stat_result]]:
-    """Everything under `root` but the manifest and `directories`; enters only those, follows no link."""
+    """Yield everything under `root` except the manifest and `directories`. Enters only these, no links."""
     pending = [""]
     try:
         while pending:
@@ -192,7 +192,7 @@ def _identity(entry: os.stat_result) -> Identity:
 
 
 def _stamp_file(root: Path) -> Path | None:
-    """Return where the identities of this bundle's files are remembered; None without a home directory."""
+    """Return the file that records the identities of a bundle's files, or None without a home directory."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):
         base = os.path.expanduser("~/.cache")
@@ -201,7 +201,7 @@ def _stamp_file(root: Path) -> Path | None:
 
 
 def _load_stamps(root: Path) -> dict[str, object]:
-    """File name -> [*identity, sha256]; empty if there is none, or none that can be read."""
+    """Return file name -> [*identity, sha256]. Empty if no record exists or can be read."""
     path = _stamp_file(root)
     try:
         stamps = json.loads(path.read_bytes()) if path else {}
@@ -214,7 +214,7 @@ def _save_stamps(root: Path, stamps: Mapping[str, object]) -> None:
     path = _stamp_file(root)
     if path is None:
         return
-    with contextlib.suppress(OSError):  # a read-only home costs time at the next start, nothing else
+    with contextlib.suppress(OSError):  # with a read-only home the next start is slower
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         draft = path.with_suffix(f".tmp-{os.getpid()}-{threading.get_ident()}")
         draft.write_text(json.dumps(stamps))

@@ -1,8 +1,8 @@
-"""Strict JSON for the manifest: plain JSON into frozen dataclasses by their type hints, and back.
+"""Strict JSON for the manifest: conversion between plain JSON and frozen dataclasses, by type hints.
 
-A dataclass states a field once: its name, its type and, with `Annotated[type, check]`, its rule. A check
-takes a value of the right type and returns what is wrong with it, or "". Every fault is a BundleError
-that names the path of the field.
+A dataclass declares a field once: its name, its type and, with `Annotated[type, check]`, its rule. A check
+takes a value of the right type and returns what is wrong with it, or "". Every fault raises BundleError
+with the path of the field.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def no_constants(text: str) -> NoReturn:
 
 
 def shown(value: Any) -> str:
-    """`value` in at most about 60 printable characters, whatever it is."""
+    """Return any `value` in at most about 60 printable characters."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list):
@@ -61,14 +61,14 @@ def _fields(kind: Any) -> dict[str, Any]:
 
 
 def decode(kind: Any, value: Any, path: str, depth: int = 0) -> Any:
-    """`value` (plain JSON) as `kind` (a type hint); complains with the path of the first fault."""
+    """Return `value` (plain JSON) as `kind` (a type hint). Raises BundleError with the first fault's path."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         value = decode(arguments[0], value, path)
         if complaint := arguments[1](value):
             bad(path, f"{complaint}, got {shown(value)}")
         return value
-    if origin in (typing.Union, types.UnionType):  # only ever `X | None`
+    if origin in (typing.Union, types.UnionType):  # the only unions are `X | None`
         return None if value is None else decode(arguments[0], value, path)
     if origin is Literal:
         if not any(type(value) is type(choice) and value == choice for choice in arguments):
@@ -107,7 +107,7 @@ def _decode_record(kind: Any, value: Any, path: str) -> Any:
 
 
 def _decode_open(value: Any, path: str, depth: int) -> Any:
-    """Any JSON, within limits: the fields whose inside this format leaves open."""
+    """Return any JSON value within the limits, for fields whose contents the format leaves open."""
     if depth > MAX_DEPTH:
         bad(path, f"nested more than {MAX_DEPTH} deep")
     if isinstance(value, dict):
@@ -138,7 +138,7 @@ def _decode_scalar(kind: type, value: Any, path: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as the dicts and lists that JSON knows."""
+    """Convert dataclasses, tuples and mappings to the dicts and lists of JSON."""
     if dataclasses.is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

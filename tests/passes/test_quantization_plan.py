@@ -59,7 +59,7 @@ def test_groups_need_one_input() -> None:
 def test_groups_from_the_graph() -> None:
     matrices = {"a.x": (8, 32), "a.y": (8, 32), "a.z": (32, 8)}
     plan = make_plan(matrices, "int8", ["a.y"], groups=[("a.x", "a.y")])
-    assert reasons(plan) == {"a.x": "multiplied with y: --exclude a.y", "a.y": "--exclude a.y"}
+    assert reasons(plan) == {"a.x": "fused with y: --exclude a.y", "a.y": "--exclude a.y"}
     for wrong in ([("a.x", "b")], [("a.x", "a.z")], [("a.x", "a.y"), ("a.y",), ("a.y", "a.x")]):
         with pytest.raises(ValueError, match="unknown, in two groups, or has another input"):
             make_plan(matrices, "int8", groups=wrong)
@@ -69,8 +69,8 @@ def test_excluding_one_of_a_group_excludes_all() -> None:
     plan = make_plan(MATRICES, "fp8", exclude=["*.3.*.k_proj"], recipe_exclude=["model.layers.0.*"])
     why = reasons(plan)
     assert why["model.layers.3.self_attn.k_proj"] == "--exclude *.3.*.k_proj"
-    assert why["model.layers.3.self_attn.q_proj"] == "multiplied with k_proj: --exclude *.3.*.k_proj"
-    assert why["model.layers.3.self_attn.v_proj"] == "multiplied with k_proj: --exclude *.3.*.k_proj"
+    assert why["model.layers.3.self_attn.q_proj"] == "fused with k_proj: --exclude *.3.*.k_proj"
+    assert why["model.layers.3.self_attn.v_proj"] == "fused with k_proj: --exclude *.3.*.k_proj"
     assert why["model.layers.0.mlp.down_proj"] == "recipe: model.layers.0.*"
     assert len(why) == 2 + 3 + 7
 

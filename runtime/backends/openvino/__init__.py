@@ -1,1 +1,1 @@
-"""OpenVINO on the CPU: start at backend.py."""
+"""The OpenVINO backend, on the CPU. Start at backend.py."""

@@ -1,8 +1,8 @@
-"""The one place that knows OpenVINO's PagedAttention: how its inputs are built from `llmc.PagedAttention`.
+"""The conversion of `llmc.PagedAttention` to OpenVINO's PagedAttention.
 
-The operator is private to OpenVINO ("no backward compatibility is guaranteed"): the input list below is
-that of 2026.4, which is why the dependency is pinned, and `self_test` compares it with plain numpy at
-start-up. It has no softcap; graphs that need one run elsewhere.
+The operator is private to OpenVINO ("no backward compatibility is guaranteed"). The input list below is that
+of 2026.4, so the dependency is pinned, and `self_test` compares the operator with numpy at start-up. It has
+no softcap. Graphs that need one run in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.errors import BackendError
 
 SUPPORTED_VERSION = "2026.4"
-_TOLERANCE = {"f32": 1e-5, "u8": 5e-2}  # of the self-test's outputs, which are about 1
+_TOLERANCE = {"f32": 1e-5, "u8": 5e-2}  # absolute, for the outputs of the self-test, which are about 1
 
 
 def extension() -> ConversionExtension:
-    """Converts ONNX nodes `llmc.PagedAttention` when OpenVINO reads a model."""
+    """Return the extension that converts `llmc.PagedAttention` nodes when OpenVINO reads a model."""
     return ConversionExtension("PagedAttention", "llmc", _convert)
 
 
@@ -37,7 +37,7 @@ def _convert(node: Any) -> list[ov.Output]:
         scale=float(node.get_attribute("scale")),
         window=int(node.get_attribute("window")),
     )
-    # The caches are written in place; the node's outputs for them only have to exist until they are dropped.
+    # The caches are updated in place, so the node's outputs for them are only placeholders.
     return [output, *(ops.shape_of(cache).output(0) for cache in inputs[3:5])]
 
 
@@ -56,7 +56,7 @@ def paged_attention(
     scale: float,
     window: int,
 ) -> ov.Output:
-    """OpenVINO's PagedAttention with the meaning of `llmc.PagedAttention` (without softcap)."""
+    """Return a PagedAttention of OpenVINO that is equivalent to `llmc.PagedAttention` without softcap."""
 
     def i32(values: int | list[int]) -> ov.Output:
         return ops.constant(np.array(values, np.int32)).output(0)
@@ -104,7 +104,7 @@ def paged_attention(
 
 
 def _max_context(query_start: ov.Output, past_lengths: ov.Output) -> ov.Output:
-    """The longest context of the step: max over sequences of past + new tokens."""
+    """Return the longest context of the step: the maximum over sequences of past + new tokens."""
     first = ops.constant(np.array([0], np.int32))
     one = ops.constant(np.array([1], np.int32))
     end = ops.constant(np.array([np.iinfo(np.int32).max], np.int32))
@@ -116,10 +116,10 @@ def _max_context(query_start: ov.Output, past_lengths: ov.Output) -> ov.Output:
 
 
 def self_test(core: ov.Core, config: dict[str, Any]) -> None:
-    """Runs a prefill and then a ragged step (a decode and a prefill), and compares both with numpy.
+    """Compare a prefill and then a ragged step (a decode and a prefill) with numpy.
 
-    The cache is in the precision that `config` asks for; what it loses is allowed for (`_TOLERANCE`).
-    Raises BackendError when the installed OpenVINO computes something else.
+    The cache has the precision of `config`. `_TOLERANCE` allows for its rounding.
+    Raises BackendError if the results of the installed OpenVINO differ.
     """
     heads, kv_heads, size, blocks = 2, 1, 32, 3
     widths = [heads * size, kv_heads * size, kv_heads * size]
@@ -139,7 +139,7 @@ def self_test(core: ov.Core, config: dict[str, Any]) -> None:
         request.set_tensor(port, cache)
 
     rng = np.random.default_rng(0)
-    known = [np.zeros((2, 0, size), np.float32) for _ in range(2)]  # keys and values of each sequence
+    known = [np.zeros((2, 0, size), np.float32) for _ in range(2)]  # the keys and values of each sequence
     error = 0.0
     for new, tables in (([33], [[2, 0]]), ([1, 5], [[2, 0], [1]])):
         arrays = [rng.standard_normal((sum(new), width), dtype=np.float32) for width in widths]
@@ -160,7 +160,7 @@ def self_test(core: ov.Core, config: dict[str, Any]) -> None:
 
 
 def _expected(arrays: list[np.ndarray], known: list[np.ndarray], new: list[int]) -> np.ndarray:
-    """The step in numpy, fp32. Adds its keys and values to `known`, [2, tokens, width] of each sequence."""
+    """Compute the step in numpy, fp32. Appends keys and values to `known`, [2, tokens, width] a sequence."""
     query, *key_value = arrays
     rows, start = [], 0
     for s, count in enumerate(new):

@@ -1,10 +1,10 @@
-"""Runs a bundle's graph with OpenVINO on the CPU. The KV cache is ours; the graph writes it in place.
+"""The OpenVINO backend, on the CPU. llmc allocates the KV cache, and the graph updates it in place.
 
-Weights of 16, 8 or 4 bits stay so in memory: OpenVINO's oneDNN kernels widen them to fp32 as they multiply,
-exactly. For up to 4 rows that happens in registers, and a step takes as long as reading the weights. For more
-rows they are unpacked into a buffer first, which costs more than reading them again until there are about 16
-rows (docs/explanation/performance.md has the figures); so a small decode step is run as several of 4 rows.
-With activations of int8 there is nothing to widen, and all rows go together.
+Weights of 16, 8 or 4 bits stay compressed in memory. OpenVINO's oneDNN kernels widen them to fp32 during the
+multiplication, exactly. For up to 4 rows that happens in registers, and a step takes as long as reading the
+weights. For more rows the kernels unpack the weights into a buffer first, which costs more than reading them
+again until there are about 16 rows (docs/explanation/performance.md has the figures). So a small decode step
+runs as several steps of 4 rows. With int8 activations nothing is widened, and all rows run in one step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.errors import BackendError
 
 _FEW_ROWS, _MANY_ROWS = 4, 16
-# One token in block 0 of a cache that nobody uses yet.
+# A step of one token, in block 0 of the unused cache.
 _FIRST_STEP = Batch.pack([([0], 0, [0], True)])
 _NARROW = (ov.Type.bf16, ov.Type.f16)
 _INTEGER = (ov.Type.i8, ov.Type.u8, ov.Type.i4, ov.Type.u4)
@@ -33,7 +33,7 @@ _KV_PRECISION = {"fp32": "f32", "u8": "u8"}
 
 
 def load(engine: EngineFile, options: LoadOptions) -> OpenVinoBackend:
-    """Loads a graph: see `OpenVinoBackend`. Raises RequestError for a KV cache that does not fit."""
+    """Load a graph (see `OpenVinoBackend`). Raises RequestError for a KV cache that does not fit."""
     return OpenVinoBackend(
         engine.path,
         cpu_blocks(engine, options),
@@ -46,13 +46,13 @@ def load(engine: EngineFile, options: LoadOptions) -> OpenVinoBackend:
 def tested_core(
     threads: int | None = None, *, kv_dtype: str = "fp32", activation_group: int | None = None
 ) -> tuple[ov.Core, dict[str, Any]]:
-    """OpenVINO, ready to read engines, and the settings to compile them with.
+    """Return an OpenVINO that can read engines, and the settings to compile them with.
 
-    With `activation_group` and a cache of u8 the rest of the arithmetic is bf16 where the CPU has it, which
-    is OpenVINO's own default; with an fp32 cache it cannot be. Otherwise it is fp32.
+    With `activation_group` and a u8 cache, the rest of the arithmetic is bf16 if the CPU supports it, which
+    is OpenVINO's default. An fp32 cache does not allow that. Otherwise the arithmetic is fp32.
 
-    Raises BackendError if this OpenVINO is not the one the engines are made for, fails the self-test (in
-    the precision of that cache), or has no cache of `kv_dtype`.
+    Raises BackendError if this OpenVINO is not the version of the engines, fails the self-test (in the
+    precision of that cache), or has no cache of `kv_dtype`.
     """
     if kv_dtype not in _KV_PRECISION:
         raise BackendError(
@@ -95,30 +95,30 @@ class OpenVinoBackend:
         kv_dtype: str = "fp32",
         activation_group: int | None = None,
     ) -> None:
-        """Compiles `engine` (ONNX, weights beside it) and allocates the cache, fp32 or u8.
+        """Compile `engine` (ONNX, with its weights in the same directory) and allocate the cache, fp32 or u8.
 
-        activation_group: activations are rounded to int8 before they meet integer weights, so many of a row
-            with one scale. It must divide the block of int4 weights, or OpenVINO does not round. Other
-            weights are not concerned. None: exact.
-        Raises BackendError if this OpenVINO is not the one the graph was made for.
+        activation_group: the number of activations in a row that share an int8 scale. Activations are
+            quantized in layers with integer weights only. The number must divide the block of int4 weights,
+            or OpenVINO does not quantize. None: activations are exact.
+        Raises BackendError if this OpenVINO is not the version that the graph was made for.
         """
         core, config = tested_core(threads, kv_dtype=kv_dtype, activation_group=activation_group)
         try:
             model = core.read_model(engine)
-            # Only the logits: the caches are written in place, their outputs would copy them.
+            # Only the logits: the caches are updated in place, and outputs for them would be copies.
             model = ov.Model([model.output("logits")], model.get_parameters(), "llmc")
             narrow, integer = _keep_narrow(model), _has_integer_weights(model)
-            in_int8 = int8.rounds_inputs(model)
+            in_int8 = int8.quantizes_activations(model)
             if in_int8 and not int8.is_exact(core, config):
                 config |= int8.IN_FP32
                 in_int8 = False
             self._few_at_once = (narrow or integer) and activation_group is None and not in_int8
             compiled = core.compile_model(model, "CPU", config)
-        except RuntimeError as error:  # OpenVINO's only kind
+        except RuntimeError as error:  # the only kind that OpenVINO supports
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
             raise BackendError(
                 f"OpenVINO {ov.__version__} cannot load {engine.name}: {reason}",
-                "set LLMC_TRACEBACK=1 for all that it says",
+                "set LLMC_TRACEBACK=1 for the full message",
             ) from error
         self.num_blocks = num_blocks
         self._request = compiled.create_infer_request()
@@ -129,22 +129,22 @@ class OpenVinoBackend:
             if name in STEP_INPUTS:
                 self._ports[name] = port
                 continue
-            # The graph declares fp32 [blocks, heads, 32, width]; compiled for u8 it has room for scales.
+            # The graph declares fp32 [blocks, heads, 32, width]. A compiled u8 cache also holds scales.
             shape = [num_blocks, *(dim.get_length() for dim in list(port.get_partial_shape())[1:])]
             dtype = port.get_element_type().to_dtype()
-            memory = np.zeros(shape, dtype)  # zero pages: memory is taken when a block is first written
+            memory = np.zeros(shape, dtype)  # zero pages: a block takes memory when it is first written
             self._caches.append(memory)  # ov.Tensor does not keep the array alive
             self._request.set_tensor(port, ov.Tensor(memory, shared_memory=True))
         self._logits = compiled.outputs[0]
         with releasing(
             engine.parent
-        ):  # OpenVINO packs the weights in the first step: that is part of loading
+        ):  # OpenVINO packs the weights in the first step, which is part of loading
             self._run(_FIRST_STEP)
         if integer:
             collapse_resident()
 
     def forward(self, batch: Batch) -> np.ndarray:
-        """Logits float32 [N, vocab] of the rows in `batch.logits_index`; valid until the next call."""
+        """Return logits, float32 [N, vocab], for `batch.logits_index`. They are valid until the next call."""
         rows = len(batch.input_ids)
         decode = rows == len(batch.past_lengths)
         if self._few_at_once and decode and _FEW_ROWS < rows <= _MANY_ROWS:
@@ -161,9 +161,10 @@ class OpenVinoBackend:
 
 
 def _keep_narrow(model: ov.Model) -> bool:
-    """Asks OpenVINO to keep 16-bit weights that the graph widens as they are; whether there are any.
+    """Make OpenVINO keep 16-bit weights that the graph widens. Return whether there are any.
 
-    Its own readers mark such conversions of its own format; for ONNX it would fold them into fp32 constants.
+    Without the mark OpenVINO would fold them into fp32 constants. The reader of its own format sets the mark,
+    the reader of ONNX does not.
     """
     found = False
     for node in model.get_ordered_ops():

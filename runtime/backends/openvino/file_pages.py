@@ -1,7 +1,7 @@
-"""Keeps resident memory low while an engine packs its weights: no free heap, no file pages (Linux).
+"""Release of free heap and file pages while an engine packs its weights (Linux).
 
-OpenVINO maps the file and packs each matrix into its own layout when it first multiplies with it. Without
-this the file's pages stay resident beside the packed copy: twice the weights, as long as the process lives.
+OpenVINO maps the file and packs each matrix into its own layout at the first multiplication. Otherwise the
+file's pages would stay resident beside the packed copy: twice the weights for the life of the process.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-_INTERVAL = 0.004  # seconds: packing reads some MB in that time
+_INTERVAL = 0.004  # seconds, in which packing reads a few MB
 _LIBC = ctypes.CDLL(None)
 
 
 @contextlib.contextmanager
 def releasing(directory: Path) -> Iterator[None]:
-    """Drops this process's resident pages of files below `directory`, again and again while the block runs
-    and at its end. Free heap goes back before.
+    """Release free heap, then drop resident pages of files below `directory` while the block runs.
 
-    Only of mappings that cannot be written: nothing is lost, a page that is read again comes back from the
-    page cache. They must stay mapped until the end: other memory at these addresses would be lost. Does
-    nothing about pages where there is no /proc.
+    Pages are dropped at intervals and once more at the end. Only read-only mappings are affected, so nothing
+    is lost: the page cache returns a page that is read again. The mappings must exist until the end, because
+    the contents of any other memory at these addresses would be lost. Without /proc no pages are dropped.
     """
     found, ended = _mappings(directory), threading.Event()
 
@@ -32,7 +31,7 @@ def releasing(directory: Path) -> Iterator[None]:
         while not ended.wait(_INTERVAL):
             _drop(found)
 
-    if trim := getattr(_LIBC, "malloc_trim", None):  # glibc: reading and compiling leave some MB free
+    if trim := getattr(_LIBC, "malloc_trim", None):  # glibc: reading and compiling leave a few MB free
         trim(ctypes.c_size_t(0))
     thread = threading.Thread(target=work, name="llmc-file-pages", daemon=True)
     thread.start()
@@ -45,7 +44,7 @@ def releasing(directory: Path) -> Iterator[None]:
 
 
 def _mappings(directory: Path) -> list[tuple[int, int]]:
-    """First and last + 1 addresses of files below `directory` that are mapped and cannot be written."""
+    """Return the first and last + 1 addresses of read-only mappings of files below `directory`."""
     maps, below, found = Path("/proc/self/maps"), f"{directory.resolve()}/", []
     if not maps.is_file():
         return []

@@ -1,7 +1,7 @@
-"""Moves resident memory into huge pages: reading all weights misses the TLB less often (Linux 6.1 or newer).
+"""Huge pages for resident memory, for fewer TLB misses when all weights are read (Linux 6.1 or newer).
 
-Decoding reads every weight once a token. Where the system gives huge pages only to those who ask, OpenVINO's
-packed weights lie in pages of 4 KiB; docs/explanation/performance.md has what moving them is worth.
+Decoding reads every weight once per token. Where the system gives huge pages only on request, OpenVINO's
+packed weights are in pages of 4 KiB. docs/explanation/performance.md has the gain of moving them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 _HUGE, _PAGE = 2 << 20, 4096
 _MADV_COLLAPSE = 25  # include/uapi/asm-generic/mman-common.h, since Linux 6.1
 _PRESENT = np.uint64(1 << 63)  # Documentation/admin-guide/mm/pagemap.rst
-_FULL = 7 / 8  # of a huge page must be resident already: a cache that nobody has written stays unbacked
+_FULL = 7 / 8  # the share of a huge page that must be resident, so that an unwritten cache gets no memory
 
 
 def collapse_resident() -> int:
-    """Moves this process's anonymous memory into huge pages where it is resident; returns the bytes moved.
+    """Move this process's resident anonymous memory into huge pages. Return the number of bytes moved.
 
-    The contents and addresses stay. Does nothing on systems that cannot, and stops where the process may not
-    read what is resident (one that was root and is no more): it only ever changes speed.
+    Contents and addresses do not change, only speed does. The function does nothing on systems without
+    support, and stops if the process may not read /proc/self/pagemap (after it gave up root).
     """
     moved = 0
     try:
@@ -36,7 +36,7 @@ def collapse_resident() -> int:
 
 
 def _collapse(line: str, pagemap: FileIO) -> int:
-    """The same for the mapping that a line of /proc/self/maps is about. Raises OSError."""
+    """Move one mapping, given by its line of /proc/self/maps. Returns the bytes moved. Raises OSError."""
     addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
     if not permissions.startswith("rw") or (name and name[0] != "[heap]"):
         return 0

@@ -1,1 +1,1 @@
-"""TensorRT on NVIDIA GPUs: start at load.py."""
+"""The TensorRT backend, on NVIDIA GPUs. Start at load.py."""

@@ -1,4 +1,4 @@
-"""Runs a TensorRT engine on a GPU. The KV cache is ours; the attention plugin writes it in place."""
+"""The TensorRT backend. llmc allocates the KV cache, and the attention plugin updates it in place."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from llmc.runtime.errors import BackendError
 class TensorRtBackend:
     """A TensorRT engine, its attention kernels and its paged KV cache, on one GPU.
 
-    Steps of one new token for each sequence are CUDA graphs, from the second of a size on
-    (`step.py`); others are launched kernel by kernel. Each graph has a TensorRT context of its own,
-    as TensorRT asks for; all contexts share their memory.
+    Steps with one new token per sequence run as CUDA graphs, from the second step of a size on (`step.py`).
+    Other steps are launched kernel by kernel. TensorRT requires a separate context for each graph. All
+    contexts share their memory.
     """
 
     block_size = spec.BLOCK_SIZE
@@ -41,7 +41,7 @@ class TensorRtBackend:
     def __init__(
         self, manifest: Manifest, directory: Path, device: Device, step: Step, kv_memory: int | None
     ) -> None:
-        """Takes a bundle that `checks.faults` finds nothing wrong with. Raises as `tensorrt.load` does."""
+        """Load a bundle in which `checks.faults` finds no fault. Raises as `tensorrt.load` does."""
         self.name: str = manifest.target.engine
         self._owned = contextlib.ExitStack()
         self._contexts: list[Context] = []
@@ -60,7 +60,7 @@ class TensorRtBackend:
     ) -> None:
         assert manifest.gpu is not None
         cuda = self._cuda = Cuda()
-        self._owned.callback(cuda.close)  # freed in reverse: graphs, contexts, engine, kernels, memory
+        self._owned.callback(cuda.close)  # freed in reverse order: graphs, contexts, engine, kernels, memory
         chosen = checks.choose_kernels(manifest.gpu.kernels, device)
         kernels = Kernels((_image(directory, file) for file in chosen), launch.ARGUMENTS)
         self._owned.callback(kernels.close)
@@ -71,7 +71,7 @@ class TensorRtBackend:
         table = bind(engine.tensors(), manifest)
         self._owned.callback(self._contexts.clear)
 
-        # What a step brings: pinned arrays on the host, and their places on the GPU.
+        # The arrays of a step: pinned on the host, and their addresses on the GPU.
         self._max_seq_len = manifest.limits.max_seq_len
         most = room(step.max_tokens, step.max_sequences, self._max_seq_len)
         if small := [name for name in STEP_INPUTS if most[name] > table.step[name]]:
@@ -109,7 +109,7 @@ class TensorRtBackend:
         context = engine.context(self._activations, one_shape=False)
         self._contexts.append(context)
 
-        # The KV cache gets what is left.
+        # The KV cache gets the remaining memory.
         free, total = cuda.free_memory()
         self.num_blocks = sizes.cache_blocks(
             table.block_bytes, free=free, total=total, kv_memory=kv_memory, useful=most["block_indices"],
@@ -123,7 +123,7 @@ class TensorRtBackend:
         context.bind(self._addresses, self._fixed_shapes)
 
     def forward(self, batch: Batch) -> np.ndarray:
-        """Logits float32 [N, vocab] of the rows in `batch.logits_index`; valid until the next call."""
+        """Return logits, float32 [N, vocab], for `batch.logits_index`. They are valid until the next call."""
         logits = self._logits[: len(batch.logits_index)]
         with _as_backend_error("the step failed"):
             self._cuda.use()
@@ -132,12 +132,12 @@ class TensorRtBackend:
                 if len(logits):
                     self._cuda.download(self._addresses[LOGITS], logits)
             finally:
-                self._cuda.wait()  # nothing still reads the pinned arrays when the next step fills them
+                self._cuda.wait()  # the next step fills the pinned arrays: no copy may still read them
         return logits
 
     def forward_sampled(self, batch: Batch, k: int) -> list[Candidates]:
-        """What the choice of tokens needs of each row in `batch.logits_index`: see `SamplingBackend`."""
-        assert self._sampler is not None  # the engine asks for no more than max_candidates
+        """Return the candidates of each row in `batch.logits_index`. See `SamplingBackend`."""
+        assert self._sampler is not None  # k is at most max_candidates
         rows = len(batch.logits_index)
         with _as_backend_error("the step failed"):
             self._cuda.use()
@@ -162,10 +162,10 @@ class TensorRtBackend:
             self._decoders[bucket] = self._first_decode(bucket, lengths)
 
     def _first_decode(self, bucket: int, lengths: dict[str, int]) -> Callable[[], None]:
-        """Runs the first step of a bucket, and returns what runs the next ones: a graph, where it can be.
+        """Run the first step of a bucket. Return what runs the next ones: a graph, if possible.
 
-        The first run lets TensorRT and CUDA compile and load what a capture could not. Where the GPU has no
-        room for a context of the bucket's own, its steps run in the one that takes every shape.
+        In the first run TensorRT and CUDA compile and load whatever they cannot during a capture. If the GPU
+        has no memory for a separate context, the bucket's steps run in the context that takes every shape.
         """
         shapes = _step_shapes(lengths)
         longest = sizes.longest_decode(bucket, self._max_seq_len)
@@ -182,7 +182,7 @@ class TensorRtBackend:
             context = self._engine.context(self._activations, one_shape=True)
             context.bind(self._addresses, {**self._fixed_shapes, **shapes})
             run(context)
-            self._cuda.wait()  # what TensorRT puts off until its first run is done before a capture
+            self._cuda.wait()  # TensorRT's deferred work must be done before a capture
         except (BackendError, CudaError) as error:
             _warn_without_graph(bucket, str(error))
             run_in_general()
@@ -201,18 +201,21 @@ class TensorRtBackend:
         return partial(run, context)
 
     def _try(self, tokens: int) -> None:
-        """Two steps over a cache that nobody uses yet: a prompt, and the decoding of one token. What engine
-        or kernels lack shows now, and what is compiled at first use is there for the first request."""
+        """Run a prefill and a decode step over the unused cache.
+
+        Faults of the engine or the kernels show now, and whatever is compiled at first use is ready for the
+        first request.
+        """
         for count in (tokens, 1):
             self.forward(Batch.pack([([0] * count, 0, [0], True)]))
         if self._sampler:
             with _as_backend_error("the sampling kernels failed"):
-                for k in (1, 2):  # both pairs of kernels, on the logits that lie there now
+                for k in (1, 2):  # both pairs of kernels, on the logits of the last step
                     self._sampler.candidates(1, k)
 
     def close(self) -> None:
-        """Frees all memory on the GPU, and what TensorRT holds. The backend is of no use afterwards."""
-        owned = self._owned.pop_all()  # a second call finds nothing
+        """Free all memory on the GPU and TensorRT's objects. The backend cannot be used afterwards."""
+        owned = self._owned.pop_all()  # a second call does nothing
         self._decoders.clear()
         with _as_backend_error("could not free the GPU's memory"), owned:
             if self._contexts:
@@ -239,7 +242,7 @@ def _image(directory: Path, file: KernelFile) -> KernelImage:
 
 @contextlib.contextmanager
 def _as_backend_error(what: str) -> Iterator[None]:
-    """CUDA's errors and those of the launcher, as ours."""
+    """Raise errors of CUDA and of the launcher as BackendError."""
     try:
         yield
     except (CudaError, ValueError, OSError) as error:

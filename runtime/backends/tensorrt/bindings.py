@@ -1,4 +1,4 @@
-"""The tensors of a TensorRT engine: what each is for, and whether they are those of the bundle's model."""
+"""The tensors of a TensorRT engine: their roles, and the check that they fit the manifest."""
 
 from __future__ import annotations
 
@@ -19,44 +19,52 @@ _CACHES = {"fp16": ("HALF", 2), "bf16": ("BF16", 2)} | {
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output of an engine. dtype: TensorRT's name; shape: -1 for what a step decides;
-    most: the largest shape that the engine was built for (inputs only)."""
+    """An input or output of an engine."""
 
     name: str
     is_input: bool
+    #: TensorRT's name of the element type.
     dtype: str
+    #: -1 for dimensions that depend on the step.
     shape: tuple[int, ...]
+    #: The largest shape that the engine was built for. Inputs only.
     most: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A layer's keys or values: input and output are the same memory."""
+    """The cache of a layer's keys or values. Input and output are the same memory."""
 
     input: str
     output: str
-    block_shape: tuple[int, ...]  # [num_kv_heads, 32, D]
+    #: [num_kv_heads, 32, D]
+    block_shape: tuple[int, ...]
     block_bytes: int
 
 
 @dataclass(frozen=True)
 class Bindings:
-    """step: for each array of `Batch`, the elements that the engine takes at most; max_blocks: a cache's."""
+    """The tensors of an engine by their roles."""
 
+    #: Array of `Batch` -> the maximum number of elements that the engine takes.
     step: Mapping[str, int]
     caches: tuple[Cache, ...]
+    #: Maximum number of blocks in a cache.
     max_blocks: int
     vocab_size: int
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one KV block over all layers, keys and values."""
+        """Bytes of one KV block, keys and values of all layers."""
         return sum(cache.block_bytes for cache in self.caches)
 
 
 def bind(tensors: Iterable[Tensor], manifest: Manifest) -> Bindings:
-    """Sorts an engine's tensors. Raises BackendError naming the first that is missing, unknown or not as
-    the manifest says: the engine would read or write past its memory."""
+    """Assign roles to an engine's tensors.
+
+    Raises BackendError, naming the first tensor that is missing, unknown or different from the manifest: the
+    engine would read or write past its memory.
+    """
     given = {tensor.name: tensor for tensor in tensors}
 
     def take(name: str, is_input: bool, dtype: str, shape: tuple[int, ...]) -> Tensor:

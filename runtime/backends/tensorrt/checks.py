@@ -1,6 +1,6 @@
-"""Can this machine run this bundle? Every reason why not, found before anything is loaded on the GPU.
+"""Checks that this machine can run a bundle, before anything is loaded on the GPU.
 
-Pure functions of the manifest, the files beside it, and what was found out about GPU and libraries.
+The functions are pure: they depend on the manifest, the bundle's files, and the facts of GPU and libraries.
 """
 
 from __future__ import annotations
@@ -16,31 +16,33 @@ from llmc.plugins.sampling import launch as sampling
 from llmc.runtime.bundle.manifest import KernelFile, Manifest
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}  # engine in the manifest -> Python module
-_CUDA = (13, 0)  # what TensorRT 11 and TensorRT-RTX 1.7 are built with: their wheels are named cu13
+_CUDA = (13, 0)  # the version that TensorRT 11 and TensorRT-RTX 1.7 are built with: their wheels are cu13
 _PORTABLE_FROM = 80  # TensorRT-RTX without named GPUs: "Ampere and newer"
 _DATA_CENTRE = {90: "Hopper", 100: "Blackwell", 103: "Blackwell"}  # TensorRT-RTX has no code for these
 _ONE_SM_ONLY = (
     90  # from here on Triton's PTX is for sm_90a, sm_120a, ...: not for newer GPUs (PTX ISA, .target)
 )
-_MAGIC = {"tensorrt-rtx": b"vtrt"}  # how engine files begin, where it was seen (1.7.1)
+_MAGIC = {"tensorrt-rtx": b"vtrt"}  # the first bytes of engine files, as seen in 1.7.1
 _HEADER = 4096
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU. sm: compute capability, 89 for 8.9; cuda: the newest CUDA its driver knows, (13, 0);
-    shared_memory: bytes that a block of threads may have."""
+    """A GPU."""
 
     name: str
+    #: Compute capability: 89 for 8.9.
     sm: int
+    #: The newest CUDA version that the driver supports, such as (13, 0).
     cuda: tuple[int, int]
     multiprocessors: int
+    #: Maximum shared memory of a thread block, in bytes.
     shared_memory: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the caller wants a step to hold at most: tokens and sequences."""
+    """The limits of a step that the caller asks for: tokens and sequences."""
 
     max_tokens: int
     max_sequences: int
@@ -53,10 +55,10 @@ def faults(
     installed: Mapping[str, str | None],
     step: Step,
 ) -> list[str]:
-    """Why the bundle in `directory` cannot run here, a sentence each; empty if it can.
+    """Return the reasons why the bundle in `directory` cannot run here, one sentence each.
 
-    device: the GPU, or why there is none. installed: library -> version, None if it is not installed, for
-    those in the manifest's `target.requires`, and for cuda-python.
+    device: the GPU, or the reason why there is none. installed: library -> version, or None if it is not
+    installed, for the libraries in the manifest's `target.requires` and for cuda-python.
     """
     return [
         *_library_faults(manifest, installed),
@@ -68,7 +70,7 @@ def faults(
 
 
 def hint(manifest: Manifest, device: Device | str) -> str:
-    """The command that builds the bundle for this GPU, or a sentence where none would help."""
+    """Return the command that builds the bundle for this GPU, or a sentence if no command would help."""
     if isinstance(device, str):
         return "GPU engines need an NVIDIA GPU and driver; build with `--target cpu` to run without"
     target = manifest.target.name
@@ -81,15 +83,15 @@ def hint(manifest: Manifest, device: Device | str) -> str:
 
 
 def choose_kernels(kernels: Collection[KernelFile], device: Device) -> tuple[KernelFile, ...]:
-    """The attention's: one file for each variant, all made for the same SM, because tiles depend on it.
+    """Return the attention kernels: one file per variant, all for the same SM, because tiles depend on it.
 
-    Cubins of exactly this GPU's SM; or else PTX of it, or of the newest older one; () if none will do.
+    Cubins for this GPU's SM come first, then PTX for it, then PTX for the newest older SM. () if none fits.
     """
     return _whole_set([k for k in kernels if k.variant.split("-")[0] in ATTENTION], device)
 
 
 def choose_sampling_kernels(kernels: Collection[KernelFile], device: Device) -> tuple[KernelFile, ...]:
-    """Those of `plugins/sampling`, chosen alike; () where the bundle has none, then logits are copied."""
+    """Return the sampling kernels, by the same rule. () if the bundle has none: then logits are copied."""
     variants = {sampling.variant(kernel) for kernel in sampling.ARGUMENTS}
     chosen = _whole_set([k for k in kernels if k.variant in variants], device)
     return chosen if len(chosen) == len(variants) else ()
@@ -176,9 +178,9 @@ def _step_faults(manifest: Manifest, step: Step) -> Iterator[str]:
 
 
 def cuda_of_ptx(header: bytes) -> tuple[int, int]:
-    """The CUDA version that a PTX file needs of the driver; (0, 0) for any that TensorRT runs on.
+    """Return the CUDA version that a PTX file needs. (0, 0): every version that TensorRT supports is enough.
 
-    PTX ISA 9.x came with CUDA 13.x (PTX ISA, release notes); all before are older than CUDA 13.0.
+    PTX ISA 9.x came with CUDA 13.x, and earlier ISAs with older CUDA versions (PTX ISA, release notes).
     """
     found = re.search(rb"^\.version (\d+)\.(\d+)", header, re.MULTILINE)
     major, minor = (int(found[1]), int(found[2])) if found else (0, 0)

@@ -1,4 +1,4 @@
-"""One GPU, through cuda-python's driver API: its facts, memory, a stream and graphs, and who frees them."""
+"""One GPU, through cuda-python's driver API: its properties, memory, a stream and graphs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cuda.bindings import driver
 from llmc.plugins.cuda.driver import CudaError, call
 from llmc.runtime.backends.tensorrt.checks import Device
 
-_ALIGNMENT = 256  # of what lies in one allocation: TensorRT wants its tensors there
+_ALIGNMENT = 256  # of arrays in one allocation, as TensorRT requires for its tensors
 
 
 def probe(ordinal: int = 0) -> Device:
-    """Return the facts of the GPU before anything is on it. Raises CudaError where there is none."""
+    """Return the properties of the GPU. Allocates nothing on it. Raises CudaError if there is none."""
     call(driver.cuInit, 0)
     handle = call(driver.cuDeviceGet, ordinal)
     attributes = driver.CUdevice_attribute
@@ -40,7 +40,7 @@ def probe(ordinal: int = 0) -> Device:
 class Cuda:
     """A GPU's primary context, which TensorRT uses too, with one stream. Every method raises CudaError.
 
-    What is allocated here lives until `close`, which frees all of it, the last first.
+    Allocations live until `close`, which frees them in reverse order.
     """
 
     def __init__(self, ordinal: int = 0) -> None:
@@ -59,43 +59,42 @@ class Cuda:
         self.stream = int(stream)
 
     def use(self) -> None:
-        """Makes the context current in this thread; calls of a step may come from any."""
+        """Make the context current in this thread. Steps may be called from any thread."""
         call(driver.cuCtxSetCurrent, self._context)
 
     def free_memory(self) -> tuple[int, int]:
-        """Bytes free on the device now, and bytes that it has."""
+        """Return the free bytes of the device and its total bytes."""
         free, total = call(driver.cuMemGetInfo)
         return int(free), int(total)
 
     def allocate(self, nbytes: int) -> int:
-        """The address of device memory, with unknown contents."""
+        """Allocate device memory with undefined contents. Return its address."""
         address = call(driver.cuMemAlloc, max(1, nbytes))
         self._owned.callback(call, driver.cuMemFree, address)
         return int(address)
 
     def pinned(self, nbytes: int) -> np.ndarray:
-        """Host memory, uint8, that the GPU copies from and to while the host goes on. Not to be used
-        after `close`."""
+        """Allocate pinned host memory, uint8, for asynchronous copies. It must not be used after `close`."""
         address = int(call(driver.cuMemHostAlloc, max(1, nbytes), 0))
         self._owned.callback(call, driver.cuMemFreeHost, address)
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
     def upload(self, source: np.ndarray, target: int) -> None:
-        """Starts to copy contiguous `source`, which lies in pinned memory, to the address `target`."""
+        """Start to copy `source`, contiguous and in pinned memory, to the address `target`."""
         call(driver.cuMemcpyHtoDAsync, target, source.ctypes.data, source.nbytes, self.stream)
 
     def download(self, source: int, target: np.ndarray) -> None:
-        """Starts to copy from the address `source` what contiguous `target`, in pinned memory, holds."""
+        """Start to copy from the address `source` to `target`, contiguous and in pinned memory."""
         call(driver.cuMemcpyDtoHAsync, target.ctypes.data, source, target.nbytes, self.stream)
 
     def wait(self) -> None:
-        """Until everything on the stream is done."""
+        """Wait until everything on the stream is done."""
         call(driver.cuStreamSynchronize, self.stream)
 
     def capture(self, record: Callable[[], None]) -> Graph:
-        """What `record` puts on the stream, as a graph; it is not run.
+        """Capture the work that `record` puts on the stream as a graph, without running it.
 
-        `record` may not wait, allocate, or copy from memory that is not pinned; what it raises passes.
+        `record` must not wait, allocate, or copy from memory that is not pinned. Its exceptions propagate.
         """
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         call(driver.cuStreamBeginCapture, self.stream, mode)
@@ -112,12 +111,12 @@ class Cuda:
             call(driver.cuGraphDestroy, graph)
 
     def close(self) -> None:
-        """Frees everything; a second call does nothing. Goes on after an error, and raises the last."""
+        """Free everything. A second call does nothing. Continues after an error, and raises the last one."""
         self._owned.close()
 
 
 class Graph:
-    """Work for the GPU that one call starts. Close it before what it uses is freed."""
+    """Work for the GPU that one call starts. It must be closed before the memory that it uses is freed."""
 
     def __init__(self, ready: Any, stream: int) -> None:
         self._ready, self._stream = ready, stream
@@ -130,7 +129,7 @@ class Graph:
 
 
 def place(sizes: list[int]) -> tuple[list[int], int]:
-    """Offsets of pieces of these sizes, in bytes, in one allocation, and its size."""
+    """Return the offsets of arrays of these sizes, in bytes, in one allocation, and its total size."""
     offsets, end = [], 0
     for size in sizes:
         offsets.append(end)

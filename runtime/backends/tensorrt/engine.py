@@ -1,6 +1,6 @@
 """A deserialized TensorRT engine: loading it, its tensors, and contexts to run it in.
 
-`tensorrt_rtx` and `tensorrt` have the same classes; what only the first has is asked for by name.
+`tensorrt_rtx` and `tensorrt` have the same classes. Features of the first alone are looked up by name.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _KEPT_MESSAGES = 8
 
 
 class LoadedEngine:
-    """A deserialized engine. Needs a current CUDA context, also when it is closed."""
+    """A deserialized engine. It needs a current CUDA context, even when it is closed."""
 
     def __init__(self, module: str, plan: Path) -> None:
-        """Loads the engine file with the Python module of its TensorRT. Raises BackendError."""
+        """Load the engine file with the Python module of its TensorRT. Raises BackendError."""
         self._trt = importlib.import_module(module)
         register(self._trt)
         self._log = _logger(self._trt)
@@ -36,11 +36,11 @@ class LoadedEngine:
 
     @property
     def activation_bytes(self) -> int:
-        """Device memory that a context works in, for the largest step that the engine was built for."""
+        """Bytes of device memory that a context needs for the largest step of the engine."""
         return int(self._engine.device_memory_size_v2)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Return all inputs and outputs. Raises BackendError for one that must lie in host memory."""
+        """Yield all inputs and outputs. Raises BackendError for a tensor that must be in host memory."""
         trt, engine = self._trt, self._engine
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
@@ -52,14 +52,15 @@ class LoadedEngine:
             yield Tensor(name, is_input, engine.get_tensor_dtype(name).name, shape, most)
 
     def context(self, memory: int, *, one_shape: bool) -> Context:
-        """A context that works in the `activation_bytes` at the address `memory`.
+        """Create a context that works in the `activation_bytes` at the address `memory`.
 
-        Several may share it, as long as one of them runs at a time. one_shape: TensorRT-RTX compiles kernels
-        for the context's shape when it first sees it; otherwise its general ones run, at every shape.
+        Contexts may share this memory if only one of them runs at a time.
+        one_shape: TensorRT-RTX compiles kernels for the first shape that it sees. Otherwise it runs general
+        kernels, which take every shape.
         Raises BackendError.
         """
         trt = self._trt
-        self._log.errors.clear()  # what came before is not why this fails
+        self._log.errors.clear()  # earlier errors are not the cause of this one
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
@@ -75,7 +76,7 @@ class LoadedEngine:
         return Context(self, context)
 
     def close(self) -> None:
-        """After all contexts are gone."""
+        """Free the engine. All contexts must be gone."""
         self._cache = self._engine = self._runtime = None
 
     def _error(self, what: str, hint: str) -> BackendError:
@@ -91,7 +92,7 @@ class Context:
         self._engine, self._context = engine, context
 
     def bind(self, addresses: Mapping[str, int], shapes: Mapping[str, Iterable[int]]) -> None:
-        """Sets addresses of tensors and shapes of inputs. Raises BackendError for what TensorRT refuses."""
+        """Set addresses of tensors and shapes of inputs. Raises BackendError if TensorRT refuses one."""
         self._engine._log.errors.clear()
         for name, address in addresses.items():
             if not self._context.set_tensor_address(name, address):
@@ -101,23 +102,24 @@ class Context:
                 raise self._engine._error(f"refuses {name} of shape {list(shape)}", "please report this")
 
     def run(self, launcher: Launcher, stream: int) -> None:
-        """Puts a run of the engine on the stream; attention goes through `launcher`, whose errors pass.
+        """Put a run of the engine on the stream. The attention plugin calls `launcher`.
 
-        Raises BackendError."""
+        Raises BackendError. Errors of `launcher` propagate.
+        """
         self._engine._log.errors.clear()
         with use_launcher(launcher):
             if not self._context.execute_async_v3(stream):
                 raise self._engine._error("cannot run the step", "set LLMC_TRACEBACK=1 for where it failed")
 
     def can_be_captured(self, stream: int) -> bool:
-        """Return whether runs of this context may become a CUDA graph. With TensorRT they always may."""
+        """Return whether runs of this context can become a CUDA graph. For TensorRT it is always true."""
         ask = getattr(self._context, "is_stream_capturable", None)
         return ask is None or bool(ask(stream))
 
 
 def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):
-        """Keeps the last errors, to be told with ours."""
+        """A logger that keeps the last errors, for the messages of BackendError."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)

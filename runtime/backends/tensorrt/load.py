@@ -1,4 +1,4 @@
-"""Loads a bundle's TensorRT engine, after checking that this machine can run it."""
+"""Loading of a bundle's TensorRT engine, after the checks that this machine can run it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def load(engine: EngineFile, options: LoadOptions) -> TensorRtBackend:
-    """Loads the engine of a GPU bundle.
+    """Load the engine of a GPU bundle.
 
-    Its KV cache gets what the engine leaves of the GPU's memory, `kv_memory` at most, as far as
-    `max_sequences` full contexts could use it.
-    Raises BackendError with every reason why the bundle cannot run here, found before the GPU is used;
-    RequestError where the KV cache does not fit, and for `activation_group`.
+    The KV cache gets the GPU memory that remains, at most `kv_memory`, and no more than `max_sequences` full
+    contexts can use.
+    Raises BackendError with every reason why the bundle cannot run here, before the GPU is used; RequestError
+    if the KV cache does not fit, and for `activation_group`.
     """
     bundle = engine.bundle
     if bundle is None:
@@ -51,7 +51,7 @@ def _version(library: str) -> str | None:
 
 
 def _find_device() -> Device | str:
-    """The GPU, or why there is none."""
+    """Return the GPU, or the reason why there is none."""
     from llmc.plugins.cuda.driver import CudaError
     from llmc.runtime.backends.tensorrt.cuda import probe
 

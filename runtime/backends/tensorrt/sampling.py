@@ -1,4 +1,4 @@
-"""Greedy and top-k sampling without the logits: what is launched after a step, and what the host gets."""
+"""Greedy and top-k sampling without a copy of the logits: the launches after a step, and their results."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from llmc.runtime.backends.tensorrt.cuda import Cuda, place
 
 
 class TokenSampler:
-    """The sampling kernels, with the memory for their results. Its methods raise CudaError.
+    """The sampling kernels and the memory for their results. Its methods raise CudaError.
 
-    They are launched one by one, after a step's CUDA graph: k is not the same in every step, and a graph for
-    each would have to be captured.
+    The kernels are launched one by one after a step's CUDA graph. k differs between steps, so a graph would
+    have to be captured for each k.
     """
 
     def __init__(self, cuda: Cuda, images: Iterable[KernelImage], logits: int, host: np.ndarray) -> None:
-        """logits: the address of float32 [R, vocab]; host: pinned memory of that shape, for rows that must
-        come whole."""
+        """Load the kernels and allocate their memory.
+
+        logits: the address of float32 [R, vocab]. host: pinned memory of that shape, for rows that are copied
+        whole.
+        """
         self._cuda, self._host = cuda, host
         rows, self._vocab = host.shape
         result = 4 * rows * launch.width(launch.MAX_K)
@@ -34,7 +37,7 @@ class TokenSampler:
         self._kernels = Kernels(images, launch.ARGUMENTS)
 
     def candidates(self, rows: int, k: int) -> list[Candidates]:
-        """Of the first `rows` rows, once everything on the stream is done: see `SamplingBackend`."""
+        """Wait for the stream, and return the candidates of the first `rows` rows. See `SamplingBackend`."""
         arguments = {**self._arguments, "k": k}
         for kernel, grid in launch.launches(rows, self._vocab, k):
             self._kernels.launch(launch.variant(kernel), grid, arguments, self._cuda.stream)

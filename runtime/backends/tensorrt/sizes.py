@@ -1,4 +1,4 @@
-"""The division of GPU memory, computed when all but the KV cache is on the GPU."""
+"""The division of GPU memory, computed when everything but the KV cache is on the GPU."""
 
 from __future__ import annotations
 
@@ -10,30 +10,33 @@ from llmc.plugins.paged_attention.launcher import scratch_layout
 from llmc.runtime.bundle.manifest import Geometry, Precision
 from llmc.runtime.errors import RequestError
 
-# Left free: CUDA graphs, kernels that CUDA and TensorRT load or compile when first used. Not measured yet.
+# Left free for CUDA graphs and for kernels that CUDA and TensorRT load or compile later. Not measured yet.
 _RESERVE_BYTES = 512 << 20
 _RESERVE_SHARE = 0.03  # of the GPU's memory
 
 
 def reserve(total: int) -> int:
-    """Bytes of a GPU with `total` that the KV cache leaves alone."""
+    """Return how many of a GPU's `total` bytes the KV cache must leave free."""
     return max(_RESERVE_BYTES, int(total * _RESERVE_SHARE))
 
 
 def cache_blocks(
     block_bytes: int, *, free: int, total: int, kv_memory: int | None, useful: int, most: int
 ) -> int:
-    """Return how many KV blocks to make.
+    """Return how many KV blocks to allocate.
 
-    block_bytes: of one block over all layers; free, total: the GPU's bytes now; kv_memory: what the user
-    allows, None for all but the reserve; useful: blocks that could ever be in use; most: what the engine
-    can address. Raises RequestError where not one block fits, or where kv_memory is not there.
+    block_bytes: the size of one block, all layers.
+    free, total: the GPU's free and total bytes.
+    kv_memory: the bytes that the user allows. None: everything but the reserve.
+    useful: the number of blocks that can be in use.
+    most: the number of blocks that the engine can address.
+    Raises RequestError if not even one block fits, or if kv_memory is not available.
     """
     available = max(0, free - reserve(total))
     if kv_memory is not None and kv_memory > available:
         raise RequestError(
             f"{kv_memory} bytes of KV cache are asked for, the GPU has {available}: {free} are free of "
-            f"{total}, {reserve(total)} stay so for CUDA graphs",
+            f"{total}, {reserve(total)} are reserved for CUDA graphs",
             f"give at most {available} bytes with --kv-memory, or leave it out",
         )
     budget = available if kv_memory is None else kv_memory
@@ -56,7 +59,7 @@ def scratch_bytes(
     sm: int,
     multiprocessors: int,
 ) -> int:
-    """Return the scratch that splits need, over all decode steps of up to `max_sequences` sequences."""
+    """Return the bytes of scratch that splits need, over decode steps of up to `max_sequences` sequences."""
     kinds = {
         Attention(geometry.num_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim, layer.window)
         for layer in geometry.layers
@@ -73,8 +76,8 @@ def scratch_bytes(
 
 
 def longest_decode(count: int, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """query_start and past_lengths of a decode step of `count` sequences, all as long as can be.
+    """Return query_start and past_lengths of a decode step of `count` sequences of maximum length.
 
-    What is launched for it serves every decode step of so many sequences or fewer: see `step.py`.
+    Its launches also serve every decode step with fewer or shorter sequences. See `step.py`.
     """
     return np.arange(count + 1, dtype=np.int32), np.full(count, max_seq_len - 1, np.int32)

@@ -1,15 +1,15 @@
-"""The arrays of a step as the GPU gets them: decode steps are padded to a few sizes, for CUDA graphs.
+"""The arrays of a step on the GPU. Decode steps are padded to a few sizes, for CUDA graphs.
 
-A graph is captured once for each bucket of b sequences and replayed for every decode step of b or fewer. It
-repeats the launches and shapes of its capture; only what the step arrays hold differs. So:
+A graph is captured once for each bucket of b sequences and replayed for every decode step of b or fewer
+sequences. It repeats the launches and shapes of its capture. Only the contents of the step arrays differ:
 
-* Shapes are those of b tokens, sequences and logits. `block_indices` has its full length in every step:
-  only `block_begins` decides what of it is read.
-* Sequences r..b-1 of a step of r have no new token: query_start repeats r. decode and reduce skip them, and
-  write_kv skips tokens from query_start[b] = r on, so nothing is written to anybody's cache.
-* Tokens r..b-1 are token 0 at position 0: safe to look up. Their attention output is whatever the memory
-  held, NaN perhaps; every other operator works on rows, so no real row sees it. Their logits are not read.
-* The number of splits is that of the longest context. For shorter ones some splits are empty programs.
+* Shapes are those of b tokens, sequences and logits. `block_indices` always has its full length, and
+  `block_begins` decides which part of it is read.
+* In a step of r sequences, sequences r..b-1 have no new token: query_start repeats r. decode and reduce skip
+  them, and write_kv skips tokens from query_start[b] = r on, so nothing is written to any cache.
+* Tokens r..b-1 are token 0 at position 0, which is safe to look up. Their attention output is uninitialized
+  memory, perhaps NaN. Every other operator works on rows, so no real row sees it. Their logits are not read.
+* The number of splits is that of the longest context. For shorter contexts some splits are empty programs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llmc.runtime.errors import BackendError
 
 
 def room(max_tokens: int, max_sequences: int, max_seq_len: int) -> dict[str, int]:
-    """Elements of each array of a step, at most; every sequence may need a logit."""
+    """Return the maximum number of elements of each array of a step. Every sequence may need logits."""
     return {
         "input_ids": max_tokens,
         "position_ids": max_tokens,
@@ -37,13 +37,13 @@ def room(max_tokens: int, max_sequences: int, max_seq_len: int) -> dict[str, int
 
 
 def buckets(max_sequences: int) -> tuple[int, ...]:
-    """Sizes that decode steps are padded to: powers of two, and max_sequences."""
+    """Return the sizes that decode steps are padded to: powers of two, and max_sequences."""
     powers = [1 << exponent for exponent in range(max_sequences.bit_length())]
     return tuple(dict.fromkeys(min(size, max_sequences) for size in [*powers, max_sequences]))
 
 
 def bucket_of(batch: Batch, sizes: Sequence[int]) -> int | None:
-    """The smallest bucket that holds the step; None where not every sequence has one new token."""
+    """Return the smallest bucket for the step, or None if not every sequence has exactly one new token."""
     count = len(batch.past_lengths)
     if (
         not len(batch.input_ids) == len(batch.logits_index) == count
@@ -54,10 +54,10 @@ def bucket_of(batch: Batch, sizes: Sequence[int]) -> int | None:
 
 
 def fill(batch: Batch, bucket: int | None, arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Writes the step into `arrays` (int32, by the names of Batch), padded if there is a bucket.
+    """Write the step into `arrays` (int32, by the names of Batch), padded if there is a bucket.
 
-    Returns how many elements of each array count; only block_indices has fewer than its shape.
-    A step without logits asks for those of its first token, as no tensor may be empty.
+    Returns the number of valid elements of each array. Only for block_indices it is less than the shape.
+    A step without logits gets those of its first token, because no tensor may be empty.
     Raises BackendError for a step that is larger than the arrays.
     """
     count = bucket or len(batch.past_lengths)
