@@ -116,7 +116,7 @@ def oracle(dtype: str, round_cache: bool) -> list[Pass]:
     """Return the passes that turn a clone of TensorRT's graph into a stand-in that ONNX Runtime runs.
 
     dtype: the dtype that the engine computes in. With "fp32" nothing is rounded.
-    round_cache: False for the numbers that a cache in that dtype would give where the graph has quantized caches.
+    round_cache: False for the numbers that a cache in that dtype would give instead of quantized ones.
     The weights stay the same external data, so the file must be in the directory of the original.
     """
     rounding: list[Pass] = []

@@ -192,7 +192,7 @@ def test_state_space_model(build_fails, tmp_path, family):
     error, hint = build_fails(
         odd_checkpoint(tmp_path / family, model_type=family, **config), "--max-seq-len", 32
     )
-    assert f"module backbone.layers.0.mixer ({family.capitalize()}Mixer) is not attention" in error
+    assert f"module backbone.layers.0.mixer ({family.capitalize()}Mixer) is a recurrent layer" in error
     assert "recurrent" in hint
 
 
