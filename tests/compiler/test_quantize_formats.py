@@ -269,7 +269,7 @@ def test_error_is_at_most_half_a_step(name: str, w: np.ndarray, magnitude: float
 
 
 @pytest.mark.parametrize(("name", "search"), SEARCHED)
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(w=weights)
 def test_representable_weights_are_kept(name: str, search: str, w: np.ndarray) -> None:
     """Quantizing again gives the same codes, and the same values up to the last bit of an fp32 scale."""

@@ -193,7 +193,9 @@ def test_excluded_modules_are_not_quantized(tmp_path: Path) -> None:
     assert written["model.layers.3.mlp.down_proj.weight"].dtype == "F16"  # bf16 times a power of two
 
 
-@pytest.mark.parametrize(("fmt", "pattern"), [("int8", "lm_head"), ("int4", "*head")])
+@pytest.mark.parametrize(
+    ("fmt", "pattern"), [("int8", "lm_head"), pytest.param("int4", "*head", marks=pytest.mark.slow)]
+)
 def test_excluded_tied_head_stays_the_embedding(fmt: str, pattern: str, tmp_path: Path) -> None:
     manifest = build(TALES, tmp_path / "x.llmc", fmt, exclude=(pattern,))
     assert manifest["verification"]["status"] == "passed"  # type: ignore[index]

@@ -130,6 +130,7 @@ def test_builds_are_byte_identical(built: Path, tmp_path: Path) -> None:
         assert (built / name).read_bytes() == (again / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_excluded_modules_are_not_quantized(tmp_path: Path) -> None:
     bundle = build(tmp_path / "x.llmc", exclude=("*.down_proj",), kv_dtype="int8")
     manifest = json.loads((bundle / "manifest.json").read_text())

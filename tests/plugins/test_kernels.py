@@ -23,6 +23,7 @@ import pytest
 from llmc.plugins.cuda.gpus import SHARED_LIMIT, SMS
 from llmc.plugins.paged_attention import launch, reference, spec
 from llmc.plugins.paged_attention.launch import FP8, Attention
+from support.sampled import sampled
 
 no_triton = find_spec("triton") is None or find_spec("torch") is None
 
@@ -152,7 +153,8 @@ def interpret() -> Iterator[Run]:
     """Runs a step in a process where Triton interprets."""
     if no_triton:
         pytest.skip("the kernels need triton and torch")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]  # for `support`
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
     process = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )
@@ -239,8 +241,7 @@ def check(
         assert np.array_equal(got[name], caches[name], equal_nan=True), name
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(("shape", "dtypes"), sampled(SHAPES, DTYPES, every=3))
 def test_a_mixed_step_is_the_reference(interpret: Run, shape: str, dtypes: str) -> None:
     a, (dtype, kv_dtype) = SHAPES[shape], DTYPES[dtypes]
     check(interpret, a, dtype, kv_dtype, make_step(a, dtype, *MIXED), num_splits=2)
@@ -252,9 +253,11 @@ def test_gpus_with_an_fp8_conversion_read_the_same(interpret: Run, dtypes: str) 
     check(interpret, a, dtype, kv_dtype, make_step(a, dtype, *MIXED), sm=90)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize(
-    "shape", ["grouped", "odd heads", "narrow values", "one kv head", "softcap", "largest heads"]
+    ("shape", "dtypes"),
+    sampled(
+        ["grouped", "odd heads", "narrow values", "one kv head", "softcap", "largest heads"], DTYPES, every=5
+    ),
 )
 def test_prefills_with_the_tiles_of_sm90_are_the_reference(interpret: Run, shape: str, dtypes: str) -> None:
     """No tile before the diagonal, one, several, and the whole of one sequence's blocks."""
@@ -448,7 +451,7 @@ QUICK = [
 
 
 @compiles
-@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("sm", sampled(SMS, every=4))
 def test_kernels_compile_without_a_gpu_and_fit(sm: int, tmp_path: Path) -> None:
     from llmc.plugins.paged_attention.compile_kernels import compile_variant
 
@@ -523,5 +526,4 @@ def test_compiled_kernels_are_cached_by_content(tmp_path: Path, monkeypatch: pyt
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # for `support`
     main()

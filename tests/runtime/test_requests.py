@@ -13,7 +13,15 @@ from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
 from llmc.runtime.sampling import SamplingParams
+from support.sampled import sampled
 
+# Blocks of the KV cache, and the tokens of a step at most.
+MEMORY = {
+    "all at once": (96, 512),
+    "small chunks": (96, 16),
+    "little memory": (14, 64),
+    "constant preemption": (6, 16),
+}
 LENGTHS = (1, 2, 7, 15, 31, 32, 33, 47, 64, 65, 90, 120)
 
 
@@ -44,16 +52,11 @@ def served(
     return path, [engine.generate([prompt], params)[0].token_ids for prompt, params in twelve()]
 
 
-@pytest.mark.parametrize(
-    ("blocks", "chunk"),
-    [(96, 512), (96, 16), (14, 64), (6, 16)],
-    ids=["all at once", "small chunks", "little memory", "constant preemption"],
-)
-@pytest.mark.parametrize("order", ["given", "reversed", "shuffled"])
+@pytest.mark.parametrize(("order", "memory"), sampled(["given", "reversed", "shuffled"], MEMORY, every=3))
 def test_twelve_requests_together_equal_each_alone(
-    served: tuple[Path, list[tuple[int, ...]]], blocks: int, chunk: int, order: str
+    served: tuple[Path, list[tuple[int, ...]]], order: str, memory: str
 ) -> None:
-    path, alone = served
+    (path, alone), (blocks, chunk) = served, MEMORY[memory]
     engine = make_engine(path, blocks, chunk)
     indices = list(range(12))
     if order == "reversed":
