@@ -74,6 +74,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("graphs", ["graphs", "no graphs", "no room", "graphs, FP8 cache"])
 def test_steps_on_a_stand_in_for_the_gpu(graphs: str, stand_in: Path, directory: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "LD_LIBRARY_PATH": str(stand_in)}
+    environment["XDG_CACHE_HOME"] = str(directory.with_name(f"{directory.name}-cache"))
     paths = [str(SCRIPT.parents[1]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if "FP8" in graphs:
