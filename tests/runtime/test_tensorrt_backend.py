@@ -46,7 +46,7 @@ from support.gpu_bundle import (
     write_files,
 )
 
-SCRIPT = Path(__file__).parents[1] / "support" / "serve_on_stand_in.py"
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture
@@ -65,25 +65,44 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is a Linux library")
-@pytest.mark.skipif(
-    find_spec("triton") is None or find_spec("torch") is None, reason="triton or torch is missing"
+needs_stand_in = pytest.mark.skipif(
+    sys.platform != "linux" or find_spec("triton") is None or find_spec("torch") is None,
+    reason="the stand-in is a Linux library, and needs triton and torch",
 )
+
+
+def run_on_stand_in(script: Path, stand_in: Path, *arguments: str, **variables: str) -> str:
+    """Run a script of tests/support in Triton's interpreter. Return its last line."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "LD_LIBRARY_PATH": str(stand_in), **variables}
+    paths = [str(script.parents[1]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+@needs_stand_in
 @needs_packages
 @pytest.mark.slow
 @pytest.mark.parametrize("graphs", ["graphs", "no graphs", "no room", "graphs, FP8 cache"])
-def test_steps_on_a_stand_in_for_the_gpu(graphs: str, stand_in: Path, directory: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "LD_LIBRARY_PATH": str(stand_in)}
-    environment["XDG_CACHE_HOME"] = str(directory.with_name(f"{directory.name}-cache"))
-    paths = [str(SCRIPT.parents[1]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+def test_steps_on_a_stand_in_for_the_gpu(
+    graphs: str, stand_in: Path, directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    variables = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
     if "FP8" in graphs:
-        environment["LLMC_TEST_FP8_CACHE"] = "1"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), graphs, str(directory)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "as the reference says"
+        variables["LLMC_TEST_FP8_CACHE"] = "1"
+    said = run_on_stand_in(SUPPORT / "serve_on_stand_in.py", stand_in, graphs, str(directory), **variables)
+    assert said == "as the reference says"
+
+
+@needs_stand_in
+@pytest.mark.skipif(no_cuda_python, reason="cuda-python is not installed")
+@pytest.mark.slow
+def test_gpu_check_finds_what_is_wrong_with_the_runtime(stand_in: Path) -> None:
+    """Its part `runtime`: nothing, with the kernels as they are, and each mistake that is put in."""
+    assert run_on_stand_in(SUPPORT / "gpu_check_on_stand_in.py", stand_in) == "all as expected"
 
 
 # On a GPU.
