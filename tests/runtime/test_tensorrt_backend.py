@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from llmc.runtime.errors import BackendError
 from support.cuda_stand_in import compile_driver
 from support.gpu_bundle import needs_packages, no_cuda_python, write_files
 
@@ -78,3 +79,21 @@ def test_steps_on_a_stand_in_for_the_gpu(
 def test_gpu_check_finds_what_is_wrong_with_the_runtime(stand_in: Path) -> None:
     """Its part `runtime`: nothing, with the kernels as they are, and each mistake that is put in."""
     assert run_on_stand_in(SUPPORT / "gpu_check_on_stand_in.py", stand_in) == "all as expected"
+
+
+@pytest.mark.skipif(no_cuda_python, reason="cuda-python is not installed")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("another llmc.PagedAttention\n  is registered with TensorRT already"),
+        ImportError("libcudart.so.13: cannot open shared object file"),
+        ValueError("TensorRT gave llmc.PagedAttention a copy of key_cache"),
+    ],
+)
+def test_what_the_first_run_raises_is_one_line_for_the_user(error: Exception) -> None:
+    from llmc.runtime.backends.tensorrt.backend import _as_backend_error
+
+    with pytest.raises(BackendError) as raised, _as_backend_error("the step failed"):
+        raise error
+    assert raised.value.message == f"the step failed: {' '.join(str(error).split())}"
+    assert raised.value.hint

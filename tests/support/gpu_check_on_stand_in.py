@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from gpu_check import cases, runtime
 from gpu_check.card import Card
 from gpu_check.cases import Case, Step
+from gpu_check.options import Options
 
 from llmc.plugins.cuda.kernel import KernelImage
 from llmc.plugins.paged_attention import launch
@@ -62,28 +63,31 @@ def main() -> None:
                 (data,) = (data for (name, _), data in raw.items() if name == self.argument)
                 gpu.view(int.from_bytes(data, "little") + self.offset, "uint8", (1,))[0] ^= 64
 
-    assert runtime.device(Card("stand-in", 89, 8, 0, 0, "")) == []
-    assert runtime.device(Card("stand-in", 90, 8, 0, 0, "")) == ["SM 89, torch says 90"]
-    mixed = Case("8/4x8", "fp16", "mixed", Step((70, 0, 5), (1, 33, 0)))
-    assert runtime.plain_step(mixed, images, **ON) == []
-    with Wrong("prefill", "output", 3 * 2 * 64 + 1):
-        (said,) = runtime.plain_step(mixed, images, **ON)
-        assert "1 outputs" in said, said
-    for shape, dtypes in PAIRS:
-        found = runtime.one_graph(shape, dtypes, DECODES, 200, images, **ON)
-        assert found == [], found
-    assert gpu.log.count("instantiate") == len(PAIRS)
-    assert gpu.log.count("replay") == len(PAIRS) * len(DECODES)
-    with Wrong("write_kv", "value_cache", 1):
-        found = runtime.one_graph("8/4x8", "fp16", DECODES, 200, images, **ON)
-        assert len(found) >= 3, found
-        assert all("value_cache: 1 blocks differ" in said for said in found[1::2]), found
+    vocab = sampling.CHUNK + 300
     files = [
         KernelImage(f.variant, f.entry, f.variant.encode(), f.shared_memory, f.num_warps)
         for f in sampling_kernels((89, "cubin"))
     ]
-    vocab = sampling.CHUNK + 300
-    assert runtime.sampled(files, vocab, (1, 50), 3) == []
+    sized: Any = {"PAIRS": PAIRS, "DECODES": DECODES, "MAX_LEN": 200, "VOCAB": vocab, "KS": (1, 50)}
+    sized |= {"current": lambda: Card("stand-in", 89, 8, 0, 0, ""), "sampling_images": lambda *_: files}
+    vars(runtime).update(sized)
+    runtime.aot.image = lambda variant, *_: images([variant])[0]
+    found = list(runtime.rows(Options(3)))
+    assert [row["status"] for row in found] == ["passed"] * 6, found
+    assert gpu.log.count("instantiate") == len(PAIRS)
+    assert gpu.log.count("replay") == len(PAIRS) * len(DECODES)
+    shares = [list(runtime.rows(Options(3, share=(index, 7)))) for index in (0, 6)]
+    assert [[row["name"] for row in share] for share in shares] == [["the GPU's properties"], []]
+
+    assert runtime.device(Card("stand-in", 90, 8, 0, 0, "")) == ["SM 89, torch says 90"]
+    mixed = Case("8/4x8", "fp16", "mixed", Step((70, 0, 5), (1, 33, 0)))
+    with Wrong("prefill", "output", 3 * 2 * 64 + 1):
+        (said,) = runtime.plain_step(mixed, images, **ON)
+        assert "1 outputs" in said, said
+    with Wrong("write_kv", "value_cache", 1):
+        found = runtime.one_graph("8/4x8", "fp16", DECODES, 200, images, **ON)
+        assert len(found) >= 3, found
+        assert all("value_cache: 1 blocks differ" in said for said in found[1::2]), found
     with Wrong("argmax_merge", "result", 0):
         assert runtime.sampled(files, vocab, (1,), 3) == ["k 1, row 0", "k 1, row 0, run again"]
     assert not gpu.memory

@@ -242,9 +242,11 @@ def _image(directory: Path, file: KernelFile) -> KernelImage:
 def _as_backend_error(what: str) -> Iterator[None]:
     """Raise errors of CUDA, of the launcher and of TensorRT's Python module as BackendError.
 
-    RuntimeError is the base class of CudaError, and what TensorRT's own calls raise.
+    RuntimeError is the base class of CudaError, and what TensorRT's own calls raise. The message is one line.
     """
     try:
         yield
     except (RuntimeError, ValueError, OSError, ImportError) as error:
-        raise BackendError(f"{what}: {error}", "set LLMC_TRACEBACK=1 for where") from error
+        raise BackendError(
+            f"{what}: {' '.join(str(error).split())}", "set LLMC_TRACEBACK=1 for where"
+        ) from error
