@@ -55,6 +55,7 @@ R cuMemcpyDtoHAsync(void *d, U s, U n, U st) {
 R cuStreamBeginCapture(U s, int mode) { return mode == 1 ? SAY("begin capture", s, 0, 0) : 1; }
 R cuStreamEndCapture(U s, U *g) { *g = 51; return SAY("end capture", s, 0, 0); }
 R cuGraphInstantiateWithFlags(U *e, U g, U f) { *e = 0; return SAY("instantiate", e, g, f); }
+R cuGraphUpload(U e, U s) { return SAY("upload graph", e, s, 0); }
 R cuGraphDestroy(U g) { return 0; }
 R cuGraphLaunch(U e, U s) { return SAY("replay", e, s, 0); }
 R cuGraphExecDestroy(U e) { return SAY("drop graph", e, 0, 0); }

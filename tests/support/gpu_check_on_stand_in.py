@@ -14,11 +14,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import pytest
 from gpu_check import cases, runtime
 from gpu_check.card import Card
 from gpu_check.cases import Case, Step
 from gpu_check.options import Options
 
+from llmc.plugins.cuda.driver import CudaError
 from llmc.plugins.cuda.kernel import KernelImage
 from llmc.plugins.paged_attention import launch
 from llmc.plugins.sampling import launch as sampling
@@ -88,6 +90,11 @@ def main() -> None:
         found = runtime.one_graph("8/4x8", "fp16", DECODES, 200, images, **ON)
         assert len(found) >= 3, found
         assert all("value_cache: 1 blocks differ" in said for said in found[1::2]), found
+    gpu.fail = "upload graph"  # no memory for a graph: it is gone, and the caller can do without
+    with pytest.raises(CudaError, match="cuGraphUpload failed"):
+        runtime.one_graph("8/4x8", "fp16", DECODES, 200, images, **ON)
+    assert not gpu.graphs
+    gpu.fail = ""
     with Wrong("argmax_merge", "result", 0):
         assert runtime.sampled(files, vocab, (1,), 3) == ["k 1, row 0", "k 1, row 0, run again"]
     assert not gpu.memory
