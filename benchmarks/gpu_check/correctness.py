@@ -64,16 +64,14 @@ def check(
         differing = [name for name in now if not same_bits(now[name], first[name])]
         problems += [f"another {name} when run again" for name in differing]
     for name in steps.CACHES:
-        wrong = (
-            (_bits(first[name]) != _bits(want.caches[name])).flatten(1).any(1).nonzero().flatten().tolist()
-        )
+        wrong = (bits(first[name]) != bits(want.caches[name])).flatten(1).any(1).nonzero().flatten().tolist()
         if wrong:
             problems.append(f"{name}: {len(wrong)} blocks differ, the first is {wrong[0]}")
-        if not _still_poisoned(tensors[name][: case.first_block]):
+        if not still_poisoned(tensors[name][: case.first_block]):
             problems.append(f"{name}: written outside the case's blocks")
     got = first["output"].double().numpy()
     excess = np.abs(got - want.output) / want.bound
-    problems += _describe(excess, got, want.output, a.v_head_dim)
+    problems += describe(excess, got, want.output, a.v_head_dim)
     row: Row = {"name": str(case), "status": "failed" if problems else "passed", "splits": plan.num_splits}
     row |= {"shape": case.shape, "dtypes": case.dtypes, "error / bound": float(np.nanmax(excess, initial=0))}
     return row | ({"error": "; ".join(dict.fromkeys(problems))} if problems else {})
@@ -87,7 +85,7 @@ def place(case: Case, host: steps.Tensors, device: str) -> dict[str, torch.Tenso
         for name in steps.CACHES:
             own = tensors[name]
             pool = own.new_empty((case.first_block + len(own), *own.shape[1:]))
-            pool[: case.first_block] = _poison(own.dtype)
+            pool[: case.first_block] = poison(own.dtype)
             pool[case.first_block :] = own
             tensors[name] = pool
     a = case.attention
@@ -97,10 +95,10 @@ def place(case: Case, host: steps.Tensors, device: str) -> dict[str, torch.Tenso
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool(torch.equal(_bits(a), _bits(b)))
+    return bool(torch.equal(bits(a), bits(b)))
 
 
-def _describe(excess: np.ndarray, got: np.ndarray, want: np.ndarray, width: int) -> list[str]:
+def describe(excess: np.ndarray, got: np.ndarray, want: np.ndarray, width: int) -> list[str]:
     """What is wrong with an output [T, num_heads*Dv], and where it is worst."""
     found = []
     missing = ~np.isfinite(got)
@@ -118,15 +116,15 @@ def _describe(excess: np.ndarray, got: np.ndarray, want: np.ndarray, width: int)
     return found
 
 
-def _poison(dtype: torch.dtype) -> Any:
+def poison(dtype: torch.dtype) -> Any:
     return steps.NAN_E4M3 if dtype == torch.uint8 else float("nan")
 
 
-def _bits(x: torch.Tensor) -> torch.Tensor:
+def bits(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.uint8 else x.view(torch.int16 if x.element_size() == 2 else torch.int32)
 
 
-def _still_poisoned(pool: torch.Tensor) -> bool:
+def still_poisoned(pool: torch.Tensor) -> bool:
     """Compared a part at a time: the whole may be gigabytes."""
-    pattern = _bits(torch.full((1,), _poison(pool.dtype), dtype=pool.dtype, device=pool.device))
-    return all(bool((_bits(part) == pattern).all()) for part in pool.split(2048))
+    pattern = bits(torch.full((1,), poison(pool.dtype), dtype=pool.dtype, device=pool.device))
+    return all(bool((bits(part) == pattern).all()) for part in pool.split(2048))

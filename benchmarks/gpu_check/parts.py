@@ -42,6 +42,7 @@ PARTS = (
     Part("speed", "speed", 180, (("llmc", "torch sdpa"),)),
     Part("CUDA graph", "graph", 60),
     Part("ahead of time", "aot", 90),
+    Part("runtime", "runtime", 90, processes=max(1, min(4, (os.cpu_count() or 2) // 2))),
     Part("TensorRT engine", "tensorrt_try", 120),
     Part("flash-attn", "speed", 60, (("flash-attn",),)),
     Part("FlashInfer", "speed", 90, (("flashinfer",),)),  # last: it may compile for long

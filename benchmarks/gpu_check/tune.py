@@ -119,16 +119,20 @@ def run(card: Card, seed: int, about: dict[str, Any], output: Path, time_limit: 
             for w in planned:
                 if time.monotonic() > deadline:
                     break
-                torch.cuda.empty_cache()
-                if (v := variant(w)) not in loaded:
-                    answers = {tile: job.result() for tile, job in jobs[v].items()}
-                    made = {tile: one for tile, one in answers.items() if one}
-                    images = [kernel_image(name(v, tile), k) for tile, k in made.items()]
-                    loaded[v] = (kernel.Kernels(images, launch.ARGUMENTS), made)
-                found = measure(w, *loaded[v], card, seed, l2)
+                try:
+                    torch.cuda.empty_cache()
+                    if (v := variant(w)) not in loaded:
+                        answers = {tile: job.result() for tile, job in jobs[v].items()}
+                        made = {tile: one for tile, one in answers.items() if one}
+                        images = [kernel_image(name(v, tile), k) for tile, k in made.items()]
+                        loaded[v] = (kernel.Kernels(images, launch.ARGUMENTS), made)
+                    found = measure(w, *loaded[v], card, seed, l2)
+                except Exception as error:  # this workload's are lost, not the others'
+                    found = [failure(str(w), error)]
                 done.append({"workload": str(w), "candidates": found})
                 file.write_text(json.dumps({"machine": about, "workloads": done}, indent=1) + "\n")
                 print(_line(w, found), flush=True)
+                torch.cuda.synchronize()  # raises where a fault has cost the context
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     print(f"{len(done)} of {len(planned)} workloads; written: {file}")
@@ -137,6 +141,8 @@ def run(card: Card, seed: int, about: dict[str, Any], output: Path, time_limit: 
 
 
 def _line(w: Workload, found: list[Row]) -> str:
+    if "default" not in found[0]:
+        return f"{w}: failed: {found[0]['error']}"
     usual, best = next(row for row in found if row["default"]), found[0]
     if "seconds" not in usual:
         return f"{w}: the default failed: {usual['error']}"

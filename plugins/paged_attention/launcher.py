@@ -38,7 +38,8 @@ class AttentionLauncher:
         self._kernels, self._sm, self._multiprocessors = kernels, sm, multiprocessors
         self._scratch, self._scratch_bytes = scratch, scratch_bytes
         self._lengths: tuple[np.ndarray, np.ndarray] | None = None
-        self._plans: dict[tuple[Attention, str, str | None], Plan] = {}
+        # Kind of layer -> its plan, and the arguments that all layers of the kind share.
+        self._plans: dict[tuple[Attention, str, str | None], tuple[Plan, dict[str, float]]] = {}
 
     def begin(self, query_start: np.ndarray, past_lengths: np.ndarray) -> None:
         """The step's lengths on the host, int32 [S+1] and [S]: launches follow from them until the next step.
@@ -71,20 +72,22 @@ class AttentionLauncher:
         if misaligned := [name for name, address in tensors.items() if address % _ALIGNMENT]:
             raise ValueError(f"{misaligned[0]} does not begin at a multiple of {_ALIGNMENT} bytes")
         kind = (attention, dtype, kv_dtype)
-        plan = self._plans.get(kind)
-        if plan is None:
-            plan = self._plans[kind] = self._plan(*kind)
-        arguments: dict[str, float] = {"sinks": 0, "partial_sums": 0, "partial_top": 0, "partial_total": 0}
-        arguments |= {name: self._scratch + at for name, at in scratch_layout(plan)[0].items()}
-        arguments |= {
-            "num_sequences": sequences,
-            "num_splits": plan.num_splits,
-            "k_scale": kv_scales[0],
-            "v_scale": kv_scales[1],
-        }
-        arguments |= {"scale": scale, "softcap": attention.softcap, "window": attention.window, **tensors}
+        if kind not in self._plans:
+            self._plans[kind] = self._prepare(*kind)
+        plan, shared = self._plans[kind]
+        arguments = {**shared, "scale": scale, "k_scale": kv_scales[0], "v_scale": kv_scales[1], **tensors}
         for one in plan.launches:
             self._kernels.launch(str(one.variant), one.grid, arguments, stream)
+
+    def _prepare(
+        self, attention: Attention, dtype: str, kv_dtype: str | None
+    ) -> tuple[Plan, dict[str, float]]:
+        assert self._lengths is not None
+        plan = self._plan(attention, dtype, kv_dtype)
+        shared: dict[str, float] = {"sinks": 0, "partial_sums": 0, "partial_top": 0, "partial_total": 0}
+        shared |= {name: self._scratch + at for name, at in scratch_layout(plan)[0].items()}
+        shared |= {"num_sequences": len(self._lengths[1]), "num_splits": plan.num_splits}
+        return plan, shared | {"softcap": attention.softcap, "window": attention.window}
 
     def _plan(self, attention: Attention, dtype: str, kv_dtype: str | None) -> Plan:
         """The plan whose scratch fits: a step of many short prompts and a long decode would want much."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.runtime.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from llmc.runtime.cache_directory import cache_directory
 from llmc.runtime.errors import BundleError
 
 Identity = list[int]  # device, inode, size, mtime_ns, ctime_ns
@@ -193,11 +194,9 @@ def _identity(entry: os.stat_result) -> Identity:
 
 def _stamp_file(root: Path) -> Path | None:
     """Return the file that records the identities of a bundle's files, or None without a home directory."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.expanduser("~/.cache")
+    folder = cache_directory("verified")
     key = hashlib.sha256(os.fsencode(root)).hexdigest()
-    return Path(base, "llmc", "verified", f"{key}.json") if os.path.isabs(base) else None
+    return folder / f"{key}.json" if folder else None
 
 
 def _load_stamps(root: Path) -> dict[str, object]:

@@ -696,3 +696,30 @@ def test_tuning_compiles_and_writes(
     assert [row["default"] for row in entry["candidates"]] == [False] * 5 + [True]  # 2 tiles, 3 splits
     assert "1000.0 us; rows 16 keys 64" in capsys.readouterr().out
     assert tune.run(CARD, 3, {}, tmp_path, -1.0) == 0
+
+
+@pytest.mark.usefixtures("no_gpu_is_needed")
+def test_a_workload_that_cannot_be_tuned_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    from llmc.plugins.cuda import kernel
+
+    planned = [Workload("32/8x64", "bf16", None, batch, 31, 1) for batch in (1, 2)]
+
+    def measure(w: Workload, *_: Any) -> list[dict[str, Any]]:
+        if w is planned[0]:
+            raise MemoryError("none left")
+        return [
+            {"default": True, "seconds": 1e-6, "rows": 16, "keys": 64, "warps": 4, "stages": 2, "splits": 1}
+        ]
+
+    monkeypatch.setattr(kernel, "Kernels", Filled)
+    monkeypatch.setattr(tune, "workloads", lambda: planned)
+    monkeypatch.setattr(tune, "tiles", lambda v, sm: [])
+    monkeypatch.setattr(tune, "measure", measure)
+    assert tune.run(CARD, 3, {}, tmp_path, 100.0) == 1
+    first, second = json.loads((tmp_path / "tiles-sm90.json").read_text())["workloads"]
+    assert first["candidates"][0]["error"] == "MemoryError: none left"
+    assert second["candidates"][0]["seconds"] == 1e-6
+    assert capsys.readouterr().out.startswith(f"{planned[0]}: failed: MemoryError: none left\n")

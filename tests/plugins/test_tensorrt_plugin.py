@@ -20,9 +20,11 @@ from support.gpu_bundle import (
     ATTENTION,
     DV,
     HEADS,
+    L40,
     MAX_LEN,
     NAMES,
     PLAN,
+    SHA,
     described,
     make_layer,
     manifest,
@@ -216,6 +218,7 @@ def test_every_call_exists_in_the_real_packages(trt: Any) -> None:
         "config": trt.IRuntimeConfig, "self._context": trt.IExecutionContext, "self._runtime": trt.Runtime,
         "trt.ExecutionContextAllocationStrategy": trt.ExecutionContextAllocationStrategy,
         "strategies": trt.DynamicShapesKernelSpecializationStrategy, "trt.ILogger": trt.ILogger,
+        "cache": trt.IRuntimeCache, "self._cache": trt.IRuntimeCache,
         "trt.TensorLocation": trt.TensorLocation, "trt.TensorIOMode": trt.TensorIOMode,
     }  # fmt: skip
     for owner, names in attributes_of(Path(tensorrt_engine.__file__ or ""), objects).items():
@@ -249,4 +252,4 @@ def test_an_engine_that_does_not_load_is_a_plain_error(directory: Path) -> None:
     from llmc.runtime.backends.tensorrt.engine import LoadedEngine
 
     with pytest.raises(BackendError, match=r"TensorRT 1\.7\.1\.\d+ cannot load rank0\.plan: .*Error Code"):
-        LoadedEngine("tensorrt_rtx", directory / PLAN)
+        LoadedEngine("tensorrt_rtx", directory / PLAN, SHA, L40)

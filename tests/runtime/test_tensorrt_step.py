@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,18 @@ from llmc.runtime.backends.tensorrt.step import bucket_of, buckets, fill, room
 from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.bundle.manifest import Precision
 from llmc.runtime.errors import BackendError, RequestError
-from support.gpu_bundle import DV, HEADS, KV_HEADS, LAYERS, MAX_LEN, D, batch, manifest, tensors
+from support.gpu_bundle import (
+    DV,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    MAX_LEN,
+    D,
+    batch,
+    manifest,
+    no_cuda_python,
+    tensors,
+)
 
 # Sizes.
 
@@ -166,3 +178,47 @@ def test_a_step_without_logits_asks_for_one() -> None:
 def test_a_step_beyond_the_engine() -> None:
     with pytest.raises(BackendError, match="the step has 65 input_ids, the engine was loaded for 64"):
         filled(batch([0], [65]), None)
+
+
+# The copy of a step to the GPU.
+
+
+class FakeCuda:
+    """Memory of the host, and the copies that were started."""
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[np.ndarray, int]] = []
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        return np.full(nbytes, 255, np.uint8)
+
+    def allocate(self, nbytes: int) -> int:
+        return 1 << 20
+
+    def upload(self, source: np.ndarray, target: int) -> None:
+        self.copies.append((source.copy(), target))
+
+
+@pytest.mark.skipif(no_cuda_python, reason="cuda-python is not installed")
+@pytest.mark.parametrize("bucket", [None, 4])
+def test_one_copy_takes_a_step_to_the_gpu(bucket: int | None) -> None:
+    from llmc.runtime.backends.tensorrt.step_arrays import StepArrays
+
+    cuda: Any = FakeCuda()
+    most = room(64, 6, MAX_LEN)
+    arrays = StepArrays(cuda, most)
+    step = batch([70, 31, 5], [1, 1, 1] if bucket else [1, 40, 3])
+    lengths = arrays.upload(step, bucket)
+    ((copied, target),) = cuda.copies
+    for name, address in arrays.addresses.items():
+        assert address % 256 == 0
+        begin = address - target
+        end = begin + 4 * lengths[name]
+        assert end <= len(copied)
+        values = getattr(step, name)
+        np.testing.assert_array_equal(copied[begin:end].view(np.int32)[: len(values)], values)
+    # Only the used part of the longest array is copied.
+    assert len(copied) == arrays.addresses["block_indices"] - target + 4 * len(step.block_indices)
+    assert len(copied) < 4 * most["block_indices"] + 2048
+    spans = sorted((arrays.addresses[name], 4 * size) for name, size in most.items())
+    assert all(a + size <= b for (a, size), (b, _) in pairwise(spans))

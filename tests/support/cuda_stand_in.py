@@ -10,7 +10,7 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ R cuMemcpyDtoHAsync(void *d, U s, U n, U st) {
 R cuStreamBeginCapture(U s, int mode) { return mode == 1 ? SAY("begin capture", s, 0, 0) : 1; }
 R cuStreamEndCapture(U s, U *g) { *g = 51; return SAY("end capture", s, 0, 0); }
 R cuGraphInstantiateWithFlags(U *e, U g, U f) { *e = 0; return SAY("instantiate", e, g, f); }
+R cuGraphUpload(U e, U s) { return SAY("upload graph", e, s, 0); }
 R cuGraphDestroy(U g) { return 0; }
 R cuGraphLaunch(U e, U s) { return SAY("replay", e, s, 0); }
 R cuGraphExecDestroy(U e) { return SAY("drop graph", e, 0, 0); }
@@ -92,7 +93,8 @@ def compile_driver(compiler: str, folder: Path) -> None:
 class StandIn:
     """The driver in Python: it keeps memory, runs kernels in Triton's interpreter and records graphs."""
 
-    def __init__(self, fail: str = "") -> None:
+    def __init__(self, fail: str = "", others: Iterable[launch.Variant] = ()) -> None:
+        """fail: the event that fails. others: variants beside those of `gpu_bundle`."""
         self.fail, self.log = fail, []
         self.memory: dict[int, int] = {}
         self.modules: dict[int, str] = {}
@@ -103,6 +105,10 @@ class StandIn:
         ctypes.CDLL("libcuda.so.1").stand_in(self._callback)
         self.variants: dict[str, Any] = {str(v): v for v in launch.variants_for(ATTENTION, [PAIR])}
         self.variants |= {sampling.variant(name): name for name in sampling.ARGUMENTS}
+        self.variants |= {str(v): v for v in others}
+        files = (*kernels((89, "cubin")), *sampling_kernels((89, "cubin")))
+        self.sizes = {str(v): (launch.configure(v, 89).num_warps, 0) for v in others}  # warps, shared memory
+        self.sizes |= {file.variant: (file.num_warps, file.shared_memory) for file in files}
         self.downloads: list[int] = []  # bytes
 
     def event(self, name: bytes, a: int, b: int, c: int) -> int:
@@ -177,9 +183,8 @@ class StandIn:
         name = self.modules[function]
         variant = self.variants[name]
         *sizes, stream = (ctypes.c_uint64 * 8).from_address(shape)
-        made = (*kernels((89, "cubin")), *sampling_kernels((89, "cubin")))
-        file = next(k for k in made if k.variant == name)
-        assert sizes[3:] == [32 * file.num_warps, 1, 1, file.shared_memory]
+        warps, shared = self.sizes[name]
+        assert sizes[3:] == [32 * warps, 1, 1, shared]
         assert stream == 34
         types = sampling.ARGUMENTS.get(variant) or launch.signature(variant)
         places = (ctypes.c_void_p * (len(types) + 2)).from_address(parameters)
@@ -202,8 +207,8 @@ class StandIn:
                 continue
             address = int.from_bytes(data, "little")
             dtype = {
-                "*fp16": torch.float16, "*fp32": torch.float32, "*i32": torch.int32, "*i64": torch.int64,
-                "*u8": torch.uint8,
+                "*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32,
+                "*i32": torch.int32, "*i64": torch.int64, "*u8": torch.uint8,
             }[type_]  # fmt: skip
             if not address:
                 arguments[name] = torch.full((1,), float("nan"))

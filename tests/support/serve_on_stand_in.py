@@ -58,10 +58,12 @@ def main(graphs: str, directory: Path) -> None:
     warnings.filterwarnings("ignore", "overflow encountered in cast")
 
     checks.MODULES["tensorrt-rtx"] = "tensorrt_rtx"
-    backend: Any = load_backend(
-        EngineFile.of(Bundle(directory, made)),
-        LoadOptions(kv_memory=40 * 6144 * CACHE.itemsize, max_sequences=6, max_tokens=64),
-    )
+
+    def load() -> Any:
+        options = LoadOptions(kv_memory=40 * 6144 * CACHE.itemsize, max_sequences=6, max_tokens=64)
+        return load_backend(EngineFile.of(Bundle(directory, made)), options)
+
+    backend = load()
     assert backend.num_blocks == 40
     assert backend.name == "tensorrt-rtx"
     loaded = gpu.log.count("launch")
@@ -120,6 +122,11 @@ def main(graphs: str, directory: Path) -> None:
     sample_on(backend, gpu)
     steps = gpu.log[gpu.log.index("wait") :]
     assert steps.count("allocate") == steps.count("pin") == 0  # nothing is allocated for a step
+    before = gpu.log.count("upload")
+    backend.forward(Batch.pack([([1, 2, 3], 0, [0], True), ([4], 9, [1], True)]))
+    assert gpu.log.count("upload") == before + 1
+    compiled = set(trt.cache.compiled)
+    assert len(compiled) == backend._engine._engine.contexts
 
     before = len(gpu.log)
     backend.close()
@@ -132,6 +139,10 @@ def main(graphs: str, directory: Path) -> None:
     assert not gpu.memory
     assert not gpu.graphs
     assert not gpu.modules
+    trt.cache = type(trt.cache)()
+    again = load()
+    assert trt.cache.compiled >= compiled  # the next start finds what this one compiled
+    again.close()
     print("as the reference says")
 
 

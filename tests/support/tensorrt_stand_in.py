@@ -80,6 +80,7 @@ class StandInTensorRt:
 
     def __init__(self, real: Any, gpu: StandIn, capturable: bool, most_contexts: int = 99) -> None:
         self._real, self.gpu, self.capturable, self.most_contexts = real, gpu, capturable, most_contexts
+        self.cache = StandInCache()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
@@ -124,27 +125,45 @@ class StandInEngine:
         return [None, None, self.trt.Dims(self.given[name].most)]
 
     def create_runtime_config(self) -> Any:
-        return StandInConfig()
+        return StandInConfig(self.trt.cache)
 
     def create_execution_context(self, config: Any) -> Any:
         if self.contexts == self.trt.most_contexts:
             return None  # the GPU has no room for it
         self.contexts += 1
         assert config.strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        assert config.cache == "one cache"
+        assert config.cache is self.trt.cache
+        config.cache.compiled.add(len(config.cache.compiled))
         return StandInContext(self, config)
+
+
+class StandInCache:
+    """The kernels that were compiled, a number each."""
+
+    def __init__(self) -> None:
+        self.compiled: set[int] = set()
+
+    def serialize(self) -> memoryview:
+        return memoryview(bytes(sorted(self.compiled)))
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.compiled = set(blob)
+        return True
 
 
 class StandInConfig:
     dynamic_shapes_kernel_specialization_strategy: Any = None
 
+    def __init__(self, cache: StandInCache) -> None:
+        self._new = cache
+
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         self.strategy = strategy
 
-    def create_runtime_cache(self) -> str:
-        return "one cache"
+    def create_runtime_cache(self) -> StandInCache:
+        return self._new
 
-    def set_runtime_cache(self, cache: str) -> bool:
+    def set_runtime_cache(self, cache: StandInCache) -> bool:
         self.cache = cache
         return True
 

@@ -19,10 +19,11 @@ from llmc.runtime.backends.base import Candidates
 from llmc.runtime.backends.tensorrt import checks, sizes
 from llmc.runtime.backends.tensorrt.bindings import LOGITS, bind
 from llmc.runtime.backends.tensorrt.checks import Device, Step
-from llmc.runtime.backends.tensorrt.cuda import Cuda, place
+from llmc.runtime.backends.tensorrt.cuda import Cuda
 from llmc.runtime.backends.tensorrt.engine import Context, LoadedEngine
 from llmc.runtime.backends.tensorrt.sampling import TokenSampler
-from llmc.runtime.backends.tensorrt.step import bucket_of, buckets, fill, room
+from llmc.runtime.backends.tensorrt.step import bucket_of, buckets, room
+from llmc.runtime.backends.tensorrt.step_arrays import StepArrays
 from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.bundle.manifest import KernelFile, Manifest
 from llmc.runtime.errors import BackendError
@@ -51,6 +52,8 @@ class TensorRtBackend:
             with _as_backend_error("cannot load the engine"):
                 self._load(manifest, directory, device, step, kv_memory)
             self._try(min(2, step.max_tokens))
+            self._engine.keep_compiled()
+            self._owned.callback(self._engine.keep_compiled)  # later steps compile more
         except BaseException:
             self.close()
             raise
@@ -65,13 +68,15 @@ class TensorRtBackend:
         kernels = Kernels((_image(directory, file) for file in chosen), launch.ARGUMENTS)
         self._owned.callback(kernels.close)
         engine = self._engine = LoadedEngine(
-            checks.MODULES[manifest.target.engine], directory / manifest.engines[0].file
+            checks.MODULES[manifest.target.engine],
+            directory / manifest.engines[0].file,
+            manifest.files[manifest.engines[0].file].sha256,
+            device,
         )
         self._owned.callback(engine.close)
         table = bind(engine.tensors(), manifest)
         self._owned.callback(self._contexts.clear)
 
-        # The arrays of a step: pinned on the host, and their addresses on the GPU.
         self._max_seq_len = manifest.limits.max_seq_len
         most = room(step.max_tokens, step.max_sequences, self._max_seq_len)
         if small := [name for name in STEP_INPUTS if most[name] > table.step[name]]:
@@ -79,13 +84,8 @@ class TensorRtBackend:
                 f"the engine takes {table.step[small[0]]} {small[0]}, {most[small[0]]} are asked for",
                 "lower max_batch_tokens or max_sequences",
             )
-        offsets, nbytes = place([4 * most[name] for name in STEP_INPUTS])
-        pinned, arrays = cuda.pinned(nbytes), cuda.allocate(nbytes)
-        self._host = {
-            name: pinned[at : at + 4 * most[name]].view(np.int32)
-            for name, at in zip(STEP_INPUTS, offsets, strict=True)
-        }
-        self._addresses = {name: arrays + at for name, at in zip(STEP_INPUTS, offsets, strict=True)}
+        self._step_arrays = StepArrays(cuda, most)
+        self._addresses = dict(self._step_arrays.addresses)
         logits_bytes = 4 * step.max_sequences * table.vocab_size
         self._logits = cuda.pinned(logits_bytes).view(np.float32).reshape(-1, table.vocab_size)
         self._addresses[LOGITS] = cuda.allocate(logits_bytes)
@@ -149,9 +149,7 @@ class TensorRtBackend:
 
     def _run(self, batch: Batch) -> None:
         bucket = bucket_of(batch, self._buckets)
-        lengths = fill(batch, bucket, self._host)
-        for name, length in lengths.items():
-            self._cuda.upload(self._host[name][:length], self._addresses[name])
+        lengths = self._step_arrays.upload(batch, bucket)
         if bucket is None:
             self._launcher.begin(batch.query_start, batch.past_lengths)
             self._contexts[0].bind({}, _step_shapes(lengths))
@@ -242,8 +240,13 @@ def _image(directory: Path, file: KernelFile) -> KernelImage:
 
 @contextlib.contextmanager
 def _as_backend_error(what: str) -> Iterator[None]:
-    """Raise errors of CUDA and of the launcher as BackendError."""
+    """Raise errors of CUDA, of the launcher and of TensorRT's Python module as BackendError.
+
+    RuntimeError is the base class of CudaError, and what TensorRT's own calls raise. The message is one line.
+    """
     try:
         yield
-    except (CudaError, ValueError, OSError) as error:
-        raise BackendError(f"{what}: {error}", "set LLMC_TRACEBACK=1 for where") from error
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
+        raise BackendError(
+            f"{what}: {' '.join(str(error).split())}", "set LLMC_TRACEBACK=1 for where"
+        ) from error

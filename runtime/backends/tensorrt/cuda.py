@@ -106,9 +106,15 @@ class Cuda:
             raise
         graph = call(driver.cuStreamEndCapture, self.stream)
         try:
-            return Graph(call(driver.cuGraphInstantiate, graph, 0), self.stream)
+            ready = call(driver.cuGraphInstantiate, graph, 0)
         finally:
             call(driver.cuGraphDestroy, graph)
+        try:  # here the GPU runs out of memory for it, and not at the first launch
+            call(driver.cuGraphUpload, ready, self.stream)
+        except CudaError:
+            call(driver.cuGraphExecDestroy, ready)
+            raise
+        return Graph(ready, self.stream)
 
     def close(self) -> None:
         """Free everything. A second call does nothing. Continues after an error, and raises the last one."""

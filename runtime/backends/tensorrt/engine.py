@@ -14,6 +14,8 @@ from typing import Any
 
 from llmc.plugins.paged_attention.tensorrt_plugin import Launcher, register, use_launcher
 from llmc.runtime.backends.tensorrt.bindings import Tensor
+from llmc.runtime.backends.tensorrt.checks import Device
+from llmc.runtime.backends.tensorrt.runtime_cache import RuntimeCacheFile
 from llmc.runtime.errors import BackendError
 
 _KEPT_MESSAGES = 8
@@ -22,8 +24,12 @@ _KEPT_MESSAGES = 8
 class LoadedEngine:
     """A deserialized engine. It needs a current CUDA context, even when it is closed."""
 
-    def __init__(self, module: str, plan: Path) -> None:
-        """Load the engine file with the Python module of its TensorRT. Raises BackendError."""
+    def __init__(self, module: str, plan: Path, plan_sha256: str, gpu: Device) -> None:
+        """Load the engine file with the Python module of its TensorRT.
+
+        plan_sha256, gpu: with TensorRT's version they say which compiled kernels of an earlier start fit.
+        Raises BackendError.
+        """
         self._trt = importlib.import_module(module)
         register(self._trt)
         self._log = _logger(self._trt)
@@ -33,6 +39,7 @@ class LoadedEngine:
         if self._engine is None:
             raise self._error(f"cannot load {plan.name}", "check the bundle with `llmc inspect --verify`")
         self._cache: Any = None  # compiled kernels, shared by all contexts (TensorRT-RTX)
+        self._cache_file = RuntimeCacheFile(plan_sha256, gpu.sm, gpu.name, self._trt.__version__)
 
     @property
     def activation_bytes(self) -> int:
@@ -60,20 +67,38 @@ class LoadedEngine:
         Raises BackendError.
         """
         trt = self._trt
-        self._log.errors.clear()  # earlier errors are not the cause of this one
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
         if strategies is not None:
             chosen = strategies.EAGER if one_shape else strategies.NONE
             config.dynamic_shapes_kernel_specialization_strategy = chosen
-            self._cache = self._cache or config.create_runtime_cache()
+            if self._cache is None:
+                self._cache = self._load_compiled(config)
             config.set_runtime_cache(self._cache)
+        self._log.errors.clear()  # earlier errors are not the cause of this one
         context = self._engine.create_execution_context(config)
         if context is None:
             raise self._error("cannot make an execution context", "free memory on the GPU")
         context.set_device_memory(memory, self.activation_bytes)
         return Context(self, context)
+
+    def _load_compiled(self, config: Any) -> Any:
+        """Return a runtime cache with the kernels that earlier starts compiled, if TensorRT accepts them.
+
+        It refuses those of another GPU, driver or version, which leaves the cache empty.
+        """
+        cache = config.create_runtime_cache()
+        compiled = self._cache_file.read()
+        if compiled:
+            cache.deserialize(compiled)
+        return cache
+
+    def keep_compiled(self) -> None:
+        """Write the kernels that were compiled to disk, for the next start. Needs a current CUDA context."""
+        compiled = None if self._cache is None else self._cache.serialize()
+        if compiled is not None:
+            self._cache_file.write(bytes(compiled))
 
     def close(self) -> None:
         """Free the engine. All contexts must be gone."""
@@ -127,6 +152,6 @@ def _logger(trt: Any) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
-                self.errors.append(message.strip())
+                self.errors.append(" ".join(message.split()))  # errors are one line
 
     return Logger()
