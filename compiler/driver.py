@@ -281,10 +281,10 @@ def _maker(plan: BuildPlan, inputs: BuildInputs, clock: Clock) -> Maker:
 
     with clock.phase("trace for calibration"):
         graph = inputs.unquantized()
-    checkpoint, own_text = inputs.checkpoint, plan.request.calibration is None
+    checkpoint, default_text = inputs.checkpoint, plan.request.calibration is None
     vocabulary, tokenizer = plan.geometry.vocab_size, checkpoint.tokenizer
     length = plan.sizes.max_seq_len
-    ids = calibration_windows(text, tokenizer, vocabulary, length, all_parts=not own_text)
+    ids = calibration_windows(text, tokenizer, vocabulary, length, all_parts=not default_text)
     source = Source.of(text if tokenizer else "", ids, checkpoint.config)
     method = plan.request.calibration_method
     return step.Calibrated(inputs.tensors, layers(graph, inputs.tensors, ids), source, method)

@@ -122,7 +122,7 @@ def _dump(model: ir.Model, directory: Path, name: str) -> None:
 
 
 def as_text(model: ir.Model) -> str:
-    """Return the graph in ONNX's text format, without the data of large initializers. `model` is unchanged."""
+    """Return the graph in ONNX's text format, without the data of large initializers."""
     large = {
         value: value.const_value
         for value in model.graph.initializers.values()

@@ -107,7 +107,7 @@ def _weights(job: Job) -> str:
 
 
 def faults(findings: Findings, dtype: str) -> list[str]:
-    """Return a description of every figure if any is out of bounds, else an empty list. NaN is out of bounds."""
+    """Return every figure as text if any is out of bounds or NaN, else an empty list."""
     error, bound = findings.max_logit_error, findings.tolerance
     share, least = findings.top1_agreement, findings.least_top1
     least = MIN_TOP1[dtype] if least is None else least
