@@ -27,7 +27,7 @@ from workload import phases, ratios
 
 TOOLS = ("llmc", "openvino-genai", "onnxruntime-genai", "transformers")
 READS_CHECKPOINT = ("transformers",)
-# What a "+switch" puts into a worker's environment.
+# The environment variables that a "+switch" sets for a worker.
 RUNTIME = {
     "fast": ("FAST", "1"),
     "kv8": ("KV_CACHE", "int8"),

@@ -13,7 +13,7 @@ from workload import METRICS, median
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to judge the numbers (Linux)."""
+    """Return the machine and software versions that the numbers depend on (Linux)."""
     cpu: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")

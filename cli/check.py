@@ -37,8 +37,8 @@ def check(
         if report.findings:
             rows = [("", "KIND", "TENSOR", "WHAT")]
             rows += [
-                ("warning" if one.warning else "fault", one.kind, one.tensor, one.what)
-                for one in report.findings
+                ("warning" if finding.warning else "fault", finding.kind, finding.tensor, finding.what)
+                for finding in report.findings
             ]
             print(f"\n{_printable(table(rows))}")
     if report.faults:

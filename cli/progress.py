@@ -1,4 +1,4 @@
-"""The progress display of `llmc build`: drawn on a terminal, notes only anywhere else."""
+"""The progress display of `llmc build`. If stderr is not a terminal, only notes are printed."""
 
 from __future__ import annotations
 

@@ -44,11 +44,11 @@ class BuildInputs:
     model: ir.Model
     #: The checkpoint's tensors, under the names of tied parameters too.
     tensors: Mapping[str, TensorRef]
-    #: Those whose codes and scales are still to be made.
+    #: The matrices whose codes and scales are not computed yet.
     matrices: list[QuantizedMatrix]
     #: None: the checkpoint is not quantized.
     prequantized: PrequantizedWeights | None
-    #: What to calibrate on.
+    #: The calibration text or ranges. None: no calibration is needed.
     calibration: Calibration
     #: Makes the canonical graph in fp32, before quantization, which calibration runs.
     unquantized: Callable[[], ir.Model]
@@ -106,7 +106,7 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
 def plan_build(
     request: BuildRequest, progress: Progress | None = None, clock: Clock | None = None
 ) -> tuple[BuildPlan, BuildInputs]:
-    """Do everything before the first byte is written: read, trace, rewrite, quantize and legalize."""
+    """Read the checkpoint, then trace, rewrite, plan the quantization and legalize. Writes no files."""
     clock = clock or Clock(progress or Silent())
     with clock.phase("read checkpoint"):
         given = _read(request)
@@ -182,7 +182,7 @@ class _Given:
 
 
 def _read(request: BuildRequest) -> _Given:
-    """Raises LlmcError for what this checkpoint, this target or this machine cannot do."""
+    """Read the inputs. Raises LlmcError for what the checkpoint, the target or the machine cannot do."""
     checkpoint = Checkpoint.open(hub.resolve(request.checkpoint, request.revision))
     family = recipe.load(checkpoint.model_type)
     target = targets.target(request.target)
@@ -281,10 +281,10 @@ def _maker(plan: BuildPlan, inputs: BuildInputs, clock: Clock) -> Maker:
 
     with clock.phase("trace for calibration"):
         graph = inputs.unquantized()
-    checkpoint, own_text = inputs.checkpoint, plan.request.calibration is None
+    checkpoint, default_text = inputs.checkpoint, plan.request.calibration is None
     vocabulary, tokenizer = plan.geometry.vocab_size, checkpoint.tokenizer
     length = plan.sizes.max_seq_len
-    ids = calibration_windows(text, tokenizer, vocabulary, length, all_parts=not own_text)
+    ids = calibration_windows(text, tokenizer, vocabulary, length, all_parts=not default_text)
     source = Source.of(text if tokenizer else "", ids, checkpoint.config)
     method = plan.request.calibration_method
     return step.Calibrated(inputs.tensors, layers(graph, inputs.tensors, ids), source, method)

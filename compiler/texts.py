@@ -1,4 +1,4 @@
-"""Turn a text into windows of token ids: for calibration, evaluation, the proof and `llmc verify --text`."""
+"""Turn a text into windows of token ids for calibration, verification and `llmc verify --text`."""
 
 from __future__ import annotations
 

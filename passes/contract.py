@@ -115,23 +115,23 @@ def _first(problems: Sequence[str]) -> str:
 
 
 def _dump(model: ir.Model, directory: Path, name: str) -> None:
-    """Write the graph, without large data, to the next numbered file in `directory`."""
+    """Write the graph to the next numbered text file in `directory`, without the data of large constants."""
     directory.mkdir(parents=True, exist_ok=True)
     number = 1 + sum(1 for file in directory.iterdir() if file.suffix == ".txt")
     (directory / f"{number:02}-{name}.txt").write_text(as_text(model), "utf-8")
 
 
 def as_text(model: ir.Model) -> str:
-    """Return the graph in ONNX's text form, without the data of large initializers. `model` is unchanged."""
+    """Return the graph in ONNX's text format, without the data of large initializers."""
     large = {
         value: value.const_value
         for value in model.graph.initializers.values()
         if value.const_value is not None and value.const_value.size > _DUMPED_ELEMENTS
     }
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # onnx_ir warns of every initializer without data
+    logging.disable(logging.WARNING)  # onnx_ir logs a warning for every initializer without data
     try:
-        for value in large:  # not in a clone: nodes that are out of order cannot be cloned
+        for value in large:  # change the graph itself: a graph with nodes out of order cannot be cloned
             value.const_value = None
         return ir.to_onnx_text(model)
     finally:

@@ -46,7 +46,7 @@ class RequestOutput:
 
 @dataclass
 class EngineStats:
-    """Sums since the engine started. step_seconds - backend_seconds is the time outside the backend."""
+    """Totals since the engine started. step_seconds - backend_seconds is the time outside the backend."""
 
     steps: int = 0
     step_seconds: float = 0.0
@@ -147,7 +147,8 @@ class Engine:
     ) -> list[RequestOutput]:
         """Run all prompts to the end. Return the finished outputs in the order of the prompts.
 
-        params: one for all prompts, or a list with one for each. Other requests of the engine advance too.
+        params: one SamplingParams for all prompts, or a list with one for each.
+        Other requests of the engine advance too.
         """
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
@@ -251,7 +252,7 @@ class Engine:
         return rows
 
     def _append(self, sequence: TokenSequence, token: int) -> RequestOutput:
-        """Append the next token to a sequence, and finish the sequence if it was the last."""
+        """Append a token to a sequence. Finish the request if a stop condition is met."""
         request, params = self._requests[sequence.request_id], sequence.params
         sequence.token_ids.append(token)
         request.output_ids.append(token)

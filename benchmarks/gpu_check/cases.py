@@ -122,7 +122,7 @@ def cases(*, quick: bool = False) -> list[Case]:
 
 
 def share(all_cases: list[Case], index: int, count: int) -> list[Case]:
-    """What process `index` of `count` runs, so that no two compile the same."""
+    """Return the cases of process `index` of `count`, so that no two processes compile the same case."""
     pairs = list(dict.fromkeys((case.shape, case.dtypes) for case in all_cases))
     own = set(pairs[index::count])
     return [case for case in all_cases if (case.shape, case.dtypes) in own]

@@ -1,4 +1,4 @@
-"""What this card reaches at best: bytes of memory and products of matrices a second, measured."""
+"""Measure the GPU's peak memory bandwidth and matrix-multiplication throughput."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _REGISTERS = 200  # that sums and scores may take of a thread's 255
 
 @dataclass(frozen=True)
 class Tile:
-    """What a candidate changes of a `Config`."""
+    """The fields of a `Config` that a candidate changes."""
 
     rows: int
     keys: int

@@ -2,7 +2,7 @@
 
 Magnitudes are counted in a histogram. A bin is the float32 bit pattern without its last 12 bits: the
 exponent and 11 bits of mantissa, a relative width of 2^-11. 100 million magnitudes need one pass and 4 MB;
-the search for a scale then reads the histogram alone.
+the search for a scale then reads only the histogram.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class ClipRanges:
 
     #: The largest magnitude.
     max: float
-    #: 99.99 % of the magnitudes are not larger.
+    #: The 99.99th percentile of the magnitudes.
     percentile: float
-    #: The range of the least mean squared error with E4M3 codes at scale range / 448, or int8 at range / 127.
+    #: The range with the least squared error for E4M3 codes at scale range / 448, or int8 at range / 127.
     mse: float
 
     def amax(self, method: str) -> float:

@@ -49,7 +49,12 @@ def _download(name: str, revision: str | None) -> Path:
         found = snapshot_download(
             name, revision=revision, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)
         )
-    except (errors.HTTPError, errors.HFValidationError, OSError, RuntimeError) as error:  # the last: hf_xet
+    except (
+        errors.HTTPError,
+        errors.HFValidationError,
+        OSError,
+        RuntimeError,
+    ) as error:  # hf_xet raises RuntimeError
         raise CheckpointError(*_explain(name, revision, error)) from error
     if not any(Path(found).glob("*.safetensors")):
         if constants.is_offline_mode():

@@ -78,9 +78,11 @@ def attention(
     query: [1, Hq, T, D]
     key: [1, Hkv, T, D]
     value: [1, Hkv, T, Dv]
+    scale: the factor of the scores
     softcap: if positive, scores become softcap * tanh(scores / softcap) before the mask (Gemma 2,
         arXiv:2408.00118)
     window: if positive, a token attends to itself and the window - 1 tokens before it
+    layer: the index of the layer, which the exported node keeps
 
     Returns [1, T, Hq, Dv].
     """

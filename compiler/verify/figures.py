@@ -11,7 +11,7 @@ from llmc.runtime.bundle.manifest import Manifest
 
 @dataclass(frozen=True)
 class Figures:
-    """The difference of an engine from its checkpoint, in figures. None: not known."""
+    """The measured difference between an engine and its checkpoint. None: not known."""
 
     #: Whether this was measured now or when the bundle was built.
     origin: Literal["measured", "recorded"]
@@ -22,9 +22,9 @@ class Figures:
     #: In nats.
     mean_kl: float | None = None
     max_logit_error: float | None = None
-    #: The reference's.
+    #: Perplexity of the reference.
     perplexity_unquantized: float | None = None
-    #: The engine's.
+    #: Perplexity of the engine.
     perplexity: float | None = None
     perplexity_increase_percent: float | None = None
     #: The loss of a quantized KV cache, where the build measured it apart.
@@ -59,7 +59,7 @@ class Threshold:
 
     @property
     def text(self) -> str:
-        """ "mean KL 0.02 (at most 0.01)"."""
+        """The threshold as text, such as "mean KL 0.02 (at most 0.01)"."""
         figure = "unknown" if self.figure is None else f"{self.figure:g}"
         return f"{self.name} {figure} ({'at least' if self.at_least else 'at most'} {self.bound:g})"
 
@@ -68,8 +68,8 @@ def recorded(manifest: Manifest) -> Figures:
     """Return the figures that the build recorded, against the checkpoint.
 
     The weights of a pre-quantized checkpoint are dequantized. In 16 bits the figures are the loss of the
-    whole engine, in fp32 those of quantization: there the engine adds nothing that counts. The loss of a
-    quantized KV cache is apart from both.
+    whole engine, in fp32 those of quantization: there the engine's own error is
+    negligible. The loss of a quantized KV cache is recorded separately.
     """
     cache = manifest.verification.details.get("kv_cache_loss")
     lost = known(cache) if isinstance(cache, Mapping) else {}
@@ -87,7 +87,7 @@ def _without_cache(manifest: Manifest) -> Figures:
         engine = loss.get("engine")
         found = known(engine if isinstance(engine, Mapping) else loss)
         before, after = found.get("perplexity_unquantized"), found.get("perplexity")
-        if before and after:  # of bundles that record these two only
+        if before and after:  # older bundles record only these two
             found.setdefault("perplexity_increase_percent", round(100 * (after / before - 1), 2))
         if "top1_agreement_without_ties" in found:
             found.setdefault("top1_agreement", found["top1_agreement_without_ties"])

@@ -26,7 +26,7 @@ from llmc.runtime.errors import VerificationError
 from llmc.runtime.memory import available_memory
 
 MAX_RMS_RATIO = 1.5  # 16 bits: the engine's rms error over that of transformers; 0.9 to 1.0 were measured
-MAX_ACTIVATION_RATIO = 0.5  # fp32: values that fall to the other side of a code
+MAX_ACTIVATION_RATIO = 0.5  # fp32: allows for values that round to a neighbouring code
 
 
 def prove(
@@ -107,7 +107,7 @@ def _weights(job: Job) -> str:
 
 
 def faults(findings: Findings, dtype: str) -> list[str]:
-    """Return every figure, in words, if any is out of bounds; NaN always is. Else an empty list."""
+    """Return every figure as text if any is out of bounds or NaN, else an empty list."""
     error, bound = findings.max_logit_error, findings.tolerance
     share, least = findings.top1_agreement, findings.least_top1
     least = MIN_TOP1[dtype] if least is None else least
@@ -145,7 +145,7 @@ def _round_up(error: float) -> float:
 
 def compare_in_child(job: Job, progress: Progress) -> Findings:
     """Run the comparison in a process of its own."""
-    child = Child("llmc.compiler.verify.child", "verification", "--no-verify builds without the proof")
+    child = Child("llmc.compiler.verify.child", "verification", "--no-verify builds without verification")
     found = child.run({"prove": job.to_json()}, progress)
     return Findings(**found)
 

@@ -10,7 +10,7 @@ ONNX Runtime 1.32 has no bf16 arithmetic. It has fp16, but omits some of the rou
 transformers' (tales, 2026-11-23). This graph's error is within 15 % of it. Caches are fp32 and hold rounded
 values, because the backend keeps them so; quantized ones hold codes times their scale
 (`widen_quantized_caches.py`).
-docs/explanation/fidelity.md says what this proves.
+docs/explanation/fidelity.md says what this shows.
 """
 
 from __future__ import annotations

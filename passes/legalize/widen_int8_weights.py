@@ -34,7 +34,9 @@ def _is_int8_product(node: ir.Node) -> bool:
     if node.op_type != "Gemm":
         return False
     x, weight = (edit.operand(node, index).producer() for index in (0, 1))
-    dequantized = [one is not None and one.op_type == "DequantizeLinear" for one in (x, weight)]
+    dequantized = [
+        producer is not None and producer.op_type == "DequantizeLinear" for producer in (x, weight)
+    ]
     return all(dequantized) and x is not None and edit.operand(x, 0).dtype == ir.DataType.INT8
 
 

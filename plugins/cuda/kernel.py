@@ -1,4 +1,4 @@
-"""Loads compiled kernels into the current CUDA context and launches them."""
+"""Load compiled kernels into the current CUDA context and launch them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from cuda.bindings import driver
 
 from llmc.plugins.cuda.driver import CudaError, call
 
-_DEFAULT_SHARED = 48 << 10  # dynamic shared memory that needs no permission (CUDA C++ programming guide)
-_PACKED = {"i32": "i4x", "fp32": "f4x"}  # every argument in 8 bytes of its own; others are pointers
+_DEFAULT_SHARED = (
+    48 << 10
+)  # bytes of dynamic shared memory that a kernel gets without an attribute (CUDA C++ programming guide)
+_PACKED = {"i32": "i4x", "fp32": "f4x"}  # each argument takes 8 bytes; other types are pointers
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class _Kernel:
 
     def __init__(self, image: KernelImage, arguments: Mapping[str, str]) -> None:
         self._names = tuple(arguments)
-        types = [*arguments.values(), "*scratch", "*scratch"]  # both null
+        types = [*arguments.values(), "*scratch", "*scratch"]  # Triton's scratch buffers, both null
         self.module = call(driver.cuModuleLoadData, image.image + b"\0")  # PTX ends with a zero
         self._function = call(driver.cuModuleGetFunction, self.module, image.entry.encode())
         call(driver.cuFuncLoad, self._function)  # else the first launch loads it, perhaps in a capture
@@ -55,10 +57,10 @@ class Kernels:
     """Kernels by variant, in the CUDA context that was current when they were loaded."""
 
     def __init__(self, images: Iterable[KernelImage], arguments: Mapping[str, Mapping[str, str]]) -> None:
-        """Loads the images.
+        """Load the images.
 
         arguments: kernel -> its run-time arguments and their Triton types, in order.
-        Raises CudaError for an image that the driver refuses; then no kernel stays loaded.
+        Raises CudaError if the driver rejects an image. No kernel stays loaded then.
         """
         self._kernels: dict[str, _Kernel] = {}
         try:
@@ -71,10 +73,10 @@ class Kernels:
     def launch(
         self, variant: str, grid: tuple[int, int, int], arguments: Mapping[str, float], stream: int
     ) -> None:
-        """Puts one kernel on `stream` (a CUstream's number).
+        """Launch one kernel on `stream` (the address of a CUstream).
 
-        arguments: by name; more than the kernel takes are allowed. Pointers are addresses on the device.
-        Raises CudaError.
+        arguments: name -> value. Names that the kernel lacks are ignored. Pointers are device addresses.
+        Raises CudaError if the bundle has no such kernel, or the launch fails.
         """
         kernel = self._kernels.get(variant)
         if kernel is None:

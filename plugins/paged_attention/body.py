@@ -1,7 +1,7 @@
 """`llmc.PagedAttention` as an ONNX function body of standard operators (opset 23).
 
 Any ONNX runtime can execute a graph that carries this function: it is the reference that builds are
-proven against, and the executor for graphs that OpenVINO's attention cannot express. It scores every
+checked against, and the executor for graphs that OpenVINO's attention cannot express. It scores every
 token of a step against every cached token of the step and masks the other sequences out, in fp32.
 """
 

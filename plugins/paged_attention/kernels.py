@@ -35,7 +35,7 @@ E4M3_IN_HALF = tl.constexpr(256.0)
 # Weights that are rounded to float16 are at most 2**15, not 1: small ones keep their bits.
 HEADROOM = tl.constexpr(15.0)
 HEADROOM_EXP2 = tl.constexpr(32768.0)
-# What is masked of a tile: see `_attend`.
+# The kinds of mask of a tile: see `_attend`.
 ALL_SEEN = tl.constexpr(0)
 ALIKE = tl.constexpr(1)
 CAUSAL = tl.constexpr(2)

@@ -73,7 +73,7 @@ def paged_attention(
 
 
 def _entries(x: np.ndarray, cache: np.ndarray, scale: float) -> np.ndarray:
-    """What the cache gets for `x`: itself, or E4M3 codes."""
+    """Return what the cache stores for `x`: `x` itself, or its E4M3 codes."""
     if cache.dtype.itemsize > 1:
         return x
     codes = np.clip(x.astype(np.float32) / np.float32(scale), -E4M3_MAX, E4M3_MAX)

@@ -344,7 +344,7 @@ def test_an_int8_cache_on_the_cpu(checkpoint: Callable[[str], Path], tmp_path: P
     assert manifest.verification.max_logit_error is not None
     loss = manifest.verification.details["kv_cache_loss"]
     assert (loss["kv_dtype"], loss["positions"]) == ("u8", manifest.verification.tokens_compared)
-    # The proof is of fp32; 8 bits lose more than its bound allows, and not much.
+    # Verification is in fp32; 8 bits lose more than its bound allows, and not much.
     assert manifest.verification.max_logit_error < 1e-4 < loss["max_logit_error"] < 1
     assert 0 < loss["mean_kl"] < 0.01
     measured = judge(result.path, str(checkpoint("llama-tiny")), None, Silent()).figures  # with that cache

@@ -204,7 +204,7 @@ def test_a_quantized_checkpoint_that_lacks_a_tensor(
 def test_an_engine_of_the_dequantized_weights_is_proven(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The bundle is built from the plain weights; its proof against the quantized checkpoint holds."""
+    """The bundle is built from the plain weights; verified against the quantized checkpoint, it passes."""
     from llmc.compiler.driver import compile_model
     from llmc.compiler.request import BuildRequest
 
@@ -224,7 +224,7 @@ def test_an_engine_of_the_dequantized_weights_is_proven(
     findings = compare(Job.from_json(json.loads(json.dumps(job.to_json()))))
     assert not prove.faults(findings, "fp32")
     assert "quantization_loss" not in findings.details
-    # With weights that differ from these in one module the proof fails.
+    # With weights that differ from these in one module the verification fails.
     weight = load_file(plain / "model.safetensors")[UP]
     stored, _ = int8(tmp_path / "w.safetensors", {UP: weight})
     assert prove.faults(compare(replace(job, quantized=stored)), "fp32")

@@ -30,7 +30,7 @@ def logits_after(context: np.ndarray, vocab: int = VOCAB) -> np.ndarray:
 
 
 def entry(token: Any, position: Any) -> Any:
-    """What the cache holds of a token in place of keys and values."""
+    """Return the number that the cache stores for a token in place of keys and values."""
     return token * 4096 + position
 
 

@@ -13,8 +13,8 @@ _NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\..*?(?:[kv]_proj\.)?([kv])_scale")
 def layer_kv_scales(checkpoint: QuantizedCheckpoint) -> dict[int, tuple[float, float]]:
     """Return layer -> (scale of the keys, scale of the values), which multiply the cached codes.
 
-    A cache in NVFP4 has a scale for each block as well. ModelOpt stores the scales on k_proj and v_proj,
-    compressed-tensors on the attention module. A missing one of a pair is 1.
+    ModelOpt stores the scales under k_proj and v_proj, compressed-tensors under the attention module. If a
+    layer has only one of the two scales, the other is 1. The block scales of an NVFP4 cache are not returned.
     Raises CheckpointError for a scale that is not a positive number.
     """
     found: dict[int, dict[str, float]] = {}
@@ -29,4 +29,4 @@ def layer_kv_scales(checkpoint: QuantizedCheckpoint) -> dict[int, tuple[float, f
                 "llmc reads one scale for the keys and one for the values of a layer",
             )
         found.setdefault(int(match[1]), {})[match[2]] = float(values[0])
-    return {layer: (one.get("k", 1.0), one.get("v", 1.0)) for layer, one in sorted(found.items())}
+    return {layer: (scales.get("k", 1.0), scales.get("v", 1.0)) for layer, scales in sorted(found.items())}

@@ -37,7 +37,7 @@ ROLES: dict[str, Role] = {
     "weight": "weight",
     "weight_packed": "weight",
     "weight_scale": "weight_scale",
-    "weight_scale_inv": "weight_scale",  # DeepSeek; in spite of its name it multiplies
+    "weight_scale_inv": "weight_scale",  # DeepSeek; despite its name, it multiplies
     "weight_scale_2": "global_scale",  # ModelOpt
     "weight_global_scale": "inverse_global_scale",  # compressed-tensors
     "input_scale": "input_scale",
@@ -62,7 +62,7 @@ class QuantizedModule:
     shape: tuple[int, int]
     #: The rows and columns of the weight that share one value of `weight_scale`.
     block: tuple[int, int]
-    #: The layer's tensors, as they lie on disk.
+    #: The layer's tensors as stored on disk, by role.
     tensors: Mapping[Role, TensorRef]
 
     @property

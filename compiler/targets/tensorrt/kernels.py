@@ -1,8 +1,7 @@
-"""The kernels that a bundle carries, for its GPUs: the variants of attention that the model needs, and those
-that choose among its logits.
+"""The GPU kernels in a bundle: the attention variants that the model needs, and the sampling kernels.
 
-Each GPU gets machine code (cubin), which the driver loads as it is. GPUs that are newer than any named, or
-that Triton has no portable code for, get PTX, which the driver compiles when it loads it.
+Each GPU gets machine code (cubin), which the driver loads as it is. GPUs that llmc has no
+cubin for get PTX, which the driver compiles when it loads it.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ if TYPE_CHECKING:
 
     from llmc.plugins.cuda.compile import Kernel
 
-_PORTABLE = (80, 86, 89, 120)  # what a portable TensorRT-RTX engine runs on, of those we compile for
+_PORTABLE = (80, 86, 89, 120)  # the SMs among SMS that a portable TensorRT-RTX engine runs on
 _PTX = 89  # Triton's code for SM90 and newer is for exactly that GPU (sm_90a and so on)
 
 
 def check(sms: Iterable[int]) -> None:
-    """Raises UnsupportedError for a GPU that the kernels cannot be compiled for."""
+    """Check the compute capabilities. Raises UnsupportedError if the kernels do not support one."""
     for sm in sms:
         if sm < min(SMS):
             raise UnsupportedError(
@@ -45,7 +44,7 @@ def check(sms: Iterable[int]) -> None:
 
 
 def codes(sms: tuple[int, ...]) -> list[tuple[int, str]]:
-    """(SM, "cubin" or "ptx") to compile for GPUs of these compute capabilities; none: portable."""
+    """Return the (SM, "cubin" or "ptx") to compile for these SMs. Empty: a portable engine."""
     cubins = [sm for sm in (sms or _PORTABLE) if sm in SMS]
     needs_ptx = not sms or any(sm not in SMS for sm in sms)
     return [(sm, "cubin") for sm in cubins] + ([(_PTX, "ptx")] if needs_ptx else [])
@@ -74,7 +73,7 @@ def compile_into(
     except ModuleNotFoundError as error:
         raise BuildError(f"the GPU kernels need {error.name}", install_hint("kernels")) from error
     except CompileError as error:
-        raise BuildError(f"a GPU kernel: {error}", "please report this") from error
+        raise BuildError(f"a GPU kernel cannot be compiled: {error}", "please report this") from error
     return tuple(files)
 
 
@@ -84,7 +83,7 @@ def attention_variants(model: ir.Model, resolved: Resolved) -> tuple[Variant, ..
 
 
 def layers(model: ir.Model) -> list[Attention]:
-    """The attention layers of a canonical or lowered graph, as the kernels see them."""
+    """Return the attention layers of a canonical or lowered graph, as the kernels' parameters."""
     found = []
     for node in attention_nodes(model):
         _, kv_heads, _, head_dim = edit.dims(edit.operand(node, 3))

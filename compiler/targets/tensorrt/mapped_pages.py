@@ -1,4 +1,4 @@
-"""Gives back the memory of files that a library has mapped and will read again at most once or twice.
+"""Release the memory of files that a library has mapped.
 
 TensorRT's ONNX parser maps the weights, and a build copies them twice: with the file's own pages that is
 three times the weights at the peak. Pages of a file that nobody writes can be dropped at any moment; whoever
@@ -13,17 +13,17 @@ import os
 import threading
 from collections.abc import Iterator
 
-_MADV_DONTNEED = 4  # Linux; for a private mapping that is only read, it forgets nothing
+_MADV_DONTNEED = 4  # Linux; loses no data of a private mapping that is only read
 _PERIOD = 0.1  # seconds
 _MAPS_BYTES = 4 << 20  # far more than any process's list of mappings
 
 
 @contextlib.contextmanager
 def kept_small(suffix: str) -> Iterator[None]:
-    """Drops the pages of files mapped now whose names end with `suffix`, again and again in the block.
+    """Drop the pages of the mapped files whose names end with `suffix`, periodically while the block runs.
 
-    Does nothing where the system is not Linux. Once the block has begun, the thread that does it asks for no
-    memory: what the block allocates lies at the same addresses every time.
+    Does nothing on other systems than Linux. The thread allocates no memory once the block has begun, so
+    that the block's allocations get the same addresses in every run.
     """
     ranges = _mapped(suffix)
     if not ranges:
@@ -51,7 +51,7 @@ def kept_small(suffix: str) -> Iterator[None]:
 
 
 def _mapped(suffix: str) -> list[tuple[int, int]]:
-    """(address, bytes) of every mapping of such a file that cannot be written through."""
+    """Return (address, bytes) of every read-only mapping of such a file."""
     return [span for line in _lines("/proc/self/maps") if (span := _read_only(line, suffix))]
 
 
@@ -64,8 +64,10 @@ def _read_only(line: bytes, suffix: str) -> tuple[int, int] | None:
 
 
 def _lines(path: str) -> Iterator[bytes]:
-    """The lines of a file of the system, none if it is not there. All of them pass through one buffer, so
-    that what is allocated does not depend on the lengths of the paths in them."""
+    """Yield the lines of a file in /proc, or none if it does not exist.
+
+    One buffer holds them all, so that allocations do not depend on the lengths of the paths.
+    """
     if not os.path.exists(path):
         return
     buffer, used = bytearray(_MAPS_BYTES), 0

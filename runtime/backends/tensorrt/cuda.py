@@ -13,7 +13,7 @@ from cuda.bindings import driver
 from llmc.plugins.cuda.driver import CudaError, call
 from llmc.runtime.backends.tensorrt.checks import Device
 
-_ALIGNMENT = 256  # of arrays in one allocation, as TensorRT requires for its tensors
+_ALIGNMENT = 256  # bytes; TensorRT requires it of its tensors
 
 
 def probe(ordinal: int = 0) -> Device:
@@ -101,7 +101,7 @@ class Cuda:
         try:
             record()
         except BaseException:
-            with contextlib.suppress(CudaError):  # says that the capture is invalid
+            with contextlib.suppress(CudaError):  # cuStreamEndCapture reports the invalid capture
                 call(driver.cuGraphDestroy, call(driver.cuStreamEndCapture, self.stream))
             raise
         graph = call(driver.cuStreamEndCapture, self.stream)

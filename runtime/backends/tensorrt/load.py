@@ -1,4 +1,4 @@
-"""Loading of a bundle's TensorRT engine, after the checks that this machine can run it."""
+"""Check that this machine can run a bundle's TensorRT engine, then load it."""
 
 from __future__ import annotations
 
