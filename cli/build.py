@@ -159,8 +159,11 @@ def require_build_libraries() -> None:
 
 def default_output(checkpoint: str) -> Path:
     """Return `<name of the checkpoint>.llmc` in the current directory."""
+    from llmc.compiler.checkpoint import hub
+
     path = Path(checkpoint).expanduser()
-    name = path.resolve().name if path.exists() else checkpoint.rstrip("/").rpartition("/")[2]
+    repository = None if path.exists() else hub.parse(checkpoint)
+    name = repository.name if repository else path.resolve().name
     if not name:
         raise BuildError(f"{checkpoint!r} has no name to call the bundle by", "give one with `--output`")
     return Path(f"{name}.llmc")

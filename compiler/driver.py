@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,6 @@ from llmc.compiler import targets
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint import hub, recipe
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
-from llmc.compiler.checkpoint.names import compare_names
 from llmc.compiler.progress import Clock, Progress, Silent
 from llmc.compiler.quantize.prequantized_plan import read_prequantized
 from llmc.compiler.request import BuildRequest, quantized_cache
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from llmc.compiler.calibrate.source import Calibration
+    from llmc.compiler.checkpoint.model_keys import ModelKeys
     from llmc.compiler.checkpoint.safetensors import TensorRef
     from llmc.compiler.plan import BuildPlan, CheckpointFacts
     from llmc.compiler.quantize.prequantized_plan import PrequantizedWeights
@@ -112,22 +112,30 @@ def plan_build(
         given = _read(request)
     with clock.phase("import torch and transformers"):
         from llmc.compiler.calibrate.source import check_calibration
-        from llmc.compiler.checkpoint.config import context_length, load_config
+        from llmc.compiler.checkpoint.config import load_config
+        from llmc.compiler.checkpoint.context import choose_context
+        from llmc.compiler.checkpoint.model_keys import read_model
         from llmc.compiler.plan import BuildPlan
         from llmc.compiler.trace.export import trace
         from llmc.compiler.weights import write
         from llmc.passes import contract, pipeline
         from llmc.passes.geometry import read_geometry
+    context = choose_context(load_config(given.checkpoint), request.max_seq_len)
+    config, max_seq_len = context.config, context.max_seq_len
+    keys, renamed = read_model(given.checkpoint, config)
+    given = _read_weights(given, renamed.checkpoint, request)
+    stored = {name: shape for name, shape in keys.parameters.items() if name in given.named}
+    renamed.compare(stored, given.named)  # of these sizes, before buffers of that size are made
     checkpoint, resolved = given.checkpoint, given.resolved
-    config = load_config(checkpoint)
-    max_seq_len = context_length(config, request.max_seq_len)
     num_layers, cache = int(config.num_hidden_layers), quantized_cache(request)
     check_calibration(given.calibration, checkpoint.config, num_layers if cache else 0)
     expected = given.family.expected(num_layers)
     with clock.phase("trace"):
         traced = trace(config, resolved.dtype, max_seq_len)
         model = traced.model
-        compare_names(traced.parameters, given.named)
+        renamed.compare(_needed(keys, model), given.named)
+    for note in (*renamed.notes, *context.notes):
+        clock.progress.note(note)
     with clock.phase("rewrite the graph"):
         reports = contract.run(model, pipeline.canonicalize(given.fusion), expected)
         geometry, parameters = read_geometry(model), write.num_elements(model)
@@ -150,7 +158,7 @@ def plan_build(
     sizes = Sizes(max_seq_len, write.weight_bytes(model), memory_needed(4 * parameters))
     facts = _facts(given, expected)
     plan = BuildPlan(request, facts, resolved, engine, geometry, sizes, quantization, tuple(reports))
-    tied = {name: checkpoint.tensors[of] for name, of in traced.tied.items() if of in checkpoint.tensors}
+    tied = {name: checkpoint.tensors[of] for name, of in keys.tied.items() if of in checkpoint.tensors}
     tensors = dict(checkpoint.tensors) | tied
     inputs = BuildInputs(
         checkpoint, model, tensors, matrices, given.prequantized, given.calibration, unquantized
@@ -160,14 +168,14 @@ def plan_build(
 
 @dataclass(frozen=True)
 class _Given:
-    """The inputs that were read before anything heavy is imported."""
+    """The inputs that were read before anything heavy is imported, and then the checkpoint's weights."""
 
     checkpoint: Checkpoint
     family: recipe.Recipe
     target: Target
     resolved: Resolved
-    prequantized: PrequantizedWeights | None
     calibration: Calibration
+    prequantized: PrequantizedWeights | None = None
 
     @property
     def named(self) -> Mapping[str, Any]:
@@ -184,12 +192,26 @@ class _Given:
 def _read(request: BuildRequest) -> _Given:
     """Read the inputs. Raises LlmcError for what the checkpoint, the target or the machine cannot do."""
     checkpoint = Checkpoint.open(hub.resolve(request.checkpoint, request.revision))
-    family = recipe.load(checkpoint.model_type)
+    checkpoint.check_layers()
+    family = recipe.load(checkpoint.family)
     target = targets.target(request.target)
     resolved = target.resolve(request, checkpoint.dtype)
-    prequantized = _read_prequantized(checkpoint, request, resolved)
-    calibration = None if prequantized else _read_calibration(request)
-    return _Given(checkpoint, family, target, resolved, prequantized, calibration)
+    return _Given(checkpoint, family, target, resolved, _read_calibration(request))
+
+
+def _read_weights(given: _Given, checkpoint: Checkpoint, request: BuildRequest) -> _Given:
+    """checkpoint: that of `given`, with the model's names."""
+    prequantized = _read_prequantized(checkpoint, request, given.resolved)
+    calibration = None if prequantized else given.calibration
+    return replace(given, checkpoint=checkpoint, prequantized=prequantized, calibration=calibration)
+
+
+def _needed(keys: ModelKeys, model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """Return the parameters of the model and the buffers that its graph uses, with their shapes."""
+    from llmc.passes.parameter import parameters
+
+    used = {source.tensor for _, record in parameters(model) for source in record.sources}
+    return {**keys.parameters, **{name: keys.buffers[name] for name in sorted(used & keys.buffers.keys())}}
 
 
 def _facts(given: _Given, expected: dict[str, int]) -> CheckpointFacts:
@@ -197,7 +219,7 @@ def _facts(given: _Given, expected: dict[str, int]) -> CheckpointFacts:
 
     return CheckpointFacts(
         path=given.checkpoint.path,
-        model_type=given.checkpoint.model_type,
+        model_type=given.checkpoint.family,
         dtype=given.checkpoint.dtype,
         prequantized=given.prequantized is not None,
         known_family=given.family.known,

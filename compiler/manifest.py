@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from llmc import __version__
+from llmc.compiler.checkpoint import hub
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.plan import BuildPlan
 from llmc.compiler.targets.base import Artifact
@@ -56,7 +57,7 @@ def manifest(
         producer=Producer(llmc=__version__, libraries={name: version(name) for name in libraries}),
         source=Source(
             name=source_name(plan.request.checkpoint, checkpoint.path),
-            model_type=checkpoint.model_type,
+            model_type=checkpoint.family,
             architecture=str(architectures[0]),
             config_sha256=hashlib.sha256(config).hexdigest(),
             dtype=checkpoint.dtype,
@@ -99,4 +100,5 @@ def operators(model: ir.Model, inlined: bool) -> tuple[Operator, ...]:
 
 def source_name(checkpoint: str, path: Path) -> str:
     """Return the checkpoint's name without this machine's paths: the hub id, or the directory's own name."""
-    return path.resolve().name if Path(checkpoint).exists() else checkpoint
+    repository = None if Path(checkpoint).exists() else hub.parse(checkpoint)
+    return repository.id if repository else path.resolve().name

@@ -5,6 +5,7 @@
     model.safetensors.index.json   {"weight_map": {tensor: shard file}} and the shards it names
     generation_config.json         optional; its token ids come before those of config.json
     tokenizer.json, ...            optional here: see `Checkpoint.require_tokenizer`
+    adapter_config.json            makes a directory without weights an adapter, which is refused
 
 Layout: https://huggingface.co/docs/transformers/main/en/main_classes/model (save_pretrained).
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from llmc.runtime.dtypes import DTYPES, FLOATS
 from llmc.runtime.errors import CheckpointError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+ADAPTER = "adapter_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,10 +37,18 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+_LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}  # keys of config.json
+_ORIGINAL = "compare it with the config.json of the original model"
 _BLOCK = 1 << 24
+_GGUF_MAGIC = b"GGUF"
+_NO_GGUF = "GGUF files are not supported; use the safetensors checkpoint they were made from"
 _CONVERT = (
     'python -c "from transformers import {auto} as A; '
     "A.from_pretrained('{path}').save_pretrained('{path}-{suffix}')\""
+)
+_MERGE = (
+    'python -c "from peft import AutoPeftModelForCausalLM as A; '
+    "A.from_pretrained('{path}').merge_and_unload().save_pretrained('{path}-merged')\""
 )
 
 
@@ -52,8 +62,12 @@ class Checkpoint:
     generation_config: dict[str, Any]
     #: All tensors, by name.
     tensors: dict[str, TensorRef]
+    #: The files of the weights.
+    weight_files: tuple[Path, ...]
     #: The files of TOKENIZER_FILES that exist.
     tokenizer_files: list[Path]
+    #: What was found and is not used, for the user.
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
@@ -65,9 +79,7 @@ class Checkpoint:
         if root.is_file():
             raise CheckpointError(
                 f"{root} is a file; a checkpoint is a directory with config.json and safetensors files",
-                hint="GGUF files are not supported; use the safetensors checkpoint they were made from"
-                if root.suffix == ".gguf"
-                else f"give its directory: {root.parent}",
+                hint=_NO_GGUF if _is_gguf(root) else f"give its directory: {root.parent}",
             )
         if not root.is_dir():
             raise CheckpointError(
@@ -76,7 +88,7 @@ class Checkpoint:
             )
         config = _read_json(root / CONFIG) if (root / CONFIG).is_file() else None
         if config is None:
-            raise CheckpointError(f"{root} has no {CONFIG}", hint="is this the checkpoint's directory?")
+            raise _no_config(root)
         if not isinstance(config.get("model_type"), str):
             raise CheckpointError(
                 f"{root / CONFIG} has no model_type",
@@ -87,17 +99,28 @@ class Checkpoint:
         for file in files:
             with file.open("rb") as stream:
                 refuse_lfs_pointer(file, stream.read(len(LFS_MARK)))
+        tensors, notes = _read_tensors(root)
+        if (root / ADAPTER).is_file():
+            notes.append(f"{ADAPTER} is not used: merge the adapter first if the model is to have it")
         return cls(
             path=root,
             config=config,
             generation_config=_read_json(generation) if generation.is_file() else {},
-            tensors=_read_tensors(root),
+            tensors=tensors,
+            weight_files=tuple(sorted({ref.file for ref in tensors.values()})),
             tokenizer_files=files,
+            notes=tuple(notes),
         )
 
     @property
     def model_type(self) -> str:
         return self.config["model_type"]
+
+    @property
+    def family(self) -> str:
+        """The model_type of the language model, which is a part of a multimodal model."""
+        nested = self._text_config.get("model_type")
+        return nested if isinstance(nested, str) else self.model_type
 
     @property
     def tokenizer(self) -> Path | None:
@@ -145,6 +168,32 @@ class Checkpoint:
             return value
         return None
 
+    def check_layers(self) -> None:
+        """Compare the number of layers with the tensors, before a model of that size is made.
+
+        Raises CheckpointError if the configuration has none, or more than the tensors have numbers for.
+        """
+        numbers: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
+        for name in self.tensors:
+            parts = name.split(".")
+            for place, part in enumerate(parts):
+                if part.isdecimal():
+                    numbers[".".join(parts[:place]), place].add(part)
+        stored = max(map(len, numbers.values()), default=0)
+        for source in (self.config, self._text_config):
+            for key in _LAYERS & source.keys():
+                layers = source[key]
+                if type(layers) is not int or layers < 1:
+                    raise CheckpointError(
+                        f"{self.path / CONFIG} has {key} {layers!r}, which must be a positive number",
+                        _ORIGINAL,
+                    )
+                if stored and layers > stored:
+                    raise CheckpointError(
+                        f"{self.path / CONFIG} has {key} {layers}, but the weights have {stored} layers",
+                        _ORIGINAL,
+                    )
+
     @property
     def _text_config(self) -> dict[str, Any]:
         nested = self.config.get("text_config")
@@ -170,7 +219,7 @@ class Checkpoint:
 
     def file_hashes(self) -> dict[str, str]:
         """Return the sha256 of every file of the checkpoint, by file name."""
-        files = {self.path / CONFIG, *self.tokenizer_files, *(ref.file for ref in self.tensors.values())}
+        files = {self.path / CONFIG, *self.tokenizer_files, *self.weight_files}
         if not (self.path / WEIGHTS).is_file():
             files.add(self.path / INDEX)
         hashes: dict[str, str] = {}
@@ -199,37 +248,64 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_tensors(root: Path) -> dict[str, TensorRef]:
+def _read_tensors(root: Path) -> tuple[dict[str, TensorRef], list[str]]:
+    """Return the tensors by name, and notes about those that are not where the index says."""
     if (root / WEIGHTS).is_file():
         tensors = read_header(root / WEIGHTS)
         if not tensors:
             raise CheckpointError(f"{root / WEIGHTS} holds no tensors", hint="write the checkpoint again")
-        return tensors
+        return tensors, []
     if not (root / INDEX).is_file():
         raise _no_weights(root)
-    index = root / INDEX
-    weight_map = _read_json(index).get("weight_map")
-    if not weight_map or not isinstance(weight_map, dict) or not all(map(_is_name, weight_map.values())):
-        raise CheckpointError(
-            f"{index} has no weight_map from tensors to files beside it",
-            hint="the file is damaged; download it again",
-        )
+    weight_map = _read_index(root / INDEX)
     tensors = {}
+    unlisted: list[str] = []
     for shard in sorted(set(weight_map.values())):
         if not (root / shard).is_file():
             raise CheckpointError(
                 f"{root} lacks {shard}, which {INDEX} names", hint="the download is incomplete; resume it"
             )
         found = read_header(root / shard)
-        listed = {name for name, file in weight_map.items() if file == shard}
-        if odd := sorted(listed ^ found.keys()):
-            fact = "lacks" if odd[0] in listed else "holds"
+        lacking = [name for name, file in weight_map.items() if file == shard and name not in found]
+        moved = [name for name in found if weight_map.get(name, shard) != shard]
+        if odd := sorted(lacking) or sorted(moved):
             raise CheckpointError(
-                f"{root / shard} {fact} {odd[0]!r}, contrary to {INDEX}; tensors that differ: {len(odd)}",
+                f"{root / shard} {'lacks' if lacking else 'holds'} {odd[0]!r}, contrary to {INDEX}; "
+                f"tensors that differ: {len(odd)}",
                 hint="index and shards are of different versions; download both again",
             )
+        here = [name for name in found if name not in weight_map]
+        if twice := [name for name in here if name in tensors]:
+            raise CheckpointError(
+                f"{root / shard} and {tensors[twice[0]].file.name} both hold {twice[0]!r}, which {INDEX} "
+                "does not list",
+                hint="index and shards are of different versions; download both again",
+            )
+        unlisted += here
         tensors |= found
-    return tensors
+    # transformers loads every tensor of the shards that the index names.
+    notes = [f"{INDEX} does not list {_some(unlisted)}, which its shards hold"] if unlisted else []
+    return tensors, notes
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Return the map from tensors to shards, each a file in the same directory."""
+    weight_map = _read_json(index).get("weight_map")
+    if isinstance(weight_map, dict):
+        weight_map = {
+            name: shard.removeprefix("./") if isinstance(shard, str) else shard
+            for name, shard in weight_map.items()
+        }
+    if not weight_map or not isinstance(weight_map, dict) or not all(map(_is_name, weight_map.values())):
+        raise CheckpointError(
+            f"{index} has no weight_map from tensors to files beside it",
+            hint="the file is damaged; download it again",
+        )
+    return weight_map
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
 
 
 def _is_name(shard: Any) -> bool:
@@ -237,10 +313,44 @@ def _is_name(shard: Any) -> bool:
     return isinstance(shard, str) and Path(shard).name == shard != ".." and "\\" not in shard
 
 
+def _no_config(root: Path) -> CheckpointError:
+    if adapter := _adapter_of(root):
+        return adapter
+    if gguf := next(iter(sorted(root.glob("*.gguf"))), None):
+        return CheckpointError(f"{root} has no {CONFIG}, but {gguf.name}", hint=_NO_GGUF)
+    return CheckpointError(f"{root} has no {CONFIG}", hint="is this the checkpoint's directory?")
+
+
+def _adapter_of(root: Path) -> CheckpointError | None:
+    """Return the error for a directory with an adapter (PEFT) instead of a model."""
+    if not (root / ADAPTER).is_file():
+        return None
+    config = _read_json(root / ADAPTER)
+    kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+    named = f"a {kind} adapter" if isinstance(kind, str) else "an adapter"
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    return CheckpointError(
+        f"{root} is {named}{of}, not a model",
+        hint=f"merge it into its base model: {_MERGE.format(path=root)}",
+    )
+
+
+def _is_gguf(file: Path) -> bool:
+    if file.suffix == ".gguf":
+        return True
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
+    except OSError:
+        return False
+
+
 def _no_weights(root: Path) -> CheckpointError:
     def first(*patterns: str) -> str | None:
         return next((file.name for pattern in patterns for file in sorted(root.glob(pattern))), None)
 
+    if adapter := _adapter_of(root):
+        return adapter
     if pickled := first("pytorch_model*.bin", "*.bin", "*.pth", "*.pt"):
         convert = _CONVERT.format(auto="AutoModelForCausalLM", path=root, suffix="safetensors")
         return CheckpointError(
@@ -252,4 +362,6 @@ def _no_weights(root: Path) -> CheckpointError:
             f"{root} has {stray}, but neither {WEIGHTS} nor {INDEX}",
             hint=f"download the missing {INDEX}, or rename a single file to {WEIGHTS}",
         )
+    if gguf := first("*.gguf"):
+        return CheckpointError(f"{root} has only GGUF weights ({gguf})", hint=_NO_GGUF)
     return CheckpointError(f"{root} has no weights ({WEIGHTS} or {INDEX})", hint="is the download complete?")

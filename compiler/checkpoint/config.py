@@ -2,77 +2,122 @@
 
 from __future__ import annotations
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from typing import Any
 
-from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from llmc.compiler.checkpoint.checkpoint import CONFIG, Checkpoint
 from llmc.compiler.checkpoint.recipe import known_families
-from llmc.runtime.errors import BuildError, CheckpointError, UnsupportedError
+from llmc.runtime.errors import CheckpointError, UnsupportedError
+
+_ORIGINAL = "compare it with the config.json of the original model"
+# Settings of a run, of other files and of code, which do not describe the model.
+_DROPPED = frozenset((
+    "quantization_config",  # checkpoint/prequantized reads it
+    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "transformers_weights", "_name_or_path",
+    "return_dict", "output_attentions", "output_hidden_states",
+))  # fmt: skip
+# Some families have one size for each layer instead.
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """Return transformers' config object for a checkpoint. Code that ships with a checkpoint is never run.
 
+    For a multimodal model it is that of its language model; see `load_wrapper`.
     Raises UnsupportedError for a model that llmc cannot compile, CheckpointError for values that transformers
     refuses.
     """
-    raw = dict(checkpoint.config)
-    families = ", ".join(known_families())
-    # checkpoint/prequantized reads it; transformers would need the package that wrote the checkpoint.
-    raw.pop("quantization_config", None)
-    if checkpoint.model_type not in _known_model_types():
-        remote = " with custom code (auto_map)" if "auto_map" in raw else ""
-        raise UnsupportedError(
-            f"transformers does not know the architecture {checkpoint.model_type!r}{remote}",
-            f"families that llmc is tested with: {families}",
-        )
-    try:
-        config = AutoConfig.for_model(**raw)
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines())
-        raise CheckpointError(
-            f"transformers refuses {checkpoint.path / 'config.json'}: {reason}",
-            "compare it with the config.json of the original model",
-        ) from error
+    whole, config = _read(checkpoint)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config, "num_hidden_layers"):
+        raise _no_language_model(whole, config, _code_of(checkpoint.config))
     if getattr(config, "use_bidirectional_attention", None):
         raise UnsupportedError(
             "the model attends in both directions (use_bidirectional_attention)",
             "llmc compiles causal language models",
         )
-    if not hasattr(config, "num_hidden_layers"):
-        raise UnsupportedError(
-            f"model_type {checkpoint.model_type!r} is not a text-only language model",
-            f"families that llmc is tested with: {families}",
-        )
-    heads, kv_heads = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
-    if heads and kv_heads and heads % kv_heads:
-        raise CheckpointError(
-            f"config.json has {heads} attention heads, which {kv_heads} key/value heads cannot share evenly",
-            "compare it with the config.json of the original model",
-        )
+    _check_sizes(config)
     return config
 
 
-def _known_model_types() -> set[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+def load_wrapper(checkpoint: Checkpoint) -> PreTrainedConfig | None:
+    """Return the config of the multimodal model that holds the language model; None for a language model.
 
-    return set(CONFIG_MAPPING_NAMES)
-
-
-def context_length(config: PreTrainedConfig, wanted: int | None) -> int:
-    """Return the bundle's context length in tokens: `wanted`, or the model's if it is None.
-
-    Raises BuildError if `wanted` is more than the model's context length.
+    Raises as `load_config` does.
     """
-    limit = getattr(config, "max_position_embeddings", None)
-    limit = limit if limit and limit > 0 else None  # some families write -1 for "no limit"
-    if wanted is None:
-        if limit is None:
-            raise BuildError("config.json has no max_position_embeddings", "give --max-seq-len")
-        return int(limit)
-    if limit is not None and wanted > limit:
-        raise BuildError(
-            f"--max-seq-len {wanted} is more than the model's context of {limit} tokens",
-            f"give at most {limit}",
+    whole, config = _read(checkpoint)
+    return None if config is whole else whole
+
+
+def _read(checkpoint: Checkpoint) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    """Return the configuration, and that of its language model, which may be the same object."""
+    model_type, code = checkpoint.model_type, _code_of(checkpoint.config)
+    if model_type not in CONFIG_MAPPING_NAMES:
+        own = f": it needs the checkpoint's own code{code}, which llmc never runs" if code else ""
+        raise UnsupportedError(
+            f"transformers does not know the architecture {model_type!r}{own}", _families()
         )
-    return wanted
+    try:
+        settings = PreTrainedConfig._decode_special_floats(_described(checkpoint.config))
+        whole = AutoConfig.for_model(**settings)
+        config = whole.get_text_config()
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"text_config is {config!r}")
+    except Exception as error:  # configurations raise many kinds; the values are the checkpoint's
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"transformers refuses {checkpoint.path / CONFIG}: {reason[:500]}", _ORIGINAL
+        ) from error
+    return whole, config
+
+
+def _families() -> str:
+    return f"families that llmc is tested with: {', '.join(known_families())}"
+
+
+def _described(value: Any) -> Any:
+    """Return a copy of a configuration without the settings that do not describe the model."""
+    if isinstance(value, dict):
+        return {key: _described(one) for key, one in value.items() if key not in _DROPPED}
+    return [_described(one) for one in value] if isinstance(value, list) else value
+
+
+def _code_of(config: dict[str, Any]) -> str:
+    """Return " (auto_map: modeling_x.XForCausalLM)" for a checkpoint with code of its own, else ""."""
+    auto_map = config.get("auto_map")
+    if not auto_map:
+        return ""
+    named = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    return f" (auto_map: {named})" if isinstance(named, str) else " (auto_map)"
+
+
+def _no_language_model(whole: PreTrainedConfig, config: PreTrainedConfig, code: str) -> UnsupportedError:
+    fact = f"transformers has no causal language model for model_type {whole.model_type!r}"
+    if code:
+        fact += f": it needs the checkpoint's own code{code}, which llmc never runs"
+    elif config is not whole:
+        fact += f", whose language model is of model_type {config.model_type!r}"
+    return UnsupportedError(fact, f"llmc compiles causal language models; {_families()}")
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    for name in _SIZES:
+        size = getattr(config, name, None)
+        if isinstance(size, (int, float, str)) and not (type(size) is int and 0 < size < 2**31):
+            raise CheckpointError(f"{CONFIG} has {name} {size!r}, which must be a positive number", _ORIGINAL)
+    heads, kv_heads = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if type(heads) is int and type(kv_heads) is int and heads % kv_heads:
+        raise CheckpointError(
+            f"{CONFIG} has {heads} attention heads, which {kv_heads} key/value heads cannot share evenly",
+            _ORIGINAL,
+        )

@@ -7,19 +7,86 @@ HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE have their usual meaning.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from llmc.runtime.errors import CheckpointError
 
 # Pickle (.bin, .pt), ONNX, GGUF and code are never downloaded, nor anything in a subdirectory.
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model")
 NOT_DOWNLOADED = ("*/*", "consolidated*.safetensors", "adapter_*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+_IN_A_REPOSITORY = ("tree", "blob", "resolve", "commit")  # each is followed by a revision
+
+
+@dataclass(frozen=True)
+class HubRepository:
+    """A repository on the Hugging Face hub, by its id: `org/name`, or `name` for the oldest ones."""
+
+    id: str
+    #: A branch, tag or commit; None for the default branch.
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The id without the organization."""
+        return self.id.rpartition("/")[2]
+
+
+def parse(text: str) -> HubRepository | None:
+    """Return the repository that `text` names, or None if it can only be a path.
+
+    text: `org/name`, `name`, either with `@revision`, `hf://` before them, or the address of the
+        repository's page
+
+    Raises CheckpointError for an address that is not a model's on the hub.
+    """
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme in ("http", "https"):
+        return _parse_address(text)
+    if separator and scheme != "hf":
+        raise CheckpointError(f"llmc cannot download from {text}", hint="give a hub id or a directory")
+    if not separator and text.partition("/")[0] in _HOSTS:
+        return _parse_address(f"https://{text}")
+    found = _HUB_ID.fullmatch(rest if separator else text)
+    if found is None:
+        if separator:
+            raise CheckpointError(
+                f"{text} does not name a model on the hub", hint="it looks like hf://org/name@revision"
+            )
+        return None
+    return HubRepository(found["id"], found["revision"])
+
+
+def _parse_address(text: str) -> HubRepository:
+    from huggingface_hub import constants
+
+    address = urlsplit(text)
+    if address.netloc not in (*_HOSTS, urlsplit(constants.ENDPOINT).netloc):
+        raise CheckpointError(
+            f"llmc downloads from {constants.ENDPOINT} only, not from {text}",
+            hint="give a hub id, or download the checkpoint and give its directory",
+        )
+    parts = [unquote(part) for part in address.path.split("/") if part]
+    at = next(
+        (place for place in (1, 2) if parts[place : place + 1] and parts[place] in _IN_A_REPOSITORY), None
+    )
+    revision = parts[at + 1] if at is not None and len(parts) > at + 1 else None
+    found = _HUB_ID.fullmatch("/".join(parts[:at]))
+    if found is None or parts[0] in ("datasets", "spaces"):
+        raise CheckpointError(
+            f"{text} is not the address of a model on the hub",
+            hint=f"it looks like {constants.ENDPOINT}/org/name",
+        )
+    return HubRepository(found["id"], revision or found["revision"])
 
 
 def resolve(checkpoint: str | Path, revision: str | None = None) -> Path:
     """Return the directory of `checkpoint`: the path if it exists, else the downloaded hub repository.
 
+    checkpoint: a path, or what `parse` takes
     revision: a branch, tag or commit of the hub repository
 
     Raises CheckpointError when there is no such directory or repository, when access is denied, and when
@@ -34,12 +101,17 @@ def resolve(checkpoint: str | Path, revision: str | None = None) -> Path:
                 hint="drop the revision, or run from elsewhere if you mean the hub repository of that name",
             )
         return local
-    if not _HUB_ID.fullmatch(name):
+    repository = parse(name)
+    if repository is None:
         raise CheckpointError(
             f"there is no directory {name}",
             hint="check the path; a checkpoint is a directory with config.json and safetensors files",
         )
-    return _download(name, revision)
+    if revision is not None and repository.revision not in (None, revision):
+        raise CheckpointError(
+            f"{name} names another revision than --revision {revision}", hint="give the revision once"
+        )
+    return _download(repository.id, revision or repository.revision)
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from llmc.runtime.errors import CheckpointError
 
-# Tensors that old checkpoints carry although models compute them.
-IGNORED_EXTRAS = (r".*rotary_emb\.inv_freq", r".*\.attn\.(masked_)?bias")
+_COMPARED = 50  # names that a missing one is compared with: each comparison is slow
 
 
 class Shaped(Protocol):
@@ -22,38 +20,32 @@ class Shaped(Protocol):
 
 
 def compare_names(
-    expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Shaped], ignore: Iterable[str] = ()
+    expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Shaped], unused: Iterable[str] = ()
 ) -> None:
-    """Check that `tensors` are those that the model expects.
+    """Check that `tensors` has what the model expects.
 
     expected: name -> shape; tied parameters once
-    ignore: patterns, besides IGNORED_EXTRAS, for the whole names of extra tensors that are allowed;
-        `lm_head.weight` is allowed if the model ties it
+    unused: the names of tensors that the model lacks, for the message
 
     Raises CheckpointError with a short difference: layers are collapsed, and a missing name is paired with
-    the nearest extra one.
+    the nearest unused one.
     """
-    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in (*IGNORED_EXTRAS, *ignore)))
-    missing = _collapse(name for name in expected if name not in tensors)
-    extra = _collapse(
-        name
-        for name in tensors
-        if name not in expected and name != "lm_head.weight" and not ignored.fullmatch(name)
-    )
+    missing = collapse(name for name in expected if name not in tensors)
+    extra = collapse(unused)
     shapes: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for name in expected:
         if name in tensors and tuple(expected[name]) != tensors[name].shape:
             shapes[str(list(tensors[name].shape)), str(list(expected[name]))].append(name)
     facts: list[str] = []
     for name in missing:
-        near = difflib.get_close_matches(name, extra, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(name, extra[:_COMPARED], n=1, cutoff=0.8)
         facts.append(f"no {name}" + (f" (it has {near[0]})" if near else ""))
         extra = [other for other in extra if other not in near]
     facts += [
-        f"{name} is {got}, not {want}" for (got, want), names in shapes.items() for name in _collapse(names)
+        f"{name} is {got}, not {want}" for (got, want), names in shapes.items() for name in collapse(names)
     ]
-    facts += [f"unexpected {name}" for name in extra]
     if facts:
+        facts += [f"unexpected {name}" for name in extra]
         more = [f"and {len(facts) - 6} more differences"] if len(facts) > 6 else []
         raise CheckpointError(
             "the checkpoint does not fit its config.json: " + "; ".join(facts[:6] + more),
@@ -61,7 +53,7 @@ def compare_names(
         )
 
 
-def _collapse(names: Iterable[str]) -> list[str]:
+def collapse(names: Iterable[str]) -> list[str]:
     """Merge names that differ only in numbers: `model.layers.{0-27}.mlp.gate_proj.weight`."""
     groups: defaultdict[str, list[list[int]]] = defaultdict(list)
     for name in names:

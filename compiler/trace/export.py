@@ -58,15 +58,27 @@ def trace(config: PreTrainedConfig, dtype: str, max_seq_len: int) -> Trace:
     model = _fake_model(config, getattr(torch, BY_NAME[dtype].numpy), fake)
     tied = {alias: name for alias, name in model.all_tied_weights_keys.items() if alias != name}
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
-    with intercept(model, max_seq_len) as interception, _quiet():
-        graph = _export(model, fake)
-        probes.attention(interception.attention_calls)
+    try:
+        with intercept(model, max_seq_len) as interception, _quiet():
+            graph = _export(model, fake)
+            probes.attention(interception.attention_calls)
+    except LlmcError:
+        raise
+    except Exception as error:  # the probes run the model's code, which raises many kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UnsupportedError(
+            f"llmc cannot replace the modules of {type(model).__name__}: {reason}",
+            "set LLMC_TRACEBACK=1 to see where; `llmc zoo list` shows the families that are known to work",
+        ) from error
     return Trace(graph, parameters, tied, dict(interception.replaced))
 
 
 def _fake_model(config: PreTrainedConfig, dtype: torch.dtype, fake: FakeTensorMode) -> PreTrainedModel:
-    """Return the model with parameters without storage. Buffers (rotary frequencies) stay real and fp32."""
-    register = nn.Module.register_parameter
+    """Return the model with parameters and persistent buffers without storage: checkpoints hold them.
+
+    Other buffers (rotary frequencies) stay real and fp32.
+    """
+    register, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
 
     def register_fake(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and not isinstance(param, FakeTensor):
@@ -74,9 +86,20 @@ def _fake_model(config: PreTrainedConfig, dtype: torch.dtype, fake: FakeTensorMo
                 param = nn.Parameter(torch.empty(param.shape, dtype=param.dtype), requires_grad=False)
         register(module, name, param)
 
+    def register_fake_buffer(
+        module: nn.Module, name: str, tensor: torch.Tensor | None, persistent: bool = True
+    ) -> None:
+        if persistent and tensor is not None and not isinstance(tensor, FakeTensor):
+            with fake:
+                tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
+        register_buffer(module, name, tensor, persistent)
+
     nn.Module.register_parameter = register_fake  # type: ignore[method-assign,assignment]
+    nn.Module.register_buffer = register_fake_buffer  # type: ignore[method-assign,assignment]
     try:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=ATTENTION, dtype=dtype, trust_remote_code=False
+        )
     except ValueError as error:
         raise UnsupportedError(
             f"transformers has no causal language model for model_type {config.model_type!r}",
@@ -89,6 +112,7 @@ def _fake_model(config: PreTrainedConfig, dtype: torch.dtype, fake: FakeTensorMo
         ) from error
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_buffer = register_buffer  # type: ignore[method-assign]
     return model.eval()
 
 

@@ -137,7 +137,7 @@ def _run_reference(
     on_step: Callable[[int], None],
 ) -> _Expected:
     on_step(0)
-    model = Reference(job.checkpoint, "fp32", job.reference_weights)
+    model = Reference(job.checkpoint, "fp32", job.reference_weights, job.max_seq_len)
     evaluation = _Evaluation(job, model) if job.quantized else None
     on_step(1)
     model.use_weights(job.quantized)
@@ -223,7 +223,7 @@ def _sequences(job: Job) -> list[list[int]]:
 
 def _in_16_bits(job: Job, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Return transformers' logits in the engine's dtype, with the engine's weights."""
-    model = Reference(job.checkpoint, job.dtype, job.reference_weights)
+    model = Reference(job.checkpoint, job.dtype, job.reference_weights, job.max_seq_len)
     model.use_weights(job.quantized)
     model.quantize_activations(job.quantized)
     return [model.logits(ids) for ids in sequences]

@@ -38,7 +38,7 @@ def measure(
         return {"perplexity": found, "positions": sum(map(len, windows))}
     from llmc.compiler.verify.reference import Reference
 
-    reference = Reference(question.checkpoint, "fp32", question.reference_weights)
+    reference = Reference(question.checkpoint, "fp32", question.reference_weights, question.max_seq_len)
     states = []
     for ids in windows:
         states.append(reference.states(ids))

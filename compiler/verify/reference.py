@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from llmc.compiler.checkpoint.config import load_config, load_wrapper
+from llmc.compiler.checkpoint.context import choose_context
+from llmc.compiler.checkpoint.model_keys import read_model
 from llmc.compiler.checkpoint.prequantized.dequantize import iter_rows
 from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint, read_quantized
 from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
@@ -30,13 +34,25 @@ _HEAD_TOLERANCE = 1e-4  # of the largest logit: the same product, of one row in 
 
 
 class Reference:
-    """A causal language model of transformers, computing in `dtype`."""
+    """A causal language model of transformers, computing in `dtype`.
 
-    def __init__(self, checkpoint: str, dtype: str, weights: ReferenceWeights = "checkpoint") -> None:
+    max_seq_len: the context length of the bundle; None for the model's
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        dtype: str,
+        weights: ReferenceWeights = "checkpoint",
+        max_seq_len: int | None = None,
+    ) -> None:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):
-            self.model = _load(checkpoint, getattr(torch, BY_NAME[dtype].numpy), weights).eval()
+            self.model, self._name = _load(
+                checkpoint, getattr(torch, BY_NAME[dtype].numpy), weights, max_seq_len
+            )
+        self.model.eval()
         decoder = self.model.get_decoder()
         self._decoder = next(name for name, module in self.model.named_modules() if module is decoder)
 
@@ -69,7 +85,7 @@ class Reference:
 
     def _module_of(self, name: str) -> Any:
         try:
-            module = self.model.get_submodule(name.removesuffix(".weight"))
+            module = self.model.get_submodule(self._name(name.removesuffix(".weight")))
         except AttributeError:
             module = None
         if not name.endswith(".weight") or not isinstance(getattr(module, "weight", None), nn.Parameter):
@@ -181,21 +197,32 @@ def _quantizer(quantization: ActivationQuantization) -> Any:
     return hook
 
 
-def _load(checkpoint: str, dtype: torch.dtype, weights: ReferenceWeights) -> Any:
-    if weights == "checkpoint":
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=dtype, attn_implementation="eager"
-        )
+def _load(
+    checkpoint: str, dtype: torch.dtype, weights: ReferenceWeights, max_seq_len: int | None
+) -> tuple[Any, Callable[[str], str]]:
+    """Return the model, and what turns a name of the language model into the model's.
+
+    A multimodal model is loaded as a whole, except from dequantized weights.
+    """
     opened = Checkpoint.open(checkpoint)
-    settings = {key: value for key, value in opened.config.items() if key != "quantization_config"}
-    config = transformers.AutoConfig.for_model(**settings)
+    config = choose_context(load_config(opened), max_seq_len).config
+    own = copy.deepcopy(config)  # read_model decides what is tied, which from_pretrained does by itself
+    keys, renamed = read_model(opened, own)
+    options = {"dtype": dtype, "attn_implementation": "eager", "trust_remote_code": False}
+    if weights == "checkpoint":
+        whole = load_wrapper(opened)
+        if whole is None:
+            auto, whole = transformers.AutoModelForCausalLM, config
+        else:
+            auto = transformers.AutoModelForMultimodalLM
+            whole.get_text_config().rope_parameters = config.rope_parameters
+        model = auto.from_pretrained(checkpoint, config=whole, local_files_only=True, **options)
+        return model, keys.loaded_name
     with no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="eager"
-        )
+        model = transformers.AutoModelForCausalLM.from_config(own, **options)
     model.tie_weights()  # which the initialization would have done
-    _fill(model, read_quantized(opened))
-    return model
+    _fill(model, read_quantized(renamed.checkpoint))
+    return model, lambda name: name
 
 
 @torch.no_grad()

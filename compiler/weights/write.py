@@ -21,7 +21,7 @@ from llmc.passes.dtypes import SAFETENSORS
 from llmc.passes.parameter import parameter
 from llmc.passes.quantize.elements import decode, unpack
 from llmc.runtime.dtypes import FLOATS
-from llmc.runtime.errors import BuildError
+from llmc.runtime.errors import BuildError, CheckpointError
 
 WEIGHTS_FILE = "weights/model.safetensors"
 _INLINE_BYTES = 1024  # constants of at most this size (shapes, axes) stay in the graph
@@ -52,7 +52,7 @@ def write_weights(
 
     Each parameter is read from its source tensors, or from `made`, and converted to the dtype of the graph.
     Returns the bytes written.
-    Raises BuildError if a tensor is missing or cannot be converted.
+    Raises BuildError if a tensor is missing or cannot be converted, CheckpointError for NaN and infinity.
     """
     values = [value for value in model.graph.initializers.values() if not _is_inline(value)]
     entries = [_entry(value, made) for value in values]
@@ -151,7 +151,19 @@ def _chunks(value: ir.Value, tensors: Mapping[str, TensorRef]) -> Iterator[np.nd
             )
         power = record.exponent
         for chunk in ref.iter_chunks():
+            _require_finite(chunk, name)
             yield _flat(chunk.astype(np.float32) * np.float32(2.0**power) if power else chunk, dtype, name)
+
+
+def _require_finite(array: np.ndarray, name: str) -> None:
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = array.sum(dtype=np.float32)  # one pass; not finite if any element is not
+    if np.isfinite(total) or np.isfinite(array.astype(np.float32)).all():
+        return
+    raise CheckpointError(
+        f"tensor {name} of the checkpoint has values that are NaN or infinite",
+        "the file is damaged, or training diverged; `llmc check CHECKPOINT --full` lists such tensors",
+    )
 
 
 def _is_converted(value: ir.Value, ref: TensorRef) -> bool:

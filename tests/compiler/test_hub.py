@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc.compiler.checkpoint.hub import resolve
+from llmc.compiler.checkpoint.hub import HubRepository, parse, resolve
 from llmc.runtime.errors import CheckpointError
 from support.waiting import LONG
 
@@ -59,26 +59,32 @@ class StubHub(BaseHTTPRequestHandler):
         parts = self.path.split("?")[0].strip("/").split("/")
         self.log.append(self.path)
         if parts[:2] == ["api", "models"]:
-            self._api("/".join(parts[2:4]), parts[4:])
+            name = parts[2:3] if parts[2] == "gpt2" else parts[2:4]
+            self._api("/".join(name), parts[2 + len(name) :])
+        elif parts[:3] == ["gpt2", "resolve", COMMIT]:
+            self._file(parts[3:])
         elif parts[2:4] == ["resolve", COMMIT] and parts[0] == "gated":
             self._reply(403, b"", {"X-Error-Code": "GatedRepo"})
         elif parts[2:4] == ["resolve", COMMIT] and parts[0] == "broken" and self.command == "GET":
             self._reply(400, b"", {})
         elif parts[2:4] == ["resolve", COMMIT]:
-            content = FILES["/".join(parts[4:])]
-            etag = f'"{hashlib.sha1(content).hexdigest()}"'
-            self._reply(200, content, {"ETag": etag, "X-Repo-Commit": COMMIT})
+            self._file(parts[4:])
         else:
             self._reply(404, b"", {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_GET
 
+    def _file(self, parts: list[str]) -> None:
+        content = FILES["/".join(parts)]
+        etag = f'"{hashlib.sha1(content).hexdigest()}"'
+        self._reply(200, content, {"ETag": etag, "X-Repo-Commit": COMMIT})
+
     def _api(self, name: str, rest: list[str]) -> None:
         if name == "org/down":
             self._reply(500, b"", {})
-        elif name.split("/")[0] not in ("org", "gated", "pickled", "broken"):
+        elif name.split("/")[0] not in ("org", "gated", "pickled", "broken", "gpt2"):
             self._reply(401, b'{"error": "Invalid username or password."}', {})
-        elif rest[0] == "revision" and rest[1] != "main":
+        elif rest[0] == "revision" and rest[1] not in ("main", "v1"):
             self._reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
         elif rest[0] == "revision":
             self._reply(200, json.dumps({"id": name, "sha": COMMIT, "siblings": []}).encode(), {})
@@ -146,6 +152,56 @@ def test_downloads_only_the_files_of_a_build(tmp_path: Path, hub: str) -> None:
     assert len(StubHub.log) == requests
 
 
+def test_every_spelling_of_a_repository_is_downloaded(tmp_path: Path, hub: str) -> None:
+    wanted = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+    names = ("gpt2", "org/name@v1", "hf://org/name", f"{hub}/org/name", f"{hub}/org/name/tree/v1")
+    assert ask(tmp_path, hub, *((name, None) for name in names)) == [wanted] * len(names)
+    asked = [path for path in StubHub.log if "/revision/" in path]
+    assert asked == [
+        "/api/models/gpt2/revision/main",
+        "/api/models/org/name/revision/v1",
+        *["/api/models/org/name/revision/main"] * 2,
+        "/api/models/org/name/revision/v1",
+    ]
+    [(message, hint), _] = ask(tmp_path, hub, ("org/name@v1", "v2"), ("org/name@v1", "v1"))
+    assert message == "org/name@v1 names another revision than --revision v2"
+    assert hint
+
+
+@pytest.mark.parametrize(
+    ("text", "id", "revision"),
+    [
+        ("gpt2", "gpt2", None),
+        ("org/name", "org/name", None),
+        ("org/name@refs/pr/1", "org/name", "refs/pr/1"),
+        ("hf://org/name@abc", "org/name", "abc"),
+        ("https://huggingface.co/org/name", "org/name", None),
+        ("https://huggingface.co/org/name/", "org/name", None),
+        ("http://hf.co/gpt2/tree/main", "gpt2", "main"),
+        ("huggingface.co/org/name/blob/v1/config.json", "org/name", "v1"),
+        ("https://huggingface.co/org/name/tree/refs%2Fpr%2F1?x=1", "org/name", "refs/pr/1"),
+    ],
+)
+def test_spellings(text: str, id: str, revision: str | None) -> None:
+    assert parse(text) == HubRepository(id, revision)
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("https://example.com/org/name", "not from https://example.com/org/name"),
+        ("https://huggingface.co/datasets/org/name", "is not the address of a model on the hub"),
+        ("https://huggingface.co/", "is not the address of a model on the hub"),
+        ("hf://", "does not name a model on the hub"),
+        ("s3://bucket/name", "cannot download from s3://bucket/name"),
+    ],
+)
+def test_other_addresses_are_refused(text: str, fact: str) -> None:
+    with pytest.raises(CheckpointError, match=fact) as caught:
+        resolve(text)
+    assert caught.value.hint
+
+
 def test_hub_errors(tmp_path: Path, hub: str) -> None:
     answers = ask(
         tmp_path,
@@ -198,7 +254,7 @@ def test_local_directory_takes_precedence(tmp_path: Path, monkeypatch: pytest.Mo
         resolve("org/name", "main")
 
 
-@pytest.mark.parametrize("path", ["./org/name", "/org/name", "a/b/c", "name", "../name", "org/name/", ""])
+@pytest.mark.parametrize("path", ["./org/name", "/org/name", "a/b/c", "../name", "org/name/", ""])
 def test_malformed_hub_id_is_treated_as_a_path(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,15 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import read_header
 from llmc.compiler.weights.safetensors_writer import ALIGNMENT, write_safetensors
 from llmc.compiler.weights.write import WEIGHTS_FILE, write_weights
-from llmc.passes.parameter import Parameter, set_parameter
+from llmc.passes.parameter import Parameter, of_tensor, set_parameter
 from llmc.runtime.dtypes import DTYPES
-from llmc.runtime.errors import BuildError
+from llmc.runtime.errors import BuildError, CheckpointError
 
 NUMPY = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_}
 
@@ -213,3 +213,21 @@ def test_made_arrays_are_converted_as_their_parameter_says(tmp_path: Path) -> No
     assert written["w"].dtype == np.int8
     assert np.array_equal(written["w"] * 0.5, codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32))
     assert np.array_equal(written["s"], np.array([[0.125, 4.0]], np.float32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused_by_name(value: float, tmp_path: Path) -> None:
+    weight = ir.Value(name="a.weight", shape=ir.Shape((2, 300)), type=ir.TensorType(ir.DataType.FLOAT))
+    set_parameter(weight, of_tensor("a.weight", (2, 300)))
+    graph = ir.Graph([], [], nodes=[], initializers=[], name="g")
+    graph.initializers.add(weight)
+    array = np.full((2, 300), 1e37, np.float32)  # their sum overflows, which is no fault
+    save_file({"a.weight": array}, tmp_path / "finite.safetensors")
+    array[1, 299] = value
+    save_file({"a.weight": array}, tmp_path / "other.safetensors")
+    with BundleWriter(tmp_path / "x.llmc") as work:
+        write_weights(ir.Model(graph, ir_version=10), read_header(tmp_path / "finite.safetensors"), work)
+    fact = r"a\.weight of the checkpoint has values that are NaN or infinite"
+    with BundleWriter(tmp_path / "y.llmc") as work, pytest.raises(CheckpointError, match=fact) as caught:
+        write_weights(ir.Model(graph, ir_version=10), read_header(tmp_path / "other.safetensors"), work)
+    assert "llmc check" in caught.value.hint

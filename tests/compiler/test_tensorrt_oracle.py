@@ -19,7 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llmc.compiler import zoo
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
-from llmc.compiler.checkpoint.config import context_length, load_config
+from llmc.compiler.checkpoint.config import load_config
+from llmc.compiler.checkpoint.context import choose_context
 from llmc.compiler.progress import Silent
 from llmc.compiler.targets.tensorrt.target import ORACLE_FILE
 from llmc.compiler.trace.export import trace
@@ -68,7 +69,7 @@ class Directory:
 @functools.cache
 def canonical(checkpoint: Path, dtype: str) -> ir.Model:
     config = load_config(Checkpoint.open(checkpoint))
-    model = trace(config, dtype, context_length(config, None)).model
+    model = trace(config, dtype, choose_context(config, None).max_seq_len).model
     contract.run(model, canonicalize())
     return model
 
@@ -89,7 +90,7 @@ def prepare(
         checkpoint=str(checkpoint),
         engine=str(path),
         backend="onnxruntime",
-        max_seq_len=context_length(load_config(opened), None),
+        max_seq_len=choose_context(load_config(opened), None).max_seq_len,
         vocab_size=geometry.vocab_size,
         windows=sorted({layer.window for layer in geometry.layers if layer.window}),
         tolerance=1e-4,

@@ -8,7 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
-from llmc.compiler.checkpoint.config import context_length, load_config
+from llmc.compiler.checkpoint.config import load_config
+from llmc.compiler.checkpoint.context import choose_context
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.trace.export import Trace, trace
 from llmc.passes import contract
@@ -30,6 +31,6 @@ def canonical(path: Path) -> tuple[ir.Model, dict[str, TensorRef]]:
     """Return the canonical graph of a checkpoint in fp32, and the checkpoint's tensors."""
     checkpoint = Checkpoint.open(path)
     config = load_config(checkpoint)
-    model = trace(config, "fp32", context_length(config, None)).model
+    model = trace(config, "fp32", choose_context(config, None).max_seq_len).model
     contract.run(model, canonicalize())
     return model, checkpoint.tensors

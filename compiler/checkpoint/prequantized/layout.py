@@ -10,19 +10,15 @@ from dataclasses import dataclass
 
 from llmc.compiler.checkpoint.checkpoint import CONFIG, Checkpoint
 from llmc.compiler.checkpoint.finding import Finding
-from llmc.compiler.checkpoint.names import IGNORED_EXTRAS
-from llmc.compiler.checkpoint.prequantized.module import KV_NAMES, ROLES, QuantizedModule, Role
+from llmc.compiler.checkpoint.prequantized.module import KV_NAMES, ROLES, QuantizedModule, Role, is_auxiliary
 from llmc.compiler.checkpoint.prequantized.read_config import read_schemes
 from llmc.compiler.checkpoint.prequantized.recognize import is_quantized, recognize
 from llmc.compiler.checkpoint.prequantized.scheme import DeclaredSchemes
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.runtime.dtypes import FLOATS
 
-_IGNORED = re.compile("|".join(f"(?:{pattern})" for pattern in IGNORED_EXTRAS))
-_SCALE_LIKE = re.compile(
-    r"(weight|input|output)_.*(scale|zero_point).*|weight_(packed|shape|g_idx)|pre_quant_scale"
-    r"|qweight|qzeros|scales|g_idx|svdquant_.*"
-)
+# Tensors that old checkpoints carry although models compute them.
+_COMPUTED = re.compile(r".*rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
@@ -98,10 +94,10 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
         else:
             broken.add(name)
     for name, ref in others.items():
-        if ref.dtype in FLOATS and name.rpartition(".")[0] not in modules and not _auxiliary(name):
+        if ref.dtype in FLOATS and name.rpartition(".")[0] not in modules and not is_auxiliary(name):
             plain[name] = ref
-        elif not _IGNORED.fullmatch(name):
-            buffer = ref.dtype in ("BOOL", "I64") and not _auxiliary(name)
+        elif not _COMPUTED.fullmatch(name):
+            buffer = ref.dtype in ("BOOL", "I64") and not is_auxiliary(name)
             what = f"{ref.dtype} {list(ref.shape)} belongs to no weight"
             findings.append(Finding("unclaimed", name, what, warning=buffer))
     findings += _against_config(schemes, modules, plain, broken)
@@ -112,11 +108,6 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     excluded = [name for name in _matrices(plain) if schemes and schemes.excludes(name)]
     unread = tuple(sorted(broken))
     return QuantizedCheckpoint(schemes, modules, unread, plain, kv_scales, tuple(excluded), tuple(findings))
-
-
-def _auxiliary(name: str) -> bool:
-    """Return whether `name` is the name of a scale rather than of a parameter of the model."""
-    return _SCALE_LIKE.fullmatch(name.rpartition(".")[2]) is not None
 
 
 def _matrices(plain: Mapping[str, TensorRef]) -> dict[str, TensorRef]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -50,6 +51,15 @@ ROLES: dict[str, Role] = {
 }
 # The tensors of an attention module, or of k_proj and v_proj.
 KV_NAMES = ("k_scale", "v_scale", "q_scale", "k_bias", "v_bias")
+_SCALE_LIKE = re.compile(
+    r"(weight|input|output)_.*(scale|zero_point).*|weight_(packed|shape|g_idx)|pre_quant_scale"
+    r"|qweight|qzeros|scales|g_idx|svdquant_.*"
+)
+
+
+def is_auxiliary(name: str) -> bool:
+    """Return whether `name` is the name of a scale rather than of a parameter of the model."""
+    return _SCALE_LIKE.fullmatch(name.rpartition(".")[2]) is not None
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,10 @@ def read_schemes(checkpoint: Checkpoint) -> DeclaredSchemes | None:
     Raises UnsupportedError for a method or format that llmc does not read, and CheckpointError for
     damaged files.
     """
-    found = checkpoint.config.get(_KEY)
+    found = checkpoint.config.get(_KEY) or None  # {} declares nothing
     text = checkpoint.config.get("text_config")
     if found is None and isinstance(text, dict):
-        found = text.get(_KEY)
+        found = text.get(_KEY) or None
     beside = checkpoint.path / MODELOPT_FILE
     extra = _read_json(checkpoint) if beside.is_file() else None
     if found is None and extra is None:

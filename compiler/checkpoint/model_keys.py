@@ -1,0 +1,317 @@
+"""The names that transformers gives the tensors of a checkpoint when it loads them into a model.
+
+The rules are transformers' own: the conversion mapping of the model type, the prefix of the base model, the
+buffers that belong to the state dict, and the weights that are tied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.initialization import no_init_weights
+
+from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from llmc.compiler.checkpoint.config import load_wrapper
+from llmc.compiler.checkpoint.names import Shaped, collapse, compare_names
+from llmc.compiler.checkpoint.prequantized.module import KV_NAMES, ROLES, is_auxiliary
+from llmc.compiler.checkpoint.prequantized.recognize import is_quantized
+from llmc.compiler.checkpoint.safetensors import CHUNK_BYTES, TensorRef
+from llmc.runtime.dtypes import FLOATS
+from llmc.runtime.errors import CheckpointError, UnsupportedError
+
+_OF_ACTIVATIONS = ("input_scale", "input_global_scale", "output_scale")  # idle beside an unquantized weight
+# Buffers that old checkpoints carry although models compute them now, as transformers knows them.
+_COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+
+
+@dataclass(frozen=True)
+class ModelKeys:
+    """The state dict of a model: what a checkpoint must hold, and how names become its names."""
+
+    #: Parameter -> shape, without those that are tied to another.
+    parameters: Mapping[str, tuple[int, ...]]
+    #: Persistent buffer -> shape. A checkpoint may lack those that the graph does not use.
+    buffers: Mapping[str, tuple[int, ...]]
+    #: Tied parameter -> the parameter whose data it shares.
+    tied: Mapping[str, str]
+    #: The model whose state dict the files hold: the language model, or the multimodal model around it.
+    _loaded: PreTrainedModel
+    #: Module of `_loaded` -> the same module of the language model, whose names the others are.
+    _modules: Mapping[str, str]
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, wrapper: PreTrainedModel | None = None) -> ModelKeys:
+        """Return the keys of the causal language model of `config`, without memory for its weights.
+
+        wrapper: the multimodal model that holds it
+
+        Raises UnsupportedError if transformers cannot make the model, or if the wrapper holds another one.
+        """
+        model = make_model(AutoModelForCausalLM, config)
+        tied = {alias: name for alias, name in model.all_tied_weights_keys.items() if alias != name}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return cls(
+            {name: tuple(value.shape) for name, value in parameters.items() if name not in tied},
+            {
+                name: tuple(value.shape)
+                for name, value in model.state_dict().items()
+                if name not in parameters
+            },
+            tied,
+            model if wrapper is None else wrapper,
+            {"": ""} if wrapper is None else _shared_modules(wrapper, model),
+        )
+
+    def loaded_name(self, name: str) -> str:
+        """Return the name that a module or parameter of the language model has in the model around it."""
+        for outer, inner in self._modules.items():
+            if not inner or name == inner or name.startswith(f"{inner}."):
+                return outer + name[len(inner) :]
+        return name
+
+    def _inner_name(self, name: str) -> str | None:
+        """Return the name in the language model; None for another part of the model around it."""
+        for outer, inner in self._modules.items():
+            if not outer or name.startswith(f"{outer}."):
+                return inner + name[len(outer) :]
+        return None
+
+    def rename(self, checkpoint: Checkpoint) -> RenamedCheckpoint:
+        """Give the tensors of a checkpoint the model's names.
+
+        Raises CheckpointError if two tensors have the same name in the model.
+        """
+        names, unused, converted = self._names(checkpoint.tensors)
+        tensors: dict[str, TensorRef] = {}
+        for stored, name in names.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{checkpoint.path} holds {name} twice, the second time as {stored}",
+                    hint="remove one of them",
+                )
+            tensors[name] = replace(checkpoint.tensors[stored], name=name)
+        for alias, name in self.tied.items():
+            if alias in tensors and not _is_stored(name, tensors):
+                tensors[name] = replace(tensors.pop(alias), name=name)
+        patterns = (*_COMPUTED, *(self._loaded._keys_to_ignore_on_load_unexpected or ()))
+        ignored = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+        unknown = tuple(name for name in unused if not ignored.search(name))
+        return RenamedCheckpoint(replace(checkpoint, tensors=tensors), unknown, converted)
+
+    def untied(self, tensors: Mapping[str, TensorRef]) -> list[str]:
+        """Return the tied parameters that are stored with values of their own: transformers unties them.
+
+        tensors: a checkpoint's, renamed. Those of tied parameters are read.
+        """
+        return [
+            alias
+            for alias, name in self.tied.items()
+            if _is_stored(alias, tensors) and not _equal(alias, name, tensors)
+        ]
+
+    def _names(self, stored: Mapping[str, TensorRef]) -> tuple[dict[str, str], list[str], dict[str, str]]:
+        """Return stored name -> name in the model; the names that the model lacks; and `converted`."""
+        mapping = get_model_conversion_mapping(self._loaded)
+        renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+        converters = [one for one in mapping if isinstance(one, WeightConverter)]
+        state, prefix = self._loaded.state_dict(), self._loaded.base_model_prefix
+        names: dict[str, str] = {}
+        modules: dict[str, str] = {}
+        others: list[str] = []
+        converted: dict[str, str] = {}
+        sources: set[str] = set()
+
+        def loaded_name(key: str) -> str | None:
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if name in state and pattern is not None:
+                converted.setdefault(self._inner_name(name) or name, key)
+                sources.add(key)
+                return None
+            if name not in state:
+                name, _ = rename_source_key(key, [], [], prefix, state)
+            return name if name in state else None
+
+        for key in sorted(stored, key=dot_natural_key):
+            module, _, last = key.rpartition(".")
+            if (loaded := loaded_name(key)) is not None:
+                if (name := self._inner_name(loaded)) is not None:
+                    names[key] = name
+                    _add_modules(modules, key, name)
+            elif key not in sources:
+                others.append(key)
+                weight = loaded_name(f"{module}.weight") if last in ROLES else None
+                if weight is not None and (name := self._inner_name(weight)) is not None:
+                    _add_modules(modules, f"{module}.weight", name)
+        unused = []
+        for key in others:
+            module, _, last = key.rpartition(".")
+            idle = (
+                last in _OF_ACTIVATIONS
+                and f"{module}.weight" in names
+                and not _has_quantized_weight(module, stored)
+            )
+            if module in modules and not idle and (last in KV_NAMES or is_auxiliary(key)):
+                names[key] = f"{modules[module]}.{last}"
+            else:
+                unused.append(key)
+        return names, unused, converted
+
+
+@dataclass(frozen=True)
+class RenamedCheckpoint:
+    """A checkpoint whose tensors have the model's names."""
+
+    #: Without the tensors that the model lacks. Parameters that are tied and stored twice are there twice.
+    checkpoint: Checkpoint
+    #: The names, in the files, of tensors that the model lacks and that transformers reports too.
+    unused: tuple[str, ...]
+    #: Parameter -> the first tensor that transformers computes it from.
+    converted: Mapping[str, str]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of."""
+        shown = collapse(self.unused)
+        more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+        unused = f"the model does not use {', '.join(shown[:3])}{more}; transformers ignores them too"
+        return (*self.checkpoint.notes, unused) if self.unused else self.checkpoint.notes
+
+    def compare(self, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Shaped]) -> None:
+        """Check that `tensors` are those that the model expects.
+
+        expected: name -> shape
+        tensors: those of `checkpoint`, or the modules that stand for some of them
+
+        Raises CheckpointError for a difference, and UnsupportedError for parameters that transformers
+        computes from other tensors.
+        """
+        for name, stored in self.converted.items():
+            if name in expected and name not in tensors:
+                raise UnsupportedError(
+                    f"transformers computes {name} from {stored} when it loads the checkpoint",
+                    "save it in the model's own form with transformers: "
+                    "`model.save_pretrained(directory, save_original_format=False)`",
+                )
+        compare_names(expected, tensors, self.unused)
+
+
+def read_model(checkpoint: Checkpoint, config: PreTrainedConfig) -> tuple[ModelKeys, RenamedCheckpoint]:
+    """Return the keys of the model of `config`, and the checkpoint under its names.
+
+    Whether parameters are tied is what transformers makes of the checkpoint: `config` is changed to say so.
+    """
+    whole = load_wrapper(checkpoint)
+    wrapper = None if whole is None else make_model(AutoModelForMultimodalLM, whole)
+    notes = []
+    if wrapper is not None:
+        config.tie_word_embeddings = bool(wrapper.all_tied_weights_keys)
+        notes.append(
+            f"only the language model ({config.model_type}) of {wrapper.config.model_type} is built, for text"
+        )
+    keys = ModelKeys.of(config, wrapper)
+    renamed = keys.rename(checkpoint)
+    if untied := keys.untied(renamed.checkpoint.tensors):
+        notes.append(f"config.json ties {untied[0]}, but the checkpoint has its own values, which are used")
+        config.tie_word_embeddings = False
+        keys = ModelKeys.of(config, wrapper)
+        if still := sorted(keys.tied.keys() & set(untied)):
+            raise UnsupportedError(
+                f"{config.model_type} shares {still[0]} with {keys.tied[still[0]]}, but the checkpoint has "
+                "both, with different values",
+                "remove one of them from the checkpoint",
+            )
+        renamed = keys.rename(checkpoint)
+    named = renamed.checkpoint
+    tensors = {name: ref for name, ref in named.tensors.items() if name not in keys.tied}
+    named = replace(named, tensors=tensors, notes=(*named.notes, *notes))
+    return keys, replace(renamed, checkpoint=named)
+
+
+def make_model(auto: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the model of `config` on the device "meta". auto: one of transformers' AutoModel classes.
+
+    Raises UnsupportedError if transformers cannot make it.
+    """
+    try:
+        with torch.device("meta"), no_init_weights():
+            return auto.from_config(config, trust_remote_code=False)
+    except Exception as error:  # model code raises many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnsupportedError(
+            f"transformers cannot make a {config.model_type} model from config.json: {reason[:200]}",
+            "compare it with the config.json of the original model",
+        ) from error
+
+
+def _shared_modules(wrapper: PreTrainedModel, model: PreTrainedModel) -> dict[str, str]:
+    """Return the decoder and the head of `wrapper`, by name, with their names in the language model."""
+    pairs = (
+        (wrapper.get_decoder(), model.get_decoder()),
+        (wrapper.get_output_embeddings(), model.get_output_embeddings()),
+    )
+    shared = {}
+    for outer, inner in pairs:
+        one, other = _name_of(outer, wrapper), _name_of(inner, model)
+        if not one or not other or type(outer) is not type(inner):
+            raise UnsupportedError(
+                f"the language model of {type(wrapper).__name__} is not a {type(model).__name__}",
+                "llmc compiles text-only causal language models",
+            )
+        shared[one] = other
+    return shared
+
+
+def _name_of(module: object, model: PreTrainedModel) -> str:
+    return next((name for name, one in model.named_modules() if one is module), "")
+
+
+def _add_modules(modules: dict[str, str], stored: str, name: str) -> None:
+    """Record the names of the modules above a tensor, as far as both names have the same last parts."""
+    while stored.rpartition(".")[2] == name.rpartition(".")[2]:
+        stored, name = stored.rpartition(".")[0], name.rpartition(".")[0]
+        if not stored or not name or stored in modules:
+            return
+        modules[stored] = name
+
+
+def _is_stored(name: str, tensors: Mapping[str, TensorRef]) -> bool:
+    return name in tensors or _has_quantized_weight(name.rpartition(".")[0], tensors)
+
+
+def _has_quantized_weight(module: str, tensors: Mapping[str, TensorRef]) -> bool:
+    """Return whether the tensors of a module are those of a quantized weight."""
+    parts = {
+        role: ref for last, role in ROLES.items() if (ref := tensors.get(f"{module}.{last}")) is not None
+    }
+    return is_quantized(parts)
+
+
+def _equal(alias: str, name: str, tensors: Mapping[str, TensorRef]) -> bool:
+    one, other = tensors.get(alias), tensors.get(name)
+    if (
+        one is None
+        or other is None
+        or any(_has_quantized_weight(one.rpartition(".")[0], tensors) for one in (alias, name))
+    ):
+        return False
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= set(FLOATS):
+        return False
+    step = max(1, CHUNK_BYTES * one.shape[0] // max(1, one.nbytes))
+    blocks = (slice(first, first + step) for first in range(0, one.shape[0], step))
+    return all(
+        np.array_equal(one.read(rows).astype(np.float32), other.read(rows).astype(np.float32))
+        for rows in blocks
+    )
