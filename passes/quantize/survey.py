@@ -49,7 +49,7 @@ def survey(model: ir.Model, *, with_tied: bool = False) -> Survey:
 
 
 def has_rows_first(node: ir.Node) -> bool:
-    """Return whether the weight of a Gemm is [out, in]. Formats have scales of rows; GPT-2 stores [in, out]."""
+    """Return whether the weight of a Gemm is [out, in], as formats describe it. GPT-2 stores [in, out]."""
     return "transB" in node.attributes and edit.attribute(node, "transB") == 1
 
 
