@@ -33,6 +33,13 @@ def attribute(node: ir.Node, name: str) -> int | float:
     return value
 
 
+def numbers(value: ir.Value | None) -> list[int] | None:
+    """Return the elements of a constant of integers; None if `value` is no constant."""
+    if value is None or value.const_value is None:
+        return None
+    return [int(one) for one in value.const_value.numpy().reshape(-1)]
+
+
 def constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
     """Return the initializer `name`, and add it with the content of `array` if the graph lacks it."""
     existing = graph.initializers.get(name)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from llmc.passes.canonicalize.fold_expands import FoldExpands
 from llmc.passes.canonicalize.fold_reshapes import FoldReshapes
 from llmc.passes.canonicalize.fuse_linears import FuseLinears, FusionPlan
+from llmc.passes.canonicalize.fuse_partial_rope import FusePartialRope
 from llmc.passes.canonicalize.gather_logits import GatherLogits
+from llmc.passes.canonicalize.gather_rows import GatherRows
 from llmc.passes.canonicalize.lower_layers import LowerLinear, LowerRMSNorm
 from llmc.passes.canonicalize.lower_rope import LowerRope
 from llmc.passes.canonicalize.pack_tokens import PackTokens
@@ -45,8 +48,11 @@ def canonicalize(fusion: FusionPlan = FusionPlan()) -> list[Pass]:  # noqa: B008
     """
     return [
         # 1. Attention: from one sequence without a cache to packed sequences with a paged cache.
-        SinkTransposes(),  # first: later passes then see one order of norm and transpose
-        LowerRope(),  # before paging: it moves the rotation in front of the transposes that paging consumes
+        GatherRows(),  # first: later passes know Gather only
+        FusePartialRope(),  # before LowerRope, which lowers what it fuses
+        FoldExpands(),  # before LowerRope: it finds repeated heads behind a TracedRope
+        LowerRope(),  # it leaves transposes
+        SinkTransposes(),  # before paging, which consumes the transposes that reach it
         PageAttention(),
         # 2. Tokens: only attention mixes them, so the batch axis can go once attention is paged.
         PackTokens(),

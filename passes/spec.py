@@ -45,20 +45,24 @@ class Stage(enum.Enum):
 
 # fmt: off
 ELEMENTWISE = frozenset((
-    "Abs", "Add", "Cast", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "Identity", "Max", "Min",
+    "Abs", "Add", "Cast", "Clip", "Div", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "Identity",
+    "Log", "Max", "Min",
     "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Swish", "Tanh",
 ))
 STRUCTURAL = frozenset((
     "Concat", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 ))
+_ONE_DTYPE = frozenset(("Add", "Concat", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "Sub"))
 _LAYERS = frozenset((
     "Gemm", "LayerNormalization", "MatMul", "RMSNormalization", "RotaryEmbedding", "Softmax",
 ))
 # fmt: on
 _CANONICAL = ELEMENTWISE | STRUCTURAL | _LAYERS
+TRACED_ONLY = frozenset(("GatherElements", "GatherND", "Shape", "Tile"))  # for GatherRows and FoldExpands
 _QUANTIZED = _CANONICAL | {"QuantizeLinear", "DequantizeLinear"}
 _UNPACKED = _QUANTIZED | {"BitwiseAnd", "BitShift"}  # 4-bit codes as bytes
 _STANDARD = {
+    Stage.TRACED: _CANONICAL | TRACED_ONLY,
     Stage.CANONICAL: _CANONICAL,
     Stage.QUANTIZED: _UNPACKED,
     Stage.FOR_OPENVINO: _QUANTIZED,
@@ -86,10 +90,22 @@ def module_of(node: ir.Node) -> str:
     """Return the checkpoint module that `node` was traced from, or the name of the node."""
     if MODULE in node.metadata_props:
         return node.metadata_props[MODULE]
+    modules = _modules(node)
+    return modules[-1] if modules else (node.name or node.op_type)
+
+
+def in_module(node: ir.Node) -> bool:
+    """Return whether the trace says which module `node` is from."""
+    return MODULE in node.metadata_props or bool(_modules(node))
+
+
+def _modules(node: ir.Node) -> list[str]:
+    """Return the modules around `node`, outermost first. The last scope is the node's own."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     names = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
-    modules = [name.removeprefix("model.") for name in names[:-1] if name]
-    return modules[-1] if modules else (node.name or node.op_type)
+    return [
+        name.removeprefix("model.") for name in names[:-1] if name and not name.startswith("_empty_nn_module")
+    ]
 
 
 def check(model: ir.Model, stage: Stage) -> list[str]:
@@ -116,6 +132,9 @@ def _node_problems(node: ir.Node, stage: Stage) -> Iterator[str]:
             yield "is not allowed here"
     elif node.domain != "" or node.op_type not in _STANDARD.get(stage, _CANONICAL):
         yield "is outside the operators llmc knows"
+    dtypes = {value.dtype for value in node.inputs if value is not None and value.dtype is not None}
+    if node.op_type in _ONE_DTYPE and len(dtypes) > 1:
+        yield f"mixes the element types {' and '.join(sorted(str(dtype) for dtype in dtypes))}"
     if stage not in _BEFORE_PACKED:
         for value in node.outputs:
             if value.shape is not None and len(value.shape) > 1 and value.shape[0] == 1 and _varies(value):

@@ -15,15 +15,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
+import onnx_ir.passes.common
 import onnxscript.optimizer
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from llmc.compiler.trace import probes
 from llmc.compiler.trace.intercept import ATTENTION, intercept
 from llmc.compiler.trace.onnx_ops import translation_table
+from llmc.compiler.trace.refusal import HINT, reason, untraceable
 from llmc.passes import edit
 from llmc.passes.parameter import of_tensor, set_parameter
 from llmc.runtime.dtypes import BY_NAME
@@ -97,23 +104,30 @@ def _fake_model(config: PreTrainedConfig, dtype: torch.dtype, fake: FakeTensorMo
     nn.Module.register_parameter = register_fake  # type: ignore[method-assign,assignment]
     nn.Module.register_buffer = register_fake_buffer  # type: ignore[method-assign,assignment]
     try:
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=ATTENTION, dtype=dtype, trust_remote_code=False
-        )
-    except ValueError as error:
-        raise UnsupportedError(
-            f"transformers has no causal language model for model_type {config.model_type!r}",
-            "llmc compiles text-only causal language models",
-        ) from error
-    except Exception as error:  # model code raises many kinds; old code knows only its file's attention
-        raise UnsupportedError(
-            f"transformers cannot make a {config.model_type} model with llmc's attention: {error!r}",
-            "`llmc zoo list` shows the families that are known to work",
-        ) from error
+        return _from_config(config, dtype).eval()
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
         nn.Module.register_buffer = register_buffer  # type: ignore[method-assign]
-    return model.eval()
+
+
+def _from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model with llmc's attention, or with its own where its code cannot have another."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedError(
+            f"transformers has no causal language model for model_type {config.model_type!r}",
+            "llmc compiles text-only causal language models",
+        )
+    for attention in (ATTENTION, "sdpa", "eager"):  # code without the interface has a class for each
+        try:
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=dtype, trust_remote_code=False
+            )
+        except Exception as error:  # model code raises many kinds
+            cause = error
+    raise UnsupportedError(
+        f"transformers cannot make a {config.model_type} model from this config.json: {reason(cause)}",
+        HINT,
+    ) from cause
 
 
 class _Logits(nn.Module):
@@ -151,18 +165,13 @@ def _export(model: PreTrainedModel, fake: FakeTensorMode) -> ir.Model:
         )
     except LlmcError:
         raise
-    except Exception as error:  # torch raises many kinds; the user needs the cause
-        cause = str(error.__cause__ or error).strip().splitlines()
-        if "specialized it to be a constant" in str(error):
-            cause = ["its code depends on the number of tokens, as the code of recurrent models does"]
-        raise UnsupportedError(
-            f"tracing {type(model).__name__} failed: {cause[0] if cause else type(error).__name__}",
-            "set LLMC_TRACEBACK=1 to see where; `llmc zoo list` shows the families that are known to work",
-        ) from error
+    except Exception as error:  # torch raises many kinds
+        raise untraceable(model, error) from error
     assert program is not None
     graph = program.model
     _rename_parameters(graph, model.all_tied_weights_keys)
     onnxscript.optimizer.optimize_ir(graph, should_fold=_fold_only_small)
+    onnx_ir.passes.common.IdentityEliminationPass()(graph)
     return graph
 
 

@@ -6,6 +6,7 @@ numbers, and refused when the two disagree (`probes.py`).
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from llmc.compiler.trace import ops as ops  # registers torch.ops.llmc
 from llmc.compiler.trace import probes
-from llmc.runtime.errors import UnsupportedError
+from llmc.compiler.trace.refusal import unlike
+from llmc.runtime.errors import LlmcError, UnsupportedError
 
 ATTENTION = "llmc"  # the name of llmc's attention implementation in transformers' registry
 
@@ -39,6 +41,18 @@ class Interception:
         module.__dict__["forward"] = forward
         self._restore.append(lambda: module.__dict__.pop("forward"))
         self.replaced[name] += 1
+
+    def set_inline_attention(self, module: nn.Module, scale: float, window: int) -> None:
+        layer = self.replaced["inline_attention"]
+        attention = torch.ops.llmc.attention
+
+        def attend(query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+            _refuse_mask(type(module).__name__, attention_mask)
+            return attention(query, key, value, scale, 0.0, window, layer).transpose(1, 2), None
+
+        module.__dict__["_attn"] = attend
+        self._restore.append(lambda: module.__dict__.pop("_attn"))
+        self.replaced["inline_attention"] += 1
 
     def set_attribute(self, owner: ModuleType, name: str, value: object) -> None:
         present, original = name in vars(owner), vars(owner).get(name)
@@ -80,29 +94,47 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
     interception = Interception()
     _active.append(interception)
     try:
-        repeats = set()
+        repeats: set[Callable[[torch.Tensor], torch.Tensor]] = set()
         for owner in _python_modules(model):
             interception.set_attribute(owner, "set", _OrderedSet)
         for name, module in model.named_modules():
-            kind = type(module).__name__
-            if type(module) is nn.Linear:
-                interception.set_forward(module, _linear(module), "linear")
-            elif kind.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
-                interception.set_forward(
-                    module, _rms_norm(module, *probes.rms_norm(name, module)), "rms_norm"
-                )
-            elif kind.endswith("RotaryEmbedding"):
-                tables = probes.rotary_tables(name, module, max_seq_len)
-                interception.set_forward(module, _rotary(module, tables), "rotary")
-                repeats |= {table.repeat for table in tables.values()}
-            else:
-                _refuse(name, module, model)
+            try:
+                repeats |= _intercept_module(name, module, model, interception, max_seq_len)
+            except LlmcError:
+                raise
+            except Exception as error:  # model code that the probes call raises many kinds
+                raise unlike(name, module) from error
         for repeat in repeats:
             _intercept_apply_rotary(model, interception, repeat)
+        if not repeats:
+            _intercept_rotary_by_token(model, interception)
+        _intercept_masks(model, interception)
         yield interception
     finally:
         _active.remove(interception)
         interception.undo()
+
+
+def _intercept_module(
+    name: str, module: nn.Module, model: PreTrainedModel, interception: Interception, max_seq_len: int
+) -> set[Callable[[torch.Tensor], torch.Tensor]]:
+    """Replace a module that llmc knows. Return how rotary embeddings repeat their angles."""
+    kind = type(module).__name__
+    if isinstance(module, nn.Linear) and (type(module) is nn.Linear or probes.linear(module)):
+        interception.set_forward(module, _linear(module), "linear")
+    elif kind.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
+        interception.set_forward(module, _rms_norm(module, *probes.rms_norm(name, module)), "rms_norm")
+    elif kind.endswith("RotaryEmbedding"):
+        tables = probes.rotary_tables(name, module, max_seq_len)
+        interception.set_forward(module, _rotary(module, tables), "rotary")
+        return {table.repeat for table in tables.values()}
+    elif _is_own_layer_norm(module) and (epsilon := probes.layer_norm(module)) is not None:
+        interception.set_forward(module, _layer_norm(module, epsilon), "layer_norm")
+    elif hasattr(type(module), "_attn"):
+        interception.set_inline_attention(module, *probes.inline_attention(name, module))
+    else:
+        _refuse(name, module, model)
+    return set()
 
 
 def _refuse(name: str, module: nn.Module, model: PreTrainedModel) -> None:
@@ -111,6 +143,11 @@ def _refuse(name: str, module: nn.Module, model: PreTrainedModel) -> None:
     if kind.endswith("Experts"):
         raise UnsupportedError(
             f"module {name} ({kind}) is a mixture of experts", "llmc compiles dense models so far"
+        )
+    if hasattr(module, "kv_b_proj"):
+        raise UnsupportedError(
+            f"module {name} ({kind}) is multi-head latent attention",
+            "llmc has a cache for keys and values of heads, not for latent vectors",
         )
     if isinstance(module, nn.Conv1d):
         owner = name.rpartition(".")[0]
@@ -130,6 +167,27 @@ def _rms_norm(
     module: nn.Module, epsilon: float, offset: float, rounds_once: bool
 ) -> Callable[..., torch.Tensor]:
     return lambda x: torch.ops.llmc.rms_norm(x, module.weight, epsilon, offset, rounds_once)
+
+
+def _is_own_layer_norm(module: nn.Module) -> bool:
+    """Return whether `module` is a LayerNorm in the model's code rather than torch's, which traces as one."""
+    named = type(module).__name__.endswith("LayerNorm")
+    return named and not isinstance(module, nn.LayerNorm) and getattr(module, "weight", None) is not None
+
+
+def _layer_norm(module: nn.Module, epsilon: float) -> Callable[..., torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        # The parameters are read at call time, as in `_linear`.
+        weight, given = (module._parameters.get(name) for name in ("weight", "bias"))
+        assert weight is not None
+        width, wide, scale = x.shape[-1:], x.float(), weight.float()
+        bias = None if given is None else given.float()
+        if weight.dim() == 1:
+            return nn.functional.layer_norm(wide, width, scale, bias, epsilon).to(x.dtype)
+        normal = nn.functional.layer_norm(wide, width, None, None, epsilon) * scale
+        return (normal if bias is None else normal + bias).to(x.dtype)
+
+    return forward
 
 
 def _rotary(module: nn.Module, tables: dict[str, probes.RotaryTable]) -> Callable[..., Any]:
@@ -158,6 +216,11 @@ def _intercept_apply_rotary(
             "llmc does not support the rotary embedding of this architecture",
         )
     for owner in owners:
+        if list(inspect.signature(owner.apply_rotary_pos_emb).parameters)[:4] != ["q", "k", "cos", "sin"]:
+            raise UnsupportedError(
+                f"module {_user_of(owner, model)} rotates queries and keys separately",
+                "llmc does not support the rotary embedding of this architecture",
+            )
         interleaved = probes.apply_rotary(owner, repeat)
 
         def apply(
@@ -177,6 +240,83 @@ def _intercept_apply_rotary(
             return rope(q, cos, sin, interleaved), rope(k, cos, sin, interleaved)
 
         interception.set_attribute(owner, "apply_rotary_pos_emb", apply)
+
+
+def _user_of(owner: ModuleType, model: PreTrainedModel) -> str:
+    """Return the first attention module that the Python module `owner` defines, as "name (class)"."""
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    found = {
+        n: k.__name__
+        for n, k in kinds.items()
+        if k.__module__ == owner.__name__ and "Attention" in k.__name__
+    }
+    return next((f"{name} ({kind})" for name, kind in found.items()), owner.__name__)
+
+
+def _intercept_rotary_by_token(model: PreTrainedModel, interception: Interception) -> None:
+    """Replace `apply_rotary_pos_emb(x [1, T, H, D], sin, cos)`, as in GPT-J, where the model has it."""
+    for owner in _python_modules(model):
+        function = getattr(owner, "apply_rotary_pos_emb", None)
+        if function is None or list(inspect.signature(function).parameters)[1:] != ["sin", "cos"]:
+            continue
+        interleaved = probes.apply_rotary_by_token(owner)
+
+        def apply(
+            x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, interleaved: bool = interleaved
+        ) -> torch.Tensor:
+            return torch.ops.llmc.rope(x.transpose(1, 2), cos, sin, interleaved).transpose(1, 2)
+
+        interception.set_attribute(owner, "apply_rotary_pos_emb", apply)
+
+
+def _intercept_masks(model: PreTrainedModel, interception: Interception) -> None:
+    """Leave out causal masks, which llmc's attention implies, and refuse biases that it lacks."""
+    config, layers = model.config, iter(range(1 << 20))
+
+    def no_mask(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def alibi(*args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(
+            f"{type(model).__name__} adds position biases to the attention scores (ALiBi)",
+            "llmc supports rotary and learned positions only",
+        )
+
+    def scaled_dot_product_attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        _refuse_mask(type(model).__name__, attn_mask)
+        if not is_causal:
+            raise UnsupportedError(
+                f"{type(model).__name__} uses attention that is not causal",
+                "llmc does not support this attention yet",
+            )
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        attended = torch.ops.llmc.attention(query, key, value, scale, 0.0, 0, next(layers))
+        return attended.transpose(1, 2)
+
+    for owner in _python_modules(model):
+        for name in [name for name in vars(owner) if "alibi" in name]:
+            interception.set_attribute(owner, name, alibi)
+        if config._attn_implementation != ATTENTION and hasattr(owner, "create_causal_mask"):
+            interception.set_attribute(owner, "create_causal_mask", no_mask)
+    if config._attn_implementation == "sdpa":
+        name = "scaled_dot_product_attention"
+        interception.set_attribute(nn.functional, name, scaled_dot_product_attention)
+
+
+def _refuse_mask(where: str, mask: torch.Tensor | None) -> None:
+    if mask is not None:
+        raise UnsupportedError(
+            f"{where} uses a custom attention mask", "llmc does not support this attention yet"
+        )
 
 
 def _python_modules(model: PreTrainedModel) -> list[ModuleType]:

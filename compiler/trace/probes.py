@@ -5,6 +5,7 @@ Each probe runs the model's code and the operator of `ops.py` in fp32 on the sam
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import sys
@@ -26,6 +27,20 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def linear(module: nn.Linear) -> bool:
+    """Return whether a subclass of nn.Linear computes what nn.Linear computes."""
+    real = copy.copy(module)
+    real.in_features, real.out_features = 8, 6
+    real._parameters = {
+        "weight": nn.Parameter(_random(6, 8), requires_grad=False),
+        "bias": None if module.bias is None else nn.Parameter(_random(6), requires_grad=False),
+    }
+    x = _random(3, 8)
+    with torch.no_grad():
+        got = type(module).forward(real, x)
+    return isinstance(got, torch.Tensor) and _close(torch.ops.llmc.linear(x, real.weight, real.bias), got)
 
 
 def rms_norm(name: str, module: nn.Module) -> tuple[float, float, bool]:
@@ -63,6 +78,33 @@ def _rounds_once(module: nn.Module, epsilon: float, offset: float) -> bool:
         for one in (True, False)
     )
     return once < twice
+
+
+def layer_norm(module: nn.Module) -> float | None:
+    """Return the epsilon with which a LayerNorm over the last axis equals `module`; None if there is none.
+
+    The module has a weight [features] or [heads, features], and may have a bias of the same shape.
+    """
+    shape = tuple(module.weight.shape)  # type: ignore[arg-type]
+    real = copy.copy(module)
+    made = {name: _random(*shape) + index for index, name in enumerate(("weight", "bias"))}
+    real._parameters = {
+        name: nn.Parameter(made[name], requires_grad=False) if parameter is not None else None
+        for name, parameter in module._parameters.items()
+        if name in made
+    }
+    x = _random(3, *shape)
+    with torch.no_grad():
+        expected = type(module).forward(real, x)
+        for attribute in ("variance_epsilon", "eps", "epsilon"):
+            epsilon = getattr(module, attribute, None)
+            if isinstance(epsilon, float):
+                weight, bias = real._parameters["weight"], real._parameters.get("bias")
+                assert weight is not None
+                normal = nn.functional.layer_norm(x, shape[-1:], None, None, epsilon) * weight
+                if _close(normal if bias is None else normal + bias, expected):
+                    return epsilon
+    return None
 
 
 def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, RotaryTable]:
@@ -160,6 +202,61 @@ def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tenso
     )
 
 
+def apply_rotary_by_token(owner: ModuleType) -> bool:
+    """Return whether `owner.apply_rotary_pos_emb(x, sin, cos)` rotates interleaved pairs, as in GPT-J.
+
+    x is [1, T, H, D]. Each angle is given once.
+
+    Raises UnsupportedError if it rotates in neither of the two known ways.
+    """
+    tokens, half = 5, 4
+    angle, x = _random(1, tokens, half), _random(1, tokens, 3, 2 * half)
+    got = owner.apply_rotary_pos_emb(x, angle.sin(), angle.cos())
+    for interleaved in (False, True):
+        ours = torch.ops.llmc.rope(x.transpose(1, 2), angle.cos(), angle.sin(), interleaved)
+        if _close(ours.transpose(1, 2), got):
+            return interleaved
+    raise UnsupportedError(
+        f"{owner.__name__}.apply_rotary_pos_emb is neither of the two known rotations",
+        "llmc does not support the rotary embedding of this architecture",
+    )
+
+
+def inline_attention(name: str, module: nn.Module) -> tuple[float, int]:
+    """Return the (scale, window) with which `ops.attention` equals `module._attn`.
+
+    `_attn(query, key, value, attention_mask)` is the attention of code that is older than transformers'
+    attention interface (GPT-J, GPT-Neo, CodeGen).
+
+    Raises UnsupportedError if it computes something else.
+    """
+    width = int(getattr(module, "head_dim", 0) or getattr(module, "head_size", 0) or 8)
+    longest = max((buffer.shape[-1] for buffer in module._buffers.values() if buffer is not None), default=16)
+    with torch.no_grad(), contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):
+        same = torch.zeros(1, 1, longest, 1)
+        _, weights = module._attn(same, same, same, _causal_mask(longest, 0))  # type: ignore[operator]
+        visible = int((weights[0, 0, -1] > 0).sum())
+        window = visible if visible < longest else 0
+        length = min(longest, max(9, window + 4))
+        q, k, v = (_random(1, 2, length, width + index)[..., :width] for index in range(3))
+        got, _ = module._attn(q, k, v, _causal_mask(length, 0))  # type: ignore[operator]
+        for scale in (1.0, width**-0.5):
+            ours = torch.ops.llmc.attention(q, k, v, scale, 0.0, window, 0)
+            if _close(ours.transpose(1, 2), got):
+                return scale, window
+    raise UnsupportedError(
+        f"module {name}: the attention of {type(module).__name__} computes something else than llmc's",
+        "llmc does not support the attention of this architecture",
+    )
+
+
+def _causal_mask(length: int, window: int) -> torch.Tensor:
+    """Return a mask [1, 1, length, length] to add to scores. window: if positive, the visible tokens."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    hidden = (distance < 0) | (distance >= window) if window else distance < 0
+    return torch.zeros(1, 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """One call of the attention interface during the trace."""
@@ -190,9 +287,7 @@ def attention(calls: list[AttentionCall]) -> None:
         groups = int(getattr(call.module, "num_key_value_groups", 1))
         length = call.window + 4 if 0 < call.window <= 64 else 9
         q, k, v = _random(1, 2 * groups, length, 8), _random(1, 2, length, 8), _random(1, 2, length, 8) * 2
-        distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-        hidden = (distance < 0) | (distance >= call.window) if call.window else distance < 0
-        mask = torch.zeros(1, 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
+        mask = _causal_mask(length, call.window)
         expected, _ = eager(
             call.module, q, k, v, mask, scaling=call.scale, dropout=0.0, softcap=call.softcap or None
         )

@@ -71,7 +71,7 @@ class FuseLinears:
         matches = Matches()
         groups: defaultdict[ir.Value, list[ir.Node]] = defaultdict(list)
         for node in model.graph:
-            if node.op_type == "Gemm":
+            if node.op_type == "Gemm" and "transB" in node.attributes and edit.attribute(node, "transB"):
                 groups[edit.operand(node, 0)].append(node)
         for nodes in groups.values():
             if len(nodes) < 2:

@@ -14,11 +14,13 @@ import onnx_ir as ir
 
 from llmc.passes import edit
 from llmc.passes.contract import Matches
-from llmc.passes.spec import ELEMENTWISE, Stage, module_of
+from llmc.passes.spec import ELEMENTWISE, STRUCTURAL, Stage, module_of
 from llmc.runtime.errors import UnsupportedError
 
-_ROWWISE = {"TracedLinear", "TracedRMSNorm", "Gather", "RotaryEmbedding", "PagedAttention"}
+_ROWWISE = {"TracedLinear", "TracedRMSNorm", "RotaryEmbedding", "PagedAttention"}
 _AXIS = {"Concat", "LayerNormalization", "Softmax", "Split"}
+_AXES_INPUT = {"Slice": 3, "Squeeze": 1, "Unsqueeze": 1}  # operator -> the input that names its axes
+_KEEPS_DTYPE = ELEMENTWISE | STRUCTURAL - {"Gather"}
 
 
 class PackTokens:
@@ -33,43 +35,52 @@ class PackTokens:
         ids = [value for value in graph.inputs if value.name in ("input_ids", "position_ids")]
         if all(len(edit.dims(value)) == 1 for value in ids):
             return Matches(0)
+        batched = {value for value in ids if _has_batch(value)}
+        batched |= {value for node in graph for value in node.outputs if _has_batch(value)}
         for value in ids:
             value.shape = ir.Shape([edit.TOKENS])
             value.type = ir.TensorType(ir.DataType.INT32)
         for node in list(graph):
-            _pack(graph, node)
+            _pack(graph, node, batched)
+            _narrow_integers(graph, node)
         edit.remove_unused(model)
         return Matches(1)
 
 
-def _pack(graph: ir.Graph, node: ir.Node) -> None:
-    batched = [value for value in node.outputs if _has_batch(value)]
-    if not batched:
+def _pack(graph: ir.Graph, node: ir.Node, batched: set[ir.Value]) -> None:
+    outputs = [value for value in node.outputs if value in batched]
+    if not outputs:
         return
-    shape = edit.dims(batched[0])
+    shape = edit.dims(outputs[0])
     if node.op_type == "Reshape":
         node.replace_input_with(1, edit.shape_constant(graph, shape[1:]))
     elif node.op_type in ELEMENTWISE:
         _squeeze_constants(graph, node, len(shape))
     elif node.op_type in _AXIS:
-        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        _require(axis != 0, node, f"works along the batch axis (axis={axis})")
-        if axis > 0:
-            node.attributes["axis"] = ir.AttrInt64("axis", axis - 1)
-    elif node.op_type == "Slice":
-        _shift_axes(graph, node)
+        _shift_axis(node)
+    elif node.op_type in _AXES_INPUT:
+        _shift_axes(graph, node, _AXES_INPUT[node.op_type])
+    elif node.op_type == "Gather":
+        if node.inputs[0] in batched:  # else the rows of a table
+            _shift_axis(node)
     elif node.op_type == "Transpose":
         perm = list(node.attributes["perm"].as_ints())
         _require(perm[0] == 0, node, f"moves the batch axis (perm={perm})")
         node.attributes["perm"] = ir.AttrInt64s("perm", [axis - 1 for axis in perm[1:]])
     else:
         _require(node.op_type in _ROWWISE, node, "has no rule for packed tokens")
-    for value in batched:
+    for value in outputs:
         value.shape = ir.Shape([edit.TOKENS if dim == -1 else dim for dim in edit.dims(value)[1:]])
 
 
 def _has_batch(value: ir.Value) -> bool:
-    return value.shape is not None and len(value.shape) >= 2 and edit.dims(value)[:2] == [1, -1]
+    """Return whether the shape is [1, ..., T, ...]."""
+    return (
+        value.shape is not None
+        and len(value.shape) >= 2
+        and edit.dims(value)[0] == 1
+        and -1 in edit.dims(value)
+    )
 
 
 def _squeeze_constants(graph: ir.Graph, node: ir.Node, rank: int) -> None:
@@ -83,16 +94,47 @@ def _squeeze_constants(graph: ir.Graph, node: ir.Node, rank: int) -> None:
         node.replace_input_with(index, edit.constant(graph, array, f"{value.name}_packed"))
 
 
-def _shift_axes(graph: ir.Graph, node: ir.Node) -> None:
-    axes = node.inputs[3] if len(node.inputs) > 3 else None
-    constant = axes.const_value if axes is not None else None
-    _require(constant is not None, node, "slices along axes that are not constant")
-    assert constant is not None
-    values = constant.numpy()
-    _require(bool((values != 0).all()), node, "slices the batch axis")
-    shifted = np.where(values > 0, values - 1, values).astype(np.int64)
+def _narrow_integers(graph: ir.Graph, node: ir.Node) -> None:
+    """Continue in int32 what follows from the step's tokens and positions, which are int64 in the trace."""
+    given = [value for value in node.inputs if value is not None]
+    if node.op_type == "Cast" or node.op_type not in _KEEPS_DTYPE or not given:
+        return
+    if given[0].dtype != ir.DataType.INT32 and not (
+        node.op_type in ELEMENTWISE and any(value.dtype == ir.DataType.INT32 for value in given)
+    ):
+        return
+    for index, value in enumerate(node.inputs):
+        constant = value.const_value if value is not None else None
+        if node.op_type in ELEMENTWISE and constant is not None and constant.dtype == ir.DataType.INT64:
+            array = constant.numpy()
+            limits = np.iinfo(np.int32)
+            _require(limits.min <= array.min() and array.max() <= limits.max, node, "needs 64-bit integers")
+            assert value is not None
+            name = f"{value.name}_int32"
+            node.replace_input_with(index, edit.constant(graph, array.astype(np.int32), name))
+    for output in node.outputs:
+        if output.dtype == ir.DataType.INT64:
+            output.type = ir.TensorType(ir.DataType.INT32)
+
+
+def _shift_axis(node: ir.Node) -> None:
+    """Count the axis of the attribute `axis` without the batch axis. (The default is 0, but for norms.)"""
+    default = -1 if node.op_type in ("LayerNormalization", "Softmax") else 0
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else default
+    _require(axis != 0, node, f"works along the batch axis (axis={axis})")
+    if axis > 0:
+        node.attributes["axis"] = ir.AttrInt64("axis", axis - 1)
+
+
+def _shift_axes(graph: ir.Graph, node: ir.Node, index: int) -> None:
+    """Count the axes that input `index` names without the batch axis."""
+    values = edit.numbers(node.inputs[index]) if len(node.inputs) > index else None
+    _require(values is not None, node, "has axes that are not constant")
+    assert values is not None
+    _require(0 not in values, node, "changes the batch axis")
+    shifted = np.array([axis - 1 if axis > 0 else axis for axis in values], np.int64)
     name = "axes_" + "_".join(str(value) for value in shifted)
-    node.replace_input_with(3, edit.constant(graph, shifted, name))
+    node.replace_input_with(index, edit.constant(graph, shifted, name))
 
 
 def _require(condition: bool, node: ir.Node, what: str) -> None:

@@ -48,6 +48,11 @@ def survey(model: ir.Model, *, with_tied: bool = False) -> Survey:
     return Survey(shapes, groups, tuple(tied), every - in_matrices)
 
 
+def has_rows_first(node: ir.Node) -> bool:
+    """Return whether the weight of a Gemm is [out, in], as formats describe it. GPT-2 stores [in, out]."""
+    return "transB" in node.attributes and edit.attribute(node, "transB") == 1
+
+
 def linear(node: ir.Node) -> Parameter | None:
     """Return the weight of a Gemm if nothing else reads it, or None."""
     return _weight(node, shared=False)
@@ -59,7 +64,7 @@ def tied_linear(node: ir.Node) -> Parameter | None:
 
 
 def _weight(node: ir.Node, *, shared: bool) -> Parameter | None:
-    if node.op_type != "Gemm":
+    if node.op_type != "Gemm" or not has_rows_first(node):
         return None
     weight = edit.operand(node, 1)
     return parameter(weight) if (len(weight.uses()) > 1) == shared else None

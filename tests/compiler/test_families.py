@@ -24,7 +24,7 @@ from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
 from llmc.runtime.sampling import SamplingParams
-from support.families import OTHERS, write_random
+from support.families import FAST, OTHERS, write_random
 
 TOLERANCE = 1e-4  # fp32 logits
 FAMILIES = [entry.name for entry in list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
@@ -124,9 +124,10 @@ def test_trained_checkpoint_equals_transformers(engine: str, stories: Path, stor
     check(reference(stories), backend_for(stories_bundle, engine), 512)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", OTHERS)
-def test_families_without_a_recipe_equal_transformers(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "family", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+)
+def test_families_without_a_zoo_model_equal_transformers(family: str, tmp_path: Path) -> None:
     checkpoint = write_random(family, tmp_path)
     built = compile_model(BuildRequest(str(checkpoint), tmp_path / "x.llmc", verify=False)).path
     check(reference(checkpoint), backend_for(built, "openvino"), 256)

@@ -163,7 +163,7 @@ def test_positions_beyond_the_rows_of_a_small_rotary_table(rope: str, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", OTHERS)
-def test_families_without_a_recipe_are_as_exact_too(family: str, tmp_path: Path) -> None:
+def test_families_without_a_zoo_model_are_as_exact_too(family: str, tmp_path: Path) -> None:
     checkpoint = write_random(family, tmp_path)
     for dtype in ("fp16", "bf16"):
         findings = compare(prepare(checkpoint, dtype, tmp_path / dtype))

@@ -15,12 +15,17 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.models.falcon import modeling_falcon
+from transformers.models.gpt_neo import modeling_gpt_neo
+from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from llmc.compiler.trace import probes
 from llmc.compiler.trace.export import trace
 from llmc.compiler.trace.intercept import ATTENTION, intercept
+from llmc.passes import contract
+from llmc.passes.pipeline import canonicalize
 from llmc.runtime.errors import UnsupportedError
 
 TINY: dict[str, Any] = {
@@ -184,12 +189,87 @@ def test_differing_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         ),
         ({"model_type": "mixtral", "num_local_experts": 4}, "mixture of experts"),
         ({"model_type": "mamba", "state_size": 4, "num_hidden_layers": 1}, "Mamba"),
+        ({"model_type": "bloom"}, "adds position biases to the attention scores"),
+        ({"model_type": "falcon", "alibi": True}, "adds position biases to the attention scores"),
+        (
+            {"model_type": "minicpm3", "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+            r"module model\.layers\.0\.self_attn \(MiniCPM3Attention\) is multi-head latent attention",
+        ),
+        (
+            {"model_type": "gemma4_text", "head_dim": 16, "vocab_size_per_layer_input": 96},
+            r"module model\.layers\.0\.self_attn \(Gemma4TextAttention\) rotates queries and keys separately",
+        ),
+        (
+            {"model_type": "openai-gpt"},
+            r"module transformer\.h\.0\.attn: the attention of Attention computes",
+        ),
+        ({"model_type": "rwkv"}, r"cannot trace .*Rwkv.* depends on the number of tokens"),
+        ({"model_type": "xlstm", "num_heads": 2}, "multihead_norm .* takes other inputs"),
+        ({"model_type": "diffllama"}, r"operator ReduceSum of module model\.layers\.0\.self_attn is outside"),
     ],
 )
 def test_unsupported_architectures_are_refused(settings: dict[str, Any], complaint: str) -> None:
     config = AutoConfig.for_model(**TINY | settings)
     with pytest.raises(UnsupportedError, match=complaint):
-        trace(config, "fp32", 128)
+        contract.run(trace(config, "fp32", 128).model, canonicalize())
+
+
+def test_attention_of_older_code_has_its_scale_and_window() -> None:
+    config = AutoConfig.for_model(
+        "gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]], window_size=24
+    )
+    local = modeling_gpt_neo.GPTNeoSelfAttention(config, "local", 1)
+    assert probes.inline_attention("attn", modeling_gpt_neo.GPTNeoSelfAttention(config, "global", 0)) == (
+        1.0,
+        0,
+    )
+    assert probes.inline_attention("attn", local) == (1.0, 24)
+    config = AutoConfig.for_model("gptj", n_embd=64, n_head=4, rotary_dim=8)
+    assert probes.inline_attention("attn", modeling_gptj.GPTJAttention(config, 0)) == (0.25, 0)
+
+
+def test_attention_of_older_code_that_computes_something_else_is_refused() -> None:
+    class Doubled(modeling_gptj.GPTJAttention):
+        def _attn(self, *args: Any) -> Any:
+            output, weights = super()._attn(*args)
+            return output * 2, weights
+
+    config = AutoConfig.for_model("gptj", n_embd=64, n_head=4, rotary_dim=8)
+    with pytest.raises(
+        UnsupportedError, match=r"module h\.0\.attn: the attention of Doubled computes something"
+    ):
+        probes.inline_attention("h.0.attn", Doubled(config, 0))
+
+
+def test_probe_distinguishes_layer_norms() -> None:
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+
+    class OtherLayerNorm(CohereLayerNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    assert probes.layer_norm(CohereLayerNorm(16, eps=1e-6)) == 1e-6
+    assert probes.layer_norm(CohereLayerNorm((2, 16), eps=1e-5)) == 1e-5
+    assert probes.layer_norm(OtherLayerNorm(16)) is None
+
+
+def test_probe_distinguishes_linear_layers() -> None:
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    class ScaledLinear(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    assert probes.linear(FalconLinear(4, 2))
+    assert not probes.linear(ScaledLinear(4, 2))
+
+
+def test_tracing_restores_torch_and_causal_masks() -> None:
+    before = nn.functional.scaled_dot_product_attention, modeling_falcon.create_causal_mask
+    trace(
+        AutoConfig.for_model("falcon", hidden_size=64, num_hidden_layers=1, num_attention_heads=4), "fp32", 32
+    )
+    assert before == (nn.functional.scaled_dot_product_attention, modeling_falcon.create_causal_mask)
 
 
 def test_rotary_tables_equal_transformers(checkpoint: Callable[[str], Path]) -> None:

@@ -118,11 +118,11 @@ def test_dumps_are_numbered_texts(
     contract.run(model, pipeline.legalize_onnxruntime(), dump=None if from_environment else tmp_path)
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names[:4] == [
-        "01-sink-transposes.txt",
-        "02-lower-rope.txt",
-        "03-page-attention.txt",
-        "04-pack-tokens.txt",
+        "01-gather-rows.txt",
+        "02-fuse-partial-rope.txt",
+        "03-fold-expands.txt",
+        "04-lower-rope.txt",
     ]
-    assert names[-1] == "14-finalize.txt"
-    assert "PagedAttention" not in (tmp_path / names[1]).read_text()
-    assert "PagedAttention" in (tmp_path / names[2]).read_text()
+    assert names[-1] == "17-finalize.txt"
+    assert "PagedAttention" not in (tmp_path / names[4]).read_text()
+    assert "PagedAttention" in (tmp_path / names[5]).read_text()

@@ -20,7 +20,8 @@ from llmc.compiler.quantize.round_to_nearest import dequantize
 from llmc.compiler.weights.safetensors_writer import write_safetensors
 from llmc.passes.canonicalize.fuse_linears import FuseLinears
 from llmc.passes.legalize.unpack_fp4_weights import UnpackFP4Weights
-from llmc.passes.quantize import qdq
+from llmc.passes.parameter import of_tensor, set_parameter
+from llmc.passes.quantize import qdq, survey
 from llmc.passes.quantize.formats import FORMATS, Format
 from llmc.passes.quantize.matrix import QuantizedMatrix
 from llmc.plugins.round_fp4 import body as round_fp4
@@ -146,3 +147,17 @@ def test_codes_are_those_of_the_matrix_quantized_whole(
     scale = made.tensors[matrix.initializer("weight_scale")].read()
     assert np.array_equal(scale, (np.abs(whole).max(1) / np.float32(127)).astype(numpy_dtype("F32")))
     assert np.array_equal(codes, np.rint(whole / scale[:, None]).astype(np.int8))
+
+
+def test_a_matrix_that_is_stored_by_columns_is_left_alone() -> None:
+    """GPT-2 stores its matrices as [in, out]; scales of rows would be scales of inputs."""
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 23]> g (float[T,64] x) => (float[T,192] y)'
+        " <float[64,192] w> { y = Gemm <transB = 0> (x, w) }"
+    )
+    node = next(iter(model.graph))
+    assert node.inputs[1] is not None
+    set_parameter(node.inputs[1], of_tensor("attn.c_attn.weight", (64, 192)))
+    assert survey.linear(node) is None
+    node.attributes["transB"] = ir.AttrInt64("transB", 1)
+    assert survey.linear(node) is not None

@@ -1,25 +1,59 @@
-"""Families without a recipe that are known to work, as tiny random models."""
+"""Families without a zoo model that are known to work, as tiny random models."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 # fmt: off
 OTHERS = (
-    "arcee", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "gpt2", "granite",
-    "helium", "ministral", "nemotron", "olmo", "seed_oss", "smollm3", "starcoder2",
+    "arcee", "biogpt", "codegen", "cohere", "cohere2", "ctrl", "cwm", "ernie4_5", "exaone4", "falcon",
+    "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "gptj", "granite",
+    "helium", "hunyuan_v1_dense", "ministral", "ministral3", "nemotron", "olmo", "olmo3", "opt",
+    "persimmon", "phi", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )
 # fmt: on
+_SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_COMMON = _SIZES | {"intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 2}
+_GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2}
+#: The settings of families with other names for their sizes, or with something to switch on.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "codegen": _GPT | {"rotary_dim": 8},
+    "cohere": _COMMON | {"use_qk_norm": True, "logit_scale": 1.0},
+    "cohere2": _COMMON | {"logit_scale": 1.0, "sliding_window": 24, "sliding_window_pattern": 2},
+    "ctrl": _GPT | {"dff": 128},
+    "falcon": _SIZES | {"num_kv_heads": 2, "new_decoder_architecture": True},
+    "gpt2": _GPT,
+    "gpt_bigcode": _GPT,
+    "gpt_neo": {
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 24,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gptj": _GPT | {"rotary_dim": 8},
+    "opt": _SIZES | {"ffn_dim": 128, "word_embed_proj_dim": 32},
+    "persimmon": _SIZES | {"intermediate_size": 128},
+    "phi": _COMMON | {"qk_layernorm": True},
+    "stablelm": _COMMON | {"qk_layernorm": True, "use_parallel_residual": True},
+}
+#: One family for each way to a graph: rope of a part by token and attention without the interface, attention
+#: of torch and repeated heads, positions with an offset.
+FAST = ("falcon", "gptj", "opt")
 
 
-def write_random(family: str, directory: Path) -> Path:
+def write_random(family: str, directory: Path, **settings: Any) -> Path:
     """Write a tiny random checkpoint of `family` in fp32 below `directory` and return its path."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    config = AutoConfig.for_model(family, **sizes, **heads, vocab_size=384, pad_token_id=0)
+    given = _SETTINGS.get(family, _COMMON) | {"vocab_size": 384, "pad_token_id": 0} | settings
+    if "n_positions" not in given:
+        given["max_position_embeddings"] = 256
+    config = AutoConfig.for_model(family, **given)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
