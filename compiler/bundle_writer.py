@@ -29,7 +29,7 @@ from llmc.runtime.bundle.manifest import (
     Manifest,
     path_fault,
 )
-from llmc.runtime.bundle.reader import sha256_of_file
+from llmc.runtime.bundle.reader import is_litter, sha256_of_file
 from llmc.runtime.errors import BuildError
 
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -257,7 +257,7 @@ def _why_not_ours(directory: Path) -> str:
         files = {*tree["files"], MANIFEST_NAME} if tree["format_version"] else set()
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return f"it has no readable {MANIFEST_NAME}, so it is not a bundle"
-    unlisted = sorted(_files_in(directory) - files)
+    unlisted = sorted(name for name in _files_in(directory) - files if not is_litter(name))
     return f"it holds {unlisted[0]!r}, which is not part of a bundle" if unlisted else ""
 
 
