@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -91,6 +92,10 @@ class BundleWriter:
         path = self._directory / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def temporary_directory(self) -> tempfile.TemporaryDirectory[str]:
+        """Return a directory for scratch files. If the build is killed, the next one removes it."""
+        return tempfile.TemporaryDirectory(dir=self._directory)
 
     def add_hash(self, relative: str, sha256: str, nbytes: int) -> None:
         """Record the hash that the caller computed of a file, so that `finish` need not read the file."""
