@@ -13,6 +13,7 @@ import typer
 from llmc.cli.plan_table import plan_lines, prequantized_plan_lines
 from llmc.cli.text import print_json, size, table
 from llmc.compiler.request import KV_DTYPES, TARGETS
+from llmc.runtime.cpus import limit_library_threads
 from llmc.runtime.errors import BuildError
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def build(
     whole build succeeds.
     """
     require_build_libraries()
+    limit_library_threads()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about what does not concern a build
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

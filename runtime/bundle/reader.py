@@ -23,6 +23,7 @@ from pathlib import Path
 
 from llmc.runtime.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from llmc.runtime.cache_directory import cache_directory
+from llmc.runtime.cpus import available_cpus
 from llmc.runtime.errors import BundleError
 
 Identity = list[int]  # device, inode, size, mtime_ns, ctime_ns
@@ -137,7 +138,7 @@ def _hash_all(bundle: Bundle, names: list[str], found: dict[str, Identity]) -> N
     from concurrent.futures import ThreadPoolExecutor, as_completed  # not needed by a warm start
 
     stop = threading.Event()
-    with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(_HASH_THREADS, available_cpus())) as pool:
         jobs = {pool.submit(sha256_of_file, bundle.path / name, found[name], stop): name for name in names}
         try:
             for job in as_completed(jobs):
