@@ -41,7 +41,7 @@ def limits(root: Path = Path("/")) -> Limits:
 
 def _directories(root: Path) -> Iterator[tuple[Path, int]]:
     """Yield the directories of this process's control groups and of all above them, with the version."""
-    groups = {}  # controller -> path; "": version 2
+    groups: dict[str, str] = {}  # controller -> path; "": version 2
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -82,14 +82,14 @@ def _upwards(mount: Path, inside: str) -> Iterator[Path]:
 def _memory(directory: Path, version: int) -> Iterator[tuple[int, int]]:
     """Yield each limit of a group in bytes, with the bytes that it uses and cannot drop."""
     if version == 2:
-        names, usage, cache = ("memory.max", "memory.high"), "memory.current", "inactive_file"
+        names, usage, cache = "memory.max memory.high", "memory.current", "inactive_file"
     else:
-        names, usage, cache = ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"
-    for name in names:
+        names, usage, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    for name in names.split():
         limit = _number(directory / name)
         if limit is not None and limit < 1 << 60:  # version 1 writes a number near 2^63 for no limit
-            statistics = dict(line.split()[:2] for line in _lines(directory / "memory.stat") if " " in line)
-            dropped = statistics.get(cache, "0")
+            lines = (line.partition(" ") for line in _lines(directory / "memory.stat"))
+            dropped = {field: figure for field, _, figure in lines}.get(cache, "0")
             used = (_number(directory / usage) or 0) - (int(dropped) if dropped.isdigit() else 0)
             yield limit, max(0, used)
 
