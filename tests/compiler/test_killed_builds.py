@@ -52,6 +52,7 @@ def test_a_build_killed_at_a_random_moment(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     work = tmp_path_factory.mktemp("killed")
+    seconds = moment * _duration(checkpoint, work)
     output, scratch, mark = work / "out" / "x.llmc", work / "tmp", str(random.getrandbits(64))
     scratch.mkdir()
     output.parent.mkdir()
@@ -67,7 +68,7 @@ def test_a_build_killed_at_a_random_moment(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        build.wait(moment * _duration(checkpoint, work))
+        build.wait(seconds)
     except subprocess.TimeoutExpired:
         build.send_signal(sent)
     _, said = build.communicate(timeout=LONG)
