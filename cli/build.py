@@ -13,6 +13,7 @@ import typer
 from llmc.cli.plan_table import plan_lines, prequantized_plan_lines
 from llmc.cli.text import print_json, size, table
 from llmc.compiler.request import KV_DTYPES, TARGETS
+from llmc.runtime.cpus import limit_library_threads
 from llmc.runtime.errors import BuildError
 
 if TYPE_CHECKING:
@@ -105,15 +106,19 @@ def build(
         bool, typer.Option("--verify/--no-verify", help="Compare the engine with the checkpoint.")
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Build again and replace an existing bundle.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Compile a checkpoint into a verified bundle.
 
     The engine is compared with the checkpoint at the end. The bundle appears under its name only if the
-    whole build succeeds.
+    whole build succeeds. If it exists, built from the same files with the same options and versions, nothing
+    is built.
     """
     require_build_libraries()
+    limit_library_threads()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about what does not concern a build
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -215,12 +220,17 @@ def describe_kv_cache_loss(manifest: Manifest) -> str:
 
 def _result_text(result: BuildResult, request: BuildRequest) -> str:
     manifest = result.manifest
+    done = (
+        "was up to date, nothing was built"
+        if result.reused
+        else f"built in {sum(result.seconds.values()):.1f} s"
+    )
     facts = (
         size(_total_bytes(result)),
         describe_target(manifest.target),
         manifest.precision.dtype,
         f"{manifest.limits.max_seq_len} tokens of context",
-        f"built in {sum(result.seconds.values()):.1f} s",
+        done,
     )
     text = f"{request.output}: {', '.join(facts)}\n{describe_verification(manifest.verification)}"
     return f"{text}\nKV cache {loss}" if (loss := describe_kv_cache_loss(manifest)) else text
@@ -235,6 +245,7 @@ def _result_record(result: BuildResult) -> dict[str, Any]:
     manifest = result.manifest
     return {
         "path": str(result.path),
+        "reused": result.reused,
         "bytes": {"total": _total_bytes(result), "weights": manifest.weights.bytes},
         "seconds": result.seconds,
         "target": asdict(manifest.target),
@@ -285,7 +296,9 @@ def _plan_text(plan: BuildPlan) -> str:
     )
     output = str(request.output)
     if os.path.lexists(request.output):
-        output += " (exists, to be replaced)" if request.force else " (exists: the build will need `--force`)"
+        output += (
+            " (exists, to be replaced)" if request.force else " (exists: another build will need `--force`)"
+        )
     verification = "switched off with --no-verify"
     if request.verify:
         available = available_memory()

@@ -77,7 +77,7 @@ def doctor(
             ("llmc", __version__),
             ("python", machine.python),
             ("system", machine.system),
-            ("processor", f"{machine.cpu}, {machine.cores} cores for this process"),
+            ("processor", f"{machine.cpu}, {machine.cores} cores for this process{_quota(machine)}"),
             ("memory", _memory(machine)),
             ("attention", fault.message if fault else "OpenVINO's agrees with the reference"),
         ]
@@ -161,4 +161,9 @@ def _numbers(version: str) -> list[int]:
 def _memory(machine: Machine) -> str:
     if machine.memory is None or machine.available_memory is None:
         return "unknown"
-    return f"{size(machine.memory)}, {size(machine.available_memory)} of it available"
+    limit = " (the container's limit)" if machine.memory == machine.memory_limit else ""
+    return f"{size(machine.memory)}{limit}, {size(machine.available_memory)} of it available"
+
+
+def _quota(machine: Machine) -> str:
+    return " (the container's CPU quota)" if machine.cores == machine.cpu_quota else ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmc.runtime import cgroup
+from llmc.runtime.cpus import available_cpus
 from llmc.runtime.memory import available_memory, total_memory
 
 
@@ -25,17 +26,23 @@ class Machine:
     memory: int | None
     #: Bytes that can be used without swapping; None: the system does not say.
     available_memory: int | None
+    #: The container's limit in bytes, if it has one; it is in the figures above.
+    memory_limit: int | None
+    #: The container's quota in CPUs, if it has one; it is in `cores`.
+    cpu_quota: int | None
 
     @staticmethod
     def this() -> Machine:
-        affinity = getattr(os, "sched_getaffinity", None)
+        limits = cgroup.limits()
         return Machine(
             python=platform.python_version(),
             system=platform.platform(),
             cpu=_fields("/proc/cpuinfo").get("model name") or platform.processor() or platform.machine(),
-            cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
+            cores=available_cpus(),
             memory=total_memory(),
             available_memory=available_memory(),
+            memory_limit=limits.memory,
+            cpu_quota=limits.cpus,
         )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmc.cli.text import print_json, table
+from llmc.runtime.cpus import limit_library_threads
 from llmc.runtime.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def verify(
         from llmc.cli.build import require_build_libraries
 
         require_build_libraries()
+        limit_library_threads()
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from llmc.cli.progress import shown
     from llmc.compiler.verify.judge import judge

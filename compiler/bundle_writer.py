@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,7 +30,7 @@ from llmc.runtime.bundle.manifest import (
     Manifest,
     path_fault,
 )
-from llmc.runtime.bundle.reader import sha256_of_file
+from llmc.runtime.bundle.reader import is_litter, sha256_of_file
 from llmc.runtime.errors import BuildError
 
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -91,6 +92,10 @@ class BundleWriter:
         path = self._directory / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def temporary_directory(self) -> tempfile.TemporaryDirectory[str]:
+        """Return a directory for scratch files. If the build is killed, the next one removes it."""
+        return tempfile.TemporaryDirectory(dir=self._directory)
 
     def add_hash(self, relative: str, sha256: str, nbytes: int) -> None:
         """Record the hash that the caller computed of a file, so that `finish` need not read the file."""
@@ -257,7 +262,7 @@ def _why_not_ours(directory: Path) -> str:
         files = {*tree["files"], MANIFEST_NAME} if tree["format_version"] else set()
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return f"it has no readable {MANIFEST_NAME}, so it is not a bundle"
-    unlisted = sorted(_files_in(directory) - files)
+    unlisted = sorted(name for name in _files_in(directory) - files if not is_litter(name))
     return f"it holds {unlisted[0]!r}, which is not part of a bundle" if unlisted else ""
 
 

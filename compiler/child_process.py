@@ -30,6 +30,12 @@ from llmc.runtime import errors
 from llmc.runtime.errors import BuildError, LlmcError
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+# Python 3.10 has no PYTHONSAFEPATH: this takes the working directory off the path, then runs a module.
+RUN_MODULE = (
+    "import sys; sys.path.remove(''); import runpy; "
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+)
+_START = ("-m",) if sys.version_info >= (3, 11) else ("-c", RUN_MODULE)
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -66,7 +72,7 @@ class Child:
         variables = _variables(os.environ | _ENVIRONMENT if environment is None else environment)
         with tempfile.TemporaryFile("w+", errors="replace") as stderr:  # an unread pipe would fill up
             child = subprocess.Popen(
-                [sys.executable, "-m", self.module],
+                [sys.executable, *_START, self.module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -147,16 +153,27 @@ def serve(handler: Callable[[dict[str, Any], Messages], Mapping[str, Any]]) -> N
 
 
 def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, even by SIGKILL. Linux only."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """End this process when its parent dies, even by SIGKILL.
+
+    On Linux the kernel kills it. On other systems a thread waits for the end of stdin, which the parent holds
+    open; it must wait for Python's lock if a library computes without releasing that.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_exit_at_end_of_stdin, daemon=True).start()
     if select.select([sys.stdin], [], [], 0)[0]:  # only the end of stdin can follow the task
         sys.exit("the parent process is gone")
 
 
+def _exit_at_end_of_stdin() -> None:
+    while os.read(0, 1):  # not sys.stdin: Python would wait for its lock when it exits
+        pass
+    os._exit(1)
+
+
 def _variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment`, in which Python imports nothing from the working directory (from Python 3.11 on)."""
+    """`environment`, in which Python imports nothing from the working directory."""
     variables = dict(environment) | {"PYTHONSAFEPATH": "1"}
     paths = filter(None, variables.pop("PYTHONPATH", "").split(os.pathsep))  # an empty one is that directory
     if path := os.pathsep.join(map(os.path.abspath, paths)):

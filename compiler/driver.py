@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler import targets
+from llmc.compiler.build_key import FIELD, build_key, recorded_key, source_name
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint import hub, recipe
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
@@ -17,6 +19,8 @@ from llmc.compiler.request import BuildRequest, quantized_cache
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import GRAPH_FILE, Resolved, Sizes
 from llmc.runtime.bundle.manifest import Manifest, Verification
+from llmc.runtime.bundle.reader import Bundle
+from llmc.runtime.errors import BundleError
 from llmc.runtime.memory import memory_needed
 
 if TYPE_CHECKING:
@@ -61,10 +65,14 @@ class BuildResult:
     path: Path
     manifest: Manifest
     seconds: dict[str, float] = field(default_factory=dict)
+    #: The bundle was there already, built from the same inputs with the same options and versions.
+    reused: bool = False
 
 
 def compile_model(request: BuildRequest, progress: Progress | None = None) -> BuildResult:
     """Build the bundle that `request` describes and return where it is.
+
+    An output of the same inputs, options and versions is checked and returned, unless `request.force`.
 
     Raises LlmcError (CheckpointError, UnsupportedError, BuildError, VerificationError), each with a hint.
     Nothing carries the output's name unless the build succeeded.
@@ -77,6 +85,8 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
 
     clock = Clock(progress or Silent())
     target = targets.target(request.target)
+    if request.output.is_dir() and (existing := _existing(request, clock)) is not None:
+        return existing
     with BundleWriter(request.output, request.force) as work:
         plan, inputs = plan_build(request, progress, clock)
         resolved, engine, model = plan.resolved, plan.target.engine, inputs.model
@@ -98,9 +108,49 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
         with clock.phase("finish"):
             quantization = step.record(plan.quantization, inputs.matrices, made, request.calibration_method)
             path = work.finish(
-                manifest.manifest(plan, inputs.checkpoint, model, files, verification, artifact, quantization)
+                manifest.manifest(
+                    plan,
+                    inputs.checkpoint,
+                    model,
+                    files,
+                    _with_key(verification, plan, files),
+                    artifact,
+                    quantization,
+                )
             )
     return BuildResult(path, Manifest.from_json((path / "manifest.json").read_bytes()), clock.seconds)
+
+
+def _existing(request: BuildRequest, clock: Clock) -> BuildResult | None:
+    """Return the bundle at the output if building it again would give the same; None if not.
+
+    A bundle that was not verified does not count where verification is asked for: this machine may have the
+    memory now.
+    """
+    from llmc.passes.contract import DUMP
+
+    if request.force or os.environ.get(DUMP):
+        return None
+    with clock.phase("check the existing bundle"):
+        try:
+            bundle = Bundle.open(request.output)
+        except BundleError:
+            return None
+        recorded = recorded_key(bundle.manifest)
+        if recorded is None or (request.verify and bundle.manifest.verification.status != "passed"):
+            return None
+        if request.calibration is not None and not request.calibration.is_file():
+            return None  # the build says what is wrong
+        checkpoint = Checkpoint.open(hub.resolve(request.checkpoint, request.revision))
+        name = source_name(request.checkpoint, checkpoint.path)
+        if recorded != build_key(request, name, checkpoint.file_hashes()):
+            return None
+    return BuildResult(bundle.path, bundle.manifest, clock.seconds, reused=True)
+
+
+def _with_key(record: Verification, plan: BuildPlan, files: Mapping[str, str]) -> Verification:
+    name = source_name(plan.request.checkpoint, plan.checkpoint.path)
+    return replace(record, details={**record.details, FIELD: build_key(plan.request, name, files)})
 
 
 def plan_build(

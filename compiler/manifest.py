@@ -7,13 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from llmc import __version__
-from llmc.compiler.checkpoint import hub
+from llmc.compiler.build_key import source_name
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.plan import BuildPlan
 from llmc.compiler.targets.base import Artifact
@@ -96,9 +95,3 @@ def operators(model: ir.Model, inlined: bool) -> tuple[Operator, ...]:
     )
     known = [OPERATORS[name] for name in sorted(counts)]
     return tuple(Operator(one.full_name, one.abi, counts[one.name]) for one in known)
-
-
-def source_name(checkpoint: str, path: Path) -> str:
-    """Return the checkpoint's name without this machine's paths: the hub id, or the directory's own name."""
-    repository = None if Path(checkpoint).exists() else hub.parse(checkpoint)
-    return repository.id if repository else path.resolve().name

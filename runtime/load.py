@@ -32,7 +32,8 @@ def load_engine(
     max_batch_tokens: the maximum number of tokens in a step. Longer prompts are prefilled in chunks. Smaller
         steps reduce the latency of running requests, larger steps increase the throughput.
     max_sequences: the maximum number of sequences in a step.
-    threads: the number of CPU threads. The default is one per physical core that the process may use.
+    threads: the number of CPU threads. The default is one per physical core that the process may use, at most
+        the CPU quota of the container.
     prefix_cache: reuse the KV blocks of equal prefixes.
     fast: quantize activations to int8 in layers with int8 or int4 weights (OpenVINO only), and with a u8 KV
         cache compute the rest in bf16 if the CPU supports it. It is faster and not exact:

@@ -1,18 +1,23 @@
-"""The memory of this machine, and an estimate of the memory for a verification."""
+"""The memory of this machine, within its container's limit, and an estimate of that for a verification."""
 
 from __future__ import annotations
+
+from llmc.runtime import cgroup
 
 _BASE_BYTES = 900 << 20  # torch, transformers and an engine, without weights
 
 
 def total_memory() -> int | None:
-    """Return the bytes of the machine, or None if the system does not report them."""
-    return _meminfo("MemTotal")
+    """Return the bytes of the machine, or the limit of its container. None: the system reports neither."""
+    return _smaller(_meminfo("MemTotal"), cgroup.limits().memory)
 
 
 def available_memory() -> int | None:
-    """Return the bytes available without swapping, or None if the system does not report them."""
-    return _meminfo("MemAvailable")
+    """Return the bytes available without swapping and within the limit of the container.
+
+    None: the system does not report them.
+    """
+    return _smaller(_meminfo("MemAvailable"), cgroup.limits().available_memory)
 
 
 def memory_needed(weight_bytes: int) -> int:
@@ -23,6 +28,10 @@ def memory_needed(weight_bytes: int) -> int:
     extra, and the kernel may drop them.
     """
     return _BASE_BYTES + int(weight_bytes * 1.25)
+
+
+def _smaller(*figures: int | None) -> int | None:
+    return min((figure for figure in figures if figure is not None), default=None)
 
 
 def _meminfo(field: str) -> int | None:

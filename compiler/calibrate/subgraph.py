@@ -14,6 +14,7 @@ from llmc.passes.extract import extract
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.parameter import Parameter, parameter
 from llmc.runtime.batch import STEP_INPUTS, Batch
+from llmc.runtime.cpus import default_threads
 from llmc.runtime.dtypes import FLOATS
 from llmc.runtime.errors import BuildError
 
@@ -127,5 +128,6 @@ def _session(
     part = extract(model, inputs, outputs)
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = default_threads() or 0
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # sessions are short-lived
     return ort.InferenceSession(serialize(part), options, providers=["CPUExecutionProvider"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
@@ -31,7 +30,7 @@ def save(checkpoint: Checkpoint, writer: BundleWriter) -> None:
             f"transformers cannot read the tokenizer in {checkpoint.path}: {str(error).splitlines()[0]}",
             "download the tokenizer's files again, or remove them to build without a tokenizer",
         ) from error
-    with TemporaryDirectory() as directory:
+    with writer.temporary_directory() as directory:
         tokenizer.save_pretrained(directory)
         for name in _WANTED:
             if (Path(directory) / name).is_file():

@@ -12,6 +12,7 @@ from llmc.compiler.child_process import Child
 from llmc.compiler.progress import Progress
 from llmc.compiler.verify.figures import Figures, Threshold, known, recorded, reference_of
 from llmc.compiler.verify.job import Question
+from llmc.runtime.backends.requirements import check_requirements
 from llmc.runtime.bundle.manifest import Manifest, Source
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import CheckpointError, RequestError
@@ -83,6 +84,7 @@ def judge(path: Path, against: str | None, text: Path | None, progress: Progress
     directory = _own_checkpoint(manifest.source, against, progress) if against else None
     found: dict[str, Any] = {}
     if runs_here and (directory or text):
+        check_requirements(manifest.target.requires, bundle.name)
         progress.phase("compare" if directory else "run the engine")
         found = _measure(bundle, directory, text, progress)
     elif directory:

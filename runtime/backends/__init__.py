@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
+from llmc.runtime.backends.requirements import check_requirements
 from llmc.runtime.errors import BackendError
 
 # Engine in the manifest -> the module of this package whose `load(engine, options)` loads it.
@@ -24,5 +25,7 @@ def load_backend(engine: EngineFile, options: LoadOptions) -> Backend:
     """
     if engine.engine not in _LOADERS:
         raise BackendError(f"there is no backend {engine.engine!r}", f"known backends: {', '.join(_LOADERS)}")
+    if engine.bundle is not None and engine.bundle.manifest.gpu is None:
+        check_requirements(engine.bundle.manifest.target.requires, engine.bundle.name)
     backend: Backend = import_module(f"{__name__}.{_LOADERS[engine.engine]}").load(engine, options)
     return backend

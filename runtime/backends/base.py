@@ -43,7 +43,7 @@ class LoadOptions:
     max_tokens: int = 2048
     #: Maximum number of sequences in a step.
     max_sequences: int = 64
-    #: Number of CPU threads. None: one per core.
+    #: Number of CPU threads. None: one per core, at most the CPU quota of the container.
     threads: int | None = None
     #: Number of activations in a row that share an int8 scale, in layers with int8 or int4 weights. None:
     #: activations are not quantized.

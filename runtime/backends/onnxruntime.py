@@ -15,6 +15,7 @@ from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.backends.kv_cache import cpu_blocks
 from llmc.runtime.batch import STEP_INPUTS, Batch
+from llmc.runtime.cpus import default_threads
 from llmc.runtime.errors import BackendError
 
 
@@ -30,7 +31,7 @@ def load(engine: EngineFile, options: LoadOptions) -> OnnxRuntimeBackend:
             f"ONNX Runtime has no KV cache of {engine.kv_dtype} here",
             "build the bundle with an fp32 KV cache",
         )
-    return OnnxRuntimeBackend(engine.path, cpu_blocks(engine, options), options.threads)
+    return OnnxRuntimeBackend(engine.path, cpu_blocks(engine, options), default_threads(options.threads))
 
 
 class OnnxRuntimeBackend:

@@ -12,6 +12,8 @@ import glob
 import hashlib
 import json
 import os
+import re
+import shlex
 import stat
 import threading
 import time
@@ -21,6 +23,7 @@ from pathlib import Path
 
 from llmc.runtime.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from llmc.runtime.cache_directory import cache_directory
+from llmc.runtime.cpus import available_cpus
 from llmc.runtime.errors import BundleError
 
 Identity = list[int]  # device, inode, size, mtime_ns, ctime_ns
@@ -30,6 +33,14 @@ _HASH_THREADS = 8
 _TICK_NS = 2 * 10**9  # the coarsest timestamps in use (FAT); most file systems have milliseconds
 _SAFE_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no links, no blocking on pipes
 _COPY_AGAIN = "copy the bundle again, or rebuild it with `llmc build --force`"
+# What file managers, file systems and download tools put into directories. No listed file can have such a
+# name, and nothing of llmc reads one. FORMAT.md lists them.
+_LITTER = re.compile(
+    r"\.DS_Store|\._.*|\.localized|\.cache|\.directory|\.nfs.*|\.fuse_hidden.*|Thumbs\.db|desktop\.ini|@eaDir"
+)
+# What describes a repository that holds a bundle; ignored at the top of a bundle, unless listed.
+_REPOSITORY = re.compile(r"\.git|\.gitattributes|\.gitignore|README\.md|LICENSE(\.txt|\.md)?")
+_DOWNLOAD_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)")
 
 
 @dataclass(frozen=True)
@@ -82,9 +93,10 @@ class Bundle:
         directories = {"", *(str(parent) for name in listed for parent in _parents(name))}
         found = {}
         for name, entry in _walk(self.path, directories):
+            if name not in listed and (is_litter(name) or _REPOSITORY.fullmatch(name)):
+                continue
             if stat.S_ISLNK(entry.st_mode):
-                hint = "copy the bundle with `cp -rL`, which follows links"
-                raise BundleError(f"{self.path}: {name!a} is a symbolic link", hint)
+                raise _symbolic_link(self.path, name)
             if name not in listed:
                 raise BundleError(f"{self.path}: {name!a} is not in the manifest", "remove it")
             if not stat.S_ISREG(entry.st_mode):
@@ -126,7 +138,7 @@ def _hash_all(bundle: Bundle, names: list[str], found: dict[str, Identity]) -> N
     from concurrent.futures import ThreadPoolExecutor, as_completed  # not needed by a warm start
 
     stop = threading.Event()
-    with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(_HASH_THREADS, available_cpus())) as pool:
         jobs = {pool.submit(sha256_of_file, bundle.path / name, found[name], stop): name for name in names}
         try:
             for job in as_completed(jobs):
@@ -162,8 +174,42 @@ def _read_manifest(root: Path) -> bytes:
             hint = f"it looks like a checkpoint: compile it with `llmc build {root} -o NAME.llmc`"
         raise BundleError(f"not a bundle: {root} has no {MANIFEST_NAME}", hint) from None
     except OSError as error:
+        if (root / MANIFEST_NAME).is_symlink():
+            raise _symbolic_link(root, MANIFEST_NAME) from error
         raise BundleError(f"{root}: cannot read {MANIFEST_NAME}: {error.strerror}", _COPY_AGAIN) from error
     raise BundleError(f"{root}: {MANIFEST_NAME} is not a regular file", _COPY_AGAIN)
+
+
+def is_litter(name: str) -> bool:
+    """Return whether a file manager, a file system or a download tool made the file or directory `name`."""
+    return any(_LITTER.fullmatch(part) for part in name.split("/"))
+
+
+def _symbolic_link(root: Path, name: str) -> BundleError:
+    """Return the error for a link. The hint has the command that gets regular files instead.
+
+    The download cache of Hugging Face stores a repository as links. The engines refuse weights behind links.
+    """
+    path = root.absolute()
+    for part in path.parts:
+        if match := _DOWNLOAD_CACHE.fullmatch(part):
+            repository, folder = (
+                f"{match['owner']}/{match['name']}",
+                f"{match['name'].removesuffix('.llmc')}.llmc",
+            )
+            revision = f" --revision {path.name}" if path.parent.name == "snapshots" else ""
+            command = f"hf download {shlex.quote(repository)}{revision} --local-dir {shlex.quote(folder)}"
+            break
+    else:
+        command = (
+            f"cp -rL {shlex.quote(str(path))} {shlex.quote(path.name.removesuffix('.llmc') + '-copy.llmc')}"
+        )
+        if path.parent.name == "snapshots":
+            command += "`, or download it again with `hf download ORG/NAME --local-dir NAME.llmc"
+    return BundleError(
+        f"{root}: {name!a} is a symbolic link, and the engines read regular files only",
+        f"get regular files with `{command}`",
+    )
 
 
 def _parents(name: str) -> list[str]:

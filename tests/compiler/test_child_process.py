@@ -12,26 +12,27 @@ from pathlib import Path
 
 import pytest
 
-from llmc.compiler.child_process import Child
+from llmc.compiler.child_process import RUN_MODULE, Child
 from llmc.compiler.progress import Progress, Silent
 from llmc.runtime.errors import BuildError, UnsupportedError
 
 VERIFICATION = Child("llmc.compiler.verify.child", "verification", "use more")
 TASK = {"measure": {"no such": "field"}}  # not a task: the child fails with a traceback
 
-Make = Callable[[str], Child]
+Make = Callable[..., Child]
 
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """The body of a handler -> a child that runs it."""
 
-    def child(body: str) -> Child:
+    def child(body: str, platform: str = sys.platform) -> Child:
         (tmp_path / "child_of_test.py").write_text(
             "import os, signal, sys, time\n"
             "from llmc.compiler.child_process import serve\n"
             "from llmc.runtime.errors import *\n"
             f"def handle(task, messages):\n    {body}\n"
+            f"sys.platform = {platform!r}\n"
             "serve(handle)\n"
         )
         monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
@@ -114,7 +115,6 @@ def test_what_python_prints_while_it_starts_is_no_message(make: Make, tmp_path: 
     assert child.run({}, Silent()) == {"x": 2}
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
 @pytest.mark.parametrize("path", [None, "", ":", "{elsewhere}:"])
 def test_nothing_is_imported_from_the_working_directory(
     path: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -133,9 +133,20 @@ def test_nothing_is_imported_from_the_working_directory(
     assert "unexpected keyword argument 'no such'" in error.value.message
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the child dies with its parent on Linux only")
-def test_a_child_dies_with_its_parent(make: Make) -> None:
-    make("messages.note(str(os.getpid())); time.sleep(600)")
+def test_the_working_directory_comes_off_the_path_where_python_has_no_safe_path(tmp_path: Path) -> None:
+    (tmp_path / "runpy.py").write_text("raise SystemExit('the trap')")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    command = [sys.executable, "-c", RUN_MODULE, "llmc.compiler.verify.child"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, input="{}\n", capture_output=True, text=True
+    )
+    assert "the parent process is gone" in done.stderr
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_a_child_dies_with_its_parent(make: Make, platform: str) -> None:
+    """In two ways: Linux kills it, elsewhere it waits for the end of stdin."""
+    make("messages.note(str(os.getpid())); time.sleep(600)", platform)
     parent = subprocess.Popen(
         [
             sys.executable,

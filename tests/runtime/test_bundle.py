@@ -199,6 +199,83 @@ def test_a_link_in_place_of_a_file(bundle, target):
     assert "cp -rL" in error.hint
 
 
+LITTER = (".DS_Store", "weights/._model", ".cache/huggingface/download/x.lock", "Thumbs.db", "weights/.nfs01")
+
+
+@pytest.mark.parametrize("name", LITTER)
+def test_what_other_programs_leave_in_directories_is_ignored(bundle, name):
+    (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+    (bundle / name).write_text("x")
+    Bundle.open(bundle)
+    build(bundle, force=True, name="other")
+    assert not (bundle / name).exists()
+
+
+@pytest.mark.parametrize("name", [".gitattributes", "README.md", "LICENSE", ".git/config"])
+def test_the_files_of_a_repository_are_ignored_and_never_deleted(bundle, name):
+    (bundle / name).parent.mkdir(exist_ok=True)
+    (bundle / name).write_text("x")
+    Bundle.open(bundle)
+    with pytest.raises(BuildError, match="is not replaced"):
+        build(bundle, force=True)
+    assert (bundle / name).read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["weights/README.md", "tokenizer/.gitignore", ".env", ".DS_Store.txt"])
+def test_other_files_are_not_ignored(bundle, name):
+    (bundle / name).parent.mkdir(exist_ok=True)
+    (bundle / name).write_text("x")
+    assert "is not in the manifest" in refused(bundle).message
+
+
+def test_a_listed_file_is_never_ignored(output):
+    bundle = build(output, contents={**CONTENTS, "README.md": b"one"})
+    (bundle / "README.md").write_bytes(b"two")
+    assert "'README.md' is damaged" in refused(bundle).message
+    (bundle / "README.md").unlink()
+    assert "'README.md' is missing" in refused(bundle).message
+
+
+def linked(bundle, snapshot):
+    """The files of `bundle`, as huggingface_hub's `snapshot_download` stores them."""
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir(parents=True)
+    for number, name in enumerate(files_in(bundle)):
+        (blobs / str(number)).write_bytes((bundle / name).read_bytes())
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(os.path.relpath(blobs / str(number), (snapshot / name).parent))
+
+
+@pytest.mark.parametrize(
+    ("place", "command"),
+    [
+        ("models--org--tiny/snapshots/abc", "`hf download org/tiny --revision abc --local-dir tiny.llmc`"),
+        ("hub/snapshots/abc", "`hf download ORG/NAME --local-dir NAME.llmc`"),
+        ("else/where/tiny.llmc", "`cp -rL "),
+    ],
+)
+@pytest.mark.parametrize("first", ["manifest.json", "rank0.onnx"])
+def test_a_download_cache_is_refused_with_the_command_that_downloads_files(
+    bundle, tmp_path, place, command, first
+):
+    linked(bundle, tmp_path / place)
+    if first != "manifest.json":  # a link only to the others
+        data = (bundle / "manifest.json").read_bytes()
+        (tmp_path / place / "manifest.json").unlink()
+        (tmp_path / place / "manifest.json").write_bytes(data)
+    error = refused(tmp_path / place)
+    assert "is a symbolic link, and the engines read regular files only" in error.message
+    assert command in error.hint
+
+
+def test_the_command_of_the_hint_makes_a_bundle(bundle, tmp_path):
+    linked(bundle, tmp_path / "hub" / "snapshots" / "it's mine")
+    hint = refused(tmp_path / "hub" / "snapshots" / "it's mine").hint
+    command = hint.split("`")[1]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    Bundle.open(tmp_path / "it's mine-copy.llmc")
+
+
 def test_a_link_in_place_of_a_directory(bundle):
     (bundle / "weights").rename(bundle.parent / "elsewhere")
     (bundle / "weights").symlink_to(bundle.parent / "elsewhere")

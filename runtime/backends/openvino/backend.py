@@ -22,6 +22,7 @@ from llmc.runtime.backends.openvino import attention, int8
 from llmc.runtime.backends.openvino.file_pages import releasing
 from llmc.runtime.backends.openvino.huge_pages import collapse_resident
 from llmc.runtime.batch import STEP_INPUTS, Batch
+from llmc.runtime.cpus import default_threads
 from llmc.runtime.errors import BackendError
 
 _FEW_ROWS, _MANY_ROWS = 4, 16
@@ -37,7 +38,7 @@ def load(engine: EngineFile, options: LoadOptions) -> OpenVinoBackend:
     return OpenVinoBackend(
         engine.path,
         cpu_blocks(engine, options),
-        options.threads,
+        default_threads(options.threads),
         kv_dtype=engine.kv_dtype,
         activation_group=options.activation_group,
     )

@@ -1,0 +1,65 @@
+"""The libraries that a CPU engine needs, by the manifest's `target.requires`, against those installed.
+
+For TensorRT, `tensorrt/checks.py` has the rule: exactly the version of the build.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from importlib import metadata
+
+from llmc.runtime.errors import BackendError, BundleError
+from llmc.runtime.installation import install_hint
+
+# Libraries whose interface changes between releases. Of the others, a newer version is as good.
+_SAME_RELEASE = ("openvino",)
+_VERSION = re.compile(r"\d{1,9}(?:\.\d{1,9}){0,7}")
+
+
+def check_requirements(
+    requires: Mapping[str, str], name: str, installed: Callable[[str], str | None] | None = None
+) -> None:
+    """Raise BackendError, naming every library, unless the installed ones are what the engine needs.
+
+    requires: library -> version, such as "2026.4"
+    name: the bundle's name, for messages
+    installed: returns the version of a library, None if it is missing; by default that of the installation
+
+    openvino must be of the same release: 2026.4 takes 2026.4.1, not 2026.5. Any other library may be newer.
+    Raises BundleError if a version in `requires` is not a number.
+    """
+    faults = []
+    for library, wanted in sorted(requires.items()):
+        if not _VERSION.fullmatch(wanted):
+            raise BundleError(
+                f"{name} needs {library} {wanted!r}, which is not a version", "build the bundle again"
+            )
+        found = (installed or _installed)(library)
+        need = f"{library} {wanted}" + ("" if library in _SAME_RELEASE else " or newer")
+        if found is None:
+            faults.append(f"it needs {need}, which is not installed")
+        elif not _fits(_numbers(found), _numbers(wanted), library in _SAME_RELEASE):
+            faults.append(f"it needs {need}, and {found} is installed")
+    if faults:
+        raise BackendError(
+            f"{name} cannot run here: {'; '.join(faults)}",
+            f"{install_hint()}, or build the bundle again with this llmc",
+        )
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...], same_release: bool) -> bool:
+    padded = found + (0,) * (len(wanted) - len(found))
+    return padded[: len(wanted)] == wanted if same_release else padded >= wanted
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    match = _VERSION.match(version)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def _installed(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None

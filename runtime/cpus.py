@@ -1,0 +1,52 @@
+"""The CPUs that this process may use: its affinity, within the quota of its container."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llmc.runtime import cgroup
+
+
+def available_cpus() -> int:
+    """Return the number of logical CPUs that this process may use."""
+    quota = cgroup.limits().cpus
+    return len(_affinity()) if quota is None else min(len(_affinity()), quota)
+
+
+def default_threads(threads: int | None = None) -> int | None:
+    """Return the number of threads of an engine: `threads` if given, else the quota of the container.
+
+    None: there is no quota below the number of cores; the engine then uses one thread for each.
+    """
+    quota = cgroup.limits().cpus
+    return quota if threads is None and quota is not None and quota < _cores() else threads
+
+
+def limit_library_threads() -> None:
+    """Have torch and numpy respect a CPU quota, here and in child processes. Call it before their import.
+
+    By default they start a thread for each core of the host, and wait for each other. OMP_NUM_THREADS wins if
+    it is set.
+    """
+    if (threads := default_threads()) is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def _affinity() -> set[int]:
+    try:
+        return os.sched_getaffinity(0)
+    except AttributeError:  # not on macOS
+        return set(range(os.cpu_count() or 1))
+
+
+def _cores() -> int:
+    """Return the number of physical cores of the affinity; hardware threads of a core count once."""
+    cores = set()
+    for cpu in _affinity():
+        try:
+            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        except OSError:
+            siblings = str(cpu)
+        cores.add(siblings)
+    return len(cores)
