@@ -12,12 +12,14 @@ from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint import hub, recipe
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.names import compare_names
+from llmc.compiler.checkpoint.sampling import FILE as GENERATION_CONFIG
+from llmc.compiler.checkpoint.sampling import not_followed, sampling_defaults
 from llmc.compiler.progress import Clock, Progress, Silent
 from llmc.compiler.quantize.prequantized_plan import read_prequantized
 from llmc.compiler.request import BuildRequest, quantized_cache
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import GRAPH_FILE, Resolved, Sizes
-from llmc.runtime.bundle.manifest import Manifest, Verification
+from llmc.runtime.bundle.manifest import Manifest, Sampling, Verification
 from llmc.runtime.memory import memory_needed
 
 if TYPE_CHECKING:
@@ -110,6 +112,8 @@ def plan_build(
     clock = clock or Clock(progress or Silent())
     with clock.phase("read checkpoint"):
         given = _read(request)
+    if others := ", ".join(not_followed(given.checkpoint)):
+        clock.progress.note(f"{GENERATION_CONFIG} sets {others}, which `llmc run` does not follow")
     with clock.phase("import torch and transformers"):
         from llmc.compiler.calibrate.source import check_calibration
         from llmc.compiler.checkpoint.config import context_length, load_config
@@ -168,6 +172,7 @@ class _Given:
     resolved: Resolved
     prequantized: PrequantizedWeights | None
     calibration: Calibration
+    sampling: Sampling | None
 
     @property
     def named(self) -> Mapping[str, Any]:
@@ -189,7 +194,9 @@ def _read(request: BuildRequest) -> _Given:
     resolved = target.resolve(request, checkpoint.dtype)
     prequantized = _read_prequantized(checkpoint, request, resolved)
     calibration = None if prequantized else _read_calibration(request)
-    return _Given(checkpoint, family, target, resolved, prequantized, calibration)
+    return _Given(
+        checkpoint, family, target, resolved, prequantized, calibration, sampling_defaults(checkpoint)
+    )
 
 
 def _facts(given: _Given, expected: dict[str, int]) -> CheckpointFacts:
@@ -204,6 +211,7 @@ def _facts(given: _Given, expected: dict[str, int]) -> CheckpointFacts:
         logit_tolerance=given.family.logit_tolerance,
         expected_matches=expected,
         total_bytes=given.checkpoint.total_bytes,
+        sampling=given.sampling,
     )
 
 

@@ -30,6 +30,7 @@ from llmc.runtime.bundle.manifest import (
     Tokens,
     Verification,
     Weights,
+    oldest_format,
 )
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")  # what shapes the graph
@@ -79,7 +80,8 @@ def manifest(
         ),
         quantization=quantization,
         gpu=artifact.gpu,
-        format_version=2 if artifact.gpu else 1,
+        sampling=plan.checkpoint.sampling,
+        format_version=oldest_format(gpu=artifact.gpu, sampling=plan.checkpoint.sampling),
     )
 
 

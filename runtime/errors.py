@@ -17,12 +17,17 @@ from __future__ import annotations
 
 
 class LlmcError(Exception):
-    """Base class. `message` states the fact in one line, `hint` says what to do about it."""
+    """Base class. `message` states the fact in one line, `hint` says what to do about it.
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    argument: the argument whose value is refused, by its Python name; "": none. On the command line it is an
+        option: `max_tokens` is --max-tokens.
+    """
+
+    def __init__(self, message: str, hint: str = "", argument: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.argument = argument
 
 
 class CheckpointError(LlmcError):

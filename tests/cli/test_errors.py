@@ -378,11 +378,11 @@ def test_changed_byte_of_the_manifest(fails, tiny):
 
 def test_newer_format(fails, tiny):
     manifest = json.loads((tiny / "manifest.json").read_bytes())
-    manifest["format_version"] = 3
+    manifest["format_version"] = 4
     manifest["producer"]["llmc"] = "9.1"
     (tiny / "manifest.json").write_text(json.dumps(manifest))
     error, hint = fails("run", tiny, "Once")
-    assert error == "bundle format 3 needs llmc >= 9.1; this llmc reads formats 1 to 2"
+    assert error == "bundle format 4 needs llmc >= 9.1; this llmc reads formats 1 to 3"
     assert hint == upgrade_hint("9.1")
 
 
