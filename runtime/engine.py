@@ -109,6 +109,9 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._numbers = count(1)
         self._turns = Turns()
+        self._dropped: deque[str] = (
+            deque()
+        )  # streams that the garbage collector closed in the middle of a step
         self._closed = False
 
     @property
@@ -138,6 +141,8 @@ class Engine:
 
     def _step(self) -> list[RequestOutput]:
         self._check_open()
+        while self._dropped:
+            self._end(self._dropped.popleft())
         started = time.perf_counter()
         chunks = self.scheduler.schedule()
         if not chunks:
@@ -157,8 +162,11 @@ class Engine:
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request and free its blocks. Return None if it is unknown or has finished already."""
         with self._turns:
-            request = self._requests.get(request_id)
-            return self._report(request, "", "abort") if request else None
+            return self._end(request_id)
+
+    def _end(self, request_id: str) -> RequestOutput | None:
+        request = self._requests.get(request_id)
+        return self._report(request, "", "abort") if request else None
 
     def close(self) -> None:
         """Abort all requests and release the backend. Every later request raises RequestError."""
@@ -218,7 +226,10 @@ class Engine:
                         return
                 self._advance(request)
         finally:
-            self.abort(request_id)
+            if self._turns.mine:
+                self._dropped.append(request_id)
+            else:
+                self.abort(request_id)
 
     def _finish(self, request: _Request) -> RequestOutput:
         """Step until a queued request is finished. Return its last output."""

@@ -16,6 +16,12 @@ class Turns:
         self._next = 0
         self._serving = 0
         self._given_up: set[int] = set()
+        self._holder: int | None = None
+
+    @property
+    def mine(self) -> bool:
+        """Whether the calling thread is inside."""
+        return self._holder == threading.get_ident()
 
     def __enter__(self) -> None:
         with self._changed:
@@ -30,9 +36,11 @@ class Turns:
                 else:
                     self._given_up.add(ticket)
                 raise
+            self._holder = threading.get_ident()
 
     def __exit__(self, *error: object) -> None:
         with self._changed:
+            self._holder = None
             self._advance()
 
     def _advance(self) -> None:

@@ -20,6 +20,7 @@ from llmc.runtime.bundle.strict_json import DAMAGED, bad, decode, no_constants, 
 from llmc.runtime.errors import BundleError
 from llmc.runtime.installation import upgrade_hint
 
+FormatVersion = Literal[1, 2, 3]
 FORMAT_VERSION: Final = 3
 _ADDED_IN: Final = {"gpu": 2, "sampling": 3}  # field -> the first format that has it
 MANIFEST_NAME = "manifest.json"
@@ -289,7 +290,7 @@ class Manifest:
     files: Mapping[FilePath, FileRecord] = field(default_factory=dict)
     gpu: Gpu | None = None
     sampling: Sampling | None = None
-    format_version: Literal[1, 2, 3] = 1
+    format_version: FormatVersion = 1
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
@@ -335,9 +336,10 @@ def _json(tree: dict[str, Any]) -> bytes:
     return json.dumps(tree, sort_keys=True, indent=1, allow_nan=False).encode("ascii") + b"\n"
 
 
-def oldest_format(**fields: Any) -> int:
+def oldest_format(**fields: Any) -> FormatVersion:
     """Return the oldest format that has all of `fields` (name -> value) that are not None."""
-    return max([1, *(_ADDED_IN.get(name, 1) for name, value in fields.items() if value is not None)])
+    used = (_ADDED_IN.get(name, 1) for name, value in fields.items() if value is not None)
+    return typing.cast(FormatVersion, max([1, *used]))
 
 
 def _later_fields(version: int) -> list[str]:
