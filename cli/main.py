@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from llmc.cli.text import print_error
 from llmc.runtime.errors import LlmcError
 from llmc.runtime.installation import install_hint
 
@@ -68,15 +69,8 @@ def report(error: BaseException, code: int, message: str, hint: str) -> int:
         import traceback
 
         traceback.print_exception(error)
-    print(f"error: {_one_line(message)}", file=sys.stderr)
-    print(f"hint: {_one_line(hint or f'{TRACEBACK}=1 shows where it happened')}", file=sys.stderr)
+    print_error(message, hint or f"{TRACEBACK}=1 shows where it happened")
     return code
-
-
-def _one_line(text: str) -> str:
-    """Return `text` in one line, control characters escaped: names of files and tensors may hold any."""
-    text = " ".join(text.splitlines())
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _internal(error: Exception) -> int:

@@ -21,7 +21,7 @@ OPTIONS = {
     "build": "-o --output --target --dtype --quant --exclude --sm --max-seq-len --revision "
     "--no-verify --dry-run --force --json",
     "run": "--prompts --chat --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed "
-    "--stop --stream --no-stream --threads --kv-memory --json",
+    "--stop --stream --no-stream --threads --kv-memory --json --greedy --system",
     "inspect": "--verify --json",
     "verify": "--against --text --min-top1 --max-kl --max-perplexity-increase --json",
     "check": "--full --json",
@@ -124,7 +124,7 @@ def test_help_states_the_defaults_of_sampling(llmc):
     for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
         default = f"{getattr(SamplingParams(), name):g}"
         option = "--" + name.replace("_", "-")
-        assert re.search(rf"{option} [A-Z] [^(]*\(default: {default}\b", out), name
+        assert re.search(rf"{option} [A-Z] [^(]*\(default: (the bundle's, else )?{default}\b", out), name
 
 
 def test_version(llmc):
