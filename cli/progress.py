@@ -117,7 +117,7 @@ class Lines:
                     wait = self._every
 
     def _state(self) -> str:
-        if not self._total:
+        if not self._done:
             return "still running"
         share = 100 * self._done // self._total
         return f"{share} %{remaining(self._done, self._total, time.perf_counter() - self._start)}"
