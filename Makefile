@@ -16,7 +16,7 @@ $(BUILD): pyproject.toml
 	@echo "setting up $(VENV) with what a CPU demo needs: about 1.5 GB, a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --upgrade pip
-	$(BIN)/pip install --index-url $(TORCH_INDEX) '$(TORCH)' || \
+	$(BIN)/pip install --no-deps --retries 1 --index-url $(TORCH_INDEX) '$(TORCH)' || \
 		echo "no CPU build of torch from $(TORCH_INDEX): pip takes the one of PyPI, which may be larger"
 	$(BIN)/pip install --editable '.[build]'
 	touch $@
