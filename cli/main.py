@@ -22,18 +22,13 @@ from collections.abc import Sequence
 
 from llmc.cli import output, streams
 from llmc.runtime.errors import LlmcError, ThresholdError
+from llmc.runtime.out_of_memory import is_out_of_memory
 
 OK, ERROR, USAGE, MISSED, INTERNAL, INTERRUPTED, OUTPUT_CLOSED = 0, 1, 2, 3, 70, 130, 141
 TRACEBACK = "LLMC_TRACEBACK"  # set to 1: tracebacks for every error
 
 _RUN_LIBRARIES = ("numpy", "openvino", "onnxruntime", "tokenizers", "jinja2", "typer", "rich", "tomli")
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# How libraries say it: C++, OpenVINO, oneDNN, torch, the dynamic loader, Python's threads.
-_OUT_OF_MEMORY = re.compile(
-    r"bad_alloc|bad allocation|can(?:'|no)t alloc|fail(?:ed|ure)? to alloc|can(?:'|no)t allocate memory"
-    r"|not enough memory|out of memory|failed to map segment|can't start new thread",
-    re.IGNORECASE,
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +61,7 @@ def _run(arguments: Sequence[str]) -> int:
             return OUTPUT_CLOSED
         return _internal(error)
     except Exception as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             hint = "end other programs, or take a smaller model or context (--kv-memory, --max-seq-len)"
             return report(error, ERROR, "out of memory", hint, "OutOfMemory")
         if isinstance(error, LlmcError):
@@ -141,18 +136,6 @@ def _internal(error: Exception) -> int:
     what = str(error).strip() or "no message"
     hint = f"this is a bug: rerun with {TRACEBACK}=1 and report the traceback"
     return report(error, INTERNAL, f"internal error: {type(error).__name__}: {what}", hint, "InternalError")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` or what caused it is a lack of memory. Libraries have no type for it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOMEM:
-            return True
-        if not isinstance(cause, LlmcError) and _OUT_OF_MEMORY.search(str(cause)):
-            return True
-        cause = cause.__cause__
-    return False
 
 
 def _missing_library(error: ModuleNotFoundError) -> int:

@@ -388,6 +388,7 @@ def test_run_on_a_terminal_streams_and_reports_statistics(tiny):
             seen += chunk
     os.close(terminal)
     assert child.returncode == 0
+    assert seen.startswith(f"loading {tiny} ...\r".encode())
     assert re.search(
         r"\r\n\d+ prompt tokens, 5 new ones in [\d.]+ s \([\d.]+ tok/s\), the first after \d+ ms; "
         r"loaded in [\d.]+ s\r\n$",
