@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from llmc.cli import main
+from llmc.cli import errors, main
 from llmc.cli.app import app
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ NOT_RUN = (
     "build CHECKPOINT -o olmo2.llmc",  # tests/compiler/test_families.py
 )
 SLOW_EXIT_CODES = {
-    "llmc verify int4.llmc --against model_zoo/llama/tales --min-top1 0.97 --quiet": main.MISSED
+    "llmc verify int4.llmc --against model_zoo/llama/tales --min-top1 0.97 --quiet": errors.MISSED
 }
 
 
@@ -119,7 +119,7 @@ def test_shown_commands_do_what_the_pages_say(
         code = main.main(words)
         out, err = capsys.readouterr()
         monkeypatch.delenv("LLMC_DUMP", raising=False)
-        if code != SLOW_EXIT_CODES.get(line, main.OK):
+        if code != SLOW_EXIT_CODES.get(line, errors.OK):
             wrong.append(f"{one.page}: {line}: exit code {code}: {err[-300:]}")
         if one.output and _text(one.output) != _text((out + _errors(err)).splitlines()):
             wrong.append(f"{one.page}: {line} prints\n{out}{_errors(err)}")
