@@ -10,9 +10,10 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from llmc.cli.errors import print_error
+from llmc.cli.output import note
 from llmc.cli.prompts import Prompt
-from llmc.cli.serve import Answer, encode_chat
-from llmc.cli.text import print_error
+from llmc.cli.serve import Answer, encode_chat, seeded
 from llmc.runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def converse(
                 fitting = params if limited else replace(params, max_tokens=_room(engine, len(ids)))
                 answer = _answer(engine, Prompt(text), ids, fitting, interrupted, streaming and show is None)
         except RequestError as error:
-            print_error(error.message, error.hint)
+            print_error(error)
             failed += 1
             continue
         answered += 1
@@ -96,6 +97,7 @@ def _answer(
     """Return the answer to a prompt. Ctrl-C ends it early; what there is of it counts."""
     started = time.perf_counter()
     first = 0.0
+    params = seeded(params)
     outputs = engine.stream(ids, params)
     with closing(outputs):  # type: ignore[type-var]  # a generator
         for output in outputs:
@@ -107,7 +109,7 @@ def _answer(
                 if streaming:
                     print(output.new_text, end="", flush=True)
                 break
-    return Answer(prompt, output, time.perf_counter() - started, first)
+    return Answer(prompt, output, time.perf_counter() - started, first, params.seed)
 
 
 @contextmanager
@@ -133,9 +135,9 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 def _note_end(answer: Answer) -> None:
     tokens = len(answer.output.token_ids)
     if answer.output.finish_reason == "abort":
-        print("note: the answer was stopped", file=sys.stderr, flush=True)
+        note("the answer was stopped")
     elif answer.output.finish_reason == "length":
-        print(f"note: the answer was cut after {tokens} tokens", file=sys.stderr, flush=True)
+        note(f"the answer was cut after {tokens} tokens")
 
 
 def _is_terminal() -> bool:
@@ -166,7 +168,7 @@ def _line(terminal: bool) -> str | None:
             print(file=sys.stderr)
             return None
         except UnicodeDecodeError:
-            print_error("the message is not valid UTF-8", "set the terminal to UTF-8")
+            print_error(RequestError("the message is not valid UTF-8", "set the terminal to UTF-8"))
         except KeyboardInterrupt:
             if not terminal:
                 raise

@@ -40,7 +40,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[Prompt]:
     Raises RequestError if there is no prompt, or the file cannot be read.
     """
     if prompt is not None and file is not None:
-        raise RequestError("there is a prompt and --prompts", "leave one of them out")
+        raise RequestError("there is a prompt and --prompts", "leave one of them out", "prompts")
     if file is not None:
         name = "stdin" if file == "-" else file
         lines = _read(file, name, errors="surrogateescape").split("\n")
@@ -48,12 +48,13 @@ def read_prompts(prompt: str | None, file: str | None) -> list[Prompt]:
         return [read(line, f"{name}:{number}") for number, line in enumerate(lines, 1)]
     if prompt is None:
         hint = 'give it after the bundle ("Once upon a time"), - for stdin, or --prompts FILE'
-        raise RequestError("there is no prompt", f"{hint}; --chat alone is a conversation")
+        raise RequestError("there is no prompt", f"{hint}; --chat alone is a conversation", "prompt")
     text = _read("-", "stdin") if prompt == "-" else prompt
     if not _is_utf8(text):  # bytes of the command line that Python could not decode
-        raise RequestError("the prompt is not valid UTF-8", "give it in a file with --prompts")
+        raise RequestError("the prompt is not valid UTF-8", "give it in a file with --prompts", "prompt")
     if not text:
-        raise RequestError("the prompt is empty", "give at least one character")
+        argument = "" if prompt == "-" else "prompt"
+        raise RequestError("the prompt is empty", "give at least one character", argument)
     return [Prompt(text)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from llmc.cli.errors import ERROR, error_of, print_error
+from llmc.cli.output import Json, allows, print_json
+from llmc.cli.progress import waiting
 from llmc.cli.prompts import Prompt, read_prompts
 from llmc.cli.serve import Answer, Failure, serve
-from llmc.cli.text import print_error, print_json
 from llmc.runtime.errors import RequestError
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -105,11 +108,17 @@ def run(
             "--fast", help="Quantize activations to int8 (int8 and int4 bundles); this changes the output."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Generate text with a bundle.
 
     Only the generated text goes to stdout. Statistics go to stderr, if that is a terminal.
+
+    \b
+    Examples:
+      llmc run tales.llmc "Once upon a time"
+      llmc run tales.llmc "Once upon a time" --max-tokens 60 --temperature 0.5 --seed 1
+      llmc run tales.llmc --prompts prompts.txt --json
     """
     conversation = chat and prompt is None and prompts is None
     nbytes = parse_size(kv_memory) if kv_memory is not None else None
@@ -131,24 +140,26 @@ def run(
     if read and all(one.error for one in read):  # there is nothing to load the bundle for
         for one in read:
             _print_failure(Failure(one, one.error), as_json)  # type: ignore[arg-type]
-        raise typer.Exit(1)
+        raise typer.Exit(ERROR)
     started = time.perf_counter()
-    from llmc.runtime.load import load_engine
-    from llmc.runtime.sampling import SamplingParams
+    with waiting(f"loading {bundle} ..."):
+        from llmc.runtime.load import load_engine
+        from llmc.runtime.sampling import SamplingParams
 
-    engine = load_engine(bundle, kv_memory=nbytes, threads=threads, fast=fast)
+        engine = load_engine(bundle, kv_memory=nbytes, threads=threads, fast=fast)
     if engine.tokenizer is None:
         raise RequestError(f"{bundle} has no tokenizer", "rebuild it from a checkpoint with a tokenizer.json")
     loaded = time.perf_counter() - started
+    as_object = functools.partial(_print_json, bundle=bundle, loaded=loaded)
     params = replace(SamplingParams() if greedy else engine.default_params, **given)
     streaming = sys.stdout.isatty() if stream is None else stream
     streaming = streaming and prompts is None and not as_json
     if conversation:
         from llmc.cli.chat import converse
 
-        show, streaming = print_json_answer if as_json else None, stream is not False
+        show, streaming = as_object if as_json else None, stream is not False
         if not converse(engine, params, system, show, limited="max_tokens" in given, streaming=streaming):
-            raise typer.Exit(1)
+            raise typer.Exit(ERROR)
         return
     answers: list[Answer] = []
     failed = False
@@ -161,7 +172,7 @@ def run(
                 continue
             answers.append(result)
             if as_json:
-                print_json_answer(result)
+                as_object(result)
             elif prompts is not None:
                 _print_section(result, number, first=len(answers) == 1)
             elif not streaming:
@@ -169,10 +180,10 @@ def run(
     finally:
         if streaming:
             print(flush=True)
-    if sys.stderr.isatty() and answers:
+    if answers and (allows("debug") or (sys.stderr.isatty() and allows("info"))):
         print(_statistics(answers, loaded), file=sys.stderr)
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(ERROR)
 
 
 def _check_options(
@@ -227,22 +238,24 @@ def _print_section(answer: Answer, number: int, first: bool) -> None:
 
 
 def _print_failure(failure: Failure, as_json: bool) -> None:
-    error = failure.error
-    print_error(error.message, error.hint)
+    print_error(failure.error)
     if as_json:
-        print_json({**_id(failure.prompt), "error": error.message, "hint": error.hint})
+        print_json(_id(failure.prompt), error_of(failure.error))
 
 
-def print_json_answer(answer: Answer) -> None:
-    """Print an answer as a JSON object."""
+def _print_json(answer: Answer, *, bundle: Path, loaded: float) -> None:
     output = answer.output
     record: dict[str, Any] = {
+        "bundle": str(bundle),
         **_id(answer.prompt),
         "prompt": answer.prompt.text,
         "text": output.text,
         "token_ids": list(output.token_ids),
         "finish_reason": output.finish_reason,
         "prompt_tokens": output.prompt_tokens,
+        "seed": answer.seed,
+        "load_seconds": round(loaded, 6),
+        "first_token_seconds": round(answer.first_token_seconds, 6),
         "seconds": round(answer.seconds, 6),
     }
     print_json(record)

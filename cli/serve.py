@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ class Answer:
     output: RequestOutput
     seconds: float
     first_token_seconds: float
+    #: The seed of its draws; None: decoding was greedy.
+    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,14 @@ def serve(
     ids: dict[str, int] = {}
     first: dict[int, float] = {}
     finished: dict[int, Answer | Failure] = {}
+    seeds: dict[int, int | None] = {}
     for number, prompt in enumerate(prompts):
         try:
-            ids[_add(engine, prompt, params, chat, system)] = number
+            if prompt.error:
+                raise prompt.error
+            each = seeded(replace(params, **prompt.options))
+            ids[_add(engine, prompt, each, chat, system)] = number
+            seeds[number] = each.seed
         except RequestError as error:
             if not prompt.where:
                 raise
@@ -69,15 +77,19 @@ def serve(
             if output.new_text:
                 on_text(output.new_text)
             if output.finish_reason:
-                finished[number] = Answer(prompts[number], output, seconds, first[number])
+                finished[number] = Answer(prompts[number], output, seconds, first[number], seeds[number])
+
+
+def seeded(params: SamplingParams) -> SamplingParams:
+    """Return `params` with a random seed if they draw without one, so that the answer can be repeated."""
+    if params.seed is not None or params.temperature == 0:
+        return params
+    return replace(params, seed=int.from_bytes(os.urandom(4), "little"))
 
 
 def _add(engine: Engine, prompt: Prompt, params: SamplingParams, chat: bool, system: str | None) -> str:
     """Queue a prompt and return the id of its request."""
-    if prompt.error:
-        raise prompt.error
     try:
-        params = replace(params, **prompt.options)
         if prompt.messages is None and not chat:
             return engine.add_request(prompt.text if prompt.token_ids is None else prompt.token_ids, params)
         if prompt.token_ids is not None:

@@ -1,11 +1,8 @@
-"""Plain text for people: sizes, tables, JSON. No colour and nothing that depends on the terminal."""
+"""Plain text for people: sizes and tables. No colour and nothing that depends on the terminal."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 
 def size(nbytes: int) -> str:
@@ -29,19 +26,3 @@ def table(rows: Sequence[Sequence[str]], indent: str = "", right: Sequence[int] 
         ]
         lines.append((indent + "  ".join(cells)).rstrip())
     return "\n".join(lines)
-
-
-def print_json(value: Any) -> None:
-    """Print a JSON value as one line of ASCII."""
-    print(json.dumps(value), flush=True)
-
-
-def print_error(message: str, hint: str) -> None:
-    """Print the lines `error:` and `hint:`."""
-    print(f"error: {one_line(message)}\nhint: {one_line(hint)}", file=sys.stderr, flush=True)
-
-
-def one_line(text: str) -> str:
-    """Return `text` in one line, control characters escaped: names of files and tensors may hold any."""
-    text = " ".join(text.splitlines())
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
