@@ -192,7 +192,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[Prompt]:
         raise RequestError("there is a prompt and --prompts", "leave one of them out")
     if file is not None:
         name = "stdin" if file == "-" else file
-        lines = _read(file, name).replace("\r\n", "\n").removesuffix("\n").split("\n")
+        lines = _read(file, name).split("\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 raise RequestError(f"{name}:{number}: the line is empty", "write one prompt on each line")
@@ -200,7 +200,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[Prompt]:
     if prompt is None:
         hint = 'give it after the bundle ("Once upon a time"), - for stdin, or --prompts FILE'
         raise RequestError("there is no prompt", hint)
-    text = _read("-", "stdin").removesuffix("\n") if prompt == "-" else prompt
+    text = _read("-", "stdin") if prompt == "-" else prompt
     try:
         text.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that Python could not decode
@@ -228,10 +228,13 @@ def parse_size(text: str) -> int:
 
 
 def _read(file: str, name: str) -> str:
-    """Return the whole text of a file, or of stdin."""
+    """Return the text of a file, or of stdin, in one form from every editor.
+
+    That is without a byte order mark and the last newline, and with LF for CRLF.
+    """
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
     except OSError as error:
         raise RequestError(
             f"cannot read the prompts in {name}: {error.strerror or error}", "check the path"
