@@ -7,13 +7,11 @@ that is not certain yet is held back until a later token or the end.
 from __future__ import annotations
 
 import codecs
-import contextlib
-import re
 from collections.abc import Sequence
 
 import tokenizers
 
-from llmc.runtime.text_encoder import errors_as_values, quiet_stderr
+from llmc.runtime.text_encoder import errors_as_values, quiet_decoder
 
 
 class TokenBytes:
@@ -28,10 +26,7 @@ class TokenBytes:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self.special = frozenset(token_id for token_id, token in added.items() if token.special)
-        decoder = tokenizer.decoder
-        state = b"" if decoder is None else decoder.__getstate__()
-        # The library panics on some texts with these.
-        self._quiet = quiet_stderr if re.search(b'"Regex"|"stop":[1-9]', state) else contextlib.nullcontext
+        self._quiet = quiet_decoder(tokenizer)
         self._byte_level = self._render(["Ġ"]) == " "
         self._table: dict[tuple[int, bool], bytes] = {}
         self._gaps: dict[int, bytes] = {}

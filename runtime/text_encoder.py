@@ -10,8 +10,10 @@ import contextlib
 import json
 import math
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -132,6 +134,12 @@ def quiet_stderr() -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+def quiet_decoder(backend: tokenizers.Tokenizer) -> Callable[[], AbstractContextManager[None]]:
+    """Return `quiet_stderr` for a decoder that makes the library panic on some texts, else no-op."""
+    state = b"" if backend.decoder is None else backend.decoder.__getstate__()
+    return quiet_stderr if re.search(b'"Regex"|"stop":[1-9]', state) else contextlib.nullcontext
 
 
 def is_bounded(backend: tokenizers.Tokenizer) -> bool:

@@ -12,7 +12,13 @@ import tokenizers
 
 from llmc.runtime.detokenizer import Detokenizer, TokenBytes
 from llmc.runtime.errors import BundleError, RequestError
-from llmc.runtime.text_encoder import TextEncoder, errors_as_values, quiet_stderr, read_tokenizer
+from llmc.runtime.text_encoder import (
+    TextEncoder,
+    errors_as_values,
+    quiet_decoder,
+    quiet_stderr,
+    read_tokenizer,
+)
 from llmc.runtime.worker import Worker, WorkerError
 
 Message = dict[str, Any]
@@ -101,7 +107,7 @@ class Tokenizer:
         Raises RequestError if the tokenizer cannot decode them.
         """
         try:
-            with errors_as_values():
+            with quiet_decoder(self.backend)(), errors_as_values():
                 return self.backend.decode(list(token_ids), skip_special_tokens=True)
         except ValueError as error:
             raise RequestError(
