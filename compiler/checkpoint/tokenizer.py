@@ -40,6 +40,7 @@ _PROBES = (
 )
 _LEFT_OUT = ("auto_map", "quantization_config")  # code, and what needs the package that wrote it
 _MOST_OUTSIDE = 0.01  # of the tokens of a text may have no embedding
+_LARGEST_ID = 1 << 24  # the largest vocabularies have 2**18 tokens
 _MAX_FAILURES = 2  # texts that a tokenizer cannot encode, before no more are compared
 _PACKAGES = ("sentencepiece", "tiktoken", "protobuf", "mistral-common")
 
@@ -237,11 +238,15 @@ def _open(checkpoint: Checkpoint, directory: Path) -> Tokenizer:
 
 def _read_file(file: Path) -> Any:
     try:
-        return read_tokenizer(file)
+        backend = read_tokenizer(file)
     except ValueError as error:
         raise CheckpointError(
             f"{file} cannot be read: {error}", "the file is damaged; download it again"
         ) from error
+    last = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+    if last > _LARGEST_ID:  # transformers would make a table of this size
+        raise CheckpointError(f"{file} has the token id {last}", "the file is damaged; download it again")
+    return backend
 
 
 def _difference(tokenizer: Tokenizer, file: TextEncoder) -> str:

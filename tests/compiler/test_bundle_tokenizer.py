@@ -235,6 +235,7 @@ def test_malformed_end_of_sequence_names_its_file(value: Any, file: str, tmp_pat
         ("tokenizer.json", "{"),
         ("tokenizer.json", "[]"),
         ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}'),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 4000000000}, "merges": []}}'),
         ("tokenizer_config.json", "{"),
         ("tokenizer_config.json", '{"tokenizer_class": 5}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}'),
