@@ -68,7 +68,7 @@ def manifest(
         precision=Precision(dtype=plan.resolved.dtype, kv_dtype=plan.resolved.kv_dtype),  # type: ignore[arg-type]  # checked when written
         target=plan.target,
         operators=operators(model, inlined=artifact.gpu is not None),
-        tokens=Tokens(bos=checkpoint.bos_token_id, eos=checkpoint.eos_token_ids),
+        tokens=Tokens(bos=checkpoint.bos_token_id, eos=plan.eos_token_ids),
         passes=tuple(PassRecord(r.name, r.matches, len(r.near_misses)) for r in plan.passes),
         verification=verification,
         engines=(Engine(rank=0, file=artifact.engine_file),),

@@ -50,3 +50,5 @@ class BuildPlan:
     quantization: QuantPlan | None
     #: A report for each pass, in order.
     passes: tuple[PassReport, ...]
+    #: The tokens that end a generation.
+    eos_token_ids: tuple[int, ...]

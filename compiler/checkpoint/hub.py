@@ -12,7 +12,7 @@ from pathlib import Path
 from llmc.runtime.errors import CheckpointError
 
 # Pickle (.bin, .pt), ONNX, GGUF and code are never downloaded, nor anything in a subdirectory.
-DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model")
+DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model")
 NOT_DOWNLOADED = ("*/*", "consolidated*.safetensors", "adapter_*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -345,6 +345,19 @@ def test_run_serves_a_file_of_prompts_in_order(llmc, tiny, engine, tmp_path, std
     assert [json.loads(line)["text"] for line in records] == [output.text for output in expected]
 
 
+@pytest.mark.parametrize(
+    "text", ["Once\nupon\n", "\ufeffOnce\r\nupon\r\n", "\ufeffOnce\nupon", "Once\r\nupon"]
+)
+def test_prompts_are_the_same_from_every_editor(text, tmp_path, stdin):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(text.encode())
+    stdin(text)
+    assert [prompt.text for prompt in run.read_prompts("-", None)] == ["Once\nupon"]
+    stdin(text)
+    for source in (str(file), "-"):
+        assert [prompt.text for prompt in run.read_prompts(None, source)] == ["Once", "upon"]
+
+
 def test_run_chat(llmc, tiny, engine):
     ids = engine.tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
     [expected] = engine.generate([ids], SamplingParams(max_tokens=4))
