@@ -15,20 +15,26 @@ from llmc.cli.build import (
     describe_target,
     describe_verification,
 )
-from llmc.cli.text import print_json, size, table
+from llmc.cli.output import Json, print_json
+from llmc.cli.text import size, table
 
 if TYPE_CHECKING:
-    from llmc.runtime.bundle.manifest import Manifest
+    from llmc.runtime.bundle.manifest import Manifest, Sampling
 
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(metavar="NAME.llmc", help="The bundle to look into.")],
     verify: Annotated[bool, typer.Option("--verify", help="Hash every byte of every file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what is inside a bundle.
 
     The manifest, the list of files and their sizes are always checked.
+
+    \b
+    Examples:
+      llmc inspect tales.llmc
+      llmc inspect tales.llmc --json
     """
     import json
 
@@ -79,6 +85,7 @@ def inspect(
         ),
         ("operators", ", ".join(f"{o.count} {o.name} (ABI {o.abi})" for o in manifest.operators) or "none"),
         *describe_gpu(manifest),
+        ("sampling", describe_sampling(manifest.sampling)),
         ("tokens", f"begin {tokens.bos}, end {', '.join(map(str, tokens.eos)) or 'none'}"),
         ("fidelity", describe_verification(manifest.verification)),
         (
@@ -102,6 +109,19 @@ def describe_weights(manifest: Manifest) -> str:
         return f"{weights.dtype}: {weights.note}" if weights.note else weights.dtype
     names = ("format", "modules", "bits_per_parameter")  # an open field: any of them may be missing
     return ", ".join(f"{name.replace('_', ' ')} {plan[name]}" for name in names if name in plan)
+
+
+def describe_sampling(sampling: Sampling | None) -> str:
+    """Describe what `llmc run` does without sampling options."""
+    if sampling is None:
+        return "greedy"
+    facts = [f"temperature {sampling.temperature:g}"] if sampling.do_sample else ["greedy"]
+    if sampling.do_sample:
+        filters = (("top-k", sampling.top_k, 0), ("top-p", sampling.top_p, 1), ("min-p", sampling.min_p, 0))
+        facts += [f"{name} {value:g}" for name, value, off in filters if value != off]
+    if sampling.repetition_penalty != 1:
+        facts.append(f"repetition penalty {sampling.repetition_penalty:g}")
+    return f"{', '.join(facts)} (generation_config.json; `llmc run --greedy` ignores it)"
 
 
 def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:

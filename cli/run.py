@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from llmc.cli.text import print_json
+from llmc.cli.errors import ERROR, error_of, print_error
+from llmc.cli.output import Json, allows, print_json
+from llmc.cli.progress import waiting
+from llmc.cli.prompts import Prompt, read_prompts
+from llmc.cli.serve import Answer, Failure, serve
 from llmc.runtime.errors import RequestError
 
-if TYPE_CHECKING:
-    from llmc.runtime.engine import Engine, RequestOutput
-    from llmc.runtime.sampling import SamplingParams
-
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt."""
-
-    text: str
-    #: The file and line that it came from; "": the command line.
-    where: str = ""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished prompt. Seconds count from the moment when the engine got all prompts."""
-
-    prompt: Prompt
-    output: RequestOutput
-    seconds: float
-    first_token_seconds: float
 
 
 def run(
@@ -47,33 +29,61 @@ def run(
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Run every line of a file as a prompt, at once; - is stdin."),
+        typer.Option(
+            metavar="FILE",
+            help="Run every line of a file as a prompt, at once; - is stdin. Lines are plain text, or JSON "
+            "objects with a prompt or messages, sampling parameters and an id.",
+        ),
     ] = None,
     chat: Annotated[
         bool,
-        typer.Option("--chat", help="Wrap each prompt in the model's chat template, as the user's message."),
+        typer.Option(
+            "--chat",
+            help="Wrap each prompt in the model's chat template, as the user's message. Without a prompt: "
+            "hold a conversation.",
+        ),
+    ] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message of --chat.")] = None,
+    greedy: Annotated[
+        bool,
+        typer.Option("--greedy", help="Take the most likely token, without the bundle's sampling defaults."),
     ] = False,
     max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens to generate at most (default: 128).")
+        int | None,
+        typer.Option(
+            metavar="N", help="Tokens to generate at most (default: 128; in a conversation, all that fit)."
+        ),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(metavar="T", help="0 always takes the most likely token (default: 0).")
+        float | None,
+        typer.Option(
+            metavar="T", help="0 always takes the most likely token (default: the bundle's, else 0)."
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Draw from the K most likely tokens (default: 0, all).")
+        int | None,
+        typer.Option(
+            metavar="K", help="Draw from the K most likely tokens (default: the bundle's, else 0, all)."
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(metavar="P", help="Draw from the tokens that make up probability P (default: 1, all)."),
+        typer.Option(
+            metavar="P",
+            help="Draw from the tokens that make up probability P (default: the bundle's, else 1, all).",
+        ),
     ] = None,
     min_p: Annotated[
         float | None,
         typer.Option(
-            metavar="P", help="Drop tokens less than P times as likely as the likeliest (default: 0, none)."
+            metavar="P",
+            help="Drop tokens less than P times as likely as the likeliest "
+            "(default: the bundle's, else 0, none).",
         ),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(metavar="R", help="Above 1: avoid tokens already seen (default: 1).")
+        float | None,
+        typer.Option(metavar="R", help="Above 1: avoid tokens already seen (default: the bundle's, else 1)."),
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Make the draws reproducible.")] = None,
     stop: Annotated[
@@ -98,14 +108,21 @@ def run(
             "--fast", help="Quantize activations to int8 (int8 and int4 bundles); this changes the output."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Generate text with a bundle.
 
     Only the generated text goes to stdout. Statistics go to stderr, if that is a terminal.
+
+    \b
+    Examples:
+      llmc run tales.llmc "Once upon a time"
+      llmc run tales.llmc "Once upon a time" --max-tokens 60 --temperature 0.5 --seed 1
+      llmc run tales.llmc --prompts prompts.txt --json
     """
+    conversation = chat and prompt is None and prompts is None
     nbytes = parse_size(kv_memory) if kv_memory is not None else None
-    given = {
+    options = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -115,99 +132,78 @@ def run(
         "seed": seed,
         "stop": tuple(stop) if stop else None,
     }
-    from llmc.runtime.sampling import SamplingParams
-
-    params = SamplingParams(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    if stream and (as_json or prompts is not None):
-        other = "--json" if as_json else "--prompts"
-        raise RequestError(f"--stream cannot be combined with {other}", "leave one of them out")
-    read = read_prompts(prompt, prompts)
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    _check_options(
+        given, greedy, chat, system, "--json" if as_json else "--prompts" if prompts else "", stream
+    )
+    read = [] if conversation else read_prompts(prompt, prompts)
+    if read and all(one.error for one in read):  # there is nothing to load the bundle for
+        for one in read:
+            _print_failure(Failure(one, one.error), as_json)  # type: ignore[arg-type]
+        raise typer.Exit(ERROR)
     started = time.perf_counter()
-    from llmc.runtime.load import load_engine
+    with waiting(f"loading {bundle} ..."):
+        from llmc.runtime.load import load_engine
+        from llmc.runtime.sampling import SamplingParams
 
-    engine = load_engine(bundle, kv_memory=nbytes, threads=threads, fast=fast)
+        engine = load_engine(bundle, kv_memory=nbytes, threads=threads, fast=fast)
     if engine.tokenizer is None:
         raise RequestError(f"{bundle} has no tokenizer", "rebuild it from a checkpoint with a tokenizer.json")
     loaded = time.perf_counter() - started
+    as_object = functools.partial(_print_json, bundle=bundle, loaded=loaded)
+    params = replace(SamplingParams() if greedy else engine.default_params, **given)
     streaming = sys.stdout.isatty() if stream is None else stream
     streaming = streaming and prompts is None and not as_json
+    if conversation:
+        from llmc.cli.chat import converse
+
+        show, streaming = as_object if as_json else None, stream is not False
+        if not converse(engine, params, system, show, limited="max_tokens" in given, streaming=streaming):
+            raise typer.Exit(ERROR)
+        return
     answers: list[Answer] = []
-    show = _print_json if as_json else _print_section if prompts is not None else _print_text
+    failed = False
     try:
-        for answer in serve(engine, read, params, chat, _print_piece if streaming else _ignore):
-            answers.append(answer)
-            if not streaming:
-                show(answer, len(answers))
+        results = serve(engine, read, params, chat, _print_piece if streaming else _ignore, system)
+        for number, result in enumerate(results, 1):
+            if isinstance(result, Failure):
+                failed = True
+                _print_failure(result, as_json)
+                continue
+            answers.append(result)
+            if as_json:
+                as_object(result)
+            elif prompts is not None:
+                _print_section(result, number, first=len(answers) == 1)
+            elif not streaming:
+                print(result.output.text, flush=True)
     finally:
         if streaming:
             print(flush=True)
-    if sys.stderr.isatty():
+    if answers and (allows("debug") or (sys.stderr.isatty() and allows("info"))):
         print(_statistics(answers, loaded), file=sys.stderr)
+    if failed:
+        raise typer.Exit(ERROR)
 
 
-def serve(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    params: SamplingParams,
-    chat: bool = False,
-    on_text: Callable[[str], None] = lambda text: None,
-) -> Iterator[Answer]:
-    """Run all prompts at once. Yield each answer as soon as it and those before it are finished.
+def _check_options(
+    given: Mapping[str, Any], greedy: bool, chat: bool, system: str | None, batch: str, stream: bool | None
+) -> None:
+    """Raise RequestError for values that are out of range and options that exclude each other."""
+    from llmc.runtime.sampling import SamplingParams
 
-    on_text: is called with every new piece of text, of any prompt
-    """
-    started = time.perf_counter()
-    ids = {_add(engine, prompt, params, chat): number for number, prompt in enumerate(prompts)}
-    first: dict[int, float] = {}
-    finished: dict[int, Answer] = {}
-    next_number = 0
-    while engine.has_unfinished:
-        for output in engine.step():
-            number, seconds = ids[output.request_id], time.perf_counter() - started
-            first.setdefault(number, seconds)
-            if output.new_text:
-                on_text(output.new_text)
-            if output.finish_reason:
-                finished[number] = Answer(prompts[number], output, seconds, first[number])
-        while next_number in finished:
-            yield finished.pop(next_number)
-            next_number += 1
-
-
-def _add(engine: Engine, prompt: Prompt, params: SamplingParams, chat: bool) -> str:
-    try:
-        if chat and engine.tokenizer is not None:
-            token_ids = engine.tokenizer.encode_chat([{"role": "user", "content": prompt.text}])
-            return engine.add_request(token_ids, params)
-        return engine.add_request(prompt.text, params)
-    except RequestError as error:
-        if not prompt.where:
-            raise
-        raise RequestError(f"{prompt.where}: {error.message}", error.hint) from error
-
-
-def read_prompts(prompt: str | None, file: str | None) -> list[Prompt]:
-    """Return the prompts that the command line names. Raises RequestError if there is none."""
-    if prompt is not None and file is not None:
-        raise RequestError("there is a prompt and --prompts", "leave one of them out")
-    if file is not None:
-        name = "stdin" if file == "-" else file
-        lines = _read(file, name).replace("\r\n", "\n").removesuffix("\n").split("\n")
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                raise RequestError(f"{name}:{number}: the line is empty", "write one prompt on each line")
-        return [Prompt(line, f"{name}:{number}") for number, line in enumerate(lines, 1)]
-    if prompt is None:
-        hint = 'give it after the bundle ("Once upon a time"), - for stdin, or --prompts FILE'
-        raise RequestError("there is no prompt", hint)
-    text = _read("-", "stdin").removesuffix("\n") if prompt == "-" else prompt
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # bytes of the command line that Python could not decode
-        raise RequestError("the prompt is not valid UTF-8", "give it in a file with --prompts") from error
-    if not text:
-        raise RequestError("the prompt is empty", "give at least one character")
-    return [Prompt(text)]
+    SamplingParams(**given)
+    if greedy:
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            if name in given:
+                option = f"--{name.replace('_', '-')}"
+                raise RequestError(
+                    f"--greedy cannot be combined with {option}", "leave one of them out", "greedy"
+                )
+    if system is not None and not chat:
+        raise RequestError("--system needs --chat", "add --chat, or leave --system out", "system")
+    if stream and batch:
+        raise RequestError(f"--stream cannot be combined with {batch}", "leave one of them out", "stream")
 
 
 def parse_size(text: str) -> int:
@@ -227,21 +223,6 @@ def parse_size(text: str) -> int:
     return int(value)
 
 
-def _read(file: str, name: str) -> str:
-    """Return the whole text of a file, or of stdin."""
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        return data.decode("utf-8")
-    except OSError as error:
-        raise RequestError(
-            f"cannot read the prompts in {name}: {error.strerror or error}", "check the path"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{name} is not UTF-8 text: {error.reason} at byte {error.start}", "convert it"
-        ) from error
-
-
 def _ignore(text: str) -> None:
     del text
 
@@ -250,28 +231,38 @@ def _print_piece(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _print_text(answer: Answer, number: int) -> None:
-    del number
-    print(answer.output.text, flush=True)
+def _print_section(answer: Answer, number: int, first: bool) -> None:
+    name = number if answer.prompt.id is None else answer.prompt.id
+    separator = "" if first else "\n"
+    print(f"{separator}==> {name}: {answer.prompt.text} <==\n{answer.output.text}", flush=True)
 
 
-def _print_section(answer: Answer, number: int) -> None:
-    separator = "\n" if number > 1 else ""
-    print(f"{separator}==> {number}: {answer.prompt.text} <==\n{answer.output.text}", flush=True)
+def _print_failure(failure: Failure, as_json: bool) -> None:
+    print_error(failure.error)
+    if as_json:
+        print_json(_id(failure.prompt), error_of(failure.error))
 
 
-def _print_json(answer: Answer, number: int) -> None:
-    del number
+def _print_json(answer: Answer, *, bundle: Path, loaded: float) -> None:
     output = answer.output
     record: dict[str, Any] = {
+        "bundle": str(bundle),
+        **_id(answer.prompt),
         "prompt": answer.prompt.text,
         "text": output.text,
         "token_ids": list(output.token_ids),
         "finish_reason": output.finish_reason,
         "prompt_tokens": output.prompt_tokens,
+        "seed": answer.seed,
+        "load_seconds": round(loaded, 6),
+        "first_token_seconds": round(answer.first_token_seconds, 6),
         "seconds": round(answer.seconds, 6),
     }
     print_json(record)
+
+
+def _id(prompt: Prompt) -> dict[str, Any]:
+    return {} if prompt.id is None else {"id": prompt.id}
 
 
 def _statistics(answers: Sequence[Answer], loaded: float) -> str:

@@ -13,12 +13,14 @@ from llmc.compiler.build_key import FIELD, build_key, recorded_key, source_name
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint import hub, recipe
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from llmc.compiler.checkpoint.sampling import FILE as GENERATION_CONFIG
+from llmc.compiler.checkpoint.sampling import not_followed, sampling_defaults
 from llmc.compiler.progress import Clock, Progress, Silent
 from llmc.compiler.quantize.prequantized_plan import read_prequantized
 from llmc.compiler.request import BuildRequest, quantized_cache
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import GRAPH_FILE, Resolved, Sizes
-from llmc.runtime.bundle.manifest import Manifest, Verification
+from llmc.runtime.bundle.manifest import Manifest, Sampling, Verification
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BundleError
 from llmc.runtime.memory import memory_needed
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from llmc.compiler.calibrate.source import Calibration
     from llmc.compiler.checkpoint.model_keys import ModelKeys
     from llmc.compiler.checkpoint.safetensors import TensorRef
+    from llmc.compiler.checkpoint.tokenizer import BundleTokenizer
     from llmc.compiler.plan import BuildPlan, CheckpointFacts
     from llmc.compiler.quantize.prequantized_plan import PrequantizedWeights
     from llmc.compiler.quantize.produce import Produced
@@ -54,6 +57,8 @@ class BuildInputs:
     prequantized: PrequantizedWeights | None
     #: The calibration text or ranges. None: no calibration is needed.
     calibration: Calibration
+    #: None: the checkpoint has no tokenizer.
+    tokenizer: BundleTokenizer | None
     #: Makes the canonical graph in fp32, before quantization, which calibration runs.
     unquantized: Callable[[], ir.Model]
 
@@ -78,7 +83,6 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
     Nothing carries the output's name unless the build succeeded.
     """
     from llmc.compiler import manifest
-    from llmc.compiler.checkpoint import tokenizer
     from llmc.compiler.quantize import step
     from llmc.compiler.weights.write import write_weights
     from llmc.passes.legalize.finalize import serialize
@@ -90,6 +94,8 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
     with BundleWriter(request.output, request.force) as work:
         plan, inputs = plan_build(request, progress, clock)
         resolved, engine, model = plan.resolved, plan.target.engine, inputs.model
+        if inputs.tokenizer is not None:
+            inputs.tokenizer.write(work)
         made = make_weights(plan, inputs, work, clock)
         with clock.phase("write weights"):
             total = plan.sizes.weight_bytes
@@ -98,7 +104,6 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
             step.discard(work)
         with clock.phase("write graph"):
             work.path(GRAPH_FILE).write_bytes(serialize(model))
-            tokenizer.save(inputs.checkpoint, work)
         with clock.phase("hash the checkpoint"):
             files = inputs.checkpoint.file_hashes()
         target.check_machine(plan.sizes, clock)
@@ -160,11 +165,14 @@ def plan_build(
     clock = clock or Clock(progress or Silent())
     with clock.phase("read checkpoint"):
         given = _read(request)
+    if others := ", ".join(not_followed(given.checkpoint)):
+        clock.progress.note(f"{GENERATION_CONFIG} sets {others}, which `llmc run` does not follow")
     with clock.phase("import torch and transformers"):
         from llmc.compiler.calibrate.source import check_calibration
         from llmc.compiler.checkpoint.config import load_config
         from llmc.compiler.checkpoint.context import choose_context
         from llmc.compiler.checkpoint.model_keys import read_model
+        from llmc.compiler.checkpoint.tokenizer import end_of_sequence, read_bundle_tokenizer
         from llmc.compiler.plan import BuildPlan
         from llmc.compiler.trace.export import trace
         from llmc.compiler.weights import write
@@ -177,6 +185,12 @@ def plan_build(
     stored = {name: shape for name, shape in keys.parameters.items() if name in given.named}
     renamed.compare(stored, given.named)  # of these sizes, before buffers of that size are made
     checkpoint, resolved = given.checkpoint, given.resolved
+    with clock.phase("read the tokenizer"):
+        vocab_size = config.vocab_size
+        tokenizer = read_bundle_tokenizer(checkpoint, vocab_size)
+        eos_token_ids, notes = end_of_sequence(checkpoint, tokenizer, vocab_size)
+    for note in notes:
+        clock.progress.note(note)
     num_layers, cache = int(config.num_hidden_layers), quantized_cache(request)
     check_calibration(given.calibration, checkpoint.config, num_layers if cache else 0)
     expected = given.family.expected(num_layers)
@@ -207,11 +221,13 @@ def plan_build(
 
     sizes = Sizes(max_seq_len, write.weight_bytes(model), memory_needed(4 * parameters))
     facts = _facts(given, expected)
-    plan = BuildPlan(request, facts, resolved, engine, geometry, sizes, quantization, tuple(reports))
+    plan = BuildPlan(
+        request, facts, resolved, engine, geometry, sizes, quantization, tuple(reports), eos_token_ids
+    )
     tied = {name: checkpoint.tensors[of] for name, of in keys.tied.items() if of in checkpoint.tensors}
     tensors = dict(checkpoint.tensors) | tied
     inputs = BuildInputs(
-        checkpoint, model, tensors, matrices, given.prequantized, given.calibration, unquantized
+        checkpoint, model, tensors, matrices, given.prequantized, given.calibration, tokenizer, unquantized
     )
     return plan, inputs
 
@@ -225,6 +241,7 @@ class _Given:
     target: Target
     resolved: Resolved
     calibration: Calibration
+    sampling: Sampling | None
     prequantized: PrequantizedWeights | None = None
 
     @property
@@ -246,7 +263,8 @@ def _read(request: BuildRequest) -> _Given:
     family = recipe.load(checkpoint.family)
     target = targets.target(request.target)
     resolved = target.resolve(request, checkpoint.dtype)
-    return _Given(checkpoint, family, target, resolved, _read_calibration(request))
+    calibration = _read_calibration(request)
+    return _Given(checkpoint, family, target, resolved, calibration, sampling_defaults(checkpoint))
 
 
 def _read_weights(given: _Given, checkpoint: Checkpoint, request: BuildRequest) -> _Given:
@@ -276,6 +294,7 @@ def _facts(given: _Given, expected: dict[str, int]) -> CheckpointFacts:
         logit_tolerance=given.family.logit_tolerance,
         expected_matches=expected,
         total_bytes=given.checkpoint.total_bytes,
+        sampling=given.sampling,
     )
 
 
@@ -307,7 +326,7 @@ def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock
 
     if not inputs.matrices and inputs.calibration is None and inputs.prequantized is None:
         return Produced()
-    maker = _maker(plan, inputs, clock)
+    maker = _maker(plan, inputs, work, clock)
     with clock.phase("copy the quantized weights" if inputs.prequantized else "quantize the weights"):
         made = step.make_weights(
             maker,
@@ -329,17 +348,19 @@ def verify(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Cloc
     """Compare the engine, or the graph that stands in for it, with the checkpoint."""
     if not plan.request.verify:
         return Verification(status="skipped", reason="switched off with --no-verify")
+    from llmc.compiler.checkpoint.tokenizer import TOKENIZER_FILE
     from llmc.compiler.verify.prove import prove
 
     target = targets.target(plan.request.target)
     files = target.proof(plan.resolved, plan.target.engine, inputs.model, work)
-    record = prove(plan, files, inputs.matrices, work, clock.progress)
+    tokenizer = work.path(TOKENIZER_FILE) if inputs.tokenizer else None
+    record = prove(plan, files, inputs.matrices, work, tokenizer, clock.progress)
     for file in files.scratch:
         work.discard(file)
     return record
 
 
-def _maker(plan: BuildPlan, inputs: BuildInputs, clock: Clock) -> Maker:
+def _maker(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Clock) -> Maker:
     from llmc.compiler.quantize import step
 
     if inputs.prequantized:
@@ -349,12 +370,14 @@ def _maker(plan: BuildPlan, inputs: BuildInputs, clock: Clock) -> Maker:
         return step.RoundToNearest(inputs.tensors, text)
     from llmc.compiler.calibrate.run_layers import layers
     from llmc.compiler.calibrate.table import Source
+    from llmc.compiler.checkpoint.tokenizer import TOKENIZER_FILE
     from llmc.compiler.texts import calibration_windows
 
     with clock.phase("trace for calibration"):
         graph = inputs.unquantized()
     checkpoint, default_text = inputs.checkpoint, plan.request.calibration is None
-    vocabulary, tokenizer = plan.geometry.vocab_size, checkpoint.tokenizer
+    vocabulary = plan.geometry.vocab_size
+    tokenizer = work.path(TOKENIZER_FILE) if inputs.tokenizer else None
     length = plan.sizes.max_seq_len
     ids = calibration_windows(text, tokenizer, vocabulary, length, all_parts=not default_text)
     source = Source.of(text if tokenizer else "", ids, checkpoint.config)

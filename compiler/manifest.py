@@ -30,6 +30,7 @@ from llmc.runtime.bundle.manifest import (
     Tokens,
     Verification,
     Weights,
+    oldest_format,
 )
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")  # what shapes the graph
@@ -67,7 +68,7 @@ def manifest(
         precision=Precision(dtype=plan.resolved.dtype, kv_dtype=plan.resolved.kv_dtype),  # type: ignore[arg-type]  # checked when written
         target=plan.target,
         operators=operators(model, inlined=artifact.gpu is not None),
-        tokens=Tokens(bos=checkpoint.bos_token_id, eos=checkpoint.eos_token_ids),
+        tokens=Tokens(bos=checkpoint.bos_token_id, eos=plan.eos_token_ids),
         passes=tuple(PassRecord(r.name, r.matches, len(r.near_misses)) for r in plan.passes),
         verification=verification,
         engines=(Engine(rank=0, file=artifact.engine_file),),
@@ -79,7 +80,8 @@ def manifest(
         ),
         quantization=quantization,
         gpu=artifact.gpu,
-        format_version=2 if artifact.gpu else 1,
+        sampling=plan.checkpoint.sampling,
+        format_version=oldest_format(gpu=artifact.gpu, sampling=plan.checkpoint.sampling),
     )
 
 

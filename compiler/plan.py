@@ -9,7 +9,7 @@ from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.base import Resolved, Sizes
 from llmc.passes.contract import PassReport
 from llmc.passes.quantize.plan import QuantPlan
-from llmc.runtime.bundle.manifest import Geometry, Target
+from llmc.runtime.bundle.manifest import Geometry, Sampling, Target
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class CheckpointFacts:
     expected_matches: dict[str, int]
     #: Bytes of its weight files.
     total_bytes: int
+    #: Its sampling defaults. None: it has none.
+    sampling: Sampling | None
 
 
 @dataclass(frozen=True)
@@ -48,3 +50,5 @@ class BuildPlan:
     quantization: QuantPlan | None
     #: A report for each pass, in order.
     passes: tuple[PassReport, ...]
+    #: The tokens that end a generation.
+    eos_token_ids: tuple[int, ...]

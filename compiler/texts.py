@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llmc.runtime.errors import CheckpointError, RequestError
+from llmc.runtime.text_encoder import TextEncoder, read_tokenizer
 
 EVALUATION_TEXT = Path(__file__).with_name("evaluation.txt")
 WINDOW = 256  # tokens: long enough for sentences to depend on each other, short enough for every model
@@ -48,15 +49,11 @@ class Encoder:
     """
 
     def __init__(self, file: Path, vocab_size: int) -> None:
-        from tokenizers import Tokenizer
-
         self._file, self._vocab_size = file, vocab_size
         try:
-            self._tokenizer = Tokenizer.from_file(str(file))
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise self._unusable(error) from error
+            self._encoder = TextEncoder(read_tokenizer(file))
+        except ValueError as error:
+            raise self._unusable(str(error)) from error
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         """The special tokens that begin every prompt (BOS, as a rule), and the tokens of `text`.
@@ -64,10 +61,10 @@ class Encoder:
         Ids from `vocab_size` on are left out: the model has no embedding for them.
         """
         try:
-            encoding = self._tokenizer.encode(text)
-        except Exception as error:
-            raise self._unusable(error) from error
-        added = encoding.special_tokens_mask
+            encoding = self._encoder.encode(text)
+        except RequestError as error:
+            raise self._unusable(error.message) from error
+        added = encoding.special
         first = added.index(0) if 0 in added else len(added)
         body = [token for token, special in zip(encoding.ids, added, strict=True) if not special]
         return self._known(encoding.ids[:first]), self._known(body)
@@ -75,9 +72,9 @@ class Encoder:
     def _known(self, ids: list[int]) -> list[int]:
         return [token for token in ids if token < self._vocab_size]
 
-    def _unusable(self, error: Exception) -> CheckpointError:
+    def _unusable(self, reason: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._file} cannot be used: {str(error).splitlines()[0]}",
+            f"{self._file} cannot be used: {reason}",
             "the file is damaged or of a newer version; download it again",
         )
 

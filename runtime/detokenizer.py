@@ -11,21 +11,25 @@ from collections.abc import Sequence
 
 import tokenizers
 
+from llmc.runtime.text_encoder import errors_as_values, quiet_decoder
+
 
 class TokenBytes:
     """The UTF-8 bytes of each token of a vocabulary, in one table for all requests.
 
     The tokenizer's decoder renders each token once, after a letter or at the start of a text (where
     SentencePiece drops a space). Only tokens that are not valid UTF-8 are parsed: byte-fallback tokens
-    such as <0xE2>, and byte-level BPE pieces.
+    such as <0xE2>, and byte-level BPE pieces. A token that the decoder fails on is U+FFFD.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self.special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._quiet = quiet_decoder(tokenizer)
         self._byte_level = self._render(["Ġ"]) == " "
         self._table: dict[tuple[int, bool], bytes] = {}
+        self._gaps: dict[int, bytes] = {}
 
     def __call__(self, token_id: int, at_start: bool) -> bytes:
         """Return the bytes of a token. Special tokens and unknown ids have none."""
@@ -33,6 +37,26 @@ class TokenBytes:
         if known is None:
             known = self._table[token_id, at_start] = self._look_up(token_id, at_start)
         return known
+
+    def gap(self, token_id: int) -> bytes:
+        """Return the bytes that stand between a token and the next one, if there is a next one.
+
+        A token that ends a word by a suffix, such as "time</w>", is followed by a space in this way.
+        """
+        known = self._gaps.get(token_id)
+        if known is None:
+            known = self._gaps[token_id] = self._look_up_gap(token_id)
+        return known
+
+    def _look_up_gap(self, token_id: int) -> bytes:
+        piece = self._tokenizer.id_to_token(token_id)
+        if piece is None or token_id in self.special:
+            return b""
+        alone, followed = self._render(["a", piece]), self._render(["a", piece, "b"])
+        last = self._render(["a", "b"]).removeprefix("a")
+        if not followed.startswith(alone) or not followed.endswith(last):
+            return b""
+        return followed[len(alone) : len(followed) - len(last)].encode()
 
     def _look_up(self, token_id: int, at_start: bool) -> bytes:
         piece = self._tokenizer.id_to_token(token_id)
@@ -49,7 +73,13 @@ class TokenBytes:
 
     def _render(self, pieces: list[str]) -> str:
         decoder = self._tokenizer.decoder
-        return decoder.decode(pieces) if decoder is not None else " ".join(pieces)
+        if decoder is None:
+            return " ".join(pieces)
+        try:
+            with self._quiet(), errors_as_values():
+                return decoder.decode(pieces)
+        except ValueError:
+            return "\ufffd"
 
 
 class Detokenizer:
@@ -63,12 +93,15 @@ class Detokenizer:
     def __init__(self, token_bytes: TokenBytes, previous: int | None = None) -> None:
         self._token_bytes = token_bytes
         self._at_start = previous is None or previous in token_bytes.special
+        self._gap = b"" if previous is None else token_bytes.gap(previous)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """Return the characters that `token_id` completes. Bytes of an incomplete character are held back."""
         data = self._token_bytes(token_id, self._at_start)
         if token_id not in self._token_bytes.special:
+            data = self._gap + data
+            self._gap = self._token_bytes.gap(token_id)
             self._at_start = False
         return self._utf8.decode(data)
 

@@ -7,11 +7,12 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import count, repeat
 from typing import cast
 
 import numpy as np
 
+from llmc.runtime.arguments import Prompt, as_params, as_prompt, as_prompts
 from llmc.runtime.backends.base import Backend, SamplingBackend
 from llmc.runtime.batch import Batch, build_batch
 from llmc.runtime.block_pool import BlockPool
@@ -22,6 +23,7 @@ from llmc.runtime.scheduler import Scheduler
 from llmc.runtime.sequence import FinishReason
 from llmc.runtime.sequence import Sequence as TokenSequence
 from llmc.runtime.tokenizer import Tokenizer
+from llmc.runtime.turns import Turns
 
 _Row = tuple[np.ndarray | None, np.ndarray]  # ids and logits, as in `Candidates`
 
@@ -64,10 +66,16 @@ class _Request:
     text: str = ""
     output_ids: list[int] = field(default_factory=list)
     inbox: deque[RequestOutput] | None = None  # the outputs for `stream`, from steps of any caller
+    finished: RequestOutput | None = None
 
 
 class Engine:
-    """A serving engine with one backend. It is not thread-safe: one thread adds, steps and aborts."""
+    """A serving engine with one backend.
+
+    Every method may be called from any thread: steps take turns, and one step serves the requests of all
+    threads. `step` returns the outputs of all requests to its caller, so a program that calls `add_request`
+    and `step` does so in one thread.
+    """
 
     def __init__(
         self,
@@ -80,6 +88,7 @@ class Engine:
         *,
         vocab_size: int | None = None,
         prefix_cache: bool = True,
+        default_params: SamplingParams | None = None,
     ) -> None:
         """Create an engine. Without a tokenizer, prompts are token ids and there is no output text.
 
@@ -87,6 +96,7 @@ class Engine:
         max_batch_tokens: the maximum number of tokens in a step.
         max_sequences: the maximum number of sequences that run at the same time.
         vocab_size: the rows of the model's embedding table. The default is the tokenizer's size.
+        default_params: the sampling parameters of requests that bring none.
         """
         self.backend = backend
         self.tokenizer = tokenizer
@@ -95,8 +105,14 @@ class Engine:
         self.scheduler = Scheduler(pool, max_batch_tokens, max_sequences, max_seq_len)
         self._eos = frozenset(eos_token_ids)
         self._vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else 2**31)
+        self.default_params = default_params or SamplingParams()
         self._requests: dict[str, _Request] = {}
-        self._num_requests = 0
+        self._numbers = count(1)
+        self._turns = Turns()
+        self._dropped: deque[str] = (
+            deque()
+        )  # streams that the garbage collector closed in the middle of a step
+        self._closed = False
 
     @property
     def has_unfinished(self) -> bool:
@@ -111,7 +127,8 @@ class Engine:
         Raises RequestError if the prompt is empty, too long or outside the vocabulary, if prompt and
         max_tokens can never fit the cache, or if a request with this id is unfinished.
         """
-        return self._queue(self._accept(prompt, params or SamplingParams(), request_id))
+        (one,) = as_params(params, 1, self.default_params)
+        return self._queue(self._accept(as_prompt(prompt), one, request_id))
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch. Return an output for every request that got a token.
@@ -119,6 +136,13 @@ class Engine:
         Errors of the backend propagate. The requests then stay queued, and the next step computes them again
         from the start, unless the caller aborts them.
         """
+        with self._turns:
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
+        self._check_open()
+        while self._dropped:
+            self._end(self._dropped.popleft())
         started = time.perf_counter()
         chunks = self.scheduler.schedule()
         if not chunks:
@@ -137,34 +161,48 @@ class Engine:
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request and free its blocks. Return None if it is unknown or has finished already."""
+        with self._turns:
+            return self._end(request_id)
+
+    def _end(self, request_id: str) -> RequestOutput | None:
         request = self._requests.get(request_id)
         return self._report(request, "", "abort") if request else None
 
+    def close(self) -> None:
+        """Abort all requests and release the backend. Every later request raises RequestError."""
+        with self._turns:
+            for request in list(self._requests.values()):
+                self._report(request, "", "abort")
+            self._closed = True
+            self.backend = cast(Backend, None)
+
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: str | Iterable[int] | Iterable[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Run all prompts to the end. Return the finished outputs in the order of the prompts.
 
+        prompts: texts and lists of token ids. A single one needs no list around it.
         params: one SamplingParams for all prompts, or a list with one for each.
         Other requests of the engine advance too.
         """
-        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
-        if len(each) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts but {len(each)} sampling parameters", "give one each")
-        requests = [self._accept(prompt, one, None) for prompt, one in zip(prompts, each, strict=True)]
-        ids = [request.sequence.request_id for request in requests]
-        finished: dict[str, RequestOutput] = {}
+        listed = as_prompts(prompts)
+        each = as_params(params, len(listed), self.default_params)
+        requests = []
+        for number, (prompt, one) in enumerate(zip(listed, each, strict=True)):
+            try:
+                requests.append(self._accept(prompt, one, None))
+            except RequestError as error:
+                where = f"prompts[{number}]: " if len(listed) > 1 else ""
+                raise RequestError(where + error.message, error.hint, error.argument) from error
         try:
             for request in requests:
                 self._queue(request)
-            while any(request_id in self._requests for request_id in ids):
-                finished.update((o.request_id, o) for o in self.step() if o.finish_reason)
+            return [self._finish(request) for request in requests]
         finally:
-            for request_id in ids:  # after an error none of them stays queued
-                self.abort(request_id)
-        return [finished[request_id] for request_id in ids]
+            for request in requests:  # after an error none of them stays queued
+                self.abort(request.sequence.request_id)
 
     def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
@@ -174,7 +212,8 @@ class Engine:
         Streams may be read in turns: each advances all of them, and no output is lost.
         Raises RequestError at the call, not at the first token.
         """
-        return self._stream(self._accept(prompt, params or SamplingParams(), None))
+        (one,) = as_params(params, 1, self.default_params)
+        return self._stream(self._accept(as_prompt(prompt), one, None))
 
     def _stream(self, request: _Request) -> Iterator[RequestOutput]:
         inbox = request.inbox = deque()
@@ -185,14 +224,32 @@ class Engine:
                     yield (output := inbox.popleft())
                     if output.finish_reason:
                         return
-                self.step()
+                self._advance(request)
         finally:
-            self.abort(request_id)
+            if self._turns.mine:
+                self._dropped.append(request_id)
+            else:
+                self.abort(request_id)
 
-    def _accept(
-        self, prompt: str | Sequence[int], params: SamplingParams, request_id: str | None
-    ) -> _Request:
+    def _finish(self, request: _Request) -> RequestOutput:
+        """Step until a queued request is finished. Return its last output."""
+        while request.finished is None:
+            self._advance(request)
+        return request.finished
+
+    def _advance(self, request: _Request) -> None:
+        """Step, unless another thread's step has brought the request new output meanwhile."""
+        with self._turns:
+            if request.finished is None and not request.inbox:
+                self._step()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError("the engine is closed", "load the bundle again")
+
+    def _accept(self, prompt: Prompt, params: SamplingParams, request_id: str | None) -> _Request:
         """Return a valid request, without queuing it."""
+        self._check_open()
         token_ids = self._token_ids(prompt)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and the engine has none", "leave `stop` empty")
@@ -203,17 +260,15 @@ class Engine:
         return _Request(sequence, TextStream(self.tokenizer.detokenizer(token_ids), params.stop))
 
     def _new_id(self) -> str:
-        while True:
-            self._num_requests += 1
-            if (request_id := f"request-{self._num_requests}") not in self._requests:
-                return request_id
+        return next(name for n in self._numbers if (name := f"request-{n}") not in self._requests)
 
-    def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def _token_ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
             tokens = prompt
         elif self.tokenizer is None:
             raise RequestError("the engine has no tokenizer", "give the prompt as token ids")
         else:
+            _check_unicode(prompt)
             tokens = self.tokenizer.encode(prompt) if prompt else []
         if not len(tokens):
             raise RequestError("the prompt is empty", "give at least one token, such as the model's BOS id")
@@ -233,10 +288,12 @@ class Engine:
 
     def _queue(self, request: _Request) -> str:
         request_id = request.sequence.request_id
-        if request_id in self._requests:
-            raise RequestError(f"request id {request_id!r} is in use", "choose another, or leave it out")
-        self.scheduler.add(request.sequence)
-        self._requests[request_id] = request
+        with self._turns:
+            self._check_open()
+            if request_id in self._requests:
+                raise RequestError(f"request id {request_id!r} is in use", "choose another, or leave it out")
+            self.scheduler.add(request.sequence)
+            self._requests[request_id] = request
         return request_id
 
     def _forward(self, batch: Batch, sampled: list[TokenSequence]) -> Iterable[_Row]:
@@ -275,6 +332,7 @@ class Engine:
         request.text += new_text
         ids, prompt_tokens = tuple(request.output_ids), sequence.prompt_tokens
         output = RequestOutput(sequence.request_id, new_text, request.text, ids, prompt_tokens, reason)
+        request.finished = output if reason else None
         if request.inbox is not None:
             request.inbox.append(output)
         return output
@@ -287,3 +345,15 @@ class Engine:
         stats.generated_tokens += len(batch.logits_index)
         stats.cached_tokens = self.scheduler.num_cached_tokens
         stats.preemptions = self.scheduler.num_preemptions
+
+
+def _check_unicode(prompt: str) -> None:
+    """Raise RequestError for a text with lone surrogates, which is what Python makes of undecodable bytes."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the prompt is not valid Unicode: character {error.start} is a lone surrogate",
+            "decode its bytes as UTF-8, with errors='replace' if need be",
+            "prompt",
+        ) from error

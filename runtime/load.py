@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 
 from llmc.plugins.operator import unsupported
+from llmc.runtime.arguments import check_count, check_flag
 from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import EngineFile, LoadOptions
-from llmc.runtime.bundle.manifest import Manifest
+from llmc.runtime.bundle.manifest import Manifest, Sampling
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
 from llmc.runtime.errors import BundleError, RequestError
+from llmc.runtime.sampling import SamplingParams
 from llmc.runtime.tokenizer import Tokenizer
 
 
@@ -40,6 +43,15 @@ def load_engine(
         docs/explanation/quantization.md has the quantization loss. By default arithmetic is fp32.
     Raises BundleError, BackendError, RequestError.
     """
+    if not isinstance(bundle, str | os.PathLike | Bundle):
+        hint = "give the path of a bundle, such as 'model.llmc'"
+        raise RequestError(f"bundle is of type {type(bundle).__name__}", hint, "bundle")
+    for name, value in (("kv_memory", kv_memory), ("threads", threads)):
+        check_count(name, value, optional=True)
+    for name, value in (("max_batch_tokens", max_batch_tokens), ("max_sequences", max_sequences)):
+        check_count(name, value)
+    for name, value in (("prefix_cache", prefix_cache), ("fast", fast)):
+        check_flag(name, value)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     manifest = opened.manifest
     _check_operators(manifest)
@@ -66,7 +78,18 @@ def load_engine(
         max_sequences,
         vocab_size=manifest.geometry.vocab_size,
         prefix_cache=prefix_cache,
+        default_params=default_params(manifest.sampling),
     )
+
+
+def default_params(sampling: Sampling | None) -> SamplingParams:
+    """Return the sampling parameters of requests that bring none: the bundle's, else greedy decoding."""
+    if sampling is None:
+        return SamplingParams()
+    values = asdict(sampling)
+    if not values.pop("do_sample"):
+        values["temperature"] = 0.0
+    return SamplingParams(**values)
 
 
 def _activation_group(opened: Bundle) -> int:
@@ -76,12 +99,14 @@ def _activation_group(opened: Bundle) -> int:
         raise RequestError(
             f"`fast` is for int8 or int4 weights; {opened.name} has no quantized ones",
             "leave --fast out, or build with --quant int8 or int4",
+            "fast",
         )
     group = plan.get("activation_group")
     if group is None:
         raise RequestError(
             f"{opened.name} was built by an older llmc and does not say whether `fast` applies to it",
             "build it again, or leave --fast out",
+            "fast",
         )
     if not isinstance(group, int) or group < 1:
         prequantized = "recipe" in plan  # --quant does not apply to pre-quantized checkpoints
@@ -89,6 +114,7 @@ def _activation_group(opened: Bundle) -> int:
             f"`fast` is for int8 or int4 weights, in blocks of 16 or more; {opened.name} has them in "
             f"{plan.get('format')}",
             "leave --fast out" + ("" if prequantized else ", or build with --quant int8 or int4"),
+            "fast",
         )
     return group
 

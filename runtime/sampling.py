@@ -35,33 +35,48 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     #: Makes the draws of this request reproducible, independent of other requests. None: random.
     seed: int | None = None
-    #: Strings that end the output. The output does not include them.
+    #: Strings that end the output, or one such string. The output does not include them.
     stop: tuple[str, ...] = ()
     #: Continue after an end-of-sequence token.
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
+            value = _plain(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
             kind, allowed, hint = _LIMITS[field.name]
             wrong_kind = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
             if wrong_kind or not allowed(value):
-                raise RequestError(f"{field.name} is {value!r}", f"{field.name} must be {hint}")
+                raise RequestError(f"{field.name} is {value!r}", f"{field.name} must be {hint}", field.name)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return the value of a field with numpy's numbers as Python's, and stop strings as a tuple."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if name == "stop":
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    return value
 
 
 # Field -> its type, a predicate for valid values, and a description of them for the hint.
 _LIMITS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "max_tokens": (int, lambda v: v >= 1, "a whole number of at least 1"),
-    "temperature": ((int, float), lambda v: 0 <= v < math.inf, "0 (greedy) or a positive number"),
+    # The bounds of temperature and repetition penalty keep float32 arithmetic finite.
+    "temperature": ((int, float), lambda v: 0 <= v <= 1e6, "0 (greedy) or a positive number, at most 1e6"),
     "top_k": (int, lambda v: v >= 0, "a whole number; 0 turns it off"),
     "top_p": ((int, float), lambda v: 0 <= v <= 1, "between 0 and 1; 1 turns it off"),
     "min_p": ((int, float), lambda v: 0 <= v <= 1, "between 0 and 1; 0 turns it off"),
-    "repetition_penalty": ((int, float), lambda v: 0 < v < math.inf, "a positive number; 1 turns it off"),
+    "repetition_penalty": (
+        (int, float),
+        lambda v: 1e-6 <= v <= 1e6,
+        "a positive number, from 1e-6 to 1e6; 1 turns it off",
+    ),
     "seed": ((int, type(None)), lambda v: v is None or v >= 0, "a whole number of at least 0, or none"),
     "stop": (
         tuple,
         lambda v: all(isinstance(text, str) and text for text in v),
-        'a tuple of non-empty strings, such as ("\\n\\n",)',
+        'a non-empty string, or a list of them, such as ["\\n\\n"]',
     ),
     "ignore_eos": (bool, lambda v: True, "true or false"),
 }

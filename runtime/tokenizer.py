@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from llmc.runtime.detokenizer import Detokenizer, TokenBytes
 from llmc.runtime.errors import BundleError, RequestError
+from llmc.runtime.text_encoder import (
+    TextEncoder,
+    errors_as_values,
+    quiet_decoder,
+    quiet_stderr,
+    read_tokenizer,
+)
+from llmc.runtime.worker import Worker, WorkerError
 
 Message = dict[str, Any]
+
+_TEMPLATES = Worker()
+#: Kind of an error in a template -> message and hint. The kinds are those of `worker.py`.
+_TEMPLATE_ERRORS = {
+    "refused": (
+        "the model's chat template refuses this conversation",
+        "check the roles and their order (system, then user and assistant in turn)",
+    ),
+    "failed": (
+        "the model's chat template fails on this conversation",
+        "check the messages: most templates need a text in `content`",
+    ),
+    "invalid": ("the model's chat template is not valid", "send a plain prompt, which needs no template"),
+    "limit": (
+        "the model's chat template exceeds a limit on this conversation",
+        "send a plain prompt, which needs no template, or fewer and shorter messages",
+    ),
+}
 
 
 class Tokenizer:
@@ -37,6 +56,7 @@ class Tokenizer:
         chat_template: str | None = None,
     ) -> None:
         self.backend = backend
+        self._encoder = TextEncoder(backend)
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
 
@@ -50,24 +70,22 @@ class Tokenizer:
         if not path.is_file():
             raise BundleError(f"{directory} has no tokenizer.json", "build the bundle again")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust library raises plain Exception
+            backend = read_tokenizer(path)
+        except ValueError as error:
             raise BundleError(f"{path} cannot be read: {error}", "build the bundle again") from error
         config = _read_json(directory / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # newer, with all that the other file says
             config |= _read_json(directory / "special_tokens_map.json")
         try:
             special_tokens = _special_tokens(config)
-            _add_missing_tokens(backend, config, special_tokens)
+            with quiet_stderr(), errors_as_values():
+                _add_missing_tokens(backend, config, special_tokens)
             chat_template = _find_chat_template(directory, config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(
                 f"the tokenizer's configuration in {directory} is malformed: {error!r}",
                 "build the bundle again",
             ) from error
-        # Truncation and padding are leftovers of training; transformers does not apply them either.
-        backend.no_truncation()
-        backend.no_padding()
         backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
         return cls(backend, special_tokens, chat_template)
 
@@ -77,12 +95,24 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of `text`, with BOS and other special tokens if the tokenizer adds them."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Return the token ids of `text`, with BOS and other special tokens if the tokenizer adds them.
+
+        Raises RequestError if the tokenizer cannot encode it.
+        """
+        return self._encoder.encode(text, add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of `token_ids` without special tokens."""
-        return self.backend.decode(list(token_ids), skip_special_tokens=True)
+        """Return the text of `token_ids` without special tokens.
+
+        Raises RequestError if the tokenizer cannot decode them.
+        """
+        try:
+            with quiet_decoder(self.backend)(), errors_as_values():
+                return self.backend.decode(list(token_ids), skip_special_tokens=True)
+        except ValueError as error:
+            raise RequestError(
+                f"the tokenizer cannot decode these tokens: {error}", "are they this model's?"
+            ) from error
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """Return a detokenizer for the output that follows `prompt_ids`."""
@@ -99,7 +129,8 @@ class Tokenizer:
 
         messages: dicts with at least "role" and usually "content". All values are plain JSON.
         variables: other variables of the template, such as `tools` or `enable_thinking`.
-        Raises RequestError if there is no template, or if it does not accept the conversation.
+        Raises RequestError if there is no template, if it does not accept the conversation, or if it takes
+        more time or memory than a template may.
         """
         if self.chat_template is None:
             raise RequestError(
@@ -114,79 +145,19 @@ class Tokenizer:
             # Through JSON and back, because the template is untrusted code and must see plain data only.
             given = {"messages": [_plain(message) for message in messages], **variables}
             data = json.loads(json.dumps(given))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"the messages are not plain JSON: {error}") from error
-        values: dict[str, Any] = {"tools": None, "documents": None, **self.special_tokens, **data}
+        values = {"tools": None, "documents": None, **self.special_tokens, **data}
+        values["add_generation_prompt"] = add_generation_prompt
         try:
-            return self._template.render(**values, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a template is a program, and all its errors concern this request
-            raise RequestError(
-                f"the model's chat template refuses this conversation: {error}",
-                "check the roles and their order (system, then user and assistant in turn)",
-            ) from error
+            return _TEMPLATES.call(template=self.chat_template, values=values)["text"]
+        except WorkerError as error:
+            message, hint = _TEMPLATE_ERRORS[error.kind]
+            raise RequestError(f"{message}: {error}", hint) from error
 
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Return the token ids of the conversation. The template adds BOS, so the tokenizer does not."""
         return self.encode(self.apply_chat_template(messages, **variables), add_special_tokens=False)
-
-    @cached_property
-    def _template(self) -> jinja2.Template:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals.update(
-            raise_exception=_raise_exception,
-            strftime_now=lambda fmt: datetime.now().strftime(fmt),
-            namespace=_PublicNamespace,
-        )
-        return environment.from_string(self.chat_template or "")
-
-
-class _GenerationTag(Extension):
-    """The tag `{% generation %}`, which marks text for training. Only its content is rendered."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
-
-
-class _PublicNamespace(Namespace):
-    """Jinja's namespace() without underscore names, which would give access to the interpreter."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        for name in dict(*args[1:], **kwargs):
-            _refuse_private(name)
-        Namespace.__init__(*args, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_private(name: Any) -> None:
-    if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's filter escapes HTML, but models were trained on plain JSON.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
 
 
 def _plain(message: Message) -> Message:
@@ -242,7 +213,11 @@ def _find_chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
-    return template.get("default") if isinstance(template, dict) else template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str | None):
+        raise TypeError(f"chat_template is a {type(template).__name__}")
+    return template
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -250,7 +225,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is no valid JSON: {error}", "build the bundle again") from error
     if not isinstance(content, dict):
         raise BundleError(f"{path} holds a {type(content).__name__}, not an object", "build the bundle again")

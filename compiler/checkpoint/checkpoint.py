@@ -3,7 +3,7 @@
     config.json                    required, with a `model_type`
     model.safetensors              the weights, or
     model.safetensors.index.json   {"weight_map": {tensor: shard file}} and the shards it names
-    generation_config.json         optional; its token ids come before those of config.json
+    generation_config.json         optional; its BOS id comes before that of config.json
     tokenizer.json, ...            optional here: see `Checkpoint.require_tokenizer`
     adapter_config.json            makes a directory without weights an adapter, which is refused
 
@@ -34,7 +34,13 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
     "tokenizer.model",
+    "tiktoken.model",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
 )
 _LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}  # keys of config.json
@@ -86,7 +92,7 @@ class Checkpoint:
                 f"there is no directory {root}",
                 hint="check the path; a checkpoint is a directory with config.json and safetensors files",
             )
-        config = _read_json(root / CONFIG) if (root / CONFIG).is_file() else None
+        config = read_json(root / CONFIG) if (root / CONFIG).is_file() else None
         if config is None:
             raise _no_config(root)
         if not isinstance(config.get("model_type"), str):
@@ -105,7 +111,7 @@ class Checkpoint:
         return cls(
             path=root,
             config=config,
-            generation_config=_read_json(generation) if generation.is_file() else {},
+            generation_config=read_json(generation) if generation.is_file() else {},
             tensors=tensors,
             weight_files=tuple(sorted({ref.file for ref in tensors.values()})),
             tokenizer_files=files,
@@ -146,27 +152,36 @@ class Checkpoint:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a generation, from generation_config.json or else config.json. May be empty."""
-        ids = self._token_id("eos_token_id")
-        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+        """The ids that end a generation by any file but those of the tokenizer. May be empty."""
+        return tuple(dict.fromkeys(token for ids in self.eos_by_file.values() for token in ids))
+
+    @property
+    def eos_by_file(self) -> dict[str, tuple[int, ...]]:
+        """File -> the ids that end a generation by it: generation_config.json, then config.json.
+
+        Files that say nothing are left out. Raises CheckpointError for what is no token id.
+        """
+        configs = (("generation_config.json", self.generation_config), (CONFIG, self.config))
+        found = {file: self._token_ids(file, source, "eos_token_id") for file, source in configs}
+        found[CONFIG] += self._token_ids(CONFIG, self._text_config, "eos_token_id")
+        return {file: tuple(dict.fromkeys(ids)) for file, ids in found.items() if ids}
 
     @property
     def bos_token_id(self) -> int | None:
-        ids = self._token_id("bos_token_id")
-        return (ids[0] if ids else None) if isinstance(ids, list) else ids
+        """The id that begins a text, by generation_config.json or else config.json."""
+        configs = (self.generation_config, self.config, self._text_config)
+        ids = [one for source in configs for one in self._token_ids(CONFIG, source, "bos_token_id")[:1]]
+        return ids[0] if ids else None
 
-    def _token_id(self, key: str) -> int | list[int] | None:
-        for source in (self.generation_config, self.config, self._text_config):
-            value = source.get(key)
-            if value is None:
-                continue
-            ids = value if isinstance(value, list) else [value]
-            if not all(type(item) is int and item >= 0 for item in ids):
-                raise CheckpointError(
-                    f"{self.path}: {key} is {value!r}", hint="it must be a token id or a list of token ids"
-                )
-            return value
-        return None
+    def _token_ids(self, file: str, source: dict[str, Any], key: str) -> tuple[int, ...]:
+        value = source.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(item) is int and 0 <= item < 2**31 for item in ids):
+            shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
+            raise CheckpointError(
+                f"{self.path / file}: {key} is {shown}", hint="it must be a token id or a list of token ids"
+            )
+        return tuple(ids)
 
     def check_layers(self) -> None:
         """Compare the number of layers with the tensors, before a model of that size is made.
@@ -232,7 +247,8 @@ class Checkpoint:
         return hashes
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a checkpoint. Raises CheckpointError."""
     try:
         data = file.read_bytes()
         refuse_lfs_pointer(file, data)
@@ -290,7 +306,7 @@ def _read_tensors(root: Path) -> tuple[dict[str, TensorRef], list[str]]:
 
 def _read_index(index: Path) -> dict[str, str]:
     """Return the map from tensors to shards, each a file in the same directory."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if isinstance(weight_map, dict):
         weight_map = {
             name: shard.removeprefix("./") if isinstance(shard, str) else shard
@@ -325,7 +341,7 @@ def _adapter_of(root: Path) -> CheckpointError | None:
     """Return the error for a directory with an adapter (PEFT) instead of a model."""
     if not (root / ADAPTER).is_file():
         return None
-    config = _read_json(root / ADAPTER)
+    config = read_json(root / ADAPTER)
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     named = f"a {kind} adapter" if isinstance(kind, str) else "an adapter"
     of = f" of {base}" if isinstance(base, str) and base else ""

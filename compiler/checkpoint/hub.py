@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 from llmc.runtime.errors import CheckpointError
 
 # Pickle (.bin, .pt), ONNX, GGUF and code are never downloaded, nor anything in a subdirectory.
-DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model")
+DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model")
 NOT_DOWNLOADED = ("*/*", "consolidated*.safetensors", "adapter_*")
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
@@ -99,6 +99,7 @@ def resolve(checkpoint: str | Path, revision: str | None = None) -> Path:
             raise CheckpointError(
                 f"{local} is a local directory and has no revision {revision!r}",
                 hint="drop the revision, or run from elsewhere if you mean the hub repository of that name",
+                argument="revision",
             )
         return local
     repository = parse(name)

@@ -47,10 +47,9 @@ class _Evaluation:
     """The evaluation text through the unquantized reference, which quantized models are compared with."""
 
     def __init__(self, job: Job, reference: Reference) -> None:
-        tokenizer = Path(job.checkpoint) / "tokenizer.json"
-        self.text = texts.read_text(texts.EVALUATION_TEXT) if tokenizer.is_file() else ""
+        self.text = texts.read_text(texts.EVALUATION_TEXT) if job.tokenizer else ""
         self.windows = (
-            texts.windows_of(self.text, tokenizer, job.vocab_size, job.max_seq_len)
+            texts.windows_of(self.text, Path(job.tokenizer), job.vocab_size, job.max_seq_len)
             if self.text
             else texts.random_windows(job.vocab_size, job.max_seq_len)
         )
@@ -205,11 +204,10 @@ def _sequences(job: Job) -> list[list[int]]:
     lengths = [min(length, job.max_seq_len) for length in wanted]
     rng = np.random.default_rng(0)
     random = [rng.integers(0, job.vocab_size, length).tolist() for length in lengths]
-    tokenizer = Path(job.checkpoint) / "tokenizer.json"
-    if not tokenizer.is_file():
+    if not job.tokenizer:
         sequences = random
     else:
-        encoder = texts.Encoder(tokenizer, job.vocab_size)
+        encoder = texts.Encoder(Path(job.tokenizer), job.vocab_size)
         sequences = [
             list(chain(*encoder.encode(text)))[:length] or fallback
             for text, length, fallback in zip(TEXTS, lengths, random, strict=True)

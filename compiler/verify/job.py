@@ -31,6 +31,8 @@ class Job:
     tolerance: float
     #: Bytes of memory that the comparison needs.
     needed_bytes: int
+    #: The bundle's tokenizer.json; "": it has none, and the tokens are random.
+    tokenizer: str = ""
     #: What the engine computes in: "fp32", "fp16" or "bf16".
     dtype: str = "fp32"
     #: What stands in for the engine, for the record; "": nothing does.

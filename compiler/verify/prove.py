@@ -34,9 +34,12 @@ def prove(
     files: ProofFiles,
     matrices: Sequence[QuantizedMatrix],
     work: BundleWriter,
+    tokenizer: Path | None,
     progress: Progress,
 ) -> Verification:
     """Compare the engine that `files` describe with the checkpoint, and return the record for the manifest.
+
+    tokenizer: the bundle's tokenizer.json, if it has one
 
     The weights are in `work`, beside the graphs. Raises VerificationError and BuildError as `run` does.
     """
@@ -50,6 +53,7 @@ def prove(
         windows=sorted({layer.window for layer in geometry.layers if layer.window}),
         tolerance=plan.checkpoint.logit_tolerance,
         needed_bytes=plan.sizes.verification_bytes,
+        tokenizer=str(tokenizer or ""),
         dtype=resolved.dtype,
         compared=files.stand_in,
         quantized=engine_weights(plan, matrices, work.path(WEIGHTS_FILE)),

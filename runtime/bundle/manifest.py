@@ -1,4 +1,4 @@
-"""The manifest of a bundle, formats 1 and 2: frozen dataclasses, a strict reader and a deterministic writer.
+"""The manifest of a bundle, formats 1 to 3: frozen dataclasses, a strict reader and a deterministic writer.
 
 The dataclasses are the schema: `strict_json.decode` reads their type hints, so each field is declared once.
 FORMAT.md documents each field. Every rule holds in both directions: `to_json` does not write a manifest that
@@ -20,8 +20,9 @@ from llmc.runtime.bundle.strict_json import DAMAGED, bad, decode, no_constants, 
 from llmc.runtime.errors import BundleError
 from llmc.runtime.installation import upgrade_hint
 
-FORMAT_VERSION: Final = 2
-_GPU_FROM: Final = 2  # the first format with the field `gpu`
+FormatVersion = Literal[1, 2, 3]
+FORMAT_VERSION: Final = 3
+_ADDED_IN: Final = {"gpu": 2, "sampling": 3}  # field -> the first format that has it
 MANIFEST_NAME = "manifest.json"
 SEAL = "manifest_sha256"  # the one field that is not in the dataclasses
 MAX_MANIFEST_BYTES = 16 * 2**20
@@ -130,7 +131,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Parallel:
-    """The number of ranks, which is always one in formats 1 and 2."""
+    """The number of ranks, which is always one in formats 1 to 3."""
 
     tp: Literal[1] = 1
     pp: Literal[1] = 1
@@ -198,6 +199,23 @@ class Tokens:
 
     bos: Count | None
     eos: tuple[Count, ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The sampling defaults of the checkpoint (generation_config.json), as transformers applies them."""
+
+    #: False: greedy decoding, which applies the repetition penalty and no other value.
+    do_sample: bool
+    temperature: Magnitude
+    #: 0: off.
+    top_k: Count
+    #: 1: off.
+    top_p: Fraction
+    #: 0: off.
+    min_p: Fraction
+    #: 1: off.
+    repetition_penalty: Annotated[float, lambda value: "" if value > 0 else "must be above 0"]
 
 
 @dataclass(frozen=True)
@@ -271,7 +289,8 @@ class Manifest:
     parallel: Parallel = Parallel()
     files: Mapping[FilePath, FileRecord] = field(default_factory=dict)
     gpu: Gpu | None = None
-    format_version: Literal[1, 2] = 1
+    sampling: Sampling | None = None
+    format_version: FormatVersion = 1
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
@@ -299,8 +318,8 @@ class Manifest:
         manifest = typing.cast("Manifest", decode(Manifest, plain(self), ""))
         _check_consistent(manifest)
         tree = plain(manifest)
-        if manifest.format_version < _GPU_FROM:
-            del tree["gpu"]
+        for name in _later_fields(manifest.format_version):
+            del tree[name]
         data = _sealed(tree)
         if len(data) > MAX_MANIFEST_BYTES:
             raise BundleError(f"{MANIFEST_NAME}: more than {MAX_MANIFEST_BYTES} bytes")
@@ -317,13 +336,27 @@ def _json(tree: dict[str, Any]) -> bytes:
     return json.dumps(tree, sort_keys=True, indent=1, allow_nan=False).encode("ascii") + b"\n"
 
 
+def oldest_format(**fields: Any) -> FormatVersion:
+    """Return the oldest format that has all of `fields` (name -> value) that are not None."""
+    used = (_ADDED_IN.get(name, 1) for name, value in fields.items() if value is not None)
+    return typing.cast(FormatVersion, max([1, *used]))
+
+
+def _later_fields(version: int) -> list[str]:
+    """Return the fields that formats later than `version` added."""
+    return [name for name, first in _ADDED_IN.items() if version < first]
+
+
 def _with_later_fields(tree: Any) -> Any:
     """Return a tree of an older format with empty values for the fields that were added later."""
-    if not isinstance(tree, dict) or tree.get("format_version") == _GPU_FROM:
-        return tree
-    if "gpu" in tree:
-        bad("gpu", "unknown field in this bundle format")
-    return {**tree, "gpu": None}
+    if not isinstance(tree, dict):
+        return tree  # `decode` reports it, and a version that is none
+    version = tree.get("format_version")
+    later = _later_fields(version if type(version) is int else 1)
+    for name in later:
+        if name in tree:
+            bad(name, "unknown field in this bundle format")
+    return {**tree, **dict.fromkeys(later)}
 
 
 def _refuse_newer(tree: Any) -> None:
@@ -352,8 +385,9 @@ def _check_consistent(manifest: Manifest) -> None:
     needs_gpu = {"cpu": False, "tensorrt": True, "tensorrt-rtx": True}.get(manifest.target.name)
     if needs_gpu is not None and needs_gpu != (manifest.gpu is not None):
         bad("gpu", f"{'missing' if manifest.gpu is None else 'given'} for the target {manifest.target.name}")
-    if (manifest.format_version >= _GPU_FROM) != (manifest.gpu is not None):
-        bad("format_version", f"{manifest.format_version} does not fit: `gpu` came with format {_GPU_FROM}")
+    oldest = oldest_format(**{name: getattr(manifest, name) for name in _ADDED_IN})
+    if manifest.format_version != oldest:
+        bad("format_version", f"{manifest.format_version} does not fit: the fields in use need {oldest}")
     kv_dtype, engine = manifest.precision.kv_dtype, manifest.target.engine
     if kv_dtype not in _KV_CACHES:
         raise BundleError(f"the bundle has a KV cache of {kv_dtype}, which this llmc lacks", upgrade_hint())

@@ -2,8 +2,10 @@
 
     python tests/golden/make.py tests/golden/format-1                    # for the CPU
     python tests/golden/make.py tests/golden/format-2 tensorrt-rtx 89    # for a GPU
+    python tests/golden/make.py tests/golden/format-3                    # with sampling defaults
 
-Writes DIR.llmc and DIR.json: the tokens that transformers generates greedily from a prompt.
+Writes DIR.llmc and DIR.json: the tokens that transformers generates greedily from a prompt. The sampling
+defaults came with format 3. The repetition penalty among them changes these tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from llmc.compiler.request import BuildRequest, parse_sms
 
 PROMPT = [65, 32, 104, 101, 110]
 NEW_TOKENS = 40
+SAMPLING = {"do_sample": False, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.2}
 
 
 def main(name: Path, target: str = "cpu", sms: str = "") -> None:
@@ -47,6 +50,8 @@ def main(name: Path, target: str = "cpu", sms: str = "") -> None:
         zoo.write_weights(source, zoo._weights(source), "float32", seed=1)
         settings = json.loads((source / "config.json").read_text())
         zoo._write_tokenizer(source, zoo._entry("llama-tiny"), settings)
+        generation = SAMPLING | {"bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 259}
+        (source / "generation_config.json").write_text(json.dumps(generation))
         output = name.with_suffix(".llmc")
         compile_model(BuildRequest(str(source), output, target=target, sms=parse_sms(sms)))
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

@@ -22,7 +22,7 @@ def test_the_list_is_the_tree():
 def test_every_data_file_is_listed():
     unlisted = {path for path in files() if path.suffix != ".py"}
     for name, patterns in SETUPTOOLS["package-data"].items():
-        folder = Path(*name.split(".")[1:])
+        folder = Path(SETUPTOOLS["package-dir"].get(name, name.removeprefix("llmc.").replace(".", "/")))
         for pattern in patterns:
             matched = {path.relative_to(ROOT) for path in (ROOT / folder).glob(pattern)}
             assert matched, f"{pattern} of {name} matches nothing"

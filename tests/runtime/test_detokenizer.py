@@ -162,6 +162,51 @@ def test_a_tokenizer_without_a_decoder_separates_words_by_spaces() -> None:
     assert [detokenizer.push(token_id) for token_id in (0, 1, 0)] == ["once", " upon", " once"]
 
 
+def word_suffix(decoder: decoders.Decoder) -> tokenizers.Tokenizer:
+    """Like openai-gpt and XLM: the last piece of a word carries a suffix."""
+    vocab = {"<unk>": 0, "on": 1, "ce</w>": 2, "the</w>": 3, "time</w>": 4, "!</w>": 5, "</w>": 6}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens(["<end>"])
+    return tokenizer
+
+
+SUFFIXES = {
+    "BPE": decoders.BPEDecoder(suffix="</w>"),
+    "in a sequence": decoders.Sequence([decoders.BPEDecoder(suffix="</w>")]),
+}
+
+
+@pytest.mark.parametrize("kind", SUFFIXES)
+@given(ids=st.lists(st.integers(1, 7), min_size=1, max_size=8), cut=st.integers(0, 8))
+def test_words_that_end_with_a_suffix_are_separated_as_the_library_does(
+    kind: str, ids: list[int], cut: int
+) -> None:
+    tokenizer = word_suffix(SUFFIXES[kind])
+    detokenizer = Detokenizer(TokenBytes(tokenizer))
+    assert "".join(map(detokenizer.push, ids)) + detokenizer.finish() == tokenizer.decode(ids)
+    prompt, output = ids[:cut], ids[cut:]
+    if prompt and prompt[-1] != 7:
+        detokenizer = Detokenizer(TokenBytes(tokenizer), prompt[-1])
+        text = "".join(map(detokenizer.push, output)) + detokenizer.finish()
+        assert tokenizer.decode(prompt) + text == tokenizer.decode(ids)
+
+
+def test_word_pieces_are_joined_as_the_library_does() -> None:
+    vocab = {"[UNK]": 0, "once": 1, "##s": 2, "time": 3}
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    detokenizer = Detokenizer(TokenBytes(tokenizer))
+    assert "".join(map(detokenizer.push, [3, 2, 1, 3])) == tokenizer.decode([3, 2, 1, 3]) == "times once time"
+
+
+def test_token_that_the_decoder_fails_on_is_a_replacement_character() -> None:
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"x" * 60: 0, "the": 1}, unk_token="the"))
+    tokenizer.decoder = decoders.Replace(tokenizers.Regex("(x+x+)+y"), "z")
+    detokenizer = Detokenizer(TokenBytes(tokenizer))
+    assert [detokenizer.push(token_id) for token_id in (0, 1)] == ["\ufffd", "the"]
+
+
 def test_the_cost_of_a_token_does_not_grow_with_the_length_of_the_text() -> None:
     detokenizer = Detokenizer(TABLES["byte-level"])
     half_a_character = TOKENIZERS["byte-level"].encode("🙂").ids[0]

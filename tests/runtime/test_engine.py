@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,8 @@ from llmc.runtime.engine import Engine, RequestOutput
 from llmc.runtime.errors import BackendError, RequestError
 from llmc.runtime.sampling import SamplingParams, sample
 from llmc.runtime.tokenizer import Tokenizer
+from llmc.runtime.turns import Turns
+from support.waiting import LONG
 
 VOCAB = 13
 EOS = 0
@@ -420,3 +425,148 @@ class EngineMachine(RuleBasedStateMachine):
 
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(max_examples=150, stateful_step_count=40)
+
+
+def test_a_stream_that_is_closed_inside_a_step_ends_with_the_next_one() -> None:
+    """The garbage collector may close a forgotten stream at any moment."""
+
+    class Collecting(HashBackend):
+        forgotten: Any = None
+
+        def forward(self, batch: Batch) -> np.ndarray:
+            if self.forgotten:
+                self.forgotten.close()
+            return super().forward(batch)
+
+    backend = Collecting()
+    it = engine(backend)
+    stream = it.stream([1, 2], SamplingParams(max_tokens=50, ignore_eos=True))
+    next(stream)
+    backend.forgotten = stream
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    assert list(it.generate([3, 4], params)[0].token_ids) == alone([3, 4], params)[0]
+    assert not it.has_unfinished
+    it.scheduler.check()
+
+
+def test_threads_share_the_steps_and_get_what_they_would_get_alone() -> None:
+    backend = HashBackend()
+    it = engine(backend, max_batch_tokens=32, max_sequences=8)
+    asked = prompts(8, seed=3)
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=5, ignore_eos=True)
+    start = threading.Barrier(8)
+
+    def serve(number: int) -> list[int]:
+        start.wait(timeout=LONG)
+        if number % 2:
+            return list(list(it.stream(asked[number], params))[-1].token_ids)
+        return list(it.generate(asked[number], params)[0].token_ids)
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(serve, range(8)))
+    assert answers == [alone(prompt, params)[0] for prompt in asked]
+    assert backend.calls < 8 * 12, "every thread stepped for itself"
+    it.scheduler.check()
+    assert it.scheduler.pool.num_used == 0
+
+
+def test_an_error_in_one_thread_leaves_the_turns_in_order() -> None:
+    turns = Turns()
+    with pytest.raises(ValueError, match="x"), turns:
+        raise ValueError("x")
+    with turns:
+        assert turns.mine
+        with ThreadPoolExecutor(1) as threads:
+            assert not threads.submit(lambda: turns.mine).result(timeout=LONG)
+    assert not turns.mine
+
+
+def test_an_interrupted_wait_does_not_hold_up_those_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    turns.__enter__()
+    with monkeypatch.context() as patched:
+        patched.setattr(turns._changed, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            turns.__enter__()
+    turns.__exit__()
+    with turns:
+        assert turns.mine
+
+
+def test_a_closed_engine_ends_its_requests_frees_the_backend_and_refuses_new_ones() -> None:
+    backend = HashBackend()
+    it, gone = engine(backend), weakref.ref(backend)
+    stream = it.stream([1, 2], SamplingParams(ignore_eos=True))
+    first = next(stream)
+    it.close()
+    it.close()
+    assert [output.finish_reason for output in [first, *stream]] == [None, "abort"]
+    del backend
+    assert gone() is None
+    for start in (lambda: it.generate([[1]]), lambda: it.stream([1]), lambda: it.add_request([1]), it.step):
+        with pytest.raises(RequestError, match="the engine is closed"):
+            start()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "lists"),
+    [
+        ([3, 4], [[3, 4]]),
+        (np.array([3, 4]), [[3, 4]]),
+        ([[3], (4, 5)], [[3], [4, 5]]),
+        (np.array([[3], [4]]), [[3], [4]]),
+        (([n] for n in (3, 4)), [[3], [4]]),
+        ([], []),
+    ],
+    ids=str,
+)
+def test_one_prompt_needs_no_list_around_it(prompts: Any, lists: list[list[int]]) -> None:
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    outputs = engine().generate(prompts, params)
+    assert [list(output.token_ids) for output in outputs] == [alone(one, params)[0] for one in lists]
+
+
+def test_a_text_is_one_prompt() -> None:
+    tokenizer = letters()
+    it = engine(HashBackend(vocab=tokenizer.vocab_size), tokenizer, vocab_size=None)
+    assert [output.prompt_tokens for output in it.generate("Once", SamplingParams(max_tokens=1))] == [4]
+
+
+@pytest.mark.parametrize(
+    ("call", "message", "argument"),
+    [
+        (lambda it: it.generate({"prompt": "x"}), "prompts is of type dict", "prompts"),
+        (lambda it: it.generate(None), "prompts is None", "prompts"),
+        (lambda it: it.generate(b"x"), "prompts is of type bytes", "prompts"),
+        (lambda it: it.generate({1, 2}), "prompts is of type set", "prompts"),
+        (lambda it: it.generate([[1], 5]), r"prompts\[1\] is of type int", "prompts"),
+        (lambda it: it.generate([[1], [VOCAB]]), r"prompts\[1\]: token id 13 is outside", ""),
+        (lambda it: it.generate(["\ud800"]), "character 0 is a lone surrogate", "prompt"),
+        (lambda it: it.generate([[1]], {"max_tokens": 3}), "params is of type dict", "params"),
+        (lambda it: it.generate([[1]], [3]), r"params\[0\] is of type int", "params"),
+        (lambda it: it.generate([[1]], []), "1 prompts but 0 sampling parameters", "params"),
+        (lambda it: it.stream(7), "prompt is of type int", "prompt"),
+        (lambda it: it.add_request(None), "prompt is None", "prompt"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_named(call: Any, message: str, argument: str) -> None:
+    it = engine(tokenizer=letters())
+    with pytest.raises(RequestError, match=message) as caught:
+        call(it)
+    assert caught.value.argument == argument
+    assert caught.value.hint
+    assert not it.has_unfinished
+
+
+def test_requests_without_parameters_take_the_engine_s() -> None:
+    params = SamplingParams(max_tokens=4, temperature=1.0, seed=3, repetition_penalty=1.5, ignore_eos=True)
+    it = engine(default_params=params)
+    expected = alone([1, 2], params)[0]
+    assert list(it.generate([[1, 2]])[0].token_ids) == expected
+    assert list(list(it.stream([1, 2]))[-1].token_ids) == expected
+    it.add_request([1, 2])
+    assert [it.step()[0].token_ids[-1] for _ in expected] == expected

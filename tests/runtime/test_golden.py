@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,17 @@ def test_a_frozen_bundle_opens_and_is_whole(version: int) -> None:
     bundle = Bundle.open(GOLDEN / f"format-{version}.llmc")
     bundle.verify()
     assert bundle.manifest.format_version == version
-    assert (bundle.manifest.gpu is None) == (version == 1)
+    assert (bundle.manifest.gpu is not None) == (version == 2)
+    assert (bundle.manifest.sampling is not None) == (version == 3)
 
 
-def test_a_frozen_bundle_generates_what_transformers_did() -> None:
-    path = GOLDEN / "format-1.llmc"  # format 2 is for GPUs
+@pytest.mark.parametrize("version", [1, 3])  # format 2 is for GPUs
+def test_a_frozen_bundle_generates_what_transformers_did(version: int) -> None:
+    path = GOLDEN / f"format-{version}.llmc"
     expected = json.loads(path.with_suffix(".json").read_text())
     engine = load_engine(path)
-    params = SamplingParams(max_tokens=len(expected["tokens"]), ignore_eos=True)
+    # Format 3 has a repetition penalty, which greedy decoding applies too.
+    assert (engine.default_params.repetition_penalty != 1) == (version == 3)
+    params = replace(engine.default_params, max_tokens=len(expected["tokens"]), ignore_eos=True)
     assert list(engine.generate([expected["prompt"]], params)[0].token_ids) == expected["tokens"]
     assert engine.generate(["A hen"], SamplingParams(max_tokens=3))[0].prompt_tokens > 1

@@ -25,6 +25,7 @@ from llmc.runtime.bundle.manifest import (
     PassRecord,
     Precision,
     Producer,
+    Sampling,
     Source,
     Target,
     Tokens,
@@ -165,9 +166,44 @@ def test_a_gpu_engine_is_described_fully_or_not_at_all(changes, expected):
         dataclasses.replace(gpu_example(), **changes).to_json()
 
 
-def test_format_1_has_no_gpu():
-    tree = {**example_tree(), "gpu": None}
-    assert "gpu" in fault(sealed(tree))
+@pytest.mark.parametrize("field", ["gpu", "sampling"])
+def test_format_1_has_no_later_field(field):
+    tree = {**example_tree(), field: None}
+    assert f"{field}: unknown field" in fault(sealed(tree))
+
+
+SAMPLING = Sampling(True, temperature=0.6, top_k=20, top_p=0.95, min_p=0.0, repetition_penalty=1.05)
+
+
+@pytest.mark.parametrize("base", [EXAMPLE, gpu_example()], ids=["cpu", "gpu"])
+def test_format_3_adds_sampling_defaults(base):
+    example = dataclasses.replace(base, format_version=3, sampling=SAMPLING)
+    data = example.to_json()
+    assert Manifest.from_json(data) == example
+    tree = json.loads(data)
+    assert (tree["format_version"], tree["sampling"]["temperature"]) == (3, 0.6)
+    assert (tree["gpu"] is None) == (base.gpu is None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"format_version": 1}, "format_version: 1 does not fit: the fields in use need 3"),
+        ({"sampling": None}, "format_version: 3 does not fit: the fields in use need 1"),
+        ({"sampling": dataclasses.replace(SAMPLING, top_p=1.5)}, "sampling.top_p: must be between 0 and 1"),
+        ({"sampling": dataclasses.replace(SAMPLING, top_k=-1)}, "sampling.top_k: must be at least 0"),
+        ({"sampling": dataclasses.replace(SAMPLING, temperature=-1.0)}, "sampling.temperature: must be at"),
+        (
+            {"sampling": dataclasses.replace(SAMPLING, repetition_penalty=0.0)},
+            "sampling.repetition_penalty: must be above 0",
+        ),
+        ({"sampling": dataclasses.replace(SAMPLING, do_sample=1)}, "sampling.do_sample: must be true or"),
+    ],
+)
+def test_sampling_defaults_that_are_refused(changes, expected):
+    example = dataclasses.replace(EXAMPLE, format_version=3, sampling=SAMPLING)
+    with pytest.raises(BundleError, match=re.escape(expected)):
+        dataclasses.replace(example, **changes).to_json()
 
 
 def test_order_of_construction_does_not_show():
@@ -185,8 +221,8 @@ def test_an_integer_where_a_number_belongs_is_written_as_a_number():
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        (("format_version",), 0, "format_version: must be 1 or 2, got 0"),
-        (("format_version",), True, "format_version: must be 1 or 2, got True"),
+        (("format_version",), 0, "format_version: must be 1 or 2 or 3, got 0"),
+        (("format_version",), True, "format_version: must be 1 or 2 or 3, got True"),
         (("producer",), [], "producer: must be an object, got a list"),
         (("source", "config_sha256"), "ABC", "source.config_sha256: must be 64 lowercase hexadecimal digits"),
         (
@@ -299,17 +335,17 @@ def test_another_spelling_is_refused(spelling):
 
 
 def test_a_newer_format_names_the_llmc_it_needs():
-    newer = {"format_version": 3, "producer": {"llmc": "9.1.0", "new": 1}, "anything": [1]}
+    newer = {"format_version": 4, "producer": {"llmc": "9.1.0", "new": 1}, "anything": [1]}
     with pytest.raises(BundleError) as caught:
         Manifest.from_json(json.dumps(newer).encode())
-    assert caught.value.message == "bundle format 3 needs llmc >= 9.1.0; this llmc reads formats 1 to 2"
+    assert caught.value.message == "bundle format 4 needs llmc >= 9.1.0; this llmc reads formats 1 to 3"
     assert caught.value.hint == upgrade_hint("9.1.0")
 
 
 @pytest.mark.parametrize("producer", [None, {}, {"llmc": 3}, {"llmc": "1; rm -rf /"}])
 def test_a_newer_format_with_an_odd_producer(producer):
-    message = fault(json.dumps({"format_version": 3, "producer": producer}).encode())
-    assert message.startswith("bundle format 3 needs a newer llmc")
+    message = fault(json.dumps({"format_version": 4, "producer": producer}).encode())
+    assert message.startswith("bundle format 4 needs a newer llmc")
 
 
 @pytest.mark.parametrize(

@@ -243,9 +243,13 @@ def test_logits_without_a_finite_maximum_are_reported(
         {"min_p": math.nan},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": math.inf},
+        {"repetition_penalty": 1e-46},
+        {"temperature": 10**400},
         {"seed": -1},
         {"seed": 1.0},
-        {"stop": "word"},
+        {"stop": ""},
+        {"stop": ["x", ""]},
+        {"stop": {"x"}},
         {"stop": ("",)},
         {"stop": (3,)},
         {"ignore_eos": 1},
@@ -257,3 +261,19 @@ def test_a_wrong_value_is_refused_with_its_name_and_a_hint(options: dict[str, An
     with pytest.raises(RequestError, match=f"{name} is ") as caught:
         SamplingParams(**options)
     assert caught.value.hint.startswith(f"{name} must be ")
+
+
+def test_a_stop_string_needs_no_list_and_a_list_no_tuple() -> None:
+    given: list[Any] = ["x", ["x"], ("x",)]
+    assert {SamplingParams(stop=one) for one in given} == {SamplingParams(stop=("x",))}
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    values: dict[str, Any] = {
+        "max_tokens": np.int64(3),
+        "temperature": np.float64(0.5),
+        "top_p": np.float32(0.5),
+    }
+    params = SamplingParams(**values)
+    assert params == SamplingParams(max_tokens=3, temperature=0.5, top_p=0.5)
+    assert {type(getattr(params, name)) for name in values} == {int, float}

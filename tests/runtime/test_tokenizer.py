@@ -10,7 +10,10 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from llmc.runtime import worker
+from llmc.runtime.engine import Engine
 from llmc.runtime.errors import BundleError, RequestError
+from llmc.runtime.text_encoder import TextEncoder, is_bounded
 from llmc.runtime.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[3] / "shared" / "checkpoints" / "stories260K"
@@ -63,6 +66,19 @@ GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
 {{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}
 {% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"""
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA}
+
+#: The library takes a prefix longer than a token from its merges.
+PANICS_AT_LOAD = json.dumps(
+    {
+        "added_tokens": [],
+        "model": {
+            "type": "BPE",
+            "continuing_subword_prefix": "long prefix",
+            "vocab": {"a": 0, "b": 1, "ab": 2},
+            "merges": [["a", "b"]],
+        },
+    }
+)
 
 CHAT: list[dict[str, Any]] = [
     {"role": "user", "content": " What is <b>5 & 'six'</b>? "},
@@ -259,38 +275,173 @@ def test_a_conversation_the_template_refuses_is_a_request_error(
 
 
 @pytest.mark.parametrize(
-    "template",
+    ("template", "message", "hint"),
     [
-        "{{ messages.__class__.__mro__ }}",
-        "{{ ''.__class__ }}{{ cycler.__init__.__globals__ }}",
-        "{{ messages.append(1) }}",
-        "{% set ns = namespace(__class__=1) %}",
-        "{% set ns = namespace() %}{% set ns.__init__ = 1 %}",
-        "{{ open('x') }}",
-        "{% if %}",
+        ("{{ messages.__class__.__mro__ }}", "is not valid", "a plain prompt"),
+        ("{{ ''.__class__ }}{{ cycler.__init__.__globals__ }}", "is not valid", "a plain prompt"),
+        ("{{ messages.append(1) }}", "is not valid", "a plain prompt"),
+        ("{% set ns = namespace(__class__=1) %}", "is not valid", "a plain prompt"),
+        ("{% set ns = namespace() %}{% set ns.__init__ = 1 %}", "is not valid", "a plain prompt"),
+        ("{% if %}", "is not valid", "a plain prompt"),
+        ("{{ open('x') }}", "fails on this conversation", "content"),
+        ("{{ messages[0].content + 1 }}", "fails on this conversation", "content"),
+        ("{{ raise_exception('no\n' * 500000) }}", "refuses this conversation: no no", "roles"),
+        ("{{ 'a' | center(2000000000) }}", "exceeds a limit on this conversation: it needs", "shorter"),
+        ("{{ '%2000000000d' % 1 }}", "exceeds a limit on this conversation: it needs", "shorter"),
+        ("{{ 'a' * 40000000 }}", "it renders 40,000,000 characters", "shorter"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deeply", "shorter"),
     ],
 )
-def test_a_hostile_or_broken_template_is_a_request_error(template: str, tmp_path: Path) -> None:
+def test_hostile_and_broken_templates(template: str, message: str, hint: str, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(save(tmp_path, byte_level(), chat_template=template))
-    with pytest.raises(RequestError, match="chat template refuses"):
+    with pytest.raises(RequestError, match=message) as caught:
         tokenizer.apply_chat_template(CHAT)
+    assert hint in caught.value.hint
+    assert len(caught.value.message) < 400
+    assert "\n" not in caught.value.message
+
+
+def test_template_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "SECONDS", 0.3)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    assert Tokenizer(byte_level(), chat_template="first").apply_chat_template(CHAT) == "first"
+    with pytest.raises(RequestError, match=r"takes more than 0\.3 seconds") as caught:
+        Tokenizer(byte_level(), chat_template=endless).apply_chat_template(CHAT)
+    assert "plain prompt" in caught.value.hint
+    assert Tokenizer(byte_level(), chat_template="next").apply_chat_template(CHAT) == "next"
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def template(*parts: dict[str, Any]) -> dict[str, Any]:
+    single = [*parts, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+
+
+WORD_PIECE = {"type": "WordPiece", "unk_token": "?", "continuing_subword_prefix": "##"}
+DOUBLED = [replace({"String": "a"}, "aa"), replace({"String": "aa"}, "aaaa")] * 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "message"),
+    [
+        ({"pre_tokenizer": split("(x+x+)+y")}, "x" * 40, "retry-limit"),
+        ({"normalizer": replace({"Regex": "(a+)+$"}, "b")}, "a" * 40 + "! x", "retry-limit"),
+        ({"normalizer": replace({"String": ""}, "b")}, "Once 你好", "index out of bounds"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": DOUBLED}},
+            "a",
+            "ends the process|takes more than",
+        ),
+        ({"post_processor": template({"SpecialToken": {"id": "?", "type_id": 0}})}, "Once", "no entry found"),
+        ({"model": {**WORD_PIECE, "max_input_chars_per_word": 9, "vocab": {"a": 0}}}, "Once", "WordPiece"),
+    ],
+)
+def test_text_that_the_tokenizer_fails_on_is_a_request_error(
+    changes: dict[str, Any], text: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads(byte_level().to_str()) | changes
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    engine = Engine(NoBackend(), Tokenizer.load(tmp_path), (), 64)
+    with pytest.raises(RequestError, match=f"cannot encode this text: .*({message})") as caught:
+        engine.add_request(text)
+    assert caught.value.hint
+    assert not engine.has_unfinished
+    assert capfd.readouterr().err == ""
+    if "Once" not in text:
+        engine.add_request("b")  # the next request is served
+        assert engine.has_unfinished
+
+
+class NoBackend:
+    """A backend that is never run."""
+
+    num_blocks, block_size = 8, 32
+
+
+def test_expression_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_level()
+    # Polynomial: below the library's own limit at each place, and slow at thousands of places.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(?:x|y)*(?:x|z)*[?!]"), "isolated")
+    encoder = TextEncoder(tokenizer)
+    assert encoder.encode("Ab").ids
+    monkeypatch.setattr(worker, "SECONDS", 0.3)
+    with pytest.raises(RequestError, match=r"takes more than 0\.3 seconds") as caught:
+        encoder.encode("x" * 2500 + "-!")
+    assert "shorter" in caught.value.hint
+    assert encoder.encode("Ab").ids
+
+
+def test_half_a_surrogate_pair_is_named() -> None:
+    with pytest.raises(RequestError, match=r"character 2 of the text is no character: '\\ud83d'") as caught:
+        Tokenizer(byte_level()).encode("ab\ud83d")
+    assert caught.value.hint == "remove it"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_encoding_in_a_process_of_its_own_changes_nothing(special: bool) -> None:
+    tokenizer = with_bos(byte_level())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex("(?:own|pattern)|.+?"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.encode_special_tokens = True
+    assert not is_bounded(tokenizer)
+    encoder = TextEncoder(tokenizer)
+    for text in TEXTS:
+        expected = tokenizer.encode(text, add_special_tokens=special)
+        assert encoder.encode(text, special).ids == expected.ids
+        assert encoder.encode(text, special).special == expected.special_tokens_mask
+
+
+def test_ordinary_tokenizers_encode_in_this_process() -> None:
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    llama3 = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tekken = (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    for pattern in (gpt2, llama3, llama3.replace("{1,3}", ""), tekken):
+        tokenizer = with_bos(byte_level())
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        assert is_bounded(tokenizer)
+    assert is_bounded(with_bos(byte_level()))
+    assert is_bounded(with_bos(sentencepiece()))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("tokenizer.json", "{", "tokenizer.json cannot be read"),
+        ("tokenizer.json", PANICS_AT_LOAD, "cannot be read: the tokenizers library fails: range end"),
         ("tokenizer_config.json", "{", "no valid JSON"),
         ("tokenizer_config.json", "[]", "holds a list"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "malformed"),
         ("tokenizer_config.json", '{"chat_template": [{}]}', "malformed"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "malformed"),
+        ("tokenizer_config.json", '{"a":' * 100_000, "no valid JSON"),
     ],
 )
-def test_damaged_files_are_named(name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_damaged_files_are_named(
+    name: str, content: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     save(tmp_path, byte_level())
     (tmp_path / name).write_text(content)
     with pytest.raises(BundleError, match=message):
         Tokenizer.load(tmp_path)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_directory_without_tokenizer_is_named(tmp_path: Path) -> None:
