@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from llmc import __version__
-from llmc.cli import bench, build, check, doctor, inspect, run, verify, zoo
+from llmc.cli import bench, build, check, doctor, inspect, output, run, verify, zoo
 from llmc.runtime.errors import LlmcError
 
 _EPILOG = """\b
 Exit codes:
   0    done
   1    error; the lines `error:` and `hint:` on stderr say what and what to do
-  2    wrong usage
+  2    wrong usage, or an option whose value cannot be used
+  3    a threshold of `llmc verify` is missed
   70   internal error, a bug in llmc
   130  interrupted
   141  the output was closed
@@ -24,25 +26,50 @@ Exit codes:
 Environment:
   LLMC_TRACEBACK=1  show Python tracebacks of errors
   NO_COLOR=1        no colours
+
+\b
+Examples:
+  llmc build model_zoo/llama/tales -o tales.llmc
+  llmc run tales.llmc "Once upon a time"
+  llmc help build
 """
+# Groups of options in the help: command -> title -> parameters.
+_PANELS = {
+    "build": {
+        "Engine": ("target", "dtype", "kv_dtype", "sm", "max_seq_len"),
+        "Quantization": ("quant", "exclude", "calibration", "calibration_method"),
+    },
+    "run": {
+        "Sampling": (
+            "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop",
+        ),
+        "Engine": ("threads", "kv_memory", "fast"),
+    },
+    "verify": {
+        "Thresholds": ("min_top1", "max_kl", "max_perplexity_increase"),
+    },
+}  # fmt: skip
+_COMPLETE = "_LLMC_COMPLETE"  # set by the completion scripts of shells
 
 app = typer.Typer(
     name="llmc",
     help="Compiles a language model ahead of time into a verified bundle, and runs it.",
     epilog=_EPILOG,
-    rich_markup_mode=None,
-    add_completion=False,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("build")(build.build)
-app.command("run")(run.run)
-app.command("inspect")(inspect.inspect)
-app.command("verify")(verify.verify)
-app.command("check")(check.check)
-app.command("bench")(bench.bench)
+for _name, _function in {
+    "build": build.build,
+    "run": run.run,
+    "inspect": inspect.inspect,
+    "verify": verify.verify,
+    "check": check.check,
+    "bench": bench.bench,
+    "doctor": doctor.doctor,
+}.items():
+    app.command(_name)(output.with_levels(_function, _PANELS.get(_name)))
 app.add_typer(zoo.app, name="zoo")
-app.command("doctor")(doctor.doctor)
 
 # click's UsageError, which Typer exports only by this subclass (new versions carry a click of their own).
 _ClickUsageError: Any = typer.BadParameter.__bases__[0]
@@ -58,6 +85,9 @@ def invoke(argv: Sequence[str]) -> int:
     Raises UsageError, and what the command raises.
     """
     command = typer.main.get_command(app)
+    if _COMPLETE in os.environ:
+        command.main(list(argv), prog_name="llmc")  # prints completions and exits
+    output.start(_name_of(command, argv), "--json" in argv)
     try:
         with command.make_context("llmc", list(argv)) as context:
             command.invoke(context)
@@ -68,13 +98,48 @@ def invoke(argv: Sequence[str]) -> int:
     return 0
 
 
+def _name_of(command: Any, argv: Sequence[str]) -> str:
+    """Return the command that `argv` names: ["zoo", "list", "--json"] -> "zoo list"."""
+    names = []
+    for word in argv:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        names.append(word)
+    return " ".join(names)
+
+
 def _usage_error(error: Any) -> UsageError:
     message = " ".join(error.format_message().split()).rstrip(".")
     where = error.ctx.command_path if error.ctx else "llmc"
     hint = f"see `{where} --help`"
     if "unexpected extra argument" in message:
         hint += "; an argument with spaces needs quotes"
-    return UsageError(message[:1].lower() + message[1:], hint)
+    name = getattr(getattr(error, "param", None), "name", "") or ""
+    return UsageError(message[:1].lower() + message[1:], hint, name)
+
+
+@app.command("help")
+def show_help(
+    context: typer.Context,
+    command: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]", show_default=False)] = None,
+) -> None:
+    """Show the help of llmc or of a command.
+
+    \b
+    Examples:
+      llmc help run
+      llmc help zoo make
+    """
+    found: Any = context.find_root().command
+    parent: Any = context.find_root()
+    for word in command or ():
+        below = getattr(found, "commands", {})
+        if word not in below:
+            raise UsageError(f"no such command '{' '.join(command or ())}'", "see `llmc --help`")
+        found = below[word]
+        parent = type(context)(found, info_name=word, parent=parent)
+    print(found.get_help(parent))
 
 
 def _print_version(wanted: bool) -> None:
@@ -88,7 +153,9 @@ def _main(
     context: typer.Context,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+        typer.Option(
+            "--version", "-V", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:

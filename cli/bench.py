@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmc.cli.machine import Machine
-from llmc.cli.text import print_json, size, table
+from llmc.cli.output import Json, print_json
+from llmc.cli.text import size, table
 from llmc.runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -49,12 +50,17 @@ def bench(
             "--fast", help="Quantize activations to int8 (int8 and int4 bundles); this changes the output."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure time to first token, prefill and decode speed.
 
     The prompts are random, decoding is greedy, and the prefix cache is off. The figures are the median of
     three runs after one to warm up.
+
+    \b
+    Examples:
+      llmc bench tales.llmc
+      llmc bench tales.llmc --concurrency 4 --new-tokens 128
     """
     from llmc.runtime.bundle.reader import Bundle
     from llmc.runtime.load import load_engine
@@ -65,7 +71,8 @@ def bench(
     if prompt_tokens + new_tokens > limit:
         raise RequestError(
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the context of {limit}",
-            "lower --prompt-tokens or --new-tokens",
+            f"lower --prompt-tokens or --new-tokens to {limit} in all",
+            "prompt_tokens",
         )
     started = time.perf_counter()
     engine = load_engine(opened, threads=threads, max_sequences=concurrency, prefix_cache=False, fast=fast)

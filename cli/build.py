@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmc.cli import output
 from llmc.cli.plan_table import plan_lines, prequantized_plan_lines
-from llmc.cli.text import print_json, size, table
-from llmc.compiler.request import KV_DTYPES, TARGETS
+from llmc.cli.output import Json, print_json
+from llmc.cli.text import size, table
+from llmc.compiler.request import DTYPES, KV_DTYPES, METHODS, TARGETS
+from llmc.passes.quantize.formats import FORMATS, get_format
 from llmc.runtime.errors import BuildError
 
 if TYPE_CHECKING:
@@ -44,7 +47,7 @@ def build(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory, or a Hugging Face hub id.")
     ],
-    output: Annotated[
+    bundle: Annotated[
         Path | None,
         typer.Option(
             "--output",
@@ -54,17 +57,25 @@ def build(
         ),
     ] = None,
     target: Annotated[
-        str, typer.Option(help="What the engine runs on: cpu, tensorrt-rtx or tensorrt.")
+        str,
+        typer.Option(
+            metavar="|".join(TARGETS), autocompletion=lambda: list(TARGETS), help="What the engine runs on."
+        ),
     ] = "cpu",
     dtype: Annotated[
-        str, typer.Option(help="What the engine computes in: auto, fp32 (cpu), bf16 or fp16 (TensorRT).")
+        str,
+        typer.Option(
+            metavar="|".join(DTYPES),
+            autocompletion=lambda: list(DTYPES),
+            help="What the engine computes in: fp32 on the CPU, bf16 or fp16 in TensorRT.",
+        ),
     ] = "auto",
     quant: Annotated[
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="Quantize: fp8, nvfp4, nvfp4-weight-only, mxfp4, int8, int8-smoothquant or int4 "
-            "(docs/how-to/quantize.md has more).",
+            autocompletion=lambda: list(FORMATS),
+            help=f"Quantize the linear layers: {', '.join(FORMATS)}.",
         ),
     ] = None,
     exclude: Annotated[
@@ -81,10 +92,19 @@ def build(
     ] = None,
     calibration_method: Annotated[
         str,
-        typer.Option(metavar="METHOD", help="Range of static activations: max, percentile or mse."),
+        typer.Option(
+            metavar="|".join(METHODS),
+            autocompletion=lambda: list(METHODS),
+            help="How the range of static activations is chosen.",
+        ),
     ] = "max",
     kv_dtype: Annotated[
-        str, typer.Option(help=f"What the KV cache holds: {', '.join(('auto', *_CACHES))}.")
+        str,
+        typer.Option(
+            metavar="|".join(KV_DTYPES),
+            autocompletion=lambda: list(KV_DTYPES),
+            help=f"What the KV cache holds: {', '.join(('auto', *_CACHES))}.",
+        ),
     ] = "auto",
     sm: Annotated[
         str,
@@ -106,24 +126,24 @@ def build(
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compile a checkpoint into a verified bundle.
 
     The engine is compared with the checkpoint at the end. The bundle appears under its name only if the
     whole build succeeds.
+
+    \b
+    Examples:
+      llmc build model_zoo/llama/tales -o tales.llmc
+      llmc build model_zoo/llama/tales -o tales-int8.llmc --quant int8
+      llmc build model_zoo/llama/tales --dry-run
     """
-    require_build_libraries()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about what does not concern a build
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from llmc.cli.progress import shown
-    from llmc.compiler.driver import compile_model, plan_build
     from llmc.compiler.request import BuildRequest, parse_sms
 
     request = BuildRequest(
         checkpoint=checkpoint,
-        output=output or default_output(checkpoint),
+        output=bundle or default_output(checkpoint),
         target=target,
         dtype=dtype,  # type: ignore[arg-type]  # the request checks it
         quant=quant,
@@ -137,7 +157,18 @@ def build(
         verify=verify,
         force=force,
     )
-    with shown() as progress:
+    if quant is not None:
+        get_format(quant)
+    require_build_libraries()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about what does not concern a build
+    if not (sys.stderr.isatty() and output.allows("info")):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from llmc.cli.progress import shown
+
+    what = "planning" if dry_run else "building"
+    with shown(f"{what} {request.output} from {checkpoint} for {target}") as progress:
+        from llmc.compiler.driver import compile_model, plan_build
+
         if dry_run:
             plan, _ = plan_build(request, progress)
         else:
@@ -162,7 +193,7 @@ def default_output(checkpoint: str) -> Path:
     path = Path(checkpoint).expanduser()
     name = path.resolve().name if path.exists() else checkpoint.rstrip("/").rpartition("/")[2]
     if not name:
-        raise BuildError(f"{checkpoint!r} has no name to call the bundle by", "give one with `--output`")
+        raise BuildError(f"{checkpoint!r} has no name to call the bundle by", "give one with `--output`", "output")
     return Path(f"{name}.llmc")
 
 

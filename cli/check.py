@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmc.cli.text import print_json, size, table
+from llmc.cli.output import Json, print_json
+from llmc.cli.text import size, table
 from llmc.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -19,19 +20,30 @@ def check(
     full: Annotated[
         bool, typer.Option("--full", help="Read every weight, not samples. Scales are always read.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check whether a checkpoint, quantized or not, is what it says it is.
 
     Its tensors, scales and values are compared with each other and with its configuration files.
+
+    \b
+    Examples:
+      llmc check model_zoo/llama/tales
     """
     from dataclasses import asdict
 
+    from llmc.cli.main import error_of
     from llmc.compiler.checkpoint.check.check import check_checkpoint
 
     report = check_checkpoint(checkpoint, full)
+    error = None
+    if report.faults:
+        error = CheckpointError(
+            f"{checkpoint} has {_count(len(report.faults), 'fault')}",
+            hint="the table names the tensors, docs/reference/check-findings.md says what to do about a kind",
+        )
     if as_json:
-        print_json({**asdict(report), "ok": not report.findings})
+        print_json(asdict(report), error_of(error) if error else None)
     else:
         print(table(_facts(report)))
         if report.findings:
@@ -41,11 +53,8 @@ def check(
                 for finding in report.findings
             ]
             print(f"\n{_printable(table(rows))}")
-    if report.faults:
-        raise CheckpointError(
-            f"{checkpoint} has {_count(len(report.faults), 'fault')}",
-            hint="the table names the tensors, docs/reference/check-findings.md says what to do about a kind",
-        )
+    if error:
+        raise error
 
 
 def _facts(report: CheckReport) -> list[tuple[str, str]]:

@@ -10,9 +10,10 @@ import typer
 
 from llmc import __version__
 from llmc.cli.machine import Machine
-from llmc.cli.text import print_json, size, table
+from llmc.cli.output import Json, print_json
+from llmc.cli.text import size, table
 from llmc.runtime.errors import BackendError, LlmcError
-from llmc.runtime.installation import DISTRIBUTION, install_hint
+
 
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*([^;]*?)\s*(?:;\s*(.*))?")
 _USES = {  # extra of llmc ("": none) -> what needs its libraries
@@ -45,32 +46,43 @@ class Library:
     def remark(self) -> str:
         if self.fits:
             return ""
+        from llmc.runtime.installation import install_hint
+
         return f"{'missing' if self.version is None else 'the wrong version'}: {install_hint(self.extra)}"
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check whether this machine has what llmc needs.
 
     The command fails if `llmc run` cannot work on this CPU. Libraries that only `llmc build` or GPU engines
     need may be missing.
     """
+    from llmc.cli.main import error_of
+    from llmc.runtime.installation import install_hint
+
     machine = Machine.this()
     found = libraries()
-    fault = attention_fault()
-    broken = [library for library in found if library.extra == "" and not library.fits]
+    fault = attention = attention_fault()
+    if broken := [library for library in found if library.extra == "" and not library.fits]:
+        message = f"`llmc run` cannot work here: {broken[0].name} is {broken[0].remark}"
+        fault = BackendError(message, install_hint())
     if as_json:
         print_json(
             {
                 "llmc": __version__,
                 "machine": asdict(machine),
                 "libraries": [{**asdict(library), "fits": library.fits} for library in found],
-                "openvino_attention": {"passed": fault is None, "fault": fault.message if fault else None},
-                "run": not broken and fault is None,
+                "openvino_attention": {
+                    "passed": attention is None,
+                    "fault": attention.message if attention else None,
+                },
+                "run": fault is None,
                 "build": complete(found, "", "build"),
                 **{target: complete(found, "", "build", "kernels", target) for target in _GPU_TARGETS},
-            }
+            },
+            error_of(fault) if fault else None,
         )
     else:
         facts = [
@@ -79,15 +91,11 @@ def doctor(
             ("system", machine.system),
             ("processor", f"{machine.cpu}, {machine.cores} cores for this process"),
             ("memory", _memory(machine)),
-            ("attention", fault.message if fault else "OpenVINO's agrees with the reference"),
+            ("attention", attention.message if attention else "OpenVINO's agrees with the reference"),
         ]
         rows = [("LIBRARY", "FOR", "WANTED", "INSTALLED", "")]
         rows += [(lib.name, _USES[lib.extra], lib.wanted, lib.version or "-", lib.remark) for lib in found]
         print(f"{table(facts)}\n\n{table(rows)}")
-    if broken:
-        raise BackendError(
-            f"`llmc run` cannot work here: {broken[0].name} is {broken[0].remark}", install_hint()
-        )
     if fault:
         raise fault
 
@@ -95,6 +103,8 @@ def doctor(
 def libraries() -> list[Library]:
     """Return the libraries that the installed llmc requires, and the installed versions."""
     from importlib.metadata import requires
+
+    from llmc.runtime.installation import DISTRIBUTION
 
     found = []
     for line in requires(DISTRIBUTION) or []:
@@ -129,6 +139,8 @@ def satisfies(version: str, wanted: str) -> bool:
 
 def attention_fault() -> LlmcError | None:
     """Run the start-up test of the OpenVINO backend. Return its error, or None."""
+    from llmc.runtime.installation import install_hint
+
     try:
         from llmc.runtime.backends.openvino.backend import tested_core
 

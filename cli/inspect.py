@@ -15,7 +15,8 @@ from llmc.cli.build import (
     describe_target,
     describe_verification,
 )
-from llmc.cli.text import print_json, size, table
+from llmc.cli.output import Json, print_json
+from llmc.cli.text import size, table
 
 if TYPE_CHECKING:
     from llmc.runtime.bundle.manifest import Manifest
@@ -24,11 +25,16 @@ if TYPE_CHECKING:
 def inspect(
     bundle: Annotated[Path, typer.Argument(metavar="NAME.llmc", help="The bundle to look into.")],
     verify: Annotated[bool, typer.Option("--verify", help="Hash every byte of every file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what is inside a bundle.
 
     The manifest, the list of files and their sizes are always checked.
+
+    \b
+    Examples:
+      llmc inspect tales.llmc
+      llmc inspect tales.llmc --json
     """
     import json
 

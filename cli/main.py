@@ -2,7 +2,8 @@
 
     0    done
     1    error: the input, the machine or the disk; an `error:` and a `hint:` line say what and what to do
-    2    wrong usage of the command line, in the same two lines
+    2    wrong usage: an unknown command, a missing argument, or an option whose value cannot be used
+    3    a threshold of `llmc verify` is missed
     70   internal error: a bug in llmc (EX_SOFTWARE)
     130  interrupted (128 + SIGINT)
     141  the reader of the output closed it (128 + SIGPIPE)
@@ -15,27 +16,43 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 
-from llmc.runtime.errors import LlmcError
-from llmc.runtime.installation import install_hint
+from llmc.cli import output, streams
+from llmc.runtime.errors import LlmcError, ThresholdError
 
-OK, ERROR, USAGE, INTERNAL, INTERRUPTED, OUTPUT_CLOSED = 0, 1, 2, 70, 130, 141
+OK, ERROR, USAGE, MISSED, INTERNAL, INTERRUPTED, OUTPUT_CLOSED = 0, 1, 2, 3, 70, 130, 141
 TRACEBACK = "LLMC_TRACEBACK"  # set to 1: tracebacks for every error
 
 _RUN_LIBRARIES = ("numpy", "openvino", "onnxruntime", "tokenizers", "jinja2", "typer", "rich", "tomli")
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How libraries say it: C++, OpenVINO, oneDNN, torch, the dynamic loader, Python's threads.
+_OUT_OF_MEMORY = re.compile(
+    r"bad_alloc|bad allocation|can(?:'|no)t alloc|fail(?:ed|ure)? to alloc|can(?:'|no)t allocate memory"
+    r"|not enough memory|out of memory|failed to map segment|can't start new thread",
+    re.IGNORECASE,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `llmc` with `argv` (default: the arguments of this process) and return the exit code."""
+    streams.plug_closed()
     with contextlib.suppress(AttributeError, OSError):  # text of a model may not fit the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    output.start(" ".join(arguments[:1]), "--json" in arguments)
+    silenced = contextlib.nullcontext() if _tracebacks() else streams.libraries_silenced()
+    with silenced:
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         from llmc.cli import app
 
-        code = app.invoke(sys.argv[1:] if argv is None else argv)
+        code = app.invoke(arguments)
         sys.stdout.flush()  # a full disk or a closed pipe must show here, not when Python shuts down
         return code
     except KeyboardInterrupt as error:
@@ -48,29 +65,70 @@ def main(argv: Sequence[str] | None = None) -> int:
             _discard_output()
             return OUTPUT_CLOSED
         return _internal(error)
-    except LlmcError as error:
-        from llmc.cli.app import UsageError
-
-        return report(error, USAGE if isinstance(error, UsageError) else ERROR, error.message, error.hint)
-    except ModuleNotFoundError as error:
-        return _missing_library(error)
-    except OSError as error:
-        return _os_error(error)
-    except MemoryError as error:
-        return report(error, ERROR, "out of memory", "end other programs, or take a smaller model or context")
     except Exception as error:
-        return _internal(error)
+        if _is_out_of_memory(error):
+            hint = "end other programs, or take a smaller model or context (--kv-memory, --max-seq-len)"
+            return report(error, ERROR, "out of memory", hint, "OutOfMemory")
+        if isinstance(error, LlmcError):
+            return _llmc_error(error)
+        if isinstance(error, ModuleNotFoundError):
+            return _missing_library(error)
+        return _os_error(error) if isinstance(error, OSError) else _internal(error)
 
 
-def report(error: BaseException, code: int, message: str, hint: str) -> int:
-    """Print the lines `error:` and `hint:`, and the traceback if it is asked for. Return `code`."""
-    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+def report(
+    error: BaseException, code: int, message: str, hint: str, kind: str = "", argument: str = ""
+) -> int:
+    """Print the lines `error:` and `hint:`, and the traceback if it is asked for. Return `code`.
+
+    kind, argument: the fields of the JSON object that --json asks for
+    """
+    message, hint = _one_line(message), _one_line(hint or f"{TRACEBACK}=1 shows where it happened")
+    output.print_error(output.error_record(kind or type(error).__name__, message, hint, code, argument))
+    if _tracebacks():
         import traceback
 
         traceback.print_exception(error)
-    print(f"error: {_one_line(message)}", file=sys.stderr)
-    print(f"hint: {_one_line(hint or f'{TRACEBACK}=1 shows where it happened')}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr may be closed or full; the exit code still tells
+        print(f"error: {message}", file=sys.stderr)
+        print(f"hint: {hint}", file=sys.stderr)
     return code
+
+
+def exit_code(error: LlmcError) -> int:
+    """Return the exit code of an error that llmc raises on purpose."""
+    from llmc.cli.app import UsageError
+
+    if isinstance(error, ThresholdError):
+        return MISSED
+    return USAGE if isinstance(error, UsageError) or error.argument else ERROR
+
+
+def error_of(error: LlmcError) -> dict[str, object]:
+    """Return the field `error` of --json, for a command that prints its result and then raises `error`."""
+    message, hint = (_one_line(in_option_names(text, error.argument)) for text in (error.message, error.hint))
+    kind = type(error).__name__
+    return output.error_record(kind, message, hint, exit_code(error), error.argument)
+
+
+def in_option_names(text: str, argument: str) -> str:
+    """Return `text` with the Python name of an argument replaced by its option: max_tokens -> --max-tokens.
+
+    Only a name in backticks and one that begins the text are replaced.
+    """
+    if not argument:
+        return text
+    option = f"--{argument.replace('_', '-')}"
+    return re.sub(rf"`{argument}`|\A{argument}(?= (?:is|must)\b)", option, text)
+
+
+def _llmc_error(error: LlmcError) -> int:
+    texts = [in_option_names(text, error.argument) for text in (error.message, error.hint)]
+    return report(error, exit_code(error), *texts, argument=error.argument)
+
+
+def _tracebacks() -> bool:
+    return os.environ.get(TRACEBACK, "0") not in ("", "0")
 
 
 def _one_line(text: str) -> str:
@@ -82,18 +140,33 @@ def _one_line(text: str) -> str:
 def _internal(error: Exception) -> int:
     what = str(error).strip() or "no message"
     hint = f"this is a bug: rerun with {TRACEBACK}=1 and report the traceback"
-    return report(error, INTERNAL, f"internal error: {type(error).__name__}: {what}", hint)
+    return report(error, INTERNAL, f"internal error: {type(error).__name__}: {what}", hint, "InternalError")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` or what caused it is a lack of memory. Libraries have no type for it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOMEM:
+            return True
+        if not isinstance(cause, LlmcError) and _OUT_OF_MEMORY.search(str(cause)):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _missing_library(error: ModuleNotFoundError) -> int:
+    from llmc.runtime.installation import install_hint
+
     name = (error.name or "").partition(".")[0]
     if name in _RUN_LIBRARIES:
-        return report(error, ERROR, f"llmc needs {name}, which is not installed", install_hint())
+        message, hint = f"llmc needs {name}, which is not installed", install_hint()
+        return report(error, ERROR, message, hint, "MissingLibrary")
     from llmc.cli.build import LIBRARIES
 
     if name in LIBRARIES:
         message = f"this command needs {name}, which is not installed"
-        return report(error, ERROR, message, install_hint("build"))
+        return report(error, ERROR, message, install_hint("build"), "MissingLibrary")
     return _internal(error)
 
 
@@ -101,8 +174,9 @@ def _os_error(error: OSError) -> int:
     message = f"{error.filename or 'cannot write'}: {error.strerror or error}"
     if error.errno in _OUT_OF_SPACE:
         _discard_output()  # which may be what found no space
-        return report(error, ERROR, message, "free some space, or write elsewhere")
-    return report(error, ERROR, message, "check the path and its permissions")
+        hint = "free some space, or write elsewhere; temporary files go to TMPDIR"
+        return report(error, ERROR, message, hint, "OSError")
+    return report(error, ERROR, message, "check the path and its permissions", "OSError")
 
 
 def _output_is_closed() -> bool:

@@ -1,24 +1,47 @@
-"""The progress display of `llmc build`. If stderr is not a terminal, only notes are printed."""
+"""The progress of a build on stderr: drawn on a terminal, a line for each phase anywhere else.
+
+`--log-level` says how much: `error` nothing, `warning` notes, `info` phases too, `debug` their durations too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
 
+from llmc.cli import output
 from llmc.compiler.progress import Progress
+
+_FIRST, _EVERY = 10.0, 30.0  # seconds in a phase until the first line about it, and between two of them
 
 
 @contextlib.contextmanager
-def shown() -> Iterator[Progress]:
-    """Yield the progress that fits stderr: a display on a terminal, else notes."""
-    if not sys.stderr.isatty():
+def shown(title: str = "") -> Iterator[Progress]:
+    """Yield the progress that fits stderr and --log-level.
+
+    title: what is going on, which is printed at once: heavy imports follow
+    """
+    if not output.allows("info"):
         yield Notes()
-        return
-    with Display() as display:
-        yield display
+    elif sys.stderr.isatty():
+        if title:
+            print(title, file=sys.stderr, flush=True)
+        with Display() as display:
+            yield display
+    else:
+        with Lines(title) as lines:
+            yield lines
+
+
+def remaining(done: int, total: int, seconds: float) -> str:
+    """Return an estimate of the time that a phase still takes: ", about 40 s left"; "" without a basis."""
+    if not 0 < done < total:
+        return ""
+    left = seconds / done * (total - done)
+    return f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
 
 
 class Notes:
@@ -31,7 +54,77 @@ class Notes:
         del done, total
 
     def note(self, text: str) -> None:
-        print(f"note: {text}", file=sys.stderr)
+        output.note(text)
+
+
+class Lines:
+    """A Progress that prints a line when a phase begins, and at intervals how far a long one is.
+
+    The intervals are kept by a thread: systems for continuous integration stop a job that prints nothing,
+    and a phase may compute for minutes without a report.
+    """
+
+    def __init__(self, title: str = "", first: float = _FIRST, every: float = _EVERY) -> None:
+        self._begin = self._start = time.perf_counter()
+        self._first, self._every = first, every
+        self._phase, self._done, self._total = "", 0, 0
+        self._changed, self._ended = threading.Condition(), False
+        self._thread = threading.Thread(target=self._tell, daemon=True)
+        if title:
+            self._print(title)
+
+    def __enter__(self) -> Lines:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._end_phase()
+            self._ended = True
+            self._changed.notify()
+        self._thread.join()
+
+    def phase(self, name: str) -> None:
+        with self._changed:
+            self._end_phase()
+            self._phase, self._done, self._total = name, 0, 0
+            self._start = time.perf_counter()
+            self._print(name)
+            self._changed.notify()
+
+    def bar(self, done: int, total: int) -> None:
+        self._done, self._total = done, total
+
+    def note(self, text: str) -> None:
+        output.note(text)
+
+    def _end_phase(self) -> None:
+        if self._phase and output.allows("debug"):
+            self._print(f"{self._phase}: done in {time.perf_counter() - self._start:.1f} s")
+
+    def _tell(self) -> None:
+        """Print a line about the phase whenever it has lasted for another interval."""
+        with self._changed:
+            phase, wait = "", self._first
+            while not self._ended:
+                changed = self._changed.wait(wait)
+                if changed or self._phase != phase:
+                    phase, wait = self._phase, self._first
+                else:
+                    self._print(f"{phase}: {self._state()}")
+                    wait = self._every
+
+    def _state(self) -> str:
+        if not self._total:
+            return "still running"
+        share = 100 * self._done // self._total
+        return f"{share} %{remaining(self._done, self._total, time.perf_counter() - self._start)}"
+
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads: the build goes on
+            print(f"[{time.perf_counter() - self._begin:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 class Display:
@@ -43,9 +136,15 @@ class Display:
         from rich.progress import Progress as Bars
 
         self._console = Console(stderr=True, highlight=False)
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
         self._bars = Bars(*columns, console=self._console, transient=True)
-        self._task = self._bars.add_task("", total=None)
+        self._task = self._bars.add_task("", total=None, left="")
         self._phase: str | None = None
         self._phases = 0
         self._start = 0.0
@@ -62,14 +161,15 @@ class Display:
     def phase(self, name: str) -> None:
         self._end_phase()
         self._phase, self._start = name, time.perf_counter()
-        self._bars.reset(self._task, description=name.ljust(30), total=None)
+        self._bars.reset(self._task, description=name.ljust(30), total=None, left="")
         self._phases += 1
         # The first phase may download the checkpoint, and huggingface_hub draws bars of its own then.
         if self._phases == 2:
             self._bars.start()
 
     def bar(self, done: int, total: int) -> None:
-        self._bars.update(self._task, completed=done, total=total)
+        left = remaining(done, total, time.perf_counter() - self._start)
+        self._bars.update(self._task, completed=done, total=total, left=left.removeprefix(", "))
 
     def note(self, text: str) -> None:
         self._console.print(f"note: {text}", markup=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmc.cli.text import print_json
+from llmc.cli.output import Json, allows, print_json
 from llmc.runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -98,11 +98,17 @@ def run(
             "--fast", help="Quantize activations to int8 (int8 and int4 bundles); this changes the output."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Generate text with a bundle.
 
     Only the generated text goes to stdout. Statistics go to stderr, if that is a terminal.
+
+    \b
+    Examples:
+      llmc run tales.llmc "Once upon a time"
+      llmc run tales.llmc "Once upon a time" --max-tokens 60 --temperature 0.5 --seed 1
+      llmc run tales.llmc --prompts prompts.txt --json
     """
     nbytes = parse_size(kv_memory) if kv_memory is not None else None
     given = {
@@ -141,7 +147,7 @@ def run(
     finally:
         if streaming:
             print(flush=True)
-    if sys.stderr.isatty():
+    if allows("debug") or (sys.stderr.isatty() and allows("info")):
         print(_statistics(answers, loaded), file=sys.stderr)
 
 
@@ -229,6 +235,8 @@ def parse_size(text: str) -> int:
 
 def _read(file: str, name: str) -> str:
     """Return the whole text of a file, or of stdin."""
+    if file == "-" and sys.stdin is None:
+        raise RequestError("stdin is closed", "give the prompt as an argument, or --prompts FILE")
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return data.decode("utf-8")

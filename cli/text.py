@@ -1,10 +1,8 @@
-"""Plain text for people: sizes, tables, JSON. No colour and nothing that depends on the terminal."""
+"""Plain text for people: sizes and tables. No colour and nothing that depends on the terminal."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 
 def size(nbytes: int) -> str:
@@ -28,8 +26,3 @@ def table(rows: Sequence[Sequence[str]], indent: str = "", right: Sequence[int] 
         ]
         lines.append((indent + "  ".join(cells)).rstrip())
     return "\n".join(lines)
-
-
-def print_json(value: Any) -> None:
-    """Print a JSON value as one line of ASCII."""
-    print(json.dumps(value), flush=True)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmc.cli.text import print_json, table
-from llmc.runtime.errors import VerificationError
+from llmc.cli.output import Json, print_json
+from llmc.cli.text import table
+from llmc.runtime.errors import ThresholdError
 
 if TYPE_CHECKING:
     from llmc.compiler.verify.figures import Threshold
@@ -38,27 +39,38 @@ def verify(
     max_perplexity_increase: Annotated[
         float | None, typer.Option(metavar="PERCENT", min=0, help="Largest increase of perplexity.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check a bundle's files and judge how close it is to its checkpoint.
 
-    Without --against the figures are those that the build recorded. A threshold that is not met is an error.
+    Without --against the figures are those that the build recorded. A missed threshold is exit code 3. A
+    verified bundle without quantization meets every threshold: nothing was lost.
+
+    \b
+    Examples:
+      llmc verify tales.llmc
+      llmc verify tales.llmc --against model_zoo/llama/tales --min-top1 0.97
     """
     if against is not None:
         from llmc.cli.build import require_build_libraries
 
         require_build_libraries()
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from llmc.cli.main import error_of
     from llmc.cli.progress import shown
-    from llmc.compiler.verify.judge import judge
+    with shown(f"verifying {bundle}") as progress:
+        from llmc.compiler.verify.judge import judge
 
-    with shown() as progress:
         verdict = judge(bundle, against, text, progress)
     thresholds = verdict.thresholds(min_top1, max_kl, max_perplexity_increase)
     missed = [one for one in thresholds if not one.met]
-    print_json(_record(verdict, thresholds)) if as_json else print(table(_facts(verdict, thresholds)))
-    if missed:
-        raise VerificationError(*_complaint(bundle, verdict, missed))
+    error = ThresholdError(*_complaint(bundle, verdict, missed)) if missed else None
+    if as_json:
+        print_json(_record(verdict, thresholds), error_of(error) if error else None)
+    else:
+        print(table(_facts(verdict, thresholds)))
+    if error:
+        raise error
 
 
 def _complaint(path: Path, verdict: Verdict, missed: list[Threshold]) -> tuple[str, str]:
@@ -124,5 +136,4 @@ def _record(verdict: Verdict, thresholds: list[Threshold]) -> dict[str, object]:
         "engine_perplexity": verdict.engine_perplexity,
         "engine_positions": verdict.engine_positions,
         "thresholds": [{**asdict(one), "met": one.met} for one in thresholds],
-        "ok": all(one.met for one in thresholds),
     }

@@ -9,18 +9,20 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.text import print_json, size, table
+from llmc.cli.output import Json, print_json, with_levels
+from llmc.cli.text import size, table
 
 app = typer.Typer(
     help="Small random checkpoints, to try llmc without a download.",
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     add_completion=False,
 )
 
 
 @app.command("list")
+@with_levels
 def list_models(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the models that `llmc zoo make` can write."""
     from llmc.compiler.zoo import list_zoo
@@ -35,17 +37,27 @@ def list_models(
 
 
 @app.command()
+@with_levels
 def make(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `llmc zoo list`.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write; new or empty.")],
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Random seed of the weights.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """Write a checkpoint with random weights.
 
     The same name and seed give the same bytes.
+
+    \b
+    Examples:
+      llmc zoo make qwen3-tiny qwen3-tiny
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from llmc.compiler import zoo
 
     path = zoo.make(name, directory, seed)
-    print(f"{path}: {size(sum(file.stat().st_size for file in path.iterdir()))}")
+    nbytes = sum(file.stat().st_size for file in path.iterdir())
+    if as_json:
+        print_json({"name": name, "path": str(path), "seed": seed, "bytes": nbytes})
+    else:
+        print(f"{path}: {size(nbytes)}")

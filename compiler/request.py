@@ -68,39 +68,51 @@ class BuildRequest:
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
-            raise BuildError(f"there is no target {self.target!r}", f"known targets: {', '.join(TARGETS)}")
+            raise BuildError(
+                f"there is no target {self.target!r}", f"known targets: {', '.join(TARGETS)}", "target"
+            )
         if self.dtype not in DTYPES:
-            raise BuildError(f"there is no dtype {self.dtype!r}", f"known dtypes: {', '.join(DTYPES)}")
+            raise BuildError(f"there is no dtype {self.dtype!r}", f"known dtypes: {', '.join(DTYPES)}", "dtype")
         options = TARGETS[self.target]
         if self.dtype not in ("auto", *options.dtypes):
             possible = " or ".join(options.dtypes)
             raise BuildError(
-                f"the target {self.target} does not compute in {self.dtype}", f"--dtype auto, {possible}"
+                f"the target {self.target} does not compute in {self.dtype}",
+                f"--dtype auto, {possible}",
+                "dtype",
             )
         if self.kv_dtype not in KV_DTYPES:
-            raise BuildError(f"there is no KV cache of {self.kv_dtype!r}", f"known: {', '.join(KV_DTYPES)}")
+            raise BuildError(
+                f"there is no KV cache of {self.kv_dtype!r}", f"known: {', '.join(KV_DTYPES)}", "kv_dtype"
+            )
         if self.kv_dtype not in ("auto", *options.caches):
             raise BuildError(
                 f"the target {self.target} has no KV cache of {self.kv_dtype}",
                 f"--kv-dtype {' or '.join(options.caches)}, or leave it out",
+                "kv_dtype",
             )
         if self.exclude and self.quant is None:
-            raise BuildError("--exclude needs quantization", "add --quant FORMAT")
+            raise BuildError("--exclude needs quantization", "add --quant FORMAT", "exclude")
         if self.calibration_method not in METHODS:
             raise BuildError(
-                f"there is no calibration method {self.calibration_method!r}", f"known: {', '.join(METHODS)}"
+                f"there is no calibration method {self.calibration_method!r}",
+                f"known: {', '.join(METHODS)}",
+                "calibration_method",
             )
         if self.calibration_method != METHODS[0] and self.quant is None:
             raise RequestError(
                 f"--calibration-method {self.calibration_method} needs activation quantization",
                 "leave it out, or add --quant with a format that quantizes activations, such as fp8",
+                "calibration_method",
             )
         if self.calibration is not None and self.quant is None and not quantized_cache(self):
-            raise BuildError("--calibration needs quantization", "add --quant FORMAT")
+            raise BuildError("--calibration needs quantization", "add --quant FORMAT", "calibration")
         if self.sms and self.target == "cpu":
-            raise BuildError("--sm names GPUs, and the target is the CPU", "add --target tensorrt-rtx")
+            raise BuildError("--sm names GPUs, and the target is the CPU", "add --target tensorrt-rtx", "sms")
         if self.max_seq_len is not None and self.max_seq_len < 1:
-            raise BuildError(f"--max-seq-len is {self.max_seq_len}", "give a number of tokens, at least 1")
+            raise BuildError(
+                f"--max-seq-len is {self.max_seq_len}", "give a number of tokens, at least 1", "max_seq_len"
+            )
 
 
 def compute_dtype(request: BuildRequest, checkpoint_dtype: str) -> str:
@@ -129,6 +141,6 @@ def parse_sms(text: str) -> tuple[int, ...]:
     parts = [part.strip().lower().removeprefix("sm").lstrip("_") for part in text.split(",") if part.strip()]
     if bad := [part for part in parts if not part.isdigit()]:
         raise BuildError(
-            f"--sm {text}: {bad[0]!r} is not a compute capability", "write them as in --sm 86,89,120"
+            f"--sm {text}: {bad[0]!r} is not a compute capability", "write them as in --sm 86,89,120", "sms"
         )
     return tuple(sorted({int(part) for part in parts}))

@@ -149,7 +149,7 @@ def _entry(name: str) -> ZooEntry:
     if name in entries:
         return entries[name]
     known = ", ".join(entries)
-    raise UnsupportedError(f"the model zoo has no model named {name!r}", hint=f"known names: {known}")
+    raise UnsupportedError(f"the model zoo has no model named {name!r}", f"known names: {known}", "name")
 
 
 def _config_text(entry: ZooEntry) -> str:

@@ -5,24 +5,31 @@ LlmcError
 ├── UnsupportedError    valid input that llmc does not support (yet)
 ├── BuildError          a step of the build failed
 │   └── VerificationError   the built graph does not reproduce the checkpoint
+│       └── ThresholdError      a bundle misses a threshold of the caller
 ├── BundleError         the bundle is damaged, too new, or not a bundle
 ├── RequestError        a generation request or an option that cannot be served
 └── BackendError        an engine backend failed its self-test or its call
 
-Each has a message (the fact: what, where) and a hint (what to do about it). The
-command line prints them as one `error:` and one `hint:` line and exits with 1.
+Each has a message (the fact: what, where) and a hint (what to do about it). The command line prints them as
+one `error:` and one `hint:` line. It exits with 1, with 2 if the error names an `argument`, and with 3 for a
+ThresholdError.
 """
 
 from __future__ import annotations
 
 
 class LlmcError(Exception):
-    """Base class. `message` states the fact in one line, `hint` says what to do about it."""
+    """Base class. `message` states the fact in one line, `hint` says what to do about it.
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    argument: the argument whose value is refused, by its Python name; "": none. On the command line it is an
+        option: `max_tokens` is --max-tokens.
+    """
+
+    def __init__(self, message: str, hint: str = "", argument: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.argument = argument
 
 
 class CheckpointError(LlmcError):
@@ -39,6 +46,10 @@ class BuildError(LlmcError):
 
 class VerificationError(BuildError):
     """The built graph does not reproduce the checkpoint within its tolerance."""
+
+
+class ThresholdError(VerificationError):
+    """A bundle misses a threshold that the caller has set."""
 
 
 class BundleError(LlmcError):

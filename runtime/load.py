@@ -75,12 +75,14 @@ def _activation_group(opened: Bundle) -> int:
         raise RequestError(
             f"`fast` is for int8 or int4 weights; {opened.name} has no quantized ones",
             "leave --fast out, or build with --quant int8 or int4",
+            "fast",
         )
     group = plan.get("activation_group")
     if group is None:
         raise RequestError(
             f"{opened.name} was built by an older llmc and does not say whether `fast` applies to it",
             "build it again, or leave --fast out",
+            "fast",
         )
     if not isinstance(group, int) or group < 1:
         prequantized = "recipe" in plan  # --quant does not apply to pre-quantized checkpoints
@@ -88,6 +90,7 @@ def _activation_group(opened: Bundle) -> int:
             f"`fast` is for int8 or int4 weights, in blocks of 16 or more; {opened.name} has them in "
             f"{plan.get('format')}",
             "leave --fast out" + ("" if prequantized else ", or build with --quant int8 or int4"),
+            "fast",
         )
     return group
 

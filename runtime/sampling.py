@@ -46,7 +46,7 @@ class SamplingParams:
             kind, allowed, hint = _LIMITS[field.name]
             wrong_kind = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
             if wrong_kind or not allowed(value):
-                raise RequestError(f"{field.name} is {value!r}", f"{field.name} must be {hint}")
+                raise RequestError(f"{field.name} is {value!r}", f"{field.name} must be {hint}", field.name)
 
 
 # Field -> its type, a predicate for valid values, and a description of them for the hint.

@@ -71,8 +71,8 @@ class Scheduler:
                 f"{prompt} prompt tokens and up to {cached + 1 - prompt} new ones need "
                 f"{pool.blocks_for(cached)} cache blocks of {pool.block_size} tokens, "
                 f"the engine has {pool.num_blocks}",
-                (f"lower max_tokens to {room}" if room > 0 else "shorten the prompt")
-                + ", or give the engine more cache blocks",
+                (f"lower --max-tokens to {room}" if room > 0 else "shorten the prompt")
+                + f", or raise --kv-memory: it holds {pool.num_blocks * pool.block_size} tokens",
             )
 
     def schedule(self) -> list[ScheduledChunk]:

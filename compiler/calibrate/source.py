@@ -40,6 +40,7 @@ def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, meth
         raise RequestError(
             f"--calibration-method {method} needs activation quantization, which {fmt.name} does not have",
             "leave it out, or choose a format that quantizes activations, such as fp8",
+            "calibration_method",
         )
     if path is None:
         return default_text() if activations or (fmt and fmt.packed) else None
@@ -53,11 +54,13 @@ def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, meth
         raise RequestError(
             f"{fmt.name} cannot use a calibration table: smoothing needs the range of every channel",
             "give a text to calibrate on, or leave --calibration out for llmc's text",
+            "calibration",
         )
     if fmt and not activations:
         raise RequestError(
             f"{fmt.name} cannot use a calibration table: it does not quantize activations",
             "give a text to calibrate on, or leave --calibration out",
+            "calibration",
         )
     return table
 

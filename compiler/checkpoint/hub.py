@@ -32,6 +32,7 @@ def resolve(checkpoint: str | Path, revision: str | None = None) -> Path:
             raise CheckpointError(
                 f"{local} is a local directory and has no revision {revision!r}",
                 hint="drop the revision, or run from elsewhere if you mean the hub repository of that name",
+                argument="revision",
             )
         return local
     if not _HUB_ID.fullmatch(name):

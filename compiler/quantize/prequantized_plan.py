@@ -115,11 +115,13 @@ def read_prequantized(
         raise RequestError(
             f"--quant {request.quant}: the checkpoint is quantized already ({label})",
             "leave --quant out, or quantize the checkpoint that it was made from",
+            "quant",
         )
     if request.calibration is not None:
         raise RequestError(
             f"--calibration: the checkpoint is quantized already ({label}) and has its scales",
             "leave --calibration out",
+            "calibration",
         )
     for finding in quantized.findings:
         if not finding.warning and finding.kind not in _HARMLESS:

@@ -49,6 +49,7 @@ def check(name: str, target: str, sms: Sequence[int]) -> Format:
         if sms
         else f"{needed}, but a portable engine must run on SM{PORTABLE}",
         f"use --quant {nearest(fmt, oldest)}, which runs there; or name newer GPUs only, as in --sm {names}",
+        "quant",
     )
 
 

@@ -55,6 +55,7 @@ class CpuTarget:
                 f"a KV cache of {resolved.kv_dtype} needs OpenVINO, and ONNX Runtime must run this model: "
                 f"{chosen.reason}",
                 "leave --kv-dtype out",
+                "kv_dtype",
             )
         return chosen
 

@@ -49,18 +49,21 @@ class Threshold:
     figure: float | None
     bound: float
     at_least: bool
+    #: Whether the figure is unknown because there was nothing to lose: unquantized, and verified.
+    lossless: bool = False
 
     @property
     def met(self) -> bool:
-        """Whether the figure is within its bound. An unknown figure and NaN are not."""
+        """Whether the figure is within its bound. An unknown figure is not, unless nothing was lost."""
         if self.figure is None:
-            return False
+            return self.lossless
         return self.figure >= self.bound if self.at_least else self.figure <= self.bound
 
     @property
     def text(self) -> str:
         """The threshold as text, such as "mean KL 0.02 (at most 0.01)"."""
-        figure = "unknown" if self.figure is None else f"{self.figure:g}"
+        unknown = "not lost: unquantized and verified" if self.lossless else "unknown"
+        figure = unknown if self.figure is None else f"{self.figure:g}"
         return f"{self.name} {figure} ({'at least' if self.at_least else 'at most'} {self.bound:g})"
 
 
@@ -99,6 +102,16 @@ def _without_cache(manifest: Manifest) -> Figures:
         top1_agreement=record.top1_agreement,
         max_logit_error=record.max_logit_error,
         mean_kl=known(engine).get("mean_kl") if isinstance(engine, Mapping) else None,
+    )
+
+
+def is_lossless(manifest: Manifest) -> bool:
+    """Return whether the build verified an engine in which nothing is quantized, neither weights nor cache."""
+    precision = manifest.precision
+    return (
+        manifest.quantization is None
+        and precision.kv_dtype == precision.dtype
+        and manifest.verification.status == "passed"
     )
 
 

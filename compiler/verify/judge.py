@@ -10,7 +10,7 @@ from typing import Any
 from llmc.compiler import texts
 from llmc.compiler.child_process import Child
 from llmc.compiler.progress import Progress
-from llmc.compiler.verify.figures import Figures, Threshold, known, recorded, reference_of
+from llmc.compiler.verify.figures import Figures, Threshold, is_lossless, known, recorded, reference_of
 from llmc.compiler.verify.job import Question
 from llmc.runtime.bundle.manifest import Manifest, Source
 from llmc.runtime.bundle.reader import Bundle
@@ -38,9 +38,11 @@ class Verdict:
     ) -> list[Threshold]:
         """Return the thresholds that are asked for, with their figures. The last is in percent.
 
-        A quantized KV cache whose loss was measured apart must meet the first two as well.
+        A quantized KV cache whose loss was measured apart must meet the first two as well. A figure that the
+        build of an unquantized, verified bundle did not record counts as met.
         """
         figures = self.figures
+        lossless = figures.origin == "recorded" and is_lossless(self.bundle.manifest)
         every = [
             ("top-1 agreement", figures.top1_agreement, min_top1, True),
             ("mean KL", figures.mean_kl, max_kl, False),
@@ -52,7 +54,7 @@ class Verdict:
                 ("mean KL of the KV cache", figures.kv_cache_mean_kl, max_kl, False),
             ]
         return [
-            Threshold(name, figure, bound, at_least)
+            Threshold(name, figure, bound, at_least, lossless and figure is None)
             for name, figure, bound, at_least in every
             if bound is not None
         ]
@@ -75,9 +77,10 @@ def judge(path: Path, against: str | None, text: Path | None, progress: Progress
         raise RequestError(
             f"the engine of {path} is for a GPU ({manifest.target.name}) and cannot be run here on a text",
             "leave --text out: the recorded figures are judged",
+            "text",
         )
     if text and _TOKENIZER not in manifest.files:
-        raise RequestError(f"{path} has no tokenizer to read a text with", "leave --text out")
+        raise RequestError(f"{path} has no tokenizer to read a text with", "leave --text out", "text")
     progress.phase("hash the bundle")
     bundle.verify()
     directory = _own_checkpoint(manifest.source, against, progress) if against else None

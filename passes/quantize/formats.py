@@ -144,7 +144,7 @@ FORMATS: Mapping[str, Format] = {
 def get_format(name: str) -> Format:
     """Return the format `name`. Raises RequestError, with the known names, if there is none."""
     if name not in FORMATS:
-        raise RequestError(f"there is no weight format {name!r}", f"known: {', '.join(FORMATS)}")
+        raise RequestError(f"there is no weight format {name!r}", f"known: {', '.join(FORMATS)}", "quant")
     return FORMATS[name]
 
 

@@ -186,7 +186,7 @@ def make_plan(
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in matrices):
             raise RequestError(
-                f"--exclude {pattern} matches no matrix of the model", _nearest(pattern, matrices)
+                f"--exclude {pattern} matches no matrix of the model", _nearest(pattern, matrices), "exclude"
             )
     for pattern in recipe_exclude:
         if not any(fnmatchcase(name, pattern) for name in matrices):
@@ -212,7 +212,7 @@ def make_plan(
     if all(module.format is not fmt for module in modules):
         first = modules[0].name + ": " + modules[0].reason if modules else "it has no matrices"
         raise RequestError(
-            f"{fmt.name} quantizes nothing of this model ({first})", "exclude less, or build without --quant"
+            f"{fmt.name} quantizes nothing of this model ({first})", "exclude less, or build without --quant", "quant"
         )
     return QuantPlan(fmt, tuple(modules), stored_bits, other_params)
 

@@ -48,6 +48,7 @@ def cpu_blocks(engine: EngineFile, options: LoadOptions) -> int:
         raise RequestError(
             f"{budget} bytes of KV cache hold no block of {geometry.block_size} tokens ({block} bytes)",
             f"give at least {block} bytes with --kv-memory",
+            "kv_memory" if options.kv_memory is not None else "",
         )
     return blocks
 

@@ -148,7 +148,7 @@ def test_a_request_that_can_never_fit_the_pool_is_refused_with_the_numbers() -> 
     it = scheduler(blocks=3)
     with pytest.raises(RequestError, match="need 4 cache blocks of 4 tokens, the engine has 3") as caught:
         it.add(request("a", 10, max_tokens=4))
-    assert "lower max_tokens to 3" in caught.value.hint
+    assert "lower --max-tokens to 3, or raise --kv-memory: it holds 12 tokens" in caught.value.hint
     it.add(request("a", 10, max_tokens=3))  # the last token is never computed: 12 are
     with pytest.raises(RequestError, match="15 prompt tokens") as caught:
         it.add(request("b", 15, max_tokens=1))

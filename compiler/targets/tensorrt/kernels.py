@@ -39,7 +39,7 @@ def check(sms: Iterable[int]) -> None:
     for sm in sms:
         if sm < min(SMS):
             raise UnsupportedError(
-                f"llmc has no attention kernels for SM{sm}", f"the oldest GPU it knows is SM{min(SMS)}"
+                f"llmc has no attention kernels for SM{sm}", f"the oldest GPU it knows is SM{min(SMS)}", "sms"
             )
 
 

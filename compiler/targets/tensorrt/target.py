@@ -86,9 +86,9 @@ class TensorRTTarget:
             known = ", ".join(map(str, flavor.compute_capabilities))
             other = next((f for f in FLAVORS.values() if unknown[0] in f.compute_capabilities), None)
             hint = f"--target {other.name} does" if other else f"it knows SM {known}"
-            raise UnsupportedError(f"{flavor.name} builds no engine for SM{unknown[0]}", hint)
+            raise UnsupportedError(f"{flavor.name} builds no engine for SM{unknown[0]}", hint, "sms")
         if dtype == "bf16" and (old := [sm for sm in sms if sm < _BF16_FROM]):
-            raise UnsupportedError(f"SM{old[0]} has no bf16", "leave this GPU out of --sm")
+            raise UnsupportedError(f"SM{old[0]} has no bf16", "leave this GPU out of --sm", "sms")
         kernels.check(sms)
         if request.quant:
             capability.check(request.quant, request.target, sms)
@@ -205,5 +205,6 @@ def _this_gpu(wanted: tuple[int, ...]) -> tuple[int, ...]:
         raise UnsupportedError(
             f"the target tensorrt builds for the GPU that is here, SM{device.sm}",
             f"leave --sm out, or build on a machine with SM{wanted[0]}",
+            "sms",
         )
     return (device.sm,)

@@ -27,7 +27,7 @@ def load(engine: EngineFile, options: LoadOptions) -> TensorRtBackend:
         raise ValueError("a TensorRT engine is loaded from its bundle")
     if options.activation_group is not None:
         raise RequestError(
-            f"{bundle.name} runs on a GPU; `fast` is about engines for the CPU", "leave --fast out"
+            f"{bundle.name} runs on a GPU; `fast` is about engines for the CPU", "leave --fast out", "fast"
         )
     manifest, step = bundle.manifest, Step(options.max_tokens, options.max_sequences)
     installed = {library: _version(library) for library in manifest.target.requires}

@@ -38,6 +38,7 @@ def cache_blocks(
             f"{kv_memory} bytes of KV cache are asked for, the GPU has {available}: {free} are free of "
             f"{total}, {reserve(total)} are reserved for CUDA graphs",
             f"give at most {available} bytes with --kv-memory, or leave it out",
+            "kv_memory",
         )
     budget = available if kv_memory is None else kv_memory
     blocks = min(useful, most, budget // block_bytes)
@@ -47,6 +48,7 @@ def cache_blocks(
             f"give at least {block_bytes} bytes with --kv-memory"
             if kv_memory is not None
             else "the model leaves no room: free memory on the GPU, or lower max_sequences",
+            "kv_memory" if kv_memory is not None else "",
         )
     return blocks
 

@@ -1,0 +1,163 @@
+"""What a command prints: its result on stdout, everything else on stderr, as much as --log-level allows.
+
+With --json a command prints one JSON object (`llmc run`: one a line). All objects begin with the same fields:
+
+    schema_version  the version of the fields; new fields do not change it
+    command         the command, such as "build" or "zoo list"
+    ok              false if the exit code is not 0
+    error           only if `ok` is false: kind, message, hint, argument and exit_code
+
+docs/reference/json.md lists the fields of every command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+SCHEMA_VERSION = 1
+LEVELS = ("error", "warning", "info", "debug")  # each prints what those before it print
+PANEL = "Output"
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.", rich_help_panel=PANEL)]
+
+
+class State:
+    """What the running command was asked to print, and what it has printed."""
+
+    def __init__(self) -> None:
+        self.command = ""
+        self.json = False
+        self.level = "info"
+        #: Whether the error of the command is part of an object on stdout already.
+        self.error_printed = False
+
+
+state = State()
+
+
+def allows(level: str) -> bool:
+    """Return whether messages of `level` are printed."""
+    return LEVELS.index(level) <= LEVELS.index(state.level)
+
+
+def start(command: str, as_json: bool) -> None:
+    """Forget the command before. Call this at the start of each."""
+    state.__init__()  # type: ignore[misc]
+    state.command, state.json = command, as_json
+
+
+def note(text: str) -> None:
+    """Print a line that needs no action, unless --log-level is `error`."""
+    if allows("warning"):
+        print(f"note: {text}", file=sys.stderr)
+
+
+def print_json(record: Mapping[str, Any], error: Mapping[str, Any] | None = None) -> None:
+    """Print an object of the schema as one line.
+
+    error: what `error_record` returned, if the command fails after this
+    """
+    head = {"schema_version": SCHEMA_VERSION, "command": state.command, "ok": error is None}
+    state.error_printed = error is not None
+    tail = {} if error is None else {"error": error}
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps({**head, **record, **tail}, ensure_ascii=not utf8), flush=True)
+
+
+def error_record(kind: str, message: str, hint: str, exit_code: int, argument: str = "") -> dict[str, Any]:
+    """Return the field `error`. argument: the refused argument, by its Python name."""
+    return {
+        "kind": kind,
+        "message": message,
+        "hint": hint,
+        "argument": argument or None,
+        "exit_code": exit_code,
+    }
+
+
+def print_error(record: Mapping[str, Any]) -> None:
+    """Print the object of a command that failed, if --json is given and none has the error yet."""
+    if state.json and not state.error_printed:
+        with contextlib.suppress(OSError, ValueError):  # stdout may be what failed
+            print_json({}, record)
+
+
+def with_levels(
+    function: Callable[..., None], panels: Mapping[str, Sequence[str]] | None = None
+) -> Callable[..., None]:
+    """Give a command the options --quiet, --verbose and --log-level.
+
+    panels: title of a group in the help -> the parameters of its options
+    """
+    levels = {
+        "quiet": Annotated[
+            bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=PANEL)
+        ],
+        "verbose": Annotated[
+            bool,
+            typer.Option(
+                "--verbose", "-v", help="Print details and messages of libraries.", rich_help_panel=PANEL
+            ),
+        ],
+        "log_level": Annotated[
+            typing.Optional[str],  # noqa: UP045  (evaluated by Python 3.10)
+            typer.Option(
+                metavar="|".join(LEVELS),
+                autocompletion=lambda: list(LEVELS),
+                help="What goes to stderr: errors, notes too, progress too, or details too (default: info).",
+                rich_help_panel=PANEL,
+            ),
+        ],
+    }
+
+    @functools.wraps(function)
+    def command(*, quiet: bool, verbose: bool, log_level: str | None, **arguments: Any) -> None:
+        state.level = _level(quiet, verbose, log_level)
+        if state.level == "debug":
+            from llmc.cli import streams
+
+            streams.show_libraries()
+        function(**arguments)
+
+    hints = typing.get_type_hints(function, include_extras=True)
+    signature = inspect.signature(function)
+    for title, names in (panels or {}).items():
+        for name in names:
+            hints[name].__metadata__[0].rich_help_panel = title
+    parameters = [one.replace(annotation=hints[name]) for name, one in signature.parameters.items()]
+    defaults = {"quiet": False, "verbose": False, "log_level": None}
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=defaults[name])
+        for name, kind in levels.items()
+    ]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {**hints, **levels}
+    command.__doc__ = _reflowed(inspect.cleandoc(function.__doc__ or ""))
+    return command
+
+
+def _level(quiet: bool, verbose: bool, log_level: str | None) -> str:
+    given = [name for name, on in (("--quiet", quiet), ("--verbose", verbose)) if on]
+    given += ["--log-level"] if log_level is not None else []
+    if len(given) > 1:
+        raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
+    if log_level is not None and log_level not in LEVELS:
+        raise typer.BadParameter(
+            f"{log_level!r} is not one of {', '.join(LEVELS)}", param_hint="'--log-level'"
+        )
+    return log_level or ("error" if quiet else "debug" if verbose else "info")
+
+
+def _reflowed(text: str) -> str:
+    """Join the lines of each paragraph, except those that begin with a backspace: help keeps line breaks."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(one if one.startswith("\b") else " ".join(one.split()) for one in paragraphs)

@@ -1,0 +1,80 @@
+"""The standard streams of a process: closed ones, and those that native libraries write to."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+
+from llmc.cli import output
+
+_restore: list[contextlib.ExitStack] = []
+
+
+def plug_closed() -> None:
+    """Connect stdout and stderr to the null device if they are closed, as cron and daemons leave them.
+
+    Otherwise the next file that is opened gets their numbers. A closed stdin stays None in Python.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+@contextlib.contextmanager
+def libraries_silenced() -> Iterator[None]:
+    """Discard warnings, log lines and what native libraries write to stderr. Our own lines still appear.
+
+    Library lines mean nothing to most users and hide the line that does. `show_libraries` ends this.
+    """
+    with contextlib.ExitStack() as stack:
+        _restore.append(stack)
+        stack.callback(_restore.remove, stack)
+        _silence_python(stack)
+        with contextlib.suppress(OSError, ValueError):  # a stderr without a descriptor
+            _silence_native(stack)
+        yield
+
+
+def show_libraries() -> None:
+    """Let libraries write to stderr again, until the end of the command."""
+    if _restore:
+        _restore[-1].close()
+
+
+def _silence_python(stack: contextlib.ExitStack) -> None:
+    import logging
+    import warnings
+
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    stack.callback(logging.disable, disabled)
+    if not sys.warnoptions:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", category=UserWarning, module=r"llmc\.")
+        warnings.showwarning = lambda message, *rest: output.note(str(message))
+
+
+def _silence_native(stack: contextlib.ExitStack) -> None:
+    """Connect descriptor 2 to the null device, and `sys.stderr` to a copy of what it was connected to."""
+    kept = os.dup(2)
+    stack.callback(os.close, kept)
+    if sys.stderr.fileno() == 2:
+        before = sys.stderr
+        before.flush()
+        raw = io.FileIO(os.dup(2), "w")  # a copy of its own: handlers of libraries may keep it
+        sys.stderr = io.TextIOWrapper(raw, before.encoding, "backslashreplace", write_through=True)  # type: ignore[arg-type]
+        stack.callback(setattr, sys, "stderr", before)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    stack.callback(os.dup2, kept, 2)
