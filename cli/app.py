@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +34,7 @@ Examples:
   llmc help build
 """
 # Groups of options in the help: command -> title -> parameters.
-_PANELS = {
+_PANELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "build": {
         "Engine": ("target", "dtype", "kv_dtype", "sm", "max_seq_len"),
         "Quantization": ("quant", "exclude", "calibration", "calibration_method"),
@@ -59,7 +59,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _name, _function in {
+_COMMANDS: Mapping[str, Callable[..., None]] = {
     "build": build.build,
     "run": run.run,
     "inspect": inspect.inspect,
@@ -67,7 +67,8 @@ for _name, _function in {
     "check": check.check,
     "bench": bench.bench,
     "doctor": doctor.doctor,
-}.items():
+}
+for _name, _function in _COMMANDS.items():
     app.command(_name)(output.with_levels(_function, _PANELS.get(_name)))
 app.add_typer(zoo.app, name="zoo")
 
@@ -115,14 +116,17 @@ def _usage_error(error: Any) -> UsageError:
     hint = f"see `{where} --help`"
     if "unexpected extra argument" in message:
         hint += "; an argument with spaces needs quotes"
-    name = getattr(getattr(error, "param", None), "name", "") or ""
+    option = str(getattr(error, "param_hint", None) or "").strip("'").removeprefix("--").replace("-", "_")
+    name = getattr(getattr(error, "param", None), "name", None) or option
     return UsageError(message[:1].lower() + message[1:], hint, name)
 
 
 @app.command("help")
 def show_help(
     context: typer.Context,
-    command: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]", show_default=False)] = None,
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="COMMAND", help="A command.", show_default=False)
+    ] = None,
 ) -> None:
     """Show the help of llmc or of a command.
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmc.cli import output
-from llmc.cli.plan_table import plan_lines, prequantized_plan_lines
 from llmc.cli.output import Json, print_json
+from llmc.cli.plan_table import plan_lines, prequantized_plan_lines
 from llmc.cli.text import size, table
 from llmc.compiler.request import DTYPES, KV_DTYPES, METHODS, TARGETS
 from llmc.passes.quantize.formats import FORMATS, get_format
@@ -193,7 +193,9 @@ def default_output(checkpoint: str) -> Path:
     path = Path(checkpoint).expanduser()
     name = path.resolve().name if path.exists() else checkpoint.rstrip("/").rpartition("/")[2]
     if not name:
-        raise BuildError(f"{checkpoint!r} has no name to call the bundle by", "give one with `--output`", "output")
+        raise BuildError(
+            f"{checkpoint!r} has no name to call the bundle by", "give one with `--output`", "output"
+        )
     return Path(f"{name}.llmc")
 
 

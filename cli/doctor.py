@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Annotated
-
-import typer
 
 from llmc import __version__
 from llmc.cli.machine import Machine
 from llmc.cli.output import Json, print_json
 from llmc.cli.text import size, table
 from llmc.runtime.errors import BackendError, LlmcError
-
 
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*([^;]*?)\s*(?:;\s*(.*))?")
 _USES = {  # extra of llmc ("": none) -> what needs its libraries

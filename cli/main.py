@@ -119,12 +119,12 @@ def in_option_names(text: str, argument: str) -> str:
     if not argument:
         return text
     option = f"--{argument.replace('_', '-')}"
-    return re.sub(rf"`{argument}`|\A{argument}(?= (?:is|must)\b)", option, text)
+    return re.sub(rf"`{argument}`|\A{argument}(?= (?:is|has|must|needs)\b)", option, text)
 
 
 def _llmc_error(error: LlmcError) -> int:
-    texts = [in_option_names(text, error.argument) for text in (error.message, error.hint)]
-    return report(error, exit_code(error), *texts, argument=error.argument)
+    message, hint = (in_option_names(text, error.argument) for text in (error.message, error.hint))
+    return report(error, exit_code(error), message, hint, argument=error.argument)
 
 
 def _tracebacks() -> bool:

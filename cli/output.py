@@ -26,6 +26,7 @@ import typer
 SCHEMA_VERSION = 1
 LEVELS = ("error", "warning", "info", "debug")  # each prints what those before it print
 PANEL = "Output"
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}  # for some readers of lines
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.", rich_help_panel=PANEL)]
 
@@ -70,7 +71,8 @@ def print_json(record: Mapping[str, Any], error: Mapping[str, Any] | None = None
     state.error_printed = error is not None
     tail = {} if error is None else {"error": error}
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print(json.dumps({**head, **record, **tail}, ensure_ascii=not utf8), flush=True)
+    line = json.dumps({**head, **record, **tail}, ensure_ascii=not utf8)
+    print(line.translate(_LINE_ENDS), flush=True)
 
 
 def error_record(kind: str, message: str, hint: str, exit_code: int, argument: str = "") -> dict[str, Any]:

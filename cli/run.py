@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +40,8 @@ class Answer:
     output: RequestOutput
     seconds: float
     first_token_seconds: float
+    #: The seed of its draws; None: decoding was greedy.
+    seed: int | None
 
 
 def run(
@@ -126,7 +130,7 @@ def run(
     params = SamplingParams(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     if stream and (as_json or prompts is not None):
         other = "--json" if as_json else "--prompts"
-        raise RequestError(f"--stream cannot be combined with {other}", "leave one of them out")
+        raise RequestError(f"--stream cannot be combined with {other}", "leave one of them out", "stream")
     read = read_prompts(prompt, prompts)
     started = time.perf_counter()
     from llmc.runtime.load import load_engine
@@ -138,7 +142,8 @@ def run(
     streaming = sys.stdout.isatty() if stream is None else stream
     streaming = streaming and prompts is None and not as_json
     answers: list[Answer] = []
-    show = _print_json if as_json else _print_section if prompts is not None else _print_text
+    as_object = functools.partial(_print_json, bundle=bundle, loaded=loaded)
+    show = as_object if as_json else _print_section if prompts is not None else _print_text
     try:
         for answer in serve(engine, read, params, chat, _print_piece if streaming else _ignore):
             answers.append(answer)
@@ -163,7 +168,8 @@ def serve(
     on_text: is called with every new piece of text, of any prompt
     """
     started = time.perf_counter()
-    ids = {_add(engine, prompt, params, chat): number for number, prompt in enumerate(prompts)}
+    each = [_seeded(params) for _ in prompts]
+    ids = {_add(engine, prompt, each[number], chat): number for number, prompt in enumerate(prompts)}
     first: dict[int, float] = {}
     finished: dict[int, Answer] = {}
     next_number = 0
@@ -174,10 +180,17 @@ def serve(
             if output.new_text:
                 on_text(output.new_text)
             if output.finish_reason:
-                finished[number] = Answer(prompts[number], output, seconds, first[number])
+                finished[number] = Answer(prompts[number], output, seconds, first[number], each[number].seed)
         while next_number in finished:
             yield finished.pop(next_number)
             next_number += 1
+
+
+def _seeded(params: SamplingParams) -> SamplingParams:
+    """Return `params` with a random seed if they draw without one, so that the answer can be repeated."""
+    if params.seed is not None or params.temperature == 0:
+        return params
+    return replace(params, seed=int.from_bytes(os.urandom(4), "little"))
 
 
 def _add(engine: Engine, prompt: Prompt, params: SamplingParams, chat: bool) -> str:
@@ -195,7 +208,7 @@ def _add(engine: Engine, prompt: Prompt, params: SamplingParams, chat: bool) -> 
 def read_prompts(prompt: str | None, file: str | None) -> list[Prompt]:
     """Return the prompts that the command line names. Raises RequestError if there is none."""
     if prompt is not None and file is not None:
-        raise RequestError("there is a prompt and --prompts", "leave one of them out")
+        raise RequestError("there is a prompt and --prompts", "leave one of them out", "prompts")
     if file is not None:
         name = "stdin" if file == "-" else file
         lines = _read(file, name).replace("\r\n", "\n").removesuffix("\n").split("\n")
@@ -205,14 +218,18 @@ def read_prompts(prompt: str | None, file: str | None) -> list[Prompt]:
         return [Prompt(line, f"{name}:{number}") for number, line in enumerate(lines, 1)]
     if prompt is None:
         hint = 'give it after the bundle ("Once upon a time"), - for stdin, or --prompts FILE'
-        raise RequestError("there is no prompt", hint)
+        raise RequestError("there is no prompt", hint, "prompt")
     text = _read("-", "stdin").removesuffix("\n") if prompt == "-" else prompt
     try:
         text.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that Python could not decode
-        raise RequestError("the prompt is not valid UTF-8", "give it in a file with --prompts") from error
+        raise RequestError(
+            "the prompt is not valid UTF-8", "give it in a file with --prompts", "prompt"
+        ) from error
     if not text:
-        raise RequestError("the prompt is empty", "give at least one character")
+        raise RequestError(
+            "the prompt is empty", "give at least one character", "" if prompt == "-" else "prompt"
+        )
     return [Prompt(text)]
 
 
@@ -268,15 +285,19 @@ def _print_section(answer: Answer, number: int) -> None:
     print(f"{separator}==> {number}: {answer.prompt.text} <==\n{answer.output.text}", flush=True)
 
 
-def _print_json(answer: Answer, number: int) -> None:
+def _print_json(answer: Answer, number: int, *, bundle: Path, loaded: float) -> None:
     del number
     output = answer.output
     record: dict[str, Any] = {
+        "bundle": str(bundle),
         "prompt": answer.prompt.text,
         "text": output.text,
         "token_ids": list(output.token_ids),
         "finish_reason": output.finish_reason,
         "prompt_tokens": output.prompt_tokens,
+        "seed": answer.seed,
+        "load_seconds": round(loaded, 6),
+        "first_token_seconds": round(answer.first_token_seconds, 6),
         "seconds": round(answer.seconds, 6),
     }
     print_json(record)

@@ -72,7 +72,7 @@ def _silence_native(stack: contextlib.ExitStack) -> None:
         before = sys.stderr
         before.flush()
         raw = io.FileIO(os.dup(2), "w")  # a copy of its own: handlers of libraries may keep it
-        sys.stderr = io.TextIOWrapper(raw, before.encoding, "backslashreplace", write_through=True)  # type: ignore[arg-type]
+        sys.stderr = io.TextIOWrapper(raw, before.encoding, "backslashreplace", write_through=True)
         stack.callback(setattr, sys, "stderr", before)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

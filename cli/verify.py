@@ -58,6 +58,7 @@ def verify(
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from llmc.cli.main import error_of
     from llmc.cli.progress import shown
+
     with shown(f"verifying {bundle}") as progress:
         from llmc.compiler.verify.judge import judge
 

@@ -72,7 +72,9 @@ class BuildRequest:
                 f"there is no target {self.target!r}", f"known targets: {', '.join(TARGETS)}", "target"
             )
         if self.dtype not in DTYPES:
-            raise BuildError(f"there is no dtype {self.dtype!r}", f"known dtypes: {', '.join(DTYPES)}", "dtype")
+            raise BuildError(
+                f"there is no dtype {self.dtype!r}", f"known dtypes: {', '.join(DTYPES)}", "dtype"
+            )
         options = TARGETS[self.target]
         if self.dtype not in ("auto", *options.dtypes):
             possible = " or ".join(options.dtypes)

@@ -68,7 +68,9 @@ def context_length(config: PreTrainedConfig, wanted: int | None) -> int:
     limit = limit if limit and limit > 0 else None  # some families write -1 for "no limit"
     if wanted is None:
         if limit is None:
-            raise BuildError("config.json has no max_position_embeddings", "give --max-seq-len", "max_seq_len")
+            raise BuildError(
+                "config.json has no max_position_embeddings", "give --max-seq-len", "max_seq_len"
+            )
         return int(limit)
     if limit is not None and wanted > limit:
         raise BuildError(

@@ -106,7 +106,7 @@ def _without_cache(manifest: Manifest) -> Figures:
 
 
 def is_lossless(manifest: Manifest) -> bool:
-    """Return whether the build verified an engine in which nothing is quantized, neither weights nor cache."""
+    """Return whether the build verified an engine with neither quantized weights nor a quantized cache."""
     precision = manifest.precision
     return (
         manifest.quantization is None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -49,8 +50,12 @@ def cli_page() -> str:
     from llmc.cli.app import app
 
     intro = (
-        f"{app.info.help} Every command has `--help`. Output that can be piped goes to stdout.\n"
-        "Progress, errors and hints go to stderr. Exit codes are in [environment.md](environment.md)."
+        f"{app.info.help}\n"
+        "Every command has `--help`; `llmc help COMMAND` shows the same. `python -m llmc` is the same\n"
+        "command. Output that can be piped goes to stdout; progress, errors and hints go to stderr. Exit\n"
+        "codes are in [environment.md](environment.md), the fields of `--json` in [json.md](json.md).\n\n"
+        "`llmc --version` (`-V`) shows the version. `llmc --install-completion` installs the completion of\n"
+        "the shell, and `llmc --show-completion` prints it."
     )
     commands = list(_commands(app, "llmc"))
     index = [(f"[`{path}`](#{path.replace(' ', '-')})", _summary(function)) for path, function in commands]
@@ -75,12 +80,18 @@ def _command(path: str, function: Callable[..., Any]) -> list[str]:
     parameters = get_params_from_function(function).values()
     arguments = [one.default for one in parameters if isinstance(one.default, ArgumentInfo)]
     options = [(one.name, one.default) for one in parameters if isinstance(one.default, OptionInfo)]
-    usage = " ".join(str(one.metavar) if one.default is ... else f"[{one.metavar}]" for one in arguments)
-    parts = [f"## {path}", f"    {path} [OPTIONS] {usage}".rstrip(), inspect.cleandoc(function.__doc__ or "")]
+    usage = " ".join(
+        str(one.metavar) if one.default is ... else f"[{str(one.metavar).strip('[]')}]" for one in arguments
+    )
+    about, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\b\nExamples:\n")
+    parts = [f"## {path}", f"    {path} [OPTIONS] {usage}".rstrip(), about.rstrip()]
     if arguments:
         parts.append(_table(("argument", ""), [(f"`{one.metavar}`", str(one.help)) for one in arguments]))
-    rows = [(_option(name, one), f"{one.help}{_default(one)}") for name, one in options]
-    return [*parts, _table(("option", ""), rows)]
+    for panel in dict.fromkeys(one.rich_help_panel or "" for _, one in options):
+        group = [(name, one) for name, one in options if (one.rich_help_panel or "") == panel]
+        rows = [(_option(name, one), f"{one.help}{_default(one)}") for name, one in group]
+        parts.append(_table((f"{panel.lower()} option".lstrip(), ""), rows))
+    return [*parts, f"```\n{textwrap.dedent(examples).rstrip()}\n```"] if examples else parts
 
 
 def _option(name: str, option: OptionInfo) -> str:
@@ -89,7 +100,7 @@ def _option(name: str, option: OptionInfo) -> str:
     spelled = ", ".join(f"`{one.replace('/', '` / `')}`" for one in names)
     if isinstance(option.default, bool) or (option.default is None and "/" in names[0]):
         return spelled
-    return f"{spelled} `{option.metavar or name.upper()}`"
+    return f"{spelled} `{(option.metavar or name.upper()).replace('|', ' / ')}`"
 
 
 def _default(option: OptionInfo) -> str:

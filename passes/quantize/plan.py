@@ -212,7 +212,9 @@ def make_plan(
     if all(module.format is not fmt for module in modules):
         first = modules[0].name + ": " + modules[0].reason if modules else "it has no matrices"
         raise RequestError(
-            f"{fmt.name} quantizes nothing of this model ({first})", "exclude less, or build without --quant", "quant"
+            f"{fmt.name} quantizes nothing of this model ({first})",
+            "exclude less, or build without --quant",
+            "quant",
         )
     return QuantPlan(fmt, tuple(modules), stored_bits, other_params)
 

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from llmc.cli import bench, doctor, main, progress, run, text
+from llmc.cli import bench, doctor, main, output, progress, run, text
+from llmc.compiler.request import TARGETS
+from llmc.passes.quantize.formats import FORMATS
 from llmc.runtime.sampling import SamplingParams
-from support.waiting import LONG
+from support.waiting import LONG, wait_until
 
 COMMANDS = ("build", "run", "inspect", "verify", "check", "bench", "doctor", "zoo")
 OPTIONS = {
@@ -49,13 +51,15 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def llmc(capsys):
-    """Run a command line in this process -> stdout. It must succeed and leave stderr empty."""
+    """Run a command line in this process -> stdout. It must succeed; only a build may print its phases."""
 
     def call(*arguments):
         capsys.readouterr()
         code = main.main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
-        assert (code, err) == (0, "")
+        assert code == 0
+        assert all(re.match(r"\[ *[\d.]+ s\] ", line) for line in err.splitlines()), err
+        assert not err or arguments[0] == "build"
         return out
 
     return call
@@ -96,12 +100,13 @@ def test_help_lists_every_command_and_exit_code(llmc):
     out = llmc("--help")
     assert "\x1b" not in out
     for command in COMMANDS:
-        assert re.search(rf"^  {command} +[A-Z].*\.$", out, re.MULTILINE), command
-    exit_codes = out.partition("Exit codes:\n")[2]
+        assert re.search(rf"^│ {command} +[A-Z]", out, re.MULTILINE), command
+    exit_codes = out.partition("Exit codes:")[2]
     assert [int(code) for code in re.findall(r"^ +(\d+) ", exit_codes, re.MULTILINE)] == [
         main.OK,
         main.ERROR,
         main.USAGE,
+        main.MISSED,
         main.INTERNAL,
         main.INTERRUPTED,
         main.OUTPUT_CLOSED,
@@ -109,18 +114,36 @@ def test_help_lists_every_command_and_exit_code(llmc):
     assert "LLMC_TRACEBACK=1" in out
     assert llmc() == out
     assert llmc("-h") == out
+    assert llmc("help") == out
 
 
 @pytest.mark.parametrize("command", OPTIONS)
 def test_help_of_a_command_lists_its_options(llmc, command):
     out = llmc(*command.split(), "--help")
-    assert out.startswith(f"Usage: llmc {command} ")
+    assert f"Usage: llmc {command} " in out
     words = set(re.findall(r"-[-\w]+", out))
-    assert set(OPTIONS[command].split()) <= words
+    assert set(f"{OPTIONS[command]} --quiet -q --verbose -v --log-level".split()) <= words
+    assert llmc("help", *command.split()) == out
+
+
+def test_help_shows_choices_groups_and_examples(llmc):
+    out = llmc("build", "--help")
+    for choices in (
+        "cpu|tensorrt-rtx|tensorrt",
+        "auto|fp32|bf16|fp16",
+        "max|percentile|mse",
+        "auto|fp8|int8",
+    ):
+        assert choices in out
+    words = " ".join(out.replace("│", " ").split())
+    assert f"Quantize the linear layers: {', '.join(FORMATS)}." in words
+    for title in ("Engine", "Quantization", "Output"):
+        assert re.search(rf"^╭─ {title} ─+╮$", out, re.MULTILINE), title
+    assert re.search(r"Examples:\s+llmc build model_zoo/llama/tales -o tales\.llmc *\n", out)
 
 
 def test_help_states_the_defaults_of_sampling(llmc):
-    out = " ".join(llmc("run", "--help").split())
+    out = " ".join(llmc("run", "--help").replace("│", " ").split())
     for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
         default = f"{getattr(SamplingParams(), name):g}"
         option = "--" + name.replace("_", "-")
@@ -129,6 +152,32 @@ def test_help_states_the_defaults_of_sampling(llmc):
 
 def test_version(llmc):
     assert re.fullmatch(r"llmc \d+\.\d+\.\d+\n", llmc("--version"))
+    assert llmc("-V") == llmc("--version")
+
+
+def test_python_m_llmc_is_the_command():
+    command = [sys.executable, "-m", "llmc", "help", "nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG)
+    assert (done.returncode, done.stdout) == (main.USAGE, "")
+    assert done.stderr.startswith("error: no such command 'nonsense'\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("llmc zo", {"zoo"}),
+        ("llmc zoo ", {"list", "make"}),
+        ("llmc build x --target ", set(TARGETS)),
+        ("llmc build x --quant nv", {name for name in FORMATS if name.startswith("nv")}),
+        ("llmc run x --log-level ", set(output.LEVELS)),
+    ],
+)
+def test_completion_in_bash(line, expected):
+    words = line.split(" ")
+    variables = {"_LLMC_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    done = process(env=os.environ | variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(done.stdout.split()) == expected
 
 
 # Start-up
@@ -147,7 +196,9 @@ def imported_by(*arguments):
 
 
 def test_help_imports_nothing_heavy():
-    assert not imported_by("--help") & (NEVER_TO_RUN | {"numpy", "openvino", "onnxruntime", "tokenizers"})
+    heavy = (NEVER_TO_RUN - {"rich"}) | {"numpy", "openvino", "onnxruntime", "tokenizers"}
+    assert not imported_by("--help") & heavy
+    assert not imported_by("--version") & (heavy | {"rich"})
 
 
 def test_run_does_not_import_what_only_a_build_needs(tiny):
@@ -230,14 +281,28 @@ def test_run_prints_the_text_and_nothing_else(llmc, tiny, engine):
 def test_run_as_json(llmc, tiny, engine):
     [expected] = engine.generate(["Once"], SamplingParams(max_tokens=12))
     record = json.loads(llmc("run", tiny, "Once", "--max-tokens", 12, "--json"))
-    assert record.pop("seconds") > 0
+    assert 0 < record.pop("first_token_seconds") < record.pop("seconds")
+    assert record.pop("load_seconds") > 0
     assert record == {
+        "schema_version": 1,
+        "command": "run",
+        "ok": True,
+        "bundle": str(tiny),
+        "seed": None,
         "prompt": "Once",
         "text": expected.text,
         "token_ids": list(expected.token_ids),
         "finish_reason": "length",
         "prompt_tokens": expected.prompt_tokens,
     }
+
+
+def test_the_reported_seed_repeats_an_answer(llmc, tiny):
+    options = ("run", tiny, "Ünce", "--max-tokens", 12, "--temperature", 5, "--json")
+    out = llmc(*options)
+    first = json.loads(out)
+    assert '"prompt": "Ünce"' in out
+    assert json.loads(llmc(*options, "--seed", first["seed"]))["token_ids"] == first["token_ids"]
 
 
 def test_run_takes_every_sampling_option(llmc, tiny, engine):
@@ -437,10 +502,10 @@ def test_build_names_the_bundle_after_the_checkpoint(llmc, checkpoint, tmp_path,
 
 
 @pytest.mark.slow
-def test_build_verifies_and_is_quiet_when_piped(checkpoint, tmp_path):
+def test_build_verifies_and_prints_a_line_a_phase_when_piped(checkpoint, tmp_path):
     done = process("build", checkpoint("llama-tiny"), "-o", tmp_path / "new.llmc", "--json")
     assert done.returncode == 0
-    assert all(line.startswith("note: ") for line in done.stderr.splitlines())
+    assert all(re.match(r"note: |\[ *[\d.]+ s\] ", line) for line in done.stderr.splitlines())
     record = json.loads(done.stdout)
     assert record["path"] == str(tmp_path / "new.llmc")
     assert record["verification"]["status"] == "passed"
@@ -451,12 +516,56 @@ def test_build_verifies_and_is_quiet_when_piped(checkpoint, tmp_path):
     assert record["passes"][1] == {"name": "lower-rope", "matches": 4, "near_misses": 0}
 
 
-def test_progress_is_notes_only_when_piped(capsys):
-    with progress.shown() as shown:
+PHASES = "[ s] building\n[ s] trace\nnote: a [bold] note\n[ s] verify\n"
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        ("error", ""),
+        ("warning", "note: a [bold] note\n"),
+        ("info", PHASES),
+        ("debug", PHASES.replace("[ s] verify\n", "[ s] trace: done\n[ s] verify\n[ s] verify: done\n")),
+    ],
+)
+def test_progress_without_a_terminal(capsys, monkeypatch, level, expected):
+    monkeypatch.setattr(output.state, "level", level)
+    with progress.shown("building") as shown:
         shown.phase("trace")
         shown.bar(1, 2)
         shown.note("a [bold] note")
-    assert capsys.readouterr() == ("", "note: a [bold] note\n")
+        shown.phase("verify")
+    out, err = capsys.readouterr()
+    assert (out, re.sub(r" in [\d.]+ s$", "", re.sub(r"\[ *[\d.]+ s", "[ s", err), flags=re.MULTILINE)) == (
+        "",
+        expected,
+    )
+
+
+def test_a_long_phase_says_how_far_it_is(capsys):
+    seen = []
+
+    def told():
+        seen.append(capsys.readouterr().err)
+        return re.search(r"calibrate: 25 %, about \d+ s left\n", "".join(seen))
+
+    with progress.Lines(first=0.001, every=0.001) as lines:
+        lines.phase("calibrate")
+        lines.bar(1, 4)
+        wait_until(told)
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "seconds", "expected"),
+    [
+        (0, 4, 9.0, ""),
+        (4, 4, 9.0, ""),
+        (1, 4, 10.0, ", about 30 s left"),
+        (10, 196, 60.0, ", about 19 min left"),
+    ],
+)
+def test_the_estimate_of_a_phase(done, total, seconds, expected):
+    assert progress.remaining(done, total, seconds) == expected
 
 
 def test_progress_on_a_terminal(capsys, monkeypatch):
@@ -498,7 +607,8 @@ def test_a_full_output_is_an_error():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=LONG)
     assert done.returncode == main.ERROR
     assert done.stderr == (
-        "error: cannot write: No space left on device\nhint: free some space, or write elsewhere\n"
+        "error: cannot write: No space left on device\n"
+        "hint: free some space, or write elsewhere; temporary files go to TMPDIR\n"
     )
 
 

@@ -52,7 +52,11 @@ def llmc(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, li
         capsys.readouterr()
         code = main.main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
-        return code, out, [line for line in err.splitlines() if not line.startswith("note: this needs")]
+        return (
+            code,
+            out,
+            [line for line in err.splitlines() if not re.match(r"note: this needs|\[ *[\d.]+ s\] ", line)],
+        )
 
     return call
 
@@ -126,7 +130,7 @@ def test_a_quantized_cache_must_meet_the_thresholds_too(llmc: Any, quantized: Pa
         precision=Precision("fp32", "u8"),
     )
     code, out, errors = llmc("verify", quantized, "--min-top1", "0.89", "--max-kl", "0.05")
-    assert code == 1
+    assert code == 3
     assert "KV cache u8" in out
     assert "apart from these: mean KL 0.0037, top-1 agreement 0.8800" in out
     assert "top-1 agreement 0.8962 (at least 0.89)" in out
@@ -137,8 +141,10 @@ def test_a_quantized_cache_must_meet_the_thresholds_too(llmc: Any, quantized: Pa
 def test_as_json(llmc: Any, quantized: Path) -> None:
     code, out, _ = llmc("verify", quantized, "--json", "--max-kl", "0.01")
     record = json.loads(out)
-    assert code == 1
+    assert code == 3
     assert record["ok"] is False
+    assert record["error"]["kind"] == "ThresholdError"
+    assert record["error"]["exit_code"] == 3
     assert record["path"] == str(quantized)
     assert record["files_verified"] == 5
     assert record["text_sha256"] == SHA
@@ -153,7 +159,14 @@ def test_as_json(llmc: Any, quantized: Path) -> None:
         "kv_cache_mean_kl": None,
     }
     assert record["thresholds"] == [
-        {"name": "mean KL", "figure": 0.019, "bound": 0.01, "at_least": False, "met": False}
+        {
+            "name": "mean KL",
+            "figure": 0.019,
+            "bound": 0.01,
+            "at_least": False,
+            "lossless": False,
+            "met": False,
+        }
     ]
 
 
@@ -199,7 +212,7 @@ def test_inspect_of_weights_that_are_not_quantized_or_not_measured(llmc: Any, ti
 def test_every_threshold_that_is_missed_is_named(llmc: Any, quantized: Path) -> None:
     options = ("--min-top1", "0.97", "--max-kl", "0.01", "--max-perplexity-increase", "2.5")
     code, out, errors = llmc("verify", quantized, *options)
-    assert code == 1
+    assert code == 3
     assert "MISSED           mean KL 0.019 (at most 0.01)" in out
     assert "ok               perplexity increase in % 2.5 (at most 2.5)" in out
     assert errors == [
@@ -211,7 +224,7 @@ def test_every_threshold_that_is_missed_is_named(llmc: Any, quantized: Path) -> 
 @pytest.mark.parametrize("option", ["--min-top1", "--max-kl", "--max-perplexity-increase"])
 def test_a_threshold_without_a_figure(option: str, llmc: Any, tiny: Path) -> None:
     code, _, errors = llmc("verify", tiny, option, "0")
-    assert code == 1
+    assert code == 3
     assert errors[0].startswith(f"error: {tiny} misses ")
     assert errors[0].endswith(" unknown (at least 0): switched off with --no-verify") or errors[0].endswith(
         " unknown (at most 0): switched off with --no-verify"
@@ -219,11 +232,25 @@ def test_a_threshold_without_a_figure(option: str, llmc: Any, tiny: Path) -> Non
     assert errors[1] == "hint: --against CHECKPOINT measures it"
 
 
-def test_a_figure_that_the_build_did_not_record(llmc: Any, tiny: Path) -> None:
+def test_an_unquantized_bundle_that_was_verified_has_lost_nothing(llmc: Any, tiny: Path) -> None:
     rewrite(tiny, verification=PASSED)
-    assert llmc("verify", tiny, "--min-top1", "1")[0] == 0
+    options = ("--min-top1", "1", "--max-kl", "0", "--max-perplexity-increase", "0")
+    code, out, errors = llmc("verify", tiny, *options)
+    assert (code, errors) == (0, [])
+    assert "ok               mean KL not lost: unquantized and verified (at most 0)" in out
+    rewrite(tiny, precision=Precision("fp32", "u8"))  # its cache may lose something
+    assert llmc("verify", tiny, *options)[0] == 3
+
+
+def test_a_recorded_figure_counts_for_an_unquantized_bundle_too(llmc: Any, tiny: Path) -> None:
+    rewrite(tiny, verification=replace(PASSED, top1_agreement=0.99))
+    assert llmc("verify", tiny, "--min-top1", "1")[0] == 3
+
+
+def test_a_figure_that_the_build_did_not_record(llmc: Any, tiny: Path) -> None:
+    rewrite(tiny, verification=PASSED, quantization={"format": "int4"})
     code, _, errors = llmc("verify", tiny, "--max-kl", "0.1")
-    assert code == 1
+    assert code == 3
     assert errors[0].endswith("misses mean KL unknown (at most 0.1): its build recorded no such figure")
 
 
@@ -244,7 +271,7 @@ def test_figures_of_older_builds(llmc: Any, quantized: Path) -> None:
 def test_malformed_details_are_no_figures(details: dict[str, Any], llmc: Any, quantized: Path) -> None:
     rewrite(quantized, verification=replace(PASSED, details=details))
     code, _, errors = llmc("verify", quantized, "--max-kl", "1")
-    assert code == 1
+    assert code == 3
     assert "mean KL unknown" in errors[0]
 
 
@@ -262,7 +289,7 @@ def test_a_gpu_bundle_is_judged_by_the_record_of_its_engine(
 ) -> None:
     command = ("verify", for_gpu, "--against", checkpoint("llama-tiny"), "--max-kl", "0.02")
     code, out, errors = llmc(*command)
-    assert code == 1
+    assert code == 3
     assert errors[0] == (
         "note: the engine is for a GPU (tensorrt-rtx) and cannot be run here: "
         "the figures are those that its build recorded"
@@ -275,7 +302,7 @@ def test_a_gpu_bundle_is_judged_by_the_record_of_its_engine(
 def test_a_gpu_bundle_reads_no_text(llmc: Any, for_gpu: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("some text")
     code, out, errors = llmc("verify", for_gpu, "--text", tmp_path / "t.txt")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "is for a GPU (tensorrt-rtx) and cannot be run here" in errors[0]
 
 
@@ -321,7 +348,7 @@ def test_a_bundle_without_a_tokenizer_reads_no_text(llmc: Any, tiny: Path, tmp_p
     rewrite(tiny, files={name: file for name, file in files.items() if not name.startswith("tokenizer/")})
     shutil.rmtree(tiny / "tokenizer")
     code, out, errors = llmc("verify", tiny, "--text", tmp_path / "t.txt")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert errors[0] == f"error: {tiny} has no tokenizer to read a text with"
 
 
@@ -399,5 +426,5 @@ def test_an_engine_with_other_weights_misses_the_thresholds(
     manifest = Bundle.open(tiny).manifest
     rewrite(tiny, source=replace(manifest.source, files=Checkpoint.open(other).file_hashes()))
     code, _, errors = llmc("verify", tiny, "--against", other, "--min-top1", "0.9")
-    assert code == 1
+    assert code == 3
     assert "misses top-1 agreement 0.0" in errors[0]
