@@ -2,19 +2,31 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What a demo needs, and what the tests need beside it. Neither installs a CUDA build of torch.
+BUILD := $(VENV)/.installed-build
 STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # The tests of a file share what they build: one process runs them all.
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test fuzz check replay docs format bench gpu-check clean
 
-$(STAMP): pyproject.toml
+$(BUILD): pyproject.toml
+	@echo "setting up $(VENV) with what a CPU demo needs: about 1.5 GB, a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --quiet --upgrade pip
-	$(BIN)/pip install --quiet --quiet --editable '.[dev]'
-	touch $(STAMP)
+	$(BIN)/pip install --upgrade pip
+	$(BIN)/pip install --no-deps --retries 1 --index-url $(TORCH_INDEX) '$(TORCH)' || \
+		echo "no CPU build of torch from $(TORCH_INDEX): pip takes the one of PyPI, which may be larger"
+	$(BIN)/pip install --editable '.[build]'
+	touch $@
 
-demo: $(STAMP)  ## builds the bundled checkpoint for the CPU and generates from it
+$(STAMP): $(BUILD)
+	@echo "adding what the tests need: pytest, linters, triton, tensorrt-rtx"
+	$(BIN)/pip install --editable '.[dev]'
+	touch $@
+
+demo: $(BUILD)  ## builds the bundled checkpoint for the CPU and generates from it
 	$(BIN)/llmc build model_zoo/llama/tales --output tales.llmc --force
 	$(BIN)/llmc run tales.llmc "Once upon a time there was a" --max-tokens 120 --temperature 0.5 --top-k 20 --seed 1
 

@@ -10,7 +10,7 @@ import typer
 
 from llmc import __version__
 from llmc.cli import bench, build, check, doctor, inspect, output, run, verify, zoo
-from llmc.runtime.errors import LlmcError
+from llmc.cli.errors import UsageError
 
 _EPILOG = """\b
 Exit codes:
@@ -74,10 +74,6 @@ app.add_typer(zoo.app, name="zoo")
 
 # click's UsageError, which Typer exports only by this subclass (new versions carry a click of their own).
 _ClickUsageError: Any = typer.BadParameter.__bases__[0]
-
-
-class UsageError(LlmcError):
-    """The command line itself is wrong: an unknown option, a missing argument, a value of the wrong kind."""
 
 
 def invoke(argv: Sequence[str]) -> int:

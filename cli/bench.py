@@ -12,6 +12,7 @@ import typer
 
 from llmc.cli.machine import Machine
 from llmc.cli.output import Json, print_json
+from llmc.cli.progress import waiting
 from llmc.cli.text import size, table
 from llmc.runtime.errors import RequestError
 
@@ -75,11 +76,15 @@ def bench(
             "prompt_tokens",
         )
     started = time.perf_counter()
-    engine = load_engine(opened, threads=threads, max_sequences=concurrency, prefix_cache=False, fast=fast)
+    with waiting(f"loading {bundle} ..."):
+        engine = load_engine(
+            opened, threads=threads, max_sequences=concurrency, prefix_cache=False, fast=fast
+        )
     loaded = time.perf_counter() - started
     vocabulary = manifest.geometry.vocab_size
-    measure(engine, vocabulary, prompt_tokens, new_tokens, concurrency)
-    runs = [measure(engine, vocabulary, prompt_tokens, new_tokens, concurrency) for _ in range(RUNS)]
+    with waiting("measuring ..."):
+        measure(engine, vocabulary, prompt_tokens, new_tokens, concurrency)
+        runs = [measure(engine, vocabulary, prompt_tokens, new_tokens, concurrency) for _ in range(RUNS)]
     median = Measurement(*(statistics.median(column) for column in zip(*map(_row, runs), strict=True)))
     machine = Machine.this()
     if as_json:

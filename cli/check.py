@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmc.cli.errors import error_of
 from llmc.cli.output import Json, print_json
 from llmc.cli.text import size, table
 from llmc.runtime.errors import CheckpointError
@@ -32,7 +33,6 @@ def check(
     """
     from dataclasses import asdict
 
-    from llmc.cli.main import error_of
     from llmc.compiler.checkpoint.check.check import check_checkpoint
 
     report = check_checkpoint(checkpoint, full)

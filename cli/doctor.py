@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 
 from llmc import __version__
+from llmc.cli.errors import error_of
 from llmc.cli.machine import Machine
 from llmc.cli.output import Json, print_json
 from llmc.cli.text import size, table
@@ -55,7 +56,6 @@ def doctor(
     The command fails if `llmc run` cannot work on this CPU. Libraries that only `llmc build` or GPU engines
     need may be missing.
     """
-    from llmc.cli.main import error_of
     from llmc.runtime.installation import install_hint
 
     machine = Machine.this()

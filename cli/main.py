@@ -16,24 +16,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import sys
 from collections.abc import Sequence
 
 from llmc.cli import output, streams
-from llmc.runtime.errors import LlmcError, ThresholdError
+from llmc.cli.errors import (
+    ERROR,
+    INTERNAL,
+    INTERRUPTED,
+    OUTPUT_CLOSED,
+    exit_code,
+    one_line,
+    texts_of,
+)
+from llmc.runtime.errors import LlmcError
+from llmc.runtime.out_of_memory import is_out_of_memory
 
-OK, ERROR, USAGE, MISSED, INTERNAL, INTERRUPTED, OUTPUT_CLOSED = 0, 1, 2, 3, 70, 130, 141
 TRACEBACK = "LLMC_TRACEBACK"  # set to 1: tracebacks for every error
 
 _RUN_LIBRARIES = ("numpy", "openvino", "onnxruntime", "tokenizers", "jinja2", "typer", "rich", "tomli")
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# How libraries say it: C++, OpenVINO, oneDNN, torch, the dynamic loader, Python's threads.
-_OUT_OF_MEMORY = re.compile(
-    r"bad_alloc|bad allocation|can(?:'|no)t alloc|fail(?:ed|ure)? to alloc|can(?:'|no)t allocate memory"
-    r"|not enough memory|out of memory|failed to map segment|can't start new thread",
-    re.IGNORECASE,
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     arguments = list(sys.argv[1:] if argv is None else argv)
     output.start(" ".join(arguments[:1]), "--json" in arguments)
-    silenced = contextlib.nullcontext() if _tracebacks() else streams.libraries_silenced()
+    silenced = contextlib.nullcontext() if _tracebacks() else streams.libraries_silenced(output.note)
     with silenced:
         return _run(arguments)
 
@@ -66,7 +68,7 @@ def _run(arguments: Sequence[str]) -> int:
             return OUTPUT_CLOSED
         return _internal(error)
     except Exception as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             hint = "end other programs, or take a smaller model or context (--kv-memory, --max-seq-len)"
             return report(error, ERROR, "out of memory", hint, "OutOfMemory")
         if isinstance(error, LlmcError):
@@ -83,7 +85,7 @@ def report(
 
     kind, argument: the fields of the JSON object that --json asks for
     """
-    message, hint = _one_line(message), _one_line(hint or f"{TRACEBACK}=1 shows where it happened")
+    message, hint = one_line(message), one_line(hint or f"{TRACEBACK}=1 shows where it happened")
     output.print_error(output.error_record(kind or type(error).__name__, message, hint, code, argument))
     if _tracebacks():
         import traceback
@@ -95,35 +97,8 @@ def report(
     return code
 
 
-def exit_code(error: LlmcError) -> int:
-    """Return the exit code of an error that llmc raises on purpose."""
-    from llmc.cli.app import UsageError
-
-    if isinstance(error, ThresholdError):
-        return MISSED
-    return USAGE if isinstance(error, UsageError) or error.argument else ERROR
-
-
-def error_of(error: LlmcError) -> dict[str, object]:
-    """Return the field `error` of --json, for a command that prints its result and then raises `error`."""
-    message, hint = (_one_line(in_option_names(text, error.argument)) for text in (error.message, error.hint))
-    kind = type(error).__name__
-    return output.error_record(kind, message, hint, exit_code(error), error.argument)
-
-
-def in_option_names(text: str, argument: str) -> str:
-    """Return `text` with the Python name of an argument replaced by its option: max_tokens -> --max-tokens.
-
-    Only a name in backticks and one that begins the text are replaced.
-    """
-    if not argument:
-        return text
-    option = f"--{argument.replace('_', '-')}"
-    return re.sub(rf"`{argument}`|\A{argument}(?= (?:is|has|must|needs)\b)", option, text)
-
-
 def _llmc_error(error: LlmcError) -> int:
-    message, hint = (in_option_names(text, error.argument) for text in (error.message, error.hint))
+    message, hint = texts_of(error)
     return report(error, exit_code(error), message, hint, argument=error.argument)
 
 
@@ -131,28 +106,10 @@ def _tracebacks() -> bool:
     return os.environ.get(TRACEBACK, "0") not in ("", "0")
 
 
-def _one_line(text: str) -> str:
-    """Return `text` in one line, control characters escaped: names of files and tensors may hold any."""
-    text = " ".join(text.splitlines())
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def _internal(error: Exception) -> int:
     what = str(error).strip() or "no message"
     hint = f"this is a bug: rerun with {TRACEBACK}=1 and report the traceback"
     return report(error, INTERNAL, f"internal error: {type(error).__name__}: {what}", hint, "InternalError")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` or what caused it is a lack of memory. Libraries have no type for it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOMEM:
-            return True
-        if not isinstance(cause, LlmcError) and _OUT_OF_MEMORY.search(str(cause)):
-            return True
-        cause = cause.__cause__
-    return False
 
 
 def _missing_library(error: ModuleNotFoundError) -> int:

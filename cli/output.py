@@ -23,6 +23,8 @@ from typing import Annotated, Any
 
 import typer
 
+from llmc.cli import streams
+
 SCHEMA_VERSION = 1
 LEVELS = ("error", "warning", "info", "debug")  # each prints what those before it print
 PANEL = "Output"
@@ -125,8 +127,6 @@ def with_levels(
     def command(*, quiet: bool, verbose: bool, log_level: str | None, **arguments: Any) -> None:
         state.level = _level(quiet, verbose, log_level)
         if state.level == "debug":
-            from llmc.cli import streams
-
             streams.show_libraries()
         function(**arguments)
 

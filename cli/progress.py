@@ -1,4 +1,4 @@
-"""The progress of a build on stderr: drawn on a terminal, a line for each phase anywhere else.
+"""The progress of a command on stderr: drawn on a terminal, a line for each phase anywhere else.
 
 `--log-level` says how much: `error` nothing, `warning` notes, `info` phases too, `debug` their durations too.
 """
@@ -34,6 +34,19 @@ def shown(title: str = "") -> Iterator[Progress]:
     else:
         with Lines(title) as lines:
             yield lines
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show `what` on a terminal until the work is done, and nothing anywhere else."""
+    if not (sys.stderr.isatty() and output.allows("info")):
+        yield
+        return
+    print(what, end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(" " * len(what), end="\r", file=sys.stderr, flush=True)
 
 
 def remaining(done: int, total: int, seconds: float) -> str:
@@ -117,7 +130,7 @@ class Lines:
                     wait = self._every
 
     def _state(self) -> str:
-        if not self._total:
+        if not self._done:
             return "still running"
         share = 100 * self._done // self._total
         return f"{share} %{remaining(self._done, self._total, time.perf_counter() - self._start)}"

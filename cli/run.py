@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmc.cli.output import Json, allows, print_json
+from llmc.cli.progress import waiting
 from llmc.runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -133,9 +134,10 @@ def run(
         raise RequestError(f"--stream cannot be combined with {other}", "leave one of them out", "stream")
     read = read_prompts(prompt, prompts)
     started = time.perf_counter()
-    from llmc.runtime.load import load_engine
+    with waiting(f"loading {bundle} ..."):
+        from llmc.runtime.load import load_engine
 
-    engine = load_engine(bundle, kv_memory=nbytes, threads=threads, fast=fast)
+        engine = load_engine(bundle, kv_memory=nbytes, threads=threads, fast=fast)
     if engine.tokenizer is None:
         raise RequestError(f"{bundle} has no tokenizer", "rebuild it from a checkpoint with a tokenizer.json")
     loaded = time.perf_counter() - started

@@ -6,9 +6,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterator
-
-from llmc.cli import output
+from collections.abc import Callable, Iterator
 
 _restore: list[contextlib.ExitStack] = []
 
@@ -30,15 +28,17 @@ def plug_closed() -> None:
 
 
 @contextlib.contextmanager
-def libraries_silenced() -> Iterator[None]:
+def libraries_silenced(note: Callable[[str], None]) -> Iterator[None]:
     """Discard warnings, log lines and what native libraries write to stderr. Our own lines still appear.
+
+    note: is called with the warnings of llmc itself
 
     Library lines mean nothing to most users and hide the line that does. `show_libraries` ends this.
     """
     with contextlib.ExitStack() as stack:
         _restore.append(stack)
         stack.callback(_restore.remove, stack)
-        _silence_python(stack)
+        _silence_python(stack, note)
         with contextlib.suppress(OSError, ValueError):  # a stderr without a descriptor
             _silence_native(stack)
         yield
@@ -50,7 +50,7 @@ def show_libraries() -> None:
         _restore[-1].close()
 
 
-def _silence_python(stack: contextlib.ExitStack) -> None:
+def _silence_python(stack: contextlib.ExitStack, note: Callable[[str], None]) -> None:
     import logging
     import warnings
 
@@ -61,7 +61,7 @@ def _silence_python(stack: contextlib.ExitStack) -> None:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", category=UserWarning, module=r"llmc\.")
-        warnings.showwarning = lambda message, *rest: output.note(str(message))
+        warnings.showwarning = lambda message, *rest: note(str(message))
 
 
 def _silence_native(stack: contextlib.ExitStack) -> None:

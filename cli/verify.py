@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmc.cli.errors import error_of
 from llmc.cli.output import Json, print_json
 from llmc.cli.text import table
 from llmc.runtime.errors import ThresholdError
@@ -56,7 +57,6 @@ def verify(
 
         require_build_libraries()
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from llmc.cli.main import error_of
     from llmc.cli.progress import shown
 
     with shown(f"verifying {bundle}") as progress:

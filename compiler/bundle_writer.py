@@ -188,7 +188,10 @@ class BundleWriter:
         message = f"no space for {self.output}" + (
             f": {os.strerror(error.errno)}" if isinstance(error, OSError) and error.errno else ""
         )
-        hint = f"it needs at least {needed:,} bytes; {free:,} are available in {self.output.parent}"
+        hint = (
+            f"free some space in {self.output.parent}, or choose another disk with `--output`: "
+            f"it needs at least {needed:,} bytes; {free:,} are available"
+        )
         raise BuildError(message, hint) from error
 
 

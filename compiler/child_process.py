@@ -28,6 +28,7 @@ from typing import Any, TextIO
 from llmc.compiler.progress import Progress
 from llmc.runtime import errors
 from llmc.runtime.errors import BuildError, LlmcError
+from llmc.runtime.out_of_memory import says_out_of_memory
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -99,6 +100,8 @@ class Child:
     def _death(self, code: int, last: str) -> BuildError:
         who = f"the {self.name} process"
         if code >= 0:
+            if says_out_of_memory(last):
+                return BuildError(f"{who} ran out of memory: {last}", self.out_of_memory)
             return BuildError(f"{who} failed with exit code {code}: {last}", "please report this")
         memory = f"it may have run out of memory; {self.out_of_memory}"
         return BuildError(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc.cli import bench, doctor, main, output, progress, run, text
+from llmc.cli import bench, doctor, errors, main, output, progress, run, text
 from llmc.compiler.request import TARGETS
 from llmc.passes.quantize.formats import FORMATS
 from llmc.runtime.sampling import SamplingParams
@@ -103,13 +103,13 @@ def test_help_lists_every_command_and_exit_code(llmc):
         assert re.search(rf"^│ {command} +[A-Z]", out, re.MULTILINE), command
     exit_codes = out.partition("Exit codes:")[2]
     assert [int(code) for code in re.findall(r"^ +(\d+) ", exit_codes, re.MULTILINE)] == [
-        main.OK,
-        main.ERROR,
-        main.USAGE,
-        main.MISSED,
-        main.INTERNAL,
-        main.INTERRUPTED,
-        main.OUTPUT_CLOSED,
+        errors.OK,
+        errors.ERROR,
+        errors.USAGE,
+        errors.MISSED,
+        errors.INTERNAL,
+        errors.INTERRUPTED,
+        errors.OUTPUT_CLOSED,
     ]
     assert "LLMC_TRACEBACK=1" in out
     assert llmc() == out
@@ -158,7 +158,7 @@ def test_version(llmc):
 def test_python_m_llmc_is_the_command():
     command = [sys.executable, "-m", "llmc", "help", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LONG)
-    assert (done.returncode, done.stdout) == (main.USAGE, "")
+    assert (done.returncode, done.stdout) == (errors.USAGE, "")
     assert done.stderr.startswith("error: no such command 'nonsense'\n")
 
 
@@ -388,6 +388,7 @@ def test_run_on_a_terminal_streams_and_reports_statistics(tiny):
             seen += chunk
     os.close(terminal)
     assert child.returncode == 0
+    assert seen.startswith(f"loading {tiny} ...\r".encode())
     assert re.search(
         r"\r\n\d+ prompt tokens, 5 new ones in [\d.]+ s \([\d.]+ tok/s\), the first after \d+ ms; "
         r"loaded in [\d.]+ s\r\n$",
@@ -597,7 +598,7 @@ def test_a_closed_output_ends_quietly():
     command = [sys.executable, "-m", "llmc.cli.main", "zoo", "list"]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=LONG)
     os.close(write)
-    assert (done.returncode, done.stderr) == (main.OUTPUT_CLOSED, b"")
+    assert (done.returncode, done.stderr) == (errors.OUTPUT_CLOSED, b"")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -605,7 +606,7 @@ def test_a_full_output_is_an_error():
     with open("/dev/full", "wb") as full:
         command = [sys.executable, "-m", "llmc.cli.main", "zoo", "list"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=LONG)
-    assert done.returncode == main.ERROR
+    assert done.returncode == errors.ERROR
     assert done.stderr == (
         "error: cannot write: No space left on device\n"
         "hint: free some space, or write elsewhere; temporary files go to TMPDIR\n"

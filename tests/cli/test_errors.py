@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 
-from llmc.cli import main
+from llmc.cli import errors, main
 from llmc.cli.build import LIBRARIES
 from llmc.runtime.bundle.manifest import FileRecord, Manifest
 from llmc.runtime.installation import install_hint, upgrade_hint
@@ -30,7 +30,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 def fails(capsys):
     """Run a command line in this process, which must fail with exactly two lines -> (error, hint)."""
 
-    def call(*arguments, code=main.ERROR):
+    def call(*arguments, code=errors.ERROR):
         capsys.readouterr()
         got = main.main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
@@ -64,7 +64,7 @@ def build_fails(fails, tmp_path):
     transformers.logging.set_verbosity_error()  # as the command does where it is the first to import it
     (tmp_path / "out").mkdir()
 
-    def call(checkpoint, *options, code=main.ERROR):
+    def call(checkpoint, *options, code=errors.ERROR):
         bundle = tmp_path / "out" / "new.llmc"
         failure = fails("build", checkpoint, "-o", bundle, "--no-verify", *options, code=code)
         assert os.listdir(tmp_path / "out") == []
@@ -252,7 +252,7 @@ def test_force_replaces_nothing_but_a_bundle(fails, model, tmp_path):
     ],
 )
 def test_impossible_request(build_fails, model, options, message):
-    assert message in build_fails(model, *options, code=main.USAGE)[0]
+    assert message in build_fails(model, *options, code=errors.USAGE)[0]
 
 
 @contextlib.contextmanager
@@ -280,7 +280,7 @@ def test_disk_full_in_zoo_make(fails, tmp_path):
 
 
 def test_zoo_make_of_an_unknown_name(fails, tmp_path):
-    error, hint = fails("zoo", "make", "gpt-9", tmp_path / "new", code=main.USAGE)
+    error, hint = fails("zoo", "make", "gpt-9", tmp_path / "new", code=errors.USAGE)
     assert "gpt-9" in error
     assert "llama-tiny" in hint
 
@@ -334,7 +334,7 @@ def test_interrupted_build_leaves_nothing(model, tmp_path):
         assert child.poll() is None, child.stderr.read()
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=LONG)
-    assert (child.returncode, out) == (main.INTERRUPTED, "")
+    assert (child.returncode, out) == (errors.INTERRUPTED, "")
     lines = [line for line in without_phases(err) if not line.startswith("note: ")]
     assert lines == ["error: interrupted", "hint: nothing was left half-written"]
     assert os.listdir(tmp_path / "out") == []
@@ -348,7 +348,7 @@ def test_an_interrupt_inside_an_import_is_an_exit_code_too(tmp_path):
     )
     command = [sys.executable, "-m", "interrupted"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LONG)
-    assert done.returncode == main.INTERRUPTED
+    assert done.returncode == errors.INTERRUPTED
     assert done.stderr.splitlines() == ["error: interrupted", "hint: nothing was left half-written"]
 
 
@@ -449,24 +449,24 @@ def test_bundle_without_a_tokenizer(fails, tiny):
     ],
 )
 def test_impossible_sampling(fails, tmp_path, option, value):
-    error, hint = fails("run", tmp_path / "never-opened.llmc", "Once", option, value, code=main.USAGE)
+    error, hint = fails("run", tmp_path / "never-opened.llmc", "Once", option, value, code=errors.USAGE)
     assert error.startswith(f"{option} is ")
     assert hint.startswith(f"{option} must be ")
 
 
 def test_missing_prompt(fails, tiny):
-    error, hint = fails("run", tiny, code=main.USAGE)
+    error, hint = fails("run", tiny, code=errors.USAGE)
     assert error == "there is no prompt"
     assert "--prompts FILE" in hint
 
 
 def test_empty_prompt(fails, tiny):
-    assert fails("run", tiny, "", code=main.USAGE)[0] == "the prompt is empty"
+    assert fails("run", tiny, "", code=errors.USAGE)[0] == "the prompt is empty"
 
 
 def test_prompt_that_is_not_text(fails, tiny):
     prompt = os.fsdecode(b"\xff\xfe")
-    assert fails("run", tiny, prompt, code=main.USAGE)[0] == "the prompt is not valid UTF-8"
+    assert fails("run", tiny, prompt, code=errors.USAGE)[0] == "the prompt is not valid UTF-8"
 
 
 def test_prompt_longer_than_the_context(fails, tiny, tmp_path):
@@ -503,17 +503,17 @@ def test_prompts_that_cannot_be_read(fails, tiny, tmp_path, contents, message):
     ],
 )
 def test_options_that_exclude_each_other(fails, tiny, options, message):
-    assert fails("run", tiny, *options, code=main.USAGE)[0] == message
+    assert fails("run", tiny, *options, code=errors.USAGE)[0] == message
 
 
 def test_too_little_kv_memory(fails, tiny):
-    error, hint = fails("run", tiny, "Once", "--kv-memory", "1", code=main.USAGE)
+    error, hint = fails("run", tiny, "Once", "--kv-memory", "1", code=errors.USAGE)
     assert "1 bytes of KV cache hold no block" in error
     assert "--kv-memory" in hint
 
 
 def test_bench_beyond_the_context(fails, tiny):
-    error, hint = fails("bench", tiny, "--prompt-tokens", 250, "--new-tokens", 7, code=main.USAGE)
+    error, hint = fails("bench", tiny, "--prompt-tokens", 250, "--new-tokens", 7, code=errors.USAGE)
     assert error == "250 prompt tokens and 7 new ones exceed the context of 256"
     assert "--new-tokens" in hint
 
@@ -523,7 +523,7 @@ def test_doctor_fails_when_run_cannot_work(capsys, monkeypatch):
 
     library = doctor.Library("openvino", "", "==2026.4.*", None)
     monkeypatch.setattr(doctor, "libraries", lambda: [library])
-    assert main.main(["doctor"]) == main.ERROR
+    assert main.main(["doctor"]) == errors.ERROR
     out, err = capsys.readouterr()
     assert "openvino  llmc run  ==2026.4.*  -          missing: pip install" in out
     assert err.splitlines()[0].startswith("error: `llmc run` cannot work here: openvino is missing")
@@ -566,7 +566,7 @@ def test_doctor_fails_when_run_cannot_work(capsys, monkeypatch):
     ],
 )
 def test_wrong_usage(fails, arguments, error, hint):
-    got = fails(*arguments, code=main.USAGE)
+    got = fails(*arguments, code=errors.USAGE)
     assert got[0].startswith(error)
     assert hint in got[1]
 
@@ -592,27 +592,31 @@ def broken(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (RuntimeError("odd\nthing"), main.INTERNAL, "internal error: RuntimeError: odd thing"),
-        (AssertionError(), main.INTERNAL, "internal error: AssertionError: no message"),
-        (BrokenPipeError(), main.INTERNAL, "internal error: BrokenPipeError: no message"),
-        (ModuleNotFoundError("x", name="nosuch"), main.INTERNAL, "internal error: ModuleNotFoundError: x"),
+        (RuntimeError("odd\nthing"), errors.INTERNAL, "internal error: RuntimeError: odd thing"),
+        (AssertionError(), errors.INTERNAL, "internal error: AssertionError: no message"),
+        (BrokenPipeError(), errors.INTERNAL, "internal error: BrokenPipeError: no message"),
+        (ModuleNotFoundError("x", name="nosuch"), errors.INTERNAL, "internal error: ModuleNotFoundError: x"),
         (
             ModuleNotFoundError("x", name="tokenizers.y"),
-            main.ERROR,
+            errors.ERROR,
             "llmc needs tokenizers, which is not installed",
         ),
-        (KeyboardInterrupt(), main.INTERRUPTED, "interrupted"),
-        (MemoryError(), main.ERROR, "out of memory"),
-        (OSError(12, "Cannot allocate memory"), main.ERROR, "out of memory"),
-        (RuntimeError("Exception from src/dev/plugin.cpp:54:\ncan't alloc"), main.ERROR, "out of memory"),
+        (KeyboardInterrupt(), errors.INTERRUPTED, "interrupted"),
+        (MemoryError(), errors.ERROR, "out of memory"),
+        (OSError(12, "Cannot allocate memory"), errors.ERROR, "out of memory"),
+        (RuntimeError("Exception from src/dev/plugin.cpp:54:\ncan't alloc"), errors.ERROR, "out of memory"),
         (
             RuntimeError("Check 'ptr' failed at x.cpp: Failed to allocate 99 bytes"),
-            main.ERROR,
+            errors.ERROR,
             "out of memory",
         ),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), main.ERROR, "out of memory"),
-        (ImportError("libx.so: failed to map segment from shared object"), main.ERROR, "out of memory"),
-        (PermissionError(13, "Permission denied", "/etc/x"), main.ERROR, "/etc/x: Permission denied"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            errors.ERROR,
+            "out of memory",
+        ),
+        (ImportError("libx.so: failed to map segment from shared object"), errors.ERROR, "out of memory"),
+        (PermissionError(13, "Permission denied", "/etc/x"), errors.ERROR, "/etc/x: Permission denied"),
     ],
 )
 def test_unexpected_errors(fails, broken, error, code, message):
@@ -624,7 +628,7 @@ def test_unexpected_errors(fails, broken, error, code, message):
 def test_tracebacks_on_demand(capsys, broken, monkeypatch, setting, shown):
     monkeypatch.setenv(main.TRACEBACK, setting)
     broken(RuntimeError("odd"))
-    assert main.main(["zoo", "list"]) == main.INTERNAL
+    assert main.main(["zoo", "list"]) == errors.INTERNAL
     lines = capsys.readouterr().err.splitlines()
     assert ("Traceback (most recent call last):" in lines) is shown
     assert [line.partition(":")[0] for line in lines[-2:]] == ["error", "hint"]

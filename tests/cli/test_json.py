@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llmc.cli import main, output
+from llmc.cli import errors, main, output
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "json.md"
 HEAD = {"schema_version", "command", "ok"}
@@ -72,14 +72,14 @@ def test_every_command_prints_the_documented_fields(
 @pytest.mark.parametrize(
     ("arguments", "code", "kind", "argument"),
     [
-        (("zoo", "make", "gpt-9", "x"), main.USAGE, "UnsupportedError", "name"),
-        (("run", "nowhere.llmc", "Once"), main.ERROR, "BundleError", None),
-        (("run", "x", "Once", "--top-p", "2"), main.USAGE, "RequestError", "top_p"),
-        (("run", "x", "Once", "--top-k", "few"), main.USAGE, "UsageError", "top_k"),
-        (("run", "x", "Once", "--kv-memory", "lots"), main.USAGE, "UsageError", "kv_memory"),
-        (("build", "x", "--target", "abacus"), main.USAGE, "BuildError", "target"),
-        (("check", "nowhere"), main.ERROR, "CheckpointError", None),
-        (("nonsense",), main.USAGE, "UsageError", None),
+        (("zoo", "make", "gpt-9", "x"), errors.USAGE, "UnsupportedError", "name"),
+        (("run", "nowhere.llmc", "Once"), errors.ERROR, "BundleError", None),
+        (("run", "x", "Once", "--top-p", "2"), errors.USAGE, "RequestError", "top_p"),
+        (("run", "x", "Once", "--top-k", "few"), errors.USAGE, "UsageError", "top_k"),
+        (("run", "x", "Once", "--kv-memory", "lots"), errors.USAGE, "UsageError", "kv_memory"),
+        (("build", "x", "--target", "abacus"), errors.USAGE, "BuildError", "target"),
+        (("check", "nowhere"), errors.ERROR, "CheckpointError", None),
+        (("nonsense",), errors.USAGE, "UsageError", None),
     ],
 )
 def test_an_error_is_an_object_too(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc.cli import main, output, streams
+from llmc.cli import errors, main, output, streams
 from support.waiting import LONG
 
 
@@ -23,10 +23,10 @@ def tiny(bundle: Callable[[str], Path]) -> Path:
 @pytest.mark.parametrize(
     ("closed", "prompt", "code", "error"),
     [
-        (">&-", "Once", main.OK, ""),
-        ("<&-", "-", main.ERROR, "error: stdin is closed\n"),
-        ("2>&-", "Once", main.OK, ""),
-        ("<&- >&- 2>&-", "Once", main.OK, ""),
+        (">&-", "Once", errors.OK, ""),
+        ("<&-", "-", errors.ERROR, "error: stdin is closed\n"),
+        ("2>&-", "Once", errors.OK, ""),
+        ("<&- >&- 2>&-", "Once", errors.OK, ""),
     ],
 )
 def test_closed_standard_streams(tiny: Path, closed: str, prompt: str, code: int, error: str) -> None:
@@ -37,7 +37,7 @@ def test_closed_standard_streams(tiny: Path, closed: str, prompt: str, code: int
     )
     assert done.returncode == code
     assert done.stderr.startswith(error)
-    assert ("2>&-" in closed or done.stderr == "") == (code == main.OK)
+    assert ("2>&-" in closed or done.stderr == "") == (code == errors.OK)
     assert (done.stdout != "") == (closed == "2>&-")
 
 
@@ -75,7 +75,7 @@ def test_lines_of_libraries_are_for_verbose_only(verbose: bool, shown: set[str])
 
 def test_silence_ends_with_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     before = sys.stderr
-    with streams.libraries_silenced():
+    with streams.libraries_silenced(output.note):
         os.write(2, b"native\n")
     os.write(2, b"after\n")
     assert sys.stderr is before
@@ -85,7 +85,7 @@ def test_silence_ends_with_the_command(capfd: pytest.CaptureFixture[str]) -> Non
 def test_warnings_of_our_own_are_notes(capsys: pytest.CaptureFixture[str]) -> None:
     output.start("test", False)
     scope = {"__name__": "llmc.runtime.somewhere"}
-    with streams.libraries_silenced():
+    with streams.libraries_silenced(output.note):
         exec("import warnings; warnings.warn('slow path')", scope)
     assert capsys.readouterr().err == "note: slow path\n"
 
@@ -111,5 +111,5 @@ def test_a_lack_of_memory_is_found_behind_an_error_of_ours(
             return 0
 
     monkeypatch.setattr(app, "invoke", fails)
-    assert main.main(["run"]) == main.ERROR
+    assert main.main(["run"]) == errors.ERROR
     assert capsys.readouterr().err.splitlines()[0] == "error: out of memory"

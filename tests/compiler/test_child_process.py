@@ -69,6 +69,13 @@ def test_another_exception_is_told_by_its_last_line(make: Make) -> None:
         make("raise ValueError('wrong')").run({}, Silent())
 
 
+@pytest.mark.parametrize("error", ["MemoryError", "RuntimeError('std::bad_alloc')"])
+def test_a_lack_of_memory_is_called_that(make: Make, error: str) -> None:
+    with pytest.raises(BuildError, match="the test process ran out of memory: ") as caught:
+        make(f"raise {error}").run({}, Silent())
+    assert caught.value.hint == "use more"
+
+
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
     [

@@ -36,7 +36,7 @@ def run(*command: object, **options: object) -> str:
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked sdist of a copy of the tree: a build writes beside pyproject.toml."""
     copy, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("sdist")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "README.pypi.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for room in ROOMS:
         shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))

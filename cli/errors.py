@@ -1,0 +1,47 @@
+"""The exit codes of errors, and their texts in the words of the command line."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from llmc.cli import output
+from llmc.runtime.errors import LlmcError, ThresholdError
+
+OK, ERROR, USAGE, MISSED, INTERNAL, INTERRUPTED, OUTPUT_CLOSED = 0, 1, 2, 3, 70, 130, 141
+
+
+class UsageError(LlmcError):
+    """The command line itself is wrong: an unknown option, a missing argument, a value of the wrong kind."""
+
+
+def exit_code(error: LlmcError) -> int:
+    """Return the exit code of an error that llmc raises on purpose."""
+    if isinstance(error, ThresholdError):
+        return MISSED
+    return USAGE if isinstance(error, UsageError) or error.argument else ERROR
+
+
+def texts_of(error: LlmcError) -> tuple[str, str]:
+    """Return the message and the hint, with options for arguments: max_tokens -> --max-tokens."""
+    return _in_options(error.message, error.argument), _in_options(error.hint, error.argument)
+
+
+def error_of(error: LlmcError) -> dict[str, Any]:
+    """Return the field `error` of --json, for a command that prints its result and then raises `error`."""
+    message, hint = map(one_line, texts_of(error))
+    return output.error_record(type(error).__name__, message, hint, exit_code(error), error.argument)
+
+
+def one_line(text: str) -> str:
+    """Return `text` in one line, control characters escaped: names of files and tensors may hold any."""
+    text = " ".join(text.splitlines())
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _in_options(text: str, argument: str) -> str:
+    """Replace the Python name of an argument where it is in backticks or begins the text."""
+    if not argument:
+        return text
+    option = f"--{argument.replace('_', '-')}"
+    return re.sub(rf"`{argument}`|\A{argument}(?= (?:is|has|must|needs)\b)", option, text)
