@@ -178,8 +178,9 @@ def test_the_command_line(
         str(first.with_name("new.llmc")),
         "--quant",
         "int4",
+        "-q",
     ]
-    assert main.main([*command, "--calibration", str(first / "calibration.json")]) == 1
+    assert main.main([*command, "--calibration", str(first / "calibration.json")]) == 2
     error, hint = capsys.readouterr().err.splitlines()
     assert error.startswith("error: int4 cannot use a calibration table")
     assert hint.startswith("hint: give a text")

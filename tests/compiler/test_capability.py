@@ -60,8 +60,8 @@ def test_unsupported_format_is_refused_before_the_trace(
     checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "x.llmc"
-    command = ["build", str(checkpoint("llama-tiny")), "-o", str(output), "--target", "tensorrt-rtx"]
-    assert main.main([*command, "--quant", "nvfp4", "--sm", "89"]) == 1
+    command = ["build", str(checkpoint("llama-tiny")), "-o", str(output), "--target", "tensorrt-rtx", "-q"]
+    assert main.main([*command, "--quant", "nvfp4", "--sm", "89"]) == 2
     error, hint = capsys.readouterr().err.splitlines()
     assert error == "error: nvfp4 needs SM100 or newer, but the engine is for SM89"
     assert hint == "hint: use --quant int4, which runs there; or name newer GPUs only, as in --sm 120"

@@ -161,5 +161,5 @@ def test_the_command_line(
     assert "fast: activations quantized to int8" in capsys.readouterr().out
     assert main.main(["run", str(built), TEXT, "--fast", "--max-tokens", "3"]) == 0
     assert capsys.readouterr().out.strip()
-    assert main.main(["run", str(bundle("llama-tiny")), "x", "--fast"]) == 1
+    assert main.main(["run", str(bundle("llama-tiny")), "x", "--fast"]) == 2
     assert "no quantized ones" in capsys.readouterr().err
