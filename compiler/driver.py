@@ -125,11 +125,9 @@ def plan_build(
     checkpoint, resolved = given.checkpoint, given.resolved
     config = load_config(checkpoint)
     with clock.phase("read the tokenizer"):
-        vocab_size = config.vocab_size
+        vocab_size = int(config.get_text_config().vocab_size)
         tokenizer = read_bundle_tokenizer(checkpoint, vocab_size)
         eos_token_ids, notes = end_of_sequence(checkpoint, tokenizer, vocab_size)
-    for note in notes:
-        clock.progress.note(note)
     max_seq_len = context_length(config, request.max_seq_len)
     num_layers, cache = int(config.num_hidden_layers), quantized_cache(request)
     check_calibration(given.calibration, checkpoint.config, num_layers if cache else 0)
@@ -138,6 +136,8 @@ def plan_build(
         traced = trace(config, resolved.dtype, max_seq_len)
         model = traced.model
         compare_names(traced.parameters, given.named)
+    for note in notes:  # not before: a model that is refused needs no note on its tokenizer
+        clock.progress.note(note)
     with clock.phase("rewrite the graph"):
         reports = contract.run(model, pipeline.canonicalize(given.fusion), expected)
         geometry, parameters = read_geometry(model), write.num_elements(model)
