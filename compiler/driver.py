@@ -186,11 +186,9 @@ def plan_build(
     renamed.compare(stored, given.named)  # of these sizes, before buffers of that size are made
     checkpoint, resolved = given.checkpoint, given.resolved
     with clock.phase("read the tokenizer"):
-        vocab_size = config.vocab_size
+        vocab_size = int(config.get_text_config().vocab_size)
         tokenizer = read_bundle_tokenizer(checkpoint, vocab_size)
         eos_token_ids, notes = end_of_sequence(checkpoint, tokenizer, vocab_size)
-    for note in notes:
-        clock.progress.note(note)
     num_layers, cache = int(config.num_hidden_layers), quantized_cache(request)
     check_calibration(given.calibration, checkpoint.config, num_layers if cache else 0)
     expected = given.family.expected(num_layers)
@@ -198,7 +196,8 @@ def plan_build(
         traced = trace(config, resolved.dtype, max_seq_len)
         model = traced.model
         renamed.compare(_needed(keys, model), given.named)
-    for note in (*renamed.notes, *context.notes):
+    # Not before: a model that is refused needs no note on its tokenizer.
+    for note in (*notes, *renamed.notes, *context.notes):
         clock.progress.note(note)
     with clock.phase("rewrite the graph"):
         reports = contract.run(model, pipeline.canonicalize(given.fusion), expected)

@@ -73,7 +73,7 @@ def _refuse_private(name: Any) -> None:
 
 
 def _raise_exception(message: str) -> None:
-    raise Refusal(message)
+    raise Refusal(str(message)[:2000])
 
 
 def _to_json(

@@ -286,9 +286,9 @@ def test_a_conversation_the_template_refuses_is_a_request_error(
         ("{{ open('x') }}", "fails on this conversation", "content"),
         ("{{ messages[0].content + 1 }}", "fails on this conversation", "content"),
         ("{{ raise_exception('no\n' * 500000) }}", "refuses this conversation: no no", "roles"),
-        ("{{ 'a' | center(2000000000) }}", "exceeds a limit on this conversation: it needs", "shorter"),
-        ("{{ '%2000000000d' % 1 }}", "exceeds a limit on this conversation: it needs", "shorter"),
-        ("{{ 'a' * 40000000 }}", "it renders 40,000,000 characters", "shorter"),
+        ("{{ 'a' | center(2000000000) }}", "exceeds a limit on this conversation: it ", "shorter"),
+        ("{{ '%2000000000d' % 1 }}", "exceeds a limit on this conversation: it ", "shorter"),
+        ("{{ 'a' * 40000000 }}", "it renders 40,000,000 char|takes more than", "shorter"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deeply", "shorter"),
     ],
 )
