@@ -56,6 +56,13 @@ def build(
     target: Annotated[
         str, typer.Option(help="What the engine runs on: cpu, tensorrt-rtx or tensorrt.")
     ] = "cpu",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENGINE",
+            help="What runs the model on the CPU: openvino, onnxruntime or native (default: llmc chooses).",
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="What the engine computes in: auto, fp32 (cpu), bf16 or fp16 (TensorRT).")
     ] = "auto",
@@ -125,6 +132,7 @@ def build(
         checkpoint=checkpoint,
         output=output or default_output(checkpoint),
         target=target,
+        engine=engine,
         dtype=dtype,  # type: ignore[arg-type]  # the request checks it
         quant=quant,
         exclude=tuple(exclude or ()),

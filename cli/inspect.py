@@ -19,11 +19,15 @@ from llmc.cli.text import print_json, size, table
 
 if TYPE_CHECKING:
     from llmc.runtime.bundle.manifest import Manifest
+    from llmc.runtime.bundle.reader import Bundle
 
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(metavar="NAME.llmc", help="The bundle to look into.")],
     verify: Annotated[bool, typer.Option("--verify", help="Hash every byte of every file.")] = False,
+    program: Annotated[
+        bool, typer.Option("--program", help="Print the instructions of a native engine's program.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Show what is inside a bundle.
@@ -39,6 +43,9 @@ def inspect(
     opened = Bundle.open(bundle, verify_hashes=False)
     if verify:
         opened.verify()
+    if program:
+        print_program(opened)
+        return
     manifest = opened.manifest
     geometry, source, tokens = manifest.geometry, manifest.source, manifest.tokens
     total = sum(file.bytes for file in manifest.files.values()) + (opened.path / MANIFEST_NAME).stat().st_size
@@ -102,6 +109,21 @@ def describe_weights(manifest: Manifest) -> str:
         return f"{weights.dtype}: {weights.note}" if weights.note else weights.dtype
     names = ("format", "modules", "bits_per_parameter")  # an open field: any of them may be missing
     return ", ".join(f"{name.replace('_', ' ')} {plan[name]}" for name in names if name in plan)
+
+
+def print_program(bundle: Bundle) -> None:
+    """Print a native engine's program, one instruction per line. Raises RequestError for other engines."""
+    from llmc.runtime.errors import RequestError
+    from llmc.runtime.native.program import Program, describe
+
+    if bundle.manifest.target.engine != "native":
+        raise RequestError(
+            f"{bundle.name} has no program: its engine is {bundle.manifest.target.engine}",
+            "build it with --engine native",
+        )
+    program = Program.from_json(bundle.engine_path().read_bytes())
+    for number, one in enumerate(program.instructions):
+        print(f"{number:5}  {describe(one)}")
 
 
 def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:

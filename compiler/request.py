@@ -77,7 +77,9 @@ class BuildRequest:
         if self.engine is not None and self.engine not in ENGINES:
             raise BuildError(f"there is no engine {self.engine!r}", f"known engines: {', '.join(ENGINES)}")
         if self.engine is not None and self.target != "cpu":
-            raise BuildError(f"--engine is for --target cpu, and the target is {self.target}", "leave --engine out")
+            raise BuildError(
+                f"--engine is for --target cpu, and the target is {self.target}", "leave --engine out"
+            )
         options = TARGETS[self.target]
         if self.dtype not in ("auto", *options.dtypes):
             possible = " or ".join(options.dtypes)

@@ -1,4 +1,4 @@
-"""The CPU target: OpenVINO where it can take the graph, ONNX Runtime where it cannot, llmc's own engine on request.
+"""The CPU target: OpenVINO, ONNX Runtime for graphs that OpenVINO lacks, and llmc's native engine on request.
 
 The first two read the same ONNX file. `llmc.PagedAttention` is OpenVINO's own paged attention there, and the
 function body that the file carries here.
@@ -51,7 +51,9 @@ class CpuTarget:
             # lm_head takes int8 beside integer formats: every token reads all of it, and int8 loses little
             # (docs/explanation/quantization.md).
             head = "int8" if fmt.element in ("int8", "int4") else None
-        return Resolved(request.target, dtype, cache_dtype(request, dtype), head_format=head, engine=request.engine)
+        return Resolved(
+            request.target, dtype, cache_dtype(request, dtype), head_format=head, engine=request.engine
+        )
 
     def choose_engine(self, resolved: Resolved, model: ir.Model) -> EngineTarget:
         if resolved.engine == "native":
@@ -102,7 +104,7 @@ class CpuTarget:
     def build(
         self, resolved: Resolved, engine: str, model: ir.Model, sizes: Sizes, work: BundleWriter, clock: Clock
     ) -> Artifact:
-        """Write the native engine's program, unless `proof` did. For others the graph and the weights are the engine."""
+        """Write the native engine's program, unless `proof` did. For others nothing is left to do."""
         del resolved, sizes, clock
         if engine != "native":
             return Artifact(GRAPH_FILE, (WEIGHTS_FILE,), _WEIGHTS_NOTE[engine])
@@ -116,10 +118,13 @@ class CpuTarget:
 def native_engine(resolved: Resolved, model: ir.Model) -> EngineTarget:
     """Return the native engine. Raises UnsupportedError if it cannot run `model`, saying why."""
     if resolved.kv_dtype != "fp32":
-        raise UnsupportedError(f"the native engine has no KV cache of {resolved.kv_dtype}", "leave --kv-dtype out")
+        raise UnsupportedError(
+            f"the native engine has no KV cache of {resolved.kv_dtype}", "leave --kv-dtype out"
+        )
     if rounded_to(model):
         raise UnsupportedError(
-            "the native engine does not quantize activations yet", "leave --engine out, or choose another --quant"
+            "the native engine does not quantize activations yet",
+            "leave --engine out, or choose another --quant",
         )
     lower(model)
     return EngineTarget("cpu", "native", "--engine named it", {})

@@ -14,10 +14,13 @@ from llmc.passes.parameter import Parameter, parameters
 _NARROW = {"BF16": "bf16", "F16": "fp16"}
 
 
-def narrow_plan(model: ir.Model, tensors: Mapping[str, TensorRef], *, bf16_as_fp16: bool = True) -> NarrowPlan:
+def narrow_plan(
+    model: ir.Model, tensors: Mapping[str, TensorRef], *, bf16_as_fp16: bool = True
+) -> NarrowPlan:
     """Return the plan for the fp32 matrices of a quantized graph. tensors: the checkpoint's, by name.
 
-    bf16_as_fp16: the bf16 weights of a Gemm become fp16 times a power of two if that is exact (`exact_fp16.py`).
+    bf16_as_fp16: store the bf16 weights of a Gemm as fp16 times a power of two if that is exact
+        (`exact_fp16.py`)
     """
     found = {}
     for weight, record in parameters(model):
@@ -28,7 +31,9 @@ def narrow_plan(model: ir.Model, tensors: Mapping[str, TensorRef], *, bf16_as_fp
     return NarrowPlan(found)
 
 
-def _narrow(weight: ir.Value, record: Parameter, tensors: Mapping[str, TensorRef], as_fp16: bool) -> Narrow | None:
+def _narrow(
+    weight: ir.Value, record: Parameter, tensors: Mapping[str, TensorRef], as_fp16: bool
+) -> Narrow | None:
     refs = [tensors[source.tensor] for source in record.sources if source.tensor in tensors]
     dtypes = {ref.dtype for ref in refs}
     dtype = _NARROW.get(dtypes.pop()) if len(dtypes) == 1 else None

@@ -1,1 +1,1 @@
-"""The ground floor of the CPU engine: its C sources, how they are compiled, and the libraries. Start at engine.c."""
+"""The native CPU engine: its C sources, the build of its libraries, and their use. Start at engine.c."""

@@ -5,7 +5,7 @@
 // Nothing here needs a C library.
 #include "program.h"
 #include "vec.h"
-#include "../rows/cpu/rows.c"
+#include "rows.c"
 #include "../linear/cpu/linear.c"
 #include "../paged_attention/cpu/attention.c"
 

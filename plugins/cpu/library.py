@@ -13,7 +13,16 @@ COUNTER = 16  # int32 numbers from a group's counter to the next: a cache line
 
 # Library -> the flags that /proc/cpuinfo must list, the best first.
 _NEEDS = {
-    "x86_64-avx512vnni": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c"},
+    "x86_64-avx512vnni": {
+        "avx512f",
+        "avx512bw",
+        "avx512cd",
+        "avx512dq",
+        "avx512vl",
+        "avx512_vnni",
+        "fma",
+        "f16c",
+    },
     "x86_64-avxvnni": {"avx2", "fma", "f16c", "bmi2", "avx_vnni"},
     "x86_64-avx2": {"avx2", "fma", "f16c", "bmi2"},
     "aarch64-i8mm": {"asimddp", "i8mm", "fphp", "asimdhp"},
@@ -55,11 +64,21 @@ class Step(ctypes.Structure):
         *(
             (name, _pointer)
             for name in (
-                "input_ids", "position_ids", "query_start", "past_lengths", "block_indices", "block_begins",
-                "logits_index", "code", "groups", "slot", "next", "done",
+                "input_ids",
+                "position_ids",
+                "query_start",
+                "past_lengths",
+                "block_indices",
+                "block_begins",
+                "logits_index",
+                "code",
+                "groups",
+                "slot",
+                "next",
+                "done",
             )
         ),
-    )  # fmt: skip
+    )
 
 
 def cpu_flags() -> set[str]:

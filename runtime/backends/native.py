@@ -22,8 +22,8 @@ _EXACT_DIGITS, _FAST_DIGITS = 3, 1
 def load(engine: EngineFile, options: LoadOptions) -> NativeBackend:
     """Load a program. With `activation_group` activations are rounded to int8 for matrices of integers.
 
-    Raises BackendError if this machine has no native engine or for a cache that is not fp32, BundleError for a
-    damaged program, RequestError for a KV cache that does not fit.
+    Raises BackendError if this machine has no native engine or the cache is not fp32, BundleError for a
+    damaged program, and RequestError for a KV cache that does not fit.
     """
     if engine.kv_dtype != "fp32":
         raise BackendError(
@@ -55,7 +55,9 @@ class NativeBackend:
                 digits=_EXACT_DIGITS if options.activation_group is None else _FAST_DIGITS,
             )
         except OSError as error:
-            raise BackendError(str(error), "use a bundle for another engine: `llmc build --engine openvino`") from error
+            raise BackendError(
+                str(error), "use a bundle for another engine: `llmc build --engine openvino`"
+            ) from error
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Return logits, float32 [N, vocab], for `batch.logits_index`. They are valid until the next call."""

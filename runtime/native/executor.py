@@ -70,7 +70,7 @@ class Plan:
 
 
 def group_of(matrix: Matrix) -> int:
-    """Return how many activations share a scale: the block, or its largest divisor up to 128 in steps of 16."""
+    """Return how many activations share a scale: a multiple of 16, up to 128, that divides a block."""
     return next(size for size in range(min(matrix.block, _LARGEST_GROUP), 0, -16) if matrix.block % size == 0)
 
 
@@ -104,11 +104,19 @@ def plan(program: Program, digits: int) -> Plan:
 
 def _code(one: Instruction) -> int:
     return {
-        "embed": library.EMBED, "gather_rows": library.GATHER, "copy": library.COPY, "unary": library.UNARY,
-        "binary": library.BINARY, "vector": library.VECTOR, "scalar": library.SCALAR,
-        "rms_norm": library.RMSNORM, "layer_norm": library.LAYERNORM, "rope": library.ROPE,
-        "write_kv": library.WRITE_KV, "attention": library.ATTENTION,
-    }[one.op]  # fmt: skip
+        "embed": library.EMBED,
+        "gather_rows": library.GATHER,
+        "copy": library.COPY,
+        "unary": library.UNARY,
+        "binary": library.BINARY,
+        "vector": library.VECTOR,
+        "scalar": library.SCALAR,
+        "rms_norm": library.RMSNORM,
+        "layer_norm": library.LAYERNORM,
+        "rope": library.ROPE,
+        "write_kv": library.WRITE_KV,
+        "attention": library.ATTENTION,
+    }[one.op]
 
 
 def _make_groups(result: Plan) -> None:
@@ -158,7 +166,8 @@ def _place(program: Program, result: Plan) -> None:
 class Executor:
     """A program with its weights, its KV cache and the threads that run it.
 
-    max_tokens: rows of a step at most. num_blocks: blocks of the KV cache, 32 tokens each. threads: at least 1.
+    max_tokens: the maximum number of tokens in a step. num_blocks: blocks of the KV cache, of 32 tokens each.
+    digits: int8 digits of an activation, see `plan`. isa: a library of `plugins/cpu`; None: the best one.
     """
 
     def __init__(
@@ -186,7 +195,9 @@ class Executor:
         ]
         planned = self._plan.instructions
         self._code = (library.Instruction * len(planned))(*(self._bind(one) for one in planned))
-        self._groups = (library.Group * len(self._plan.groups))(*(library.Group(*pair) for pair in self._plan.groups))
+        self._groups = (library.Group * len(self._plan.groups))(
+            *(library.Group(*pair) for pair in self._plan.groups)
+        )
         counters = len(self._plan.groups) * library.COUNTER
         self._next = np.zeros((_SETS, counters), np.int32)
         self._done = np.zeros((_SETS, counters), np.int32)
@@ -211,12 +222,29 @@ class Executor:
         self._next[turn] = self._done[turn] = 0
         arrays = [np.ascontiguousarray(getattr(batch, name)) for name in STEP_INPUTS]
         step = library.Step(
-            tokens, len(counts), len(batch.logits_index), self._threads, len(self._groups),
+            tokens,
+            len(counts),
+            len(batch.logits_index),
+            self._threads,
+            len(self._groups),
             **{name: array.ctypes.data for name, array in zip(STEP_INPUTS, arrays, strict=True)},
-            code=ctypes.addressof(self._code), groups=ctypes.addressof(self._groups), slot=slot.ctypes.data,
-            next=self._next[turn].ctypes.data, done=self._done[turn].ctypes.data,
-        )  # fmt: skip
-        reads = (arrays, slot, self._code, self._groups, self._next, self._done, self._arena, self._caches, self._weights)
+            code=ctypes.addressof(self._code),
+            groups=ctypes.addressof(self._groups),
+            slot=slot.ctypes.data,
+            next=self._next[turn].ctypes.data,
+            done=self._done[turn].ctypes.data,
+        )
+        reads = (
+            arrays,
+            slot,
+            self._code,
+            self._groups,
+            self._next,
+            self._done,
+            self._arena,
+            self._caches,
+            self._weights,
+        )
         for worker in self._workers:
             worker.start(step, reads)
         self._library.llmc_run(ctypes.byref(step))
@@ -243,16 +271,14 @@ class Executor:
         counts = np.diff(batch.query_start)
         lengths = batch.past_lengths + counts
         tables = np.diff(batch.block_begins)
-        expected = np.arange(tokens) - np.repeat(batch.query_start[:-1] - batch.past_lengths, counts)
+        whole = batch.query_start[0] == 0 and batch.query_start[-1] == tokens and (counts >= 0).all()
         if (
-            (counts < 0).any()
-            or batch.query_start[0] != 0
-            or batch.query_start[-1] != tokens
+            not whole
             or batch.block_begins[0] != 0
             or batch.block_begins[-1] != len(batch.block_indices)
             or (tables * BLOCK_SIZE < np.where(counts > 0, lengths, 0)).any()
             or (batch.past_lengths < 0).any()
-            or not np.array_equal(expected, batch.position_ids)
+            or not np.array_equal(_positions(batch, counts), batch.position_ids)
         ):
             raise ValueError("the arrays of the step contradict each other")
 
@@ -340,7 +366,7 @@ class _Worker:
         threading.Thread(target=self._loop, name="llmc", daemon=True).start()
 
     def start(self, step: library.Step, reads: object) -> None:
-        """Let the thread run a step. reads: the memory that it may touch, even after others finished the step."""
+        """Let the thread run a step. reads: the memory of the step, which a late thread may still read."""
         self._behind += 1
         self._given.put((step, reads))
 
@@ -363,6 +389,11 @@ class _Worker:
 def _end(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         worker.end()
+
+
+def _positions(batch: Batch, counts: np.ndarray) -> np.ndarray:
+    """The position of every token, int [T], as its sequence's cached tokens say."""
+    return np.arange(len(batch.input_ids)) - np.repeat(batch.query_start[:-1] - batch.past_lengths, counts)
 
 
 def _whole(nbytes: int) -> int:

@@ -26,12 +26,16 @@ _UNARY: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "abs": np.abs,
     "sqrt": np.sqrt,
     "reciprocal": np.reciprocal,
-    "softplus": lambda x: np.logaddexp(x, 0),
     "square": np.square,
 }
 _BINARY: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "min": np.minimum, "max": np.maximum,
-}  # fmt: skip
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "min": np.minimum,
+    "max": np.maximum,
+}
 
 
 class Interpreter:
@@ -64,7 +68,9 @@ class Interpreter:
             else:
                 result = self._compute(one, inputs, batch)
             assert one.out is not None
-            buffer = buffers.setdefault(one.out, np.zeros((len(result), self._program.buffers[one.out].width)))
+            buffer = buffers.setdefault(
+                one.out, np.zeros((len(result), self._program.buffers[one.out].width))
+            )
             buffer[:, one.offset : one.offset + result.shape[1]] = result
         return buffers[self._program.logits]
 
@@ -84,7 +90,7 @@ class Interpreter:
         if one.op == "vector":
             return _BINARY[one.function](x, weights[0])
         if one.op == "scalar":
-            return _BINARY[one.function](x, np.float64(one.floats["value"]))
+            return _BINARY[one.function](x, np.array(one.floats["value"]))
         if one.op == "linear":
             return x @ weights[0].T
         if one.op == "rms_norm":

@@ -1,8 +1,8 @@
-"""A model as a program: a flat list of instructions over rows of numbers. `docs/reference/program.md` specifies it.
+"""A model as a program: a flat list of instructions over rows of numbers.
 
-A program is data. It says what to compute, not how: it has no addresses, threads or instruction sets. A buffer
-has one row for each token of a step, or one for each wanted row of logits. An instruction reads views of
-buffers (a range of columns) and constants of the weights file, and writes a whole buffer.
+`docs/reference/program.md` is the specification. A program is data: it has no addresses, threads or
+instruction sets. A buffer has one row per token of a step, or one per wanted row of logits. An instruction
+reads views of buffers, which are ranges of columns, and constants of the weights file. It writes a buffer.
 """
 
 from __future__ import annotations
@@ -20,8 +20,21 @@ MAX_PROGRAM_BYTES = 64 << 20
 TILE = 32  # rows of a packed matrix that lie together
 _MAX = 1 << 27
 
-UNARY = ("sigmoid", "silu", "gelu", "gelu_tanh", "tanh", "relu", "exp", "erf", "neg", "abs", "sqrt", "reciprocal",
-         "softplus", "square")  # fmt: skip
+UNARY = (
+    "sigmoid",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "tanh",
+    "relu",
+    "exp",
+    "erf",
+    "neg",
+    "abs",
+    "sqrt",
+    "reciprocal",
+    "square",
+)
 BINARY = ("add", "sub", "mul", "div", "min", "max")
 ELEMENTS = ("fp32", "fp16", "bf16", "int8", "int4")
 
@@ -178,7 +191,9 @@ class Program:
         if len(data) > MAX_PROGRAM_BYTES:
             raise BundleError(f"the program is larger than {MAX_PROGRAM_BYTES} bytes")
         try:
-            tree = json.loads(data.decode("ascii"), object_pairs_hook=unique_keys, parse_constant=no_constants)
+            tree = json.loads(
+                data.decode("ascii"), object_pairs_hook=unique_keys, parse_constant=no_constants
+            )
         except (ValueError, RecursionError) as error:
             raise BundleError(f"the program is not JSON: {ascii(str(error))[1:-1]}") from error
         program: Program = decode(Program, tree, "program")
@@ -233,6 +248,9 @@ def _complaints(program: Program, one: Instruction, written: set[int]) -> Iterat
     yield from _shape_complaints(program, one)
 
 
+_SAME_WIDTH = ("gather_rows", "unary", "binary", "vector", "scalar", "rms_norm", "layer_norm", "rope")
+
+
 def _shape_complaints(program: Program, one: Instruction) -> Iterator[str]:
     """Sizes, for an instruction whose references exist."""
     out = program.buffers[one.out] if one.out is not None else None
@@ -243,7 +261,9 @@ def _shape_complaints(program: Program, one: Instruction) -> Iterator[str]:
             yield "must go from tokens to rows of logits"
     elif out is not None and rows - {out.rows}:
         yield "mixes rows of tokens and of logits"
-    if one.op in ("embed", "rope", "write_kv", "attention") and (rows | ({out.rows} if out else set())) != {"tokens"}:
+    if one.op in ("embed", "rope", "write_kv", "attention") and (rows | ({out.rows} if out else set())) != {
+        "tokens"
+    }:
         yield "works on tokens only"
     if one.offset and one.op != "copy":
         yield "cannot write at an offset"
@@ -252,15 +272,16 @@ def _shape_complaints(program: Program, one: Instruction) -> Iterator[str]:
         assert first is not None
         if one.offset + first.width > width:
             yield "writes past the columns of its buffer"
-    elif one.op in ("gather_rows", "unary", "binary", "vector", "scalar", "rms_norm", "layer_norm", "rope"):
-        if any(view.width != width for view in one.inputs):
-            yield "has inputs of another width than its output"
+    elif one.op in _SAME_WIDTH and any(view.width != width for view in one.inputs):
+        yield "has inputs of another width than its output"
     yield from _operand_complaints(program, one, width)
 
 
 def _operand_complaints(program: Program, one: Instruction, width: int) -> Iterator[str]:
     integers, first = one.integers, one.inputs[0] if one.inputs else None
-    if one.op in ("vector", "layer_norm") and any(program.constants.get(name) != width for name in one.weights):
+    if one.op in ("vector", "layer_norm") and any(
+        program.constants.get(name) != width for name in one.weights
+    ):
         yield "has a constant of another width"
     if one.op == "rms_norm":
         groups = integers["groups"]

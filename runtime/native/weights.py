@@ -6,6 +6,7 @@ import json
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,15 +54,21 @@ def read_weights(path: Path, program: Program) -> tuple[Mapping[str, np.ndarray]
     return arrays, memory
 
 
-def _span(entry: Mapping[str, object]) -> tuple[str, int, int]:
-    dtype, (first, last) = entry["dtype"], entry["data_offsets"]  # type: ignore[misc]
+def _span(entry: Mapping[str, Any]) -> tuple[str, int, int]:
+    dtype = entry["dtype"]
+    first, last = entry["data_offsets"]
     if not isinstance(dtype, str) or type(first) is not int or type(last) is not int:
         raise ValueError("an entry of the header is malformed")
     return dtype, first, last
 
 
 def _take(
-    path: Path, data: np.ndarray, spans: Mapping[str, tuple[str, int, int]], name: str, dtype: str, nbytes: int
+    path: Path,
+    data: np.ndarray,
+    spans: Mapping[str, tuple[str, int, int]],
+    name: str,
+    dtype: str,
+    nbytes: int,
 ) -> np.ndarray:
     kind, first, last = spans.get(name, ("", 0, 0))
     if kind != dtype or last - first != nbytes or not 0 <= first <= last <= len(data) or first % 64:

@@ -1,6 +1,6 @@
 """Lower a quantized graph to the native engine's program.
 
-Reshape, Split and column slices become views, expressions of weights become constants, and what is left are the
+Reshape, Split and column slices become views. Expressions of weights become constants. The other nodes become
 operations of `runtime/native/program.py`. Nothing here edits the graph.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -20,14 +21,25 @@ from llmc.runtime.errors import UnsupportedError
 from llmc.runtime.native.program import Buffer, Cache, Instruction, Matrix, Program, View, check
 
 _UNARY = {
-    "Sigmoid": "sigmoid", "Tanh": "tanh", "Relu": "relu", "Exp": "exp", "Erf": "erf", "Neg": "neg", "Abs": "abs",
-    "Sqrt": "sqrt", "Reciprocal": "reciprocal",
-}  # fmt: skip
+    "Sigmoid": "sigmoid",
+    "Tanh": "tanh",
+    "Relu": "relu",
+    "Exp": "exp",
+    "Erf": "erf",
+    "Neg": "neg",
+    "Abs": "abs",
+    "Sqrt": "sqrt",
+    "Reciprocal": "reciprocal",
+}
 _BINARY = {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "Min": "min", "Max": "max"}
 _COMMUTATIVE = ("add", "mul", "min", "max")
-_ELEMENTS = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16",
-             ir.DataType.INT8: "int8", ir.DataType.INT4: "int4"}  # fmt: skip
-_LARGEST_GROUP = 128
+_ELEMENTS: Mapping[ir.DataType, Literal["fp32", "fp16", "bf16", "int8", "int4"]] = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.INT8: "int8",
+    ir.DataType.INT4: "int4",
+}
 _EMPTY: Mapping[str, int] = MappingProxyType({})
 
 
@@ -75,7 +87,9 @@ class _Lowering:
                 self._lower(node)
         logits = self.views.get(graph.outputs[0])
         if logits is None or logits.width != self.buffers[logits.buffer].width:
-            raise UnsupportedError("the graph's logits are no buffer of the program", "choose another --engine")
+            raise UnsupportedError(
+                "the graph's logits are no buffer of the program", "choose another --engine"
+            )
         program = Program(
             1,
             tuple(self.buffers),
@@ -249,11 +263,13 @@ class _Lowering:
         elif elements == view.width and edit.dims(right)[-1] == elements:
             self._emit(node, "vector", (view,), function=function, weights=(self._constant(right),))
         else:
-            raise _refusal(node, f"a constant of shape {edit.dims(right)} has no place in a row of {view.width}")
+            raise _refusal(
+                node, f"a constant of shape {edit.dims(right)} has no place in a row of {view.width}"
+            )
 
     def _clip(self, node: ir.Node) -> None:
         view = self._view(node, 0)
-        bounds = [value for value in node.inputs[1:]]
+        bounds = list(node.inputs[1:])
         last = node.outputs[0]
         for function, bound in zip(("max", "min"), bounds, strict=False):
             if bound is not None:
@@ -268,9 +284,13 @@ class _Lowering:
         if edit.attribute(node, "axis") not in (-1, len(edit.dims(edit.operand(node, 0))) - 1):
             raise _refusal(node, "it normalizes over more than the last axis")
         self._emit(
-            node, "rms_norm", (view,), weights=(self._constant(weight),),
-            integers={"groups": view.width // width}, floats={"epsilon": float(edit.attribute(node, "epsilon"))},
-        )  # fmt: skip
+            node,
+            "rms_norm",
+            (view,),
+            weights=(self._constant(weight),),
+            integers={"groups": view.width // width},
+            floats={"epsilon": float(edit.attribute(node, "epsilon"))},
+        )
 
     def _layer_norm(self, node: ir.Node) -> None:
         view = self._view(node, 0)
@@ -289,9 +309,16 @@ class _Lowering:
         rotated = node.attributes.get_int("rotary_embedding_dim", 0) or width
         self.positions = edit.dims(cosine)[0]
         self._emit(
-            node, "rope", (view,), weights=(self._constant(cosine), self._constant(sine)),
-            integers={"heads": heads, "rotated": rotated, "interleaved": node.attributes.get_int("interleaved", 0)},
-        )  # fmt: skip
+            node,
+            "rope",
+            (view,),
+            weights=(self._constant(cosine), self._constant(sine)),
+            integers={
+                "heads": heads,
+                "rotated": rotated,
+                "interleaved": int(edit.attribute(node, "interleaved")),
+            },
+        )
 
     def _attention(self, node: ir.Node) -> None:
         cache_input = edit.operand(node, 3)
@@ -304,13 +331,17 @@ class _Lowering:
         self.instructions.append(Instruction("write_kv", None, 0, (key, value), (), "", {"layer": layer}, {}))
         heads = int(edit.attribute(node, "num_heads"))
         self._emit(
-            node, "attention", (query,), width=heads * self.caches[layer].v_head_dim,
+            node,
+            "attention",
+            (query,),
+            width=heads * self.caches[layer].v_head_dim,
             integers={"heads": heads, "layer": layer, "window": int(edit.attribute(node, "window"))},
             floats={name: float(edit.attribute(node, name)) for name in ("scale", "softcap")},
-        )  # fmt: skip
+        )
 
     def _gemm(self, node: ir.Node) -> None:
-        if not node.attributes.get_int("transB", 0) or node.attributes.get_int("transA", 0):
+        transposed = {name: node.attributes.get_int(name, 0) for name in ("transA", "transB")}  # type: ignore[arg-type]
+        if transposed != {"transA": 0, "transB": 1}:
             raise _refusal(node, "its matrix is not transposed")
         view, weight = self._view(node, 0), edit.operand(node, 1)
         name, rows = self._matrix(weight, node), edit.dims(weight)[0]
@@ -331,7 +362,12 @@ class _Lowering:
         if producer is not None and producer.op_type == "DequantizeLinear":
             codes, scales = edit.operand(producer, 0), edit.operand(producer, 1)
             name, block = str(codes.name), _block(producer, columns)
-            if codes.dtype not in _ELEMENTS or codes.producer() is not None or block % 16 or columns % max(block, 1):
+            if (
+                codes.dtype not in _ELEMENTS
+                or codes.producer() is not None
+                or block % 16
+                or columns % max(block, 1)
+            ):
                 dequantized = weight  # FP8, FP4 and odd blocks: as fp32
             else:
                 source = codes
@@ -347,9 +383,8 @@ class _Lowering:
         if element is None:
             raise _refusal(node, f"its weight is {source.dtype}")
         half = scales is not None and _scale_dtype(scales) == ir.DataType.FLOAT16
-        self.matrices[name] = Matrix(
-            rows, columns, element, block, ("fp16" if half else "fp32") if scales is not None else ""
-        )  # type: ignore[arg-type]
+        kind: Literal["", "fp16", "fp32"] = "" if scales is None else "fp16" if half else "fp32"
+        self.matrices[name] = Matrix(rows, columns, element, block, kind)
         self.sources[name] = MatrixSource(source, scales)
         return name
 
@@ -419,5 +454,6 @@ def _integers(value: ir.Value | None) -> list[int]:
 
 def _refusal(node: ir.Node, reason: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{module_of(node)} ({node.op_type}): {reason}", "choose another engine: --engine openvino or onnxruntime"
+        f"{module_of(node)} ({node.op_type}): {reason}",
+        "choose another engine: --engine openvino or onnxruntime",
     )

@@ -1,7 +1,6 @@
-"""Pack the weights of a program into the tiles that the native engine streams. `docs/reference/program.md` specifies them.
+"""Pack the weights of a program into tiles for the native engine. `docs/reference/program.md` specifies them.
 
-Thirty-two rows of a matrix lie together. So the sums of 32 rows are lanes of vectors, and no sum ever goes across
-lanes.
+A tile holds 32 rows of a matrix. The sums of the rows are the lanes of vectors, so no sum goes across lanes.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ def write_packed(lowered: Lowered, work: BundleWriter, on_bytes: Callable[[int],
     A matrix is a U8 vector of tiles, a constant an F32 vector.
     """
     program = lowered.program
-    entries: list[TensorEntry] = [
-        (name, "U8", (matrix.nbytes,)) for name, matrix in program.matrices.items()
-    ]
+    entries: list[TensorEntry] = [(name, "U8", (matrix.nbytes,)) for name, matrix in program.matrices.items()]
     entries += [(name, "F32", (size,)) for name, size in program.constants.items()]
     work.check_disk_space(sum(matrix.nbytes for matrix in program.matrices.values()))
     done = 0
@@ -55,7 +52,9 @@ def pack(matrix: Matrix, source: MatrixSource) -> np.ndarray:
     if source.scales is None:
         return pack_floats(data)
     scales = evaluate(source.scales)
-    scales = np.broadcast_to(scales.reshape(-1, 1) if scales.ndim < 2 else scales, (matrix.rows, _blocks(matrix)))
+    scales = np.broadcast_to(
+        scales.reshape(-1, 1) if scales.ndim < 2 else scales, (matrix.rows, _blocks(matrix))
+    )
     dtype = np.float16 if matrix.scales == "fp16" else np.float32
     return pack_integers(data.astype(np.int8), scales.astype(dtype), matrix)
 

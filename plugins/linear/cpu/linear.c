@@ -10,7 +10,7 @@
 
 #define PREFETCH(p) __builtin_prefetch((p), 0, 2)
 #define UNROLL _Pragma("clang loop unroll(full)")
-enum { TILE = 32, AHEAD = 8192, FLOAT_BLOCK = 64 };
+enum { TILE = 32, MOST = 6, AHEAD = 8192, FLOAT_BLOCK = 64 };
 
 typedef struct {
   const int8_t *q;
@@ -23,7 +23,7 @@ typedef struct {
 INLINE void integer_tile(const int M, const int DIGITS, const int BITS, const int HALF, const uint8_t *w, int columns,
                          int block, int group, digits_of_rows x, float *out, int64_t out_stride) {
   const int STEP = BITS == 4 ? 8 : 4, ZERO = BITS == 4 ? 8 : 128, groups = columns / group;
-  vf f[M][2];
+  vf f[MOST][2];
   UNROLL for (int m = 0; m < M; m++) f[m][0] = f[m][1] = allf(0);
   for (int column = 0, g = 0; column < columns;) {
     vf scale[2];
@@ -36,10 +36,10 @@ INLINE void integer_tile(const int M, const int DIGITS, const int BITS, const in
       PREFETCH(w + AHEAD), PREFETCH(w + AHEAD + 64);
       w += 128;
     }
-    vf of_block[M][2];
+    vf of_block[MOST][2];
     UNROLL for (int m = 0; m < M; m++) of_block[m][0] = of_block[m][1] = allf(0);
     for (const int end = column + block; column < end; column += group, g++) {
-      vi c[M * DIGITS][2];
+      vi c[MOST][2];
       UNROLL for (int m = 0; m < M; m++) UNROLL for (int d = 0; d < DIGITS; d++)
           c[m * DIGITS + d][0] = c[m * DIGITS + d][1] = alli(-ZERO * x.sums[m * x.sums_row + d * groups + g]);
       const int8_t *q = x.q + column;
@@ -85,10 +85,10 @@ INLINE vf load_kind(const int KIND, const uint8_t *p) {
 INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int columns, const float *x, int64_t x_stride,
                        float *out, int64_t out_stride) {
   const int SIZE = KIND == F32 ? 64 : 32; // bytes of 16 numbers
-  vf f[M][2];
+  vf f[MOST][2];
   UNROLL for (int m = 0; m < M; m++) f[m][0] = f[m][1] = allf(0);
   for (int column = 0; column < columns;) {
-    vf c[M][2];
+    vf c[MOST][2];
     UNROLL for (int m = 0; m < M; m++) c[m][0] = c[m][1] = allf(0);
     const int end = column + FLOAT_BLOCK < columns ? column + FLOAT_BLOCK : columns;
     for (; column < end; column++, w += 2 * SIZE) {

@@ -24,7 +24,7 @@ static int attention_items(const instruction *i, const step *s) {
 
 // Scores of R rows with the 32 keys of a block: even and odd numbers of a key are added apart.
 INLINE void scores(const int R, int width, const float *keys, const float *queries, int64_t stride, float out[][BLOCK]) {
-  vf s[R][2][2];
+  vf s[4][2][2];
   for (int r = 0; r < R; r++) s[r][0][0] = s[r][0][1] = s[r][1][0] = s[r][1][1] = allf(0);
   for (int d = 0; d < width; d += 2, keys += 2 * BLOCK)
     for (int e = 0; e < 2; e++) {
@@ -39,7 +39,7 @@ INLINE void scores(const int R, int width, const float *keys, const float *queri
 
 // out += weights x values, 4 vectors of the row at a time
 INLINE void weigh(const int V, int first, int last, const float *weights, const float *values, int64_t stride, float *out) {
-  vf o[V];
+  vf o[4];
   for (int v = 0; v < V; v++) o[v] = loadf(out + 16 * v);
   for (int t = first; t < last; t++) {
     const vf p = allf(weights[t]);

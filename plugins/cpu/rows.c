@@ -1,8 +1,8 @@
 // Instructions that work on one row of a buffer. Buffers have room for whole vectors: a width is rounded up to 16.
-#include "../../cpu/program.h"
-#include "../../cpu/vec.h"
+#include "program.h"
+#include "vec.h"
 
-enum unary { SIGMOID, SILU, GELU, GELU_TANH, TANH, RELU, EXP, ERF, NEG, ABS, SQRT, RECIPROCAL, SOFTPLUS, SQUARE };
+enum unary { SIGMOID, SILU, GELU, GELU_TANH, TANH, RELU, EXP, ERF, NEG, ABS, SQRT, RECIPROCAL, SQUARE };
 enum binary { ADD, SUB, MUL, DIV, MIN, MAX };
 
 INLINE vf sqrt_each(vf x) { return __builtin_elementwise_sqrt(x); }
