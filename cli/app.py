@@ -36,7 +36,7 @@ Examples:
 # Groups of options in the help: command -> title -> parameters.
 _PANELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "build": {
-        "Engine": ("target", "dtype", "kv_dtype", "sm", "max_seq_len"),
+        "Engine": ("target", "engine", "dtype", "kv_dtype", "sm", "max_seq_len"),
         "Quantization": ("quant", "exclude", "calibration", "calibration_method"),
     },
     "run": {

@@ -14,7 +14,7 @@ from llmc.cli import output
 from llmc.cli.output import Json, print_json
 from llmc.cli.plan_table import plan_lines, prequantized_plan_lines
 from llmc.cli.text import size, table
-from llmc.compiler.request import DTYPES, KV_DTYPES, METHODS, TARGETS
+from llmc.compiler.request import DTYPES, ENGINES, KV_DTYPES, METHODS, TARGETS
 from llmc.passes.quantize.formats import FORMATS, get_format
 from llmc.runtime.cpus import limit_library_threads
 from llmc.runtime.errors import BuildError
@@ -63,6 +63,14 @@ def build(
             metavar="|".join(TARGETS), autocompletion=lambda: list(TARGETS), help="What the engine runs on."
         ),
     ] = "cpu",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(ENGINES),
+            autocompletion=lambda: list(ENGINES),
+            help="What runs the model on the CPU (default: llmc chooses).",
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -149,6 +157,7 @@ def build(
         checkpoint=checkpoint,
         output=bundle or default_output(checkpoint),
         target=target,
+        engine=engine,
         dtype=dtype,  # type: ignore[arg-type]  # the request checks it
         quant=quant,
         exclude=tuple(exclude or ()),

@@ -20,11 +20,15 @@ from llmc.cli.text import size, table
 
 if TYPE_CHECKING:
     from llmc.runtime.bundle.manifest import Manifest, Sampling
+    from llmc.runtime.bundle.reader import Bundle
 
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(metavar="NAME.llmc", help="The bundle to look into.")],
     verify: Annotated[bool, typer.Option("--verify", help="Hash every byte of every file.")] = False,
+    program: Annotated[
+        bool, typer.Option("--program", help="Print the instructions of a native engine's program.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what is inside a bundle.
@@ -45,6 +49,9 @@ def inspect(
     opened = Bundle.open(bundle, verify_hashes=False)
     if verify:
         opened.verify()
+    if program:
+        print_program(opened)
+        return
     manifest = opened.manifest
     geometry, source, tokens = manifest.geometry, manifest.source, manifest.tokens
     total = sum(file.bytes for file in manifest.files.values()) + (opened.path / MANIFEST_NAME).stat().st_size
@@ -122,6 +129,21 @@ def describe_sampling(sampling: Sampling | None) -> str:
     if sampling.repetition_penalty != 1:
         facts.append(f"repetition penalty {sampling.repetition_penalty:g}")
     return f"{', '.join(facts)} (generation_config.json; `llmc run --greedy` ignores it)"
+
+
+def print_program(bundle: Bundle) -> None:
+    """Print a native engine's program, one instruction per line. Raises RequestError for other engines."""
+    from llmc.runtime.errors import RequestError
+    from llmc.runtime.native.program import Program, describe
+
+    if bundle.manifest.target.engine != "native":
+        raise RequestError(
+            f"{bundle.name} has no program: its engine is {bundle.manifest.target.engine}",
+            "build it with --engine native",
+        )
+    program = Program.from_json(bundle.engine_path().read_bytes())
+    for number, one in enumerate(program.instructions):
+        print(f"{number:5}  {describe(one)}")
 
 
 def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:

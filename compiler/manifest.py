@@ -73,7 +73,7 @@ def manifest(
         verification=verification,
         engines=(Engine(rank=0, file=artifact.engine_file),),
         weights=Weights(
-            files=(write.WEIGHTS_FILE,) if artifact.weights_file else (),
+            files=artifact.weights_files,
             bytes=0,
             dtype=write.main_dtype(model),
             note=artifact.weights_note,

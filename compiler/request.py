@@ -26,6 +26,7 @@ TARGETS: Mapping[str, TargetOptions] = {
     "tensorrt-rtx": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
     "tensorrt": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
 }
+ENGINES = ("openvino", "onnxruntime", "native")  # of the target cpu
 METHODS = ("max", "percentile", "mse")  # the calibration methods, the default first
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 KV_DTYPES = ("auto", *sorted({name for options in TARGETS.values() for name in options.caches}))
@@ -41,6 +42,8 @@ class BuildRequest:
     output: Path
     #: One of TARGETS.
     target: str = "cpu"
+    #: What runs the model on the CPU, one of ENGINES. None: llmc chooses.
+    engine: str | None = None
     #: The compute dtype. `auto`: fp32 on the CPU, where only that is exact; on a GPU fp16 for fp16
     #: checkpoints, else bf16.
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -74,6 +77,16 @@ class BuildRequest:
         if self.dtype not in DTYPES:
             raise BuildError(
                 f"there is no dtype {self.dtype!r}", f"known dtypes: {', '.join(DTYPES)}", "dtype"
+            )
+        if self.engine is not None and self.engine not in ENGINES:
+            raise BuildError(
+                f"there is no engine {self.engine!r}", f"known engines: {', '.join(ENGINES)}", "engine"
+            )
+        if self.engine is not None and self.target != "cpu":
+            raise BuildError(
+                f"--engine is for --target cpu, and the target is {self.target}",
+                "leave --engine out",
+                "engine",
             )
         options = TARGETS[self.target]
         if self.dtype not in ("auto", *options.dtypes):

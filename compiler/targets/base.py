@@ -33,6 +33,8 @@ class Resolved:
     kv_dtype: str
     #: Compute capabilities of the GPUs, 89 for 8.9; none for a CPU and for a portable engine.
     sms: tuple[int, ...] = ()
+    #: The engine that the user asked for; None: the target chooses.
+    engine: str | None = None
     #: The format of lm_head where the other linear layers are quantized; None: it stays unquantized.
     head_format: str | None = None
 
@@ -73,8 +75,8 @@ class Artifact:
 
     #: What the runtime loads.
     engine_file: str
-    #: Whether the bundle keeps the weights file; an engine may hold them itself.
-    weights_file: bool = True
+    #: The weights files that the bundle keeps; none if the engine holds the weights itself.
+    weights_files: tuple[str, ...] = ()
     #: How the weights are stored, for the manifest.
     weights_note: str = ""
     gpu: Gpu | None = None

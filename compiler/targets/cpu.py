@@ -1,6 +1,6 @@
-"""The CPU target: OpenVINO where it can take the graph, ONNX Runtime where it cannot.
+"""The CPU target: OpenVINO, ONNX Runtime for graphs that OpenVINO lacks, and llmc's native engine on request.
 
-Both read the same ONNX file. `llmc.PagedAttention` is OpenVINO's own paged attention there, and the
+The first two read the same ONNX file. `llmc.PagedAttention` is OpenVINO's own paged attention there, and the
 function body that the file carries here.
 """
 
@@ -16,7 +16,10 @@ from llmc.compiler.progress import Clock
 from llmc.compiler.request import BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import GRAPH_FILE, Artifact, ProofFiles, Resolved, Sizes
+from llmc.compiler.targets.native.lower import lower
+from llmc.compiler.targets.native.pack import PACKED_FILE, write_packed
 from llmc.compiler.weights.narrow import narrow_plan
+from llmc.compiler.weights.write import WEIGHTS_FILE
 from llmc.passes import contract, pipeline
 from llmc.passes.contract import Pass
 from llmc.passes.geometry import attention_nodes
@@ -26,12 +29,14 @@ from llmc.passes.spec import module_of
 from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import UnsupportedError
 
+PROGRAM_FILE = "rank0.program.json"
 _EXACT_FILE = "rank0.exact.onnx"  # beside weights/ while it is needed; no part of a bundle
 OPENVINO, ONNXRUNTIME = "2026.4", "1.32"
 _WEIGHTS_NOTE = {
     "openvino": "16-bit matrices as the checkpoint has them (bf16 as fp16 times a power of two, exactly), "
     "widened as they are multiplied; the rest in fp32",
     "onnxruntime": "fp32, which the engine maps as it is",
+    "native": "packed in tiles of 32 rows, in the checkpoint's own dtype where they are not quantized",
 }
 
 
@@ -46,10 +51,20 @@ class CpuTarget:
             # lm_head takes int8 beside integer formats: every token reads all of it, and int8 loses little
             # (docs/explanation/quantization.md).
             head = "int8" if fmt.element in ("int8", "int4") else None
-        return Resolved(request.target, dtype, cache_dtype(request, dtype), head_format=head)
+        return Resolved(
+            request.target, dtype, cache_dtype(request, dtype), head_format=head, engine=request.engine
+        )
 
     def choose_engine(self, resolved: Resolved, model: ir.Model) -> EngineTarget:
+        if resolved.engine == "native":
+            return native_engine(resolved, model)
         chosen = choose_engine(model)
+        if resolved.engine not in (None, chosen.engine):
+            if chosen.engine == "onnxruntime":
+                raise UnsupportedError(
+                    f"OpenVINO cannot run this model: {chosen.reason}", "leave --engine out, or name another"
+                )
+            chosen = EngineTarget("cpu", "onnxruntime", "--engine named it", {"onnxruntime": ONNXRUNTIME})
         if resolved.kv_dtype != "fp32" and chosen.engine != "openvino":
             raise UnsupportedError(
                 f"a KV cache of {resolved.kv_dtype} needs OpenVINO, and ONNX Runtime must run this model: "
@@ -66,12 +81,17 @@ class CpuTarget:
         del resolved
         if engine == "openvino":
             return pipeline.legalize_openvino(narrow_plan(model, tensors))
+        if engine == "native":
+            return pipeline.legalize_openvino(narrow_plan(model, tensors, bf16_as_fp16=False))
         return pipeline.legalize_onnxruntime()
 
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:
         del sizes, clock
 
     def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
+        if engine == "native":
+            _write_program(model, work)
+            return ProofFiles(PROGRAM_FILE, engine)
         graph, quantizing = GRAPH_FILE, ""
         if rounded_to(model):
             exact = model.clone()
@@ -85,9 +105,36 @@ class CpuTarget:
     def build(
         self, resolved: Resolved, engine: str, model: ir.Model, sizes: Sizes, work: BundleWriter, clock: Clock
     ) -> Artifact:
-        """The graph and the weights are the engine: nothing is left to do."""
-        del resolved, model, sizes, work, clock
-        return Artifact(GRAPH_FILE, weights_note=_WEIGHTS_NOTE[engine])
+        """Write the native engine's program, unless `proof` did. For others nothing is left to do."""
+        del resolved, sizes, clock
+        if engine != "native":
+            return Artifact(GRAPH_FILE, (WEIGHTS_FILE,), _WEIGHTS_NOTE[engine])
+        if not work.path(PROGRAM_FILE).exists():
+            _write_program(model, work)
+        for file in (GRAPH_FILE, WEIGHTS_FILE):
+            work.discard(file)
+        return Artifact(PROGRAM_FILE, (PACKED_FILE,), _WEIGHTS_NOTE[engine])
+
+
+def native_engine(resolved: Resolved, model: ir.Model) -> EngineTarget:
+    """Return the native engine. Raises UnsupportedError if it cannot run `model`, saying why."""
+    if resolved.kv_dtype != "fp32":
+        raise UnsupportedError(
+            f"the native engine has no KV cache of {resolved.kv_dtype}", "leave --kv-dtype out"
+        )
+    if rounded_to(model):
+        raise UnsupportedError(
+            "the native engine does not quantize activations yet",
+            "leave --engine out, or choose another --quant",
+        )
+    lower(model)
+    return EngineTarget("cpu", "native", "--engine named it", {})
+
+
+def _write_program(model: ir.Model, work: BundleWriter) -> None:
+    lowered = lower(model)
+    work.path(PROGRAM_FILE).write_bytes(lowered.program.to_json())
+    write_packed(lowered, work, lambda done: None)
 
 
 def choose_engine(model: ir.Model) -> EngineTarget:

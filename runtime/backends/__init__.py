@@ -12,6 +12,7 @@ from llmc.runtime.errors import BackendError
 _LOADERS = {
     "openvino": "openvino.backend",
     "onnxruntime": "onnxruntime",
+    "native": "native",
     "tensorrt-rtx": "tensorrt.load",
     "tensorrt": "tensorrt.load",
 }

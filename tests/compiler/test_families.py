@@ -1,4 +1,4 @@
-"""Every family in the zoo, on both CPU engines, compared with transformers in fp32.
+"""Every family in the zoo, on every CPU engine, compared with transformers in fp32.
 
 Logits of ragged batches (prefill, chunked prefill, mixed steps, decode) and 64 greedy tokens.
 """
@@ -44,7 +44,7 @@ class Reference:
     continuations: list[list[int]]
 
 
-@functools.cache  # both engines are compared with one run of transformers
+@functools.cache  # all engines are compared with one run of transformers
 def reference(path: Path) -> Reference:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     model.eval()
@@ -112,6 +112,14 @@ def test_logits_and_greedy_text_equal_transformers(
     name: str, engine: str, checkpoint: Callable[[str], Path], bundle: Callable[[str], Path]
 ) -> None:
     check(reference(checkpoint(name)), backend_for(bundle(name), engine), 256)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_native_engine_equals_transformers(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    request = BuildRequest(str(checkpoint(name)), tmp_path / "x.llmc", engine="native", verify=False)
+    check(reference(checkpoint(name)), backend_for(compile_model(request).path, "native"), 256)
 
 
 def test_only_the_softcap_family_needs_onnx_runtime(bundle: Callable[[str], Path]) -> None:

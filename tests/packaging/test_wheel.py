@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llmc import __version__
-from support.package_tree import ROOMS, ROOT, files, module, package
+from support.package_tree import COMPILED, ROOMS, ROOT, files, module, package
 
 pytestmark = pytest.mark.slow
 
@@ -36,10 +36,11 @@ def run(*command: object, **options: object) -> str:
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked sdist of a copy of the tree: a build writes beside pyproject.toml."""
     copy, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("sdist")
-    for name in ("pyproject.toml", "README.md", "README.pypi.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "README.pypi.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for room in ROOMS:
         shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.rmtree(copy / "plugins/cpu/lib", ignore_errors=True)
     run(
         sys.executable, "-c", f"from setuptools import build_meta as b; b.build_sdist({str(out)!r})", cwd=copy
     )
@@ -73,7 +74,9 @@ def installed(wheel: Path) -> Path:
 
 def test_the_wheel_holds_the_tree(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        names = {
+            name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith(COMPILED)
+        }
     assert names == {"/".join((*package(path.parent).split("."), path.name)) for path in files()}
 
 

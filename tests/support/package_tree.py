@@ -5,15 +5,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("cli", "compiler", "passes", "plugins", "runtime", "model_zoo")
-# The checkpoint of `make demo` and the script that trained it stay in the clone.
-CLONE_ONLY = ("model_zoo/llama/tales/*", "model_zoo/llama/train_tales.py")
+COMPILED = ".so"  # libraries that the build of the package makes, if there is a compiler
+# The checkpoint of `make demo`, the script that trained it, and the C sources stay in the clone.
+CLONE_ONLY = ("model_zoo/llama/tales/*", "model_zoo/llama/train_tales.py", "plugins/*.c", "plugins/*.h")
 
 
 def files() -> list[Path]:
     """Return every file that can be installed, relative to the root."""
     found = [path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file()]
     kept = [path for path in found if not any(fnmatch(path.as_posix(), pattern) for pattern in CLONE_ONLY)]
-    return [path for path in kept if path.suffix != ".pyc"]
+    return [path for path in kept if path.suffix not in (".pyc", COMPILED)]
 
 
 def package(folder: Path) -> str:

@@ -145,7 +145,7 @@ class TensorRTTarget:
         work.discard(GRAPH_FILE)
         work.discard(WEIGHTS_FILE)
         gpu = Gpu(resolved.sms, limits.max_tokens, limits.max_sequences, limits.max_logits, compiled)
-        return Artifact(PLAN_FILE, False, "in the engine; tied tensors once", gpu)
+        return Artifact(PLAN_FILE, (), "in the engine; tied tensors once", gpu)
 
     def _build(
         self,

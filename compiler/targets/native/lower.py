@@ -1,0 +1,459 @@
+"""Lower a quantized graph to the native engine's program.
+
+Reshape, Split and column slices become views. Expressions of weights become constants. The other nodes become
+operations of `runtime/native/program.py`. Nothing here edits the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.passes import edit
+from llmc.passes.spec import module_of
+from llmc.plugins.paged_attention.spec import NAME as ATTENTION
+from llmc.runtime.errors import UnsupportedError
+from llmc.runtime.native.program import Buffer, Cache, Instruction, Matrix, Program, View, check
+
+_UNARY = {
+    "Sigmoid": "sigmoid",
+    "Tanh": "tanh",
+    "Relu": "relu",
+    "Exp": "exp",
+    "Erf": "erf",
+    "Neg": "neg",
+    "Abs": "abs",
+    "Sqrt": "sqrt",
+    "Reciprocal": "reciprocal",
+}
+_BINARY = {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "Min": "min", "Max": "max"}
+_COMMUTATIVE = ("add", "mul", "min", "max")
+_ELEMENTS: Mapping[ir.DataType, Literal["fp32", "fp16", "bf16", "int8", "int4"]] = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.INT8: "int8",
+    ir.DataType.INT4: "int4",
+}
+_EMPTY: Mapping[str, int] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class MatrixSource:
+    """Where a matrix of the program comes from: values of the graph that are constant."""
+
+    codes: ir.Value
+    scales: ir.Value | None = None
+    #: Whether only fp32 holds it exactly: codes that the engine has no kernel for.
+    dequantized: ir.Value | None = None
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program, and the values of the graph that its weights are made of."""
+
+    program: Program
+    matrices: Mapping[str, MatrixSource]
+    constants: Mapping[str, ir.Value]
+
+
+def lower(model: ir.Model) -> Lowered:
+    """Lower a QUANTIZED graph with fp32 activations. Raises UnsupportedError, naming the module and why."""
+    return _Lowering(model).run()
+
+
+@dataclass
+class _Lowering:
+    model: ir.Model
+    views: dict[ir.Value, View] = field(default_factory=dict)
+    buffers: list[Buffer] = field(default_factory=list)
+    caches: dict[int, Cache] = field(default_factory=dict)
+    instructions: list[Instruction] = field(default_factory=list)
+    matrices: dict[str, Matrix] = field(default_factory=dict)
+    sources: dict[str, MatrixSource] = field(default_factory=dict)
+    constants: dict[str, ir.Value] = field(default_factory=dict)
+    tables: dict[ir.Value, ir.Value] = field(default_factory=dict)  # rows of a rotary table -> the table
+    positions: int = 0
+
+    def run(self) -> Lowered:
+        graph = self.model.graph
+        for node in graph:
+            if not self._is_constant(node.outputs[0]):
+                self._lower(node)
+        logits = self.views.get(graph.outputs[0])
+        if logits is None or logits.width != self.buffers[logits.buffer].width:
+            raise UnsupportedError(
+                "the graph's logits are no buffer of the program", "choose another --engine"
+            )
+        program = Program(
+            1,
+            tuple(self.buffers),
+            tuple(self.caches[layer] for layer in sorted(self.caches)),
+            self.matrices,
+            {name: int(np.prod(edit.dims(value))) for name, value in self.constants.items()},
+            tuple(self.instructions),
+            logits.buffer,
+            logits.width,
+            self.positions,
+        )
+        check(program)
+        return Lowered(program, self.sources, self.constants)
+
+    def _lower(self, node: ir.Node) -> None:
+        lowering = _NODES.get(node.op_type)
+        if lowering is None and node.op_type in _UNARY:
+            self._unary(node, _UNARY[node.op_type])
+        elif lowering is None and node.op_type in _BINARY:
+            self._binary(node, _BINARY[node.op_type])
+        elif lowering is None:
+            raise _refusal(node, "the native engine lacks this operator")
+        else:
+            lowering(self, node)
+
+    # Values
+
+    def _is_constant(self, value: ir.Value | None) -> bool:
+        if value is None or value.is_initializer():
+            return True
+        node = value.producer()
+        return node is not None and all(self._is_constant(one) for one in node.inputs)
+
+    def _view(self, node: ir.Node, index: int) -> View:
+        view = self.views.get(edit.operand(node, index))
+        if view is None:
+            raise _refusal(node, f"its input {index} is not a row of numbers")
+        return view
+
+    def _constant(self, value: ir.Value) -> str:
+        name = str(value.name)
+        self.constants[name] = value
+        return name
+
+    def _emit(
+        self,
+        node: ir.Node,
+        op: str,
+        inputs: tuple[View, ...] = (),
+        *,
+        weights: tuple[str, ...] = (),
+        function: str = "",
+        integers: Mapping[str, int] = _EMPTY,
+        floats: Mapping[str, float] = MappingProxyType({}),
+        width: int | None = None,
+        rows: str | None = None,
+    ) -> None:
+        """Append an instruction that writes a new buffer, which becomes the node's first output."""
+        width = width or inputs[0].width
+        kind = rows or (self.buffers[inputs[0].buffer].rows if inputs else "tokens")
+        self.buffers.append(Buffer(width, "logits" if kind == "logits" else "tokens"))
+        out = len(self.buffers) - 1
+        self.instructions.append(
+            Instruction(op, out, 0, inputs, weights, function, dict(integers), dict(floats))
+        )
+        self.views[node.outputs[0]] = View(out, 0, width)
+
+    # Operators
+
+    def _gather(self, node: ir.Node) -> None:
+        table, indices = edit.operand(node, 0), edit.operand(node, 1)
+        if edit.attribute(node, "axis") != 0:
+            raise _refusal(node, "it gathers columns")
+        if indices.name == "input_ids" and self._is_constant(table):
+            name = self._matrix(table, node)
+            self._emit(node, "embed", weights=(name,), width=edit.dims(table)[1])
+        elif indices.name == "position_ids" and self._is_constant(table):
+            self.tables[node.outputs[0]] = table
+        elif indices.name == "logits_index":
+            self._emit(node, "gather_rows", (self._view(node, 0),), rows="logits")
+        else:
+            raise _refusal(node, f"it gathers by {indices.name}")
+
+    def _reshape(self, node: ir.Node) -> None:
+        source = edit.operand(node, 0)
+        if source in self.tables:
+            self.tables[node.outputs[0]] = self.tables[source]
+            return
+        view = self._view(node, 0)
+        shape = edit.dims(node.outputs[0])
+        if shape[0] != -1 or int(np.prod(shape[1:])) != view.width:
+            raise _refusal(node, "it mixes tokens and features")
+        self.views[node.outputs[0]] = view
+
+    def _split(self, node: ir.Node) -> None:
+        view, offset = self._view(node, 0), 0
+        shape = edit.dims(edit.operand(node, 0))
+        if len(shape) != 2 or edit.attribute(node, "axis") not in (1, -1):
+            raise _refusal(node, "it splits something else than features")
+        for output in node.outputs:
+            width = edit.dims(output)[1]
+            self.views[output] = View(view.buffer, view.offset + offset, width)
+            offset += width
+
+    def _slice(self, node: ir.Node) -> None:
+        view = self._view(node, 0)
+        shape = edit.dims(edit.operand(node, 0))
+        starts, ends, axes, *steps = (_integers(value) for value in node.inputs[1:])
+        if len(shape) != 2 or axes not in ([1], [-1]) or (steps and steps[0] != [1]):
+            raise _refusal(node, "it slices something else than columns")
+        start, end, _ = slice(starts[0], ends[0]).indices(shape[1])
+        self.views[node.outputs[0]] = View(view.buffer, view.offset + start, end - start)
+
+    def _concat(self, node: ir.Node) -> None:
+        parts = [self._view(node, index) for index in range(len(node.inputs))]
+        if len(edit.dims(node.outputs[0])) != 2 or edit.attribute(node, "axis") not in (1, -1):
+            raise _refusal(node, "it joins something else than columns")
+        self.buffers.append(Buffer(sum(part.width for part in parts), self.buffers[parts[0].buffer].rows))
+        out, offset = len(self.buffers) - 1, 0
+        for part in parts:
+            self.instructions.append(Instruction("copy", out, offset, (part,), (), "", {}, {}))
+            offset += part.width
+        self.views[node.outputs[0]] = View(out, 0, offset)
+
+    def _cast(self, node: ir.Node) -> None:
+        if node.outputs[0].dtype != ir.DataType.FLOAT:
+            raise _refusal(node, f"it converts to {node.outputs[0].dtype}")
+        self.views[node.outputs[0]] = self._view(node, 0)
+
+    def _identity(self, node: ir.Node) -> None:
+        self.views[node.outputs[0]] = self._view(node, 0)
+
+    def _unary(self, node: ir.Node, function: str) -> None:
+        self._emit(node, "unary", (self._view(node, 0),), function=function)
+
+    def _gelu(self, node: ir.Node) -> None:
+        approximate = node.attributes.get_string("approximate", "none")
+        self._unary(node, "gelu_tanh" if approximate == "tanh" else "gelu")
+
+    def _swish(self, node: ir.Node) -> None:
+        if node.attributes.get_float("alpha", 1.0) != 1.0:
+            raise _refusal(node, "its alpha is not 1")
+        self._unary(node, "silu")
+
+    def _pow(self, node: ir.Node) -> None:
+        exponent = edit.operand(node, 1)
+        power = float(evaluate(exponent)) if self._is_constant(exponent) and not edit.dims(exponent) else 0.0
+        if power not in (0.5, 2.0):
+            raise _refusal(node, "its exponent is neither 2 nor 0.5")
+        self._unary(node, "square" if power == 2.0 else "sqrt")
+
+    def _binary(self, node: ir.Node, function: str) -> None:
+        left, right = edit.operand(node, 0), edit.operand(node, 1)
+        if self._is_constant(left):
+            if function not in _COMMUTATIVE:
+                raise _refusal(node, "its first operand is a constant")
+            left, right = right, left
+        view = self.views.get(left)
+        if view is None:
+            raise _refusal(node, "an operand is not a row of numbers")
+        if not self._is_constant(right):
+            other = self.views.get(right)
+            if other is None or other.width != view.width:
+                raise _refusal(node, "its operands have different widths")
+            self._emit(node, "binary", (view, other), function=function)
+            return
+        elements = int(np.prod(edit.dims(right)))
+        if elements == 1:
+            value = float(evaluate(right).reshape(()))
+            self._emit(node, "scalar", (view,), function=function, floats={"value": value})
+        elif elements == view.width and edit.dims(right)[-1] == elements:
+            self._emit(node, "vector", (view,), function=function, weights=(self._constant(right),))
+        else:
+            raise _refusal(
+                node, f"a constant of shape {edit.dims(right)} has no place in a row of {view.width}"
+            )
+
+    def _clip(self, node: ir.Node) -> None:
+        view = self._view(node, 0)
+        bounds = list(node.inputs[1:])
+        last = node.outputs[0]
+        for function, bound in zip(("max", "min"), bounds, strict=False):
+            if bound is not None:
+                floats = {"value": float(evaluate(bound).reshape(()))}
+                self._emit(node, "scalar", (view,), function=function, floats=floats)
+                view = self.views[last]
+        self.views[last] = view
+
+    def _rms_norm(self, node: ir.Node) -> None:
+        view, weight = self._view(node, 0), edit.operand(node, 1)
+        width = edit.dims(edit.operand(node, 0))[-1]
+        if edit.attribute(node, "axis") not in (-1, len(edit.dims(edit.operand(node, 0))) - 1):
+            raise _refusal(node, "it normalizes over more than the last axis")
+        self._emit(
+            node,
+            "rms_norm",
+            (view,),
+            weights=(self._constant(weight),),
+            integers={"groups": view.width // width},
+            floats={"epsilon": float(edit.attribute(node, "epsilon"))},
+        )
+
+    def _layer_norm(self, node: ir.Node) -> None:
+        view = self._view(node, 0)
+        if len(edit.dims(edit.operand(node, 0))) != 2 or edit.attribute(node, "axis") not in (-1, 1):
+            raise _refusal(node, "it normalizes over something else than features")
+        weights = tuple(self._constant(value) for value in node.inputs[1:] if value is not None)
+        epsilon = node.attributes.get_float("epsilon", 1e-5)
+        self._emit(node, "layer_norm", (view,), weights=weights, floats={"epsilon": float(epsilon)})
+
+    def _rope(self, node: ir.Node) -> None:
+        view, shape = self._view(node, 0), edit.dims(edit.operand(node, 0))
+        cosine, sine = (self.tables.get(edit.operand(node, index)) for index in (1, 2))
+        if cosine is None or sine is None or len(shape) != 4:
+            raise _refusal(node, "its angles do not come from tables")
+        heads, width = shape[1] * shape[2], shape[3]
+        rotated = node.attributes.get_int("rotary_embedding_dim", 0) or width
+        self.positions = edit.dims(cosine)[0]
+        self._emit(
+            node,
+            "rope",
+            (view,),
+            weights=(self._constant(cosine), self._constant(sine)),
+            integers={
+                "heads": heads,
+                "rotated": rotated,
+                "interleaved": int(edit.attribute(node, "interleaved")),
+            },
+        )
+
+    def _attention(self, node: ir.Node) -> None:
+        cache_input = edit.operand(node, 3)
+        layer = int(str(cache_input.name).rpartition(".")[2])
+        _, kv_heads, _, width = edit.dims(cache_input)
+        if cache_input.dtype != ir.DataType.FLOAT:
+            raise _refusal(node, f"its KV cache is {cache_input.dtype}")
+        self.caches[layer] = Cache(kv_heads, width, edit.dims(edit.operand(node, 4))[3])
+        query, key, value = (self._view(node, index) for index in range(3))
+        self.instructions.append(Instruction("write_kv", None, 0, (key, value), (), "", {"layer": layer}, {}))
+        heads = int(edit.attribute(node, "num_heads"))
+        self._emit(
+            node,
+            "attention",
+            (query,),
+            width=heads * self.caches[layer].v_head_dim,
+            integers={"heads": heads, "layer": layer, "window": int(edit.attribute(node, "window"))},
+            floats={name: float(edit.attribute(node, name)) for name in ("scale", "softcap")},
+        )
+
+    def _gemm(self, node: ir.Node) -> None:
+        transposed = {name: node.attributes.get_int(name, 0) for name in ("transA", "transB")}
+        if transposed != {"transA": 0, "transB": 1}:
+            raise _refusal(node, "its matrix is not transposed")
+        view, weight = self._view(node, 0), edit.operand(node, 1)
+        name, rows = self._matrix(weight, node), edit.dims(weight)[0]
+        self._emit(node, "linear", (view,), weights=(name,), width=rows)
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None:
+            out = self.views[node.outputs[0]]
+            self._emit(node, "vector", (out,), function="add", weights=(self._constant(bias),))
+
+    def _matrix(self, weight: ir.Value, node: ir.Node) -> str:
+        """Record a matrix of the program and return its name."""
+        rows, columns = edit.dims(weight)
+        source = weight
+        while (producer := source.producer()) is not None and producer.op_type == "Cast":
+            source = edit.operand(producer, 0)
+        name, scales, block = str(source.name), None, 0
+        dequantized = None
+        if producer is not None and producer.op_type == "DequantizeLinear":
+            codes, scales = edit.operand(producer, 0), edit.operand(producer, 1)
+            name, block = str(codes.name), _block(producer, columns)
+            if (
+                codes.dtype not in _ELEMENTS
+                or codes.producer() is not None
+                or block % 16
+                or columns % max(block, 1)
+            ):
+                dequantized = weight  # FP8, FP4 and odd blocks: as fp32
+            else:
+                source = codes
+        elif producer is not None:
+            dequantized = weight
+        if name in self.matrices:
+            return name
+        if dequantized is not None:
+            self.matrices[name] = Matrix(rows, columns, "fp32")
+            self.sources[name] = MatrixSource(source, None, dequantized)
+            return name
+        element = _ELEMENTS.get(source.dtype) if source.dtype is not None else None
+        if element is None:
+            raise _refusal(node, f"its weight is {source.dtype}")
+        half = scales is not None and _scale_dtype(scales) == ir.DataType.FLOAT16
+        kind: Literal["", "fp16", "fp32"] = "" if scales is None else "fp16" if half else "fp32"
+        self.matrices[name] = Matrix(rows, columns, element, block, kind)
+        self.sources[name] = MatrixSource(source, scales)
+        return name
+
+
+_NODES: Mapping[str, Callable[[_Lowering, ir.Node], None]] = {
+    "Gather": _Lowering._gather,
+    "Reshape": _Lowering._reshape,
+    "Split": _Lowering._split,
+    "Slice": _Lowering._slice,
+    "Concat": _Lowering._concat,
+    "Cast": _Lowering._cast,
+    "Identity": _Lowering._identity,
+    "Gelu": _Lowering._gelu,
+    "Swish": _Lowering._swish,
+    "Pow": _Lowering._pow,
+    "Clip": _Lowering._clip,
+    "RMSNormalization": _Lowering._rms_norm,
+    "LayerNormalization": _Lowering._layer_norm,
+    "RotaryEmbedding": _Lowering._rope,
+    "Gemm": _Lowering._gemm,
+    ATTENTION: _Lowering._attention,
+}
+
+
+def evaluate(value: ir.Value) -> np.ndarray:
+    """Return the array of a constant value: an initializer, or an expression of initializers."""
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    node = value.producer()
+    assert node is not None, f"{value.name} has no data"
+    inputs = [evaluate(one) for one in node.inputs if one is not None]
+    if node.op_type == "Cast":
+        assert node.outputs[0].dtype is not None
+        return inputs[0].astype(node.outputs[0].dtype.numpy())
+    if node.op_type == "DequantizeLinear":
+        codes, scales = inputs[0].astype(np.float32), inputs[1].astype(np.float32)
+        if scales.ndim == 2:
+            scales = np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
+        elif scales.ndim == 1:
+            scales = scales.reshape(-1, *[1] * (codes.ndim - 1))
+        return codes * scales
+    functions = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide}
+    if node.op_type in functions:
+        result: np.ndarray = functions[node.op_type](*inputs)
+        return result
+    if node.op_type == "Reshape":
+        return inputs[0].reshape([int(dim) for dim in inputs[1]])
+    raise _refusal(node, "the native engine cannot compute this of weights")
+
+
+def _block(node: ir.Node, columns: int) -> int:
+    """Columns that share a scale."""
+    block = node.attributes.get_int("block_size", 0)
+    return block or columns
+
+
+def _scale_dtype(value: ir.Value) -> ir.DataType | None:
+    while (node := value.producer()) is not None and node.op_type == "Cast":
+        value = edit.operand(node, 0)
+    return value.dtype
+
+
+def _integers(value: ir.Value | None) -> list[int]:
+    assert value is not None
+    return [int(one) for one in evaluate(value).reshape(-1)]
+
+
+def _refusal(node: ir.Node, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{module_of(node)} ({node.op_type}): {reason}",
+        "choose another engine: --engine openvino or onnxruntime",
+    )

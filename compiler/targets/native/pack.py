@@ -1,0 +1,98 @@
+"""Pack the weights of a program into tiles for the native engine. `docs/reference/program.md` specifies them.
+
+A tile holds 32 rows of a matrix. The sums of the rows are the lanes of vectors, so no sum goes across lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from llmc.compiler.bundle_writer import BundleWriter
+from llmc.compiler.targets.native.lower import Lowered, MatrixSource, evaluate
+from llmc.compiler.weights.safetensors_writer import TensorEntry, write_safetensors
+from llmc.runtime.native.program import TILE, Matrix
+
+PACKED_FILE = "weights/packed.safetensors"
+
+
+def write_packed(lowered: Lowered, work: BundleWriter, on_bytes: Callable[[int], None]) -> int:
+    """Write PACKED_FILE and return its size. The graph's initializers must have their data.
+
+    A matrix is a U8 vector of tiles, a constant an F32 vector.
+    """
+    program = lowered.program
+    entries: list[TensorEntry] = [(name, "U8", (matrix.nbytes,)) for name, matrix in program.matrices.items()]
+    entries += [(name, "F32", (size,)) for name, size in program.constants.items()]
+    work.check_disk_space(sum(matrix.nbytes for matrix in program.matrices.values()))
+    done = 0
+
+    def produce(name: str) -> Iterator[memoryview]:
+        nonlocal done
+        if name in program.matrices:
+            data = pack(program.matrices[name], lowered.matrices[name])
+        else:
+            data = np.ascontiguousarray(evaluate(lowered.constants[name]).astype(np.float32)).reshape(-1)
+        view = data.view(np.uint8)
+        done += view.nbytes
+        yield view.data
+        on_bytes(done)
+
+    sha256, nbytes, _ = write_safetensors(work.path(PACKED_FILE), entries, produce)
+    work.add_hash(PACKED_FILE, sha256, nbytes)
+    return nbytes
+
+
+def pack(matrix: Matrix, source: MatrixSource) -> np.ndarray:
+    """Return the tiles of a matrix, uint8 [matrix.nbytes]."""
+    if source.dequantized is not None:
+        return pack_floats(evaluate(source.dequantized).astype(np.float32))
+    data = evaluate(source.codes)
+    if source.scales is None:
+        return pack_floats(data)
+    scales = evaluate(source.scales)
+    scales = np.broadcast_to(
+        scales.reshape(-1, 1) if scales.ndim < 2 else scales, (matrix.rows, _blocks(matrix))
+    )
+    dtype = np.float16 if matrix.scales == "fp16" else np.float32
+    return pack_integers(data.astype(np.int8), scales.astype(dtype), matrix)
+
+
+def pack_floats(data: np.ndarray) -> np.ndarray:
+    """Return [tiles, columns, 32 rows] of numbers of 2 or 4 bytes, as bytes. Missing rows are zero."""
+    data = np.ascontiguousarray(data)
+    bits = data.view({2: np.uint16, 4: np.uint32}[data.dtype.itemsize])
+    tiles = _whole_tiles(bits)
+    return np.ascontiguousarray(tiles.transpose(0, 2, 1)).reshape(-1).view(np.uint8)
+
+
+def pack_integers(codes: np.ndarray, scales: np.ndarray, matrix: Matrix) -> np.ndarray:
+    """Return for every tile and block of columns its 32 scales, then its codes.
+
+    codes: int8 [rows, columns]. scales: [rows, columns / block].
+    """
+    step, zero = (8, 8) if matrix.element == "int4" else (4, 128)
+    unsigned = _whole_tiles((codes.astype(np.int16) + zero).astype(np.uint8), zero)
+    tiles, _, columns = unsigned.shape
+    blocks = columns // matrix.block
+    groups = unsigned.reshape(tiles, TILE, blocks, matrix.block // step, step)
+    if matrix.element == "int4":
+        groups = groups[..., :4] | groups[..., 4:] << 4
+    lanes = groups.transpose(0, 2, 3, 1, 4).reshape(tiles, blocks, -1)
+    factors = np.ascontiguousarray(_whole_tiles(np.ascontiguousarray(scales)).transpose(0, 2, 1))
+    head = factors.view(np.uint8).reshape(tiles, blocks, -1)
+    return np.concatenate([head, lanes], axis=2).reshape(-1)
+
+
+def _blocks(matrix: Matrix) -> int:
+    return matrix.columns // matrix.block
+
+
+def _whole_tiles(array: np.ndarray, fill: int = 0) -> np.ndarray:
+    """Return [rows, columns] as [tiles, 32, columns]."""
+    rows, columns = array.shape
+    tiles = -(-rows // TILE)
+    if rows % TILE:
+        array = np.concatenate([array, np.full((tiles * TILE - rows, columns), fill, array.dtype)])
+    return array.reshape(tiles, TILE, columns)

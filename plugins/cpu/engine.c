@@ -1,0 +1,83 @@
+// The CPU engine: threads run the instructions of a step together.
+//
+// A group's work is cut into items, which threads take from a counter. A group begins when all items of the one before
+// are finished, not when all threads are there: a thread that lost its core holds up nobody unless it holds an item.
+// Nothing here needs a C library.
+#include "program.h"
+#include "vec.h"
+#include "rows.c"
+#include "../linear/cpu/linear.c"
+#include "../paged_attention/cpu/attention.c"
+
+#define EXPORT __attribute__((visibility("default")))
+enum { VERSION = 1, COUNTER = 16, SPINS = 2000, PER_THREAD = 6 };
+
+EXPORT int32_t llmc_version(void) { return VERSION; }
+EXPORT int32_t llmc_instruction_bytes(void) { return (int32_t)sizeof(instruction); }
+EXPORT int32_t llmc_step_bytes(void) { return (int32_t)sizeof(step); }
+
+// memset and memcpy, which compilers call where there is no C library
+#ifdef LLMC_FREESTANDING
+__attribute__((used)) void *memset(void *to, int byte, unsigned long count) {
+  for (volatile uint8_t *p = to; count--;) *p++ = (uint8_t)byte;
+  return to;
+}
+__attribute__((used)) void *memcpy(void *restrict to, const void *restrict from, unsigned long count) {
+  volatile uint8_t *p = to;
+  for (const uint8_t *q = from; count--;) *p++ = *q++;
+  return to;
+}
+#endif
+
+static void relax(int spins) {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+  if (spins < SPINS) return;
+#if defined(__x86_64__) && defined(__linux__)
+  long result;
+  __asm__ volatile("syscall" : "=a"(result) : "a"(24L) : "rcx", "r11", "memory"); // sched_yield
+#elif defined(__aarch64__) && defined(__linux__)
+  register long number __asm__("x8") = 124;
+  register long result __asm__("x0");
+  __asm__ volatile("svc 0" : "=r"(result) : "r"(number) : "memory"); // sched_yield
+#endif
+}
+
+static int rows_of(const instruction *i, const step *s) { return i->per_logit ? s->logits : s->tokens; }
+
+INLINE int upto(int x, int most) { return x < 1 ? 1 : x > most ? most : x; }
+
+EXPORT void llmc_run(const step *s) {
+  const int parts = s->threads * PER_THREAD;
+  for (int g = 0; g < s->num_groups; g++) {
+    const instruction *first = s->code + s->groups[g].first, *last = s->code + s->groups[g].last;
+    const int rows = rows_of(first, s);
+    int items, each = 1, tiles = 0;
+    if (first->op == OP_ATTENTION) items = attention_items(first, s);
+    else if (first->op == OP_LINEAR_INT || first->op == OP_LINEAR_FLOAT) {
+      tiles = rows ? linear_tiles(first) : 0;
+      each = upto(tiles / parts, 16);
+      items = (tiles + each - 1) / each;
+    } else {
+      each = upto(rows / parts, 16);
+      items = (rows + each - 1) / each;
+    }
+    int32_t *next = s->next + (int64_t)g * COUNTER, *done = s->done + (int64_t)g * COUNTER;
+    for (;;) {
+      const int item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+      if (item >= items) break;
+      const int begin = item * each, end = begin + each;
+      if (first->op == OP_ATTENTION) attention(first, s, item);
+      else if (first->op == OP_LINEAR_INT) linear_int(first, begin, end < tiles ? end : tiles, rows);
+      else if (first->op == OP_LINEAR_FLOAT) linear_float(first, begin, end < tiles ? end : tiles, rows);
+      else
+        for (int row = begin; row < end && row < rows; row++)
+          for (const instruction *i = first; i < last; i++) run_row(i, s, row);
+      __atomic_fetch_add(done, 1, __ATOMIC_RELEASE);
+    }
+    for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < items; spins++) relax(spins);
+  }
+}

@@ -1,0 +1,123 @@
+"""The compiled CPU engine: which library this CPU takes, and C's structures."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from functools import cache
+from pathlib import Path
+
+VERSION = 1
+LIBRARIES = Path(__file__).parent / "lib"
+COUNTER = 16  # int32 numbers from a group's counter to the next: a cache line
+
+# Library -> the flags that /proc/cpuinfo must list, the best first.
+_NEEDS = {
+    "x86_64-avx512vnni": {
+        "avx512f",
+        "avx512bw",
+        "avx512cd",
+        "avx512dq",
+        "avx512vl",
+        "avx512_vnni",
+        "fma",
+        "f16c",
+    },
+    "x86_64-avxvnni": {"avx2", "fma", "f16c", "bmi2", "avx_vnni"},
+    "x86_64-avx2": {"avx2", "fma", "f16c", "bmi2"},
+    "aarch64-i8mm": {"asimddp", "i8mm", "fphp", "asimdhp"},
+    "aarch64-dotprod": {"asimddp", "fphp", "asimdhp"},
+}
+
+EMBED, GATHER, COPY, UNARY, BINARY, VECTOR, SCALAR, RMSNORM, LAYERNORM, ROPE, WRITE_KV, QUANTIZE = range(12)
+LINEAR_INT, LINEAR_FLOAT, ATTENTION = range(12, 15)
+KINDS = {"fp32": 0, "fp16": 1, "bf16": 2}
+
+_pointer = ctypes.c_void_p
+
+
+class Instruction(ctypes.Structure):
+    """`instruction` of program.h."""
+
+    _fields_ = (
+        ("op", ctypes.c_int32),
+        ("per_logit", ctypes.c_int32),
+        *((name, _pointer) for name in ("out", "a", "b", "v", "v2", "w")),
+        *((name, ctypes.c_int64) for name in ("out_stride", "a_stride", "b_stride")),
+        *((name, _pointer) for name in ("q", "scales", "sums", "keys", "values")),
+        ("n", ctypes.c_int32 * 8),
+        ("x", ctypes.c_float * 2),
+    )
+
+
+class Group(ctypes.Structure):
+    """`group` of program.h."""
+
+    _fields_ = (("first", ctypes.c_int32), ("last", ctypes.c_int32))
+
+
+class Step(ctypes.Structure):
+    """`step` of program.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("tokens", "sequences", "logits", "threads", "num_groups")),
+        *(
+            (name, _pointer)
+            for name in (
+                "input_ids",
+                "position_ids",
+                "query_start",
+                "past_lengths",
+                "block_indices",
+                "block_begins",
+                "logits_index",
+                "code",
+                "groups",
+                "slot",
+                "next",
+                "done",
+            )
+        ),
+    )
+
+
+def cpu_flags() -> set[str]:
+    """Return the CPU's features, as /proc/cpuinfo names them; none where the system does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("ascii", "replace")
+    except OSError:
+        return set()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return set(value.split())
+    return set()
+
+
+def candidates() -> list[str]:
+    """Return the libraries that this CPU can run, the best first, whether or not they were compiled."""
+    flags, machine = cpu_flags(), platform.machine()
+    return [name for name, needs in _NEEDS.items() if name.startswith(f"{machine}-") and needs <= flags]
+
+
+@cache
+def load(name: str | None = None) -> ctypes.CDLL:
+    """Load the engine's library: `name`, or the best one for this CPU.
+
+    Raises OSError, saying why, if this CPU has none, or if it was not compiled or is of another version.
+    """
+    names = [name] if name else candidates()
+    if not names:
+        raise OSError("the native engine needs AVX2 with FMA and F16C, or NEON with dot products and fp16")
+    for one in names:
+        path = LIBRARIES / f"{one}.so"
+        if path.is_file():
+            break
+    else:
+        raise OSError("this installation of llmc has no native engine: it was built without a compiler")
+    library = ctypes.CDLL(str(path))
+    library.llmc_run.argtypes, library.llmc_run.restype = [ctypes.POINTER(Step)], None
+    sizes = library.llmc_version(), library.llmc_instruction_bytes(), library.llmc_step_bytes()
+    if sizes != (VERSION, ctypes.sizeof(Instruction), ctypes.sizeof(Step)):
+        raise OSError(f"{path.name} is of another version of llmc: install llmc again")
+    return library

@@ -1,0 +1,54 @@
+// What the engine runs: instructions over rows of float buffers, and the arrays of a step. runtime/native/library.py
+// has the same structures; Python validates every pointer and size before C sees it.
+#pragma once
+#include <stdint.h>
+
+enum op {
+  // One row at a time. Consecutive ones run row by row, without waiting for other rows.
+  OP_EMBED = 0,    // out = row input_ids[row] of w; n: width, kind of numbers
+  OP_GATHER = 1,   // out (a row of logits) = row logits_index[row] of a; n: width
+  OP_COPY = 2,     // out = a; n: width
+  OP_UNARY = 3,    // out = f(a); n: width, function; x: its parameter
+  OP_BINARY = 4,   // out = f(a, b); n: width, function
+  OP_VECTOR = 5,   // out = f(a, v), v a vector of weights; n: width, function
+  OP_SCALAR = 6,   // out = f(a, x); n: width, function
+  OP_RMSNORM = 7,  // out = a / rms(a) * v, in groups; n: groups, width of a group; x: epsilon
+  OP_LAYERNORM = 8, // out = (a - mean) / std * v + v2; n: width, has v2; x: epsilon
+  OP_ROPE = 9,     // out = a rotated; v, v2: cos and sin tables; n: heads, head width, rotated width, interleaved
+  OP_WRITE_KV = 10, // a: keys, b: values, into the cache; n: kv heads, key width, value width
+  OP_QUANTIZE = 11, // q, scales, sums = a in int8 digits; n: width, group, digits
+  // Many rows at once.
+  OP_LINEAR_INT = 12,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
+  OP_LINEAR_FLOAT = 13, // out = a x w; n: rows of w, columns, kind of numbers
+  OP_ATTENTION = 14,    // out = attention of a (queries); n: heads, kv heads, key width, value width, window; x: scale, softcap
+};
+enum kind { F32 = 0, F16 = 1, BF16 = 2 };
+
+typedef struct {
+  int32_t op, per_logit; // per_logit: its rows are those of logits_index, not the tokens
+  float *out;
+  const float *a, *b, *v, *v2;
+  const uint8_t *w;
+  int64_t out_stride, a_stride, b_stride; // floats from a row to the next
+  int8_t *q;                              // [rows][digits][width]
+  float *scales;                          // [rows][width / group]
+  int32_t *sums;                          // [rows][digits][width / group]
+  float *keys, *values;                   // [blocks][kv heads][key width][32], [blocks][kv heads][32][value width, padded]
+  int32_t n[8];
+  float x[2];
+} instruction;
+
+// Instructions first .. last - 1 run together: row-wise ones, or a single other one.
+typedef struct {
+  int32_t first, last;
+} group;
+
+typedef struct {
+  int32_t tokens, sequences, logits, threads, num_groups;
+  const int32_t *input_ids, *position_ids, *query_start, *past_lengths, *block_indices, *block_begins, *logits_index;
+  const instruction *code;
+  const group *groups;
+  int32_t *slot;  // [tokens] the place of each token in the cache: block * 32 + row of the block
+  int32_t *next;  // [groups * 16] the next item of each group, a cache line apart; zero before a step
+  int32_t *done;  // [groups * 16] finished items
+} step;

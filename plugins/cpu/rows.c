@@ -1,0 +1,245 @@
+// Instructions that work on one row of a buffer. Buffers have room for whole vectors: a width is rounded up to 16.
+#include "program.h"
+#include "vec.h"
+
+enum unary { SIGMOID, SILU, GELU, GELU_TANH, TANH, RELU, EXP, ERF, NEG, ABS, SQRT, RECIPROCAL, SQUARE };
+enum binary { ADD, SUB, MUL, DIV, MIN, MAX };
+
+INLINE vf sqrt_each(vf x) { return __builtin_elementwise_sqrt(x); }
+
+// Below 0.4 the Taylor series, whose next term is 4e-9 of the result; above 1 - 2 / (e^2x + 1).
+INLINE vf tanh_each(vf x) {
+  const vf z = x * x;
+  vf p = allf(21844.0f / 6081075);
+  p = fma(p, z, allf(-1382.0f / 155925));
+  p = fma(p, z, allf(62.0f / 2835));
+  p = fma(p, z, allf(-17.0f / 315));
+  p = fma(p, z, allf(2.0f / 15));
+  p = fma(p, z, allf(-1.0f / 3));
+  const vf small = fma(x * z, p, x);
+  const vf a = minf(absf(x), allf(20.0f));
+  const vf large_abs = 1.0f - 2.0f / (expf_fast(2.0f * a) + 1.0f);
+  const vf large = select(x < 0.0f, -large_abs, large_abs);
+  return select(a < 0.4f, small, large);
+}
+
+// Below 1 the Taylor series; above Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26 (1.5e-7).
+INLINE vf erf_each(vf x) {
+  const vf z = x * x, a = absf(x);
+  vf p = allf(-1.0f / 6894720); // (-1)^n / (n! (2n + 1)), n = 9 .. 1
+  p = fma(p, z, allf(1.0f / 685440));
+  p = fma(p, z, allf(-1.0f / 75600));
+  p = fma(p, z, allf(1.0f / 9360));
+  p = fma(p, z, allf(-1.0f / 1320));
+  p = fma(p, z, allf(1.0f / 216));
+  p = fma(p, z, allf(-1.0f / 42));
+  p = fma(p, z, allf(0.1f));
+  p = fma(p, z, allf(-1.0f / 3));
+  const vf small = 1.128379167f * fma(x * z, p, x);
+  const vf t = 1.0f / fma(a, allf(0.3275911f), allf(1.0f));
+  vf q = allf(1.061405429f);
+  q = fma(q, t, allf(-1.453152027f));
+  q = fma(q, t, allf(1.421413741f));
+  q = fma(q, t, allf(-0.284496736f));
+  q = fma(q, t, allf(0.254829592f));
+  const vf large_abs = 1.0f - q * t * expf_fast(-z);
+  const vf large = select(x < 0.0f, -large_abs, large_abs);
+  return select(a < 1.0f, small, large);
+}
+
+INLINE vf sigmoid_each(vf x) { return 1.0f / (1.0f + expf_fast(-x)); }
+
+INLINE vf unary_each(const int f, vf x) {
+  switch (f) {
+    case SIGMOID: return sigmoid_each(x);
+    case SILU: return x * sigmoid_each(x);
+    case GELU: return 0.5f * x * (1.0f + erf_each(x * 0.70710678f));
+    case GELU_TANH: return 0.5f * x * (1.0f + tanh_each(0.79788456f * fma(0.044715f * x, x * x, x)));
+    case TANH: return tanh_each(x);
+    case RELU: return maxf(x, allf(0));
+    case EXP: return expf_fast(x);
+    case ERF: return erf_each(x);
+    case NEG: return -x;
+    case ABS: return absf(x);
+    case SQRT: return sqrt_each(x);
+    case RECIPROCAL: return 1.0f / x;
+    case SQUARE: return x * x;
+    default: return x;
+  }
+}
+INLINE vf binary_each(const int f, vf x, vf y) {
+  switch (f) {
+    case ADD: return x + y;
+    case SUB: return x - y;
+    case MUL: return x * y;
+    case DIV: return x / y;
+    case MIN: return minf(x, y);
+    default: return maxf(x, y);
+  }
+}
+#define LOOP(width) for (int k = 0; k < (width); k += LANES)
+#define EACH_UNARY(F) case F: LOOP(width) storef(out + k, unary_each(F, loadf(a + k))); break;
+static void unary(int f, int width, const float *a, float *out) {
+  switch (f) {
+    EACH_UNARY(SIGMOID) EACH_UNARY(SILU) EACH_UNARY(GELU) EACH_UNARY(GELU_TANH) EACH_UNARY(TANH) EACH_UNARY(RELU)
+    EACH_UNARY(EXP) EACH_UNARY(ERF) EACH_UNARY(NEG) EACH_UNARY(ABS) EACH_UNARY(SQRT) EACH_UNARY(RECIPROCAL)
+    EACH_UNARY(SQUARE)
+  }
+}
+#define EACH_BINARY(F) case F: LOOP(width) storef(out + k, binary_each(F, loadf(a + k), loadf(b + k))); break;
+static void binary(int f, int width, const float *a, const float *b, float *out) {
+  switch (f) { EACH_BINARY(ADD) EACH_BINARY(SUB) EACH_BINARY(MUL) EACH_BINARY(DIV) EACH_BINARY(MIN) EACH_BINARY(MAX) }
+}
+#define EACH_SCALAR(F) case F: LOOP(width) storef(out + k, binary_each(F, loadf(a + k), allf(x))); break;
+static void scalar(int f, int width, const float *a, float x, float *out) {
+  switch (f) { EACH_SCALAR(ADD) EACH_SCALAR(SUB) EACH_SCALAR(MUL) EACH_SCALAR(DIV) EACH_SCALAR(MIN) EACH_SCALAR(MAX) }
+}
+
+// Lanes from `from` on as zero: the tail of a row whose width is no multiple of 16.
+INLINE vf head_of(vf x, int from) {
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return select(lane < from, x, allf(0));
+}
+INLINE vf load_tail(const float *p, int k, int width) {
+  return width - k >= LANES ? loadf(p + k) : head_of(loadf(p + k), width - k);
+}
+
+static void rmsnorm(int groups, int width, float epsilon, const float *a, const float *v, float *out) {
+  for (int g = 0; g < groups; g++, a += width, out += width) {
+    vf s[2] = {allf(0), allf(0)};
+    for (int k = 0, j = 0; k < width; k += LANES, j ^= 1) {
+      const vf x = load_tail(a, k, width);
+      s[j] = fma(x, x, s[j]);
+    }
+    const float factor = 1.0f / __builtin_sqrtf(sum(s[0] + s[1]) / (float)width + epsilon);
+    int k = 0;
+    for (; k + LANES <= width; k += LANES) storef(out + k, loadf(a + k) * factor * loadf(v + k));
+    for (; k < width; k++) out[k] = a[k] * factor * v[k];
+  }
+}
+static void layernorm(int width, float epsilon, const float *a, const float *v, const float *v2, float *out) {
+  vf s = allf(0);
+  LOOP(width) s += load_tail(a, k, width);
+  const float mean = sum(s) / (float)width;
+  s = allf(0);
+  LOOP(width) {
+    const vf x = loadf(a + k) - mean, y = width - k >= LANES ? x : head_of(x, width - k);
+    s = fma(y, y, s);
+  }
+  const float factor = 1.0f / __builtin_sqrtf(sum(s) / (float)width + epsilon);
+  LOOP(width) {
+    const vf x = (loadf(a + k) - mean) * factor * loadf(v + k);
+    storef(out + k, v2 ? x + loadf(v2 + k) : x);
+  }
+}
+static void rope(const int32_t *n, const float *cosine, const float *sine, const float *a, float *out) {
+  const int heads = n[0], width = n[1], rotated = n[2], interleaved = n[3], half = rotated / 2;
+  for (int h = 0; h < heads; h++, a += width, out += width) {
+    if (interleaved) {
+      for (int k = 0; k < half; k++) {
+        const float x = a[2 * k], y = a[2 * k + 1];
+        out[2 * k] = __builtin_fmaf(-y, sine[k], x * cosine[k]);
+        out[2 * k + 1] = __builtin_fmaf(x, sine[k], y * cosine[k]);
+      }
+    } else {
+      int k = 0;
+      for (; k + LANES <= half; k += LANES) {
+        const vf x = loadf(a + k), y = loadf(a + half + k), c = loadf(cosine + k), s = loadf(sine + k);
+        storef(out + k, fma(-y, s, x * c)), storef(out + half + k, fma(x, s, y * c));
+      }
+      for (; k < half; k++) {
+        const float x = a[k], y = a[half + k];
+        out[k] = __builtin_fmaf(-y, sine[k], x * cosine[k]);
+        out[half + k] = __builtin_fmaf(x, sine[k], y * cosine[k]);
+      }
+    }
+    for (int k = rotated; k < width; k++) out[k] = a[k];
+  }
+}
+
+// A group's numbers become whole multiples of largest / top: one digit rounds to 8 bits, three hold 24.
+static void quantize(int width, int group, int digits, const float *a, int8_t *q, float *scales, int32_t *sums) {
+  const float top = digits == 1 ? 127.0f : 127.0f * 65536.0f;
+  const int groups = width / group;
+  for (int g = 0; g < groups; g++, a += group) {
+    vf m = allf(0);
+    LOOP(group) m = maxf(m, absf(loadf(a + k)));
+    const float most = largest(m), inverse = most > 0 ? top / most : 0;
+    scales[g] = most / top;
+    vi total[3] = {alli(0), alli(0), alli(0)};
+    LOOP(group) {
+      vi x = toint(roundf_even(loadf(a + k) * inverse));
+      for (int d = digits - 1; d >= 0; d--) {
+        const vi low = d ? (x << 24) >> 24 : x;
+        store_bytes(q + (int64_t)d * width + g * group + k, low);
+        total[d] += low;
+        x = (x - low) >> 8;
+      }
+    }
+    for (int d = 0; d < digits; d++) sums[d * groups + g] = sumi(total[d]);
+  }
+}
+
+static void embed(const instruction *i, int token, float *out) {
+  const int width = i->n[0], kind = i->n[1], tiled = i->n[2];
+  const int64_t size = kind == F32 ? 4 : 2;
+  if (!tiled) {
+    const uint8_t *w = i->w + (int64_t)token * width * size;
+    LOOP(width) storef(out + k, kind == F32 ? loadf((const float *)w + k) : kind == F16 ? load_fp16((const uint16_t *)w + k)
+                                                                           : load_bf16((const uint16_t *)w + k));
+    return;
+  }
+  const uint8_t *w = i->w + (int64_t)(token / 32) * width * 32 * size + token % 32 * size;
+  for (int k = 0; k < width; k++, w += 32 * size) {
+    if (kind == F32) out[k] = *(const float *)w;
+    else if (kind == F16) out[k] = (float)*(const _Float16 *)w;
+    else {
+      const uint32_t bits = (uint32_t) * (const uint16_t *)w << 16;
+      __builtin_memcpy(out + k, &bits, 4);
+    }
+  }
+}
+
+// A key's numbers lie 32 apart, so that the scores of a block's 32 tokens are vectors.
+static void write_kv(const instruction *i, int slot, const float *key, const float *value) {
+  const int heads = i->n[0], width = i->n[1], value_width = i->n[2], padded = (value_width + LANES - 1) / LANES * LANES;
+  const int64_t block = slot / 32, at = slot % 32;
+  for (int h = 0; h < heads; h++, key += width, value += value_width) {
+    float *k = i->keys + (block * heads + h) * width * 32 + at;
+    float *v = i->values + ((block * heads + h) * 32 + at) * padded;
+    for (int d = 0; d < width; d++) k[(int64_t)d * 32] = key[d];
+    for (int d = 0; d < value_width; d++) v[d] = value[d];
+  }
+}
+
+static void run_row(const instruction *i, const step *s, int row) {
+  float *out = i->out + row * i->out_stride;
+  const float *a = i->a + row * i->a_stride;
+  switch (i->op) {
+    case OP_EMBED: embed(i, s->input_ids[row], out); break;
+    case OP_GATHER: {
+      const float *from = i->a + s->logits_index[row] * i->a_stride;
+      LOOP(i->n[0]) storef(out + k, loadf(from + k));
+      break;
+    }
+    case OP_COPY: for (int k = 0; k < i->n[0]; k++) out[k] = a[k]; break;
+    case OP_UNARY: unary(i->n[1], i->n[0], a, out); break;
+    case OP_BINARY: binary(i->n[1], i->n[0], a, i->b + row * i->b_stride, out); break;
+    case OP_VECTOR: binary(i->n[1], i->n[0], a, i->v, out); break;
+    case OP_SCALAR: scalar(i->n[1], i->n[0], a, i->x[0], out); break;
+    case OP_RMSNORM: rmsnorm(i->n[0], i->n[1], i->x[0], a, i->v, out); break;
+    case OP_LAYERNORM: layernorm(i->n[0], i->x[0], a, i->v, i->n[1] ? i->v2 : 0, out); break;
+    case OP_ROPE: {
+      const int64_t at = (int64_t)s->position_ids[row] * (i->n[2] / 2);
+      rope(i->n, i->v + at, i->v2 + at, a, out);
+      break;
+    }
+    case OP_WRITE_KV: write_kv(i, s->slot[row], a, i->b + row * i->b_stride); break;
+    case OP_QUANTIZE: {
+      const int width = i->n[0], groups = width / i->n[1], digits = i->n[2];
+      quantize(width, i->n[1], digits, a, i->q + (int64_t)row * digits * width, i->scales + (int64_t)row * groups,
+               i->sums + (int64_t)row * digits * groups);
+      break;
+    }
+  }
+}

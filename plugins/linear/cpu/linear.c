@@ -1,0 +1,176 @@
+// A linear layer: rows of activations times a packed matrix.
+//
+// The matrix [N, K] lies in tiles of 32 rows, which makes 32 lanes of sums without any horizontal addition.
+//   integers   for every block of columns: 32 scales (fp16 or fp32), then for every 8 (int4) or 4 (int8) columns 64 bytes
+//              of rows 0-15 and 64 bytes of rows 16-31. A lane of 4 bytes belongs to a row; its low nibbles are columns
+//              0-3, its high nibbles 4-7. Codes are unsigned: 8 or 128 more than the weight.
+//   floats     for every column 32 numbers: fp32, fp16 or bf16.
+#include "../../cpu/program.h"
+#include "../../cpu/vec.h"
+
+#define PREFETCH(p) __builtin_prefetch((p), 0, 2)
+#define UNROLL _Pragma("clang loop unroll(full)")
+enum { TILE = 32, MOST = 6, AHEAD = 8192, FLOAT_BLOCK = 64 };
+
+typedef struct {
+  const int8_t *q;
+  const float *scales;
+  const int32_t *sums;
+  int64_t q_row, scales_row, sums_row; // elements from a row to the next
+} digits_of_rows;
+
+// M rows of DIGITS int8 digits each: out[m][0..31]
+INLINE void integer_tile(const int M, const int DIGITS, const int BITS, const int HALF, const uint8_t *w, int columns,
+                         int block, int group, digits_of_rows x, float *out, int64_t out_stride) {
+  const int STEP = BITS == 4 ? 8 : 4, ZERO = BITS == 4 ? 8 : 128, groups = columns / group;
+  vf f[MOST][2];
+  UNROLL for (int m = 0; m < M; m++) f[m][0] = f[m][1] = allf(0);
+  for (int column = 0, g = 0; column < columns;) {
+    vf scale[2];
+    if (HALF) {
+      scale[0] = load_fp16((const uint16_t *)w), scale[1] = load_fp16((const uint16_t *)w + 16);
+      PREFETCH(w + AHEAD);
+      w += 64;
+    } else {
+      scale[0] = loadf((const float *)w), scale[1] = loadf((const float *)w + 16);
+      PREFETCH(w + AHEAD), PREFETCH(w + AHEAD + 64);
+      w += 128;
+    }
+    vf of_block[MOST][2];
+    UNROLL for (int m = 0; m < M; m++) of_block[m][0] = of_block[m][1] = allf(0);
+    for (const int end = column + block; column < end; column += group, g++) {
+      vi c[MOST][2];
+      UNROLL for (int m = 0; m < M; m++) UNROLL for (int d = 0; d < DIGITS; d++)
+          c[m * DIGITS + d][0] = c[m * DIGITS + d][1] = alli(-ZERO * x.sums[m * x.sums_row + d * groups + g]);
+      const int8_t *q = x.q + column;
+      for (int k = 0; k < group; k += STEP, w += 128) {
+        const vi u0 = (vi) * (const bytes64 *)w, u1 = (vi) * (const bytes64 *)(w + 64);
+        PREFETCH(w + AHEAD), PREFETCH(w + AHEAD + 64);
+        if (BITS == 4) {
+          const vi l0 = u0 & 0x0f0f0f0f, l1 = u1 & 0x0f0f0f0f, h0 = (u0 >> 4) & 0x0f0f0f0f, h1 = (u1 >> 4) & 0x0f0f0f0f;
+          UNROLL for (int m = 0; m < M; m++) UNROLL for (int d = 0; d < DIGITS; d++) {
+            const int8_t *p = q + m * x.q_row + (int64_t)d * columns + k;
+            int32_t low, high;
+            __builtin_memcpy(&low, p, 4), __builtin_memcpy(&high, p + 4, 4);
+            vi *s = c[m * DIGITS + d];
+            s[0] = dot4(s[0], l0, alli(low), 1), s[1] = dot4(s[1], l1, alli(low), 1);
+            s[0] = dot4(s[0], h0, alli(high), 1), s[1] = dot4(s[1], h1, alli(high), 1);
+          }
+        } else {
+          UNROLL for (int m = 0; m < M; m++) UNROLL for (int d = 0; d < DIGITS; d++) {
+            int32_t four;
+            __builtin_memcpy(&four, q + m * x.q_row + (int64_t)d * columns + k, 4);
+            vi *s = c[m * DIGITS + d];
+            s[0] = dot4(s[0], u0, alli(four), 0), s[1] = dot4(s[1], u1, alli(four), 0);
+          }
+        }
+      }
+      UNROLL for (int m = 0; m < M; m++) UNROLL for (int half = 0; half < 2; half++) {
+        vf t = tofloat(c[m * DIGITS][half]);
+        UNROLL for (int d = 1; d < DIGITS; d++) t = fma(t, allf(256), tofloat(c[m * DIGITS + d][half]));
+        of_block[m][half] = fma(t, allf(x.scales[m * x.scales_row + g]), of_block[m][half]);
+      }
+    }
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int half = 0; half < 2; half++)
+        f[m][half] = fma(of_block[m][half], scale[half], f[m][half]);
+  }
+  UNROLL for (int m = 0; m < M; m++) storef(out + m * out_stride, f[m][0]), storef(out + m * out_stride + 16, f[m][1]);
+}
+
+INLINE vf load_kind(const int KIND, const uint8_t *p) {
+  return KIND == F32 ? loadf((const float *)p) : KIND == F16 ? load_fp16((const uint16_t *)p) : load_bf16((const uint16_t *)p);
+}
+
+// Sums of 64 columns are added one by one, which is more exact than one long sum.
+INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int columns, const float *x, int64_t x_stride,
+                       float *out, int64_t out_stride) {
+  const int SIZE = KIND == F32 ? 64 : 32; // bytes of 16 numbers
+  vf f[MOST][2];
+  UNROLL for (int m = 0; m < M; m++) f[m][0] = f[m][1] = allf(0);
+  for (int column = 0; column < columns;) {
+    vf c[MOST][2];
+    UNROLL for (int m = 0; m < M; m++) c[m][0] = c[m][1] = allf(0);
+    const int end = column + FLOAT_BLOCK < columns ? column + FLOAT_BLOCK : columns;
+    for (; column < end; column++, w += 2 * SIZE) {
+      const vf w0 = load_kind(KIND, w), w1 = load_kind(KIND, w + SIZE);
+      PREFETCH(w + AHEAD);
+      if (KIND == F32) PREFETCH(w + AHEAD + 64);
+      UNROLL for (int m = 0; m < M; m++) {
+        const vf a = allf(x[m * x_stride + column]);
+        c[m][0] = fma(w0, a, c[m][0]), c[m][1] = fma(w1, a, c[m][1]);
+      }
+    }
+    UNROLL for (int m = 0; m < M; m++) f[m][0] += c[m][0], f[m][1] += c[m][1];
+  }
+  UNROLL for (int m = 0; m < M; m++) storef(out + m * out_stride, f[m][0]), storef(out + m * out_stride + 16, f[m][1]);
+}
+
+// Tiles first .. last - 1 for all rows. out has room for whole tiles: its stride is at least 32 * tiles.
+#define INTEGER(M, D, B, H)                                                                                        \
+  static __attribute__((noinline)) void integer_##M##_##D##_##B##_##H(const uint8_t *w, int columns, int block,   \
+      int group, const digits_of_rows *x, float *out, int64_t out_stride) {                                       \
+    integer_tile(M, D, B, H, w, columns, block, group, *x, out, out_stride);                                      \
+  }
+#define INTEGERS(B, H) INTEGER(1, 1, B, H) INTEGER(2, 1, B, H) INTEGER(4, 1, B, H) INTEGER(6, 1, B, H) \
+                       INTEGER(1, 3, B, H) INTEGER(2, 3, B, H)
+INTEGERS(4, 0) INTEGERS(4, 1) INTEGERS(8, 0) INTEGERS(8, 1)
+typedef void (*integer_kernel)(const uint8_t *, int, int, int, const digits_of_rows *, float *, int64_t);
+
+static int linear_tiles(const instruction *i) { return (i->n[0] + TILE - 1) / TILE; }
+
+INLINE void run_integer(const int DIGITS, const int BITS, const int HALF, const instruction *i, int first, int last, int rows,
+                        integer_kernel one, integer_kernel two, integer_kernel four, integer_kernel six) {
+  const int columns = i->n[1], block = i->n[3], group = i->n[4], groups = columns / group;
+  const int64_t tile = (int64_t)columns / block * (HALF ? 64 : 128) + (int64_t)columns / (BITS == 4 ? 8 : 4) * 128;
+  for (int t = first; t < last; t++) {
+    for (int r = 0; r < rows;) {
+      const digits_of_rows x = {i->q + (int64_t)r * DIGITS * columns, i->scales + (int64_t)r * groups,
+                                i->sums + (int64_t)r * DIGITS * groups, (int64_t)DIGITS * columns, groups,
+                                (int64_t)DIGITS * groups};
+      float *out = i->out + r * i->out_stride + t * TILE;
+      const int left = rows - r;
+      const int m = six && left >= 6 ? 6 : four && left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      (m == 6 ? six : m == 4 ? four : m == 2 ? two : one)(i->w + t * tile, columns, block, group, &x, out, i->out_stride);
+      r += m;
+    }
+  }
+}
+
+static void linear_int(const instruction *i, int first, int last, int rows) {
+  const int bits = i->n[2], digits = i->n[5], half = i->n[6];
+#define CASE(D, B, H, FOUR, SIX)         \
+  if (digits == D && bits == B && half == H) \
+    return run_integer(D, B, H, i, first, last, rows, integer_1_##D##_##B##_##H, integer_2_##D##_##B##_##H, FOUR, SIX);
+  CASE(1, 4, 0, integer_4_1_4_0, integer_6_1_4_0)
+  CASE(1, 4, 1, integer_4_1_4_1, integer_6_1_4_1)
+  CASE(1, 8, 0, integer_4_1_8_0, integer_6_1_8_0)
+  CASE(1, 8, 1, integer_4_1_8_1, integer_6_1_8_1)
+  CASE(3, 4, 0, 0, 0)
+  CASE(3, 4, 1, 0, 0)
+  CASE(3, 8, 0, 0, 0)
+  CASE(3, 8, 1, 0, 0)
+#undef CASE
+}
+
+INLINE void run_float(const int KIND, const instruction *i, int first, int last, int rows) {
+  const int columns = i->n[1];
+  const int64_t tile = (int64_t)columns * (KIND == F32 ? 128 : 64);
+  for (int t = first; t < last; t++) {
+    const uint8_t *w = i->w + t * tile;
+    for (int r = 0; r < rows;) {
+      const float *x = i->a + r * i->a_stride;
+      float *out = i->out + r * i->out_stride + t * TILE;
+      const int left = rows - r;
+      if (left >= 6) float_tile(6, KIND, w, columns, x, i->a_stride, out, i->out_stride), r += 6;
+      else if (left >= 4) float_tile(4, KIND, w, columns, x, i->a_stride, out, i->out_stride), r += 4;
+      else if (left >= 2) float_tile(2, KIND, w, columns, x, i->a_stride, out, i->out_stride), r += 2;
+      else float_tile(1, KIND, w, columns, x, i->a_stride, out, i->out_stride), r += 1;
+    }
+  }
+}
+
+static void linear_float(const instruction *i, int first, int last, int rows) {
+  if (i->n[2] == F32) run_float(F32, i, first, last, rows);
+  else if (i->n[2] == F16) run_float(F16, i, first, last, rows);
+  else run_float(BF16, i, first, last, rows);
+}

@@ -1,0 +1,71 @@
+"""The native backend: llmc's own CPU engine runs the bundle's program."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE
+from llmc.runtime.backends.base import EngineFile, LoadOptions
+from llmc.runtime.backends.kv_cache import cpu_blocks
+from llmc.runtime.batch import Batch
+from llmc.runtime.errors import BackendError, BundleError
+from llmc.runtime.native.executor import Executor
+from llmc.runtime.native.program import Program
+from llmc.runtime.native.weights import read_weights
+
+WEIGHTS = "weights/packed.safetensors"  # beside the program
+_EXACT_DIGITS, _FAST_DIGITS = 3, 1
+
+
+def load(engine: EngineFile, options: LoadOptions) -> NativeBackend:
+    """Load a program. With `activation_group` activations are rounded to int8 for matrices of integers.
+
+    Raises BackendError if this machine has no native engine or the cache is not fp32, BundleError for a
+    damaged program, and RequestError for a KV cache that does not fit.
+    """
+    if engine.kv_dtype != "fp32":
+        raise BackendError(
+            f"the native engine has no KV cache of {engine.kv_dtype}", "build the bundle without --kv-dtype"
+        )
+    return NativeBackend(engine, cpu_blocks(engine, options), options)
+
+
+class NativeBackend:
+    """A program, its weights and its paged KV cache of `num_blocks` blocks of 32 tokens."""
+
+    name = "native"
+    block_size = BLOCK_SIZE
+
+    def __init__(self, engine: EngineFile, num_blocks: int, options: LoadOptions) -> None:
+        program = Program.from_json(engine.path.read_bytes())
+        try:
+            weights, self._memory = read_weights(engine.path.parent / WEIGHTS, program)
+        except OSError as error:
+            raise BundleError(f"cannot read {WEIGHTS}: {error.strerror or error}") from error
+        self.num_blocks = num_blocks
+        try:
+            self._executor = Executor(
+                program,
+                weights,
+                max_tokens=options.max_tokens,
+                num_blocks=num_blocks,
+                threads=options.threads or len(os.sched_getaffinity(0)),
+                digits=_EXACT_DIGITS if options.activation_group is None else _FAST_DIGITS,
+            )
+        except OSError as error:
+            raise BackendError(
+                str(error), "use a bundle for another engine: `llmc build --engine openvino`"
+            ) from error
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Return logits, float32 [N, vocab], for `batch.logits_index`. They are valid until the next call."""
+        try:
+            return self._executor.run(batch)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+
+    def close(self) -> None:
+        """End the engine's threads."""
+        self._executor.close()

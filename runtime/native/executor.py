@@ -1,0 +1,405 @@
+"""Run a program on this machine: instructions with addresses, quantized inputs, and threads."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import numpy as np
+
+from llmc.plugins.cpu import library
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE
+from llmc.runtime.batch import STEP_INPUTS, Batch
+from llmc.runtime.native.program import BINARY, UNARY, Instruction, Matrix, Program, View
+
+_LINE = 64
+_SETS = 8  # steps that a late thread may still look at
+_LARGEST_GROUP = 128  # activations that share a scale
+_ROWWISE = library.QUANTIZE  # operations up to this one work on one row at a time
+
+
+@dataclass
+class _Planned:
+    """An instruction before it has addresses."""
+
+    op: int
+    per_logit: bool
+    source: Instruction
+    #: The input in int8 digits: what QUANTIZE writes and LINEAR_INT reads.
+    digits: _Digits | None = None
+
+
+@dataclass(eq=False)
+class _Digits:
+    """A view of a buffer in int8 digits, for matrices of integers."""
+
+    width: int
+    group: int
+    digits: int
+
+    @property
+    def row_bytes(self) -> int:
+        groups = self.width // self.group
+        return _whole(self.digits * self.width) + _whole(4 * groups) + _whole(4 * groups * self.digits)
+
+
+@dataclass(eq=False)
+class _Place:
+    """Memory of a step: bytes of a row, the groups in which it is needed, and where it is."""
+
+    row_bytes: int
+    first: int
+    last: int
+    offset: int = 0
+
+
+@dataclass
+class Plan:
+    """A program as groups of planned instructions, and the places of what they write."""
+
+    instructions: list[_Planned] = field(default_factory=list)
+    groups: list[tuple[int, int]] = field(default_factory=list)
+    buffers: dict[int, _Place] = field(default_factory=dict)
+    digits: dict[_Digits, _Place] = field(default_factory=dict)
+    row_bytes: int = 0
+
+
+def group_of(matrix: Matrix) -> int:
+    """Return how many activations share a scale: a multiple of 16, up to 128, that divides a block."""
+    return next(size for size in range(min(matrix.block, _LARGEST_GROUP), 0, -16) if matrix.block % size == 0)
+
+
+def plan(program: Program, digits: int) -> Plan:
+    """Insert the quantization of inputs, find what can run row by row, and give buffers their places.
+
+    digits: int8 digits of an activation, for matrices of integers: 3 (24 bits) or 1 (rounded to 8).
+    """
+    result = Plan()
+    known: dict[tuple[View, int], _Digits] = {}
+    for one in program.instructions:
+        rows = program.buffers[one.out if one.out is not None else one.inputs[0].buffer].rows
+        per_logit = rows == "logits"
+        if one.op != "linear":
+            result.instructions.append(_Planned(_code(one), per_logit, one))
+            known = {key: value for key, value in known.items() if key[0].buffer != one.out}
+            continue
+        matrix = program.matrices[one.weights[0]]
+        if matrix.element not in ("int8", "int4"):
+            result.instructions.append(_Planned(library.LINEAR_FLOAT, per_logit, one))
+            continue
+        view, group = one.inputs[0], group_of(matrix)
+        if (view, group) not in known:
+            known[view, group] = _Digits(view.width, group, digits)
+            result.instructions.append(_Planned(library.QUANTIZE, per_logit, one, known[view, group]))
+        result.instructions.append(_Planned(library.LINEAR_INT, per_logit, one, known[view, group]))
+    _make_groups(result)
+    _place(program, result)
+    return result
+
+
+def _code(one: Instruction) -> int:
+    return {
+        "embed": library.EMBED,
+        "gather_rows": library.GATHER,
+        "copy": library.COPY,
+        "unary": library.UNARY,
+        "binary": library.BINARY,
+        "vector": library.VECTOR,
+        "scalar": library.SCALAR,
+        "rms_norm": library.RMSNORM,
+        "layer_norm": library.LAYERNORM,
+        "rope": library.ROPE,
+        "write_kv": library.WRITE_KV,
+        "attention": library.ATTENTION,
+    }[one.op]
+
+
+def _make_groups(result: Plan) -> None:
+    first = 0
+    for index, one in enumerate(result.instructions):
+        following = result.instructions[index + 1] if index + 1 < len(result.instructions) else None
+        joined = (
+            following is not None
+            and one.op <= _ROWWISE
+            and following.op <= _ROWWISE
+            and following.op != library.GATHER  # it reads rows of others
+            and one.per_logit == following.per_logit
+        )
+        if not joined:
+            result.groups.append((first, index + 1))
+            first = index + 1
+
+
+def _place(program: Program, result: Plan) -> None:
+    """Give every buffer and every quantized input bytes of a row that nothing alive shares."""
+    for number, (first, last) in enumerate(result.groups):
+        for one in result.instructions[first:last]:
+            if one.digits is not None:
+                place = result.digits.setdefault(one.digits, _Place(one.digits.row_bytes, number, number))
+                place.last = number
+            reads = [] if one.op == library.LINEAR_INT else [view.buffer for view in one.source.inputs]
+            writes = [] if one.op == library.QUANTIZE or one.source.out is None else [one.source.out]
+            for buffer in (*reads, *writes):
+                width = _whole(4 * (program.buffers[buffer].width + 16)) + _LINE
+                place = result.buffers.setdefault(buffer, _Place(width, number, number))
+                place.last = number
+    result.buffers[program.logits].last = len(result.groups)
+    placed: list[_Place] = []
+    for place in sorted([*result.buffers.values(), *result.digits.values()], key=lambda one: -one.row_bytes):
+        offset = 0
+        for other in sorted(placed, key=lambda one: one.offset):
+            if other.last < place.first or place.last < other.first:
+                continue
+            if offset + place.row_bytes <= other.offset:
+                break
+            offset = max(offset, other.offset + other.row_bytes)
+        place.offset = offset
+        placed.append(place)
+        result.row_bytes = max(result.row_bytes, offset + place.row_bytes)
+
+
+class Executor:
+    """A program with its weights, its KV cache and the threads that run it.
+
+    max_tokens: the maximum number of tokens in a step. num_blocks: blocks of the KV cache, of 32 tokens each.
+    digits: int8 digits of an activation, see `plan`. isa: a library of `plugins/cpu`; None: the best one.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, np.ndarray],
+        *,
+        max_tokens: int,
+        num_blocks: int,
+        threads: int,
+        digits: int = 3,
+        isa: str | None = None,
+    ) -> None:
+        self._library, self._program, self._weights = library.load(isa), program, weights
+        self._plan = plan(program, digits)
+        self._max_tokens, self._num_blocks, self._threads = max_tokens, num_blocks, threads
+        self._arena = mmap.mmap(-1, self._plan.row_bytes * max_tokens + (1 << 16))
+        self._base = _address(self._arena)
+        self._caches = [
+            tuple(
+                mmap.mmap(-1, max(1, num_blocks * one.num_kv_heads * BLOCK_SIZE * 4 * width) + _LINE)
+                for width in (one.head_dim, -(-one.v_head_dim // 16) * 16)
+            )
+            for one in program.caches
+        ]
+        planned = self._plan.instructions
+        self._code = (library.Instruction * len(planned))(*(self._bind(one) for one in planned))
+        self._groups = (library.Group * len(self._plan.groups))(
+            *(library.Group(*pair) for pair in self._plan.groups)
+        )
+        counters = len(self._plan.groups) * library.COUNTER
+        self._next = np.zeros((_SETS, counters), np.int32)
+        self._done = np.zeros((_SETS, counters), np.int32)
+        self._turn = 0
+        self._workers = [_Worker(self._library) for _ in range(threads - 1)]
+        self.close = weakref.finalize(self, _end, self._workers)
+
+    def run(self, batch: Batch) -> np.ndarray:
+        """Run a step. Returns logits, float32 [N, vocab], which the next step overwrites.
+
+        Raises ValueError for a batch that does not fit: more rows, blocks or positions than there are.
+        """
+        self._check(batch)
+        turn = self._turn = (self._turn + 1) % _SETS
+        for worker in self._workers:
+            worker.wait_for(_SETS - 1)  # the slowest has left the step whose counters these were
+        tokens = len(batch.input_ids)
+        counts = np.diff(batch.query_start)
+        sequence = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        blocks = batch.block_begins[sequence] + batch.position_ids // BLOCK_SIZE
+        slot = (batch.block_indices[blocks] * BLOCK_SIZE + batch.position_ids % BLOCK_SIZE).astype(np.int32)
+        self._next[turn] = self._done[turn] = 0
+        arrays = [np.ascontiguousarray(getattr(batch, name)) for name in STEP_INPUTS]
+        step = library.Step(
+            tokens,
+            len(counts),
+            len(batch.logits_index),
+            self._threads,
+            len(self._groups),
+            **{name: array.ctypes.data for name, array in zip(STEP_INPUTS, arrays, strict=True)},
+            code=ctypes.addressof(self._code),
+            groups=ctypes.addressof(self._groups),
+            slot=slot.ctypes.data,
+            next=self._next[turn].ctypes.data,
+            done=self._done[turn].ctypes.data,
+        )
+        reads = (
+            arrays,
+            slot,
+            self._code,
+            self._groups,
+            self._next,
+            self._done,
+            self._arena,
+            self._caches,
+            self._weights,
+        )
+        for worker in self._workers:
+            worker.start(step, reads)
+        self._library.llmc_run(ctypes.byref(step))
+        place = self._plan.buffers[self._program.logits]
+        stride = place.row_bytes // 4
+        rows = np.frombuffer(
+            self._arena, np.float32, len(batch.logits_index) * stride, self._offset(place)
+        ).reshape(-1, stride)
+        return rows[:, : self._program.vocab_size]
+
+    def _check(self, batch: Batch) -> None:
+        tokens = len(batch.input_ids)
+        if not 0 < tokens <= self._max_tokens or len(batch.logits_index) > self._max_tokens:
+            raise ValueError(f"a step of {tokens} tokens; the engine takes 1 to {self._max_tokens}")
+        limits = (
+            ("token ids", batch.input_ids, self._program.vocab_size),
+            ("positions", batch.position_ids, self._program.max_positions or np.iinfo(np.int32).max),
+            ("blocks", batch.block_indices, self._num_blocks),
+            ("rows of logits", batch.logits_index, tokens),
+        )
+        for name, values, limit in limits:
+            if len(values) and not 0 <= int(values.min()) <= int(values.max()) < limit:
+                raise ValueError(f"{name} of the step are outside 0 to {limit - 1}")
+        counts = np.diff(batch.query_start)
+        lengths = batch.past_lengths + counts
+        tables = np.diff(batch.block_begins)
+        whole = batch.query_start[0] == 0 and batch.query_start[-1] == tokens and (counts >= 0).all()
+        if (
+            not whole
+            or batch.block_begins[0] != 0
+            or batch.block_begins[-1] != len(batch.block_indices)
+            or (tables * BLOCK_SIZE < np.where(counts > 0, lengths, 0)).any()
+            or (batch.past_lengths < 0).any()
+            or not np.array_equal(_positions(batch, counts), batch.position_ids)
+        ):
+            raise ValueError("the arrays of the step contradict each other")
+
+    # Addresses
+
+    def _offset(self, place: _Place) -> int:
+        return place.offset * self._max_tokens
+
+    def _bind(self, one: _Planned) -> library.Instruction:
+        source, n = one.source, _numbers(self._program, one)
+        bound = library.Instruction(op=one.op, per_logit=one.per_logit)
+        bound.n[: len(n)] = n
+        if source.out is not None and one.op != library.QUANTIZE:
+            place = self._plan.buffers[source.out]
+            bound.out = self._base + self._offset(place) + 4 * source.offset
+            bound.out_stride = place.row_bytes // 4
+        views = () if one.op == library.LINEAR_INT else source.inputs
+        for name, view in zip(("a", "b"), views, strict=False):
+            place = self._plan.buffers[view.buffer]
+            setattr(bound, name, self._base + self._offset(place) + 4 * view.offset)
+            setattr(bound, f"{name}_stride", place.row_bytes // 4)
+        if one.digits is not None:
+            place, digits = self._plan.digits[one.digits], one.digits
+            groups = digits.width // digits.group
+            bound.q = self._base + self._offset(place)
+            bound.scales = bound.q + _whole(digits.digits * digits.width) * self._max_tokens
+            bound.sums = bound.scales + _whole(4 * groups) * self._max_tokens
+        if one.op != library.QUANTIZE:
+            addresses = [self._weights[name].ctypes.data for name in source.weights]
+            if one.op in (library.EMBED, library.LINEAR_INT, library.LINEAR_FLOAT):
+                bound.w = addresses[0]
+            else:
+                for name, address in zip(("v", "v2"), addresses, strict=False):
+                    setattr(bound, name, address)
+        if one.op in (library.WRITE_KV, library.ATTENTION):
+            bound.keys, bound.values = (_address(memory) for memory in self._caches[source.integers["layer"]])
+        for name, value in source.floats.items():
+            bound.x[1 if name == "softcap" else 0] = value
+        return bound
+
+
+def _numbers(program: Program, one: _Planned) -> Sequence[int]:
+    """The array `n` of an instruction; program.h says what it holds for each operation."""
+    source, integers = one.source, one.source.integers
+    width = source.inputs[0].width if source.inputs else program.buffers[source.out or 0].width
+    if one.op == library.EMBED:
+        return width, library.KINDS[program.matrices[source.weights[0]].element], 1
+    if one.op == library.UNARY:
+        return width, UNARY.index(source.function)
+    if one.op in (library.BINARY, library.VECTOR, library.SCALAR):
+        return width, BINARY.index(source.function)
+    if one.op == library.RMSNORM:
+        return integers["groups"], width // integers["groups"]
+    if one.op == library.LAYERNORM:
+        return width, len(source.weights) > 1
+    if one.op == library.ROPE:
+        return integers["heads"], width // integers["heads"], integers["rotated"], integers["interleaved"]
+    if one.op in (library.WRITE_KV, library.ATTENTION):
+        cache = program.caches[integers["layer"]]
+        sizes = (cache.num_kv_heads, cache.head_dim, cache.v_head_dim)
+        return sizes if one.op == library.WRITE_KV else (integers["heads"], *sizes, integers["window"])
+    if one.op == library.QUANTIZE:
+        assert one.digits is not None
+        return width, one.digits.group, one.digits.digits
+    if one.op == library.LINEAR_FLOAT:
+        matrix = program.matrices[source.weights[0]]
+        return matrix.rows, matrix.columns, library.KINDS[matrix.element]
+    if one.op == library.LINEAR_INT:
+        assert one.digits is not None
+        matrix = program.matrices[source.weights[0]]
+        bits = 4 if matrix.element == "int4" else 8
+        group, digits = one.digits.group, one.digits.digits
+        return matrix.rows, matrix.columns, bits, matrix.block, group, digits, matrix.scales == "fp16"
+    return (width,)
+
+
+class _Worker:
+    """A thread that runs the steps it is given."""
+
+    def __init__(self, engine: ctypes.CDLL) -> None:
+        self._engine = engine
+        self._given: SimpleQueue[tuple[library.Step, object] | None] = SimpleQueue()
+        self._left: SimpleQueue[None] = SimpleQueue()
+        self._behind = 0
+        threading.Thread(target=self._loop, name="llmc", daemon=True).start()
+
+    def start(self, step: library.Step, reads: object) -> None:
+        """Let the thread run a step. reads: the memory of the step, which a late thread may still read."""
+        self._behind += 1
+        self._given.put((step, reads))
+
+    def wait_for(self, steps: int) -> None:
+        """Wait until the thread has left all but the last `steps` steps."""
+        while self._behind > steps or not self._left.empty():
+            self._left.get()
+            self._behind -= 1
+
+    def end(self) -> None:
+        self._given.put(None)
+
+    def _loop(self) -> None:
+        while (given := self._given.get()) is not None:
+            self._engine.llmc_run(ctypes.byref(given[0]))
+            del given  # an executor that nobody uses any more is freed now
+            self._left.put(None)
+
+
+def _end(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        worker.end()
+
+
+def _positions(batch: Batch, counts: np.ndarray) -> np.ndarray:
+    """The position of every token, int [T], as its sequence's cached tokens say."""
+    return np.arange(len(batch.input_ids)) - np.repeat(batch.query_start[:-1] - batch.past_lengths, counts)
+
+
+def _whole(nbytes: int) -> int:
+    """Round up to whole cache lines."""
+    return -(-nbytes // _LINE) * _LINE
+
+
+def _address(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

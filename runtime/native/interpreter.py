@@ -1,0 +1,144 @@
+"""The reference: a program computed with numpy in fp64, one instruction at a time, without any blocking."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from llmc.plugins.paged_attention.reference import paged_attention
+from llmc.plugins.paged_attention.spec import BLOCK_SIZE
+from llmc.runtime.batch import Batch
+from llmc.runtime.native.program import Instruction, Program, View
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+_UNARY: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x / 2 * (1 + _erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "tanh": np.tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "exp": np.exp,
+    "erf": _erf,
+    "neg": np.negative,
+    "abs": np.abs,
+    "sqrt": np.sqrt,
+    "reciprocal": np.reciprocal,
+    "square": np.square,
+}
+_BINARY: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "min": np.minimum,
+    "max": np.maximum,
+}
+
+
+class Interpreter:
+    """A program with its weights and KV cache.
+
+    weights: constants, and matrices as fp64 [rows, columns]. num_blocks: blocks of the cache.
+    """
+
+    def __init__(self, program: Program, weights: Mapping[str, np.ndarray], num_blocks: int) -> None:
+        self._program, self._weights = program, weights
+        self._caches = [
+            (
+                np.zeros((num_blocks, one.num_kv_heads, BLOCK_SIZE, one.head_dim)),
+                np.zeros((num_blocks, one.num_kv_heads, BLOCK_SIZE, one.v_head_dim)),
+            )
+            for one in program.caches
+        ]
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Return the logits, float64 [N, vocab]."""
+        buffers: dict[int, np.ndarray] = {}
+        pending: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for one in self._program.instructions:
+            inputs = [_columns(buffers, view) for view in one.inputs]
+            if one.op == "write_kv":  # the reference of attention writes them itself
+                pending[one.integers["layer"]] = (inputs[0], inputs[1])
+                continue
+            if one.op == "attention":
+                result = self._attention(one, inputs[0], pending[one.integers["layer"]], batch)
+            else:
+                result = self._compute(one, inputs, batch)
+            assert one.out is not None
+            buffer = buffers.setdefault(
+                one.out, np.zeros((len(result), self._program.buffers[one.out].width))
+            )
+            buffer[:, one.offset : one.offset + result.shape[1]] = result
+        return buffers[self._program.logits]
+
+    def _compute(self, one: Instruction, inputs: list[np.ndarray], batch: Batch) -> np.ndarray:
+        weights = [self._weights[name] for name in one.weights]
+        if one.op == "embed":
+            return weights[0][batch.input_ids]
+        x = inputs[0]
+        if one.op == "gather_rows":
+            return x[batch.logits_index]
+        if one.op == "copy":
+            return x
+        if one.op == "unary":
+            return _UNARY[one.function](x)
+        if one.op == "binary":
+            return _BINARY[one.function](x, inputs[1])
+        if one.op == "vector":
+            return _BINARY[one.function](x, weights[0])
+        if one.op == "scalar":
+            return _BINARY[one.function](x, np.array(one.floats["value"]))
+        if one.op == "linear":
+            return x @ weights[0].T
+        if one.op == "rms_norm":
+            groups = x.reshape(len(x), one.integers["groups"], -1)
+            square = np.mean(groups**2, axis=-1, keepdims=True)
+            return (groups / np.sqrt(square + one.floats["epsilon"]) * weights[0]).reshape(x.shape)
+        if one.op == "layer_norm":
+            centred = x - x.mean(axis=-1, keepdims=True)
+            scaled = centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + one.floats["epsilon"])
+            return scaled * weights[0] + (weights[1] if len(weights) > 1 else 0)
+        if one.op == "rope":
+            return _rope(one, x, weights, batch.position_ids)
+        raise ValueError(f"no operation {one.op}")
+
+    def _attention(
+        self, one: Instruction, query: np.ndarray, new: tuple[np.ndarray, np.ndarray], batch: Batch
+    ) -> np.ndarray:
+        keys, values = self._caches[one.integers["layer"]]
+        return paged_attention(
+            query,
+            *new,
+            keys,
+            values,
+            batch.query_start,
+            batch.past_lengths,
+            batch.block_indices,
+            batch.block_begins,
+            num_heads=one.integers["heads"],
+            num_kv_heads=keys.shape[1],
+            scale=one.floats["scale"],
+            window=one.integers["window"],
+            softcap=one.floats["softcap"],
+        )
+
+
+def _columns(buffers: Mapping[int, np.ndarray], view: View) -> np.ndarray:
+    return buffers[view.buffer][:, view.offset : view.offset + view.width]
+
+
+def _rope(one: Instruction, x: np.ndarray, tables: list[np.ndarray], positions: np.ndarray) -> np.ndarray:
+    heads, rotated = one.integers["heads"], one.integers["rotated"]
+    cosine, sine = (table.reshape(-1, rotated // 2)[positions][:, None] for table in tables)
+    rows = x.reshape(len(x), heads, -1)
+    result = rows.copy()
+    if one.integers["interleaved"]:
+        first, second = slice(0, rotated, 2), slice(1, rotated, 2)
+    else:
+        first, second = slice(0, rotated // 2), slice(rotated // 2, rotated)
+    a, b = rows[..., first], rows[..., second]
+    result[..., first], result[..., second] = a * cosine - b * sine, b * cosine + a * sine
+    return result.reshape(x.shape)

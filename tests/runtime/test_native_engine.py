@@ -1,0 +1,282 @@
+"""The native engine's C against the interpreter of its programs, instruction by instruction."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmc.plugins.cpu import library
+from llmc.runtime.errors import BundleError
+from llmc.runtime.native.executor import Executor
+from llmc.runtime.native.interpreter import Interpreter
+from llmc.runtime.native.program import BINARY, UNARY, Cache, Program, View, check
+from support.native_programs import POSITIONS, Builder, steps
+
+ISAS = [name for name in library.candidates() if (library.LIBRARIES / f"{name}.so").is_file()]
+pytestmark = pytest.mark.skipif(not ISAS, reason="this machine or this installation has no native engine")
+
+Built = tuple[Program, object, object]
+POSITIVE = ("sqrt", "reciprocal")
+
+
+def run(built: Built, threads: int = 2, digits: int = 3, isa: str | None = None) -> list[np.ndarray]:
+    program, weights, _ = built
+    executor = Executor(
+        program, weights, max_tokens=64, num_blocks=12, threads=threads, digits=digits, isa=isa
+    )  # type: ignore[arg-type]
+    results = [executor.run(batch).copy() for batch in steps()]
+    executor.close()
+    return results
+
+
+def expected(built: Built) -> list[np.ndarray]:
+    program, _, weights = built
+    interpreter = Interpreter(program, weights, 12)  # type: ignore[arg-type]
+    return [interpreter.forward(batch) for batch in steps()]
+
+
+def unary(function: str) -> Built:
+    build = Builder(40)
+    x = View(0, 0, 40)
+    if function in POSITIVE:
+        x = build.emit("scalar", 40, build.emit("unary", 40, x, function="abs"), function="add", value=0.1)
+    return build.finish(build.emit("unary", 40, x, function=function))
+
+
+def binary(function: str) -> Built:
+    build = Builder(50)
+    v = build.vector("v", 50, np.random.default_rng(3).uniform(0.5, 2, 50))
+    y = build.emit("vector", 50, View(0, 0, 50), weights=(v,), function=function)
+    y = build.emit("scalar", 50, y, function=function, value=1.5)
+    y = build.emit("binary", 50, y, View(0, 0, 50), function=function)
+    return build.finish(y)
+
+
+def norms(groups: int) -> Built:
+    build = Builder(72)
+    y = build.emit(
+        "rms_norm",
+        72,
+        View(0, 0, 72),
+        weights=(build.vector("w", 72 // groups),),
+        groups=groups,
+        epsilon=1e-5,
+    )
+    y = build.emit("layer_norm", 72, y, weights=(build.vector("g", 72), build.vector("b", 72)), epsilon=1e-5)
+    return build.finish(build.emit("layer_norm", 72, y, weights=("g",), epsilon=1e-5))
+
+
+def rotations(rotated: int, interleaved: int) -> Built:
+    build = Builder(4 * 40)
+    angles = np.random.default_rng(5).uniform(0, 6, POSITIONS * rotated // 2)
+    tables = (
+        build.vector("cos", len(angles), np.cos(angles)),
+        build.vector("sin", len(angles), np.sin(angles)),
+    )
+    y = build.emit(
+        "rope", 160, View(0, 0, 160), weights=tables, heads=4, rotated=rotated, interleaved=interleaved
+    )
+    return build.finish(y)
+
+
+def copies() -> Built:
+    build = Builder(50)
+    y = build.emit("copy", 50, View(0, 20, 30))
+    build.emit("copy", 50, View(0, 0, 20), out=y.buffer, offset=30)
+    return build.finish(y)
+
+
+def attention(heads: int, kv_heads: int, width: int, value_width: int, window: int, softcap: float) -> Built:
+    build = Builder(heads * width + kv_heads * (width + value_width))
+    build.caches.append(Cache(kv_heads, width, value_width))
+    first, second = heads * width, kv_heads * width
+    key, value = View(0, first, second), View(0, first + second, kv_heads * value_width)
+    build.instructions.append(
+        dataclasses.replace(
+            build.instructions[0],
+            op="write_kv",
+            out=None,
+            inputs=(key, value),
+            weights=(),
+            integers={"layer": 0},
+        )
+    )
+    y = build.emit(
+        "attention",
+        heads * value_width,
+        View(0, 0, first),
+        heads=heads,
+        layer=0,
+        window=window,
+        scale=width**-0.5,
+        softcap=softcap,
+    )
+    return build.finish(y)
+
+
+def linear(element: str, block: int = 0, scales: str = "", rows: int = 50, columns: int = 256) -> Built:
+    build = Builder(columns)
+    return build.finish(
+        build.emit(
+            "linear",
+            rows,
+            View(0, 0, columns),
+            weights=(build.matrix("w", rows, columns, element, block, scales),),
+        )
+    )
+
+
+PROGRAMS: dict[str, Callable[[], Built]] = {
+    **{name: lambda name=name: unary(name) for name in UNARY},  # type: ignore[misc]
+    **{name: lambda name=name: binary(name) for name in BINARY},  # type: ignore[misc]
+    "norms": lambda: norms(1),
+    "norms of heads": lambda: norms(3),
+    "rotation": lambda: rotations(40, 0),
+    "part of a head": lambda: rotations(12, 0),
+    "interleaved": lambda: rotations(40, 1),
+    "copies": copies,
+    "attention": lambda: attention(4, 2, 32, 32, 0, 0.0),
+    "one head": lambda: attention(1, 1, 16, 16, 0, 0.0),
+    "values of another width": lambda: attention(6, 2, 24, 40, 0, 0.0),
+    "multi-query": lambda: attention(20, 1, 16, 48, 0, 0.0),
+    "window": lambda: attention(4, 4, 32, 32, 20, 0.0),
+    "window of one": lambda: attention(4, 4, 32, 32, 1, 0.0),
+    "softcap": lambda: attention(4, 2, 32, 64, 0, 3.0),
+    "latent heads": lambda: attention(16, 1, 576, 512, 0, 0.0),
+    "fp32": lambda: linear("fp32"),
+    "fp16": lambda: linear("fp16"),
+    "bf16": lambda: linear("bf16", columns=100),
+    "int4 block 32": lambda: linear("int4", 32, "fp16"),
+    "int4 block 128": lambda: linear("int4", 128, "fp16", rows=77),
+    "int4 fp32 scales": lambda: linear("int4", 64, "fp32"),
+    "int8 per row": lambda: linear("int8", 256, "fp32"),
+    "int8 blocks": lambda: linear("int8", 32, "fp16"),
+    "int8 blocks of 48": lambda: linear("int8", 48, "fp32", columns=240),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_instruction_is_the_interpreters(name: str) -> None:
+    built = PROGRAMS[name]()
+    for got, want in zip(run(built), expected(built), strict=True):
+        assert got.shape == want.shape
+        size = np.abs(want).max() if want.size else 1.0
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * size)
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "int4 block 32", "int8 blocks", "int8 per row"])
+def test_a_linear_layer_is_exact_to_a_millionth(name: str) -> None:
+    """Relative to the norms of row and input, which is what rounding errors scale with."""
+    built = PROGRAMS[name]()
+    exact, batch = built[2], steps()[0]
+    x, w = exact["table"][batch.input_ids[batch.logits_index]], exact["w"]  # type: ignore[index]
+    bound = 1e-6 * np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(w, axis=1)[None]
+    assert (np.abs(run(built)[0] - x @ w.T) <= bound).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["gelu", "norms", "attention", "softcap", "bf16", "int4 block 32", "int8 per row"]
+)
+def test_threads_and_instruction_sets_give_the_same_bits(name: str) -> None:
+    built = PROGRAMS[name]()
+    want = run(built, threads=1)
+    for isa in ISAS:
+        for threads in (1, 2, 4):
+            for got, first in zip(run(built, threads, isa=isa), want, strict=True):
+                assert got.tobytes() == first.tobytes(), (isa, threads)
+
+
+def test_one_digit_rounds_activations_to_eight_bits() -> None:
+    built = PROGRAMS["int4 block 32"]()
+    exact = built[2]
+    batch = steps()[0]
+    x = exact["table"][batch.input_ids[batch.logits_index]].reshape(-1, 8, 32)  # type: ignore[index]
+    scale = np.abs(x).max(axis=-1, keepdims=True) / 127
+    rounded = (np.rint(x / scale) * scale).reshape(len(x), -1)
+    got = run(built, digits=1)[0]
+    np.testing.assert_allclose(got, rounded @ exact["w"].T, atol=1e-4)  # type: ignore[index]
+    assert np.abs(got - run(built)[0]).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": 50}, "token ids"),
+        ({"input_ids": -1}, "token ids"),
+        ({"position_ids": POSITIONS}, "positions"),
+        ({"block_indices": 12}, "blocks"),
+        ({"logits_index": 1000}, "rows of logits"),
+        ({"past_lengths": 5}, "contradict"),
+        ({"query_start": 3}, "contradict"),
+        ({"block_begins": 7}, "contradict"),
+    ],
+)
+def test_steps_that_would_leave_the_arrays_are_refused(change: dict[str, int], message: str) -> None:
+    program, weights, _ = PROGRAMS["attention"]()
+    executor = Executor(program, weights, max_tokens=64, num_blocks=12, threads=1)  # type: ignore[arg-type]
+    ((name, value),) = change.items()
+    arrays = {name: getattr(steps()[0], name).copy()}
+    arrays[name][0] = value
+    with pytest.raises(ValueError, match=message):
+        executor.run(dataclasses.replace(steps()[0], **arrays))
+
+
+def test_a_step_of_too_many_tokens_is_refused() -> None:
+    program, weights, _ = PROGRAMS["fp32"]()
+    executor = Executor(program, weights, max_tokens=8, num_blocks=12, threads=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="takes 1 to 8"):
+        executor.run(steps()[0])
+
+
+def test_programs_survive_json() -> None:
+    program, _, _ = PROGRAMS["attention"]()
+    assert Program.from_json(program.to_json()) == program
+
+
+def test_hostile_programs_are_refused_or_stay_inside_their_arrays(tmp_path: Path) -> None:
+    """Every number of a program changed, one at a time. What `check` lets through must run."""
+    program, weights, _ = PROGRAMS["values of another width"]()
+    text = program.to_json().decode()
+    tree, refused = json.loads(text), 0
+    places: list[tuple[object, object]] = []
+
+    def walk(node: object) -> None:
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):  # type: ignore[arg-type]
+            if isinstance(value, dict | list):
+                walk(value)
+            elif isinstance(value, int | float):
+                places.append((node, key))
+
+    walk(tree)
+    assert len(places) > 40
+    for node, key in places:
+        before = node[key]  # type: ignore[index]
+        for value in (0, 1, -1, before + 1, before * 2, 1 << 26, 1 << 40):
+            node[key] = value  # type: ignore[index]
+            try:
+                changed = Program.from_json(json.dumps(tree).encode())
+                arrays = {
+                    name: np.zeros(matrix.nbytes, np.uint8) for name, matrix in changed.matrices.items()
+                } | {name: np.zeros(size, np.float32) for name, size in changed.constants.items()}
+                executor = Executor(changed, arrays, max_tokens=64, num_blocks=12, threads=1)
+                executor.run(steps()[0])
+            except (BundleError, ValueError, MemoryError, OSError):
+                refused += 1
+        node[key] = before  # type: ignore[index]
+    assert refused > 100
+    assert weights
+
+
+def test_check_names_the_instruction() -> None:
+    program, _, _ = PROGRAMS["attention"]()
+    instructions = list(program.instructions)
+    instructions[1] = dataclasses.replace(
+        instructions[1], inputs=(View(0, 0, 10_000), instructions[1].inputs[1])
+    )
+    with pytest.raises(BundleError, match=r"instruction 1 \(write_kv\) .* past the columns"):
+        check(dataclasses.replace(program, instructions=tuple(instructions)))

@@ -1,0 +1,124 @@
+"""Small programs for the native engine, their weights, and steps for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from llmc.compiler.targets.native.pack import pack_floats, pack_integers
+from llmc.runtime.batch import Batch
+from llmc.runtime.native.program import Buffer, Cache, Instruction, Matrix, Program, View, check
+
+VOCABULARY, POSITIONS = 50, 128
+
+
+class Builder:
+    """A program in the making. Buffer 0 holds the embedded tokens; `finish` gathers the rows of logits."""
+
+    def __init__(self, width: int, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.buffers: list[Buffer] = []
+        self.instructions: list[Instruction] = []
+        self.caches: list[Cache] = []
+        self.matrices: dict[str, Matrix] = {}
+        self.constants: dict[str, int] = {}
+        self.packed: dict[str, np.ndarray] = {}
+        self.exact: dict[str, np.ndarray] = {}
+        table = self.matrix("table", VOCABULARY, width, "fp32")
+        self.emit("embed", width, weights=(table,))
+
+    def emit(
+        self,
+        op: str,
+        width: int,
+        *inputs: View,
+        weights: tuple[str, ...] = (),
+        function: str = "",
+        rows: str = "tokens",
+        offset: int = 0,
+        out: int | None = None,
+        **parameters: float,
+    ) -> View:
+        """Append an instruction that writes a new buffer, or `out`, and return the view of it."""
+        if out is None:
+            self.buffers.append(Buffer(width, rows))  # type: ignore[arg-type]
+            out = len(self.buffers) - 1
+        integers = {name: value for name, value in parameters.items() if isinstance(value, int)}
+        floats = {name: value for name, value in parameters.items() if isinstance(value, float)}
+        self.instructions.append(Instruction(op, out, offset, inputs, weights, function, integers, floats))
+        return View(out, 0, self.buffers[out].width)
+
+    def vector(self, name: str, size: int, values: np.ndarray | None = None) -> str:
+        array = self.rng.standard_normal(size) if values is None else values
+        self.constants[name] = size
+        self.packed[name] = array.astype(np.float32)
+        self.exact[name] = self.packed[name].astype(np.float64)
+        return name
+
+    def matrix(
+        self, name: str, rows: int, columns: int, element: str, block: int = 0, scales: str = ""
+    ) -> str:
+        """A random matrix, packed for the engine and exact for the interpreter."""
+        one = self.matrices[name] = Matrix(rows, columns, element, block, scales)  # type: ignore[arg-type]
+        if element in ("int8", "int4"):
+            largest = 7 if element == "int4" else 127
+            codes = self.rng.integers(-largest, largest + 1, (rows, columns)).astype(np.int8)
+            dtype = np.float16 if scales == "fp16" else np.float32
+            factors = self.rng.uniform(0.001, 0.01, (rows, columns // block)).astype(dtype)
+            self.packed[name] = pack_integers(codes, factors, one)
+            self.exact[name] = codes * np.repeat(factors.astype(np.float64), block, axis=1)
+            return name
+        data = self.rng.standard_normal((rows, columns)).astype(np.float32)
+        if element == "bf16":
+            bits = data.view(np.uint32) & 0xFFFF0000
+            self.packed[name] = pack_floats((bits >> 16).astype(np.uint16))
+            self.exact[name] = bits.view(np.float32).astype(np.float64)
+        else:
+            data = data.astype(np.float16) if element == "fp16" else data
+            self.packed[name] = pack_floats(data)
+            self.exact[name] = data.astype(np.float64)
+        return name
+
+    def finish(self, last: View) -> tuple[Program, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
+        """Return the program, its packed weights, and the same for the interpreter. Its logits are `last`."""
+        logits = self.emit("gather_rows", last.width, last, rows="logits")
+        if last.width != VOCABULARY:
+            head = self.matrix("head", VOCABULARY, last.width, "fp32")
+            logits = self.emit("linear", VOCABULARY, logits, weights=(head,), rows="logits")
+        program = Program(
+            1,
+            tuple(self.buffers),
+            tuple(self.caches),
+            self.matrices,
+            self.constants,
+            tuple(self.instructions),
+            logits.buffer,
+            VOCABULARY,
+            POSITIONS,
+        )
+        check(program)
+        return (
+            program,
+            {n: a.view(np.uint8) if n in self.matrices else a for n, a in self.packed.items()},
+            self.exact,
+        )
+
+
+def steps(seed: int = 1, num_blocks: int = 12) -> list[Batch]:
+    """Ragged steps of three sequences: prefill, a mixed step, decoding, a row without logits."""
+    rng = np.random.default_rng(seed)
+    free = rng.permutation(num_blocks).tolist()
+    tables = [[free.pop() for _ in range(4)] for _ in range(3)]
+    past = [0, 0, 0]
+    batches = []
+    for counts in ((40, 0, 7), (1, 33, 2), (1, 1, 1), (0, 1, 50), (1, 1, 1)):
+        rows = []
+        for s, count in enumerate(counts):
+            if count:
+                wanted = count != 2
+                table = tables[s][: -(-(past[s] + count) // 32)]
+                rows.append((rng.integers(0, VOCABULARY, count).tolist(), past[s], table, wanted))
+                past[s] += count
+        batches.append(Batch.pack(rows))
+    return batches
