@@ -31,8 +31,6 @@ class Job:
     tolerance: float
     #: Bytes of memory that the comparison needs.
     needed_bytes: int
-    #: The bundle's tokenizer.json; "": it has none, and the tokens are random.
-    tokenizer: str = ""
     #: What the engine computes in: "fp32", "fp16" or "bf16".
     dtype: str = "fp32"
     #: What stands in for the engine, for the record; "": nothing does.
@@ -47,6 +45,8 @@ class Job:
     kv_dtype: str = ""
     #: In fp32, the same engine with activation quantization, which `engine` lacks then; "": none.
     quantizing_engine: str = ""
+    #: The bundle's tokenizer.json; "": it has none, and the tokens are random.
+    tokenizer: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"quantized": {name: one.to_json() for name, one in self.quantized.items()}}

@@ -64,6 +64,7 @@ def job(checkpoint: Path, bundle: Path) -> Job:
         windows=windows,
         tolerance=1e-4,
         needed_bytes=1,
+        tokenizer=str(bundle / "tokenizer" / "tokenizer.json"),
     )
 
 

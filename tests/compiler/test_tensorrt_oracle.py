@@ -96,6 +96,7 @@ def prepare(
         tolerance=1e-4,
         needed_bytes=0,
         dtype=dtype,
+        tokenizer=str(opened.tokenizer or ""),
     )
 
 

@@ -200,6 +200,7 @@ def compare_oracle(source: Path, stored: dict[str, EngineWeight], directory: Pat
             "windows": [],
             "tolerance": 1e-4,
             "needed_bytes": 0,
+            "tokenizer": str(source / "tokenizer.json"),
         }
         job = Job(str(source), str(path), "onnxruntime", **common, dtype="bf16", quantized=stored)  # type: ignore[arg-type]
         return compare(job)

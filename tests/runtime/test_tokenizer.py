@@ -302,11 +302,12 @@ def test_hostile_and_broken_templates(template: str, message: str, hint: str, tm
 
 
 def test_template_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "SECONDS", 0.3)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     assert Tokenizer(byte_level(), chat_template="first").apply_chat_template(CHAT) == "first"
-    with pytest.raises(RequestError, match=r"takes more than 0\.3 seconds") as caught:
-        Tokenizer(byte_level(), chat_template=endless).apply_chat_template(CHAT)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "SECONDS", 0.3)
+        with pytest.raises(RequestError, match=r"takes more than 0\.3 seconds") as caught:
+            Tokenizer(byte_level(), chat_template=endless).apply_chat_template(CHAT)
     assert "plain prompt" in caught.value.hint
     assert Tokenizer(byte_level(), chat_template="next").apply_chat_template(CHAT) == "next"
 
@@ -371,9 +372,10 @@ def test_expression_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) 
     tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(?:x|y)*(?:x|z)*[?!]"), "isolated")
     encoder = TextEncoder(tokenizer)
     assert encoder.encode("Ab").ids
-    monkeypatch.setattr(worker, "SECONDS", 0.3)
-    with pytest.raises(RequestError, match=r"takes more than 0\.3 seconds") as caught:
-        encoder.encode("x" * 2500 + "-!")
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "SECONDS", 0.3)
+        with pytest.raises(RequestError, match=r"takes more than 0\.3 seconds") as caught:
+            encoder.encode("x" * 2500 + "-!")
     assert "shorter" in caught.value.hint
     assert encoder.encode("Ab").ids
 
