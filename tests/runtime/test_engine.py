@@ -522,7 +522,7 @@ def test_a_closed_engine_ends_its_requests_frees_the_backend_and_refuses_new_one
         (([n] for n in (3, 4)), [[3], [4]]),
         ([], []),
     ],
-    ids=str,
+    ids=["ids", "array of ids", "lists", "array of lists", "generator", "none"],
 )
 def test_one_prompt_needs_no_list_around_it(prompts: Any, lists: list[list[int]]) -> None:
     params = SamplingParams(max_tokens=3, ignore_eos=True)
