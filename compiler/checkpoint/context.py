@@ -65,12 +65,13 @@ def choose_context(config: PreTrainedConfig, wanted: int | None) -> Context:
 
 def _choose(config: PreTrainedConfig, wanted: int | None, fixed: int | None, reach: int | None) -> Context:
     if wanted is None and fixed is None:
-        raise BuildError(f"{CONFIG} has no max_position_embeddings", "give --max-seq-len")
+        raise BuildError(f"{CONFIG} has no max_position_embeddings", "give --max-seq-len", "max_seq_len")
     length = wanted if wanted is not None else int(fixed or 0)
     if reach is not None and length > reach:
         raise BuildError(
             f"--max-seq-len {length} is more than the model's context of {reach} tokens",
             f"give at most {reach}",
+            "max_seq_len",
         )
     _check_memory(config, length)
     notes = []

@@ -307,6 +307,8 @@ def test_a_conversation_on_a_terminal_stops_an_answer_and_ends(tiny: Path) -> No
             read(b"cut after")  # the context is full: an answer came
             read(b"> ")
             os.kill(child.pid, signal.SIGINT)  # at the prompt: a reminder, and no end
+            while not select.select([terminal], [], [], 1)[0]:  # it came before the program began to read
+                os.kill(child.pid, signal.SIGINT)
             read(b"Ctrl-D ends")
             read(b"> ")
             os.write(terminal, b"\x04")

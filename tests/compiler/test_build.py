@@ -248,7 +248,7 @@ def test_a_family_without_a_recipe_gets_an_honest_try(tmp_path: Path) -> None:
 
 
 def test_every_zoo_family_has_a_recipe() -> None:
-    assert {entry.model_type for entry in list_zoo()} == set(recipe.known_families())
+    assert {entry.model_type for entry in list_zoo()} <= set(recipe.known_families())
 
 
 @pytest.mark.parametrize(

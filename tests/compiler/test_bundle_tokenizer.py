@@ -35,7 +35,7 @@ def checkpoint(
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     generation = directory / "generation_config.json"
     read = json.loads(generation.read_text()) if generation.is_file() else {}
-    return Checkpoint(directory, {"model_type": model_type, **config}, read, {}, files)
+    return Checkpoint(directory, {"model_type": model_type, **config}, read, {}, (), files)
 
 
 def opened(found: BundleTokenizer | None, directory: Path) -> Tokenizer:
