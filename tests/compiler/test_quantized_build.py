@@ -44,7 +44,7 @@ def test_every_family_computes_with_the_quantized_weights(
     assert manifest["verification"]["details"]["quantization_loss"]["rms_logit_error"] > 0  # type: ignore[index]
 
 
-@pytest.fixture(scope="module", params=["int8", "int4"])
+@pytest.fixture(scope="module", params=["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp(request.param) / "tales.llmc"
     build(TALES, output, request.param)
@@ -193,9 +193,8 @@ def test_excluded_modules_are_not_quantized(tmp_path: Path) -> None:
     assert written["model.layers.3.mlp.down_proj.weight"].dtype == "F16"  # bf16 times a power of two
 
 
-@pytest.mark.parametrize(
-    ("fmt", "pattern"), [("int8", "lm_head"), pytest.param("int4", "*head", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("fmt", "pattern"), [("int8", "lm_head"), ("int4", "*head")])
 def test_excluded_tied_head_stays_the_embedding(fmt: str, pattern: str, tmp_path: Path) -> None:
     manifest = build(TALES, tmp_path / "x.llmc", fmt, exclude=(pattern,))
     assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
@@ -212,6 +211,7 @@ def test_everything_excluded_with_a_tied_head_is_refused(tmp_path: Path) -> None
         build(TALES, tmp_path / "x.llmc", "int8", exclude=("*",))
 
 
+@pytest.mark.slow
 def test_matrices_without_whole_blocks_are_not_quantized(tmp_path: Path) -> None:
     manifest = build(TALES, tmp_path / "x.llmc", "int4-block128")
     assert manifest["verification"]["status"] == "passed"  # type: ignore[index]

@@ -109,6 +109,7 @@ def test_settings_without_a_counterpart_are_named(model: Path) -> None:
     assert list(not_followed(given)) == ["num_beams", "no_repeat_ngram_size"]
 
 
+@pytest.mark.slow
 def test_a_bundle_has_the_defaults_and_its_verification_stays_greedy(model: Path) -> None:
     class Notes(Silent):
         def note(self, text: str) -> None:

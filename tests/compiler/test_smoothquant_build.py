@@ -124,6 +124,7 @@ def test_fast_is_refused(built: Path) -> None:
     assert "leave --fast out" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_builds_are_byte_identical(built: Path, tmp_path: Path) -> None:
     again = build(tmp_path / "again.llmc", verify=False)
     for name in ("rank0.onnx", "weights/model.safetensors", "calibration.json"):

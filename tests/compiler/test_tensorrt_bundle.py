@@ -64,6 +64,7 @@ def test_the_manifest_says_how_near_the_graph_is(built: Path) -> None:
     assert record.details["dtype"] == "fp16"
 
 
+@pytest.mark.slow
 def test_two_builds_are_the_same_bytes(
     built: Path, checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,7 +114,7 @@ def test_in_fp32_every_family_is_transformers(
     assert not prove.faults(findings, "fp32")
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_in_16_bits_every_family_is_as_exact_as_transformers(
     name: str, dtype: str, checkpoint: Callable[[str], Path], tmp_path: Path
@@ -238,6 +238,7 @@ def test_a_coarser_rounding_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.slow
 def test_numbers_that_overflow_fp16_fail(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama-tiny-plain"), dtype=torch.float32)
     for layer in model.model.layers:

@@ -20,6 +20,7 @@ from llmc.runtime.backends.openvino.backend import OpenVinoBackend
 from llmc.runtime.batch import Batch
 from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
+from support.sampled import sampled
 
 MODELS = [("qwen3-tiny", "bfloat16"), ("phi3-tiny", "bfloat16"), ("qwen3-tiny", "float16")]
 
@@ -33,7 +34,7 @@ def narrow_checkpoint(name: str, dtype: str, path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=sampled(MODELS, every=3))
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """The checkpoint, its verified bundle, and the safetensors name of its dtype."""
     name, dtype = request.param

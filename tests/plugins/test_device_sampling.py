@@ -288,7 +288,7 @@ def compare(got: list[Any], rows: np.ndarray, k: int, capacity: int = launch.CAP
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("k", [1, slow(2), slow(5), slow(50), 256])
+@pytest.mark.parametrize("k", [1, slow(2), slow(5), slow(50), slow(256)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernels_find_what_numpy_finds(interpret: Run, kind: str, k: int) -> None:
     """At their own sizes: three parts, the last of them not full."""
@@ -304,7 +304,7 @@ def test_any_number_of_rows_and_small_vocabularies(interpret: Run, count: int, v
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("chunk", "capacity"), [(32, 16), (128, 64)])
+@pytest.mark.parametrize(("chunk", "capacity"), [slow(32, 16), (128, 64)])
 def test_other_sizes_where_parts_lose_ties(interpret: Run, kind: str, chunk: int, capacity: int) -> None:
     """A part may give up its ties only where the row's answer does not need them."""
     rows = make_rows(kind, 5, 4 * chunk + 1)

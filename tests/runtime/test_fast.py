@@ -28,7 +28,7 @@ TALES = Path(__file__).parents[2] / "model_zoo/llama/tales"
 TEXT = "Once upon a time there was a king who had three daughters, and the youngest of them was"
 
 
-@pytest.fixture(scope="module", params=["int8", "int4"])
+@pytest.fixture(scope="module", params=["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp(request.param) / "tales.llmc"
     return compile_model(BuildRequest(str(TALES), output, quant=request.param, verify=False)).path
