@@ -19,6 +19,7 @@ _PREFILLS = (4096, 1024, 16384)
 _DECODES = (  # batch, context
     (8, 8192), (1, 8192), (64, 1024), (1, 32768), (64, 8192), (8, 1024), (8, 32768), (1, 1024), (64, 32768),
 )  # fmt: skip
+WINDOWED = "64/8x64 window sinks"
 _STAGES = (2, 3, 4)  # one copy of keys and values under way, two, three
 MAX_SPILLS = 128  # bytes a thread; those beyond are not timed
 _REGISTERS = 200  # that sums and scores may take of a thread's 255
@@ -48,6 +49,8 @@ def tiles(v: Variant, sm: int) -> list[Tile]:
     """The default, then all others that might fit registers and shared memory."""
     first = default(v, sm)
     rows, warps = ((64, 128), (4, 8)) if v.kernel == "prefill" else ((first.rows,), (2, 4, 8))
+    if v.kernel == "prefill" and v.has_window:  # a tile of rows reads their keys and a window of others
+        rows = (32, 64, 128)
     found = [Tile(*sizes) for sizes in itertools.product(rows, (32, 64, 128), warps, _STAGES)]
     wide, v_wide = launch.padded(v.head_dim), launch.padded(v.v_head_dim)
     element = 1 if v.kv_dtype == FP8 else 2
@@ -61,7 +64,9 @@ def tiles(v: Variant, sm: int) -> list[Tile]:
 
 
 def workloads() -> Iterator[Workload]:
-    """The most telling first: the time limit may end the list anywhere."""
+    """Yield the most telling first: the time limit may end the list anywhere."""
+    for context in _PREFILLS:
+        yield Workload(WINDOWED, "bf16", None, 1, 0, context)
     for place, (batch, context) in enumerate(_DECODES):
         if place < len(_PREFILLS):
             for shape in TUNED:

@@ -187,7 +187,9 @@ def configure(v: Variant, sm: int) -> Config:
         keys, warps, stages = _decode_tile(rows, max(64, widest), quantized, sm)
         return Config(sizes | {"ROWS": rows, "KEYS": keys}, num_warps=warps, num_stages=stages)
     rows, keys, warps, stages = 128, 64, 8, 2
-    if roomy and widest <= 64:
+    if sm == 90 and widest <= 64 and v.has_window:  # few keys a row: small tiles mask less (docs/gpu)
+        rows, keys, warps, stages = 64, 32, 4, 3
+    elif roomy and widest <= 64:
         warps, stages = 4, 3 if sm == 90 else 2
     elif sm == 90 and widest <= 128:
         keys, stages = 64 if quantized else 128, 3
