@@ -61,6 +61,7 @@ def doctor(
     machine = Machine.this()
     found = libraries()
     fault = attention = attention_fault()
+    native, native_fault = native_engine()
     if broken := [library for library in found if library.extra == "" and not library.fits]:
         message = f"`llmc run` cannot work here: {broken[0].name} is {broken[0].remark}"
         fault = BackendError(message, install_hint())
@@ -74,6 +75,7 @@ def doctor(
                     "passed": attention is None,
                     "fault": attention.message if attention else None,
                 },
+                "native_engine": {"library": native, "fault": native_fault},
                 "run": fault is None,
                 "build": complete(found, "", "build"),
                 **{target: complete(found, "", "build", "kernels", target) for target in _GPU_TARGETS},
@@ -88,6 +90,7 @@ def doctor(
             ("processor", f"{machine.cpu}, {machine.cores} cores for this process{_quota(machine)}"),
             ("memory", _memory(machine)),
             ("attention", attention.message if attention else "OpenVINO's agrees with the reference"),
+            ("native engine", native or native_fault),
         ]
         rows = [("LIBRARY", "FOR", "WANTED", "INSTALLED", "")]
         rows += [(lib.name, _USES[lib.extra], lib.wanted, lib.version or "-", lib.remark) for lib in found]
@@ -149,6 +152,16 @@ def attention_fault() -> LlmcError | None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return BackendError(f"OpenVINO refuses its own attention: {reason}", install_hint())
     return None
+
+
+def native_engine() -> tuple[str | None, str | None]:
+    """Return the library of the native CPU engine that this CPU takes, or None and the reason."""
+    from llmc.plugins.cpu import library
+
+    try:
+        return library.choose(), None
+    except OSError as error:
+        return None, str(error)
 
 
 def _installed(name: str) -> str | None:

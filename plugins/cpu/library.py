@@ -100,21 +100,24 @@ def candidates() -> list[str]:
     return [name for name, needs in _NEEDS.items() if name.startswith(f"{machine}-") and needs <= flags]
 
 
+def choose() -> str:
+    """Return the best compiled library for this CPU. Raises OSError, saying why, if there is none."""
+    names = candidates()
+    if not names:
+        raise OSError("it needs a CPU with AVX2, FMA and F16C, or with NEON dot products and fp16, on Linux")
+    compiled = [name for name in names if (LIBRARIES / f"{name}.so").is_file()]
+    if not compiled:
+        raise OSError("this installation of llmc was built without a C compiler")
+    return compiled[0]
+
+
 @cache
 def load(name: str | None = None) -> ctypes.CDLL:
     """Load the engine's library: `name`, or the best one for this CPU.
 
     Raises OSError, saying why, if this CPU has none, or if it was not compiled or is of another version.
     """
-    names = [name] if name else candidates()
-    if not names:
-        raise OSError("the native engine needs AVX2 with FMA and F16C, or NEON with dot products and fp16")
-    for one in names:
-        path = LIBRARIES / f"{one}.so"
-        if path.is_file():
-            break
-    else:
-        raise OSError("this installation of llmc has no native engine: it was built without a compiler")
+    path = LIBRARIES / f"{name or choose()}.so"
     library = ctypes.CDLL(str(path))
     library.llmc_run.argtypes, library.llmc_run.restype = [ctypes.POINTER(Step)], None
     sizes = library.llmc_version(), library.llmc_instruction_bytes(), library.llmc_step_bytes()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.backends.kv_cache import cpu_blocks
 from llmc.runtime.batch import Batch
+from llmc.runtime.cpus import available_cpus
 from llmc.runtime.errors import BackendError, BundleError
 from llmc.runtime.native.executor import Executor
 from llmc.runtime.native.program import Program
@@ -51,12 +50,12 @@ class NativeBackend:
                 weights,
                 max_tokens=options.max_tokens,
                 num_blocks=num_blocks,
-                threads=options.threads or len(os.sched_getaffinity(0)),
+                threads=options.threads or available_cpus(),
                 digits=_EXACT_DIGITS if options.activation_group is None else _FAST_DIGITS,
             )
         except OSError as error:
             raise BackendError(
-                str(error), "use a bundle for another engine: `llmc build --engine openvino`"
+                f"the native engine cannot run here: {error}", "build the bundle with `--engine openvino`"
             ) from error
 
     def forward(self, batch: Batch) -> np.ndarray:
