@@ -90,7 +90,7 @@ def doctor(
             ("processor", f"{machine.cpu}, {machine.cores} cores for this process{_quota(machine)}"),
             ("memory", _memory(machine)),
             ("attention", attention.message if attention else "OpenVINO's agrees with the reference"),
-            ("native engine", native or native_fault),
+            ("native engine", native or native_fault or ""),
         ]
         rows = [("LIBRARY", "FOR", "WANTED", "INSTALLED", "")]
         rows += [(lib.name, _USES[lib.extra], lib.wanted, lib.version or "-", lib.remark) for lib in found]
