@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from llmc import __version__
-from llmc.cli import bench, build, check, doctor, inspect, output, run, verify, zoo
+from llmc.cli import bench, build, check, doctor, inspect, output, report, run, verify, zoo
 from llmc.cli.errors import UsageError
 
 _EPILOG = """\b
@@ -64,6 +64,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "build": build.build,
     "run": run.run,
     "inspect": inspect.inspect,
+    "report": report.report,
     "verify": verify.verify,
     "check": check.check,
     "bench": bench.bench,

@@ -94,7 +94,7 @@ def bench(
                 "source": manifest.source.name,
                 "engine": manifest.target.engine,
                 "precision": asdict(manifest.precision),
-                "weights": _weights(manifest),
+                "weights": weight_format(manifest),
                 "activations": "int8"
                 if fast
                 else _quantized_activations(manifest) or manifest.precision.dtype,
@@ -162,7 +162,7 @@ def measure(
     )
 
 
-def _weights(manifest: Manifest) -> str:
+def weight_format(manifest: Manifest) -> str:
     """Return the format of the weights of linear layers."""
     return str((manifest.quantization or {}).get("format", manifest.source.dtype))
 
@@ -179,7 +179,7 @@ def _mode(manifest: Manifest, fast: bool) -> str:
     if fast:
         rest = ", the rest in bf16 where the CPU can" if manifest.precision.kv_dtype == "u8" else ""
         how = f"fast: activations quantized to int8{rest}"
-    return f"{how}; weights {_weights(manifest)}, KV cache {manifest.precision.kv_dtype}"
+    return f"{how}; weights {weight_format(manifest)}, KV cache {manifest.precision.kv_dtype}"
 
 
 def _row(one: Measurement) -> tuple[float, ...]:

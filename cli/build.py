@@ -253,11 +253,13 @@ def describe_kv_cache_loss(manifest: Manifest) -> str:
     """Describe the loss of a quantized KV cache; "" for a cache in the dtype of the arithmetic."""
     if (kv_dtype := manifest.precision.kv_dtype) == manifest.precision.dtype:
         return ""
-    loss = manifest.verification.details.get("kv_cache_loss", {})  # an open field: any of it may be missing
-    if not {"mean_kl", "top1_agreement_without_ties"} <= set(loss):
+    from llmc.compiler.verify.figures import recorded
+
+    figures = recorded(manifest)
+    if figures.kv_cache_mean_kl is None or figures.kv_cache_top1_agreement is None:
         return f"{kv_dtype}: loss not measured"
-    agreement = loss["top1_agreement_without_ties"]
-    return f"{kv_dtype}: mean KL {loss['mean_kl']:g}, top-1 agreement {agreement:g}"
+    agreement = figures.kv_cache_top1_agreement
+    return f"{kv_dtype}: mean KL {figures.kv_cache_mean_kl:g}, top-1 agreement {agreement:g}"
 
 
 def _result_text(result: BuildResult, request: BuildRequest) -> str:

@@ -43,7 +43,6 @@ def inspect(
     import json
 
     from llmc.runtime.backends.kv_cache import block_bytes
-    from llmc.runtime.bundle.manifest import MANIFEST_NAME
     from llmc.runtime.bundle.reader import Bundle
 
     opened = Bundle.open(bundle, verify_hashes=False)
@@ -54,7 +53,7 @@ def inspect(
         return
     manifest = opened.manifest
     geometry, source, tokens = manifest.geometry, manifest.source, manifest.tokens
-    total = sum(file.bytes for file in manifest.files.values()) + (opened.path / MANIFEST_NAME).stat().st_size
+    total = total_bytes(opened)
     kv_bytes = block_bytes(geometry, manifest.precision.kv_dtype) // geometry.block_size
     if as_json:
         print_json(
@@ -107,6 +106,14 @@ def inspect(
     print(table(facts))
     print()
     print(table([("FILE", "BYTES", "SHA256"), *files], right=(1,)))
+
+
+def total_bytes(bundle: Bundle) -> int:
+    """Return the size of a bundle, the manifest included."""
+    from llmc.runtime.bundle.manifest import MANIFEST_NAME
+
+    manifest = (bundle.path / MANIFEST_NAME).stat().st_size
+    return manifest + sum(file.bytes for file in bundle.manifest.files.values())
 
 
 def describe_weights(manifest: Manifest) -> str:
@@ -165,9 +172,13 @@ def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
     if figures.mean_kl is None or figures.top1_agreement is None:
         return [("loss", f"{fmt}: not measured")]
     facts = [f"mean KL {figures.mean_kl:g} nats", f"top-1 agreement {figures.top1_agreement:.4f}"]
-    if figures.perplexity is not None and figures.perplexity_unquantized is not None:
-        change = f"{figures.perplexity_increase_percent:+.2f} %"
-        facts.append(f"perplexity {figures.perplexity_unquantized:g} -> {figures.perplexity:g} ({change})")
+    before, after, change = (
+        figures.perplexity_unquantized,
+        figures.perplexity,
+        figures.perplexity_increase_percent,
+    )
+    if before is not None and after is not None and change is not None:
+        facts.append(f"perplexity {before:g} -> {after:g} ({change:+.2f} %)")
     if figures.positions is not None:
         facts.append(f"on {figures.positions:,} positions")
     if figures.against:
@@ -177,13 +188,23 @@ def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
 
 def describe_worst(manifest: Manifest) -> list[tuple[str, str]]:
     """Describe the layers with the largest error: of outputs on the calibration text, else of weights."""
+    what, errors = module_errors(manifest)
+    listed = ", ".join(f"{module} {error}" for module, error in errors)
+    return [("worst layers", f"relative error of the {what}: {listed}")] if errors else []
+
+
+def module_errors(manifest: Manifest) -> tuple[str, list[tuple[str, float]]]:
+    """Return "output" or "weight", and the errors recorded of that by module, the largest first."""
     for what in ("output", "weight"):
         errors = (manifest.quantization or {}).get(f"largest_{what}_errors")
-        if isinstance(errors, Mapping) and errors:
-            worst = sorted(errors.items(), key=lambda item: (-item[1], item[0]))
-            listed = ", ".join(f"{module} {error}" for module, error in worst)
-            return [("worst layers", f"relative error of the {what}: {listed}")]
-    return []
+        found = [
+            (module, error)
+            for module, error in (errors.items() if isinstance(errors, Mapping) else ())
+            if isinstance(error, (int, float)) and not isinstance(error, bool)
+        ]
+        if found:
+            return what, sorted(found, key=lambda item: (-item[1], item[0]))
+    return "", []
 
 
 def describe_gpu(manifest: Manifest) -> list[tuple[str, str]]:

@@ -18,13 +18,14 @@ from llmc.passes.quantize.formats import FORMATS
 from llmc.runtime.sampling import SamplingParams
 from support.waiting import LONG, wait_until
 
-COMMANDS = ("build", "run", "inspect", "verify", "check", "bench", "doctor", "zoo")
+COMMANDS = ("build", "run", "inspect", "report", "verify", "check", "bench", "doctor", "zoo")
 OPTIONS = {
     "build": "-o --output --target --dtype --quant --exclude --sm --max-seq-len --revision "
     "--no-verify --dry-run --force --json",
     "run": "--prompts --chat --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed "
     "--stop --stream --no-stream --threads --kv-memory --json --greedy --system",
     "inspect": "--verify --json",
+    "report": "-o --output --bench --force --json",
     "verify": "--against --text --min-top1 --max-kl --max-perplexity-increase --json",
     "check": "--full --json",
     "bench": "--prompt-tokens --new-tokens --concurrency --threads --fast --json",

@@ -54,6 +54,7 @@ def test_every_command_prints_the_documented_fields(
         "build --dry-run": (source, "-o", built, "--dry-run"),
         "run": (tiny, "Once", "--max-tokens", 2),
         "inspect": (tiny,),
+        "report": (tiny, "-o", tmp_path / "page.html"),
         "verify": (tiny,),
         "check": (source,),
         "bench": (tiny, "--prompt-tokens", 8, "--new-tokens", 2),

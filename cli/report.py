@@ -1,0 +1,170 @@
+"""`llmc report`: write what is known about a bundle as one HTML page."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmc.cli.output import Json, print_json
+from llmc.cli.text import size
+from llmc.runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from llmc.runtime.bundle.reader import Bundle
+
+_MAX_BENCH_BYTES = 2**20
+_MAX_FIGURE = 1e15
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A result of `llmc bench --json`; the figures are medians."""
+
+    workload: str
+    machine: str
+    seconds: float
+    first_token_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
+def report(
+    bundle: Annotated[Path, typer.Argument(metavar="NAME.llmc", help="The bundle to describe.")],
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE.html",
+            help="The page to write (default: NAME.html in the current directory).",
+        ),
+    ] = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Output of `llmc bench --json` to show, one or more lines."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing page.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page about a bundle.
+
+    The page shows what is inside and for which hardware, the verification and the quantization loss, and the
+    memory of the KV cache. It needs no network and no scripts.
+
+    \b
+    Examples:
+      llmc report tales.llmc
+      llmc report tales.llmc -o tales-report.html --force
+    """
+    from llmc.cli.report_page import report_page
+    from llmc.runtime.bundle.reader import Bundle
+
+    opened = Bundle.open(bundle, verify_hashes=False)
+    output = page or Path(f"{opened.name}.html")
+    _check_output(output, opened, force)
+    text = report_page(opened, read_benchmarks(bench, opened) if bench else ())
+    data = text.encode("utf-8")
+    _write(output, data)
+    if as_json:
+        print_json({"bundle": str(opened.path), "path": str(output), "bytes": len(data)})
+    else:
+        print(f"{output}: {size(len(data))}")
+
+
+def _check_output(output: Path, bundle: Bundle, force: bool) -> None:
+    if output.is_dir():
+        raise RequestError(f"{output} is a directory", "name a file with `--output`")
+    if os.path.lexists(output) and not force:
+        raise RequestError(f"{output} exists", "replace it with `--force`, or choose another `--output`")
+    if output.resolve().is_relative_to(bundle.path):
+        raise RequestError(
+            f"{output} is inside the bundle, which holds no other files", "choose another `--output`"
+        )
+
+
+def _write(output: Path, data: bytes) -> None:
+    """Write the page so that it appears whole or not at all."""
+    draft = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    try:
+        with open(draft, "xb") as file:
+            file.write(data)
+        os.replace(draft, output)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_benchmarks(path: Path, bundle: Bundle) -> list[Benchmark]:
+    """Return the results in a file, one a line.
+
+    Raises RequestError if a line is not such a result, or is one of another bundle.
+    """
+    hint = f"write the file with `llmc bench {bundle.path.name} --json > {path}`"
+    with open(path, "rb") as file:
+        data = file.read(_MAX_BENCH_BYTES + 1)
+    if len(data) > _MAX_BENCH_BYTES:
+        raise RequestError(f"{path}: more than {_MAX_BENCH_BYTES} bytes", hint, "bench")
+    results = []
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            results.append(_benchmark(record))
+            same = _subject(record) == _expected(bundle)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            message = f"{path}, line {number}: not an object that `llmc bench --json` prints"
+            raise RequestError(message, hint, "bench") from error
+        if not same:
+            message = f"{path}, line {number}: measured on another bundle than {bundle.name}"
+            raise RequestError(message, hint, "bench")
+    if not results:
+        raise RequestError(f"{path} has no results", hint, "bench")
+    return results
+
+
+def _benchmark(record: Any) -> Benchmark:
+    """Return a result. Raises ValueError, KeyError or TypeError if it is none."""
+    if record["command"] != "bench" or record["ok"] is not True:
+        raise ValueError("not a result")
+    count, prompt, new = (
+        int(_figure(record[name])) for name in ("concurrency", "prompt_tokens", "new_tokens")
+    )
+    each = f"{count:,} x " if count > 1 else ""
+    machine = record["machine"]
+    names = [one.name for one in fields(Benchmark)][2:]
+    return Benchmark(
+        workload=f"{each}{prompt:,} prompt tokens, {new:,} new ones",
+        machine=f"{machine['cpu']}, {int(_figure(machine['cores']))} cores",
+        **{name: _figure(record["median"][name]) for name in names},
+    )
+
+
+def _figure(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _MAX_FIGURE:
+        raise ValueError("not a figure")
+    return float(value)
+
+
+def _subject(record: Any) -> list[Any]:
+    """Return what a result says of the bundle that it measured."""
+    precision = record["precision"]
+    return [record["source"], record["engine"], precision["dtype"], precision["kv_dtype"], record["weights"]]
+
+
+def _expected(bundle: Bundle) -> list[Any]:
+    from llmc.cli.bench import weight_format
+
+    manifest = bundle.manifest
+    precision = manifest.precision
+    return [
+        manifest.source.name,
+        manifest.target.engine,
+        precision.dtype,
+        precision.kv_dtype,
+        weight_format(manifest),
+    ]
