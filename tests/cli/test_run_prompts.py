@@ -296,8 +296,19 @@ def test_a_conversation_on_a_terminal_stops_an_answer_and_ends(tiny: Path) -> No
         seen = seen.partition(until)[2]
 
     environment = {**os.environ, "TERM": "dumb"}
+
+    def heed_interrupts() -> None:
+        """Undo what a shell does to programs in its background, and their children inherit."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with subprocess.Popen(
-        command, stdin=inside, stdout=inside, stderr=inside, start_new_session=True, env=environment
+        command,
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        env=environment,
+        preexec_fn=heed_interrupts,
     ) as child:
         os.close(inside)
         try:
@@ -306,9 +317,10 @@ def test_a_conversation_on_a_terminal_stops_an_answer_and_ends(tiny: Path) -> No
             os.write(terminal, b"Hello\n")
             read(b"cut after")  # the context is full: an answer came
             read(b"> ")
-            os.kill(child.pid, signal.SIGINT)  # at the prompt: a reminder, and no end
-            while not select.select([terminal], [], [], 1)[0]:  # it came before the program began to read
+            for _ in range(5):  # at the prompt: a reminder, and no end
                 os.kill(child.pid, signal.SIGINT)
+                if select.select([terminal], [], [], 10)[0]:  # else it came just before the program read
+                    break
             read(b"Ctrl-D ends")
             read(b"> ")
             os.write(terminal, b"\x04")
