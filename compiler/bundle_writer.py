@@ -37,9 +37,9 @@ _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BundleWriter:
-    """A context manager: write files to `writer.path(...)`, then call `finish`.
+    """A context manager that creates a bundle: write files to `writer.path(...)`, then call `finish`.
 
-    Leaving the context without `finish` removes every file that was written, and nothing else.
+    Leaving the context without `finish` removes the files that were written, and nothing else.
     Raises BuildError if the output cannot be written, or exists and may not be replaced.
     """
 
@@ -98,7 +98,7 @@ class BundleWriter:
         return tempfile.TemporaryDirectory(dir=self._directory)
 
     def add_hash(self, relative: str, sha256: str, nbytes: int) -> None:
-        """Record the hash that the caller computed of a file, so that `finish` need not read the file."""
+        """Record a file's hash that the caller has computed, so that `finish` need not read the file."""
         self._hashes[relative] = FileRecord(nbytes, sha256)
 
     def discard(self, relative: str) -> None:
@@ -185,7 +185,7 @@ class BundleWriter:
                 shutil.rmtree(entry, ignore_errors=True)
 
     def _beside(self, kind: str) -> Path:
-        """Return a path in the same directory, so that the rename stays within one file system."""
+        """Return a path beside the output, so that the rename stays within one file system."""
         return self.output.parent / f".{self.output.name}.{kind}-{self._pid}"
 
     def _out_of_space(self, error: BaseException | None, needed: int) -> NoReturn:
@@ -221,11 +221,11 @@ def _terminated_as_exception() -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Take the lock that marks a build directory as in use; return False if another process holds it."""
+    """Take the lock that marks a build directory as in use. Return False if another process holds it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # or a file system without locks
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # other errors: no locks on this disk
     return True
 
 

@@ -1,4 +1,4 @@
-"""`compile_model`: from a checkpoint to a verified bundle, top to bottom."""
+"""`compile_model`: build a verified bundle from a checkpoint. Read it from top to bottom."""
 
 from __future__ import annotations
 
@@ -44,43 +44,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildInputs:
-    """The objects that a plan is carried out with."""
+    """The graph and the data that a build needs beside its plan."""
 
     checkpoint: Checkpoint
     #: The legalized graph.
     model: ir.Model
-    #: The checkpoint's tensors, under the names of tied parameters too.
+    #: The checkpoint's tensors by name. A tied parameter's name maps to the tensor that it shares.
     tensors: Mapping[str, TensorRef]
     #: The matrices whose codes and scales are not computed yet.
     matrices: list[QuantizedMatrix]
-    #: None: the checkpoint is not quantized.
+    #: The quantized weights of a pre-quantized checkpoint; None if it is not quantized.
     prequantized: PrequantizedWeights | None
     #: The calibration text or ranges. None: no calibration is needed.
     calibration: Calibration
     #: None: the checkpoint has no tokenizer.
     tokenizer: BundleTokenizer | None
-    #: Makes the canonical graph in fp32, before quantization, which calibration runs.
+    #: Returns the canonical graph in fp32, before quantization. Calibration runs it.
     unquantized: Callable[[], ir.Model]
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished build. `seconds`: phase -> duration."""
+    """A finished build."""
 
     path: Path
     manifest: Manifest
+    #: Phase -> its duration in seconds.
     seconds: dict[str, float] = field(default_factory=dict)
-    #: The bundle was there already, built from the same inputs with the same options and versions.
+    #: Whether the bundle existed already, built from the same inputs with the same options and versions.
     reused: bool = False
 
 
 def compile_model(request: BuildRequest, progress: Progress | None = None) -> BuildResult:
-    """Build the bundle that `request` describes and return where it is.
+    """Build the bundle that `request` describes.
 
-    An output of the same inputs, options and versions is checked and returned, unless `request.force`.
+    If the output exists and was built from the same inputs, options and versions, it is checked and
+    returned, unless `request.force`. A build that fails leaves nothing at the output's path.
 
-    Raises LlmcError (CheckpointError, UnsupportedError, BuildError, VerificationError), each with a hint.
-    Nothing carries the output's name unless the build succeeded.
+    Raises LlmcError (CheckpointError, UnsupportedError, BuildError, RequestError, VerificationError), each
+    with a hint.
     """
     from llmc.compiler import manifest
     from llmc.compiler.quantize import step
@@ -127,9 +129,9 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
 
 
 def _existing(request: BuildRequest, clock: Clock) -> BuildResult | None:
-    """Return the bundle at the output if building it again would give the same; None if not.
+    """Return the bundle at the output if a new build would give the same one; None if not.
 
-    A bundle that was not verified does not count where verification is asked for: this machine may have the
+    An unverified bundle is built again if the request asks for verification: this machine may have the
     memory now.
     """
     from llmc.passes.contract import DUMP
@@ -145,7 +147,7 @@ def _existing(request: BuildRequest, clock: Clock) -> BuildResult | None:
         if recorded is None or (request.verify and bundle.manifest.verification.status != "passed"):
             return None
         if request.calibration is not None and not request.calibration.is_file():
-            return None  # the build says what is wrong
+            return None  # the build reports the error
         checkpoint = Checkpoint.open(hub.resolve(request.checkpoint, request.revision))
         name = source_name(request.checkpoint, checkpoint.path)
         if recorded != build_key(request, name, checkpoint.file_hashes()):
@@ -154,6 +156,7 @@ def _existing(request: BuildRequest, clock: Clock) -> BuildResult | None:
 
 
 def _with_key(record: Verification, plan: BuildPlan, files: Mapping[str, str]) -> Verification:
+    """Return `record` with the build key among its details. files: sha256 of the checkpoint's files."""
     name = source_name(plan.request.checkpoint, plan.checkpoint.path)
     return replace(record, details={**record.details, FIELD: build_key(plan.request, name, files)})
 
@@ -161,7 +164,12 @@ def _with_key(record: Verification, plan: BuildPlan, files: Mapping[str, str]) -
 def plan_build(
     request: BuildRequest, progress: Progress | None = None, clock: Clock | None = None
 ) -> tuple[BuildPlan, BuildInputs]:
-    """Read the checkpoint, then trace, rewrite, plan the quantization and legalize. Writes no files."""
+    """Read the checkpoint, then trace, rewrite, plan the quantization and legalize. Writes no files.
+
+    clock: times the phases; by default a new one that reports to `progress`
+
+    Raises LlmcError as `compile_model` does.
+    """
     clock = clock or Clock(progress or Silent())
     with clock.phase("read checkpoint"):
         given = _read(request)
@@ -183,7 +191,7 @@ def plan_build(
     keys, renamed = read_model(given.checkpoint, config)
     given = _read_weights(given, renamed.checkpoint, request)
     stored = {name: shape for name, shape in keys.parameters.items() if name in given.named}
-    renamed.compare(stored, given.named)  # of these sizes, before buffers of that size are made
+    renamed.compare(stored, given.named)  # sizes first: the trace allocates buffers of these sizes
     checkpoint, resolved = given.checkpoint, given.resolved
     with clock.phase("read the tokenizer"):
         vocab_size = int(config.get_text_config().vocab_size)
@@ -196,7 +204,7 @@ def plan_build(
         traced = trace(config, resolved.dtype, max_seq_len)
         model = traced.model
         renamed.compare(_needed(keys, model), given.named)
-    # Not before: a model that is refused needs no note on its tokenizer.
+    # Notes come after the trace: if the model is refused, they do not matter.
     for note in (*notes, *renamed.notes, *context.notes):
         clock.progress.note(note)
     with clock.phase("rewrite the graph"):
@@ -233,7 +241,7 @@ def plan_build(
 
 @dataclass(frozen=True)
 class _Given:
-    """The inputs that were read before anything heavy is imported, and then the checkpoint's weights."""
+    """The inputs that are read before torch is imported, and later the checkpoint's weights."""
 
     checkpoint: Checkpoint
     family: recipe.Recipe
@@ -245,7 +253,7 @@ class _Given:
 
     @property
     def named(self) -> Mapping[str, Any]:
-        """The checkpoint's tensors, without those that only a quantized weight has."""
+        """The parameters of the model by name, without scales; a quantized weight is one entry."""
         return self.prequantized.checkpoint.named if self.prequantized else self.checkpoint.tensors
 
     @property
@@ -256,7 +264,7 @@ class _Given:
 
 
 def _read(request: BuildRequest) -> _Given:
-    """Read the inputs. Raises LlmcError for what the checkpoint, the target or the machine cannot do."""
+    """Read the inputs. Raises LlmcError if the checkpoint, the target or the machine cannot do the build."""
     checkpoint = Checkpoint.open(hub.resolve(request.checkpoint, request.revision))
     checkpoint.check_layers()
     family = recipe.load(checkpoint.family)
@@ -267,7 +275,7 @@ def _read(request: BuildRequest) -> _Given:
 
 
 def _read_weights(given: _Given, checkpoint: Checkpoint, request: BuildRequest) -> _Given:
-    """checkpoint: that of `given`, with the model's names."""
+    """Return `given` with the checkpoint's weights. checkpoint: its checkpoint, with the model's names."""
     prequantized = _read_prequantized(checkpoint, request, given.resolved)
     calibration = None if prequantized else given.calibration
     return replace(given, checkpoint=checkpoint, prequantized=prequantized, calibration=calibration)
@@ -318,7 +326,7 @@ def _quantization_plan(request: BuildRequest, given: _Given, model: ir.Model) ->
 
 
 def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Clock) -> Produced:
-    """Make the codes and scales of the quantized matrices, and give a quantized cache its scales."""
+    """Write the codes and scales of the quantized matrices to scratch files, and set the KV cache's scales."""
     from llmc.compiler.quantize import step
     from llmc.compiler.quantize.produce import Produced
     from llmc.passes.quantize import quantize_kv_cache
@@ -344,7 +352,10 @@ def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock
 
 
 def verify(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Clock) -> Verification:
-    """Compare the engine, or the graph that stands in for it, with the checkpoint."""
+    """Compare the engine, or the graph that stands in for it, with the checkpoint.
+
+    Returns the record for the manifest. Raises VerificationError if they differ.
+    """
     if not plan.request.verify:
         return Verification(status="skipped", reason="switched off with --no-verify")
     from llmc.compiler.checkpoint.tokenizer import TOKENIZER_FILE
@@ -387,9 +398,9 @@ def _maker(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Cloc
 def _read_prequantized(
     checkpoint: Checkpoint, request: BuildRequest, resolved: Resolved
 ) -> PrequantizedWeights | None:
-    """Read what an engine keeps of a pre-quantized checkpoint.
+    """Read the quantized weights of a pre-quantized checkpoint; None if it is not quantized.
 
-    Raises UnsupportedError for a format that the target lacks.
+    Raises UnsupportedError for a format that the target does not support.
     """
     prequantized = read_prequantized(checkpoint, request, resolved.dtype)
     for name, module in prequantized.modules.items() if prequantized else ():

@@ -2,8 +2,8 @@
 
 `make` writes a directory that transformers loads like any other: config.json (a copy of the zoo's
 file), generation_config.json, a byte-level BPE tokenizer with a chat template, and safetensors
-shards. Weights are drawn tensor by tensor, a few megabytes at a time, so that the disk and not the memory
-limits the size of the model.
+shards. Weights are drawn a few megabytes at a time, so that the size of the model is limited by the disk and
+not by memory.
 
 The same name and seed give the same bytes: every value is exact integer arithmetic on raw PCG64
 output, whose stream numpy guarantees across versions (NEP 19; it does not guarantee the normal sampler's).
@@ -100,7 +100,7 @@ def zoo_config(name: str) -> dict[str, Any]:
 
 
 def make(name: str, directory: str | Path, seed: int = 0) -> Path:
-    """Write the random checkpoint `name` to `directory`, which must not exist or be empty.
+    """Write the random checkpoint `name` to `directory`, which must be empty or must not exist.
 
     It is written to a temporary directory beside it, which is renamed when complete. Returns the directory.
     Raises UnsupportedError for an unknown name and CheckpointError for an occupied directory.
@@ -137,7 +137,7 @@ def make(name: str, directory: str | Path, seed: int = 0) -> Path:
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor to draw: `center` + `std` * (a bell-shaped value within 3.5 deviations)."""
+    """One tensor to draw, approximately normal: mean `center`, standard deviation `std`, cut at 3.5 `std`."""
 
     shape: tuple[int, ...]
     center: float

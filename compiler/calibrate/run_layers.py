@@ -1,7 +1,7 @@
 """Run the canonical graph a decoder layer at a time, to collect the inputs of its linear layers and cache.
 
-The graph is cut at the decoder layers. Memory holds the weights and the inputs of one layer, and the values
-that later layers need (the residual stream), whatever the number of layers.
+The graph is cut into one subgraph for each decoder layer. Memory holds the weights and inputs of one layer
+and the values that later layers need (the residual stream), however many layers there are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BuildError, UnsupportedError
 
 _NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")  # a module's name up to its first number
-_BEFORE = -1  # the piece in front of the first layer
+_BEFORE = -1  # the number of the subgraph before the first decoder layer
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def layers(
     tensors: the checkpoint's tensors, by name
     sequences: token ids, none longer than the context of the graph
 
-    Drop the inputs of one layer before asking for the next: memory then holds only one layer's. Linear
-    layers outside of the decoder layers (lm_head) are left out, and so are those with a shared weight.
+    Drop the inputs of one layer before asking for the next, so that memory holds only one layer's inputs.
+    Linear layers outside of the decoder layers (lm_head) and those with a shared weight are left out.
     Raises BuildError if a tensor is missing or not in floating point, or if the model overflows;
-    UnsupportedError for a graph whose layers cannot be told apart.
+    UnsupportedError if the module names do not tell the decoder layers apart.
     """
     attention = attention_nodes(model)
     layer_of = _layers(model, attention)
@@ -63,7 +63,8 @@ def layers(
     wanted = [{*found.values(), *cached} for found, cached in zip(groups, caches, strict=True)]
     needed = _ancestors(model, {value for values in wanted for value in values})
     batches = steps(sequences)
-    crossing: list[dict[ir.Value, np.ndarray]] = [{} for _ in batches]  # of each step
+    # For each step, the values that later subgraphs need.
+    crossing: list[dict[ir.Value, np.ndarray]] = [{} for _ in batches]
     for piece in range(_BEFORE, len(attention)):
         shown = wanted[piece] if piece != _BEFORE else set()
         nodes = [node for node in needed if piece_of[node] == piece]
@@ -93,7 +94,10 @@ def _run(
     shown: set[ir.Value],
     later: set[ir.Value],
 ) -> dict[ir.Value, np.ndarray]:
-    """Return the values `shown`, concatenated over all steps. Stores the values `later` in `crossing`."""
+    """Run one subgraph on all steps. Return the values `shown`, float32 [tokens, width], over all steps.
+
+    The values `later` replace those in `crossing`.
+    """
     tokens = sum(len(batch.input_ids) for batch in batches)
     seen = {value: np.empty((tokens, edit.dims(value)[-1]), np.float32) for value in shown}
     first = 0
@@ -125,7 +129,7 @@ def _prefix(node: ir.Node) -> str:
 
 
 def _pieces(model: ir.Model, layer_of: Mapping[ir.Node, int]) -> dict[ir.Node, int]:
-    """Return the piece that runs each node: its layer's, or else the first one that has its inputs."""
+    """Return the number of the subgraph that runs each node: its layer, or the first one with its inputs."""
     piece_of: dict[ir.Node, int] = {}
     for node in model.graph:
         producers = (value.producer() for value in node.inputs if value is not None)
@@ -140,13 +144,13 @@ def _pieces(model: ir.Model, layer_of: Mapping[ir.Node, int]) -> dict[ir.Node, i
 
 
 def _groups(nodes: Iterable[ir.Node]) -> dict[tuple[str, ...], ir.Value]:
-    """Return the linear layers among `nodes`, fused ones together -> their input."""
+    """Map the linear layers among `nodes` to their input. Fused layers are one entry."""
     records = ((node, linear(node)) for node in nodes)
     return {record.modules: edit.operand(node, 0) for node, record in records if record is not None}
 
 
 def _ancestors(model: ir.Model, values: set[ir.Value]) -> list[ir.Node]:
-    """Return the nodes that `values` depend on, in order."""
+    """Return the nodes that `values` depend on, in the order of the graph."""
     needed = set(values)
     nodes = []
     for node in reversed(list(model.graph)):

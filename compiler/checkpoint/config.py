@@ -1,4 +1,4 @@
-"""The model's configuration as transformers understands it."""
+"""Load a checkpoint's configuration with transformers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llmc.compiler.checkpoint.recipe import known_families
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 
 _ORIGINAL = "compare it with the config.json of the original model"
-# Settings of a run, of other files and of code, which do not describe the model.
+# Settings that do not describe the model: those of a run, of other files and of the checkpoint's code.
 _DROPPED = frozenset((
     "quantization_config",  # checkpoint/prequantized reads it
     "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
     "experts_implementation", "_experts_implementation", "transformers_weights", "_name_or_path",
     "return_dict", "output_attentions", "output_hidden_states",
 ))  # fmt: skip
-# Some families have one size for each layer instead.
+# Sizes that must be positive numbers. A list is accepted: some families have one size for each layer.
 _SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -34,9 +34,9 @@ _SIZES = (
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """Return transformers' config object for a checkpoint. Code that ships with a checkpoint is never run.
 
-    For a multimodal model it is that of its language model; see `load_wrapper`.
+    For a multimodal model, it is the config of its language model. `load_wrapper` returns that of the whole.
     Raises UnsupportedError for a model that llmc cannot compile, CheckpointError for values that transformers
-    refuses.
+    refuses or that are not positive numbers.
     """
     whole, config = _read(checkpoint)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config, "num_hidden_layers"):
@@ -51,7 +51,7 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def load_wrapper(checkpoint: Checkpoint) -> PreTrainedConfig | None:
-    """Return the config of the multimodal model that holds the language model; None for a language model.
+    """Return the config of the multimodal model around the language model; None if there is none.
 
     Raises as `load_config` does.
     """

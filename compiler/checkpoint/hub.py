@@ -18,13 +18,14 @@ DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "
 NOT_DOWNLOADED = ("*/*", "consolidated*.safetensors", "adapter_*")
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
-_IN_A_REPOSITORY = ("tree", "blob", "resolve", "commit")  # each is followed by a revision
+_IN_A_REPOSITORY = ("tree", "blob", "resolve", "commit")  # parts of an address that precede a revision
 
 
 @dataclass(frozen=True)
 class HubRepository:
-    """A repository on the Hugging Face hub, by its id: `org/name`, or `name` for the oldest ones."""
+    """A repository on the Hugging Face hub."""
 
+    #: `org/name`; `name` for the oldest repositories.
     id: str
     #: A branch, tag or commit; None for the default branch.
     revision: str | None = None
@@ -38,10 +39,10 @@ class HubRepository:
 def parse(text: str) -> HubRepository | None:
     """Return the repository that `text` names, or None if it can only be a path.
 
-    text: `org/name`, `name`, either with `@revision`, `hf://` before them, or the address of the
-        repository's page
+    text: `org/name` or `name`, optionally with `hf://` before it and `@revision` after it, or the address of
+        the repository's page
 
-    Raises CheckpointError for an address that is not a model's on the hub.
+    Raises CheckpointError for an address that is not the page of a model on the hub.
     """
     scheme, separator, rest = text.partition("://")
     if separator and scheme in ("http", "https"):
@@ -122,12 +123,8 @@ def _download(name: str, revision: str | None) -> Path:
         found = snapshot_download(
             name, revision=revision, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)
         )
-    except (
-        errors.HTTPError,
-        errors.HFValidationError,
-        OSError,
-        RuntimeError,
-    ) as error:  # hf_xet raises RuntimeError
+    # hf_xet raises RuntimeError.
+    except (errors.HTTPError, errors.HFValidationError, OSError, RuntimeError) as error:
         raise CheckpointError(*_explain(name, revision, error)) from error
     if not any(Path(found).glob("*.safetensors")):
         if constants.is_offline_mode():

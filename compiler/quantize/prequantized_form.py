@@ -9,9 +9,10 @@
     int8, int8-packed           int8, a scale for each group or row
 
 Every code and scale is exactly the checkpoint's, except compressed-tensors' inverse scales, which become
-multipliers in fp32: 1 / x, rounded once. Blocks that do not divide a row become smaller ones with the same
-scales. Activations with static scales are quantized as in the recipe. Activations that the recipe quantizes
-dynamically, or to int8, are not quantized.
+multipliers in fp32: 1 / x, rounded once. If the blocks do not divide a row, they are split into smaller ones
+with the same scales. The recipe is the quantization that the checkpoint's configuration declares. Activations
+with static scales are quantized as in the recipe. Activations that the recipe quantizes dynamically, or to
+int8, are not quantized.
 """
 
 from __future__ import annotations
@@ -105,9 +106,9 @@ def read_module(module: QuantizedModule, schemes: DeclaredSchemes | None, dtype:
 
 
 def fusion_key(part: PrequantizedModule) -> FusionKey:
-    """Return the properties that linear layers of one input must share to be fused without changing a value.
+    """Return the properties that linear layers with the same input must share to be fused losslessly.
 
-    These are the properties that `joined_format` compares, and the scales of which a fused layer has one.
+    These are the properties that `joined_format` compares, and the scales that a fused layer has only once.
     """
     fmt = part.format
     block = 0 if fmt.block == -1 else fmt.block
@@ -127,7 +128,7 @@ def _number(scale: np.float32 | None) -> float | None:
 
 
 def joined_format(parts: Sequence[PrequantizedModule]) -> Format | None:
-    """Return the format of the rows of all `parts` as one matrix, or None if they cannot be one.
+    """Return the format of the fused matrix of all `parts`, or None if they cannot be fused.
 
     FP8 weights with one scale each become a matrix with one scale per row, unless they share the scale.
     """
@@ -152,7 +153,7 @@ def _one_scale(part: PrequantizedModule) -> float:
 
 
 def _block(module: QuantizedModule) -> int:
-    """Return the number of columns that share a scale in the engine; 0: the row, -1: the matrix."""
+    """Return the number of columns that share a scale in the engine; 0: the whole row, -1: the whole matrix."""
     width, columns = module.block[1], module.shape[1]
     if module.format == "fp8":
         return -1
@@ -160,7 +161,10 @@ def _block(module: QuantizedModule) -> int:
 
 
 def _scalar(module: QuantizedModule, role: Role, inverse: Role) -> np.float32 | None:
-    """Return the fp32 multiplier from the tensor of either role; a reciprocal is rounded once."""
+    """Return the fp32 multiplier that the module stores as `role`, or as its reciprocal as `inverse`.
+
+    Returns None if it stores neither. Raises CheckpointError if the scale is not finite and positive.
+    """
     ref, global_scale = module.tensors.get(role), module.tensors.get(inverse)
     one = ref or global_scale
     if one is None:
@@ -190,7 +194,7 @@ def _refuse_reordered(module: QuantizedModule) -> None:
 
 
 def _codes_less_zero_points(module: QuantizedModule) -> str:
-    """Return the element type that holds code - zero point."""
+    """Return the element type that holds code - zero point. Raises UnsupportedError if 8 bits do not."""
     if code_bits(module) == 4:
         return "int8"
     if zero_points(module, 0, module.shape[0]).any():

@@ -34,14 +34,14 @@ class PrequantizedWeights:
     """A pre-quantized checkpoint, read for one target."""
 
     checkpoint: QuantizedCheckpoint
-    #: By name, in the order of the checkpoint.
+    #: The quantized modules by name, in the order of the checkpoint.
     modules: Mapping[str, PrequantizedModule]
     #: Whether the engine's KV cache has scales.
     has_cache_scales: bool = False
 
     @property
     def largest_kv(self) -> dict[int, tuple[float, float]]:
-        """Layer -> (largest key, largest value) in magnitude, by the KV scales of the checkpoint.
+        """Layer -> (largest magnitude of its keys, of its values) that the checkpoint's KV scales represent.
 
         Empty for a cache format that llmc does not know.
         """
@@ -53,7 +53,7 @@ class PrequantizedWeights:
 
     @property
     def _kv_kind(self) -> str:
-        """The format of the KV cache in the recipe; "" if not declared."""
+        """The format of the KV cache that the checkpoint declares; "" if it declares none."""
         schemes = self.checkpoint.schemes
         return schemes.kv_cache if schemes else ""
 

@@ -1,7 +1,7 @@
-"""Quantize a plan's matrices by the layers' inputs on a text, a decoder layer at a time.
+"""Quantize a plan's matrices with the layers' inputs on a calibration text, a decoder layer at a time.
 
-GPTQ quantizes the weights (`gptq.py`), after smoothing if the format has it (`smoothquant.py`). Static scales
-of activations come from the range of the layer's input.
+GPTQ quantizes the weights (`gptq.py`), after SmoothQuant if the format uses it (`smoothquant.py`). The static
+scales of activations come from the clip range of the layer's input.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def produce_calibrated(
     """Quantize `matrices`, write the arrays to `directory`, and measure the ranges of activations.
 
     tensors: the checkpoint's tensors, by name
-    found: the inputs of the layers of the unquantized graph (`calibrate.run_layers`), consumed once, in order
+    layer_inputs: the inputs of the unquantized graph's decoder layers (`calibrate.run_layers`), read once
     source: the text and the model, for the table
     method: the calibration method
     on_matrix: called with the number of matrices that are done
 
     Smoothed matrices get the scale of their activations; `produce.add_input_scales` adds the others.
-    Raises UnsupportedError for a smoothed matrix that is not in `found`.
+    Raises UnsupportedError for a smoothed matrix that is not in `layer_inputs`.
     """
     produced, left = Produced(), {matrix.modules: matrix for matrix in matrices}
     entries: dict[str, ClipRanges] = {}
@@ -75,7 +75,7 @@ def produce_calibrated(
                 write(matrix, _rounded(produced, matrix, tensors, x))
             del x
         del layer
-    for matrix in list(left.values()):  # those outside of the decoder layers
+    for matrix in list(left.values()):  # the matrices outside of the decoder layers
         if matrix.format.smoothed:
             raise UnsupportedError(
                 f"{matrix.modules[0]} is in no decoder layer: calibration does not see its inputs",
@@ -96,8 +96,8 @@ def _rounded(
 ) -> dict[str, np.ndarray]:
     """Return the arrays of a matrix, quantized by GPTQ.
 
-    x: the inputs of the stored weights, [tokens, in]
-    factor: the divisor of the weights' columns, [in]
+    x: the inputs of the layer after smoothing, float32 [tokens, in]
+    factor: the smoothing factor of the input, float32 [in], by which the weights' columns are divided
     """
     moments = hessian(x)
     amax = largest_magnitude(matrix, tensors)

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from llmc.passes.quantize.matrix import QuantizedMatrix
     from llmc.passes.quantize.plan import QuantPlan
 
-TABLE_FILE = "calibration.json"  # in the bundle; can be reviewed, and passed to --calibration
+TABLE_FILE = "calibration.json"  # in the bundle; --calibration of another build accepts it
 _SCRATCH = "scratch"
-_WORST = 5
+_WORST = 5  # modules with the largest error that the manifest lists
 OnMatrix = Callable[[int], None]
 
 
 class Maker(Protocol):
-    """Makes the arrays of quantized matrices."""
+    """Makes the codes and scales of quantized matrices."""
 
     def make(self, matrices: Sequence[QuantizedMatrix], directory: Path, on_matrix: OnMatrix) -> Produced:
         """Write the arrays to files in `directory`. on_matrix: called with the number of matrices done."""
@@ -37,7 +37,7 @@ class Maker(Protocol):
 
 @dataclass(frozen=True)
 class RoundToNearest:
-    """Rounds the weights to nearest. Ranges of activations come from `table`, if there is one."""
+    """Rounds the weights to nearest. The clip ranges of activations come from `table`, if there is one."""
 
     #: The checkpoint's tensors, by name.
     tensors: Mapping[str, TensorRef]
@@ -52,7 +52,7 @@ class RoundToNearest:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Quantizes the weights by the inputs of their layers on a calibration text."""
+    """Quantizes the weights with the inputs of their layers on a calibration text (GPTQ)."""
 
     tensors: Mapping[str, TensorRef]
     layer_inputs: Iterable[LayerInputs]
@@ -89,9 +89,10 @@ def make_weights(
     """Make the arrays of `matrices` in scratch files of `work`, which `discard` removes.
 
     dtype: the engine's compute dtype
-    method: as in `Calibrated`
+    method: the calibration method, "max", "percentile" or "mse"
+    on_matrix: called with the number of matrices that are done
 
-    If activations were measured, their table stays in the bundle.
+    If activations were measured, the table of their clip ranges is kept in the bundle (TABLE_FILE).
     """
     directory = work.path(f"{_SCRATCH}/x").parent
     made = maker.make(matrices, directory, on_matrix)
@@ -113,7 +114,10 @@ def discard(work: BundleWriter) -> None:
 def record(
     plan: QuantPlan | None, matrices: Sequence[QuantizedMatrix], made: Produced, method: str
 ) -> Mapping[str, Any] | None:
-    """Return the manifest's record: the plan in short, the calibration, and the least accurate modules."""
+    """Return the manifest's record: a summary of the plan, the calibration and the least accurate modules.
+
+    Returns None without a plan.
+    """
     if plan is None:
         return None
     found = plan.record()

@@ -30,21 +30,23 @@ if TYPE_CHECKING:
     from llmc.compiler.verify.reference import Head
     from llmc.runtime.backends.base import Backend
 
-_LENGTHS = (70, 45, 33)  # tokens of each text at most: crosses blocks of 32, and a block's edge
-# 400 positions in all: one counts 0.25 %. The first text passes position 256, from which on rotary rows are
-# products of two others.
+# The most tokens of each text in fp32. They cross the borders of KV blocks of 32 tokens.
+_LENGTHS = (70, 45, 33)
+# The same in 16 bits: 400 positions, so that one position is 0.25 % of the top-1 agreement. The first text
+# passes position 256, from which on rotary rows are products of two others.
 _LENGTHS_16BIT = (300, 60, 40)
-STEPS = 6
-_BLOCKS = 64
-_NEAR_TIE = (
-    4  # times transformers' rms error in 16 bits: 2.8 standard deviations of a difference of two logits
-)
-_TOLERANCE_16BIT = 2  # times transformers' largest error
-_TOP1_SLACK = 0.01  # with activation quantization, below the agreement of transformers in 16 bits
+STEPS = 6  # steps of `compare`, for the progress bar
+_BLOCKS = 64  # KV blocks for the greedy continuations
+# A near tie is a difference of two logits of at most this times transformers' rms error in 16 bits. That is
+# 2.8 standard deviations of such a difference.
+_NEAR_TIE = 4
+_TOLERANCE_16BIT = 2  # times transformers' largest error in 16 bits
+# With activation quantization, top-1 agreement may be this much below that of transformers in 16 bits.
+_TOP1_SLACK = 0.01
 
 
 class _Evaluation:
-    """The evaluation text through the unquantized reference, which quantized models are compared with."""
+    """The unquantized reference's results on the evaluation text, which quantized models are compared with."""
 
     def __init__(self, job: Job, reference: Reference) -> None:
         self.text = texts.read_text(texts.EVALUATION_TEXT) if job.tokenizer else ""
@@ -57,7 +59,7 @@ class _Evaluation:
         self.head: Head = reference.head()
 
     def of_quantization(self, job: Job, quantized: Reference) -> dict[str, Any]:
-        """Measure the loss of quantization alone: both sides in transformers, in fp32."""
+        """Measure the loss of quantization alone: both models run in transformers in fp32."""
         others = loss.rows_of(quantized.head(), [quantized.states(ids) for ids in self.windows])
         difference = loss.measure(self.head, self.states, self.windows, others)
         about = {"text_sha256": texts.sha256(self.text)} if self.text else {"text": "random tokens"}
@@ -65,7 +67,7 @@ class _Evaluation:
         return about | loss.record(difference, 2 * scaled(job.tolerance, difference.scale), bool(self.text))
 
     def of_engine(self, backend: Backend, near_tie: float) -> dict[str, Any]:
-        """Measure the loss of an engine in 16 bits, its 16-bit arithmetic included."""
+        """Measure the loss of a 16-bit engine, which includes that of its 16-bit arithmetic."""
         others = (in_chunks(backend, ids) for ids in self.windows)
         return loss.record(
             loss.measure(self.head, self.states, self.windows, others), near_tie, bool(self.text)
@@ -76,24 +78,25 @@ class _Evaluation:
 class _Expected:
     """The results of the reference, kept after its model is freed."""
 
-    #: Logits float32 [length, vocabulary] of each sequence.
+    #: Logits of each sequence, float32 [length, vocabulary].
     logits: list[np.ndarray]
-    #: The same with activation quantization, where `logits` are without it; else empty.
+    #: The logits with activation quantization, if `logits` are without it; else empty.
     quantized_logits: list[np.ndarray]
-    #: Greedy continuations of the prompts, in fp32.
+    #: Greedy continuations of the prompts, for fp32 engines; else empty.
     continuations: list[list[int]]
     #: The evaluation to repeat on the engine; None for fp32 engines and unquantized models.
     evaluation: _Evaluation | None
-    #: For the record.
+    #: Fields of `Findings.details`.
     details: dict[str, Any]
 
 
 def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Findings:
     """Compare an engine with its checkpoint in this process.
 
-    on_step: called with how many of STEPS are done
+    on_step: called with the number of steps that are done, of STEPS
 
-    Only one of the reference in fp32, the reference in 16 bits and the engine is in memory at a time.
+    The reference in fp32, the reference in 16 bits and the engine run one after the other, so that only one
+    of them is in memory at a time.
     """
     sequences = _sequences(job)
     prompts = [ids[:count] for ids, count in zip(sequences, (12, 7), strict=False)]
@@ -163,7 +166,10 @@ def _run_engine(
     own: Difference | None,
     on_step: Callable[[int], None],
 ) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """Return the engine's logits and fields of Findings. own: the error of transformers in 16 bits."""
+    """Return the engine's logits of each sequence, and fields of Findings.
+
+    reference_error: the error of transformers in the engine's 16-bit dtype; None for an fp32 engine
+    """
     gc.collect()
     blocks = (_BLOCKS if prompts else 0) + blocks_for(sequences)
     backend = load_backend(EngineFile(job.backend, Path(job.engine)), LoadOptions(kv_blocks=blocks))
@@ -186,7 +192,10 @@ def _run_engine(
 def _compare_quantizing_engine(
     job: Job, sequences: Sequence[Sequence[int]], expected: _Expected, blocks: int
 ) -> tuple[Difference, Difference]:
-    """Return what activation quantization changes in the reference, and how far the engine is from that."""
+    """Compare the engine with activation quantization with the reference that quantizes its activations.
+
+    Returns the difference that the quantization makes in the reference, and the engine's difference from it.
+    """
     gc.collect()
     backend = load_backend(
         EngineFile(job.backend, Path(job.quantizing_engine)), LoadOptions(kv_blocks=_BLOCKS + blocks)
@@ -196,9 +205,10 @@ def _compare_quantizing_engine(
 
 
 def _sequences(job: Job) -> list[list[int]]:
-    """Return token ids of the texts, or random ones.
+    """Return token ids of the texts; random ids without a tokenizer.
 
-    The first sequence is longer than the smallest window where the context allows and 1,100 tokens suffice.
+    The first sequence is longer than the smallest attention window, if the context allows and at most 1,100
+    tokens are needed.
     """
     wanted = _LENGTHS if job.dtype == "fp32" else _LENGTHS_16BIT
     lengths = [min(length, job.max_seq_len) for length in wanted]
@@ -233,12 +243,15 @@ def _findings_fp32(job: Job, difference: Difference) -> dict[str, Any]:
 
 
 def _findings_16bit(job: Job, difference: Difference, own: Difference) -> dict[str, Any]:
-    """own: the error of transformers in that dtype. Nothing passes where it is not finite."""
+    """Return fields of Findings for a 16-bit engine.
+
+    reference_error: the error of transformers in that dtype. If it is not finite, the bounds are NaN and the
+        engine fails.
+    """
     near_tie = _near_tie(own)
     found: dict[str, Any] = {}
-    if any(
-        one.input for one in job.quantized.values()
-    ):  # one value that falls to the other side of a code is a large error
+    # With activation quantization, a tiny error that moves a value to the next code becomes a large one.
+    if any(weight.input for weight in job.quantized.values()):
         found["least_top1"] = min(MIN_TOP1[job.dtype], own.agreement(near_tie) - _TOP1_SLACK)
     return found | {
         "tolerance": _TOLERANCE_16BIT * own.largest if np.isfinite(own.largest) else np.nan,

@@ -1,4 +1,4 @@
-"""Judge a finished bundle by the figures that its build recorded, or by comparing it again."""
+"""Evaluate a finished bundle by the figures that its build recorded, or by a new measurement."""
 
 from __future__ import annotations
 
@@ -24,23 +24,32 @@ _OUT_OF_MEMORY = "use a machine with more, or judge the recorded figures, withou
 
 @dataclass(frozen=True)
 class Verdict:
-    """text: what the figures are about. engine_perplexity: on a text of the user's, without a checkpoint."""
+    """The result of `judge`."""
 
     bundle: Bundle
+    #: The checkpoint that the bundle was compared with, if any.
     checkpoint: Path | None
     figures: Figures
+    #: The name or a description of the text that the figures were measured on.
     text: str
+    #: The sha256 of that text in UTF-8; "" if it is not known.
     text_sha256: str
+    #: The engine's perplexity on the user's text, if it was measured without a checkpoint.
     engine_perplexity: float | None
+    #: The number of tokens that it was measured on.
     engine_positions: int | None
 
     def thresholds(
         self, min_top1: float | None, max_kl: float | None, max_perplexity_increase: float | None
     ) -> list[Threshold]:
-        """Return the thresholds that are asked for, with their figures. The last is in percent.
+        """Return the thresholds that are not None, with their figures.
 
-        A quantized KV cache whose loss was measured apart must meet the first two as well. A figure that the
-        build of an unquantized, verified bundle did not record counts as met.
+        min_top1: the least top-1 agreement, 0 to 1
+        max_kl: the largest mean KL divergence in nats
+        max_perplexity_increase: the largest increase of the perplexity in percent
+
+        The first two also apply to a quantized KV cache whose loss was measured separately. For a verified
+        bundle without quantization, a figure that the build did not record counts as met.
         """
         figures = self.figures
         lossless = figures.origin == "recorded" and is_lossless(self.bundle.manifest)
@@ -62,13 +71,14 @@ class Verdict:
 
 
 def judge(path: Path, against: str | None, text: Path | None, progress: Progress) -> Verdict:
-    """Hashes every file of the bundle at `path`, and finds its figures.
+    """Hash every file of the bundle at `path`, and return its figures.
 
-    against: a checkpoint, which must be the bundle's own; a CPU engine is then run beside it in transformers,
-    in fp32, on `text` or the evaluation text. Without it a CPU engine's perplexity on `text` is measured, if
-    one is given.
-    Raises BundleError, CheckpointError for another checkpoint, and RequestError for a text or an engine that
-    cannot be used and for a lack of memory.
+    against: the checkpoint that the bundle was built from. A CPU engine is compared with it, in transformers
+        in fp32, on `text` or the evaluation text. If it is None, the recorded figures are returned.
+    text: a text file in UTF-8. Without `against`, the perplexity of a CPU engine is measured on it.
+
+    Raises BundleError for a damaged bundle, CheckpointError for another checkpoint, RequestError for a text
+    or an engine that cannot be used and for a lack of memory.
     """
     given = texts.read_text(text) if text else ""
     bundle = Bundle.open(path, verify_hashes=False)
@@ -111,7 +121,7 @@ def judge(path: Path, against: str | None, text: Path | None, progress: Progress
 
 
 def _about(manifest: Manifest, figures: Figures, text: Path | None, given: str) -> tuple[str, str]:
-    """Which text the figures are about, and its sha256."""
+    """Return a description of the text that the figures were measured on, and its sha256 or ""."""
     if text:
         return text.name, texts.sha256(given)
     if figures.origin == "measured":
@@ -125,7 +135,7 @@ def _about(manifest: Manifest, figures: Figures, text: Path | None, given: str) 
 
 
 def _own_checkpoint(source: Source, against: str, progress: Progress) -> Path:
-    """Raises CheckpointError unless each file is the one that the bundle was made from."""
+    """Return the checkpoint's directory. Raises CheckpointError unless the bundle was built from its files."""
     from llmc.compiler.checkpoint import hub
     from llmc.compiler.checkpoint.checkpoint import Checkpoint
 
@@ -176,7 +186,7 @@ def _measure(
 
 
 def _size_of(checkpoint: Path) -> tuple[int, bool]:
-    """Bytes of its values in fp32, and whether it is quantized."""
+    """Return the bytes of the checkpoint's parameters in fp32, and whether it is quantized."""
     from llmc.compiler.checkpoint.checkpoint import Checkpoint
     from llmc.compiler.checkpoint.prequantized.layout import read_quantized
 

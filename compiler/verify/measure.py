@@ -1,4 +1,4 @@
-"""Measure a bundle's engine on a text, against the checkpoint in transformers or alone."""
+"""Measure a bundle's engine on a text, alone or against the checkpoint in transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
 def measure(
     question: Question, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """With a checkpoint: the figures of `loss.record`; without: "perplexity" and "positions" of the engine.
+    """Return the figures of `loss.record`; without a checkpoint the engine's "perplexity" and "positions".
+
+    on_progress: called with the number of steps that are done, and of all steps
 
     Raises RequestError for a text that is too short.
     """

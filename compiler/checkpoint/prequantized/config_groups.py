@@ -1,4 +1,4 @@
-"""Read `config_groups`, which compressed-tensors and ModelOpt write, and the fields beside it."""
+"""Read the quantization schemes in `config_groups`, which compressed-tensors and ModelOpt write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ Groups = tuple[tuple[tuple[str, ...], DeclaredScheme], ...]
 
 
 def read_groups(config: Mapping[str, Any], int4: Format) -> Groups:
-    """Return (targets, scheme) for each entry of `config_groups`. int4: the layout of 4-bit integers."""
+    """Return (targets, scheme) for each entry of `config_groups`.
+
+    config: the object that has `config_groups`
+    int4: the format of 4-bit integers, "int4-packed" or "int4-awq"
+
+    Raises UnsupportedError for a format that llmc does not read.
+    """
     groups = config.get("config_groups")
     found: list[tuple[tuple[str, ...], DeclaredScheme]] = []
     for name, group in groups.items() if isinstance(groups, dict) else ():

@@ -17,7 +17,7 @@ from llmc.compiler.checkpoint.prequantized.scheme import DeclaredSchemes
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.runtime.dtypes import FLOATS
 
-# Tensors that old checkpoints carry although models compute them.
+# Tensors in old checkpoints that models compute now.
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -28,7 +28,7 @@ class QuantizedCheckpoint:
 
     #: None if the configuration does not declare quantization.
     schemes: DeclaredSchemes | None
-    #: Quantized modules of a valid layout, by name.
+    #: Quantized modules with a valid layout, by name.
     modules: Mapping[str, QuantizedModule]
     #: Quantized modules whose layout is invalid.
     unread: tuple[str, ...]
@@ -36,26 +36,26 @@ class QuantizedCheckpoint:
     plain: Mapping[str, TensorRef]
     #: The scales of the KV cache, by name.
     kv_scales: Mapping[str, TensorRef]
-    #: Modules with an unquantized matrix that the configuration excludes.
+    #: Modules with an unquantized matrix that the configuration excludes from quantization.
     excluded: tuple[str, ...]
     #: Faults and warnings about the layout.
     findings: tuple[Finding, ...]
 
     @property
     def quantized(self) -> bool:
-        """Whether the configuration or any tensor shows quantization."""
+        """Whether the configuration declares quantization or a tensor is quantized."""
         return self.schemes is not None or bool(self.modules) or bool(self.unread)
 
     @property
     def named(self) -> dict[str, QuantizedModule | TensorRef]:
-        """The parameters of the unquantized model, by name; a quantized weight as its module."""
+        """The parameters of the model, by name. A quantized weight is represented by its module."""
         weights = {f"{name}.weight": module for name, module in self.modules.items()}
         biases = [module.tensors["bias"] for module in self.modules.values() if "bias" in module.tensors]
         return {**self.plain, **weights, **{ref.name: ref for ref in biases}}
 
     @property
     def parameters(self) -> int:
-        """The number of the model's values, without scales; packed codes count as values."""
+        """The number of parameters of the model. Each packed code counts, scales do not."""
         codes = sum(math.prod(module.shape) for module in self.modules.values())
         biases = [module.tensors["bias"] for module in self.modules.values() if "bias" in module.tensors]
         return codes + sum(math.prod(ref.shape) for ref in (*biases, *self.plain.values()))
@@ -111,7 +111,7 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
 
 
 def _matrices(plain: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    """Return the unquantized matrices of modules that could have been quantized; embeddings could not."""
+    """Return the matrices of unquantized modules, by module. Embeddings are left out: they stay unquantized."""
     found = {}
     for name, ref in plain.items():
         module, _, last = name.rpartition(".")

@@ -67,7 +67,10 @@ def read_schemes(checkpoint: Checkpoint) -> DeclaredSchemes | None:
 
 
 def _compare(schemes: DeclaredSchemes, beside: DeclaredSchemes) -> DeclaredSchemes:
-    """Compare the schemes of config.json with those `beside` it; return the former, completed."""
+    """Compare the schemes of config.json with those of hf_quant_config.json, `beside`.
+
+    Returns the former, with the differences as findings and with missing fields taken from the latter.
+    """
     findings = []
     if schemes.groups != beside.groups and schemes.label != beside.label:
         what = f"declares {beside.label}, but {CONFIG} declares {schemes.label}"
@@ -86,8 +89,10 @@ def _compare(schemes: DeclaredSchemes, beside: DeclaredSchemes) -> DeclaredSchem
     )
 
 
+# ModelOpt's `quant_algo` -> whether the scale of the activations is stored; None if it may be.
 _STATIC = {"FP8": True, "NVFP4": True, "NVFP4_AWQ": True, "W4A8_NVFP4_FP8": True, "W8A8_SQ_PER_CHANNEL": None}
 
+# ModelOpt's `quant_algo` -> activation quantization.
 _INPUTS = {
     "FP8": "fp8",
     "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
@@ -100,7 +105,7 @@ _INPUTS = {
 
 
 def _algorithm(name: Any, group: Any) -> DeclaredScheme:
-    """Return the scheme of ModelOpt's `quant_algo` `name`, with its `group_size` `group`."""
+    """Return the scheme of ModelOpt for the `quant_algo` `name` and the `group_size` `group`."""
     size = group if isinstance(group, int) and group > 0 else None
     inputs = _INPUTS.get(name, "") if isinstance(name, str) else ""
     if name in ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8"):

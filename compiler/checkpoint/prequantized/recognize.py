@@ -1,8 +1,8 @@
 """Recognize the quantization of a module from its tensors, or find their contradictions.
 
-The tensors decide: dtypes and the presence of scales give the format, the shape of the scales gives the
-group. The configuration settles only what the tensors leave open (is one scale for a tensor or a block?)
-and is then compared.
+The tensors decide. Their dtypes and the presence of scales give the format, the shape of the scales gives the
+group size. The configuration is used only where the tensors are ambiguous (a single scale may be that of the
+tensor or of a block). It is then compared with the result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CODES = ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
 
 
 def is_quantized(tensors: Mapping[Role, TensorRef]) -> bool:
-    """Return whether a module has a weight of codes, or a scale of a weight."""
+    """Return whether a module has a weight that consists of codes, or a scale of a weight."""
     weight = tensors.get("weight")
     scales = {"weight_scale", "global_scale", "inverse_global_scale"}
     return bool(scales & tensors.keys()) or (weight is not None and weight.dtype in _CODES)
@@ -61,7 +61,7 @@ def recognize(
 
 
 def compare(module: QuantizedModule, scheme: DeclaredScheme) -> list[Finding]:
-    """Return the findings where a module of a valid layout contradicts the configuration."""
+    """Return findings about contradictions between a module with a valid layout and the configuration."""
     weight, scale = module.tensors["weight"], module.tensors["weight_scale"]
     if module.format != scheme.format:
         found = f"{weight.dtype} {list(weight.shape)}"
@@ -144,7 +144,7 @@ def _format(tensors: Mapping[Role, TensorRef], scheme: DeclaredScheme | None) ->
 
 
 def _dtypes(fmt: Format, tensors: Mapping[Role, TensorRef]) -> list[Finding]:
-    """Return the findings about tensors whose dtype does not belong to the format, or that are no scalars."""
+    """Return findings about tensors with a dtype that the format does not have, or that must be scalars."""
     allowed = {
         "weight_scale": _SCALE_DTYPES.get(fmt, _FLOATS),
         "zero_point": ("I32",),
