@@ -25,15 +25,15 @@ RUNS = 3
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run: `concurrency` prompts that arrive together."""
+    """The measurements of one run, in which `concurrency` prompts arrive together."""
 
-    #: From the arrival of the prompts to the last token of the last one.
+    #: Time from the arrival of the prompts to the last generated token.
     seconds: float
-    #: Time to first token, the mean over the prompts.
+    #: Time to first token, averaged over the prompts.
     first_token_seconds: float
-    #: All prompt tokens / the time until every prompt has its first token.
+    #: Number of prompt tokens / time until every prompt has its first token.
     prefill_tokens_per_second: float
-    #: Tokens of all prompts generated after that time / the time that they took.
+    #: Number of tokens generated after that time / time that they took.
     decode_tokens_per_second: float
 
 
@@ -131,7 +131,12 @@ def bench(
 def measure(
     engine: Engine, vocab_size: int, prompt_tokens: int, new_tokens: int, concurrency: int
 ) -> Measurement:
-    """Serve `concurrency` random prompts at once and time them."""
+    """Serve `concurrency` random prompts at once and measure the times.
+
+    vocab_size: the number of token ids to draw from
+    prompt_tokens: the length of each prompt
+    new_tokens: the number of tokens to generate for each
+    """
     import numpy as np
 
     from llmc.runtime.sampling import SamplingParams

@@ -13,7 +13,7 @@ from llmc.cli.text import size, table
 from llmc.runtime.errors import BackendError, LlmcError
 
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*([^;]*?)\s*(?:;\s*(.*))?")
-_USES = {  # extra of llmc ("": none) -> what needs its libraries
+_USES = {  # extra of llmc ("": none) -> the command or target that needs its libraries
     "": "llmc run",
     "build": "llmc build",
     "kernels": "GPU kernels",
@@ -28,19 +28,21 @@ class Library:
     """A library that llmc requires."""
 
     name: str
-    #: The extra of llmc that installs it; "": `llmc run` needs it.
+    #: The extra of llmc that installs it; "" for a library that `llmc run` needs.
     extra: str
     #: The required version, such as ">=1.2,==1.*".
     wanted: str
-    #: The installed version; None: it is missing.
+    #: The installed version; None if it is missing.
     version: str | None
 
     @property
     def fits(self) -> bool:
+        """Whether a suitable version is installed."""
         return self.version is not None and satisfies(self.version, self.wanted)
 
     @property
     def remark(self) -> str:
+        """The problem and how to solve it; "" if the library fits."""
         if self.fits:
             return ""
         from llmc.runtime.installation import install_hint
@@ -112,7 +114,7 @@ def libraries() -> list[Library]:
         name, wanted, marker = match[1], match[2], match[3] or ""
         extra = re.search(r"extra == ['\"](.+?)['\"]", marker)
         if (extra is None and marker) or (extra and extra[1] not in _USES):
-            continue  # for another Python, or for developers
+            continue  # needed by another version of Python, or by developers
         found.append(Library(name, extra[1] if extra else "", wanted, _installed(name)))
     return found
 
@@ -123,7 +125,7 @@ def complete(found: list[Library], *extras: str) -> bool:
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Return whether `version` fits `wanted`. Only `>=` and `==` (with or without `.*`) are known."""
+    """Return whether `version` satisfies `wanted`, such as ">=1.2,==1.*". Only `>=` and `==` work."""
     for clause in filter(None, wanted.replace(" ", "").split(",")):
         operator, number = clause[:2], clause[2:]
         prefix = number.endswith(".*")

@@ -121,7 +121,7 @@ def describe_weights(manifest: Manifest) -> str:
     plan, weights = manifest.quantization, manifest.weights
     if plan is None:
         return f"{weights.dtype}: {weights.note}" if weights.note else weights.dtype
-    names = ("format", "modules", "bits_per_parameter")  # an open field: any of them may be missing
+    names = ("format", "modules", "bits_per_parameter")  # the manifest may lack any of them
     return ", ".join(f"{name.replace('_', ' ')} {plan[name]}" for name in names if name in plan)
 
 
@@ -154,7 +154,7 @@ def print_program(bundle: Bundle) -> None:
 
 
 def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:
-    """Return the format and its recorded loss; None for weights that are not quantized."""
+    """Return the quantization format and its recorded loss; None if the weights are not quantized."""
     if manifest.quantization is None:
         return None
     loss = manifest.verification.details.get("quantization_loss")
@@ -163,7 +163,7 @@ def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:
 
 
 def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
-    """Describe the quantization loss; for a pre-quantized checkpoint, that of activation quantization."""
+    """Describe the quantization loss. For a pre-quantized checkpoint: that of activation quantization."""
     if manifest.quantization is None:
         return []
     from llmc.compiler.verify.figures import recorded
@@ -187,7 +187,7 @@ def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def describe_worst(manifest: Manifest) -> list[tuple[str, str]]:
-    """Describe the layers with the largest error: of outputs on the calibration text, else of weights."""
+    """Describe the layers with the largest errors of outputs on the calibration text, or else of weights."""
     what, errors = module_errors(manifest)
     listed = ", ".join(f"{module} {error}" for module, error in errors)
     return [("worst layers", f"relative error of the {what}: {listed}")] if errors else []
@@ -208,7 +208,7 @@ def module_errors(manifest: Manifest) -> tuple[str, list[tuple[str, float]]]:
 
 
 def describe_gpu(manifest: Manifest) -> list[tuple[str, str]]:
-    """Describe the GPUs, the largest step and the kernels of an engine for GPUs."""
+    """Describe the GPUs, the largest step and the kernels of a GPU engine."""
     gpu = manifest.gpu
     if gpu is None:
         return []

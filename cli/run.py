@@ -19,7 +19,7 @@ from llmc.cli.prompts import Prompt, read_prompts
 from llmc.cli.serve import Answer, Failure, serve
 from llmc.runtime.errors import RequestError
 
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}  # unit -> power of two
 
 
 def run(
@@ -207,7 +207,10 @@ def _check_options(
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of "512M", "2G", "1.5GiB" or a plain number; the units are powers of 1024."""
+    """Return a size such as "512M", "2G", "1.5GiB" or "1000" in bytes. Units are powers of 1024.
+
+    Raises BadParameter for anything else.
+    """
     import math
 
     digits = text.strip().upper().removesuffix("B").removesuffix("I")

@@ -77,7 +77,7 @@ def verify(
 
 
 def _complaint(path: Path, verdict: Verdict, missed: list[Threshold]) -> tuple[str, str]:
-    """Return the message and the hint of the error for missed thresholds."""
+    """Return the message and the hint of the ThresholdError for `missed`."""
     message = f"{path} misses {', '.join(one.text for one in missed)}"
     manifest = verdict.bundle.manifest
     if any(one.figure is None for one in missed):

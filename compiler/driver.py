@@ -326,7 +326,7 @@ def _quantization_plan(request: BuildRequest, given: _Given, model: ir.Model) ->
 
 
 def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Clock) -> Produced:
-    """Write the codes and scales of the quantized matrices to scratch files, and set the KV cache's scales."""
+    """Write the codes and scales of the quantized matrices to scratch files. Set the KV cache's scales."""
     from llmc.compiler.quantize import step
     from llmc.compiler.quantize.produce import Produced
     from llmc.passes.quantize import quantize_kv_cache

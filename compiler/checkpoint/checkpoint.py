@@ -25,8 +25,8 @@ from llmc.runtime.errors import CheckpointError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ADAPTER = "adapter_config.json"
-# The files beside config.json and the weights that a build may read. `Checkpoint.open` looks for them by name,
-# they are hashed into the manifest, and the directory that transformers loads the tokenizer from has only them.
+# The files that a build may read beside config.json and the weights: those of the tokenizer, and the sampling
+# defaults. The manifest has their hashes, and transformers loads the tokenizer from a directory with only them.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -220,7 +220,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype in config.json, else the one of most bytes of the weights, by torch's name ("bfloat16")."""
+        """The dtype in config.json, else that of most bytes of the weights, by torch's name ("bfloat16")."""
         for source in (self.config, self._text_config):
             named = source.get("dtype") or source.get("torch_dtype")
             if isinstance(named, str) and named != "auto":

@@ -44,7 +44,7 @@ def choose_context(config: PreTrainedConfig, wanted: int | None) -> Context:
     CheckpointError for a rope type that transformers does not know, UnsupportedError for 2^31 tokens or more.
     """
     limit = _position(getattr(config, "max_position_embeddings", None))
-    # Up to `fixed` tokens the angles do not depend on the length; up to `reach` tokens the model works at all.
+    # Up to `fixed` tokens the angles do not depend on the length. `reach` is the longest possible context.
     fixed, reach = limit, limit
     for rope in _ropes(config):
         kind = rope.get("rope_type", "default")

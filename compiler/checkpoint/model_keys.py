@@ -178,7 +178,7 @@ class ModelKeys:
 class RenamedCheckpoint:
     """A checkpoint whose tensors have the model's names."""
 
-    #: The checkpoint without tensors that the model lacks. A tied parameter that is stored twice is in it twice.
+    #: The checkpoint without tensors that the model lacks. Tied parameters that are stored twice are kept.
     checkpoint: Checkpoint
     #: Stored names of tensors that the model lacks and that transformers reports as unexpected.
     unused: tuple[str, ...]

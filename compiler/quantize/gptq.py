@@ -113,7 +113,7 @@ def gptq(
 
 
 def _factorize(hessian: np.ndarray, damping: float, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return M [in, in] and d [in] of the damped H, float32, computed in float64. If H is 0, the identity's."""
+    """Return M [in, in] and d [in] of the damped H, float32, computed in float64. H = 0 acts as identity."""
     damped = hessian.astype(np.float64)
     if not np.isfinite(damped.sum()):
         raise CheckpointError(

@@ -153,7 +153,7 @@ def _one_scale(part: PrequantizedModule) -> float:
 
 
 def _block(module: QuantizedModule) -> int:
-    """Return the number of columns that share a scale in the engine; 0: the whole row, -1: the whole matrix."""
+    """Return how many columns share a scale in the engine; 0: the whole row, -1: all columns and rows."""
     width, columns = module.block[1], module.shape[1]
     if module.format == "fp8":
         return -1

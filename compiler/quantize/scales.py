@@ -17,9 +17,9 @@ from llmc.runtime.dtypes import numpy_dtype
 
 # Factors of the scale of the largest magnitude: clipping the extremes can reduce the error of the rest.
 _RATIOS = tuple(1 - 0.04 * step for step in range(1, 11))
-# E4M3 scales around the nearest one. A step of the byte changes the scale by 1/16 to 1/8. Smaller scales clip.
-# Scales up to 1.5 times as large map the largest weight of the block to 4 instead of 6, which makes the codes
-# finer for weights between 2/3 of the largest and the largest ("Four Over Six").
+# E4M3 scales around the nearest one. A step of the byte changes the scale by 1/16 to 1/8. Smaller scales
+# clip. Scales up to 1.5 times as large map the largest weight of the block to 4 instead of 6, which makes the
+# codes finer for weights between 2/3 of the largest and the largest ("Four Over Six").
 _E4M3_STEPS = (1, -1, 2, -2, 3, -3, 4, -4, 5)
 _SMALLEST_NORMAL = np.float32(2.0**-126)  # the least divisor: fp32's smallest normal number
 _LARGEST = {"int8": INT8_MAX, "e4m3": E4M3_MAX, "e2m1": E2M1_MAX * E4M3_MAX}
@@ -80,7 +80,7 @@ def search_scales(blocks: np.ndarray, first: np.ndarray, fmt: Format, global_sca
 
 
 def candidates(first: np.ndarray, fmt: Format) -> Iterator[np.ndarray]:
-    """Yield the stored scales around `first` that a search tries, each with the shape and dtype of `first`."""
+    """Yield the stored scales around `first` that a search tries, in the shape and dtype of `first`."""
     if fmt.scales == "F8_E8M0":
         yield _power_of_two(np.maximum(first.astype(np.float32) / 2, _SMALLEST_NORMAL))  # clips the largest
         return

@@ -30,7 +30,7 @@ def _random(*shape: int) -> torch.Tensor:
 
 
 def linear(module: nn.Linear) -> bool:
-    """Return whether a subclass of nn.Linear computes what nn.Linear computes."""
+    """Return whether a module of a subclass of nn.Linear computes the same as nn.Linear."""
     real = copy.copy(module)
     real.in_features, real.out_features = 8, 6
     real._parameters = {
@@ -46,7 +46,9 @@ def linear(module: nn.Linear) -> bool:
 def rms_norm(name: str, module: nn.Module) -> tuple[float, float, bool]:
     """Return the (epsilon, offset, rounds_once) with which `ops.rms_norm` equals `module`.
 
-    Raises UnsupportedError if neither y*w nor y*(1+w) equals it.
+    name: the module's name, for errors
+
+    Raises UnsupportedError if the module computes something else.
     """
     width = module.weight.shape[0]  # type: ignore[index]
     real = copy.copy(module)
@@ -68,7 +70,10 @@ def rms_norm(name: str, module: nn.Module) -> tuple[float, float, bool]:
 
 
 def _rounds_once(module: nn.Module, epsilon: float, offset: float) -> bool:
-    """Return whether an RMSNorm in bf16 is closer to one rounding than to two. Replaces its weight."""
+    """Return whether an RMSNorm in bf16 is closer to `ops.rms_norm` with `rounds_once` than without.
+
+    Replaces the module's weight.
+    """
     width = int(module.weight.shape[0])  # type: ignore[index]
     x, weight = _random(3, width).bfloat16(), _random(width).bfloat16()
     module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
@@ -81,7 +86,7 @@ def _rounds_once(module: nn.Module, epsilon: float, offset: float) -> bool:
 
 
 def layer_norm(module: nn.Module) -> float | None:
-    """Return the epsilon with which a LayerNorm over the last axis equals `module`; None if there is none.
+    """Return the epsilon with which LayerNorm over the last axis equals `module`; None if it never does.
 
     The module has a weight [features] or [heads, features], and may have a bias of the same shape.
     """
@@ -108,10 +113,13 @@ def layer_norm(module: nn.Module) -> float | None:
 
 
 def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, RotaryTable]:
-    """Return the tables of a rotary embedding, by the suffix of the layer type ('' if there is only one).
+    """Return the tables of a rotary embedding: "_" + layer type -> table; "" if there is only one table.
 
-    Raises UnsupportedError if the angles of a position depend on the length of the sequence
-    (dynamic NTK; LongRoPE beyond its original context length).
+    name: the module's name, for errors
+    max_seq_len: the number of positions
+
+    Raises UnsupportedError if the angles of a position depend on the length of the sequence (dynamic NTK;
+    LongRoPE beyond its original context length), or if the module does not return each angle twice.
     """
     takes_type = "layer_type" in inspect.signature(type(module).forward).parameters
     kinds: list[str | None] = list(module.layer_types) if takes_type else [None]  # type: ignore[arg-type]
@@ -154,7 +162,7 @@ def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, R
 
 
 def _halves(angle: torch.Tensor) -> torch.Tensor:
-    """Repeat the angles: a b -> a b a b."""
+    """Repeat the sequence of angles: a b -> a b a b."""
     return torch.cat((angle, angle), -1)
 
 
@@ -178,6 +186,7 @@ class RotaryTable:
 def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     """Return whether `owner.apply_rotary_pos_emb` rotates interleaved pairs (2i, 2i+1) rather than (i, i+R).
 
+    owner: the Python module that has the function
     repeat: as in RotaryTable
 
     Raises UnsupportedError if it does neither.
@@ -205,9 +214,9 @@ def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tenso
 def apply_rotary_by_token(owner: ModuleType) -> bool:
     """Return whether `owner.apply_rotary_pos_emb(x, sin, cos)` rotates interleaved pairs, as in GPT-J.
 
-    x is [1, T, H, D]. Each angle is given once.
+    x is [1, T, H, D]. sin and cos have each angle once.
 
-    Raises UnsupportedError if it rotates in neither of the two known ways.
+    Raises UnsupportedError if it does neither.
     """
     tokens, half = 5, 4
     angle, x = _random(1, tokens, half), _random(1, tokens, 3, 2 * half)
@@ -251,7 +260,10 @@ def inline_attention(name: str, module: nn.Module) -> tuple[float, int]:
 
 
 def _causal_mask(length: int, window: int) -> torch.Tensor:
-    """Return a mask [1, 1, length, length] to add to scores. window: if positive, the visible tokens."""
+    """Return an additive mask [1, 1, length, length].
+
+    window: if positive, the number of tokens that a token attends to
+    """
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     hidden = (distance < 0) | (distance >= window) if window else distance < 0
     return torch.zeros(1, 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
@@ -268,7 +280,7 @@ class AttentionCall:
 
 
 def attention(calls: list[AttentionCall]) -> None:
-    """Compare `ops.attention` with the model's eager attention, once per kind of call.
+    """Compare `ops.attention` with the model's eager attention, once for calls with equal arguments.
 
     Raises UnsupportedError if they differ, or if the model has no eager attention.
     """

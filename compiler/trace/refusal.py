@@ -1,4 +1,4 @@
-"""Errors of model code and of torch, as one sentence that names the module."""
+"""Turn errors of model code and of torch into one sentence that names the module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmc.runtime.errors import UnsupportedError
 HINT = "set LLMC_TRACEBACK=1 to see where; `llmc zoo list` shows the families that are known to work"
 _TOKENS = "its code depends on the number of tokens"
 _VALUES = "its code depends on the values of tensors"
-_REASONS = {  # words of torch's messages -> what they mean to a user
+_REASONS = {  # a part of torch's message -> the reason in a user's words
     "specialized it to be a constant": _TOKENS,
     "Constraints violated": _TOKENS,
     "data-dependent": _VALUES,
@@ -22,7 +22,7 @@ _REASONS = {  # words of torch's messages -> what they mean to a user
 
 
 def reason(error: BaseException) -> str:
-    """Return why model code failed: torch's messages in a user's words, others by their first line."""
+    """Return the reason why model code failed, translated from torch's message if it is known."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
@@ -48,7 +48,10 @@ def untraceable(model: nn.Module, error: BaseException) -> UnsupportedError:
 
 
 def _innermost(error: BaseException, names: dict[nn.Module, str]) -> nn.Module | None:
-    """Return the innermost module of the model whose code was running when `error` was raised first."""
+    """Return the innermost module whose code was running when `error` or its first cause was raised.
+
+    names: the modules of the model
+    """
     found = None
     cause: BaseException | None = error
     while cause is not None:
@@ -65,7 +68,7 @@ def _innermost(error: BaseException, names: dict[nn.Module, str]) -> nn.Module |
 
 
 def unlike(name: str, module: nn.Module) -> UnsupportedError:
-    """Return the error for a module whose code raises where llmc compares it with an operator."""
+    """Return the error for a module whose code fails when llmc compares it with an operator."""
     where = f"module {name} ({type(module).__name__})"
     return UnsupportedError(
         f"{where} has the name of a layer that llmc knows, but takes other inputs",

@@ -46,7 +46,7 @@ _TOP1_SLACK = 0.01
 
 
 class _Evaluation:
-    """The unquantized reference's results on the evaluation text, which quantized models are compared with."""
+    """The unquantized reference on the evaluation text, which quantized models are compared with."""
 
     def __init__(self, job: Job, reference: Reference) -> None:
         self.text = texts.read_text(texts.EVALUATION_TEXT) if job.tokenizer else ""

@@ -21,7 +21,7 @@ class Difference:
     rms: float
     #: Mean KL divergence from the reference's distribution, in nats.
     kl: float
-    #: [positions]: the reference's best logit minus its logit of the other model's best token; 0 if they agree.
+    #: [positions]: the reference's best logit minus its logit of the other model's best token; 0 if equal.
     top1_gap: np.ndarray
     #: The reference's largest logit by magnitude.
     scale: float

@@ -135,7 +135,7 @@ def _about(manifest: Manifest, figures: Figures, text: Path | None, given: str) 
 
 
 def _own_checkpoint(source: Source, against: str, progress: Progress) -> Path:
-    """Return the checkpoint's directory. Raises CheckpointError unless the bundle was built from its files."""
+    """Return the checkpoint's directory. Raises CheckpointError if the bundle was built from other files."""
     from llmc.compiler.checkpoint import hub
     from llmc.compiler.checkpoint.checkpoint import Checkpoint
 

@@ -151,7 +151,7 @@ class Reference:
 
 
 class Head:
-    """The end of a model: lm_head, with its weight when the Head was made, and what the model does to logits."""
+    """The end of a model: lm_head, with the weight that it has now, and what the model does to logits."""
 
     def __init__(self, model: Any, decoder: str) -> None:
         self._model, self._decoder = model, decoder
@@ -197,6 +197,7 @@ def _forward(module: Any, forward: Any) -> Iterator[None]:
 
 def _quantizer(quantization: ActivationQuantization) -> Any:
     """Return a forward pre-hook that quantizes a module's input."""
+
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x = args[0]
         return (torch.from_numpy(quantization.apply(x.float().numpy())).to(x.dtype), *args[1:])

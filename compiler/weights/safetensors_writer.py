@@ -2,7 +2,7 @@
 
 Every tensor starts at a multiple of 64 bytes (a cache line, and the widest vector load), so that an
 engine can memory-map the file and use it in place. safetensors allows no holes, so a gap of up to 63 bytes
-is itself a tensor of zeros, U8, called `__pad_N`, where N is its offset. Sorting by size was rejected: it does
+is itself a U8 tensor of zeros called `__pad_N`, where N is its offset. Sorting by size was rejected: it does
 not align the tensors after the first odd size, and it loses the caller's order, in which the engine reads.
 Nearly all weight matrices are multiples of 64 bytes, so most files have no padding.
 """

@@ -6,9 +6,9 @@
     int4-awq                             code * weight_scale
     int4-packed, int8-packed             (code - zero_point) * weight_scale
 
-Despite its name, DeepSeek's `weight_scale_inv` is a multiplier too. The formulas are those of the packages that
-write the formats. The packages evaluate them in the scale's dtype, which may be bfloat16; here it is always
-float32. AWQ's `pre_quant_scale` is a factor of the activations and is not applied.
+Despite its name, DeepSeek's `weight_scale_inv` is a multiplier too. The formulas are those of the packages
+that write the formats. The packages evaluate them in the scale's dtype, which may be bfloat16; here it is
+always float32. AWQ's `pre_quant_scale` is a factor of the activations and is not applied.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def zero_points(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
 
 
 def spread(module: QuantizedModule, values: np.ndarray) -> np.ndarray:
-    """Repeat each group's value for its columns: [rows, groups] -> [rows, in]. [rows, 1] is returned as is."""
+    """Repeat each group's value for its columns: [rows, groups] -> [rows, in]. [rows, 1] is unchanged."""
     if values.shape[1] == 1:
         return values
     columns, width = module.shape[1], module.block[1]

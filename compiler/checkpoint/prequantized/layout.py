@@ -111,7 +111,7 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
 
 
 def _matrices(plain: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    """Return the matrices of unquantized modules, by module. Embeddings are left out: they stay unquantized."""
+    """Return the matrices of unquantized modules, by module, without embeddings."""
     found = {}
     for name, ref in plain.items():
         module, _, last = name.rpartition(".")

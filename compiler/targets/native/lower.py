@@ -1,7 +1,7 @@
 """Lower a quantized graph to the native engine's program.
 
 Reshape, Split and column slices become views. Expressions of weights become constants. The other nodes become
-operations of `runtime/native/program.py`. Nothing here edits the graph.
+instructions of `runtime/native/program.py`. The graph is not changed.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ _EMPTY: Mapping[str, int] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class MatrixSource:
-    """Where a matrix of the program comes from: values of the graph that are constant."""
+    """The constant values of the graph that a matrix of the program is made of."""
 
+    #: The codes of a quantized matrix, else its elements.
     codes: ir.Value
+    #: The scales of a quantized matrix; None if it is not quantized.
     scales: ir.Value | None = None
-    #: Whether only fp32 holds it exactly: codes that the engine has no kernel for.
+    #: The dequantized matrix, if it is stored in fp32 because the engine has no kernel for its codes.
     dequantized: ir.Value | None = None
 
 
@@ -58,12 +60,17 @@ class Lowered:
     """A program, and the values of the graph that its weights are made of."""
 
     program: Program
+    #: Name of a matrix of the program -> its source.
     matrices: Mapping[str, MatrixSource]
+    #: Name of a constant vector of the program -> its value.
     constants: Mapping[str, ir.Value]
 
 
 def lower(model: ir.Model) -> Lowered:
-    """Lower a QUANTIZED graph with fp32 activations. Raises UnsupportedError, naming the module and why."""
+    """Lower a quantized graph with fp32 activations.
+
+    Raises UnsupportedError, with the module and the reason, for a node that the native engine cannot run.
+    """
     return _Lowering(model).run()
 
 
@@ -147,7 +154,11 @@ class _Lowering:
         width: int | None = None,
         rows: str | None = None,
     ) -> None:
-        """Append an instruction that writes a new buffer, which becomes the node's first output."""
+        """Append an instruction that writes a new buffer, which becomes the node's first output.
+
+        width: columns of the buffer, by default those of the first input
+        rows: "tokens" or "logits", by default that of the first input's buffer
+        """
         width = width or inputs[0].width
         kind = rows or (self.buffers[inputs[0].buffer].rows if inputs else "tokens")
         self.buffers.append(Buffer(width, "logits" if kind == "logits" else "tokens"))
@@ -436,7 +447,7 @@ def evaluate(value: ir.Value) -> np.ndarray:
 
 
 def _block(node: ir.Node, columns: int) -> int:
-    """Columns that share a scale."""
+    """Return the number of columns that share a scale."""
     block = node.attributes.get_int("block_size", 0)
     return block or columns
 

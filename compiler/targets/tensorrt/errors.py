@@ -12,7 +12,7 @@ REPORT = "please report this with the model's config.json"
 
 
 def explain(complaints: Iterable[str], modules: Mapping[str, str]) -> LlmcError:
-    """The error that TensorRT's messages amount to: a BuildError or an UnsupportedError.
+    """Return the BuildError or UnsupportedError for TensorRT's error messages.
 
     complaints: the messages, in their order
     modules: node name -> module of the checkpoint

@@ -1,7 +1,7 @@
 """The GPU kernels in a bundle: the attention variants that the model needs, and the sampling kernels.
 
-Each GPU gets machine code (cubin), which the driver loads as it is. GPUs that llmc has no
-cubin for get PTX, which the driver compiles when it loads it.
+GPUs that llmc knows get machine code (cubin), which the driver loads unchanged. Other GPUs get PTX, which the
+driver compiles when it loads it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
     from llmc.plugins.cuda.compile import Kernel
 
-_PORTABLE = (80, 86, 89, 120)  # the SMs among SMS that a portable TensorRT-RTX engine runs on
-_PTX = 89  # Triton's code for SM90 and newer is for exactly that GPU (sm_90a and so on)
+_PORTABLE = (80, 86, 89, 120)  # the GPUs in SMS that a portable TensorRT-RTX engine runs on
+_PTX = (
+    89  # the newest PTX that newer GPUs run: Triton's code for SM90 and newer runs on that GPU only (sm_90a)
+)
 
 
 def check(sms: Iterable[int]) -> None:
@@ -44,7 +46,7 @@ def check(sms: Iterable[int]) -> None:
 
 
 def codes(sms: tuple[int, ...]) -> list[tuple[int, str]]:
-    """Return the (SM, "cubin" or "ptx") to compile for these SMs. Empty: a portable engine."""
+    """Return the (compute capability, "cubin" or "ptx") to compile for `sms`. Empty: a portable engine."""
     cubins = [sm for sm in (sms or _PORTABLE) if sm in SMS]
     needs_ptx = not sms or any(sm not in SMS for sm in sms)
     return [(sm, "cubin") for sm in cubins] + ([(_PTX, "ptx")] if needs_ptx else [])
@@ -53,9 +55,9 @@ def codes(sms: tuple[int, ...]) -> list[tuple[int, str]]:
 def compile_into(
     model: ir.Model, resolved: Resolved, work: BundleWriter, progress: Progress
 ) -> tuple[KernelFile, ...]:
-    """Compile every kernel that `model` needs, or take it from the cache, and write it to the bundle.
+    """Write every kernel that `model` needs to the bundle, compiled or from the cache of earlier builds.
 
-    Raises BuildError when Triton is missing or refuses a kernel.
+    Raises BuildError if Triton is missing or cannot compile a kernel.
     """
     try:
         from llmc.plugins.cuda.compile import CompileError
@@ -101,7 +103,7 @@ def layers(model: ir.Model) -> list[Attention]:
 
 
 def cache_directory() -> Path:
-    """Return where compiled kernels are kept between builds."""
+    """Return the directory that keeps compiled kernels between builds."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return root / "llmc" / "kernels"
