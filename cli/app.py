@@ -134,15 +134,15 @@ def show_help(
       llmc help run
       llmc help zoo make
     """
-    found: Any = context.find_root().command
+    target: Any = context.find_root().command
     parent: Any = context.find_root()
     for word in command or ():
-        below = getattr(found, "commands", {})
+        below = getattr(target, "commands", {})
         if word not in below:
             raise UsageError(f"no such command '{' '.join(command or ())}'", "see `llmc --help`")
-        found = below[word]
-        parent = type(context)(found, info_name=word, parent=parent)
-    print(found.get_help(parent))
+        target = below[word]
+        parent = type(context)(target, info_name=word, parent=parent)
+    print(target.get_help(parent))
 
 
 def _print_version(wanted: bool) -> None:

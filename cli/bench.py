@@ -105,7 +105,7 @@ def bench(
                 "load_seconds": loaded,
                 "preemptions": engine.stats.preemptions,
                 "median": asdict(median),
-                "runs": [asdict(one) for one in runs],
+                "runs": [asdict(run) for run in runs],
                 "machine": asdict(machine),
             }
         )
@@ -121,7 +121,7 @@ def bench(
         ("first token", f"{median.first_token_seconds * 1e3:.1f} ms"),
         ("prefill", f"{median.prefill_tokens_per_second:,.0f} tok/s"),
         ("decode", f"{median.decode_tokens_per_second:,.1f} tok/s"),
-        ("whole run", f"{median.seconds:.3f} s{_spread([one.seconds for one in runs])}"),
+        ("whole run", f"{median.seconds:.3f} s{_spread([run.seconds for run in runs])}"),
     ]
     if engine.stats.preemptions:
         facts.append(("preemptions", f"{engine.stats.preemptions}: the KV cache is too small for this load"))
@@ -187,8 +187,8 @@ def _mode(manifest: Manifest, fast: bool) -> str:
     return f"{how}; weights {weight_format(manifest)}, KV cache {manifest.precision.kv_dtype}"
 
 
-def _row(one: Measurement) -> tuple[float, ...]:
-    return tuple(asdict(one).values())
+def _row(measurement: Measurement) -> tuple[float, ...]:
+    return tuple(asdict(measurement).values())
 
 
 def _spread(values: list[float]) -> str:

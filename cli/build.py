@@ -296,7 +296,7 @@ def _result_record(result: BuildResult) -> dict[str, Any]:
         "precision": asdict(manifest.precision),
         "max_seq_len": manifest.limits.max_seq_len,
         "geometry": asdict(manifest.geometry),
-        "passes": [asdict(one) for one in manifest.passes],
+        "passes": [asdict(report) for report in manifest.passes],
         "verification": asdict(manifest.verification),
     }
 

@@ -61,10 +61,10 @@ def doctor(
     from llmc.runtime.installation import install_hint
 
     machine = Machine.this()
-    found = libraries()
+    required = libraries()
     fault = attention = attention_fault()
     native, native_fault = native_engine()
-    if broken := [library for library in found if library.extra == "" and not library.fits]:
+    if broken := [library for library in required if library.extra == "" and not library.fits]:
         message = f"`llmc run` cannot work here: {broken[0].name} is {broken[0].remark}"
         fault = BackendError(message, install_hint())
     if as_json:
@@ -72,15 +72,15 @@ def doctor(
             {
                 "llmc": __version__,
                 "machine": asdict(machine),
-                "libraries": [{**asdict(library), "fits": library.fits} for library in found],
+                "libraries": [{**asdict(library), "fits": library.fits} for library in required],
                 "openvino_attention": {
                     "passed": attention is None,
                     "fault": attention.message if attention else None,
                 },
                 "native_engine": {"library": native, "fault": native_fault},
                 "run": fault is None,
-                "build": complete(found, "", "build"),
-                **{target: complete(found, "", "build", "kernels", target) for target in _GPU_TARGETS},
+                "build": complete(required, "", "build"),
+                **{target: complete(required, "", "build", "kernels", target) for target in _GPU_TARGETS},
             },
             error_of(fault) if fault else None,
         )
@@ -95,7 +95,7 @@ def doctor(
             ("native engine", native or native_fault or ""),
         ]
         rows = [("LIBRARY", "FOR", "WANTED", "INSTALLED", "")]
-        rows += [(lib.name, _USES[lib.extra], lib.wanted, lib.version or "-", lib.remark) for lib in found]
+        rows += [(lib.name, _USES[lib.extra], lib.wanted, lib.version or "-", lib.remark) for lib in required]
         print(f"{table(facts)}\n\n{table(rows)}")
     if fault:
         raise fault
@@ -107,7 +107,7 @@ def libraries() -> list[Library]:
 
     from llmc.runtime.installation import DISTRIBUTION
 
-    found = []
+    required = []
     for line in requires(DISTRIBUTION) or []:
         match = _REQUIREMENT.fullmatch(line)
         assert match is not None, line
@@ -115,8 +115,8 @@ def libraries() -> list[Library]:
         extra = re.search(r"extra == ['\"](.+?)['\"]", marker)
         if (extra is None and marker) or (extra and extra[1] not in _USES):
             continue  # needed by another version of Python, or by developers
-        found.append(Library(name, extra[1] if extra else "", wanted, _installed(name)))
-    return found
+        required.append(Library(name, extra[1] if extra else "", wanted, _installed(name)))
+    return required
 
 
 def complete(found: list[Library], *extras: str) -> bool:

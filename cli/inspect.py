@@ -96,7 +96,8 @@ def inspect(
         ("fidelity", describe_verification(manifest.verification)),
         (
             "passes",
-            ", ".join(f"{one.name} {one.matches}" for one in manifest.passes if one.matches) or "none",
+            ", ".join(f"{report.name} {report.matches}" for report in manifest.passes if report.matches)
+            or "none",
         ),
         ("built by", ", ".join([f"llmc {manifest.producer.llmc}", *libraries])),
         ("integrity", "every byte verified" if verify else "sizes verified; --verify hashes every byte"),
@@ -149,8 +150,8 @@ def print_program(bundle: Bundle) -> None:
             "build it with --engine native",
         )
     program = Program.from_json(bundle.engine_path().read_bytes())
-    for number, one in enumerate(program.instructions):
-        print(f"{number:5}  {describe(one)}")
+    for number, instruction in enumerate(program.instructions):
+        print(f"{number:5}  {describe(instruction)}")
 
 
 def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:

@@ -144,7 +144,9 @@ def with_levels(
     for title, names in (panels or {}).items():
         for name in names:
             hints[name].__metadata__[0].rich_help_panel = title
-    parameters = [one.replace(annotation=hints[name]) for name, one in signature.parameters.items()]
+    parameters = [
+        parameter.replace(annotation=hints[name]) for name, parameter in signature.parameters.items()
+    ]
     defaults = {"quiet": False, "verbose": False, "log_level": None}
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=defaults[name])
@@ -158,10 +160,10 @@ def with_levels(
 
 def _level(quiet: bool, verbose: bool, log_level: str | None) -> str:
     """Return the level that the three options select. Raises BadParameter if they exclude each other."""
-    given = [name for name, on in (("--quiet", quiet), ("--verbose", verbose)) if on]
-    given += ["--log-level"] if log_level is not None else []
-    if len(given) > 1:
-        raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
+    options = [name for name, on in (("--quiet", quiet), ("--verbose", verbose)) if on]
+    options += ["--log-level"] if log_level is not None else []
+    if len(options) > 1:
+        raise typer.BadParameter(f"{' and '.join(options)} exclude each other")
     if log_level is not None and log_level not in LEVELS:
         raise typer.BadParameter(
             f"{log_level!r} is not one of {', '.join(LEVELS)}", param_hint="'--log-level'"
@@ -175,4 +177,6 @@ def _reflowed(text: str) -> str:
     Paragraphs that begin with a backspace are not changed, as in click.
     """
     paragraphs = text.split("\n\n")
-    return "\n\n".join(one if one.startswith("\b") else " ".join(one.split()) for one in paragraphs)
+    return "\n\n".join(
+        paragraph if paragraph.startswith("\b") else " ".join(paragraph.split()) for paragraph in paragraphs
+    )

@@ -104,12 +104,12 @@ def _read_json(line: str, where: str) -> Prompt:
     name = record.pop("id", None)
     if not isinstance(name, str | int | None) or isinstance(name, bool):
         return _bad(where, f"id is {name!r}", "id must be a text or a whole number")
-    given = [kind for kind in _KINDS if kind in record]
-    if len(given) != 1:
-        message = "the line has a prompt and messages" if given else "the line has no prompt and no messages"
+    kinds = [kind for kind in _KINDS if kind in record]
+    if len(kinds) != 1:
+        message = "the line has a prompt and messages" if kinds else "the line has no prompt and no messages"
         return _bad(where, message, "give one of them", name)
-    value = record.pop(given[0])
-    known = [one.name for one in fields(SamplingParams)]
+    value = record.pop(kinds[0])
+    known = [parameter.name for parameter in fields(SamplingParams)]
     for key in record:
         if key not in known:
             return _bad(
@@ -119,7 +119,7 @@ def _read_json(line: str, where: str) -> Prompt:
         SamplingParams(**record)
     except RequestError as error:
         return _bad(where, error.message, error.hint, name)
-    if given == ["messages"]:
+    if kinds == ["messages"]:
         if not isinstance(value, list):
             return _bad(where, "messages is no list", 'such as [{"role": "user", "content": "Hello"}]', name)
         return Prompt(_last_text(value), where, messages=value, id=name, options=record)

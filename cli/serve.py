@@ -53,7 +53,8 @@ def serve(
     on_text: called with every new piece of text, of any prompt
     system: the system message for the chat template
 
-    Raises RequestError if the engine refuses a prompt of the command line; for one of a file, yields a Failure.
+    Raises RequestError if the engine refuses a prompt of the command line. A prompt of a file that cannot be
+    run is a Failure.
     """
     started = time.perf_counter()
     ids: dict[str, int] = {}

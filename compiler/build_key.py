@@ -44,14 +44,14 @@ def build_key(request: BuildRequest, name: str, files: Mapping[str, str]) -> str
     options = {field.name: getattr(request, field.name) for field in fields(request)}
     libraries = _LIBRARIES + (() if request.target == "cpu" else _GPU_LIBRARIES)
     calibration = request.calibration
-    known: dict[str, Any] = {
+    hashed: dict[str, Any] = {
         "options": {key: value for key, value in options.items() if key not in _NO_OPTIONS},
         "calibration": hashlib.sha256(calibration.read_bytes()).hexdigest() if calibration else None,
         "checkpoint": {"name": name, "files": dict(files)},
         "versions": {"llmc": __version__, **{library: _version(library) for library in libraries}},
         "code": _code(),
     }
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
 
 def recorded_key(manifest: Manifest) -> str | None:
@@ -78,14 +78,14 @@ def _code() -> str:
 
 def _files(directory: Traversable, name: str) -> list[tuple[str, bytes]]:
     """Return (path, content) of every source file under `directory`. Paths begin with `name`."""
-    found = []
+    files = []
     for entry in directory.iterdir():
         path = f"{name}/{entry.name}"
         if entry.is_dir():
-            found += _files(entry, path)
+            files += _files(entry, path)
         elif Path(entry.name).suffix in _SUFFIXES:
-            found.append((path, entry.read_bytes()))
-    return found
+            files.append((path, entry.read_bytes()))
+    return files
 
 
 def _version(library: str) -> str | None:

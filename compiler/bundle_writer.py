@@ -80,9 +80,9 @@ class BundleWriter:
         if os.getpid() != self._pid:
             return  # a forked child: the files are its parent's
         with self._cleanup:
-            full = isinstance(error, OSError) and error.errno in _OUT_OF_SPACE
-            written = _size_of(self._directory) if full else 0
-        if full:
+            out_of_space = isinstance(error, OSError) and error.errno in _OUT_OF_SPACE
+            written = _size_of(self._directory) if out_of_space else 0
+        if out_of_space:
             self._out_of_space(error, max(self._needed, written))
 
     def path(self, relative: str) -> Path:
@@ -169,7 +169,7 @@ class BundleWriter:
             raise BuildError(
                 f"{self.output} exists", "replace it with `--force`, or choose another `--output`"
             )
-        if reason := _why_not_ours(self.output):
+        if reason := _why_not_replaceable(self.output):
             hint = "llmc replaces only bundles: remove it yourself, or choose another `--output`"
             raise BuildError(f"{self.output} is not replaced: {reason}", hint)
 
@@ -252,7 +252,7 @@ def _is_abandoned(directory: Path, pid: int) -> bool:
         os.close(descriptor)
 
 
-def _why_not_ours(directory: Path) -> str:
+def _why_not_replaceable(directory: Path) -> str:
     """Return why `--force` must not replace `directory`; "" if it holds a bundle and nothing else.
 
     The bundle may be damaged, or newer than this llmc: only its list of files is read.
@@ -275,11 +275,11 @@ def _open_regular(path: str, flags: int) -> int:
 
 def _files_in(directory: Path) -> set[str]:
     """Return everything under `directory` that is not a directory, as relative POSIX paths."""
-    found: set[str] = set()
+    paths: set[str] = set()
     for root, directories, names in os.walk(directory):
         links = [name for name in directories if os.path.islink(os.path.join(root, name))]
-        found.update(Path(root, name).relative_to(directory).as_posix() for name in [*names, *links])
-    return found
+        paths.update(Path(root, name).relative_to(directory).as_posix() for name in [*names, *links])
+    return paths
 
 
 def _size_of(directory: Path) -> int:

@@ -97,22 +97,22 @@ class Child:
                 with contextlib.suppress(BrokenPipeError):
                     child.stdin.close()  # not earlier: at its end the child assumes that the parent died
             stderr.seek(0)
-            last = stderr.read().strip().rpartition("\n")[2] or "no message"
+            last_line = stderr.read().strip().rpartition("\n")[2] or "no message"
         if "error" in answer:
             raise _error(**answer["error"])
         if code != 0 or "result" not in answer:
-            raise self._death(code, last)
+            raise self._death(code, last_line)
         return answer["result"]
 
-    def _death(self, code: int, last: str) -> BuildError:
+    def _death(self, code: int, last_line: str) -> BuildError:
         who = f"the {self.name} process"
         if code >= 0:
-            if says_out_of_memory(last):
-                return BuildError(f"{who} ran out of memory: {last}", self.out_of_memory)
-            return BuildError(f"{who} failed with exit code {code}: {last}", "please report this")
+            if says_out_of_memory(last_line):
+                return BuildError(f"{who} ran out of memory: {last_line}", self.out_of_memory)
+            return BuildError(f"{who} failed with exit code {code}: {last_line}", "please report this")
         memory = f"it may have run out of memory; {self.out_of_memory}"
         return BuildError(
-            f"{who} was killed by signal {-code} ({signal.strsignal(-code)}): {last}",
+            f"{who} was killed by signal {-code} ({signal.strsignal(-code)}): {last_line}",
             memory if -code == signal.SIGKILL else self.crashed,
         )
 

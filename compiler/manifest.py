@@ -97,5 +97,7 @@ def operators(model: ir.Model, inlined: bool) -> tuple[Operator, ...]:
     counts = Counter(
         node.op_type for node in nodes if not (inlined and node.op_identifier() in model.functions)
     )
-    known = [OPERATORS[name] for name in sorted(counts)]
-    return tuple(Operator(one.full_name, one.abi, counts[one.name]) for one in known)
+    custom_operators = [OPERATORS[name] for name in sorted(counts)]
+    return tuple(
+        Operator(operator.full_name, operator.abi, counts[operator.name]) for operator in custom_operators
+    )

@@ -134,15 +134,15 @@ def calibration_windows(
             f"{tokenizer} makes no token of the calibration text that is below the vocabulary's {vocab_size}",
             "is it this model's tokenizer?",
         )
-    cut = windows(prefix, body, max_seq_len)
-    most = -(-max_tokens // min(WINDOW, max_seq_len))
-    kept, left = [], max_tokens
-    for window in spread(cut, most) if all_parts else cut[:most]:
-        if left <= len(prefix):  # nothing of the text would follow the prefix
+    all_windows = windows(prefix, body, max_seq_len)
+    max_windows = -(-max_tokens // min(WINDOW, max_seq_len))
+    chosen, remaining = [], max_tokens
+    for window in spread(all_windows, max_windows) if all_parts else all_windows[:max_windows]:
+        if remaining <= len(prefix):  # nothing of the text would follow the prefix
             break
-        kept.append(window[:left])
-        left -= len(kept[-1])
-    return kept
+        chosen.append(window[:remaining])
+        remaining -= len(chosen[-1])
+    return chosen
 
 
 def random_windows(vocab_size: int, max_seq_len: int, tokens: int | None = None) -> list[list[int]]:

@@ -184,12 +184,12 @@ def _weights(directory: Path) -> dict[str, Weight]:
             continue
         shape = tuple(tensor.shape)
         module = model.get_submodule(name.rpartition(".")[0])
-        kind = type(module).__name__
+        class_name = type(module).__name__
         if name.endswith(".bias"):
             weights[name] = Weight(shape, 0.0, 0.1)
-        elif kind.endswith("Norm"):
-            last = family.scaled_embeddings and name == "model.norm.weight"
-            weights[name] = Weight(shape, float(not family.norms_add_one) + last, 0.1)
+        elif class_name.endswith("Norm"):
+            is_last_norm = family.scaled_embeddings and name == "model.norm.weight"
+            weights[name] = Weight(shape, float(not family.norms_add_one) + is_last_norm, 0.1)
         else:
             outer = module is head or isinstance(module, torch.nn.Embedding)
             weights[name] = Weight(shape, 0.0, (gain if outer else 1.0) / math.sqrt(shape[-1]))
@@ -238,14 +238,14 @@ def _draw(weight: Weight, seed: int, name: str) -> Iterator[np.ndarray]:
     """
     generator = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
     scale = np.float32(weight.std / math.sqrt((2**32 - 1) / 3))
-    left = math.prod(weight.shape)
-    while left > 0:
-        count = min(left, _CHUNK)
+    remaining = math.prod(weight.shape)
+    while remaining > 0:
+        count = min(remaining, _CHUNK)
         bits = generator.random_raw(count)
         pairs = (bits & 0x0000FFFF0000FFFF) + ((bits >> np.uint64(16)) & 0x0000FFFF0000FFFF)
         sums = ((pairs & 0xFFFFFFFF) + (pairs >> np.uint64(32))).astype(np.float32)
         yield (sums - np.float32(131070)) * scale + np.float32(weight.center)
-        left -= count
+        remaining -= count
 
 
 def _write_tokenizer(directory: Path, entry: ZooEntry, config: Mapping[str, Any]) -> None:

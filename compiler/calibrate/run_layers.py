@@ -60,13 +60,13 @@ def layers(
     piece_of = _pieces(model, layer_of)
     groups = [_groups(node for node in model.graph if layer_of[node] == n) for n in range(len(attention))]
     caches = [(edit.operand(node, 1), edit.operand(node, 2)) for node in attention]
-    wanted = [{*found.values(), *cached} for found, cached in zip(groups, caches, strict=True)]
-    needed = _ancestors(model, {value for values in wanted for value in values})
+    layer_values = [{*linears.values(), *kv} for linears, kv in zip(groups, caches, strict=True)]
+    needed = _ancestors(model, {value for values in layer_values for value in values})
     batches = steps(sequences)
     # For each step, the values that later subgraphs need.
     crossing: list[dict[ir.Value, np.ndarray]] = [{} for _ in batches]
     for piece in range(_BEFORE, len(attention)):
-        shown = wanted[piece] if piece != _BEFORE else set()
+        shown = layer_values[piece] if piece != _BEFORE else set()
         nodes = [node for node in needed if piece_of[node] == piece]
         later = {
             value
@@ -75,14 +75,14 @@ def layers(
             for value in node.inputs
             if value is not None and value.producer() is not None
         }
-        later |= {value for values in wanted[piece + 1 :] for value in values}
-        seen = _run(Piece(model, nodes, [*shown, *later], tensors), batches, crossing, shown, later)
+        later |= {value for values in layer_values[piece + 1 :] for value in values}
+        arrays = _run(Piece(model, nodes, [*shown, *later], tensors), batches, crossing, shown, later)
         if piece == _BEFORE:
             continue
-        _refuse_overflow(seen, piece)
-        keys, values = (seen[value] for value in caches[piece])
-        inputs = {modules: seen[value] for modules, value in groups[piece].items()}
-        del seen
+        _refuse_overflow(arrays, piece)
+        keys, values = (arrays[value] for value in caches[piece])
+        inputs = {modules: arrays[value] for modules, value in groups[piece].items()}
+        del arrays
         yield LayerInputs(piece, inputs, keys, values)
         del inputs, keys, values
 
@@ -160,8 +160,8 @@ def _ancestors(model: ir.Model, values: set[ir.Value]) -> list[ir.Node]:
     return nodes[::-1]
 
 
-def _refuse_overflow(seen: Mapping[ir.Value, np.ndarray], layer: int) -> None:
-    for value, array in seen.items():
+def _refuse_overflow(arrays: Mapping[ir.Value, np.ndarray], layer: int) -> None:
+    for value, array in arrays.items():
         if not np.isfinite(array.sum(dtype=np.float64)):
             raise BuildError(
                 f"{value.name} in decoder layer {layer} is infinite or NaN on the calibration text",

@@ -42,21 +42,21 @@ class Piece:
         nodes = list(nodes)
         self._lookups = {node.outputs[0]: node for node in nodes if _is_lookup(node)}
         computed = [node for node in nodes if node.outputs[0] not in self._lookups]
-        made = {value for node in computed for value in node.outputs}
+        computed_values = {value for node in computed for value in node.outputs}
         self._tensors = tensors
         self._inputs = [
             value
             for value in dict.fromkeys(
                 value for node in computed for value in node.inputs if value is not None
             )
-            if value not in made and (value.const_value is None or parameter(value) is not None)
+            if value not in computed_values and (value.const_value is None or parameter(value) is not None)
         ]
         self._weights = {
             value: read_float32(record, edit.dims(value), tensors)
             for value in self._inputs
             if (record := parameter(value)) is not None
         }
-        self._outputs = [value for value in dict.fromkeys(outputs) if value in made]
+        self._outputs = [value for value in dict.fromkeys(outputs) if value in computed_values]
         self._session = _session(model, self._inputs, self._outputs) if self._outputs else None
 
     def __call__(self, step: Batch, crossed: Mapping[ir.Value, np.ndarray]) -> dict[ir.Value, np.ndarray]:
@@ -64,22 +64,22 @@ class Piece:
 
         Returns `crossed`, the embedding rows and all outputs, float32.
         """
-        given = dict(crossed) | {value: self._look_up(node, step) for value, node in self._lookups.items()}
+        values = dict(crossed) | {value: self._look_up(node, step) for value, node in self._lookups.items()}
         if self._session is None:
-            return given
+            return values
         feeds = {}
         for value, port in zip(self._inputs, self._session.get_inputs(), strict=True):
             if value in self._weights:
                 feeds[port.name] = self._weights[value]
-            elif value in given:
-                feeds[port.name] = given[value]
+            elif value in values:
+                feeds[port.name] = values[value]
             elif value.name in STEP_INPUTS:
                 feeds[port.name] = getattr(step, str(value.name))
             else:
                 blocks = len(step.block_indices)
                 feeds[port.name] = np.zeros((blocks, *edit.dims(value)[1:]), np.float32)
         arrays = self._session.run(None, feeds)
-        return given | dict(zip(self._outputs, arrays, strict=True))
+        return values | dict(zip(self._outputs, arrays, strict=True))
 
     def _look_up(self, node: ir.Node, step: Batch) -> np.ndarray:
         ids, places = np.unique(getattr(step, str(edit.operand(node, 1).name)), return_inverse=True)

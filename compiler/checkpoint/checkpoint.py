@@ -25,8 +25,9 @@ from llmc.runtime.errors import CheckpointError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ADAPTER = "adapter_config.json"
-# The files that a build may read beside config.json and the weights: those of the tokenizer, and the sampling
-# defaults. The manifest has their hashes, and transformers loads the tokenizer from a directory with only them.
+# The files beside config.json and the weights that a build may read: those of the tokenizer, and
+# generation_config.json. The manifest has their hashes, and transformers loads the tokenizer from a directory
+# that has only them and config.json.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -165,15 +166,15 @@ class Checkpoint:
         Files without such ids are left out. Raises CheckpointError for a value that is not a token id.
         """
         configs = (("generation_config.json", self.generation_config), (CONFIG, self.config))
-        found = {file: self._token_ids(file, source, "eos_token_id") for file, source in configs}
-        found[CONFIG] += self._token_ids(CONFIG, self._text_config, "eos_token_id")
-        return {file: tuple(dict.fromkeys(ids)) for file, ids in found.items() if ids}
+        ids_by_file = {file: self._token_ids(file, source, "eos_token_id") for file, source in configs}
+        ids_by_file[CONFIG] += self._token_ids(CONFIG, self._text_config, "eos_token_id")
+        return {file: tuple(dict.fromkeys(ids)) for file, ids in ids_by_file.items() if ids}
 
     @property
     def bos_token_id(self) -> int | None:
         """The id of the token that begins a text, from generation_config.json, else from config.json."""
         configs = (self.generation_config, self.config, self._text_config)
-        ids = [one for source in configs for one in self._token_ids(CONFIG, source, "bos_token_id")[:1]]
+        ids = [token for source in configs for token in self._token_ids(CONFIG, source, "bos_token_id")[:1]]
         return ids[0] if ids else None
 
     def _token_ids(self, file: str, source: dict[str, Any], key: str) -> tuple[int, ...]:
@@ -285,24 +286,24 @@ def _read_tensors(root: Path) -> tuple[dict[str, TensorRef], list[str]]:
             raise CheckpointError(
                 f"{root} lacks {shard}, which {INDEX} names", hint="the download is incomplete; resume it"
             )
-        found = read_header(root / shard)
-        lacking = [name for name, file in weight_map.items() if file == shard and name not in found]
-        moved = [name for name in found if weight_map.get(name, shard) != shard]
-        if odd := sorted(lacking) or sorted(moved):
+        shard_tensors = read_header(root / shard)
+        lacking = [name for name, file in weight_map.items() if file == shard and name not in shard_tensors]
+        moved = [name for name in shard_tensors if weight_map.get(name, shard) != shard]
+        if differing := sorted(lacking) or sorted(moved):
             raise CheckpointError(
-                f"{root / shard} {'lacks' if lacking else 'holds'} {odd[0]!r}, contrary to {INDEX}; "
-                f"tensors that differ: {len(odd)}",
+                f"{root / shard} {'lacks' if lacking else 'holds'} {differing[0]!r}, contrary to {INDEX}; "
+                f"tensors that differ: {len(differing)}",
                 hint="index and shards are of different versions; download both again",
             )
-        here = [name for name in found if name not in weight_map]
-        if twice := [name for name in here if name in tensors]:
+        extra = [name for name in shard_tensors if name not in weight_map]
+        if duplicates := [name for name in extra if name in tensors]:
             raise CheckpointError(
-                f"{root / shard} and {tensors[twice[0]].file.name} both hold {twice[0]!r}, which {INDEX} "
-                "does not list",
+                f"{root / shard} and {tensors[duplicates[0]].file.name} both hold {duplicates[0]!r}, "
+                f"which {INDEX} does not list",
                 hint="index and shards are of different versions; download both again",
             )
-        unlisted += here
-        tensors |= found
+        unlisted += extra
+        tensors |= shard_tensors
     # transformers loads every tensor of the shards that the index names.
     notes = [f"{INDEX} does not list {_some(unlisted)}, which its shards hold"] if unlisted else []
     return tensors, notes

@@ -47,21 +47,21 @@ def choose_context(config: PreTrainedConfig, wanted: int | None) -> Context:
     # Up to `fixed` tokens the angles do not depend on the length. `reach` is the longest possible context.
     fixed, reach = limit, limit
     for rope in _ropes(config):
-        kind = rope.get("rope_type", "default")
-        if not isinstance(kind, str) or kind not in {"default", *ROPE_INIT_FUNCTIONS}:
+        rope_type = rope.get("rope_type", "default")
+        if not isinstance(rope_type, str) or rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
             raise CheckpointError(
-                f"{CONFIG} has the unknown rope type {kind!r}",
+                f"{CONFIG} has the unknown rope type {rope_type!r}",
                 f"known: {', '.join(sorted({'default', *ROPE_INIT_FUNCTIONS}))}",
             )
         original = _position(rope.get("original_max_position_embeddings")) or limit
         factor = rope.get("factor") or 1.0
         if original is None or not _is_number(factor):
             continue
-        if kind == "yarn":
+        if rope_type == "yarn":
             fixed = reach = max(limit or 0, int(factor * original))
-        elif kind == "longrope":
+        elif rope_type == "longrope":
             fixed = original
-        elif kind == "dynamic" and limit is not None:
+        elif rope_type == "dynamic" and limit is not None:
             reach = max(limit, int(factor * limit))
     return _choose(config, wanted, fixed, reach)
 
@@ -101,10 +101,10 @@ def _at_length(config: PreTrainedConfig, length: int) -> PreTrainedConfig:
     """Return a copy of `config` that uses the rotary angles of `length` tokens for every sequence."""
     config = copy.deepcopy(config)
     for rope in _ropes(config):
-        kind = rope.get("rope_type")
-        if kind == "longrope":
+        rope_type = rope.get("rope_type")
+        if rope_type == "longrope":
             rope["short_factor"] = rope["long_factor"]
-        elif kind == "dynamic":
+        elif rope_type == "dynamic":
             dim = int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0))
             limit, factor = config.max_position_embeddings, rope["factor"]
             stretch = factor * length / limit - (factor - 1)
@@ -121,7 +121,7 @@ def _ropes(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     if "rope_type" in parameters or "rope_theta" in parameters:
         yield parameters
     else:
-        yield from (one for one in parameters.values() if isinstance(one, dict))
+        yield from (rope for rope in parameters.values() if isinstance(rope, dict))
 
 
 def _position(value: Any) -> int | None:

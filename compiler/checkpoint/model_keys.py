@@ -129,8 +129,8 @@ class ModelKeys:
         stored: the checkpoint's tensors, by name. See `RenamedCheckpoint` for `converted`.
         """
         mapping = get_model_conversion_mapping(self._loaded)
-        renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-        converters = [one for one in mapping if isinstance(one, WeightConverter)]
+        renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
         state, prefix = self._loaded.state_dict(), self._loaded.base_model_prefix
         names: dict[str, str] = {}
         modules: dict[str, str] = {}
@@ -232,10 +232,10 @@ def read_model(checkpoint: Checkpoint, config: PreTrainedConfig) -> tuple[ModelK
         notes.append(f"config.json ties {untied[0]}, but the checkpoint has its own values, which are used")
         config.tie_word_embeddings = False
         keys = ModelKeys.of(config, wrapper)
-        if still := sorted(keys.tied.keys() & set(untied)):
+        if still_tied := sorted(keys.tied.keys() & set(untied)):
             raise UnsupportedError(
-                f"{config.model_type} shares {still[0]} with {keys.tied[still[0]]}, but the checkpoint has "
-                "both, with different values",
+                f"{config.model_type} shares {still_tied[0]} with {keys.tied[still_tied[0]]}, "
+                "but the checkpoint has both, with different values",
                 "remove one of them from the checkpoint",
             )
         renamed = keys.rename(checkpoint)
@@ -271,18 +271,18 @@ def _shared_modules(wrapper: PreTrainedModel, model: PreTrainedModel) -> dict[st
     )
     shared = {}
     for outer, inner in pairs:
-        one, other = _name_of(outer, wrapper), _name_of(inner, model)
-        if not one or not other or type(outer) is not type(inner):
+        outer_name, inner_name = _name_of(outer, wrapper), _name_of(inner, model)
+        if not outer_name or not inner_name or type(outer) is not type(inner):
             raise UnsupportedError(
                 f"the language model of {type(wrapper).__name__} is not a {type(model).__name__}",
                 "llmc compiles text-only causal language models",
             )
-        shared[one] = other
+        shared[outer_name] = inner_name
     return shared
 
 
 def _name_of(module: object, model: PreTrainedModel) -> str:
-    return next((name for name, one in model.named_modules() if one is module), "")
+    return next((name for name, candidate in model.named_modules() if candidate is module), "")
 
 
 def _add_modules(modules: dict[str, str], stored: str, name: str) -> None:
@@ -307,18 +307,19 @@ def _has_quantized_weight(module: str, tensors: Mapping[str, TensorRef]) -> bool
 
 
 def _equal(alias: str, name: str, tensors: Mapping[str, TensorRef]) -> bool:
-    one, other = tensors.get(alias), tensors.get(name)
+    """Return whether both tensors are stored unquantized, with the same values."""
+    tied, other = tensors.get(alias), tensors.get(name)
     if (
-        one is None
+        tied is None
         or other is None
-        or any(_has_quantized_weight(one.rpartition(".")[0], tensors) for one in (alias, name))
+        or any(_has_quantized_weight(stored.rpartition(".")[0], tensors) for stored in (alias, name))
     ):
         return False
-    if one.shape != other.shape or not {one.dtype, other.dtype} <= set(FLOATS):
+    if tied.shape != other.shape or not {tied.dtype, other.dtype} <= set(FLOATS):
         return False
-    step = max(1, CHUNK_BYTES * one.shape[0] // max(1, one.nbytes))
-    blocks = (slice(first, first + step) for first in range(0, one.shape[0], step))
+    step = max(1, CHUNK_BYTES * tied.shape[0] // max(1, tied.nbytes))
+    blocks = (slice(first, first + step) for first in range(0, tied.shape[0], step))
     return all(
-        np.array_equal(one.read(rows).astype(np.float32), other.read(rows).astype(np.float32))
+        np.array_equal(tied.read(rows).astype(np.float32), other.read(rows).astype(np.float32))
         for rows in blocks
     )

@@ -37,15 +37,15 @@ def sampling_defaults(checkpoint: Checkpoint) -> Sampling | None:
     Values that the file lacks are transformers' defaults. Raises CheckpointError for an invalid value.
     """
     config = checkpoint.generation_config
-    given = {name: config[name] for name in _KEPT if config.get(name) is not None}
+    settings = {name: config[name] for name in _KEPT if config.get(name) is not None}
     do_sample = config.get("do_sample")
-    if do_sample is None and not given:
+    if do_sample is None and not settings:
         return None
     if not isinstance(do_sample, bool | None):
         raise _invalid(checkpoint, f"do_sample is {do_sample!r}", "do_sample must be true or false")
-    if given.get("top_k") == -1:  # other tools write -1 for "off"
-        given["top_k"] = 0
-    values: dict[str, Any] = {"temperature": 1.0, "top_k": _DEFAULT_TOP_K if do_sample else 0} | given
+    if settings.get("top_k") == -1:  # other tools write -1 for "off"
+        settings["top_k"] = 0
+    values: dict[str, Any] = {"temperature": 1.0, "top_k": _DEFAULT_TOP_K if do_sample else 0} | settings
     try:
         params = SamplingParams(**values)
         numbers = {name: float(getattr(params, name)) for name in _KEPT if name != "top_k"}

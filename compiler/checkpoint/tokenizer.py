@@ -29,7 +29,7 @@ VOCABULARIES = (
     *("tokenizer.json", "tekken.json", "vocab.json", "vocab.txt", "tokenizer.model", "tiktoken.model"),
     *("spiece.model", "spm.model", "sentencepiece.bpe.model"),
 )
-_WANTED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_BUNDLED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _SETTINGS = "tokenizer_config.json"
 #: Texts that different tokenizers encode differently: spaces, case, accents, scripts, digits, contractions.
 _PROBES = (
@@ -84,7 +84,8 @@ def read_bundle_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> BundleToke
             _convert(checkpoint, stage, directory)
             tokenizer, notes = _open(checkpoint, directory), []
         notes += _check_vocabulary(checkpoint, tokenizer, vocab_size)
-        files = {one.name: one.read_bytes() for one in sorted(directory.iterdir()) if one.name in _WANTED}
+        saved = sorted(directory.iterdir())
+        files = {path.name: path.read_bytes() for path in saved if path.name in _BUNDLED}
     eos = tokenizer.special_tokens.get("eos_token")
     return BundleTokenizer(files, tuple(notes), tokenizer.backend.token_to_id(eos) if eos else None)
 
@@ -126,14 +127,14 @@ def _check_class(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
             f"{checkpoint.path}: tokenizer_class is {name!r}, not the name of a class",
             "compare tokenizer_config.json with that of the original model",
         )
-    found = _known_class(name) if name else None
-    if found is not None and not _reads_tokenizers(found):
+    cls = _known_class(name) if name else None
+    if cls is not None and not _reads_tokenizers(cls):
         raise CheckpointError(
             f"{checkpoint.path}: tokenizer_class {name!r} is no tokenizer of transformers",
             "compare tokenizer_config.json with that of the original model",
         )
     code = _code_of(settings) or _code_of(checkpoint.config)
-    if found is None and code:
+    if cls is None and code:
         file = (checkpoint.path / "tokenizer.json").is_file()
         raise CheckpointError(
             f"the tokenizer of {checkpoint.path} needs code that comes with it (auto_map: {code}), "
@@ -150,7 +151,7 @@ def _code_of(settings: dict[str, Any]) -> str:
     if isinstance(named, dict):
         named = named.get("AutoTokenizer")
     classes = named if isinstance(named, list | tuple) else [named]
-    return next((one for one in classes if isinstance(one, str) and one), "")
+    return next((candidate for candidate in classes if isinstance(candidate, str) and candidate), "")
 
 
 def _known_class(name: str) -> Any:
@@ -159,11 +160,11 @@ def _known_class(name: str) -> Any:
     return tokenizer_class_from_name(name)
 
 
-def _reads_tokenizers(found: Any) -> bool:
+def _reads_tokenizers(cls: Any) -> bool:
     from transformers import PreTrainedTokenizerBase
 
-    stand_in = hasattr(found, "_backends")  # transformers' placeholder for a class with a missing package
-    return stand_in or (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase))
+    stand_in = hasattr(cls, "_backends")  # transformers' placeholder for a class with a missing package
+    return stand_in or (isinstance(cls, type) and issubclass(cls, PreTrainedTokenizerBase))
 
 
 @contextmanager
@@ -250,9 +251,9 @@ def _read_file(file: Path) -> Any:
         raise CheckpointError(
             f"{file} cannot be read: {error}", "the file is damaged; download it again"
         ) from error
-    last = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
-    if last > _LARGEST_ID:  # transformers would make a table of this size
-        raise CheckpointError(f"{file} has the token id {last}", "the file is damaged; download it again")
+    last_id = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+    if last_id > _LARGEST_ID:  # transformers would make a table of this size
+        raise CheckpointError(f"{file} has the token id {last_id}", "the file is damaged; download it again")
     return backend
 
 
@@ -263,10 +264,10 @@ def _difference(tokenizer: Tokenizer, file: TextEncoder) -> str:
     named = [token.content for token in file.backend.get_added_tokens_decoder().values()]
     failures = 0
     for text in (*_PROBES, "a ".join(named[:100]), read_text(EVALUATION_TEXT)):
-        found = _round_trip(ours, text)
-        if found != _round_trip(file, text):
+        result = _round_trip(ours, text)
+        if result != _round_trip(file, text):
             return text
-        failures += found is None
+        failures += result is None
         if failures > _MAX_FAILURES:  # each may take until the time limit
             break
     return ""
@@ -332,12 +333,14 @@ def _check_vocabulary(checkpoint: Checkpoint, tokenizer: Tokenizer, vocab_size: 
             f"{vocab_size}",
             f"is the tokenizer in {checkpoint.path} the one of this model?",
         )
-    last = tokenizer.vocab_size - 1
-    if last < vocab_size:
+    last_id = tokenizer.vocab_size - 1
+    if last_id < vocab_size:
         return []
-    if last == vocab_size:
-        return [f"token {last} of the tokenizer has no embedding ({vocab_size} rows): prompts cannot use it"]
+    if last_id == vocab_size:
+        return [
+            f"token {last_id} of the tokenizer has no embedding ({vocab_size} rows): prompts cannot use it"
+        ]
     return [
-        f"tokens {vocab_size} to {last} of the tokenizer have no embedding ({vocab_size} rows): "
+        f"tokens {vocab_size} to {last_id} of the tokenizer have no embedding ({vocab_size} rows): "
         "prompts cannot use them"
     ]

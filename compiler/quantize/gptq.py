@@ -88,10 +88,10 @@ def gptq(
     chosen: list[np.ndarray] = []  # the scales of each block, [out]
     factors = np.full(len(wide), global_scale)
     if fmt.block == 0:
-        tried = _candidates(weight, fmt, global_scale, name)
+        candidates = _candidates(weight, fmt, global_scale, name)
         diagonal = np.square(factor) @ pivots  # that of the damped H
-        losses = np.stack([_weighted_error(weight, one, diagonal, fmt) for one in tried])
-        chosen.append(_best(tried, losses))
+        losses = np.stack([_weighted_error(weight, scale, diagonal, fmt) for scale in candidates])
+        chosen.append(_best(candidates, losses))
         factors = scales.effective(chosen[0], global_scale)
     width = fmt.block if fmt.block > 0 else _WIDTH
     for first in range(0, len(weight), width):
@@ -102,10 +102,12 @@ def gptq(
             # The targets if no column of the block were rounded: each column still compensates for the
             # feedback of those before it.
             free = columns + np.linalg.solve(inner.T, feedback)
-            tried = _candidates(free, fmt, global_scale, name)
-            every = scales.effective(tried, global_scale)
-            _, _, losses = _round(columns[:, None], feedback[:, None], inner, pivots[span], every, fmt)
-            chosen.append(_best(tried, losses))
+            candidates = _candidates(free, fmt, global_scale, name)
+            candidate_factors = scales.effective(candidates, global_scale)
+            _, _, losses = _round(
+                columns[:, None], feedback[:, None], inner, pivots[span], candidate_factors, fmt
+            )
+            chosen.append(_best(candidates, losses))
             factors = scales.effective(chosen[-1], global_scale)
         array[span], errors[span], _ = _round(columns, feedback, inner, pivots[span], factors, fmt)
     stored = np.stack(chosen, axis=1) if chosen else global_scale

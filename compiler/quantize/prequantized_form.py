@@ -72,14 +72,14 @@ def read_module(module: QuantizedModule, schemes: DeclaredSchemes | None, dtype:
     element, block = _CODES[module.format], _block(module)
     _refuse_reordered(module)
     if "zero_point" in module.tensors:
-        element = _codes_less_zero_points(module)
+        element = _element_without_zero_points(module)
     scheme = schemes.of(module.name) if schemes else None
-    wanted = scheme.inputs if scheme else ""
+    declared = scheme.inputs if scheme else ""
     static = _scalar(module, "input_scale", "inverse_input_scale")
     activations = ""
-    if static is not None and element in ("e4m3", "e2m1") and (wanted or scheme is None):
+    if static is not None and element in ("e4m3", "e2m1") and (declared or scheme is None):
         # ModelOpt's W4A8_NVFP4_FP8: NVFP4 weights, E4M3 inputs.
-        activations = "e4m3" if element == "e4m3" or wanted == "fp8" else "e2m1"
+        activations = "e4m3" if element == "e4m3" or declared == "fp8" else "e2m1"
     stored = module.tensors["weight_scale"].dtype
     keep = stored in ("F32", "F16", "BF16") and dtype in ("F32", stored) and not activations
     scales = "F8_E4M3" if element == "e2m1" else stored if keep else "F32"
@@ -101,7 +101,7 @@ def read_module(module: QuantizedModule, schemes: DeclaredSchemes | None, dtype:
         static if activations else None,
         factor,
         values.tobytes(),
-        f"inputs, {wanted} in the recipe, are not quantized" if wanted and not activations else "",
+        f"inputs, {declared} in the recipe, are not quantized" if declared and not activations else "",
     )
 
 
@@ -136,7 +136,7 @@ def joined_format(parts: Sequence[PrequantizedModule]) -> Format | None:
     if len({(fmt.element, fmt.activations) for fmt in forms}) > 1:
         return None
     blocks = {fmt.block for fmt in forms}
-    if blocks == {-1} and len({_one_scale(part) for part in parts}) > 1:
+    if blocks == {-1} and len({_tensor_scale(part) for part in parts}) > 1:
         blocks = {0}
     blocks = {0} if blocks == {-1, 0} else blocks
     if len(blocks) > 1:
@@ -148,7 +148,7 @@ def joined_format(parts: Sequence[PrequantizedModule]) -> Format | None:
     )
 
 
-def _one_scale(part: PrequantizedModule) -> float:
+def _tensor_scale(part: PrequantizedModule) -> float:
     return float(part.module.tensors["weight_scale"].read().astype(np.float32).reshape(()))
 
 
@@ -166,15 +166,15 @@ def _scalar(module: QuantizedModule, role: Role, inverse: Role) -> np.float32 | 
     Returns None if it stores neither. Raises CheckpointError if the scale is not finite and positive.
     """
     ref, global_scale = module.tensors.get(role), module.tensors.get(inverse)
-    one = ref or global_scale
-    if one is None:
+    tensor = ref or global_scale
+    if tensor is None:
         return None
-    value = float(one.read().astype(np.float32).reshape(-1)[0])
+    value = float(tensor.read().astype(np.float32).reshape(-1)[0])
     with np.errstate(over="ignore"):
-        scale = np.float32(value if one is ref else 1 / value if value else math.inf)
+        scale = np.float32(value if tensor is ref else 1 / value if value else math.inf)
     if not np.isfinite(scale) or scale <= 0:
         raise CheckpointError(
-            f"tensor {one.name} is {value}; a scale must be finite and positive",
+            f"tensor {tensor.name} is {value}; a scale must be finite and positive",
             "run `llmc check CHECKPOINT` for details",
         )
     return scale
@@ -193,7 +193,7 @@ def _refuse_reordered(module: QuantizedModule) -> None:
         )
 
 
-def _codes_less_zero_points(module: QuantizedModule) -> str:
+def _element_without_zero_points(module: QuantizedModule) -> str:
     """Return the element type that holds code - zero point. Raises UnsupportedError if 8 bits do not."""
     if code_bits(module) == 4:
         return "int8"

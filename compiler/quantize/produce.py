@@ -69,13 +69,13 @@ def round_to_nearest(
     search = "mse" if fmt.packed else "amax"
     pieces = []
     for module, name in zip(matrix.modules, matrix.weights, strict=True):
-        lost = whole = 0.0
+        error_energy = weight_energy = 0.0
         for rows in chunks(tensors[name]):
             pieces.append(quantize(rows, fmt, name, amax=amax, search=search))
             wide = np.asarray(rows, np.float32)
-            lost += _energy(wide - dequantize(pieces[-1], fmt))
-            whole += _energy(wide)
-        produced.weight_errors[module] = math.sqrt(lost / whole) if whole else 0.0
+            error_energy += _energy(wide - dequantize(pieces[-1], fmt))
+            weight_energy += _energy(wide)
+        produced.weight_errors[module] = math.sqrt(error_energy / weight_energy) if weight_energy else 0.0
     return join(pieces)
 
 

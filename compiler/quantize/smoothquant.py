@@ -61,21 +61,21 @@ def smooth(
     """
     fmt, refs = matrix.format, [tensors[name] for name in matrix.weights]
     columns = np.max([_largest(chunk) for ref in refs for chunk in chunks(ref)], axis=0)
-    tried = []
+    candidates = []
     for a in STRENGTHS:
         factor = pre_quant_scale(_largest(x), columns, a)
         amax = clip_ranges(x * factor, fmt.activations).amax(method)
-        tried.append(Smoothing(factor, input_scale(matrix, amax, fmt.scales).astype(np.float32)))
+        candidates.append(Smoothing(factor, input_scale(matrix, amax, fmt.scales).astype(np.float32)))
     sample = x[:: max(1, len(x) // _TOKENS)]
-    errors = np.zeros(len(tried))
+    errors = np.zeros(len(candidates))
     for ref in refs:
         rows = ref.read().astype(np.float32)
         exact = sample @ rows.T
-        for index, one in enumerate(tried):
-            rounded = round_int8(sample * one.pre_quant_scale, float(one.input_scale))
-            weight = dequantize(quantize(rows / one.pre_quant_scale, fmt, ref.name), fmt)
+        for index, smoothing in enumerate(candidates):
+            rounded = round_int8(sample * smoothing.pre_quant_scale, float(smoothing.input_scale))
+            weight = dequantize(quantize(rows / smoothing.pre_quant_scale, fmt, ref.name), fmt)
             errors[index] += np.square(rounded @ weight.T - exact).sum(dtype=np.float64)
-    return tried[int(errors.argmin())]
+    return candidates[int(errors.argmin())]
 
 
 def pre_quant_scale(inputs: np.ndarray, columns: np.ndarray, a: float) -> np.ndarray:
@@ -85,7 +85,7 @@ def pre_quant_scale(inputs: np.ndarray, columns: np.ndarray, a: float) -> np.nda
     columns: the largest magnitude of each column of the weights, [in]
     """
     used = (inputs > 0) & (columns > 0)
-    x, w = (np.where(used, one, 1).astype(np.float64) for one in (inputs, columns))
+    x, w = (np.where(used, magnitudes, 1).astype(np.float64) for magnitudes in (inputs, columns))
     return np.clip(w ** (1 - a) / x**a, 1 / _SPAN, _SPAN).astype(np.float32)
 
 

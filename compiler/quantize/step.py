@@ -45,9 +45,9 @@ class RoundToNearest:
     table: CalibrationTable | None = None
 
     def make(self, matrices: Sequence[QuantizedMatrix], directory: Path, on_matrix: OnMatrix) -> Produced:
-        made = produce.produce(matrices, self.tensors, directory, on_matrix)
-        made.table = self.table
-        return made
+        produced = produce.produce(matrices, self.tensors, directory, on_matrix)
+        produced.table = self.table
+        return produced
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ def make_weights(
     If activations were measured, the table of their clip ranges is kept in the bundle (TABLE_FILE).
     """
     directory = work.path(f"{_SCRATCH}/x").parent
-    made = maker.make(matrices, directory, on_matrix)
-    if made.table is not None:
-        work.path(TABLE_FILE).write_text(made.table.to_json(), "utf-8")
-        produce.add_input_scales(made, matrices, method, SCALES_OF.get(dtype, "F32"), directory)
-    return made
+    produced = maker.make(matrices, directory, on_matrix)
+    if produced.table is not None:
+        work.path(TABLE_FILE).write_text(produced.table.to_json(), "utf-8")
+        produce.add_input_scales(produced, matrices, method, SCALES_OF.get(dtype, "F32"), directory)
+    return produced
 
 
 def discard(work: BundleWriter) -> None:
@@ -120,14 +120,14 @@ def record(
     """
     if plan is None:
         return None
-    found = plan.record()
+    fields = plan.record()
     if made.table is not None:
         source = made.table.source
-        found["calibration"] = {"text_sha256": source.text_sha256, "tokens": source.tokens}
+        fields["calibration"] = {"text_sha256": source.text_sha256, "tokens": source.tokens}
         if any(matrix.format.activations for matrix in matrices):
-            found["calibration"]["method"] = method
+            fields["calibration"]["method"] = method
     for name, errors in (("output", made.errors), ("weight", made.weight_errors)):
         if errors:
             worst = sorted(errors.items(), key=lambda item: (-item[1], item[0]))[:_WORST]
-            found[f"largest_{name}_errors"] = {module: float(f"{error:.2g}") for module, error in worst}
-    return found
+            fields[f"largest_{name}_errors"] = {module: float(f"{error:.2g}") for module, error in worst}
+    return fields

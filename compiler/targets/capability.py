@@ -10,8 +10,8 @@
 
 OpenVINO quantizes activations to int8, but not to E4M3 or E2M1. ONNX Runtime computes with these formats
 exactly, but slowly, and holds all weights in fp32. The CPU target supports them so that the results of a GPU
-engine can be computed without a GPU. The compute capabilities are those that TensorRT-RTX 1.7.1 builds for (it
-refuses FP8 for SM86 and FP4 for SM89). mxfp4 needs the same as nvfp4-weight-only.
+engine can be computed without a GPU. The compute capabilities are those that TensorRT-RTX 1.7.1 builds for
+(it refuses FP8 for SM86 and FP4 for SM89). mxfp4 needs the same as nvfp4-weight-only.
 
 `request.TARGETS` lists the KV caches of each target. Engines with FP8 caches can be built for every GPU
 (2026-11-26): TensorRT passes the cache to llmc's plugin, whose kernels decode E4M3 with shifts if the GPU has

@@ -72,9 +72,9 @@ def trace(config: PreTrainedConfig, dtype: str, max_seq_len: int) -> Trace:
     except LlmcError:
         raise
     except Exception as error:  # the probes run the model's code, which raises many kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        message = " ".join(str(error).split())[:200] or type(error).__name__
         raise UnsupportedError(
-            f"llmc cannot replace the modules of {type(model).__name__}: {reason}",
+            f"llmc cannot replace the modules of {type(model).__name__}: {message}",
             "set LLMC_TRACEBACK=1 to see where; `llmc zoo list` shows the families that are known to work",
         ) from error
     return Trace(graph, parameters, tied, dict(interception.replaced))

@@ -136,7 +136,7 @@ def _intercept_module(
         tables = probes.rotary_tables(name, module, max_seq_len)
         interception.set_forward(module, _rotary(module, tables), "rotary")
         return {table.repeat for table in tables.values()}
-    elif _is_own_layer_norm(module) and (epsilon := probes.layer_norm(module)) is not None:
+    elif _is_custom_layer_norm(module) and (epsilon := probes.layer_norm(module)) is not None:
         interception.set_forward(module, _layer_norm(module, epsilon), "layer_norm")
     elif hasattr(type(module), "_attn"):
         interception.set_inline_attention(module, *probes.inline_attention(name, module))
@@ -177,7 +177,7 @@ def _rms_norm(
     return lambda x: torch.ops.llmc.rms_norm(x, module.weight, epsilon, offset, rounds_once)
 
 
-def _is_own_layer_norm(module: nn.Module) -> bool:
+def _is_custom_layer_norm(module: nn.Module) -> bool:
     """Return whether `module` is a LayerNorm that the model's code defines. torch's own needs no help."""
     named = type(module).__name__.endswith("LayerNorm")
     return named and not isinstance(module, nn.LayerNorm) and getattr(module, "weight", None) is not None
@@ -186,10 +186,10 @@ def _is_own_layer_norm(module: nn.Module) -> bool:
 def _layer_norm(module: nn.Module, epsilon: float) -> Callable[..., torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
         # The parameters are read at call time, as in `_linear`.
-        weight, given = (module._parameters.get(name) for name in ("weight", "bias"))
+        weight, stored_bias = (module._parameters.get(name) for name in ("weight", "bias"))
         assert weight is not None
         width, wide, scale = x.shape[-1:], x.float(), weight.float()
-        bias = None if given is None else given.float()
+        bias = None if stored_bias is None else stored_bias.float()
         if weight.dim() == 1:
             return nn.functional.layer_norm(wide, width, scale, bias, epsilon).to(x.dtype)
         normal = nn.functional.layer_norm(wide, width, None, None, epsilon) * scale
@@ -253,12 +253,12 @@ def _intercept_apply_rotary(
 def _user_of(owner: ModuleType, model: PreTrainedModel) -> str:
     """Return the first attention module that the Python module `owner` defines, as "name (class)"."""
     kinds = {name: type(module) for name, module in model.named_modules()}
-    found = {
+    attention = {
         n: k.__name__
         for n, k in kinds.items()
         if k.__module__ == owner.__name__ and "Attention" in k.__name__
     }
-    return next((f"{name} ({kind})" for name, kind in found.items()), owner.__name__)
+    return next((f"{name} ({kind})" for name, kind in attention.items()), owner.__name__)
 
 
 def _intercept_rotary_by_token(model: PreTrainedModel, interception: Interception) -> None:

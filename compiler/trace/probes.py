@@ -31,16 +31,18 @@ def _random(*shape: int) -> torch.Tensor:
 
 def linear(module: nn.Linear) -> bool:
     """Return whether a module of a subclass of nn.Linear computes the same as nn.Linear."""
-    real = copy.copy(module)
-    real.in_features, real.out_features = 8, 6
-    real._parameters = {
+    probe = copy.copy(module)
+    probe.in_features, probe.out_features = 8, 6
+    probe._parameters = {
         "weight": nn.Parameter(_random(6, 8), requires_grad=False),
         "bias": None if module.bias is None else nn.Parameter(_random(6), requires_grad=False),
     }
     x = _random(3, 8)
     with torch.no_grad():
-        got = type(module).forward(real, x)
-    return isinstance(got, torch.Tensor) and _close(torch.ops.llmc.linear(x, real.weight, real.bias), got)
+        computed = type(module).forward(probe, x)
+    return isinstance(computed, torch.Tensor) and _close(
+        torch.ops.llmc.linear(x, probe.weight, probe.bias), computed
+    )
 
 
 def rms_norm(name: str, module: nn.Module) -> tuple[float, float, bool]:
@@ -51,18 +53,18 @@ def rms_norm(name: str, module: nn.Module) -> tuple[float, float, bool]:
     Raises UnsupportedError if the module computes something else.
     """
     width = module.weight.shape[0]  # type: ignore[index]
-    real = copy.copy(module)
-    real._parameters = {"weight": nn.Parameter(_random(int(width)), requires_grad=False)}
+    probe = copy.copy(module)
+    probe._parameters = {"weight": nn.Parameter(_random(int(width)), requires_grad=False)}
     x = _random(3, int(width))
     with torch.no_grad():
-        expected = type(module).forward(real, x)
+        expected = type(module).forward(probe, x)
         for attribute in ("variance_epsilon", "eps", "epsilon"):
             epsilon = getattr(module, attribute, None)
             if not isinstance(epsilon, float):
                 continue
             for offset in (0.0, 1.0):
-                if _close(torch.ops.llmc.rms_norm(x, real.weight, epsilon, offset, True), expected):
-                    return epsilon, offset, _rounds_once(real, epsilon, offset)
+                if _close(torch.ops.llmc.rms_norm(x, probe.weight, epsilon, offset, True), expected):
+                    return epsilon, offset, _rounds_once(probe, epsilon, offset)
     raise UnsupportedError(
         f"module {name} ({type(module).__name__}) is named like an RMSNorm but computes something else",
         "llmc supports x/rms(x)*w and x/rms(x)*(1+w), but not this architecture yet",
@@ -79,8 +81,8 @@ def _rounds_once(module: nn.Module, epsilon: float, offset: float) -> bool:
     module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     expected = type(module).forward(module, x)
     once, twice = (
-        float((torch.ops.llmc.rms_norm(x, weight, epsilon, offset, one) - expected).float().abs().sum())
-        for one in (True, False)
+        float((torch.ops.llmc.rms_norm(x, weight, epsilon, offset, flag) - expected).float().abs().sum())
+        for flag in (True, False)
     )
     return once < twice
 
@@ -91,20 +93,20 @@ def layer_norm(module: nn.Module) -> float | None:
     The module has a weight [features] or [heads, features], and may have a bias of the same shape.
     """
     shape = tuple(module.weight.shape)  # type: ignore[arg-type]
-    real = copy.copy(module)
-    made = {name: _random(*shape) + index for index, name in enumerate(("weight", "bias"))}
-    real._parameters = {
-        name: nn.Parameter(made[name], requires_grad=False) if parameter is not None else None
+    probe = copy.copy(module)
+    random = {name: _random(*shape) + index for index, name in enumerate(("weight", "bias"))}
+    probe._parameters = {
+        name: nn.Parameter(random[name], requires_grad=False) if parameter is not None else None
         for name, parameter in module._parameters.items()
-        if name in made
+        if name in random
     }
     x = _random(3, *shape)
     with torch.no_grad():
-        expected = type(module).forward(real, x)
+        expected = type(module).forward(probe, x)
         for attribute in ("variance_epsilon", "eps", "epsilon"):
             epsilon = getattr(module, attribute, None)
             if isinstance(epsilon, float):
-                weight, bias = real._parameters["weight"], real._parameters.get("bias")
+                weight, bias = probe._parameters["weight"], probe._parameters.get("bias")
                 assert weight is not None
                 normal = nn.functional.layer_norm(x, shape[-1:], None, None, epsilon) * weight
                 if _close(normal if bias is None else normal + bias, expected):
@@ -148,7 +150,7 @@ def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, R
                 angle[..., ::2] if repeat is _pairs else angle[..., : angle.shape[-1] // 2]
                 for angle in (cos, sin)
             ]
-            if all(_close(repeat(one), angle) for one, angle in zip(once, (cos, sin), strict=True)):
+            if all(_close(repeat(half), angle) for half, angle in zip(once, (cos, sin), strict=True)):
                 break
         else:
             raise UnsupportedError(
@@ -195,7 +197,7 @@ def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tenso
     angle = _random(1, tokens, half)
     q, k = _random(1, 3, tokens, 2 * half), _random(1, 2, tokens, 2 * half)
     try:
-        got = owner.apply_rotary_pos_emb(q, k, repeat(angle.cos()), repeat(angle.sin()))
+        rotated = owner.apply_rotary_pos_emb(q, k, repeat(angle.cos()), repeat(angle.sin()))
     except Exception as error:  # a function of another signature raises whatever its code does
         raise UnsupportedError(
             f"{owner.__name__}.apply_rotary_pos_emb does not rotate queries and keys together",
@@ -203,7 +205,7 @@ def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tenso
         ) from error
     for interleaved in (False, True):
         ours = (torch.ops.llmc.rope(x, angle.cos(), angle.sin(), interleaved) for x in (q, k))
-        if all(_close(x, y) for x, y in zip(ours, got, strict=True)):
+        if all(_close(x, y) for x, y in zip(ours, rotated, strict=True)):
             return interleaved
     raise UnsupportedError(
         f"{owner.__name__}.apply_rotary_pos_emb is neither of the two known rotations",
@@ -220,10 +222,10 @@ def apply_rotary_by_token(owner: ModuleType) -> bool:
     """
     tokens, half = 5, 4
     angle, x = _random(1, tokens, half), _random(1, tokens, 3, 2 * half)
-    got = owner.apply_rotary_pos_emb(x, angle.sin(), angle.cos())
+    rotated = owner.apply_rotary_pos_emb(x, angle.sin(), angle.cos())
     for interleaved in (False, True):
         ours = torch.ops.llmc.rope(x.transpose(1, 2), angle.cos(), angle.sin(), interleaved)
-        if _close(ours.transpose(1, 2), got):
+        if _close(ours.transpose(1, 2), rotated):
             return interleaved
     raise UnsupportedError(
         f"{owner.__name__}.apply_rotary_pos_emb is neither of the two known rotations",
@@ -248,10 +250,10 @@ def inline_attention(name: str, module: nn.Module) -> tuple[float, int]:
         window = visible if visible < longest else 0
         length = min(longest, max(9, window + 4))
         q, k, v = (_random(1, 2, length, width + index)[..., :width] for index in range(3))
-        got, _ = module._attn(q, k, v, _causal_mask(length, 0))  # type: ignore[operator]
+        attended, _ = module._attn(q, k, v, _causal_mask(length, 0))  # type: ignore[operator]
         for scale in (1.0, width**-0.5):
             ours = torch.ops.llmc.attention(q, k, v, scale, 0.0, window, 0)
-            if _close(ours.transpose(1, 2), got):
+            if _close(ours.transpose(1, 2), attended):
                 return scale, window
     raise UnsupportedError(
         f"module {name}: the attention of {type(module).__name__} computes something else than llmc's",
@@ -303,8 +305,8 @@ def attention(calls: list[AttentionCall]) -> None:
         expected, _ = eager(
             call.module, q, k, v, mask, scaling=call.scale, dropout=0.0, softcap=call.softcap or None
         )
-        got = torch.ops.llmc.attention(q, k, v, call.scale, call.softcap, call.window, 0)
-        if not _close(got, expected):
+        attended = torch.ops.llmc.attention(q, k, v, call.scale, call.softcap, call.window, 0)
+        if not _close(attended, expected):
             raise UnsupportedError(
                 f"the attention of {type(call.module).__name__} computes something else than llmc's",
                 "llmc does not support the attention of this architecture",

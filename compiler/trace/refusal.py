@@ -28,11 +28,11 @@ def reason(error: BaseException) -> str:
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    words = " ".join(f"{type(one).__name__}: {one}" for one in causes)
+    words = " ".join(f"{type(exception).__name__}: {exception}" for exception in causes)
     for pattern, meaning in _REASONS.items():
         if pattern in words:
             return meaning
-    if any(type(one).__module__.partition(".")[0] == "torch" for one in causes):
+    if any(type(exception).__module__.partition(".")[0] == "torch" for exception in causes):
         return "torch cannot record what its code does"
     lines = str(causes[-1]).strip().splitlines()
     return lines[0] if lines else type(causes[-1]).__name__
@@ -52,7 +52,7 @@ def _innermost(error: BaseException, names: dict[nn.Module, str]) -> nn.Module |
 
     names: the modules of the model
     """
-    found = None
+    innermost = None
     cause: BaseException | None = error
     while cause is not None:
         frame: TracebackType | None = cause.__traceback__
@@ -62,9 +62,9 @@ def _innermost(error: BaseException, names: dict[nn.Module, str]) -> nn.Module |
             if isinstance(running, nn.Module) and running in names:
                 inner = running
             frame = frame.tb_next
-        found = inner or found
+        innermost = inner or innermost
         cause = cause.__cause__
-    return found
+    return innermost
 
 
 def unlike(name: str, module: nn.Module) -> UnsupportedError:

@@ -60,17 +60,17 @@ class _Evaluation:
 
     def of_quantization(self, job: Job, quantized: Reference) -> dict[str, Any]:
         """Measure the loss of quantization alone: both models run in transformers in fp32."""
-        others = loss.rows_of(quantized.head(), [quantized.states(ids) for ids in self.windows])
-        difference = loss.measure(self.head, self.states, self.windows, others)
-        about = {"text_sha256": texts.sha256(self.text)} if self.text else {"text": "random tokens"}
-        about |= {"reference": job.reference_weights}
-        return about | loss.record(difference, 2 * scaled(job.tolerance, difference.scale), bool(self.text))
+        quantized_logits = loss.rows_of(quantized.head(), [quantized.states(ids) for ids in self.windows])
+        difference = loss.measure(self.head, self.states, self.windows, quantized_logits)
+        figures = {"text_sha256": texts.sha256(self.text)} if self.text else {"text": "random tokens"}
+        figures |= {"reference": job.reference_weights}
+        return figures | loss.record(difference, 2 * scaled(job.tolerance, difference.scale), bool(self.text))
 
     def of_engine(self, backend: Backend, near_tie: float) -> dict[str, Any]:
         """Measure the loss of a 16-bit engine, which includes that of its 16-bit arithmetic."""
-        others = (in_chunks(backend, ids) for ids in self.windows)
+        engine_logits = (in_chunks(backend, ids) for ids in self.windows)
         return loss.record(
-            loss.measure(self.head, self.states, self.windows, others), near_tie, bool(self.text)
+            loss.measure(self.head, self.states, self.windows, engine_logits), near_tie, bool(self.text)
         )
 
 
@@ -104,17 +104,17 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
         prompts = []
     expected = _run_reference(job, sequences, prompts, on_step)
     on_step(3)
-    own = None
+    reference_error = None
     if job.dtype != "fp32":
-        own = Difference.between(expected.logits, _in_16_bits(job, sequences))
+        reference_error = Difference.between(expected.logits, _in_16_bits(job, sequences))
         gc.collect()
     on_step(4)
-    logits, found = _run_engine(job, sequences, prompts, expected, own, on_step)
-    details = expected.details | found.pop("details", {})
+    logits, findings = _run_engine(job, sequences, prompts, expected, reference_error, on_step)
+    details = expected.details | findings.pop("details", {})
     blocks = blocks_for(sequences)
     if job.quantizing_engine:
         change, error = _compare_quantizing_engine(job, sequences, expected, blocks)
-        found["activation_ratio"] = error.rms / max(change.rms, 1e-30)
+        findings["activation_ratio"] = error.rms / max(change.rms, 1e-30)
         details["activation_quantization"] = {"changes": change.summary(), "engine": error.summary()}
     if job.kv_engine:
         gc.collect()
@@ -128,7 +128,7 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
         positions=sum(len(ids) for ids in sequences),
         greedy_tokens=sum(len(new) for new in expected.continuations),
         details=details,
-        **({"greedy_equal": None} | found),
+        **({"greedy_equal": None} | findings),
     )
 
 
@@ -163,7 +163,7 @@ def _run_engine(
     sequences: Sequence[Sequence[int]],
     prompts: Sequence[list[int]],
     expected: _Expected,
-    own: Difference | None,
+    reference_error: Difference | None,
     on_step: Callable[[int], None],
 ) -> tuple[list[np.ndarray], dict[str, Any]]:
     """Return the engine's logits of each sequence, and fields of Findings.
@@ -176,17 +176,21 @@ def _run_engine(
     on_step(5)
     logits = ragged(backend, sequences)
     difference = Difference.between(expected.logits, logits)
-    found = _findings_16bit(job, difference, own) if own else _findings_fp32(job, difference)
-    if own is None:
+    findings = (
+        _findings_16bit(job, difference, reference_error)
+        if reference_error
+        else _findings_fp32(job, difference)
+    )
+    if reference_error is None:
         engine = Engine(backend, None, (), job.max_seq_len, max_batch_tokens=16, max_sequences=4)
-        new = [max(1, len(continuation)) for continuation in expected.continuations]
-        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in new]
+        counts = [max(1, len(continuation)) for continuation in expected.continuations]
+        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in counts]
         greedy = [list(output.token_ids) for output in engine.generate(prompts, params)]
-        found["greedy_equal"] = greedy == expected.continuations
+        findings["greedy_equal"] = greedy == expected.continuations
     elif expected.evaluation:
-        loss_of_engine = expected.evaluation.of_engine(backend, _near_tie(own))
+        loss_of_engine = expected.evaluation.of_engine(backend, _near_tie(reference_error))
         expected.details["quantization_loss"]["engine"] = loss_of_engine
-    return logits, found | {"max_logit_error": difference.largest}
+    return logits, findings | {"max_logit_error": difference.largest}
 
 
 def _compare_quantizing_engine(
@@ -242,29 +246,31 @@ def _findings_fp32(job: Job, difference: Difference) -> dict[str, Any]:
     return {"tolerance": tolerance, "top1_agreement": difference.agreement(2 * tolerance)}
 
 
-def _findings_16bit(job: Job, difference: Difference, own: Difference) -> dict[str, Any]:
+def _findings_16bit(job: Job, difference: Difference, reference_error: Difference) -> dict[str, Any]:
     """Return fields of Findings for a 16-bit engine.
 
     reference_error: the error of transformers in that dtype. If it is not finite, the bounds are NaN and the
         engine fails.
     """
-    near_tie = _near_tie(own)
-    found: dict[str, Any] = {}
+    near_tie = _near_tie(reference_error)
+    findings: dict[str, Any] = {}
     # With activation quantization, a tiny error that moves a value to the next code becomes a large one.
     if any(weight.input for weight in job.quantized.values()):
-        found["least_top1"] = min(MIN_TOP1[job.dtype], own.agreement(near_tie) - _TOP1_SLACK)
-    return found | {
-        "tolerance": _TOLERANCE_16BIT * own.largest if np.isfinite(own.largest) else np.nan,
+        findings["least_top1"] = min(MIN_TOP1[job.dtype], reference_error.agreement(near_tie) - _TOP1_SLACK)
+    return findings | {
+        "tolerance": _TOLERANCE_16BIT * reference_error.largest
+        if np.isfinite(reference_error.largest)
+        else np.nan,
         "top1_agreement": difference.agreement(near_tie),
-        "rms_ratio": difference.rms / max(own.rms, 1e-30),
+        "rms_ratio": difference.rms / max(reference_error.rms, 1e-30),
         "details": {
             "dtype": job.dtype,
             "near_tie": float(f"{near_tie:.1e}"),
             "engine": difference.summary(),
-            f"transformers_{job.dtype}": own.summary(),
+            f"transformers_{job.dtype}": reference_error.summary(),
         },
     }
 
 
-def _near_tie(own: Difference) -> float:
-    return _NEAR_TIE * own.rms if np.isfinite(own.largest) else float("nan")
+def _near_tie(reference_error: Difference) -> float:
+    return _NEAR_TIE * reference_error.rms if np.isfinite(reference_error.largest) else float("nan")

@@ -33,8 +33,8 @@ class Difference:
     def between(cls, reference: Iterable[np.ndarray], logits: Iterable[np.ndarray]) -> Difference:
         """Compare the logits of several sequences, float32 [positions, vocabulary] each."""
         meter = DifferenceMeter()
-        for expected, got in zip(reference, logits, strict=True):
-            meter.add(expected, got)
+        for expected, actual in zip(reference, logits, strict=True):
+            meter.add(expected, actual)
         return meter.result()
 
     @property
@@ -100,15 +100,15 @@ class DifferenceMeter:
 
     def result(self) -> Difference:
         kl = float(np.mean(self._kl))
-        theirs, ours = np.mean(self._losses, 0) if self._losses else (None, None)
+        reference_loss, loss = np.mean(self._losses, 0) if self._losses else (None, None)
         return Difference(
             largest=float(np.max(self._largest)),
             rms=float(np.sqrt(np.mean(self._squares))),
             kl=0.0 if kl < _KL_OF_ROUNDING else kl,
             top1_gap=np.concatenate(self._top1_gap),
             scale=float(np.max(self._scale)),
-            perplexity=None if ours is None else float(np.exp(ours)),
-            reference_perplexity=None if theirs is None else float(np.exp(theirs)),
+            perplexity=None if loss is None else float(np.exp(loss)),
+            reference_perplexity=None if reference_loss is None else float(np.exp(reference_loss)),
         )
 
 

@@ -97,12 +97,14 @@ class EngineWeight:
     def from_json(cls, data: Mapping[str, Any]) -> EngineWeight:
         """Parse what `to_json` returns."""
         first, stop = data["rows"]
-        given = data["input"]
+        activation = data["input"]
         quantization = None
-        if given:
-            file = given.get("factor")
-            factor = (file[0], file[1]) if file else None
-            quantization = ActivationQuantization(given["kind"], given[_SCALE_NAMES[given["kind"]]], factor)
+        if activation:
+            location = activation.get("factor")
+            factor = (location[0], location[1]) if location else None
+            quantization = ActivationQuantization(
+                activation["kind"], activation[_SCALE_NAMES[activation["kind"]]], factor
+            )
         return cls(data["format"], data["file"], dict(data["arrays"]), (first, stop), quantization)
 
 

@@ -76,11 +76,11 @@ def recorded(manifest: Manifest) -> Figures:
     its arithmetic is negligible. The loss of a quantized KV cache is recorded separately.
     """
     cache = manifest.verification.details.get("kv_cache_loss")
-    lost = known(cache) if isinstance(cache, Mapping) else {}
+    cache_figures = known(cache) if isinstance(cache, Mapping) else {}
     return replace(
         _without_cache(manifest),
-        kv_cache_top1_agreement=lost.get("top1_agreement_without_ties"),
-        kv_cache_mean_kl=lost.get("mean_kl"),
+        kv_cache_top1_agreement=cache_figures.get("top1_agreement_without_ties"),
+        kv_cache_mean_kl=cache_figures.get("mean_kl"),
     )
 
 
@@ -89,13 +89,13 @@ def _without_cache(manifest: Manifest) -> Figures:
     loss = details.get("quantization_loss")
     if isinstance(loss, Mapping):
         engine = loss.get("engine")
-        found = known(engine if isinstance(engine, Mapping) else loss)
-        before, after = found.get("perplexity_unquantized"), found.get("perplexity")
+        figures = known(engine if isinstance(engine, Mapping) else loss)
+        before, after = figures.get("perplexity_unquantized"), figures.get("perplexity")
         if before and after:  # older bundles record only these two
-            found.setdefault("perplexity_increase_percent", round(100 * (after / before - 1), 2))
-        if "top1_agreement_without_ties" in found:
-            found.setdefault("top1_agreement", found["top1_agreement_without_ties"])
-        return Figures("recorded", reference=reference_of(loss), **found)
+            figures.setdefault("perplexity_increase_percent", round(100 * (after / before - 1), 2))
+        if "top1_agreement_without_ties" in figures:
+            figures.setdefault("top1_agreement", figures["top1_agreement_without_ties"])
+        return Figures("recorded", reference=reference_of(loss), **figures)
     engine = details.get("engine")
     return Figures(
         "recorded",

@@ -49,13 +49,15 @@ class Job:
     tokenizer: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"quantized": {name: one.to_json() for name, one in self.quantized.items()}}
+        return asdict(self) | {
+            "quantized": {name: weight.to_json() for name, weight in self.quantized.items()}
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Job:
         from llmc.compiler.verify.engine_weights import EngineWeight
 
-        quantized = {name: EngineWeight.from_json(one) for name, one in data["quantized"].items()}
+        quantized = {name: EngineWeight.from_json(weight) for name, weight in data["quantized"].items()}
         return cls(**{**data, "quantized": quantized})
 
 

@@ -53,19 +53,19 @@ class Verdict:
         """
         figures = self.figures
         lossless = figures.origin == "recorded" and is_lossless(self.bundle.manifest)
-        every = [
+        bounds = [
             ("top-1 agreement", figures.top1_agreement, min_top1, True),
             ("mean KL", figures.mean_kl, max_kl, False),
             ("perplexity increase in %", figures.perplexity_increase_percent, max_perplexity_increase, False),
         ]
         if figures.kv_cache_mean_kl is not None:
-            every += [
+            bounds += [
                 ("top-1 agreement of the KV cache", figures.kv_cache_top1_agreement, min_top1, True),
                 ("mean KL of the KV cache", figures.kv_cache_mean_kl, max_kl, False),
             ]
         return [
             Threshold(name, figure, bound, at_least, lossless and figure is None)
-            for name, figure, bound, at_least in every
+            for name, figure, bound, at_least in bounds
             if bound is not None
         ]
 
@@ -80,7 +80,7 @@ def judge(path: Path, against: str | None, text: Path | None, progress: Progress
     Raises BundleError for a damaged bundle, CheckpointError for another checkpoint, RequestError for a text
     or an engine that cannot be used and for a lack of memory.
     """
-    given = texts.read_text(text) if text else ""
+    content = texts.read_text(text) if text else ""
     bundle = Bundle.open(path, verify_hashes=False)
     manifest = bundle.manifest
     runs_here = manifest.gpu is None
@@ -94,36 +94,36 @@ def judge(path: Path, against: str | None, text: Path | None, progress: Progress
         raise RequestError(f"{path} has no tokenizer to read a text with", "leave --text out", "text")
     progress.phase("hash the bundle")
     bundle.verify()
-    directory = _own_checkpoint(manifest.source, against, progress) if against else None
-    found: dict[str, Any] = {}
+    directory = _checked_checkpoint(manifest.source, against, progress) if against else None
+    measured_figures: dict[str, Any] = {}
     if runs_here and (directory or text):
         check_requirements(manifest.target.requires, bundle.name)
         progress.phase("compare" if directory else "run the engine")
-        found = _measure(bundle, directory, text, progress)
+        measured_figures = _measure(bundle, directory, text, progress)
     elif directory:
         progress.note(
             f"the engine is for a GPU ({manifest.target.name}) and cannot be run here: "
             "the figures are those that its build recorded"
         )
     measured = bool(directory) and runs_here
-    now = Figures("measured", reference=reference_of(found), **known(found))
+    now = Figures("measured", reference=reference_of(measured_figures), **known(measured_figures))
     figures = now if measured else recorded(manifest)
-    about, digest = _about(manifest, figures, text if measured else None, given)
+    about, digest = _about(manifest, figures, text if measured else None, content)
     return Verdict(
         bundle=bundle,
         checkpoint=directory,
         figures=figures,
         text=about,
         text_sha256=digest,
-        engine_perplexity=None if measured else found.get("perplexity"),
-        engine_positions=None if measured else found.get("positions"),
+        engine_perplexity=None if measured else measured_figures.get("perplexity"),
+        engine_positions=None if measured else measured_figures.get("positions"),
     )
 
 
-def _about(manifest: Manifest, figures: Figures, text: Path | None, given: str) -> tuple[str, str]:
+def _about(manifest: Manifest, figures: Figures, text: Path | None, content: str) -> tuple[str, str]:
     """Return a description of the text that the figures were measured on, and its sha256 or ""."""
     if text:
-        return text.name, texts.sha256(given)
+        return text.name, texts.sha256(content)
     if figures.origin == "measured":
         if _TOKENIZER not in manifest.files:
             return "random tokens", ""
@@ -134,24 +134,24 @@ def _about(manifest: Manifest, figures: Figures, text: Path | None, given: str) 
     return ("nothing" if figures.positions is None else "the texts of the build"), ""
 
 
-def _own_checkpoint(source: Source, against: str, progress: Progress) -> Path:
+def _checked_checkpoint(source: Source, against: str, progress: Progress) -> Path:
     """Return the checkpoint's directory. Raises CheckpointError if the bundle was built from other files."""
     from llmc.compiler.checkpoint import hub
     from llmc.compiler.checkpoint.checkpoint import Checkpoint
 
     progress.phase("hash the checkpoint")
     checkpoint = Checkpoint.open(hub.resolve(against))
-    here = checkpoint.file_hashes()
-    for name in sorted(here.keys() | source.files.keys()):
-        ours, theirs = here.get(name), source.files.get(name)
-        if ours == theirs:
+    hashes = checkpoint.file_hashes()
+    for name in sorted(hashes.keys() | source.files.keys()):
+        now, then = hashes.get(name), source.files.get(name)
+        if now == then:
             continue
-        if ours is None:
+        if now is None:
             fact = f"it has no {name}"
-        elif theirs is None:
+        elif then is None:
             fact = f"it has {name}, which was not there"
         else:
-            fact = f"{name} has sha256 {ours[:12]}..., then {theirs[:12]}..."
+            fact = f"{name} has sha256 {now[:12]}..., then {then[:12]}..."
         raise CheckpointError(
             f"{against} is not the checkpoint that the bundle was made from: {fact}",
             f"give the files of {source.name} as they were, or build from these with `llmc build`",

@@ -152,8 +152,8 @@ def _round_up(error: float) -> float:
 def compare_in_child(job: Job, progress: Progress) -> Findings:
     """Run the comparison in a child process. Raises BuildError if the process fails."""
     child = Child("llmc.compiler.verify.child", "verification", "--no-verify builds without verification")
-    found = child.run({"prove": job.to_json()}, progress)
-    return Findings(**found)
+    fields = child.run({"prove": job.to_json()}, progress)
+    return Findings(**fields)
 
 
 def engine_weights(
@@ -164,22 +164,22 @@ def engine_weights(
     For a pre-quantized checkpoint, only layers with activation quantization are listed, without arrays.
     """
     header = read_header(file) if matrices else {}
-    found = {}
+    weights = {}
     for matrix in matrices:
         arrays = {array: matrix.initializer(array) for array in matrix.format.layout(matrix.shape)}
-        rounding, first = None, 0
+        quantization, first = None, 0
         if kind := matrix.format.activations:
             scale = float(header[matrix.initializer("input_scale")].read())
             module = plan.quantization.quantized()[matrix.modules[0]] if plan.quantization else None
             factor = module.pre_quant_scale.name if module and module.pre_quant_scale else ""
             if matrix.format.smoothed:
                 factor = matrix.initializer("pre_quant_scale")
-            rounding = ActivationQuantization(kind, scale, (str(file), factor) if factor else None)
+            quantization = ActivationQuantization(kind, scale, (str(file), factor) if factor else None)
         for weight, rows in zip(matrix.weights, matrix.rows, strict=True):
             span = (first, first + rows)
             if not plan.checkpoint.prequantized:
-                found[weight] = EngineWeight(matrix.format.name, str(file), arrays, span, rounding)
-            elif rounding:
-                found[weight] = EngineWeight(matrix.format.name, str(file), {}, span, rounding)
+                weights[weight] = EngineWeight(matrix.format.name, str(file), arrays, span, quantization)
+            elif quantization:
+                weights[weight] = EngineWeight(matrix.format.name, str(file), {}, span, quantization)
             first += rows
-    return found
+    return weights

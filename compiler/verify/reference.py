@@ -69,12 +69,12 @@ class Reference:
         If two modules share a weight (a tied lm_head), only the named module's weight changes.
         Raises BuildError for a name or a shape that the model does not have.
         """
-        headers = {one.file: read_header(one.file) for one in weights.values() if one.arrays}
-        for name, one in weights.items():
-            if not one.arrays:
+        headers = {weight.file: read_header(weight.file) for weight in weights.values() if weight.arrays}
+        for name, weight in weights.items():
+            if not weight.arrays:
                 continue
             module = self._module_of(name)
-            values = torch.from_numpy(one.read(headers[one.file]))
+            values = torch.from_numpy(weight.read(headers[weight.file]))
             if values.shape != module.weight.shape:
                 got, wanted = list(values.shape), list(module.weight.shape)
                 raise BuildError(
@@ -84,9 +84,9 @@ class Reference:
 
     def quantize_activations(self, weights: Mapping[str, EngineWeight]) -> None:
         """Quantize the inputs of linear layers as the engine does. weights: as in `use_weights`."""
-        for name, one in weights.items():
-            if one.input is not None:
-                self._module_of(name).register_forward_pre_hook(_quantizer(one.input))
+        for name, weight in weights.items():
+            if weight.input is not None:
+                self._module_of(name).register_forward_pre_hook(_quantizer(weight.input))
 
     def _module_of(self, name: str) -> Any:
         try:
@@ -122,20 +122,20 @@ class Reference:
 
         Raises BuildError if `head` does not turn them into the model's logits.
         """
-        kept: list[torch.Tensor] = []
+        captured: list[torch.Tensor] = []
         decoder = self.model.get_submodule(self._decoder)
-        hook = decoder.register_forward_hook(lambda module, args, output: kept.append(output[0]))
-        takes = inspect.signature(self.model.forward).parameters
-        few = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        hook = decoder.register_forward_hook(lambda module, args, output: captured.append(output[0]))
+        parameters = inspect.signature(self.model.forward).parameters
+        options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         try:
-            last = self.model(input_ids=torch.tensor([ids]), use_cache=False, **few).logits[0, -1]
+            last = self.model(input_ids=torch.tensor([ids]), use_cache=False, **options).logits[0, -1]
         finally:
             hook.remove()
-        if self._decoder and kept:
-            again = self.head().logits(kept[0][0, -1:])[0]
+        if self._decoder and captured:
+            recomputed = self.head().logits(captured[0][0, -1:])[0]
             bound = _HEAD_TOLERANCE * max(1.0, float(last.abs().max()))
-            if np.abs(again - last.float().numpy()).max() <= bound or not last.isfinite().all():
-                return kept[0][0]
+            if np.abs(recomputed - last.float().numpy()).max() <= bound or not last.isfinite().all():
+                return captured[0][0]
         raise BuildError(
             f"the logits of {type(self.model).__name__} are not those of its decoder's last hidden states",
             "please report this with the model's config.json",
@@ -163,14 +163,14 @@ class Head:
         """Turn hidden states [n, hidden] into logits, float32 [n, vocabulary]."""
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
         with (
-            self._as_it_was(),
+            self._original_lm_head(),
             _forward(self._model.get_submodule(self._decoder), lambda *args, **options: output),
         ):
             ids = torch.zeros((1, len(states)), dtype=torch.int64)
             return self._model(input_ids=ids, use_cache=False).logits[0].float().numpy()
 
     @contextlib.contextmanager
-    def _as_it_was(self) -> Iterator[None]:
+    def _original_lm_head(self) -> Iterator[None]:
         """Use the weight and hooks that lm_head had when this Head was made."""
         weight, hooks = self._last.weight, dict(self._last._forward_pre_hooks)
         self._set(self._weight, self._hooks)
@@ -214,20 +214,20 @@ def _load(
     """
     opened = Checkpoint.open(checkpoint)
     config = choose_context(load_config(opened), max_seq_len).config
-    own = copy.deepcopy(config)  # read_model changes it; from_pretrained ties weights by itself
-    keys, renamed = read_model(opened, own)
+    changed_config = copy.deepcopy(config)  # read_model changes it; from_pretrained ties weights by itself
+    keys, renamed = read_model(opened, changed_config)
     options = {"dtype": dtype, "attn_implementation": "eager", "trust_remote_code": False}
     if weights == "checkpoint":
-        whole = load_wrapper(opened)
-        if whole is None:
-            auto, whole = transformers.AutoModelForCausalLM, config
+        full_config = load_wrapper(opened)
+        if full_config is None:
+            auto, full_config = transformers.AutoModelForCausalLM, config
         else:
             auto = transformers.AutoModelForMultimodalLM
-            whole.get_text_config().rope_parameters = config.rope_parameters
-        model = auto.from_pretrained(checkpoint, config=whole, local_files_only=True, **options)
+            full_config.get_text_config().rope_parameters = config.rope_parameters
+        model = auto.from_pretrained(checkpoint, config=full_config, local_files_only=True, **options)
         return model, keys.loaded_name
     with no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(own, **options)
+        model = transformers.AutoModelForCausalLM.from_config(changed_config, **options)
     model.tie_weights()  # which the initialization would have done
     _fill(model, read_quantized(renamed.checkpoint))
     return model, lambda name: name

@@ -23,13 +23,13 @@ def narrow_plan(
     bf16_as_fp16: store the bf16 weights of a Gemm as fp16 times a power of two if that is exact
         (`exact_fp16.py`)
     """
-    found = {}
+    narrowed = {}
     for weight, record in parameters(model):
         if weight.dtype == ir.DataType.FLOAT and read_as_matrix(weight):
             narrow = _narrow(weight, record, tensors, bf16_as_fp16)
             if narrow is not None:
-                found[record.file_name] = narrow
-    return NarrowPlan(found)
+                narrowed[record.file_name] = narrow
+    return NarrowPlan(narrowed)
 
 
 def _narrow(

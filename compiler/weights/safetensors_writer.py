@@ -131,6 +131,6 @@ def _write_tensor(
 
 def _write(file: BinaryIO, digest: hashlib._Hash, data: bytes | memoryview) -> None:
     digest.update(data)
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]  # a write may be partial
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[file.write(remaining) :]  # a write may be partial

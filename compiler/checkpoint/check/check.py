@@ -52,7 +52,7 @@ class CheckReport:
     @property
     def faults(self) -> tuple[Finding, ...]:
         """The findings without the warnings."""
-        return tuple(one for one in self.findings if not one.warning)
+        return tuple(finding for finding in self.findings if not finding.warning)
 
 
 def check_checkpoint(path: Path | str, full: bool = False) -> CheckReport:

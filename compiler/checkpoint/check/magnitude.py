@@ -84,41 +84,41 @@ def _magnitudes(quantized: QuantizedCheckpoint, rms: dict[str, float]) -> list[F
     for name, value in rms.items():
         weight = quantized.modules[name].tensors["weight"].name
         same_name = by_end[name.rpartition(".")[2]]
-        usual = median(same_name if len(same_name) >= 3 else list(sound.values()) or [value])
-        if value > LIMIT or value > APART * usual:
-            what = f"dequantized, its values are about {value:.3g}"
-            what += (
-                f" and those of similar modules {usual:.3g}"
-                if value > APART * usual
+        typical = median(same_name if len(same_name) >= 3 else list(sound.values()) or [value])
+        if value > LIMIT or value > APART * typical:
+            message = f"dequantized, its values are about {value:.3g}"
+            message += (
+                f" and those of similar modules {typical:.3g}"
+                if value > APART * typical
                 else ", far too large for a weight"
             )
-            findings.append(Finding("magnitude", weight, f"{what}: is its scale stored as the inverse?"))
-        elif value < TINY * usual:
-            what = (
+            findings.append(Finding("magnitude", weight, f"{message}: is its scale stored as the inverse?"))
+        elif value < TINY * typical:
+            message = (
                 "all sampled values are zero"
                 if value == 0
-                else f"values are about {value:.3g}, those of similar modules {usual:.3g}"
+                else f"values are about {value:.3g}, those of similar modules {typical:.3g}"
             )
-            findings.append(Finding("magnitude", weight, what, warning=True))
+            findings.append(Finding("magnitude", weight, message, warning=True))
     return findings
 
 
 def _inputs(quantized: QuantizedCheckpoint) -> list[Finding]:
-    found: list[tuple[float, str]] = []
+    scales: list[tuple[float, str]] = []
     for module in quantized.modules.values():
         if module.format != "nvfp4":
             continue
         if (ref := module.tensors.get("input_scale")) is not None:
-            found.append((float(ref.read().reshape(-1)[0]), ref.name))
+            scales.append((float(ref.read().reshape(-1)[0]), ref.name))
         elif (ref := module.tensors.get("inverse_input_scale")) is not None:
             value = float(ref.read().reshape(-1)[0])
-            found.append((1 / value if value else math.inf, ref.name))
-    wrong = [(value, name) for value, name in found if value > 1 and math.isfinite(value)]
-    if 2 * len(wrong) <= len(found):
+            scales.append((1 / value if value else math.inf, ref.name))
+    large = [(value, name) for value, name in scales if value > 1 and math.isfinite(value)]
+    if 2 * len(large) <= len(scales):
         return []
-    value, name = wrong[0]
-    what = (
-        f"implies activations up to {value * 2688:,.0f}, as {len(wrong)} of {len(found)} input scales do: "
+    value, name = large[0]
+    message = (
+        f"implies activations up to {value * 2688:,.0f}, as {len(large)} of {len(scales)} input scales do: "
         "are they stored as the inverse?"
     )
-    return [Finding("magnitude", name, what)]
+    return [Finding("magnitude", name, message)]

@@ -40,12 +40,12 @@ def check_plain(quantized: QuantizedCheckpoint, full: bool) -> list[Finding]:
     full: read every row instead of samples
     """
     biases = [m.tensors["bias"] for m in quantized.modules.values() if "bias" in m.tensors]
-    found = []
+    findings = []
     for ref in (*quantized.plain.values(), *biases):
         blocks = ref.iter_chunks(_BLOCK) if full else (ref.read(rows) for rows in sample(ref))
         if finding := _bad_values(ref, blocks, scale=False):
-            found.append(finding)
-    return found
+            findings.append(finding)
+    return findings
 
 
 def sample(ref: TensorRef) -> list[slice | None]:

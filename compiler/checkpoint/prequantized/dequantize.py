@@ -65,16 +65,16 @@ def _scale(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
     ref, (height, _) = module.tensors["weight_scale"], module.block
     if ref.shape and ref.shape[0] > 1:  # otherwise there is one row of scales for all rows
         needed = slice(first // height, -(-stop // height))
-        some = ref.read(needed).astype(np.float32)
-        some = some.reshape(some.shape[0], -1)
-        scale = np.repeat(some, height, axis=0)[first - needed.start * height :][: stop - first]
+        stored = ref.read(needed).astype(np.float32)
+        stored = stored.reshape(stored.shape[0], -1)
+        scale = np.repeat(stored, height, axis=0)[first - needed.start * height :][: stop - first]
     else:
         scale = ref.read().astype(np.float32).reshape(1, -1)
     with np.errstate(all="ignore"):
-        if (one := module.tensors.get("global_scale")) is not None:
-            scale = scale * one.read().astype(np.float32).reshape(-1)[0]
-        if (one := module.tensors.get("inverse_global_scale")) is not None:
-            scale = scale / one.read().astype(np.float32).reshape(-1)[0]
+        if (tensor := module.tensors.get("global_scale")) is not None:
+            scale = scale * tensor.read().astype(np.float32).reshape(-1)[0]
+        if (tensor := module.tensors.get("inverse_global_scale")) is not None:
+            scale = scale / tensor.read().astype(np.float32).reshape(-1)[0]
     return scale
 
 

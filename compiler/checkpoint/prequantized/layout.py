@@ -87,10 +87,10 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
             for role, ref in tensors.items():
                 (plain if role in ("weight", "bias") else others)[ref.name] = ref
             continue
-        found, wrong = recognize(name, tensors, schemes.of(name) if schemes else None)
-        findings += wrong
-        if found is not None:
-            modules[name] = found
+        recognized, contradictions = recognize(name, tensors, schemes.of(name) if schemes else None)
+        findings += contradictions
+        if recognized is not None:
+            modules[name] = recognized
         else:
             broken.add(name)
     for name, ref in others.items():
@@ -112,13 +112,13 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
 
 def _matrices(plain: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     """Return the matrices of unquantized modules, by module, without embeddings."""
-    found = {}
+    matrices = {}
     for name, ref in plain.items():
         module, _, last = name.rpartition(".")
         end = module.rpartition(".")[2]
         if last == "weight" and len(ref.shape) == 2 and "embed" not in end and end not in ("wte", "wpe"):
-            found[module] = ref
-    return found
+            matrices[module] = ref
+    return matrices
 
 
 def _against_config(
@@ -131,7 +131,7 @@ def _against_config(
     if schemes is None:
         first = [(name, module.format) for name, module in modules.items()][:1]
         what = "does not declare quantization, but {} is {} ({} such modules)"
-        return [Finding("config", CONFIG, what.format(*one, len(modules))) for one in first]
+        return [Finding("config", CONFIG, what.format(*example, len(modules))) for example in first]
     if schemes.groups and not modules and not broken:
         return [Finding("config", CONFIG, f"declares {schemes.label}, but no tensor is quantized")]
     findings = []
@@ -150,16 +150,16 @@ def _against_config(
         if schemes.excludes(name) or schemes.of(name) is None:
             continue
         end = name.rpartition(".")[2]
-        sure = end in ends or (end == "lm_head" and schemes.method == "compressed-tensors")
-        if sure or schemes.exclude is not None:
+        certain = end in ends or (end == "lm_head" and schemes.method == "compressed-tensors")
+        if certain or schemes.exclude is not None:
             what = f"is {ref.dtype}, not quantized, and the configuration does not exclude it"
-            findings.append(Finding("exclude", ref.name, what, warning=not sure))
+            findings.append(Finding("exclude", ref.name, what, warning=not certain))
     return findings
 
 
 def _hidden_size(checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule]) -> list[Finding]:
     """Find FP8 weights whose scales make them look like NVFP4 of twice the width, by the hidden size."""
-    hidden = checkpoint.config.get("hidden_size")
+    hidden_size = checkpoint.config.get("hidden_size")
     findings = []
     for name, module in modules.items():
         end = name.rpartition(".")[2]
@@ -176,10 +176,13 @@ def _hidden_size(checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule])
             module.format == "nvfp4"
             and module.block[1] == 16
             and reads_hidden
-            and module.shape[1] == 2 * (hidden or 0)
+            and module.shape[1] == 2 * (hidden_size or 0)
         ):
             weight = module.tensors["weight"]
-            what = f"has {module.shape[1]} 4-bit values per row, hidden_size is {hidden}: these are FP8 bytes"
+            what = (
+                f"has {module.shape[1]} 4-bit values per row, hidden_size is {hidden_size}: "
+                "these are FP8 bytes"
+            )
             findings.append(Finding("format", weight.name, what))
     return findings
 
@@ -192,9 +195,9 @@ def _fused(modules: Mapping[str, QuantizedModule]) -> list[Finding]:
         for group in _FUSED:
             if end != group[0]:
                 continue
-            members = [modules[one] for last in group if (one := f"{parent}.{last}") in modules]
+            members = [modules[member] for last in group if (member := f"{parent}.{last}") in modules]
             for role in ("global_scale", "inverse_global_scale", "input_scale", "inverse_input_scale"):
-                refs = [one.tensors[role] for one in members if role in one.tensors]
+                refs = [member.tensors[role] for member in members if role in member.tensors]
                 values = {float(ref.read().reshape(-1)[0]) for ref in refs if math.prod(ref.shape) == 1}
                 if len(values) > 1:
                     differing = ", ".join(f"{value:.4g}" for value in sorted(values))

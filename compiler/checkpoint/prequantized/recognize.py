@@ -45,16 +45,18 @@ def recognize(
         return None, [Finding("shape", weight.name, f"is {list(weight.shape)}; llmc reads [out, in] only")]
     missing = _missing_scales(weight, tensors, scheme)
     if missing:
-        return None, [Finding("missing", weight.name, f"its {one} is missing") for one in missing]
-    guess = _format(tensors, scheme)
-    if guess is None:
+        return None, [
+            Finding("missing", weight.name, f"its {scale_name} is missing") for scale_name in missing
+        ]
+    fmt = _format(tensors, scheme)
+    if fmt is None:
         expected = f" ({scheme.format} was expected)" if scheme else ""
         what = f"has an unknown layout: {weight.dtype} {list(weight.shape)} with these scales{expected}"
         return None, [Finding("format", weight.name, what)]
-    findings = _dtypes(guess, tensors)
+    findings = _dtypes(fmt, tensors)
     if findings:
         return None, findings
-    laid_out = lay_out(name, guess, tensors, scheme)
+    laid_out = lay_out(name, fmt, tensors, scheme)
     if isinstance(laid_out, Finding):
         return None, [laid_out]
     return laid_out, compare(laid_out, scheme) if scheme else []
@@ -64,17 +66,17 @@ def compare(module: QuantizedModule, scheme: DeclaredScheme) -> list[Finding]:
     """Return findings about contradictions between a module with a valid layout and the configuration."""
     weight, scale = module.tensors["weight"], module.tensors["weight_scale"]
     if module.format != scheme.format:
-        found = f"{weight.dtype} {list(weight.shape)}"
-        what = f"is {module.format} ({found}), but the configuration says {scheme.format}"
+        stored_as = f"{weight.dtype} {list(weight.shape)}"
+        what = f"is {module.format} ({stored_as}), but the configuration says {scheme.format}"
         return [Finding("format", weight.name, what)]
     if scheme.group_size is not None:
         size = scheme.group_size or module.shape[1]
         groups = math.ceil(module.shape[1] / size)
         stored = scale.shape[1] if len(scale.shape) > 1 else 1
         if stored != groups:
-            said = scheme.group_size or "one for the row"
+            declared = scheme.group_size or "one for the row"
             what = f"has {stored} scales per row of {module.shape[1]}: groups of {module.block[1]}, "
-            what += f"but the configuration says {said}"
+            what += f"but the configuration says {declared}"
             if module.format == "nvfp4" and module.block[1] == 2 * size:
                 what += ", or the weight is FP8 bytes"
             return [Finding("shape", scale.name, what)]

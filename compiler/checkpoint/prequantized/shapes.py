@@ -22,7 +22,7 @@ def lay_out(
     elif fmt == "int4-awq":
         rows *= 2
     elif fmt in ("int4-packed", "int8-packed"):
-        stored = tuple(int(one) for one in tensors["shape"].read().reshape(-1))
+        stored = tuple(int(dim) for dim in tensors["shape"].read().reshape(-1))
         words = math.ceil(stored[-1] * (4 if fmt == "int4-packed" else 8) / 32) if len(stored) == 2 else -1
         if len(stored) != 2 or (stored[0], words) != weight.shape:
             what = f"says {list(stored)}, but {fmt} {list(weight.shape)} has another shape"

@@ -128,7 +128,7 @@ class _Lowering:
         if value is None or value.is_initializer():
             return True
         node = value.producer()
-        return node is not None and all(self._is_constant(one) for one in node.inputs)
+        return node is not None and all(self._is_constant(operand) for operand in node.inputs)
 
     def _view(self, node: ir.Node, index: int) -> View:
         view = self.views.get(edit.operand(node, index))
@@ -160,8 +160,8 @@ class _Lowering:
         rows: "tokens" or "logits", by default that of the first input's buffer
         """
         width = width or inputs[0].width
-        kind = rows or (self.buffers[inputs[0].buffer].rows if inputs else "tokens")
-        self.buffers.append(Buffer(width, "logits" if kind == "logits" else "tokens"))
+        buffer_rows = rows or (self.buffers[inputs[0].buffer].rows if inputs else "tokens")
+        self.buffers.append(Buffer(width, "logits" if buffer_rows == "logits" else "tokens"))
         out = len(self.buffers) - 1
         self.instructions.append(
             Instruction(op, out, 0, inputs, weights, function, dict(integers), dict(floats))
@@ -281,13 +281,13 @@ class _Lowering:
     def _clip(self, node: ir.Node) -> None:
         view = self._view(node, 0)
         bounds = list(node.inputs[1:])
-        last = node.outputs[0]
+        output = node.outputs[0]
         for function, bound in zip(("max", "min"), bounds, strict=False):
             if bound is not None:
                 floats = {"value": float(evaluate(bound).reshape(()))}
                 self._emit(node, "scalar", (view,), function=function, floats=floats)
-                view = self.views[last]
-        self.views[last] = view
+                view = self.views[output]
+        self.views[output] = view
 
     def _rms_norm(self, node: ir.Node) -> None:
         view, weight = self._view(node, 0), edit.operand(node, 1)
@@ -394,8 +394,8 @@ class _Lowering:
         if element is None:
             raise _refusal(node, f"its weight is {source.dtype}")
         half = scales is not None and _scale_dtype(scales) == ir.DataType.FLOAT16
-        kind: Literal["", "fp16", "fp32"] = "" if scales is None else "fp16" if half else "fp32"
-        self.matrices[name] = Matrix(rows, columns, element, block, kind)
+        scale_dtype: Literal["", "fp16", "fp32"] = "" if scales is None else "fp16" if half else "fp32"
+        self.matrices[name] = Matrix(rows, columns, element, block, scale_dtype)
         self.sources[name] = MatrixSource(source, scales)
         return name
 
@@ -426,7 +426,7 @@ def evaluate(value: ir.Value) -> np.ndarray:
         return value.const_value.numpy()
     node = value.producer()
     assert node is not None, f"{value.name} has no data"
-    inputs = [evaluate(one) for one in node.inputs if one is not None]
+    inputs = [evaluate(operand) for operand in node.inputs if operand is not None]
     if node.op_type == "Cast":
         assert node.outputs[0].dtype is not None
         return inputs[0].astype(node.outputs[0].dtype.numpy())
@@ -460,7 +460,7 @@ def _scale_dtype(value: ir.Value) -> ir.DataType | None:
 
 def _integers(value: ir.Value | None) -> list[int]:
     assert value is not None
-    return [int(one) for one in evaluate(value).reshape(-1)]
+    return [int(element) for element in evaluate(value).reshape(-1)]
 
 
 def _refusal(node: ir.Node, reason: str) -> UnsupportedError:

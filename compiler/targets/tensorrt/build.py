@@ -155,8 +155,8 @@ def build(job: EngineJob, progress: Progress) -> BuiltEngine:
 
 def _run_child(job: EngineJob, progress: Progress, scratch: Path) -> BuiltEngine:
     work = _work_directory(scratch, graph=Path(job.onnx).parent, engine=Path(job.plan).parent)
-    near = replace(job, onnx=f"graph/{Path(job.onnx).name}", plan=f"engine/{Path(job.plan).name}")
-    return BuiltEngine(**_CHILD.run(asdict(near), progress, _environment(job.library, scratch), work))
+    linked = replace(job, onnx=f"graph/{Path(job.onnx).name}", plan=f"engine/{Path(job.plan).name}")
+    return BuiltEngine(**_CHILD.run(asdict(linked), progress, _environment(job.library, scratch), work))
 
 
 def _work_directory(scratch: Path, **links: Path) -> Path:

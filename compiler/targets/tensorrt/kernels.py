@@ -64,14 +64,14 @@ def compile_into(
         from llmc.plugins.paged_attention.compile_kernels import compile_variant
         from llmc.plugins.sampling.compile_kernels import compile_kernel
 
-        made: dict[str, Callable[[int, Path], Kernel]]
-        made = {str(v): partial(compile_variant, v) for v in attention_variants(model, resolved)}
-        made |= {sampling.variant(name): partial(compile_kernel, name) for name in sampling.ARGUMENTS}
-        jobs = [(variant, sm, kind) for variant in made for sm, kind in codes(resolved.sms)]
+        compilers: dict[str, Callable[[int, Path], Kernel]]
+        compilers = {str(v): partial(compile_variant, v) for v in attention_variants(model, resolved)}
+        compilers |= {sampling.variant(name): partial(compile_kernel, name) for name in sampling.ARGUMENTS}
+        jobs = [(variant, sm, kind) for variant in compilers for sm, kind in codes(resolved.sms)]
         files = []
         for done, (variant, sm, kind) in enumerate(jobs):
             progress.bar(done, len(jobs))
-            files.append(_write(made[variant](sm, cache_directory()), variant, sm, kind, work))
+            files.append(_write(compilers[variant](sm, cache_directory()), variant, sm, kind, work))
     except ModuleNotFoundError as error:
         raise BuildError(f"the GPU kernels need {error.name}", install_hint("kernels")) from error
     except CompileError as error:
@@ -86,10 +86,10 @@ def attention_variants(model: ir.Model, resolved: Resolved) -> tuple[Variant, ..
 
 def layers(model: ir.Model) -> list[Attention]:
     """Return the attention layers of a canonical or lowered graph, as the kernels' parameters."""
-    found = []
+    attention = []
     for node in attention_nodes(model):
         _, kv_heads, _, head_dim = edit.dims(edit.operand(node, 3))
-        found.append(
+        attention.append(
             Attention(
                 num_heads=int(edit.attribute(node, "num_heads")),
                 num_kv_heads=kv_heads,
@@ -99,7 +99,7 @@ def layers(model: ir.Model) -> list[Attention]:
                 softcap=float(edit.attribute(node, "softcap")),
             )
         )
-    return found
+    return attention
 
 
 def cache_directory() -> Path:
