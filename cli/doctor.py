@@ -157,7 +157,7 @@ def attention_fault() -> LlmcError | None:
 
 
 def native_engine() -> tuple[str | None, str | None]:
-    """Return the library of the native CPU engine that this CPU takes, or None and the reason."""
+    """Return (library of the native CPU engine for this CPU, None), or (None, the reason for its absence)."""
     from llmc.plugins.cpu import library
 
     try:

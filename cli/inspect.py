@@ -110,7 +110,7 @@ def inspect(
 
 
 def total_bytes(bundle: Bundle) -> int:
-    """Return the size of a bundle, the manifest included."""
+    """Return the size of a bundle in bytes, with its manifest."""
     from llmc.runtime.bundle.manifest import MANIFEST_NAME
 
     manifest = (bundle.path / MANIFEST_NAME).stat().st_size
@@ -195,16 +195,19 @@ def describe_worst(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def module_errors(manifest: Manifest) -> tuple[str, list[tuple[str, float]]]:
-    """Return "output" or "weight", and the errors recorded of that by module, the largest first."""
+    """Return the recorded (module, relative error), the largest first, and what they are errors of.
+
+    That is "output" or "weight", and "" if no errors are recorded.
+    """
     for what in ("output", "weight"):
         errors = (manifest.quantization or {}).get(f"largest_{what}_errors")
-        found = [
+        numbers = [
             (module, error)
             for module, error in (errors.items() if isinstance(errors, Mapping) else ())
             if isinstance(error, (int, float)) and not isinstance(error, bool)
         ]
-        if found:
-            return what, sorted(found, key=lambda item: (-item[1], item[0]))
+        if numbers:
+            return what, sorted(numbers, key=lambda item: (-item[1], item[0]))
     return "", []
 
 
