@@ -1,4 +1,4 @@
-"""The commands of `llmc` and how a command line becomes a call of one of them."""
+"""The commands of `llmc`: register them, and call the one that a command line names."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ for _name, _function in _COMMANDS.items():
     app.command(_name)(output.with_levels(_function, _PANELS.get(_name)))
 app.add_typer(zoo.app, name="zoo")
 
-# click's UsageError, which Typer exports only by this subclass (new versions carry a click of their own).
+# click's UsageError. Typer exports only this subclass, and new versions of Typer bundle their own click.
 _ClickUsageError: Any = typer.BadParameter.__bases__[0]
 
 
 def invoke(argv: Sequence[str]) -> int:
     """Run the command that `argv` names and return its exit code.
 
-    Raises UsageError, and what the command raises.
+    Raises UsageError for a wrong command line, and any error of the command.
     """
     command = typer.main.get_command(app)
     if _COMPLETE in os.environ:
@@ -109,6 +109,7 @@ def _name_of(command: Any, argv: Sequence[str]) -> str:
 
 
 def _usage_error(error: Any) -> UsageError:
+    """Return llmc's error for click's UsageError."""
     message = " ".join(error.format_message().split()).rstrip(".")
     where = error.ctx.command_path if error.ctx else "llmc"
     hint = f"see `{where} --help`"
@@ -133,15 +134,15 @@ def show_help(
       llmc help run
       llmc help zoo make
     """
-    found: Any = context.find_root().command
+    target: Any = context.find_root().command
     parent: Any = context.find_root()
     for word in command or ():
-        below = getattr(found, "commands", {})
+        below = getattr(target, "commands", {})
         if word not in below:
             raise UsageError(f"no such command '{' '.join(command or ())}'", "see `llmc --help`")
-        found = below[word]
-        parent = type(context)(found, info_name=word, parent=parent)
-    print(found.get_help(parent))
+        target = below[word]
+        parent = type(context)(target, info_name=word, parent=parent)
+    print(target.get_help(parent))
 
 
 def _print_version(wanted: bool) -> None:

@@ -25,15 +25,15 @@ RUNS = 3
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run: `concurrency` prompts that arrive together."""
+    """The measurements of one run, in which `concurrency` prompts arrive together."""
 
-    #: From the arrival of the prompts to the last token of the last one.
+    #: Time from the arrival of the prompts to the last generated token.
     seconds: float
-    #: Time to first token, the mean over the prompts.
+    #: Time to first token, averaged over the prompts.
     first_token_seconds: float
-    #: All prompt tokens / the time until every prompt has its first token.
+    #: Number of prompt tokens / time until every prompt has its first token.
     prefill_tokens_per_second: float
-    #: Tokens of all prompts generated after that time / the time that they took.
+    #: Number of tokens generated after that time / time that they took.
     decode_tokens_per_second: float
 
 
@@ -105,7 +105,7 @@ def bench(
                 "load_seconds": loaded,
                 "preemptions": engine.stats.preemptions,
                 "median": asdict(median),
-                "runs": [asdict(one) for one in runs],
+                "runs": [asdict(run) for run in runs],
                 "machine": asdict(machine),
             }
         )
@@ -121,7 +121,7 @@ def bench(
         ("first token", f"{median.first_token_seconds * 1e3:.1f} ms"),
         ("prefill", f"{median.prefill_tokens_per_second:,.0f} tok/s"),
         ("decode", f"{median.decode_tokens_per_second:,.1f} tok/s"),
-        ("whole run", f"{median.seconds:.3f} s{_spread([one.seconds for one in runs])}"),
+        ("whole run", f"{median.seconds:.3f} s{_spread([run.seconds for run in runs])}"),
     ]
     if engine.stats.preemptions:
         facts.append(("preemptions", f"{engine.stats.preemptions}: the KV cache is too small for this load"))
@@ -131,7 +131,12 @@ def bench(
 def measure(
     engine: Engine, vocab_size: int, prompt_tokens: int, new_tokens: int, concurrency: int
 ) -> Measurement:
-    """Serve `concurrency` random prompts at once and time them."""
+    """Serve `concurrency` random prompts at once and measure the times.
+
+    vocab_size: the number of token ids to draw from
+    prompt_tokens: the length of each prompt
+    new_tokens: the number of tokens to generate for each
+    """
     import numpy as np
 
     from llmc.runtime.sampling import SamplingParams
@@ -182,8 +187,8 @@ def _mode(manifest: Manifest, fast: bool) -> str:
     return f"{how}; weights {weight_format(manifest)}, KV cache {manifest.precision.kv_dtype}"
 
 
-def _row(one: Measurement) -> tuple[float, ...]:
-    return tuple(asdict(one).values())
+def _row(measurement: Measurement) -> tuple[float, ...]:
+    return tuple(asdict(measurement).values())
 
 
 def _spread(values: list[float]) -> str:

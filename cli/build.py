@@ -174,7 +174,7 @@ def build(
         get_format(quant)
     require_build_libraries()
     limit_library_threads()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about what does not concern a build
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings do not concern a build
     if not (sys.stderr.isatty() and output.allows("info")):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from llmc.cli.progress import shown
@@ -250,7 +250,7 @@ def describe_verification(record: Verification) -> str:
 
 
 def describe_kv_cache_loss(manifest: Manifest) -> str:
-    """Describe the loss of a quantized KV cache; "" for a cache in the dtype of the arithmetic."""
+    """Describe the loss of a quantized KV cache; "" for a cache in the compute dtype."""
     if (kv_dtype := manifest.precision.kv_dtype) == manifest.precision.dtype:
         return ""
     from llmc.compiler.verify.figures import recorded
@@ -296,7 +296,7 @@ def _result_record(result: BuildResult) -> dict[str, Any]:
         "precision": asdict(manifest.precision),
         "max_seq_len": manifest.limits.max_seq_len,
         "geometry": asdict(manifest.geometry),
-        "passes": [asdict(one) for one in manifest.passes],
+        "passes": [asdict(report) for report in manifest.passes],
         "verification": asdict(manifest.verification),
     }
 
@@ -371,14 +371,14 @@ def _quantization_lines(plan: QuantPlan) -> list[str]:
 
 
 def _kv_bytes(plan: BuildPlan) -> int:
-    """Return the bytes of KV cache for a token."""
+    """Return the size of a token in the KV cache, in bytes."""
     from llmc.runtime.backends.kv_cache import block_bytes
 
     return block_bytes(plan.geometry, plan.resolved.kv_dtype) // plan.geometry.block_size
 
 
 def _pass_table(plan: BuildPlan) -> str:
-    """Render the matches of each pass, those that the recipe demands, and the near misses."""
+    """Return a table of the matches of each pass, those that the recipe requires, and the near misses."""
     expected = plan.checkpoint.expected_matches
     rows = [("pass", "matches", "expected", "near misses")]
     rows += [

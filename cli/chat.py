@@ -1,4 +1,4 @@
-"""The conversation of `llmc run --chat`: messages from stdin, answers as they come, with the history."""
+"""The conversation of `llmc run --chat`: read messages from stdin, print answers as they are generated."""
 
 from __future__ import annotations
 
@@ -33,14 +33,19 @@ def converse(
     limited: bool,
     streaming: bool,
 ) -> bool:
-    """Answer every line of stdin with the whole conversation in mind. Return whether all were answered.
+    """Answer every line of stdin, given the conversation so far. Return whether all were answered.
 
-    show: prints a finished answer. None: its text is printed, piece by piece if `streaming`.
-    limited: `params.max_tokens` was asked for. Else an answer may fill the context.
+    On a terminal the result is True, because the user has seen the errors.
+
+    system: the system message, if any
+    show: prints a finished answer; None: its text is printed, piece by piece if `streaming`
+    limited: whether the user set `params.max_tokens`; else an answer may fill the context
+
+    Raises RequestError if the model has no chat template, or if stdin has no message.
     """
     assert engine.tokenizer is not None
     if engine.tokenizer.chat_template is None:
-        engine.tokenizer.apply_chat_template([])  # raises the error for this
+        engine.tokenizer.apply_chat_template([])  # raises the RequestError for a missing template
     terminal = _is_terminal()
     if terminal:
         print(_HELP, file=sys.stderr)
@@ -94,7 +99,12 @@ def _answer(
     interrupted: Callable[[], bool],
     streaming: bool,
 ) -> Answer:
-    """Return the answer to a prompt. Ctrl-C ends it early; what there is of it counts."""
+    """Return the answer to a prompt. Ctrl-C ends it early; the tokens generated so far are the answer.
+
+    ids: the token ids of the conversation
+    interrupted: returns whether the user pressed Ctrl-C
+    streaming: whether to print the text as it is generated
+    """
     started = time.perf_counter()
     first = 0.0
     params = seeded(params)
@@ -114,9 +124,9 @@ def _answer(
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Note an interrupt instead of raising KeyboardInterrupt, which would discard the cache.
+    """Record Ctrl-C instead of raising KeyboardInterrupt, which would discard the KV cache.
 
-    A second interrupt raises it.
+    Yields a function that returns whether Ctrl-C was pressed. Pressed again, it raises KeyboardInterrupt.
     """
     seen: list[int] = []
 
@@ -145,7 +155,7 @@ def _is_terminal() -> bool:
 
 
 def _messages(terminal: bool) -> Iterator[str]:
-    """Yield the lines of stdin that are not empty, to its end."""
+    """Yield the lines of stdin that are not empty."""
     if terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  (input() then has a history and keys to edit)

@@ -94,5 +94,5 @@ def _count(number: int, what: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return `text` with control characters escaped: names of tensors may hold any."""
+    """Return `text` with control characters escaped. Names of tensors may contain them."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

@@ -13,7 +13,7 @@ from llmc.cli.text import size, table
 from llmc.runtime.errors import BackendError, LlmcError
 
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*([^;]*?)\s*(?:;\s*(.*))?")
-_USES = {  # extra of llmc ("": none) -> what needs its libraries
+_USES = {  # extra of llmc ("": none) -> the command or target that needs its libraries
     "": "llmc run",
     "build": "llmc build",
     "kernels": "GPU kernels",
@@ -28,19 +28,21 @@ class Library:
     """A library that llmc requires."""
 
     name: str
-    #: The extra of llmc that installs it; "": `llmc run` needs it.
+    #: The extra of llmc that installs it; "" for a library that `llmc run` needs.
     extra: str
     #: The required version, such as ">=1.2,==1.*".
     wanted: str
-    #: The installed version; None: it is missing.
+    #: The installed version; None if it is missing.
     version: str | None
 
     @property
     def fits(self) -> bool:
+        """Whether a suitable version is installed."""
         return self.version is not None and satisfies(self.version, self.wanted)
 
     @property
     def remark(self) -> str:
+        """The problem and how to solve it; "" if the library fits."""
         if self.fits:
             return ""
         from llmc.runtime.installation import install_hint
@@ -59,10 +61,10 @@ def doctor(
     from llmc.runtime.installation import install_hint
 
     machine = Machine.this()
-    found = libraries()
+    required = libraries()
     fault = attention = attention_fault()
     native, native_fault = native_engine()
-    if broken := [library for library in found if library.extra == "" and not library.fits]:
+    if broken := [library for library in required if library.extra == "" and not library.fits]:
         message = f"`llmc run` cannot work here: {broken[0].name} is {broken[0].remark}"
         fault = BackendError(message, install_hint())
     if as_json:
@@ -70,15 +72,15 @@ def doctor(
             {
                 "llmc": __version__,
                 "machine": asdict(machine),
-                "libraries": [{**asdict(library), "fits": library.fits} for library in found],
+                "libraries": [{**asdict(library), "fits": library.fits} for library in required],
                 "openvino_attention": {
                     "passed": attention is None,
                     "fault": attention.message if attention else None,
                 },
                 "native_engine": {"library": native, "fault": native_fault},
                 "run": fault is None,
-                "build": complete(found, "", "build"),
-                **{target: complete(found, "", "build", "kernels", target) for target in _GPU_TARGETS},
+                "build": complete(required, "", "build"),
+                **{target: complete(required, "", "build", "kernels", target) for target in _GPU_TARGETS},
             },
             error_of(fault) if fault else None,
         )
@@ -93,7 +95,7 @@ def doctor(
             ("native engine", native or native_fault or ""),
         ]
         rows = [("LIBRARY", "FOR", "WANTED", "INSTALLED", "")]
-        rows += [(lib.name, _USES[lib.extra], lib.wanted, lib.version or "-", lib.remark) for lib in found]
+        rows += [(lib.name, _USES[lib.extra], lib.wanted, lib.version or "-", lib.remark) for lib in required]
         print(f"{table(facts)}\n\n{table(rows)}")
     if fault:
         raise fault
@@ -105,16 +107,16 @@ def libraries() -> list[Library]:
 
     from llmc.runtime.installation import DISTRIBUTION
 
-    found = []
+    required = []
     for line in requires(DISTRIBUTION) or []:
         match = _REQUIREMENT.fullmatch(line)
         assert match is not None, line
         name, wanted, marker = match[1], match[2], match[3] or ""
         extra = re.search(r"extra == ['\"](.+?)['\"]", marker)
         if (extra is None and marker) or (extra and extra[1] not in _USES):
-            continue  # for another Python, or for developers
-        found.append(Library(name, extra[1] if extra else "", wanted, _installed(name)))
-    return found
+            continue  # needed by another version of Python, or by developers
+        required.append(Library(name, extra[1] if extra else "", wanted, _installed(name)))
+    return required
 
 
 def complete(found: list[Library], *extras: str) -> bool:
@@ -123,7 +125,7 @@ def complete(found: list[Library], *extras: str) -> bool:
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Return whether `version` fits `wanted`. Only `>=` and `==` (with or without `.*`) are known."""
+    """Return whether `version` satisfies `wanted`, such as ">=1.2,==1.*". Only `>=` and `==` work."""
     for clause in filter(None, wanted.replace(" ", "").split(",")):
         operator, number = clause[:2], clause[2:]
         prefix = number.endswith(".*")
@@ -155,7 +157,7 @@ def attention_fault() -> LlmcError | None:
 
 
 def native_engine() -> tuple[str | None, str | None]:
-    """Return the library of the native CPU engine that this CPU takes, or None and the reason."""
+    """Return (library of the native CPU engine for this CPU, None), or (None, the reason for its absence)."""
     from llmc.plugins.cpu import library
 
     try:

@@ -1,4 +1,4 @@
-"""The exit codes of errors, and their texts in the words of the command line."""
+"""The exit codes of errors, and their messages with option names instead of Python names."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ class UsageError(LlmcError):
 
 
 def exit_code(error: LlmcError) -> int:
-    """Return the exit code of an error that llmc raises on purpose."""
+    """Return the exit code of an LlmcError."""
     if isinstance(error, ThresholdError):
         return MISSED
     return USAGE if isinstance(error, UsageError) or error.argument else ERROR
 
 
 def texts_of(error: LlmcError) -> tuple[str, str]:
-    """Return the message and the hint, with options for arguments: max_tokens -> --max-tokens."""
+    """Return the message and the hint, with option names instead of Python names (--max-tokens)."""
     return _in_options(error.message, error.argument), _in_options(error.hint, error.argument)
 
 
 def error_of(error: LlmcError) -> dict[str, Any]:
-    """Return the field `error` of --json, for a command that prints its result and then raises `error`."""
+    """Return the field `error` of the JSON object that a command prints before it raises `error`."""
     message, hint = map(one_line, texts_of(error))
     return output.error_record(type(error).__name__, message, hint, exit_code(error), error.argument)
 
 
 def print_error(error: LlmcError) -> None:
-    """Print the lines `error:` and `hint:` of a command that goes on."""
+    """Print the lines `error:` and `hint:` for an error after which the command continues."""
     message, hint = map(one_line, texts_of(error))
     print(f"error: {message}\nhint: {hint}", file=sys.stderr, flush=True)
 
 
 def one_line(text: str) -> str:
-    """Return `text` in one line, control characters escaped: names of files and tensors may hold any."""
+    """Return `text` as one line with control characters escaped. Names of files may contain them."""
     text = " ".join(text.splitlines())
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _in_options(text: str, argument: str) -> str:
-    """Replace the Python name of an argument where it is in backticks or begins the text."""
+    """Replace the Python name of an argument by its option, in backticks or at the start of the text."""
     if not argument:
         return text
     option = f"--{argument.replace('_', '-')}"

@@ -1,7 +1,7 @@
 """The HTML of `llmc report`: elements whose text is always escaped, tables, and bars in SVG.
 
-Names and figures come from a bundle that anybody may have made. They enter the page as text only: `element`
-escapes everything that is not an `Html` already, and the page's policy allows no script and no address.
+Names and figures come from a bundle, which is not trusted. They enter the page as text only: `element`
+escapes strings that are not `Html`, and the page's content security policy allows no scripts and no requests.
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ footer { margin-top: 3rem; font-size: .9rem; }
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """A string that is valid HTML and is not escaped."""
 
 
 def element(tag: str, *children: str, **attributes: str) -> Html:
     """Return an element. Children that are not Html, and the values of attributes, are escaped.
 
-    attributes: by name, such as `class_` and `aria_hidden`
+    attributes: the names are those of HTML, with `_` for `-` and `class_` for `class`
     """
     names = {name: name.rstrip("_").replace("_", "-") for name in attributes}
-    given = "".join(f' {names[name]}="{_escaped(value)}"' for name, value in attributes.items())
+    attribute_text = "".join(f' {names[name]}="{_escaped(value)}"' for name, value in attributes.items())
     inside = "".join(child if isinstance(child, Html) else _escaped(child) for child in children)
-    return Html(f"<{tag}{given}>{inside}</{tag}>")
+    return Html(f"<{tag}{attribute_text}>{inside}</{tag}>")
 
 
 def page(title: str, body: Iterable[Html]) -> str:
@@ -99,7 +99,10 @@ def paragraph(*text: str) -> Html:
 
 
 def tiles(facts: Iterable[tuple[str, str, str]]) -> Html:
-    """Return the facts to see first. facts: name, value, and "good", "bad" or "" for its colour."""
+    """Return boxes with the most important facts.
+
+    facts: (name, value, colour); the colour is "good", "bad" or ""
+    """
     boxes = (
         element("div", element("b", value, class_=colour), name, class_="tile")
         for name, value, colour in facts
@@ -108,13 +111,13 @@ def tiles(facts: Iterable[tuple[str, str, str]]) -> Html:
 
 
 def fact_table(facts: Iterable[tuple[str, str]]) -> Html:
-    """Return names and what is said of them."""
+    """Return a table of (name, value) rows."""
     rows = (element("tr", element("th", name, scope="row"), element("td", value)) for name, value in facts)
     return element("table", *_lines(rows), class_="facts")
 
 
 def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
-    """Return a table of figures, which scrolls where it is too wide. Each row begins with its name."""
+    """Return a table of figures, which scrolls if it is too wide. Each row begins with its name."""
     head = element("tr", *(element("th", cell, scope="col") for cell in header))
     lines = (
         element(
@@ -131,8 +134,8 @@ def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
 def bars(rows: Iterable[tuple[str, Sequence[float], str]], full: float) -> Html:
     """Return a chart with a bar for each row.
 
-    rows: name, one or two lengths in sequence, and the figure in words
-    full: the length of a whole bar
+    rows: (name, the lengths of one or two parts of the bar, the figure as text)
+    full: the length that fills the bar
     """
     lines = (
         element("tr", element("th", name, scope="row"), element("td", _bar(parts, full)), element("td", text))
@@ -142,7 +145,7 @@ def bars(rows: Iterable[tuple[str, Sequence[float], str]], full: float) -> Html:
 
 
 def legend(first: str, second: str) -> Html:
-    """Return what the two colours of `bars` are."""
+    """Return a legend with the meaning of the two colours of `bars`."""
     keys = (
         element("span", element("svg", element("rect", width="100%", height="100%", class_=colour)), name)
         for colour, name in (("bar", first), ("more", second))
@@ -151,12 +154,12 @@ def legend(first: str, second: str) -> Html:
 
 
 def folded(summary: str, inside: Html) -> Html:
-    """Return something that is shown when the reader asks for it."""
+    """Return a section that is collapsed until the reader opens it."""
     return element("details", element("summary", summary), inside)
 
 
 def _bar(parts: Sequence[float], full: float) -> Html:
-    """Return a bar: `parts` one after another, in percent of `full` so that it fits every width."""
+    """Return a bar with `parts` next to each other. Widths are percentages of `full`."""
     drawn, start = [element("rect", width="100%", height="100%")], 0.0
     for colour, part in zip(("bar", "more"), parts, strict=False):
         width = min(max(0.0, 100 * part / full), 100 - start) if full > 0 else 0.0
@@ -170,7 +173,7 @@ def _escaped(text: str) -> str:
 
 
 def _lines(parts: Iterable[Html]) -> Iterable[Html]:
-    """Yield each part in a line of its own, for people who read the source."""
+    """Yield each part on a new line, so that the page's source can be read."""
     for part in parts:
         yield Html("\n")
         yield part

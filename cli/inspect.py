@@ -96,7 +96,8 @@ def inspect(
         ("fidelity", describe_verification(manifest.verification)),
         (
             "passes",
-            ", ".join(f"{one.name} {one.matches}" for one in manifest.passes if one.matches) or "none",
+            ", ".join(f"{report.name} {report.matches}" for report in manifest.passes if report.matches)
+            or "none",
         ),
         ("built by", ", ".join([f"llmc {manifest.producer.llmc}", *libraries])),
         ("integrity", "every byte verified" if verify else "sizes verified; --verify hashes every byte"),
@@ -109,7 +110,7 @@ def inspect(
 
 
 def total_bytes(bundle: Bundle) -> int:
-    """Return the size of a bundle, the manifest included."""
+    """Return the size of a bundle in bytes, with its manifest."""
     from llmc.runtime.bundle.manifest import MANIFEST_NAME
 
     manifest = (bundle.path / MANIFEST_NAME).stat().st_size
@@ -121,7 +122,7 @@ def describe_weights(manifest: Manifest) -> str:
     plan, weights = manifest.quantization, manifest.weights
     if plan is None:
         return f"{weights.dtype}: {weights.note}" if weights.note else weights.dtype
-    names = ("format", "modules", "bits_per_parameter")  # an open field: any of them may be missing
+    names = ("format", "modules", "bits_per_parameter")  # the manifest may lack any of them
     return ", ".join(f"{name.replace('_', ' ')} {plan[name]}" for name in names if name in plan)
 
 
@@ -149,12 +150,12 @@ def print_program(bundle: Bundle) -> None:
             "build it with --engine native",
         )
     program = Program.from_json(bundle.engine_path().read_bytes())
-    for number, one in enumerate(program.instructions):
-        print(f"{number:5}  {describe(one)}")
+    for number, instruction in enumerate(program.instructions):
+        print(f"{number:5}  {describe(instruction)}")
 
 
 def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:
-    """Return the format and its recorded loss; None for weights that are not quantized."""
+    """Return the quantization format and its recorded loss; None if the weights are not quantized."""
     if manifest.quantization is None:
         return None
     loss = manifest.verification.details.get("quantization_loss")
@@ -163,7 +164,7 @@ def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:
 
 
 def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
-    """Describe the quantization loss; for a pre-quantized checkpoint, that of activation quantization."""
+    """Describe the quantization loss. For a pre-quantized checkpoint: that of activation quantization."""
     if manifest.quantization is None:
         return []
     from llmc.compiler.verify.figures import recorded
@@ -187,28 +188,31 @@ def describe_loss(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def describe_worst(manifest: Manifest) -> list[tuple[str, str]]:
-    """Describe the layers with the largest error: of outputs on the calibration text, else of weights."""
+    """Describe the layers with the largest errors of outputs on the calibration text, or else of weights."""
     what, errors = module_errors(manifest)
     listed = ", ".join(f"{module} {error}" for module, error in errors)
     return [("worst layers", f"relative error of the {what}: {listed}")] if errors else []
 
 
 def module_errors(manifest: Manifest) -> tuple[str, list[tuple[str, float]]]:
-    """Return "output" or "weight", and the errors recorded of that by module, the largest first."""
+    """Return the recorded (module, relative error), the largest first, and what they are errors of.
+
+    That is "output" or "weight", and "" if no errors are recorded.
+    """
     for what in ("output", "weight"):
         errors = (manifest.quantization or {}).get(f"largest_{what}_errors")
-        found = [
+        numbers = [
             (module, error)
             for module, error in (errors.items() if isinstance(errors, Mapping) else ())
             if isinstance(error, (int, float)) and not isinstance(error, bool)
         ]
-        if found:
-            return what, sorted(found, key=lambda item: (-item[1], item[0]))
+        if numbers:
+            return what, sorted(numbers, key=lambda item: (-item[1], item[0]))
     return "", []
 
 
 def describe_gpu(manifest: Manifest) -> list[tuple[str, str]]:
-    """Describe the GPUs, the largest step and the kernels of an engine for GPUs."""
+    """Describe the GPUs, the largest step and the kernels of a GPU engine."""
     gpu = manifest.gpu
     if gpu is None:
         return []

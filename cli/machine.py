@@ -15,24 +15,26 @@ from llmc.runtime.memory import available_memory, total_memory
 class Machine:
     """The machine that this process runs on."""
 
-    #: Python's version.
+    #: The version of Python.
     python: str
+    #: The operating system and its version.
     system: str
     #: The name of the processor.
     cpu: str
-    #: Logical CPUs that this process may use.
+    #: The number of logical CPUs that this process may use.
     cores: int
-    #: Bytes; None: the system does not say.
+    #: The size of the memory in bytes; None if it is not known.
     memory: int | None
-    #: Bytes that can be used without swapping; None: the system does not say.
+    #: The memory that can be used without swapping, in bytes; None if it is not known.
     available_memory: int | None
-    #: The container's limit in bytes, if it has one; it is in the figures above.
+    #: The container's memory limit in bytes, if it has one. `memory` and `available_memory` respect it.
     memory_limit: int | None
-    #: The container's quota in CPUs, if it has one; it is in `cores`.
+    #: The container's CPU quota, if it has one. `cores` respects it.
     cpu_quota: int | None
 
     @staticmethod
     def this() -> Machine:
+        """Return the machine that this process runs on."""
         limits = cgroup.limits()
         return Machine(
             python=platform.python_version(),
@@ -47,7 +49,7 @@ class Machine:
 
 
 def _fields(path: str) -> dict[str, str]:
-    """Return the `name: value` lines of a file, the first line of each name."""
+    """Return the `name: value` lines of a file. The first line of each name counts."""
     fields: dict[str, str] = {}
     try:
         text = Path(path).read_text(errors="replace")

@@ -8,7 +8,7 @@
     130  interrupted (128 + SIGINT)
     141  the reader of the output closed it (128 + SIGPIPE)
 
-Nothing is imported here before it is needed: `llmc run` must start fast.
+Modules are imported only when they are needed, because `llmc run` must start fast.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ def _run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()  # a full disk or a closed pipe must show here, not when Python shuts down
         return code
     except KeyboardInterrupt as error:
-        # CPython notes an interrupt that passes through an `exec` of text (as imports do). Under `python -m`
-        # it then dies by SIGINT in the end, although this caught it. The next such call clears the note.
+        # CPython records a KeyboardInterrupt that passes through `exec` of a string, as in an import. Under
+        # `python -m` the process then ends by SIGINT, even if the exception is caught. The next `exec` or
+        # `eval` of a string clears that record.
         eval("None")
         return report(error, INTERRUPTED, "interrupted", "nothing was left half-written")
     except BrokenPipeError as error:
@@ -81,9 +82,11 @@ def _run(arguments: Sequence[str]) -> int:
 def report(
     error: BaseException, code: int, message: str, hint: str, kind: str = "", argument: str = ""
 ) -> int:
-    """Print the lines `error:` and `hint:`, and the traceback if it is asked for. Return `code`.
+    """Print the lines `error:` and `hint:`, and the traceback if LLMC_TRACEBACK is set. Return `code`.
 
-    kind, argument: the fields of the JSON object that --json asks for
+    code: the exit code
+    kind: the field `kind` of the error with --json, by default the class of `error`
+    argument: the refused argument, by its Python name; "" if there is none
     """
     message, hint = one_line(message), one_line(hint or f"{TRACEBACK}=1 shows where it happened")
     output.print_error(output.error_record(kind or type(error).__name__, message, hint, code, argument))
@@ -130,14 +133,14 @@ def _missing_library(error: ModuleNotFoundError) -> int:
 def _os_error(error: OSError) -> int:
     message = f"{error.filename or 'cannot write'}: {error.strerror or error}"
     if error.errno in _OUT_OF_SPACE:
-        _discard_output()  # which may be what found no space
+        _discard_output()  # stdout may be the file that has no space
         hint = "free some space, or write elsewhere; temporary files go to TMPDIR"
         return report(error, ERROR, message, hint, "OSError")
     return report(error, ERROR, message, "check the path and its permissions", "OSError")
 
 
 def _output_is_closed() -> bool:
-    """Return whether the closed pipe is stdout, and not another one."""
+    """Return whether stdout is a closed pipe."""
     import select
 
     try:
@@ -149,7 +152,7 @@ def _output_is_closed() -> bool:
 
 
 def _discard_output() -> None:
-    """Redirect stdout to nowhere: its buffer would fail again, with a traceback, when Python shuts down."""
+    """Redirect stdout to the null device. Else its buffer would fail again when Python shuts down."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -1,6 +1,6 @@
-"""What a command prints: its result on stdout, everything else on stderr, as much as --log-level allows.
+"""The output of commands: results on stdout, everything else on stderr, filtered by --log-level.
 
-With --json a command prints one JSON object (`llmc run`: one a line). All objects begin with the same fields:
+With --json a command prints one JSON object (`llmc run`: one per prompt). All objects have these fields:
 
     schema_version  the version of the fields; new fields do not change it
     command         the command, such as "build" or "zoo list"
@@ -26,21 +26,25 @@ import typer
 from llmc.cli import streams
 
 SCHEMA_VERSION = 1
-LEVELS = ("error", "warning", "info", "debug")  # each prints what those before it print
-PANEL = "Output"
-_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}  # for some readers of lines
+LEVELS = ("error", "warning", "info", "debug")  # each includes those before it
+PANEL = "Output"  # the title of a group of options in the help
+# Characters that some readers take for the end of a line. JSON escapes them.
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.", rich_help_panel=PANEL)]
 
 
 class State:
-    """What the running command was asked to print, and what it has printed."""
+    """The output settings of the running command, and whether it has printed its error."""
 
     def __init__(self) -> None:
+        #: The command, such as "build" or "zoo list".
         self.command = ""
+        #: Whether --json was given.
         self.json = False
+        #: The --log-level, one of LEVELS.
         self.level = "info"
-        #: Whether the error of the command is part of an object on stdout already.
+        #: Whether a JSON object with the command's error has been printed.
         self.error_printed = False
 
 
@@ -53,13 +57,13 @@ def allows(level: str) -> bool:
 
 
 def start(command: str, as_json: bool) -> None:
-    """Forget the command before. Call this at the start of each."""
+    """Reset the state at the start of a command."""
     state.__init__()  # type: ignore[misc]
     state.command, state.json = command, as_json
 
 
 def note(text: str) -> None:
-    """Print a line that needs no action, unless --log-level is `error`."""
+    """Print a note, which needs no action, unless --log-level is `error`."""
     if allows("warning"):
         print(f"note: {text}", file=sys.stderr)
 
@@ -67,7 +71,8 @@ def note(text: str) -> None:
 def print_json(record: Mapping[str, Any], error: Mapping[str, Any] | None = None) -> None:
     """Print an object of the schema as one line.
 
-    error: what `error_record` returned, if the command fails after this
+    record: the fields of the command
+    error: the result of `error_record`, if the command fails
     """
     head = {"schema_version": SCHEMA_VERSION, "command": state.command, "ok": error is None}
     state.error_printed = error is not None
@@ -78,7 +83,11 @@ def print_json(record: Mapping[str, Any], error: Mapping[str, Any] | None = None
 
 
 def error_record(kind: str, message: str, hint: str, exit_code: int, argument: str = "") -> dict[str, Any]:
-    """Return the field `error`. argument: the refused argument, by its Python name."""
+    """Return the field `error` of a JSON object.
+
+    kind: the class of the error
+    argument: the refused argument, by its Python name; "" if there is none
+    """
     return {
         "kind": kind,
         "message": message,
@@ -89,7 +98,7 @@ def error_record(kind: str, message: str, hint: str, exit_code: int, argument: s
 
 
 def print_error(record: Mapping[str, Any]) -> None:
-    """Print the object of a command that failed, if --json is given and none has the error yet."""
+    """Print the JSON object of a failed command, unless --json is missing or the error has been printed."""
     if state.json and not state.error_printed:
         with contextlib.suppress(OSError, ValueError):  # stdout may be what failed
             print_json({}, record)
@@ -98,9 +107,9 @@ def print_error(record: Mapping[str, Any]) -> None:
 def with_levels(
     function: Callable[..., None], panels: Mapping[str, Sequence[str]] | None = None
 ) -> Callable[..., None]:
-    """Give a command the options --quiet, --verbose and --log-level.
+    """Return the command `function` with the additional options --quiet, --verbose and --log-level.
 
-    panels: title of a group in the help -> the parameters of its options
+    panels: title of a group of options in the help -> their parameters
     """
     levels = {
         "quiet": Annotated[
@@ -135,7 +144,9 @@ def with_levels(
     for title, names in (panels or {}).items():
         for name in names:
             hints[name].__metadata__[0].rich_help_panel = title
-    parameters = [one.replace(annotation=hints[name]) for name, one in signature.parameters.items()]
+    parameters = [
+        parameter.replace(annotation=hints[name]) for name, parameter in signature.parameters.items()
+    ]
     defaults = {"quiet": False, "verbose": False, "log_level": None}
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=defaults[name])
@@ -148,10 +159,11 @@ def with_levels(
 
 
 def _level(quiet: bool, verbose: bool, log_level: str | None) -> str:
-    given = [name for name, on in (("--quiet", quiet), ("--verbose", verbose)) if on]
-    given += ["--log-level"] if log_level is not None else []
-    if len(given) > 1:
-        raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
+    """Return the level that the three options select. Raises BadParameter if they exclude each other."""
+    options = [name for name, on in (("--quiet", quiet), ("--verbose", verbose)) if on]
+    options += ["--log-level"] if log_level is not None else []
+    if len(options) > 1:
+        raise typer.BadParameter(f"{' and '.join(options)} exclude each other")
     if log_level is not None and log_level not in LEVELS:
         raise typer.BadParameter(
             f"{log_level!r} is not one of {', '.join(LEVELS)}", param_hint="'--log-level'"
@@ -160,6 +172,11 @@ def _level(quiet: bool, verbose: bool, log_level: str | None) -> str:
 
 
 def _reflowed(text: str) -> str:
-    """Join the lines of each paragraph, except those that begin with a backspace: help keeps line breaks."""
+    """Join the lines of each paragraph, because the help keeps line breaks.
+
+    Paragraphs that begin with a backspace are not changed, as in click.
+    """
     paragraphs = text.split("\n\n")
-    return "\n\n".join(one if one.startswith("\b") else " ".join(one.split()) for one in paragraphs)
+    return "\n\n".join(
+        paragraph if paragraph.startswith("\b") else " ".join(paragraph.split()) for paragraph in paragraphs
+    )

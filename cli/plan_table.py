@@ -1,4 +1,4 @@
-"""A quantization plan as lines of text. Layers that differ only in their number share a row."""
+"""Format a quantization plan as lines of text. Layers that differ only in their number share a row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def plan_lines(plan: QuantPlan) -> list[str]:
-    """Return the plan as a table, layers with equal decisions in one row, and its size."""
+    """Return the plan as a table, with equal layers in one row, and a line with the size of the weights."""
     rows = []
     for module in plan.modules:
         if module.format:
@@ -35,14 +35,13 @@ def plan_lines(plan: QuantPlan) -> list[str]:
 
 
 def prequantized_plan_lines(plan: PrequantizedPlan) -> list[str]:
-    """Return the same for a pre-quantized checkpoint, with its producer and notes."""
+    """Return `plan_lines` for a pre-quantized checkpoint, with its producer and notes."""
     made_by = f", written by {plan.producer}" if plan.producer else ""
     return [*plan_lines(plan), f"codes and scales of the checkpoint: {plan.recipe}{made_by}", *plan.notes]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of `head` and `rows`, in columns. The first cell of a row is a module's name.
-
+    """Return the lines of a table. The first cell of a row is a module's name; equal layers are merged.
     model.layers.0.mlp.up_proj, model.layers.1.mlp.up_proj -> model.layers.0-1.mlp.up_proj
     """
     merged: dict[tuple[str, ...], list[int]] = {}

@@ -1,6 +1,6 @@
-"""The progress of a command on stderr: drawn on a terminal, a line for each phase anywhere else.
+"""Show the progress of a command on stderr: bars on a terminal, else a line for each phase.
 
-`--log-level` says how much: `error` nothing, `warning` notes, `info` phases too, `debug` their durations too.
+With --log-level `warning` only notes are shown, with `info` also phases, with `debug` also their durations.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from types import TracebackType
 from llmc.cli import output
 from llmc.compiler.progress import Progress
 
-_FIRST, _EVERY = 10.0, 30.0  # seconds in a phase until the first line about it, and between two of them
+_FIRST, _EVERY = 10.0, 30.0  # seconds until the first line about a running phase, and between later lines
 
 
 @contextlib.contextmanager
 def shown(title: str = "") -> Iterator[Progress]:
-    """Yield the progress that fits stderr and --log-level.
+    """Yield a Progress that suits stderr and --log-level.
 
-    title: what is going on, which is printed at once: heavy imports follow
+    title: the line that is printed first, before heavy imports
     """
     if not output.allows("info"):
         yield Notes()
@@ -38,7 +38,7 @@ def shown(title: str = "") -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Show `what` on a terminal until the work is done, and nothing anywhere else."""
+    """On a terminal, show `what` while the block runs. Elsewhere show nothing."""
     if not (sys.stderr.isatty() and output.allows("info")):
         yield
         return
@@ -50,7 +50,10 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def remaining(done: int, total: int, seconds: float) -> str:
-    """Return an estimate of the time that a phase still takes: ", about 40 s left"; "" without a basis."""
+    """Estimate the remaining time of a phase, as text: ", about 40 s left"; "" if it cannot be estimated.
+
+    seconds: the time that `done` of `total` units took
+    """
     if not 0 < done < total:
         return ""
     left = seconds / done * (total - done)
@@ -71,10 +74,10 @@ class Notes:
 
 
 class Lines:
-    """A Progress that prints a line when a phase begins, and at intervals how far a long one is.
+    """A Progress that prints a line when a phase begins, and further lines at intervals while it runs.
 
-    The intervals are kept by a thread: systems for continuous integration stop a job that prints nothing,
-    and a phase may compute for minutes without a report.
+    A thread prints them, because a phase may run for minutes without a report, and CI systems stop a job that
+    prints nothing.
     """
 
     def __init__(self, title: str = "", first: float = _FIRST, every: float = _EVERY) -> None:
@@ -136,7 +139,7 @@ class Lines:
         return f"{share} %{remaining(self._done, self._total, time.perf_counter() - self._start)}"
 
     def _print(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody reads: the build goes on
+        with contextlib.suppress(OSError, ValueError):  # if stderr is closed, the build continues
             print(f"[{time.perf_counter() - self._begin:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 

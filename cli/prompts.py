@@ -1,4 +1,4 @@
-"""The prompts of `llmc run`: one text, or the lines of a file as plain text or as JSON objects (JSONL)."""
+"""Read the prompts of `llmc run`: one text, or the lines of a file as plain text or JSON objects (JSONL)."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ _KINDS = ("prompt", "messages")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, or the reason why a line holds none."""
+    """A prompt, or the error of a line that is not one."""
 
-    #: What the prompt is called in the output: its text, or the last message.
+    #: The prompt, or a description of it in the output: the last message, or the list of token ids.
     text: str
-    #: The file and line that it came from; "": the command line.
+    #: The file and line that it came from; "" for the command line.
     where: str = ""
-    #: The token ids to continue. None: those of the text.
+    #: The token ids to continue; None: `text` or `messages` are encoded.
     token_ids: list[Any] | None = None
-    #: The conversation to continue, in the chat template.
+    #: The conversation to continue, in the chat template; None: there is none.
     messages: list[Any] | None = None
-    #: The line's own name for it.
+    #: The id that the line sets.
     id: str | int | None = None
     #: The sampling parameters that the line sets.
     options: Mapping[str, Any] = field(default_factory=dict)
+    #: The reason why the line is not a prompt.
     error: RequestError | None = None
 
 
 def read_prompts(prompt: str | None, file: str | None) -> list[Prompt]:
-    """Return the prompts that the command line names. A line that cannot be used has an `error`.
+    """Return the prompts that the command line selects. For a line that is not a prompt, `error` is set.
+
+    prompt: the prompt argument; "-" for stdin
+    file: the file of --prompts; "-" for stdin
 
     Raises RequestError if there is no prompt, or the file cannot be read.
     """
@@ -59,7 +63,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[Prompt]:
 
 
 def _is_jsonl(file: str, lines: list[str]) -> bool:
-    """Return whether lines are JSON objects: by the name of the file, else by an object with a prompt."""
+    """Return whether lines are JSON objects: by the file's suffix, or if one is an object with a prompt."""
     if Path(file).suffix.lower() in JSONL_SUFFIXES:
         return True
     return lines[0].lstrip().startswith("{") and any(map(_is_object_with_prompt, lines))
@@ -100,12 +104,12 @@ def _read_json(line: str, where: str) -> Prompt:
     name = record.pop("id", None)
     if not isinstance(name, str | int | None) or isinstance(name, bool):
         return _bad(where, f"id is {name!r}", "id must be a text or a whole number")
-    given = [kind for kind in _KINDS if kind in record]
-    if len(given) != 1:
-        message = "the line has a prompt and messages" if given else "the line has no prompt and no messages"
+    kinds = [kind for kind in _KINDS if kind in record]
+    if len(kinds) != 1:
+        message = "the line has a prompt and messages" if kinds else "the line has no prompt and no messages"
         return _bad(where, message, "give one of them", name)
-    value = record.pop(given[0])
-    known = [one.name for one in fields(SamplingParams)]
+    value = record.pop(kinds[0])
+    known = [parameter.name for parameter in fields(SamplingParams)]
     for key in record:
         if key not in known:
             return _bad(
@@ -115,7 +119,7 @@ def _read_json(line: str, where: str) -> Prompt:
         SamplingParams(**record)
     except RequestError as error:
         return _bad(where, error.message, error.hint, name)
-    if given == ["messages"]:
+    if kinds == ["messages"]:
         if not isinstance(value, list):
             return _bad(where, "messages is no list", 'such as [{"role": "user", "content": "Hello"}]', name)
         return Prompt(_last_text(value), where, messages=value, id=name, options=record)
@@ -146,10 +150,13 @@ def _is_utf8(text: str) -> bool:
 
 
 def _read(file: str, name: str, errors: str = "strict") -> str:
-    """Return the text of a file, or of stdin, in one form from every editor.
+    """Return the text of a file, or of stdin for "-".
 
-    That is without a byte order mark and the last newline, and with LF for CRLF.
-    errors: Python's name of what happens to bytes that are not UTF-8.
+    name: the name of the file in messages
+    errors: Python's error handler for bytes that are not UTF-8
+
+    The byte order mark and the last newline are removed, and CRLF becomes LF.
+    Raises RequestError if the file cannot be read or is not UTF-8.
     """
     if file == "-" and sys.stdin is None:
         raise RequestError("stdin is closed", "give the prompt as an argument, or --prompts FILE")

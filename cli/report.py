@@ -17,15 +17,17 @@ from llmc.runtime.errors import RequestError
 if TYPE_CHECKING:
     from llmc.runtime.bundle.reader import Bundle
 
-_MAX_BENCH_BYTES = 2**20
-_MAX_FIGURE = 1e15
+_MAX_BENCH_BYTES = 2**20  # of the file given with --bench
+_MAX_FIGURE = 1e15  # larger numbers in that file are refused
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A result of `llmc bench --json`; the figures are medians."""
+    """A result of `llmc bench --json`. The figures are medians, defined in `bench.Measurement`."""
 
+    #: A description of the prompts.
     workload: str
+    #: A description of the processor.
     machine: str
     seconds: float
     first_token_seconds: float
@@ -77,6 +79,7 @@ def report(
 
 
 def _check_output(output: Path, bundle: Bundle, force: bool) -> None:
+    """Raise RequestError if the page must not be written to `output`."""
     if output.is_dir():
         raise RequestError(f"{output} is a directory", "name a file with `--output`")
     if os.path.lexists(output) and not force:
@@ -88,7 +91,7 @@ def _check_output(output: Path, bundle: Bundle, force: bool) -> None:
 
 
 def _write(output: Path, data: bytes) -> None:
-    """Write the page so that it appears whole or not at all."""
+    """Write the page atomically: `output` is either complete or not written."""
     draft = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     try:
         with open(draft, "xb") as file:
@@ -99,9 +102,10 @@ def _write(output: Path, data: bytes) -> None:
 
 
 def read_benchmarks(path: Path, bundle: Bundle) -> list[Benchmark]:
-    """Return the results in a file, one a line.
+    """Return the benchmark results in a file, which has one per line.
 
-    Raises RequestError if a line is not such a result, or is one of another bundle.
+    Raises RequestError if the file has no results or is too large, if a line is not a result of
+    `llmc bench --json`, or if it was measured on another bundle.
     """
     hint = f"write the file with `llmc bench {bundle.path.name} --json > {path}`"
     with open(path, "rb") as file:
@@ -128,7 +132,7 @@ def read_benchmarks(path: Path, bundle: Bundle) -> list[Benchmark]:
 
 
 def _benchmark(record: Any) -> Benchmark:
-    """Return a result. Raises ValueError, KeyError or TypeError if it is none."""
+    """Parse a result. Raises ValueError, KeyError or TypeError for anything else."""
     if record["command"] != "bench" or record["ok"] is not True:
         raise ValueError("not a result")
     count, prompt, new = (
@@ -136,7 +140,7 @@ def _benchmark(record: Any) -> Benchmark:
     )
     each = f"{count:,} x " if count > 1 else ""
     machine = record["machine"]
-    names = [one.name for one in fields(Benchmark)][2:]
+    names = [field.name for field in fields(Benchmark)][2:]
     return Benchmark(
         workload=f"{each}{prompt:,} prompt tokens, {new:,} new ones",
         machine=f"{machine['cpu']}, {int(_figure(machine['cores']))} cores",
@@ -151,12 +155,13 @@ def _figure(value: Any) -> float:
 
 
 def _subject(record: Any) -> list[Any]:
-    """Return what a result says of the bundle that it measured."""
+    """Return the fields of a result that identify the measured bundle, as `_expected` does."""
     precision = record["precision"]
     return [record["source"], record["engine"], precision["dtype"], precision["kv_dtype"], record["weights"]]
 
 
 def _expected(bundle: Bundle) -> list[Any]:
+    """Return the values that `_subject` returns for a result of `bundle`."""
     from llmc.cli.bench import weight_format
 
     manifest = bundle.manifest

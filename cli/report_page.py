@@ -1,4 +1,4 @@
-"""The page of `llmc report`: what each section says about a bundle."""
+"""The sections of the page that `llmc report` writes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from llmc.runtime.bundle.manifest import Manifest
     from llmc.runtime.bundle.reader import Bundle
 
-_SEQUENCES = (1, 4, 16, 64)
-_CONTEXTS = 5  # rows: the whole context, a half, a quarter ...
+_SEQUENCES = (1, 4, 16, 64)  # columns of the table of KV cache memory
+_CONTEXTS = 5  # rows of that table: the whole context, a half, a quarter, ...
 
 
 def report_page(bundle: Bundle, benchmarks: Sequence[Benchmark]) -> str:
@@ -121,7 +121,7 @@ def _verification(manifest: Manifest) -> Html:
 
 
 def _quantization(manifest: Manifest) -> Iterator[Html]:
-    """Yield the section about what is quantized, weights and KV cache; nothing if neither is."""
+    """Yield the section about quantization loss; nothing if neither weights nor KV cache are quantized."""
     from llmc.compiler.verify.figures import recorded
 
     figures, cache = recorded(manifest), describe_kv_cache_loss(manifest)
@@ -154,7 +154,7 @@ def _quantization(manifest: Manifest) -> Iterator[Html]:
 
 
 def _layers(manifest: Manifest) -> Iterator[Html]:
-    """Yield the chart of the errors that the manifest records for single layers."""
+    """Yield the chart of the layers with the largest errors that the manifest records."""
     what, errors = module_errors(manifest)
     if errors:
         yield element("h3", "Layers with the largest error")
@@ -165,7 +165,7 @@ def _layers(manifest: Manifest) -> Iterator[Html]:
 
 
 def _memory(manifest: Manifest) -> Html:
-    """Return the memory of the KV cache, by context and sequences, and beside that of the weights."""
+    """Return the section about the memory of the KV cache and of the weights."""
     from llmc.runtime.backends.kv_cache import block_bytes
 
     geometry, longest = manifest.geometry, manifest.limits.max_seq_len
@@ -207,17 +207,17 @@ def _speed(benchmarks: Sequence[Benchmark]) -> Iterator[Html]:
     header = ("workload", "first token", "prefill", "decode", "whole run")
     rows = [
         (
-            one.workload,
-            f"{one.first_token_seconds * 1e3:,.1f} ms",
-            f"{one.prefill_tokens_per_second:,.0f} tok/s",
-            f"{one.decode_tokens_per_second:,.1f} tok/s",
-            f"{one.seconds:,.3f} s",
+            benchmark.workload,
+            f"{benchmark.first_token_seconds * 1e3:,.1f} ms",
+            f"{benchmark.prefill_tokens_per_second:,.0f} tok/s",
+            f"{benchmark.decode_tokens_per_second:,.1f} tok/s",
+            f"{benchmark.seconds:,.3f} s",
         )
-        for one in benchmarks
+        for benchmark in benchmarks
     ]
-    speeds = [one.decode_tokens_per_second for one in benchmarks]
+    speeds = [benchmark.decode_tokens_per_second for benchmark in benchmarks]
     chart = [(row[0], [speed], row[3]) for row, speed in zip(rows, speeds, strict=True)]
-    machines = ", ".join(dict.fromkeys(one.machine for one in benchmarks))
+    machines = ", ".join(dict.fromkeys(benchmark.machine for benchmark in benchmarks))
     yield section(
         "Speed",
         paragraph("Measured by ", element("code", "llmc bench"), f" on {machines}."),
@@ -230,7 +230,7 @@ def _speed(benchmarks: Sequence[Benchmark]) -> Iterator[Html]:
 def _files(bundle: Bundle) -> Html:
     manifest = bundle.manifest
     files = [(name, f"{record.bytes:,}", record.sha256[:12]) for name, record in manifest.files.items()]
-    passes = [(one.name, f"{one.matches:,}", f"{one.near_misses:,}") for one in manifest.passes]
+    passes = [(report.name, f"{report.matches:,}", f"{report.near_misses:,}") for report in manifest.passes]
     return section(
         "Files and passes",
         folded(f"{len(files)} files besides the manifest", grid(("file", "bytes", "sha256"), files)),

@@ -19,7 +19,7 @@ from llmc.cli.prompts import Prompt, read_prompts
 from llmc.cli.serve import Answer, Failure, serve
 from llmc.runtime.errors import RequestError
 
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}  # unit -> power of two
 
 
 def run(
@@ -132,14 +132,14 @@ def run(
         "seed": seed,
         "stop": tuple(stop) if stop else None,
     }
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    chosen_options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     _check_options(
-        given, greedy, chat, system, "--json" if as_json else "--prompts" if prompts else "", stream
+        chosen_options, greedy, chat, system, "--json" if as_json else "--prompts" if prompts else "", stream
     )
-    read = [] if conversation else read_prompts(prompt, prompts)
-    if read and all(one.error for one in read):  # there is nothing to load the bundle for
-        for one in read:
-            _print_failure(Failure(one, one.error), as_json)  # type: ignore[arg-type]
+    requests = [] if conversation else read_prompts(prompt, prompts)
+    if requests and all(request.error for request in requests):  # there is nothing to load the bundle for
+        for request in requests:
+            _print_failure(Failure(request, request.error), as_json)  # type: ignore[arg-type]
         raise typer.Exit(ERROR)
     started = time.perf_counter()
     with waiting(f"loading {bundle} ..."):
@@ -151,20 +151,22 @@ def run(
         raise RequestError(f"{bundle} has no tokenizer", "rebuild it from a checkpoint with a tokenizer.json")
     loaded = time.perf_counter() - started
     as_object = functools.partial(_print_json, bundle=bundle, loaded=loaded)
-    params = replace(SamplingParams() if greedy else engine.default_params, **given)
+    params = replace(SamplingParams() if greedy else engine.default_params, **chosen_options)
     streaming = sys.stdout.isatty() if stream is None else stream
     streaming = streaming and prompts is None and not as_json
     if conversation:
         from llmc.cli.chat import converse
 
         show, streaming = as_object if as_json else None, stream is not False
-        if not converse(engine, params, system, show, limited="max_tokens" in given, streaming=streaming):
+        if not converse(
+            engine, params, system, show, limited="max_tokens" in chosen_options, streaming=streaming
+        ):
             raise typer.Exit(ERROR)
         return
     answers: list[Answer] = []
     failed = False
     try:
-        results = serve(engine, read, params, chat, _print_piece if streaming else _ignore, system)
+        results = serve(engine, requests, params, chat, _print_piece if streaming else _ignore, system)
         for number, result in enumerate(results, 1):
             if isinstance(result, Failure):
                 failed = True
@@ -207,7 +209,10 @@ def _check_options(
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of "512M", "2G", "1.5GiB" or a plain number; the units are powers of 1024."""
+    """Return a size such as "512M", "2G", "1.5GiB" or "1000" in bytes. Units are powers of 1024.
+
+    Raises BadParameter for anything else.
+    """
     import math
 
     digits = text.strip().upper().removesuffix("B").removesuffix("I")

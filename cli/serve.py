@@ -1,4 +1,4 @@
-"""Answers to many prompts at once, in the order of the prompts."""
+"""Answer many prompts at once, and yield the answers in the order of the prompts."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished prompt. Seconds count from the moment when the engine got all prompts."""
+    """The answer to a prompt. Times are measured from the start of `serve`."""
 
     prompt: Prompt
     output: RequestOutput
+    #: The time until the answer was complete.
     seconds: float
+    #: The time until its first token.
     first_token_seconds: float
-    #: The seed of its draws; None: decoding was greedy.
+    #: The seed of its sampling; None if decoding was greedy.
     seed: int | None
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A line that is no prompt, or a prompt that the engine refused."""
+    """A line that is not a prompt, or a prompt that the engine refused."""
 
     prompt: Prompt
     error: RequestError
@@ -44,11 +46,15 @@ def serve(
     on_text: Callable[[str], None] = lambda text: None,
     system: str | None = None,
 ) -> Iterator[Answer | Failure]:
-    """Run all prompts at once. Yield each result as soon as it and those before it are finished.
+    """Run all prompts at once. Yield the results in order, each as soon as it and those before are finished.
 
-    params: for prompts that set none. on_text: is called with every new piece of text, of any prompt.
-    system: the system message of prompts in the chat template.
-    Raises RequestError for a prompt of the command line that is refused. One of a file is a Failure.
+    params: the sampling parameters that a prompt does not set itself
+    chat: whether each prompt is put into the chat template, as the user's message
+    on_text: called with every new piece of text, of any prompt
+    system: the system message for the chat template
+
+    Raises RequestError if the engine refuses a prompt of the command line. A prompt of a file that cannot be
+    run is a Failure.
     """
     started = time.perf_counter()
     ids: dict[str, int] = {}
@@ -81,7 +87,7 @@ def serve(
 
 
 def seeded(params: SamplingParams) -> SamplingParams:
-    """Return `params` with a random seed if they draw without one, so that the answer can be repeated."""
+    """Return `params` with a random seed if they sample without one, so that the answer can be repeated."""
     if params.seed is not None or params.temperature == 0:
         return params
     return replace(params, seed=int.from_bytes(os.urandom(4), "little"))
@@ -105,7 +111,7 @@ def _add(engine: Engine, prompt: Prompt, params: SamplingParams, chat: bool, sys
 
 
 def encode_chat(engine: Engine, messages: list[Any], system: str | None) -> list[int]:
-    """Return the token ids of a conversation, with the system message first unless it has one already."""
+    """Return the token ids of a conversation. `system` comes first, unless there is a system message."""
     has_one = isinstance(messages[0], dict) and messages[0].get("role") == "system" if messages else False
     first = [{"role": "system", "content": system}] if system is not None and not has_one else []
     assert engine.tokenizer is not None

@@ -1,4 +1,4 @@
-"""The standard streams of a process: closed ones, and those that native libraries write to."""
+"""Prepare the standard streams: reopen closed ones, and silence libraries that write to stderr."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _restore: list[contextlib.ExitStack] = []
 
 
 def plug_closed() -> None:
-    """Connect stdout and stderr to the null device if they are closed, as cron and daemons leave them.
+    """Connect closed standard streams to the null device. Daemons may start a process with closed streams.
 
-    Otherwise the next file that is opened gets their numbers. A closed stdin stays None in Python.
+    Otherwise the next files that are opened get their descriptors. `sys.stdin` stays None if it was closed.
     """
     for number in (0, 1, 2):
         try:
@@ -29,17 +29,17 @@ def plug_closed() -> None:
 
 @contextlib.contextmanager
 def libraries_silenced(note: Callable[[str], None]) -> Iterator[None]:
-    """Discard warnings, log lines and what native libraries write to stderr. Our own lines still appear.
+    """Discard warnings, log lines and what native libraries write to stderr. llmc's own lines still appear.
 
-    note: is called with the warnings of llmc itself
+    note: called with the warnings of llmc itself
 
-    Library lines mean nothing to most users and hide the line that does. `show_libraries` ends this.
+    Messages of libraries mean nothing to most users and hide those of llmc. `show_libraries` ends this early.
     """
     with contextlib.ExitStack() as stack:
         _restore.append(stack)
         stack.callback(_restore.remove, stack)
         _silence_python(stack, note)
-        with contextlib.suppress(OSError, ValueError):  # a stderr without a descriptor
+        with contextlib.suppress(OSError, ValueError):  # stderr may have no descriptor
             _silence_native(stack)
         yield
 
@@ -65,13 +65,13 @@ def _silence_python(stack: contextlib.ExitStack, note: Callable[[str], None]) ->
 
 
 def _silence_native(stack: contextlib.ExitStack) -> None:
-    """Connect descriptor 2 to the null device, and `sys.stderr` to a copy of what it was connected to."""
+    """Connect descriptor 2 to the null device, and `sys.stderr` to a duplicate of the original descriptor."""
     kept = os.dup(2)
     stack.callback(os.close, kept)
     if sys.stderr.fileno() == 2:
         before = sys.stderr
         before.flush()
-        raw = io.FileIO(os.dup(2), "w")  # a copy of its own: handlers of libraries may keep it
+        raw = io.FileIO(os.dup(2), "w")  # not `kept`, which is closed: log handlers may keep this stream
         sys.stderr = io.TextIOWrapper(raw, before.encoding, "backslashreplace", write_through=True)
         stack.callback(setattr, sys, "stderr", before)
     nowhere = os.open(os.devnull, os.O_WRONLY)

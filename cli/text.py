@@ -1,4 +1,4 @@
-"""Plain text for people: sizes and tables. No colour and nothing that depends on the terminal."""
+"""Format sizes and tables as plain text, without colour, independent of the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ def size(nbytes: int) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "", right: Sequence[int] = ()) -> str:
-    """Return `rows` in columns, two blanks apart; the columns in `right` are right-aligned."""
+    """Return `rows` as a table with two blanks between columns.
+
+    indent: text before each row
+    right: indices of the columns that are right-aligned
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -66,7 +66,7 @@ def verify(
 
         verdict = judge(bundle, against, text, progress)
     thresholds = verdict.thresholds(min_top1, max_kl, max_perplexity_increase)
-    missed = [one for one in thresholds if not one.met]
+    missed = [threshold for threshold in thresholds if not threshold.met]
     error = ThresholdError(*_complaint(bundle, verdict, missed)) if missed else None
     if as_json:
         print_json(_record(verdict, thresholds), error_of(error) if error else None)
@@ -77,10 +77,10 @@ def verify(
 
 
 def _complaint(path: Path, verdict: Verdict, missed: list[Threshold]) -> tuple[str, str]:
-    """Return the message and the hint of the error for missed thresholds."""
-    message = f"{path} misses {', '.join(one.text for one in missed)}"
+    """Return the message and the hint of the ThresholdError for `missed`."""
+    message = f"{path} misses {', '.join(threshold.text for threshold in missed)}"
     manifest = verdict.bundle.manifest
-    if any(one.figure is None for one in missed):
+    if any(threshold.figure is None for threshold in missed):
         reason = manifest.verification.reason or "its build recorded no such figure"
         if verdict.figures.origin == "measured":
             return f"{message}: it cannot be measured without a tokenizer", "judge by the other figures"
@@ -122,7 +122,7 @@ def _facts(verdict: Verdict, thresholds: list[Threshold]) -> list[tuple[str, str
     if verdict.engine_perplexity is not None:
         on = f"on {verdict.engine_positions:,} positions of the given text"
         facts.append(("engine's perplexity", f"{verdict.engine_perplexity:g}, {on}"))
-    facts += [("ok" if one.met else "MISSED", one.text) for one in thresholds]
+    facts += [("ok" if threshold.met else "MISSED", threshold.text) for threshold in thresholds]
     return facts
 
 
@@ -138,5 +138,5 @@ def _record(verdict: Verdict, thresholds: list[Threshold]) -> dict[str, object]:
         "text_sha256": verdict.text_sha256 or None,
         "engine_perplexity": verdict.engine_perplexity,
         "engine_positions": verdict.engine_positions,
-        "thresholds": [{**asdict(one), "met": one.met} for one in thresholds],
+        "thresholds": [{**asdict(threshold), "met": threshold.met} for threshold in thresholds],
     }

@@ -1,6 +1,6 @@
-"""The hash of everything that a bundle follows from: inputs, options and versions.
+"""The cache key of a build: a hash of its inputs, options and versions.
 
-A build whose output exists with the same hash need not run again.
+A build is skipped if its output exists and records the same key.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _LIBRARIES = (
     *("onnx", "onnx-ir", "onnxscript", "openvino", "onnxruntime"),
 )
 _GPU_LIBRARIES = ("onnx-graphsurgeon", "tensorrt", "tensorrt-rtx", "triton")
-_NO_OPTIONS = ("checkpoint", "output", "revision", "calibration", "force")  # hashed by content, or no matter
+# Fields of BuildRequest that are hashed by content instead, or do not change the bundle.
+_NO_OPTIONS = ("checkpoint", "output", "revision", "calibration", "force")
 _PACKAGES = ("compiler", "passes", "plugins", "runtime", "model_zoo")
 _SUFFIXES = (".py", ".toml", ".txt")
 
@@ -43,14 +44,14 @@ def build_key(request: BuildRequest, name: str, files: Mapping[str, str]) -> str
     options = {field.name: getattr(request, field.name) for field in fields(request)}
     libraries = _LIBRARIES + (() if request.target == "cpu" else _GPU_LIBRARIES)
     calibration = request.calibration
-    known: dict[str, Any] = {
+    hashed: dict[str, Any] = {
         "options": {key: value for key, value in options.items() if key not in _NO_OPTIONS},
         "calibration": hashlib.sha256(calibration.read_bytes()).hexdigest() if calibration else None,
         "checkpoint": {"name": name, "files": dict(files)},
         "versions": {"llmc": __version__, **{library: _version(library) for library in libraries}},
         "code": _code(),
     }
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
 
 def recorded_key(manifest: Manifest) -> str | None:
@@ -67,7 +68,7 @@ def source_name(checkpoint: str, path: Path) -> str:
 
 @lru_cache(maxsize=1)
 def _code() -> str:
-    """Return the sha256 of llmc's own files: in a clone they change while the version stays."""
+    """Return the sha256 of llmc's source files. In a clone they change while the version stays the same."""
     digest = hashlib.sha256()
     for package in _PACKAGES:
         for name, data in sorted(_files(resources.files(f"llmc.{package}"), package)):
@@ -76,14 +77,15 @@ def _code() -> str:
 
 
 def _files(directory: Traversable, name: str) -> list[tuple[str, bytes]]:
-    found = []
+    """Return (path, content) of every source file under `directory`. Paths begin with `name`."""
+    files = []
     for entry in directory.iterdir():
         path = f"{name}/{entry.name}"
         if entry.is_dir():
-            found += _files(entry, path)
+            files += _files(entry, path)
         elif Path(entry.name).suffix in _SUFFIXES:
-            found.append((path, entry.read_bytes()))
-    return found
+            files.append((path, entry.read_bytes()))
+    return files
 
 
 def _version(library: str) -> str | None:

@@ -37,9 +37,9 @@ _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BundleWriter:
-    """A context manager: write files to `writer.path(...)`, then call `finish`.
+    """A context manager that creates a bundle: write files to `writer.path(...)`, then call `finish`.
 
-    Leaving the context without `finish` removes every file that was written, and nothing else.
+    Leaving the context without `finish` removes the files that were written, and nothing else.
     Raises BuildError if the output cannot be written, or exists and may not be replaced.
     """
 
@@ -80,9 +80,9 @@ class BundleWriter:
         if os.getpid() != self._pid:
             return  # a forked child: the files are its parent's
         with self._cleanup:
-            full = isinstance(error, OSError) and error.errno in _OUT_OF_SPACE
-            written = _size_of(self._directory) if full else 0
-        if full:
+            out_of_space = isinstance(error, OSError) and error.errno in _OUT_OF_SPACE
+            written = _size_of(self._directory) if out_of_space else 0
+        if out_of_space:
             self._out_of_space(error, max(self._needed, written))
 
     def path(self, relative: str) -> Path:
@@ -98,7 +98,7 @@ class BundleWriter:
         return tempfile.TemporaryDirectory(dir=self._directory)
 
     def add_hash(self, relative: str, sha256: str, nbytes: int) -> None:
-        """Record the hash that the caller computed of a file, so that `finish` need not read the file."""
+        """Record a file's hash that the caller has computed, so that `finish` need not read the file."""
         self._hashes[relative] = FileRecord(nbytes, sha256)
 
     def discard(self, relative: str) -> None:
@@ -169,7 +169,7 @@ class BundleWriter:
             raise BuildError(
                 f"{self.output} exists", "replace it with `--force`, or choose another `--output`"
             )
-        if reason := _why_not_ours(self.output):
+        if reason := _why_not_replaceable(self.output):
             hint = "llmc replaces only bundles: remove it yourself, or choose another `--output`"
             raise BuildError(f"{self.output} is not replaced: {reason}", hint)
 
@@ -185,7 +185,7 @@ class BundleWriter:
                 shutil.rmtree(entry, ignore_errors=True)
 
     def _beside(self, kind: str) -> Path:
-        """Return a path in the same directory, so that the rename stays within one file system."""
+        """Return a path beside the output, so that the rename stays within one file system."""
         return self.output.parent / f".{self.output.name}.{kind}-{self._pid}"
 
     def _out_of_space(self, error: BaseException | None, needed: int) -> NoReturn:
@@ -221,11 +221,11 @@ def _terminated_as_exception() -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Take the lock that marks a build directory as in use; return False if another process holds it."""
+    """Take the lock that marks a build directory as in use. Return False if another process holds it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # or a file system without locks
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # other errors: no locks on this disk
     return True
 
 
@@ -252,7 +252,7 @@ def _is_abandoned(directory: Path, pid: int) -> bool:
         os.close(descriptor)
 
 
-def _why_not_ours(directory: Path) -> str:
+def _why_not_replaceable(directory: Path) -> str:
     """Return why `--force` must not replace `directory`; "" if it holds a bundle and nothing else.
 
     The bundle may be damaged, or newer than this llmc: only its list of files is read.
@@ -275,11 +275,11 @@ def _open_regular(path: str, flags: int) -> int:
 
 def _files_in(directory: Path) -> set[str]:
     """Return everything under `directory` that is not a directory, as relative POSIX paths."""
-    found: set[str] = set()
+    paths: set[str] = set()
     for root, directories, names in os.walk(directory):
         links = [name for name in directories if os.path.islink(os.path.join(root, name))]
-        found.update(Path(root, name).relative_to(directory).as_posix() for name in [*names, *links])
-    return found
+        paths.update(Path(root, name).relative_to(directory).as_posix() for name in [*names, *links])
+    return paths
 
 
 def _size_of(directory: Path) -> int:

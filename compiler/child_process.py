@@ -1,6 +1,6 @@
-"""A child process that takes one task and answers in JSON lines: verification and TensorRT builds.
+"""A child process that takes one task and answers in JSON lines. Verification and TensorRT builds use it.
 
-A process of its own gives its memory back when it ends, and its crash is an error message here.
+When it ends, all its memory is free again, and if it crashes, the parent reports an error.
 
 stdin, one line     the task
 stdout, JSON lines  {"progress": [done, total]}, {"note": text}, and at the end either {"result": {...}} or
@@ -45,8 +45,8 @@ class Child:
     """A child process and the hints for its failures.
 
     module: the Python module to run; it calls `serve`
-    name: what messages call the process, as in "the TensorRT process"
-    out_of_memory: the rest of the hint after SIGKILL, which "it may have run out of memory" begins
+    name: the name of the process in messages, as in "the TensorRT process"
+    out_of_memory: the hint if it ran out of memory
     crashed: the hint after any other signal
     """
 
@@ -64,8 +64,9 @@ class Child:
     ) -> dict[str, Any]:
         """Run the child on `task` and return its result.
 
-        environment: variables of the child, those of this process by default
-        directory: its working directory
+        task: what `serve` passes to the handler, as JSON
+        environment: the child's environment variables; by default those of this process
+        directory: the child's working directory; by default that of this process
 
         Raises the LlmcError that the child reports, and BuildError if it dies.
         """
@@ -83,7 +84,7 @@ class Child:
             )
             assert child.stdin and child.stdout
             try:
-                with contextlib.suppress(BrokenPipeError):  # a child that died has written why to stderr
+                with contextlib.suppress(BrokenPipeError):  # the child died; stderr says why
                     child.stdin.write(json.dumps(task) + "\n")
                     child.stdin.flush()
                 for line in child.stdout:
@@ -94,24 +95,24 @@ class Child:
                 child.wait()
                 child.stdout.close()
                 with contextlib.suppress(BrokenPipeError):
-                    child.stdin.close()  # not before: its end tells the child that this process is gone
+                    child.stdin.close()  # not earlier: at its end the child assumes that the parent died
             stderr.seek(0)
-            last = stderr.read().strip().rpartition("\n")[2] or "no message"
+            last_line = stderr.read().strip().rpartition("\n")[2] or "no message"
         if "error" in answer:
             raise _error(**answer["error"])
         if code != 0 or "result" not in answer:
-            raise self._death(code, last)
+            raise self._death(code, last_line)
         return answer["result"]
 
-    def _death(self, code: int, last: str) -> BuildError:
+    def _death(self, code: int, last_line: str) -> BuildError:
         who = f"the {self.name} process"
         if code >= 0:
-            if says_out_of_memory(last):
-                return BuildError(f"{who} ran out of memory: {last}", self.out_of_memory)
-            return BuildError(f"{who} failed with exit code {code}: {last}", "please report this")
+            if says_out_of_memory(last_line):
+                return BuildError(f"{who} ran out of memory: {last_line}", self.out_of_memory)
+            return BuildError(f"{who} failed with exit code {code}: {last_line}", "please report this")
         memory = f"it may have run out of memory; {self.out_of_memory}"
         return BuildError(
-            f"{who} was killed by signal {-code} ({signal.strsignal(-code)}): {last}",
+            f"{who} was killed by signal {-code} ({signal.strsignal(-code)}): {last_line}",
             memory if -code == signal.SIGKILL else self.crashed,
         )
 
@@ -141,9 +142,9 @@ class Messages:
 
 
 def serve(handler: Callable[[dict[str, Any], Messages], Mapping[str, Any]]) -> None:
-    """Run `handler` on the task from stdin and send its result: the main function of a child process.
+    """The main function of a child process: run `handler` on the task from stdin and send its result.
 
-    An LlmcError becomes an error message. Any other exception ends the process with a traceback on stderr.
+    An LlmcError is sent as an error. Any other exception ends the process with a traceback on stderr.
     """
     messages = Messages(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)  # stdout is for messages alone: what libraries print goes to stderr
@@ -159,7 +160,7 @@ def _die_with_parent() -> None:
     """End this process when its parent dies, even by SIGKILL.
 
     On Linux the kernel kills it. On other systems a thread waits for the end of stdin, which the parent holds
-    open; it must wait for Python's lock if a library computes without releasing that.
+    open. The thread runs only when the GIL is free, so a library that holds the GIL delays the exit.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -170,15 +171,15 @@ def _die_with_parent() -> None:
 
 
 def _exit_at_end_of_stdin() -> None:
-    while os.read(0, 1):  # not sys.stdin: Python would wait for its lock when it exits
+    while os.read(0, 1):  # not sys.stdin: at exit Python would wait for the lock that reading it holds
         pass
     os._exit(1)
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment`, in which Python imports nothing from the working directory."""
+    """Return `environment`, changed so that Python imports nothing from the working directory."""
     variables = dict(environment) | {"PYTHONSAFEPATH": "1"}
-    paths = filter(None, variables.pop("PYTHONPATH", "").split(os.pathsep))  # an empty one is that directory
+    paths = filter(None, variables.pop("PYTHONPATH", "").split(os.pathsep))  # an empty path is that directory
     if path := os.pathsep.join(map(os.path.abspath, paths)):
         variables["PYTHONPATH"] = path
     return variables

@@ -1,4 +1,4 @@
-"""`compile_model`: from a checkpoint to a verified bundle, top to bottom."""
+"""`compile_model`: build a verified bundle from a checkpoint. Read it from top to bottom."""
 
 from __future__ import annotations
 
@@ -44,43 +44,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildInputs:
-    """The objects that a plan is carried out with."""
+    """The graph and the data that a build needs beside its plan."""
 
     checkpoint: Checkpoint
     #: The legalized graph.
     model: ir.Model
-    #: The checkpoint's tensors, under the names of tied parameters too.
+    #: The checkpoint's tensors by name. A tied parameter's name maps to the tensor that it shares.
     tensors: Mapping[str, TensorRef]
     #: The matrices whose codes and scales are not computed yet.
     matrices: list[QuantizedMatrix]
-    #: None: the checkpoint is not quantized.
+    #: The quantized weights of a pre-quantized checkpoint; None if it is not quantized.
     prequantized: PrequantizedWeights | None
     #: The calibration text or ranges. None: no calibration is needed.
     calibration: Calibration
     #: None: the checkpoint has no tokenizer.
     tokenizer: BundleTokenizer | None
-    #: Makes the canonical graph in fp32, before quantization, which calibration runs.
+    #: Returns the canonical graph in fp32, before quantization. Calibration runs it.
     unquantized: Callable[[], ir.Model]
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished build. `seconds`: phase -> duration."""
+    """A finished build."""
 
     path: Path
     manifest: Manifest
+    #: Phase -> its duration in seconds.
     seconds: dict[str, float] = field(default_factory=dict)
-    #: The bundle was there already, built from the same inputs with the same options and versions.
+    #: Whether the bundle existed already, built from the same inputs with the same options and versions.
     reused: bool = False
 
 
 def compile_model(request: BuildRequest, progress: Progress | None = None) -> BuildResult:
-    """Build the bundle that `request` describes and return where it is.
+    """Build the bundle that `request` describes.
 
-    An output of the same inputs, options and versions is checked and returned, unless `request.force`.
+    If the output exists and was built from the same inputs, options and versions, it is checked and
+    returned, unless `request.force`. A build that fails leaves nothing at the output's path.
 
-    Raises LlmcError (CheckpointError, UnsupportedError, BuildError, VerificationError), each with a hint.
-    Nothing carries the output's name unless the build succeeded.
+    Raises LlmcError (CheckpointError, UnsupportedError, BuildError, RequestError, VerificationError), each
+    with a hint.
     """
     from llmc.compiler import manifest
     from llmc.compiler.quantize import step
@@ -96,11 +98,13 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
         resolved, engine, model = plan.resolved, plan.target.engine, inputs.model
         if inputs.tokenizer is not None:
             inputs.tokenizer.write(work)
-        made = make_weights(plan, inputs, work, clock)
+        produced = make_weights(plan, inputs, work, clock)
         with clock.phase("write weights"):
             total = plan.sizes.weight_bytes
             tensors = inputs.checkpoint.tensors
-            write_weights(model, tensors, work, lambda done: clock.progress.bar(done, total), made.tensors)
+            write_weights(
+                model, tensors, work, lambda done: clock.progress.bar(done, total), produced.tensors
+            )
             step.discard(work)
         with clock.phase("write graph"):
             work.path(GRAPH_FILE).write_bytes(serialize(model))
@@ -111,7 +115,9 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
             verification = verify(plan, inputs, work, clock)
         artifact = target.build(resolved, engine, model, plan.sizes, work, clock)
         with clock.phase("finish"):
-            quantization = step.record(plan.quantization, inputs.matrices, made, request.calibration_method)
+            quantization = step.record(
+                plan.quantization, inputs.matrices, produced, request.calibration_method
+            )
             path = work.finish(
                 manifest.manifest(
                     plan,
@@ -127,9 +133,9 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
 
 
 def _existing(request: BuildRequest, clock: Clock) -> BuildResult | None:
-    """Return the bundle at the output if building it again would give the same; None if not.
+    """Return the bundle at the output if a new build would give the same one; None if not.
 
-    A bundle that was not verified does not count where verification is asked for: this machine may have the
+    An unverified bundle is built again if the request asks for verification: this machine may have the
     memory now.
     """
     from llmc.passes.contract import DUMP
@@ -145,7 +151,7 @@ def _existing(request: BuildRequest, clock: Clock) -> BuildResult | None:
         if recorded is None or (request.verify and bundle.manifest.verification.status != "passed"):
             return None
         if request.calibration is not None and not request.calibration.is_file():
-            return None  # the build says what is wrong
+            return None  # the build reports the error
         checkpoint = Checkpoint.open(hub.resolve(request.checkpoint, request.revision))
         name = source_name(request.checkpoint, checkpoint.path)
         if recorded != build_key(request, name, checkpoint.file_hashes()):
@@ -154,6 +160,7 @@ def _existing(request: BuildRequest, clock: Clock) -> BuildResult | None:
 
 
 def _with_key(record: Verification, plan: BuildPlan, files: Mapping[str, str]) -> Verification:
+    """Return `record` with the build key among its details. files: sha256 of the checkpoint's files."""
     name = source_name(plan.request.checkpoint, plan.checkpoint.path)
     return replace(record, details={**record.details, FIELD: build_key(plan.request, name, files)})
 
@@ -161,12 +168,17 @@ def _with_key(record: Verification, plan: BuildPlan, files: Mapping[str, str]) -
 def plan_build(
     request: BuildRequest, progress: Progress | None = None, clock: Clock | None = None
 ) -> tuple[BuildPlan, BuildInputs]:
-    """Read the checkpoint, then trace, rewrite, plan the quantization and legalize. Writes no files."""
+    """Read the checkpoint, then trace, rewrite, plan the quantization and legalize. Writes no files.
+
+    clock: times the phases; by default a new one that reports to `progress`
+
+    Raises LlmcError as `compile_model` does.
+    """
     clock = clock or Clock(progress or Silent())
     with clock.phase("read checkpoint"):
-        given = _read(request)
-    if others := ", ".join(not_followed(given.checkpoint)):
-        clock.progress.note(f"{GENERATION_CONFIG} sets {others}, which `llmc run` does not follow")
+        opened = _read(request)
+    if ignored := ", ".join(not_followed(opened.checkpoint)):
+        clock.progress.note(f"{GENERATION_CONFIG} sets {ignored}, which `llmc run` does not follow")
     with clock.phase("import torch and transformers"):
         from llmc.compiler.calibrate.source import check_calibration
         from llmc.compiler.checkpoint.config import load_config
@@ -178,62 +190,62 @@ def plan_build(
         from llmc.compiler.weights import write
         from llmc.passes import contract, pipeline
         from llmc.passes.geometry import read_geometry
-    context = choose_context(load_config(given.checkpoint), request.max_seq_len)
+    context = choose_context(load_config(opened.checkpoint), request.max_seq_len)
     config, max_seq_len = context.config, context.max_seq_len
-    keys, renamed = read_model(given.checkpoint, config)
-    given = _read_weights(given, renamed.checkpoint, request)
-    stored = {name: shape for name, shape in keys.parameters.items() if name in given.named}
-    renamed.compare(stored, given.named)  # of these sizes, before buffers of that size are made
-    checkpoint, resolved = given.checkpoint, given.resolved
+    keys, renamed = read_model(opened.checkpoint, config)
+    opened = _read_weights(opened, renamed.checkpoint, request)
+    stored_shapes = {name: shape for name, shape in keys.parameters.items() if name in opened.named}
+    renamed.compare(stored_shapes, opened.named)  # sizes first: the trace allocates buffers of these sizes
+    checkpoint, resolved = opened.checkpoint, opened.resolved
     with clock.phase("read the tokenizer"):
         vocab_size = int(config.get_text_config().vocab_size)
         tokenizer = read_bundle_tokenizer(checkpoint, vocab_size)
         eos_token_ids, notes = end_of_sequence(checkpoint, tokenizer, vocab_size)
     num_layers, cache = int(config.num_hidden_layers), quantized_cache(request)
-    check_calibration(given.calibration, checkpoint.config, num_layers if cache else 0)
-    expected = given.family.expected(num_layers)
+    check_calibration(opened.calibration, checkpoint.config, num_layers if cache else 0)
+    expected = opened.family.expected(num_layers)
     with clock.phase("trace"):
         traced = trace(config, resolved.dtype, max_seq_len)
         model = traced.model
-        renamed.compare(_needed(keys, model), given.named)
-    # Not before: a model that is refused needs no note on its tokenizer.
+        renamed.compare(_needed(keys, model), opened.named)
+    # Notes come after the trace: if the model is refused, they do not matter.
     for note in (*notes, *renamed.notes, *context.notes):
         clock.progress.note(note)
     with clock.phase("rewrite the graph"):
-        reports = contract.run(model, pipeline.canonicalize(given.fusion), expected)
+        reports = contract.run(model, pipeline.canonicalize(opened.fusion), expected)
         geometry, parameters = read_geometry(model), write.num_elements(model)
-        canonical = model.clone() if given.calibration is not None and resolved.dtype == "fp32" else None
-        quantization = _quantization_plan(request, given, model)
+        canonical = model.clone() if opened.calibration is not None and resolved.dtype == "fp32" else None
+        quantization = _quantization_plan(request, opened, model)
         matrices = quantization.matrices() if quantization else []
-        wanted = {"quantize-linears": len(matrices), "quantize-kv-cache": num_layers}
-        reports += contract.run(model, pipeline.quantize(quantization, cache), wanted)
-        engine = given.target.choose_engine(resolved, model)
-        legalize = given.target.legalize(resolved, engine.engine, model, checkpoint.tensors)
+        matches = {"quantize-linears": len(matrices), "quantize-kv-cache": num_layers}
+        reports += contract.run(model, pipeline.quantize(quantization, cache), matches)
+        engine = opened.target.choose_engine(resolved, model)
+        legalize = opened.target.legalize(resolved, engine.engine, model, checkpoint.tensors)
         reports += contract.run(model, legalize)
 
     def unquantized() -> ir.Model:
         if canonical is not None:
             return canonical
-        again = trace(config, "fp32", max_seq_len).model
-        contract.run(again, pipeline.canonicalize(), expected)
-        return again
+        fp32_model = trace(config, "fp32", max_seq_len).model
+        contract.run(fp32_model, pipeline.canonicalize(), expected)
+        return fp32_model
 
     sizes = Sizes(max_seq_len, write.weight_bytes(model), memory_needed(4 * parameters))
-    facts = _facts(given, expected)
+    facts = _facts(opened, expected)
     plan = BuildPlan(
         request, facts, resolved, engine, geometry, sizes, quantization, tuple(reports), eos_token_ids
     )
     tied = {name: checkpoint.tensors[of] for name, of in keys.tied.items() if of in checkpoint.tensors}
     tensors = dict(checkpoint.tensors) | tied
     inputs = BuildInputs(
-        checkpoint, model, tensors, matrices, given.prequantized, given.calibration, tokenizer, unquantized
+        checkpoint, model, tensors, matrices, opened.prequantized, opened.calibration, tokenizer, unquantized
     )
     return plan, inputs
 
 
 @dataclass(frozen=True)
-class _Given:
-    """The inputs that were read before anything heavy is imported, and then the checkpoint's weights."""
+class _OpenedInputs:
+    """The inputs that are read before torch is imported, and later the checkpoint's weights."""
 
     checkpoint: Checkpoint
     family: recipe.Recipe
@@ -245,7 +257,7 @@ class _Given:
 
     @property
     def named(self) -> Mapping[str, Any]:
-        """The checkpoint's tensors, without those that only a quantized weight has."""
+        """The parameters of the model by name, without scales; a quantized weight is one entry."""
         return self.prequantized.checkpoint.named if self.prequantized else self.checkpoint.tensors
 
     @property
@@ -255,22 +267,22 @@ class _Given:
         return self.prequantized.fusion if self.prequantized else FusionPlan()
 
 
-def _read(request: BuildRequest) -> _Given:
-    """Read the inputs. Raises LlmcError for what the checkpoint, the target or the machine cannot do."""
+def _read(request: BuildRequest) -> _OpenedInputs:
+    """Read the inputs. Raises LlmcError if the checkpoint, the target or the machine cannot do the build."""
     checkpoint = Checkpoint.open(hub.resolve(request.checkpoint, request.revision))
     checkpoint.check_layers()
     family = recipe.load(checkpoint.family)
     target = targets.target(request.target)
     resolved = target.resolve(request, checkpoint.dtype)
     calibration = _read_calibration(request)
-    return _Given(checkpoint, family, target, resolved, calibration, sampling_defaults(checkpoint))
+    return _OpenedInputs(checkpoint, family, target, resolved, calibration, sampling_defaults(checkpoint))
 
 
-def _read_weights(given: _Given, checkpoint: Checkpoint, request: BuildRequest) -> _Given:
-    """checkpoint: that of `given`, with the model's names."""
-    prequantized = _read_prequantized(checkpoint, request, given.resolved)
-    calibration = None if prequantized else given.calibration
-    return replace(given, checkpoint=checkpoint, prequantized=prequantized, calibration=calibration)
+def _read_weights(opened: _OpenedInputs, checkpoint: Checkpoint, request: BuildRequest) -> _OpenedInputs:
+    """Return `opened` with the checkpoint's weights. checkpoint: its checkpoint, with the model's names."""
+    prequantized = _read_prequantized(checkpoint, request, opened.resolved)
+    calibration = None if prequantized else opened.calibration
+    return replace(opened, checkpoint=checkpoint, prequantized=prequantized, calibration=calibration)
 
 
 def _needed(keys: ModelKeys, model: ir.Model) -> dict[str, tuple[int, ...]]:
@@ -281,44 +293,44 @@ def _needed(keys: ModelKeys, model: ir.Model) -> dict[str, tuple[int, ...]]:
     return {**keys.parameters, **{name: keys.buffers[name] for name in sorted(used & keys.buffers.keys())}}
 
 
-def _facts(given: _Given, expected: dict[str, int]) -> CheckpointFacts:
+def _facts(opened: _OpenedInputs, expected: dict[str, int]) -> CheckpointFacts:
     from llmc.compiler.plan import CheckpointFacts
 
     return CheckpointFacts(
-        path=given.checkpoint.path,
-        model_type=given.checkpoint.family,
-        dtype=given.checkpoint.dtype,
-        prequantized=given.prequantized is not None,
-        known_family=given.family.known,
-        logit_tolerance=given.family.logit_tolerance,
+        path=opened.checkpoint.path,
+        model_type=opened.checkpoint.family,
+        dtype=opened.checkpoint.dtype,
+        prequantized=opened.prequantized is not None,
+        known_family=opened.family.known,
+        logit_tolerance=opened.family.logit_tolerance,
         expected_matches=expected,
-        total_bytes=given.checkpoint.total_bytes,
-        sampling=given.sampling,
+        total_bytes=opened.checkpoint.total_bytes,
+        sampling=opened.sampling,
     )
 
 
-def _quantization_plan(request: BuildRequest, given: _Given, model: ir.Model) -> QuantPlan | None:
+def _quantization_plan(request: BuildRequest, opened: _OpenedInputs, model: ir.Model) -> QuantPlan | None:
     from llmc.compiler.quantize import make_plan
     from llmc.passes.quantize import qdq
 
-    bits = 32 if given.checkpoint.dtype == "float32" else 16
+    bits = 32 if opened.checkpoint.dtype == "float32" else 16
     if request.quant:
         return make_plan.plan_weights(
             model,
             request.quant,
             request.exclude,
-            given.family.quantize_exclude,
+            opened.family.quantize_exclude,
             bits,
-            qdq.SCALES_OF.get(given.resolved.dtype),
-            given.resolved.head_format,
+            qdq.SCALES_OF.get(opened.resolved.dtype),
+            opened.resolved.head_format,
         )
-    if given.prequantized and given.prequantized.modules:  # else only its KV cache is quantized
-        return make_plan.plan_prequantized(model, given.prequantized, bits)
+    if opened.prequantized and opened.prequantized.modules:  # else only its KV cache is quantized
+        return make_plan.plan_prequantized(model, opened.prequantized, bits)
     return None
 
 
 def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Clock) -> Produced:
-    """Make the codes and scales of the quantized matrices, and give a quantized cache its scales."""
+    """Write the codes and scales of the quantized matrices to scratch files. Set the KV cache's scales."""
     from llmc.compiler.quantize import step
     from llmc.compiler.quantize.produce import Produced
     from llmc.passes.quantize import quantize_kv_cache
@@ -327,7 +339,7 @@ def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock
         return Produced()
     maker = _maker(plan, inputs, work, clock)
     with clock.phase("copy the quantized weights" if inputs.prequantized else "quantize the weights"):
-        made = step.make_weights(
+        produced = step.make_weights(
             maker,
             inputs.matrices,
             plan.resolved.dtype,
@@ -338,13 +350,16 @@ def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock
     if quantized_cache(plan.request):
         if inputs.prequantized:
             quantize_kv_cache.fill_kv_scales(inputs.model, inputs.prequantized.largest_kv)
-        elif made.table is not None:
-            quantize_kv_cache.fill_kv_scales(inputs.model, made.table.kv)
-    return made
+        elif produced.table is not None:
+            quantize_kv_cache.fill_kv_scales(inputs.model, produced.table.kv)
+    return produced
 
 
 def verify(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Clock) -> Verification:
-    """Compare the engine, or the graph that stands in for it, with the checkpoint."""
+    """Compare the engine, or the graph that stands in for it, with the checkpoint.
+
+    Returns the record for the manifest. Raises VerificationError if they differ.
+    """
     if not plan.request.verify:
         return Verification(status="skipped", reason="switched off with --no-verify")
     from llmc.compiler.checkpoint.tokenizer import TOKENIZER_FILE
@@ -387,9 +402,9 @@ def _maker(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Cloc
 def _read_prequantized(
     checkpoint: Checkpoint, request: BuildRequest, resolved: Resolved
 ) -> PrequantizedWeights | None:
-    """Read what an engine keeps of a pre-quantized checkpoint.
+    """Read the quantized weights of a pre-quantized checkpoint; None if it is not quantized.
 
-    Raises UnsupportedError for a format that the target lacks.
+    Raises UnsupportedError for a format that the target does not support.
     """
     prequantized = read_prequantized(checkpoint, request, resolved.dtype)
     for name, module in prequantized.modules.items() if prequantized else ():

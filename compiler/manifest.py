@@ -1,4 +1,4 @@
-"""The manifest of a finished build."""
+"""Make the manifest of a finished build."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from llmc.runtime.bundle.manifest import (
     oldest_format,
 )
 
-_LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")  # what shapes the graph
+_LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")  # the graph depends on their versions
 _KERNEL_LIBRARIES = ("triton",)
 
 
@@ -46,9 +46,11 @@ def manifest(
     artifact: Artifact,
     quantization: Mapping[str, Any] | None,
 ) -> Manifest:
-    """Return the manifest of a finished build; the writer adds what is on disk.
+    """Return the manifest of a finished build. `BundleWriter.finish` adds the files and their sizes.
 
-    model: the legalized graph. files: sha256 of the checkpoint's files, by name.
+    model: the legalized graph
+    files: sha256 of the checkpoint's files, by name
+    quantization: the record of `quantize.step.record`; None if the weights are not quantized
     """
     architectures = checkpoint.config.get("architectures") or ["unknown"]
     config = json.dumps(checkpoint.config, sort_keys=True).encode()
@@ -86,14 +88,16 @@ def manifest(
 
 
 def operators(model: ir.Model, inlined: bool) -> tuple[Operator, ...]:
-    """The operators of our own in an engine's graph, sorted by name, and how many nodes of each there are.
+    """Return llmc's custom operators in an engine's graph with their node counts, sorted by name.
 
-    inlined: the engine was built with the bodies that the graph carries in place of their nodes, as TensorRT
-    is. Those operators are not in it.
+    inlined: whether the engine was built from the function bodies that the graph carries, as TensorRT's is.
+        Operators with such a body are then not in the engine and are left out.
     """
     nodes = [node for node in model.graph if node.domain == DOMAIN]
     counts = Counter(
         node.op_type for node in nodes if not (inlined and node.op_identifier() in model.functions)
     )
-    known = [OPERATORS[name] for name in sorted(counts)]
-    return tuple(Operator(one.full_name, one.abi, counts[one.name]) for one in known)
+    custom_operators = [OPERATORS[name] for name in sorted(counts)]
+    return tuple(
+        Operator(operator.full_name, operator.abi, counts[operator.name]) for operator in custom_operators
+    )

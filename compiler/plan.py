@@ -16,10 +16,10 @@ from llmc.runtime.bundle.manifest import Geometry, Sampling, Target
 class CheckpointFacts:
     """Facts about the checkpoint."""
 
-    #: The directory that it lies in.
+    #: The checkpoint's directory.
     path: Path
     model_type: str
-    #: torch's name of the dtype that its configuration names.
+    #: The dtype in its configuration, by torch's name ("bfloat16").
     dtype: str
     #: Whether its weights, or its KV cache, are quantized already.
     prequantized: bool
@@ -27,9 +27,9 @@ class CheckpointFacts:
     known_family: bool
     #: The largest logit error that the verification accepts in fp32 (`recipe.Recipe`).
     logit_tolerance: float
-    #: Pass name -> matches that the family's recipe demands.
+    #: Pass name -> number of matches that the family's recipe requires.
     expected_matches: dict[str, int]
-    #: Bytes of its weight files.
+    #: The size of its tensor data in bytes.
     total_bytes: int
     #: Its sampling defaults. None: it has none.
     sampling: Sampling | None
@@ -37,7 +37,7 @@ class CheckpointFacts:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """The decisions of one build: the request, its source, and the engine to be made."""
+    """The decisions of one build: the request, the checkpoint, and the engine to build."""
 
     request: BuildRequest
     checkpoint: CheckpointFacts

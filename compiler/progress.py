@@ -1,4 +1,4 @@
-"""Progress of a build, as the command line draws it. Tests and libraries need not."""
+"""The interface through which a build reports its progress, and a clock for its phases."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called from the thread that builds."""
+    """Receives the progress of a build. The methods are called from the thread that builds."""
 
     def phase(self, name: str) -> None:
         """Begin a new phase; the one before is complete."""
 
     def bar(self, done: int, total: int) -> None:
-        """Report how far the current phase is, in any unit."""
+        """Report that `done` of `total` units of the current phase are done. The unit is arbitrary."""
 
     def note(self, text: str) -> None:
         """Tell the user something that needs no action."""
 
 
 class Silent:
-    """Says nothing."""
+    """A Progress that ignores all reports."""
 
     def phase(self, name: str) -> None:
         del name
@@ -35,7 +35,10 @@ class Silent:
 
 
 class Clock:
-    """Times the phases of a build and announces them. `seconds`: phase -> duration, in order."""
+    """Times the phases of a build and reports them to `progress`.
+
+    `seconds` maps each finished phase to its duration, in order.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -43,6 +46,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Report the phase and time the code in the context."""
         self.progress.phase(name)
         start = time.perf_counter()
         yield

@@ -1,4 +1,4 @@
-"""The request for a build: one frozen object from the command line to the driver."""
+"""The request for a build: one frozen object that the command line passes to the driver."""
 
 from __future__ import annotations
 
@@ -36,16 +36,15 @@ KV_DTYPES = ("auto", *sorted({name for options in TARGETS.values() for name in o
 class BuildRequest:
     """The options of a build. Raises BuildError or RequestError for an invalid value."""
 
-    #: A directory or a hub id.
+    #: A directory or a Hugging Face hub id.
     checkpoint: str
-    #: The bundle to write.
+    #: The path of the bundle to write.
     output: Path
     #: One of TARGETS.
     target: str = "cpu"
-    #: What runs the model on the CPU, one of ENGINES. None: llmc chooses.
+    #: The engine that runs the model on the CPU, one of ENGINES. None: llmc chooses.
     engine: str | None = None
-    #: The compute dtype. `auto`: fp32 on the CPU, where only that is exact; on a GPU fp16 for fp16
-    #: checkpoints, else bf16.
+    #: The compute dtype. `auto`: fp32 on the CPU; on a GPU fp16 for fp16 checkpoints, else bf16.
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     #: The format of the linear layers' weights; None: unquantized.
     quant: str | None = None
@@ -56,11 +55,11 @@ class BuildRequest:
     calibration: Path | None = None
     #: The clip range of static activations: the largest magnitude, a percentile, or the least squared error.
     calibration_method: Literal["max", "percentile", "mse"] = "max"
-    #: The dtype of the KV cache. `auto`: the compute dtype. TARGETS has the others.
+    #: The dtype of the KV cache. `auto`: the compute dtype. TARGETS lists the others.
     kv_dtype: str = "auto"
     #: The compute capabilities of the GPUs, 89 for 8.9. Empty: portable.
     sms: tuple[int, ...] = ()
-    #: The longest sequence, prompt and answer together, in tokens. None: the model's context length.
+    #: The largest length of a sequence (prompt and answer) in tokens. None: the model's context length.
     max_seq_len: int | None = None
     #: A branch, tag or commit of the hub repository.
     revision: str | None = None
@@ -144,7 +143,7 @@ def cache_dtype(request: BuildRequest, dtype: str) -> str:
 
 
 def quantized_cache(request: BuildRequest) -> QuantizedCache | None:
-    """Return the cache of codes with scales that the engine gets; None: its cache has no scales."""
+    """Return the format of the engine's quantized KV cache; None if the cache is not quantized."""
     return QUANTIZED_CACHES.get(cache_dtype(request, "auto"))
 
 

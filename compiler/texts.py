@@ -13,8 +13,8 @@ from llmc.runtime.text_encoder import TextEncoder, read_tokenizer
 
 EVALUATION_TEXT = Path(__file__).with_name("evaluation.txt")
 WINDOW = 256  # tokens: long enough for sentences to depend on each other, short enough for every model
-MAX_WINDOWS = 6  # of the evaluation text
-MAX_WINDOWS_OF_FILE = 64  # 16,384 tokens
+MAX_WINDOWS = 6  # that a build evaluates
+MAX_WINDOWS_OF_FILE = 64  # of the file given with `llmc verify --text`: 16,384 tokens
 CALIBRATION_TOKENS = 8192
 
 
@@ -38,12 +38,12 @@ def read_text(path: Path) -> str:
 
 
 def sha256(text: str) -> str:
-    """The SHA-256 of `text` in UTF-8."""
+    """Return the SHA-256 of `text` in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Encoder:
-    """A tokenizer.json that encodes whole texts, without truncation and padding.
+    """Encodes whole texts with a tokenizer.json, without truncation and padding.
 
     Raises CheckpointError if the file cannot be used.
     """
@@ -56,7 +56,7 @@ class Encoder:
             raise self._unusable(str(error)) from error
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
-        """The special tokens that begin every prompt (BOS, as a rule), and the tokens of `text`.
+        """Return the special tokens that begin every prompt (usually BOS), and the tokens of `text`.
 
         Ids from `vocab_size` on are left out: the model has no embedding for them.
         """
@@ -80,7 +80,10 @@ class Encoder:
 
 
 def windows(prefix: Sequence[int], body: Sequence[int], max_seq_len: int) -> list[list[int]]:
-    """`body` in consecutive windows of at most WINDOW and `max_seq_len` ids, each with `prefix` first."""
+    """Cut `body` into consecutive windows that begin with `prefix`.
+
+    A window has at most WINDOW and at most `max_seq_len` ids, `prefix` included.
+    """
     width = min(WINDOW, max_seq_len)
     start = list(prefix[: width - 1])
     step = width - len(start)
@@ -88,7 +91,7 @@ def windows(prefix: Sequence[int], body: Sequence[int], max_seq_len: int) -> lis
 
 
 def spread(windows: Sequence[list[int]], most: int) -> list[list[int]]:
-    """Return all `windows`, or `most` of them at equal distances, from the first to the last."""
+    """Return at most `most` of `windows`, evenly spaced from the first to the last."""
     chosen = np.linspace(0, len(windows) - 1, min(most, len(windows))).round().astype(int)
     return [windows[index] for index in chosen]
 
@@ -96,9 +99,10 @@ def spread(windows: Sequence[list[int]], most: int) -> list[list[int]]:
 def windows_of(
     text: str, tokenizer: Path, vocab_size: int, max_seq_len: int, most: int = MAX_WINDOWS
 ) -> list[list[int]]:
-    """Windows for an evaluation: of at least two tokens, and at most `most` of them, from all of `text`.
+    """Return at most `most` windows of token ids for an evaluation, taken from all parts of `text`.
 
-    Raises RequestError if `text` has fewer than two tokens.
+    Windows with fewer than two tokens are left out: nothing can be predicted in them.
+    Raises RequestError if no window is left, CheckpointError if the tokenizer cannot be used.
     """
     prefix, body = Encoder(tokenizer, vocab_size).encode(text)
     long_enough = [window for window in windows(prefix, body, max_seq_len) if len(window) >= 2]
@@ -115,10 +119,10 @@ def calibration_windows(
     max_tokens: int = CALIBRATION_TOKENS,
     all_parts: bool = False,
 ) -> list[list[int]]:
-    """Windows for calibration, of at most `max_tokens` tokens in all.
+    """Return windows of token ids for calibration, with at most `max_tokens` tokens in total.
 
-    tokenizer: the checkpoint's tokenizer.json; without one the ids are random, the same ones each time
-    all_parts: take windows from all parts of a longer text, not the first ones
+    tokenizer: the checkpoint's tokenizer.json; without one the ids are random, but the same each time
+    all_parts: if the text is longer, take windows from all its parts instead of its beginning
 
     Raises CheckpointError if the tokenizer cannot be used, or has no token of `text` below `vocab_size`.
     """
@@ -130,21 +134,21 @@ def calibration_windows(
             f"{tokenizer} makes no token of the calibration text that is below the vocabulary's {vocab_size}",
             "is it this model's tokenizer?",
         )
-    cut = windows(prefix, body, max_seq_len)
-    most = -(-max_tokens // min(WINDOW, max_seq_len))
-    kept, left = [], max_tokens
-    for window in spread(cut, most) if all_parts else cut[:most]:
-        if left <= len(prefix):  # nothing of the text would follow the prefix
+    all_windows = windows(prefix, body, max_seq_len)
+    max_windows = -(-max_tokens // min(WINDOW, max_seq_len))
+    chosen, remaining = [], max_tokens
+    for window in spread(all_windows, max_windows) if all_parts else all_windows[:max_windows]:
+        if remaining <= len(prefix):  # nothing of the text would follow the prefix
             break
-        kept.append(window[:left])
-        left -= len(kept[-1])
-    return kept
+        chosen.append(window[:remaining])
+        remaining -= len(chosen[-1])
+    return chosen
 
 
 def random_windows(vocab_size: int, max_seq_len: int, tokens: int | None = None) -> list[list[int]]:
-    """Windows of random ids, the same ones each time, for a model without a tokenizer.
+    """Return windows of random ids, the same each time, for a model without a tokenizer.
 
-    tokens: how many in all; MAX_WINDOWS whole windows by default
+    tokens: the total number of tokens; by default MAX_WINDOWS full windows
     """
     count = MAX_WINDOWS * min(WINDOW, max_seq_len) if tokens is None else tokens
     ids = np.random.default_rng(0).integers(0, vocab_size, count).tolist()

@@ -2,8 +2,8 @@
 
 `make` writes a directory that transformers loads like any other: config.json (a copy of the zoo's
 file), generation_config.json, a byte-level BPE tokenizer with a chat template, and safetensors
-shards. Weights are drawn tensor by tensor, a few megabytes at a time, so that the disk and not the memory
-limits the size of the model.
+shards. Weights are drawn a few megabytes at a time, so that the size of the model is limited by the disk and
+not by memory.
 
 The same name and seed give the same bytes: every value is exact integer arithmetic on raw PCG64
 output, whose stream numpy guarantees across versions (NEP 19; it does not guarantee the normal sampler's).
@@ -100,7 +100,7 @@ def zoo_config(name: str) -> dict[str, Any]:
 
 
 def make(name: str, directory: str | Path, seed: int = 0) -> Path:
-    """Write the random checkpoint `name` to `directory`, which must not exist or be empty.
+    """Write the random checkpoint `name` to `directory`, which must be empty or must not exist.
 
     It is written to a temporary directory beside it, which is renamed when complete. Returns the directory.
     Raises UnsupportedError for an unknown name and CheckpointError for an occupied directory.
@@ -137,7 +137,7 @@ def make(name: str, directory: str | Path, seed: int = 0) -> Path:
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor to draw: `center` + `std` * (a bell-shaped value within 3.5 deviations)."""
+    """One tensor to draw, approximately normal: mean `center`, standard deviation `std`, cut at 3.5 `std`."""
 
     shape: tuple[int, ...]
     center: float
@@ -184,12 +184,12 @@ def _weights(directory: Path) -> dict[str, Weight]:
             continue
         shape = tuple(tensor.shape)
         module = model.get_submodule(name.rpartition(".")[0])
-        kind = type(module).__name__
+        class_name = type(module).__name__
         if name.endswith(".bias"):
             weights[name] = Weight(shape, 0.0, 0.1)
-        elif kind.endswith("Norm"):
-            last = family.scaled_embeddings and name == "model.norm.weight"
-            weights[name] = Weight(shape, float(not family.norms_add_one) + last, 0.1)
+        elif class_name.endswith("Norm"):
+            is_last_norm = family.scaled_embeddings and name == "model.norm.weight"
+            weights[name] = Weight(shape, float(not family.norms_add_one) + is_last_norm, 0.1)
         else:
             outer = module is head or isinstance(module, torch.nn.Embedding)
             weights[name] = Weight(shape, 0.0, (gain if outer else 1.0) / math.sqrt(shape[-1]))
@@ -238,14 +238,14 @@ def _draw(weight: Weight, seed: int, name: str) -> Iterator[np.ndarray]:
     """
     generator = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
     scale = np.float32(weight.std / math.sqrt((2**32 - 1) / 3))
-    left = math.prod(weight.shape)
-    while left > 0:
-        count = min(left, _CHUNK)
+    remaining = math.prod(weight.shape)
+    while remaining > 0:
+        count = min(remaining, _CHUNK)
         bits = generator.random_raw(count)
         pairs = (bits & 0x0000FFFF0000FFFF) + ((bits >> np.uint64(16)) & 0x0000FFFF0000FFFF)
         sums = ((pairs & 0xFFFFFFFF) + (pairs >> np.uint64(32))).astype(np.float32)
         yield (sums - np.float32(131070)) * scale + np.float32(weight.center)
-        left -= count
+        remaining -= count
 
 
 def _write_tokenizer(directory: Path, entry: ZooEntry, config: Mapping[str, Any]) -> None:

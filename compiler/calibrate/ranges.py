@@ -37,16 +37,18 @@ class ClipRanges:
     mse: float
 
     def amax(self, method: str) -> float:
-        """Return the range by `method`. Raises RequestError for an unknown method."""
+        """Return the clip range by `method`, one of METHODS. Raises RequestError for an unknown method."""
         if method not in METHODS:
             raise RequestError(f"there is no calibration method {method!r}", f"known: {', '.join(METHODS)}")
         return getattr(self, method)
 
 
 def ranges(layer: LayerInputs) -> tuple[dict[str, ClipRanges], tuple[float, float]]:
-    """Return the clip ranges of a decoder layer, by linear layer, and the amax of its keys and of its values.
+    """Return the clip ranges of a decoder layer and the largest magnitudes of its keys and values.
 
-    Fused linear layers share their input, and so their ranges.
+    The first value is linear layer -> its clip ranges, the second (amax of keys, amax of values).
+
+    Fused linear layers share their input, and so their clip ranges.
     """
     entries: dict[str, ClipRanges] = {}
     for modules, x in layer.inputs.items():
@@ -62,7 +64,7 @@ def clip_ranges(x: np.ndarray, element: str = "e4m3") -> ClipRanges:
     counts = _histogram(x)
     bins = np.flatnonzero(counts)
     counts = counts[bins]
-    # The middle of a bin stands for all its magnitudes.
+    # The middle of a bin represents all its magnitudes.
     bits = (bins.astype(np.uint32) << _DROPPED_BITS) + np.uint32(1 << (_DROPPED_BITS - 1))
     magnitudes = np.minimum(bits.view(np.float32), np.float32(largest))
     rank = np.searchsorted(np.cumsum(counts), counts.sum() * (PERCENTILE / 100))

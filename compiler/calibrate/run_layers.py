@@ -1,7 +1,7 @@
 """Run the canonical graph a decoder layer at a time, to collect the inputs of its linear layers and cache.
 
-The graph is cut at the decoder layers. Memory holds the weights and the inputs of one layer, and the values
-that later layers need (the residual stream), whatever the number of layers.
+The graph is cut into one subgraph for each decoder layer. Memory holds the weights and inputs of one layer
+and the values that later layers need (the residual stream), however many layers there are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BuildError, UnsupportedError
 
 _NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")  # a module's name up to its first number
-_BEFORE = -1  # the piece in front of the first layer
+_BEFORE = -1  # the number of the subgraph before the first decoder layer
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,23 @@ def layers(
     tensors: the checkpoint's tensors, by name
     sequences: token ids, none longer than the context of the graph
 
-    Drop the inputs of one layer before asking for the next: memory then holds only one layer's. Linear
-    layers outside of the decoder layers (lm_head) are left out, and so are those with a shared weight.
+    Drop the inputs of one layer before asking for the next, so that memory holds only one layer's inputs.
+    Linear layers outside of the decoder layers (lm_head) and those with a shared weight are left out.
     Raises BuildError if a tensor is missing or not in floating point, or if the model overflows;
-    UnsupportedError for a graph whose layers cannot be told apart.
+    UnsupportedError if the module names do not tell the decoder layers apart.
     """
     attention = attention_nodes(model)
     layer_of = _layers(model, attention)
     piece_of = _pieces(model, layer_of)
     groups = [_groups(node for node in model.graph if layer_of[node] == n) for n in range(len(attention))]
     caches = [(edit.operand(node, 1), edit.operand(node, 2)) for node in attention]
-    wanted = [{*found.values(), *cached} for found, cached in zip(groups, caches, strict=True)]
-    needed = _ancestors(model, {value for values in wanted for value in values})
+    layer_values = [{*linears.values(), *kv} for linears, kv in zip(groups, caches, strict=True)]
+    needed = _ancestors(model, {value for values in layer_values for value in values})
     batches = steps(sequences)
-    crossing: list[dict[ir.Value, np.ndarray]] = [{} for _ in batches]  # of each step
+    # For each step, the values that later subgraphs need.
+    crossing: list[dict[ir.Value, np.ndarray]] = [{} for _ in batches]
     for piece in range(_BEFORE, len(attention)):
-        shown = wanted[piece] if piece != _BEFORE else set()
+        shown = layer_values[piece] if piece != _BEFORE else set()
         nodes = [node for node in needed if piece_of[node] == piece]
         later = {
             value
@@ -74,14 +75,14 @@ def layers(
             for value in node.inputs
             if value is not None and value.producer() is not None
         }
-        later |= {value for values in wanted[piece + 1 :] for value in values}
-        seen = _run(Piece(model, nodes, [*shown, *later], tensors), batches, crossing, shown, later)
+        later |= {value for values in layer_values[piece + 1 :] for value in values}
+        arrays = _run(Piece(model, nodes, [*shown, *later], tensors), batches, crossing, shown, later)
         if piece == _BEFORE:
             continue
-        _refuse_overflow(seen, piece)
-        keys, values = (seen[value] for value in caches[piece])
-        inputs = {modules: seen[value] for modules, value in groups[piece].items()}
-        del seen
+        _refuse_overflow(arrays, piece)
+        keys, values = (arrays[value] for value in caches[piece])
+        inputs = {modules: arrays[value] for modules, value in groups[piece].items()}
+        del arrays
         yield LayerInputs(piece, inputs, keys, values)
         del inputs, keys, values
 
@@ -93,7 +94,10 @@ def _run(
     shown: set[ir.Value],
     later: set[ir.Value],
 ) -> dict[ir.Value, np.ndarray]:
-    """Return the values `shown`, concatenated over all steps. Stores the values `later` in `crossing`."""
+    """Run one subgraph on all steps. Return the values `shown`, float32 [tokens, width], over all steps.
+
+    The values `later` replace those in `crossing`.
+    """
     tokens = sum(len(batch.input_ids) for batch in batches)
     seen = {value: np.empty((tokens, edit.dims(value)[-1]), np.float32) for value in shown}
     first = 0
@@ -125,7 +129,7 @@ def _prefix(node: ir.Node) -> str:
 
 
 def _pieces(model: ir.Model, layer_of: Mapping[ir.Node, int]) -> dict[ir.Node, int]:
-    """Return the piece that runs each node: its layer's, or else the first one that has its inputs."""
+    """Return the number of the subgraph that runs each node: its layer, or the first one with its inputs."""
     piece_of: dict[ir.Node, int] = {}
     for node in model.graph:
         producers = (value.producer() for value in node.inputs if value is not None)
@@ -140,13 +144,13 @@ def _pieces(model: ir.Model, layer_of: Mapping[ir.Node, int]) -> dict[ir.Node, i
 
 
 def _groups(nodes: Iterable[ir.Node]) -> dict[tuple[str, ...], ir.Value]:
-    """Return the linear layers among `nodes`, fused ones together -> their input."""
+    """Map the linear layers among `nodes` to their input. Fused layers are one entry."""
     records = ((node, linear(node)) for node in nodes)
     return {record.modules: edit.operand(node, 0) for node, record in records if record is not None}
 
 
 def _ancestors(model: ir.Model, values: set[ir.Value]) -> list[ir.Node]:
-    """Return the nodes that `values` depend on, in order."""
+    """Return the nodes that `values` depend on, in the order of the graph."""
     needed = set(values)
     nodes = []
     for node in reversed(list(model.graph)):
@@ -156,8 +160,8 @@ def _ancestors(model: ir.Model, values: set[ir.Value]) -> list[ir.Node]:
     return nodes[::-1]
 
 
-def _refuse_overflow(seen: Mapping[ir.Value, np.ndarray], layer: int) -> None:
-    for value, array in seen.items():
+def _refuse_overflow(arrays: Mapping[ir.Value, np.ndarray], layer: int) -> None:
+    for value, array in arrays.items():
         if not np.isfinite(array.sum(dtype=np.float64)):
             raise BuildError(
                 f"{value.name} in decoder layer {layer} is infinite or NaN on the calibration text",

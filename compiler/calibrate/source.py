@@ -1,4 +1,4 @@
-"""Find what a build calibrates on: a text, the table of an earlier build, or nothing."""
+"""Choose the calibration data of a build: a text, the table of an earlier build, or none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def default_text() -> str:
 
 
 def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, method: str) -> Calibration:
-    """Read the file of `--calibration`; without it return llmc's text if the build needs calibration.
+    """Read the file given with `--calibration`, or return llmc's text if the build needs calibration.
 
     path: a table (`.json`) or a text (any other name); None for llmc's text
     fmt: the format of quantized weights, None for unquantized ones
@@ -33,7 +33,8 @@ def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, meth
 
     Returns None if nothing needs calibration.
     Raises RequestError for a file that cannot be read, for a table if the format needs a text, and for a
-    `method` other than the default if activations are not quantized.
+    `method` other than the default if the format does not quantize activations; CheckpointError for a
+    damaged table.
     """
     activations = kv_cache or bool(fmt and fmt.activations)
     if fmt and not fmt.activations and method != METHODS[0]:

@@ -1,4 +1,4 @@
-"""Pack calibration sequences into steps of the engine. No sequence has cached tokens."""
+"""Pack calibration sequences into engine steps. Every sequence begins in its step: nothing is cached."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TOKENS = 256
 
 
 def steps(sequences: Sequence[Sequence[int]]) -> list[Batch]:
-    """Return consecutive sequences in steps of up to 256 tokens; a longer sequence is one step."""
+    """Pack consecutive sequences into steps of up to 256 tokens. A longer sequence is a step of its own."""
     grouped: list[list[Sequence[int]]] = []
     for ids in sequences:
         if grouped and sum(map(len, grouped[-1])) + len(ids) <= _TOKENS:

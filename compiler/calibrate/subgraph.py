@@ -20,14 +20,15 @@ from llmc.runtime.errors import BuildError
 
 
 class Piece:
-    """Computes `outputs` from the values of earlier pieces and from the step.
+    """A subgraph in an ONNX Runtime session: computes `outputs` from a step and earlier pieces' values.
 
     model: the canonical graph, which is not changed
     nodes: the nodes that `outputs` need and that no earlier piece ran, in the graph's order
+    outputs: the values to return; those that `nodes` do not compute are ignored
     tensors: the checkpoint's tensors, by name
 
-    Parameters are read here and live as long as the piece. But of an embedding, a step reads only the rows
-    of its tokens.
+    Parameters are read on construction and live as long as the piece. An embedding is the exception: each
+    step reads only the rows of its tokens.
     Raises BuildError if the checkpoint lacks a parameter or does not have it in floating point.
     """
 
@@ -41,41 +42,44 @@ class Piece:
         nodes = list(nodes)
         self._lookups = {node.outputs[0]: node for node in nodes if _is_lookup(node)}
         computed = [node for node in nodes if node.outputs[0] not in self._lookups]
-        made = {value for node in computed for value in node.outputs}
+        computed_values = {value for node in computed for value in node.outputs}
         self._tensors = tensors
         self._inputs = [
             value
             for value in dict.fromkeys(
                 value for node in computed for value in node.inputs if value is not None
             )
-            if value not in made and (value.const_value is None or parameter(value) is not None)
+            if value not in computed_values and (value.const_value is None or parameter(value) is not None)
         ]
         self._weights = {
             value: read_float32(record, edit.dims(value), tensors)
             for value in self._inputs
             if (record := parameter(value)) is not None
         }
-        self._outputs = [value for value in dict.fromkeys(outputs) if value in made]
+        self._outputs = [value for value in dict.fromkeys(outputs) if value in computed_values]
         self._session = _session(model, self._inputs, self._outputs) if self._outputs else None
 
     def __call__(self, step: Batch, crossed: Mapping[ir.Value, np.ndarray]) -> dict[ir.Value, np.ndarray]:
-        """Return every output and the rows looked up in one step. crossed: the values of earlier pieces."""
-        given = dict(crossed) | {value: self._look_up(node, step) for value, node in self._lookups.items()}
+        """Run one step. crossed: the values of earlier pieces.
+
+        Returns `crossed`, the embedding rows and all outputs, float32.
+        """
+        values = dict(crossed) | {value: self._look_up(node, step) for value, node in self._lookups.items()}
         if self._session is None:
-            return given
+            return values
         feeds = {}
         for value, port in zip(self._inputs, self._session.get_inputs(), strict=True):
             if value in self._weights:
                 feeds[port.name] = self._weights[value]
-            elif value in given:
-                feeds[port.name] = given[value]
+            elif value in values:
+                feeds[port.name] = values[value]
             elif value.name in STEP_INPUTS:
                 feeds[port.name] = getattr(step, str(value.name))
             else:
                 blocks = len(step.block_indices)
                 feeds[port.name] = np.zeros((blocks, *edit.dims(value)[1:]), np.float32)
         arrays = self._session.run(None, feeds)
-        return given | dict(zip(self._outputs, arrays, strict=True))
+        return values | dict(zip(self._outputs, arrays, strict=True))
 
     def _look_up(self, node: ir.Node, step: Batch) -> np.ndarray:
         ids, places = np.unique(getattr(step, str(edit.operand(node, 1).name)), return_inverse=True)
@@ -87,7 +91,10 @@ class Piece:
 
 
 def read_float32(record: Parameter, shape: Sequence[int], tensors: Mapping[str, TensorRef]) -> np.ndarray:
-    """Read a parameter in float32; the rows of fused layers are concatenated."""
+    """Read a parameter as float32 of `shape`. The rows of fused layers are concatenated.
+
+    Raises BuildError if the checkpoint lacks a tensor or does not have it in floating point.
+    """
     array = np.empty(shape, np.float32)
     first = 0
     for source in record.sources:
@@ -124,7 +131,7 @@ def _is_lookup(node: ir.Node) -> bool:
 def _session(
     model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]
 ) -> ort.InferenceSession:
-    """Return a session of the nodes between `inputs` and `outputs`, with its ports in their order."""
+    """Return a session of the nodes between `inputs` and `outputs`, which keep their order in the session."""
     part = extract(model, inputs, outputs)
     options = ort.SessionOptions()
     options.log_severity_level = 3

@@ -31,15 +31,16 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class Source:
     """The text and the model that a table was measured with."""
 
-    #: The hash of the text in UTF-8; that of the empty text if random tokens ran.
+    #: The sha256 of the text in UTF-8. For random tokens it is that of the empty text.
     text_sha256: str
-    #: The number of tokens that ran.
+    #: The number of tokens that the model was run on.
     tokens: int
     #: `config_sha256` of the model.
     config_sha256: str
 
     @classmethod
     def of(cls, text: str, sequences: Iterable[list[int]], config: Mapping[str, Any]) -> Source:
+        """Return the source for a text, its token ids and the values of config.json."""
         text_sha256 = hashlib.sha256(text.encode()).hexdigest()
         return cls(text_sha256, sum(len(ids) for ids in sequences), config_sha256(config))
 

@@ -3,7 +3,7 @@
     config.json                    required, with a `model_type`
     model.safetensors              the weights, or
     model.safetensors.index.json   {"weight_map": {tensor: shard file}} and the shards it names
-    generation_config.json         optional; its BOS id comes before that of config.json
+    generation_config.json         optional; its BOS id takes precedence over that of config.json
     tokenizer.json, ...            optional here: see `Checkpoint.require_tokenizer`
     adapter_config.json            makes a directory without weights an adapter, which is refused
 
@@ -25,6 +25,9 @@ from llmc.runtime.errors import CheckpointError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ADAPTER = "adapter_config.json"
+# The files beside config.json and the weights that a build may read: those of the tokenizer, and
+# generation_config.json. The manifest has their hashes, and transformers loads the tokenizer from a directory
+# that has only them and config.json.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -45,7 +48,7 @@ TOKENIZER_FILES = (
 )
 _LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}  # keys of config.json
 _ORIGINAL = "compare it with the config.json of the original model"
-_BLOCK = 1 << 24
+_BLOCK = 1 << 24  # bytes that are hashed at a time
 _GGUF_MAGIC = b"GGUF"
 _NO_GGUF = "GGUF files are not supported; use the safetensors checkpoint they were made from"
 _CONVERT = (
@@ -60,19 +63,20 @@ _MERGE = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint directory. `open` checks everything but the tensors' values."""
+    """The contents of a checkpoint directory. `open` checks everything except the values of tensors."""
 
     path: Path
+    #: The values of config.json.
     config: dict[str, Any]
-    #: Empty if there is no generation_config.json.
+    #: The values of generation_config.json; empty if there is none.
     generation_config: dict[str, Any]
     #: All tensors, by name.
     tensors: dict[str, TensorRef]
-    #: The files of the weights.
+    #: The safetensors files, sorted.
     weight_files: tuple[Path, ...]
     #: The files of TOKENIZER_FILES that exist.
     tokenizer_files: list[Path]
-    #: What was found and is not used, for the user.
+    #: Notes for the user about contents that llmc does not use.
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -152,25 +156,25 @@ class Checkpoint:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a generation by any file but those of the tokenizer. May be empty."""
+        """The token ids that end a generation, from generation_config.json and config.json. May be empty."""
         return tuple(dict.fromkeys(token for ids in self.eos_by_file.values() for token in ids))
 
     @property
     def eos_by_file(self) -> dict[str, tuple[int, ...]]:
-        """File -> the ids that end a generation by it: generation_config.json, then config.json.
+        """File -> the token ids that end a generation according to it. generation_config.json comes first.
 
-        Files that say nothing are left out. Raises CheckpointError for what is no token id.
+        Files without such ids are left out. Raises CheckpointError for a value that is not a token id.
         """
         configs = (("generation_config.json", self.generation_config), (CONFIG, self.config))
-        found = {file: self._token_ids(file, source, "eos_token_id") for file, source in configs}
-        found[CONFIG] += self._token_ids(CONFIG, self._text_config, "eos_token_id")
-        return {file: tuple(dict.fromkeys(ids)) for file, ids in found.items() if ids}
+        ids_by_file = {file: self._token_ids(file, source, "eos_token_id") for file, source in configs}
+        ids_by_file[CONFIG] += self._token_ids(CONFIG, self._text_config, "eos_token_id")
+        return {file: tuple(dict.fromkeys(ids)) for file, ids in ids_by_file.items() if ids}
 
     @property
     def bos_token_id(self) -> int | None:
-        """The id that begins a text, by generation_config.json or else config.json."""
+        """The id of the token that begins a text, from generation_config.json, else from config.json."""
         configs = (self.generation_config, self.config, self._text_config)
-        ids = [one for source in configs for one in self._token_ids(CONFIG, source, "bos_token_id")[:1]]
+        ids = [token for source in configs for token in self._token_ids(CONFIG, source, "bos_token_id")[:1]]
         return ids[0] if ids else None
 
     def _token_ids(self, file: str, source: dict[str, Any], key: str) -> tuple[int, ...]:
@@ -184,9 +188,10 @@ class Checkpoint:
         return tuple(ids)
 
     def check_layers(self) -> None:
-        """Compare the number of layers with the tensors, before a model of that size is made.
+        """Compare the number of layers in config.json with the tensors, before a model of that size is made.
 
-        Raises CheckpointError if the configuration has none, or more than the tensors have numbers for.
+        Raises CheckpointError if it is not a positive number, or larger than the number of layers in the
+        tensors' names.
         """
         numbers: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
         for name in self.tensors:
@@ -216,7 +221,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype in config.json, else that of most bytes, by torch's name ("bfloat16")."""
+        """The dtype in config.json, else that of most bytes of the weights, by torch's name ("bfloat16")."""
         for source in (self.config, self._text_config):
             named = source.get("dtype") or source.get("torch_dtype")
             if isinstance(named, str) and named != "auto":
@@ -248,7 +253,7 @@ class Checkpoint:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a checkpoint. Raises CheckpointError."""
+    """Return the JSON object in a file of a checkpoint. Raises CheckpointError if it cannot be read."""
     try:
         data = file.read_bytes()
         refuse_lfs_pointer(file, data)
@@ -265,7 +270,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_tensors(root: Path) -> tuple[dict[str, TensorRef], list[str]]:
-    """Return the tensors by name, and notes about those that are not where the index says."""
+    """Return the tensors by name, and a note about tensors that the index does not list."""
     if (root / WEIGHTS).is_file():
         tensors = read_header(root / WEIGHTS)
         if not tensors:
@@ -281,24 +286,24 @@ def _read_tensors(root: Path) -> tuple[dict[str, TensorRef], list[str]]:
             raise CheckpointError(
                 f"{root} lacks {shard}, which {INDEX} names", hint="the download is incomplete; resume it"
             )
-        found = read_header(root / shard)
-        lacking = [name for name, file in weight_map.items() if file == shard and name not in found]
-        moved = [name for name in found if weight_map.get(name, shard) != shard]
-        if odd := sorted(lacking) or sorted(moved):
+        shard_tensors = read_header(root / shard)
+        lacking = [name for name, file in weight_map.items() if file == shard and name not in shard_tensors]
+        moved = [name for name in shard_tensors if weight_map.get(name, shard) != shard]
+        if differing := sorted(lacking) or sorted(moved):
             raise CheckpointError(
-                f"{root / shard} {'lacks' if lacking else 'holds'} {odd[0]!r}, contrary to {INDEX}; "
-                f"tensors that differ: {len(odd)}",
+                f"{root / shard} {'lacks' if lacking else 'holds'} {differing[0]!r}, contrary to {INDEX}; "
+                f"tensors that differ: {len(differing)}",
                 hint="index and shards are of different versions; download both again",
             )
-        here = [name for name in found if name not in weight_map]
-        if twice := [name for name in here if name in tensors]:
+        extra = [name for name in shard_tensors if name not in weight_map]
+        if duplicates := [name for name in extra if name in tensors]:
             raise CheckpointError(
-                f"{root / shard} and {tensors[twice[0]].file.name} both hold {twice[0]!r}, which {INDEX} "
-                "does not list",
+                f"{root / shard} and {tensors[duplicates[0]].file.name} both hold {duplicates[0]!r}, "
+                f"which {INDEX} does not list",
                 hint="index and shards are of different versions; download both again",
             )
-        unlisted += here
-        tensors |= found
+        unlisted += extra
+        tensors |= shard_tensors
     # transformers loads every tensor of the shards that the index names.
     notes = [f"{INDEX} does not list {_some(unlisted)}, which its shards hold"] if unlisted else []
     return tensors, notes

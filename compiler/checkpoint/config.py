@@ -1,4 +1,4 @@
-"""The model's configuration as transformers understands it."""
+"""Load a checkpoint's configuration with transformers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llmc.compiler.checkpoint.recipe import known_families
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 
 _ORIGINAL = "compare it with the config.json of the original model"
-# Settings of a run, of other files and of code, which do not describe the model.
+# Settings that do not describe the model: those of a run, of other files and of the checkpoint's code.
 _DROPPED = frozenset((
     "quantization_config",  # checkpoint/prequantized reads it
     "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
     "experts_implementation", "_experts_implementation", "transformers_weights", "_name_or_path",
     "return_dict", "output_attentions", "output_hidden_states",
 ))  # fmt: skip
-# Some families have one size for each layer instead.
+# Sizes that must be positive numbers. A list is accepted: some families have one size for each layer.
 _SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -34,11 +34,11 @@ _SIZES = (
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """Return transformers' config object for a checkpoint. Code that ships with a checkpoint is never run.
 
-    For a multimodal model it is that of its language model; see `load_wrapper`.
+    For a multimodal model, it is the config of its language model. `load_wrapper` returns that of the whole.
     Raises UnsupportedError for a model that llmc cannot compile, CheckpointError for values that transformers
-    refuses.
+    refuses or that are not positive numbers.
     """
-    whole, config = _read(checkpoint)
+    whole, config = _read_configs(checkpoint)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config, "num_hidden_layers"):
         raise _no_language_model(whole, config, _code_of(checkpoint.config))
     if getattr(config, "use_bidirectional_attention", None):
@@ -51,24 +51,24 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def load_wrapper(checkpoint: Checkpoint) -> PreTrainedConfig | None:
-    """Return the config of the multimodal model that holds the language model; None for a language model.
+    """Return the config of the multimodal model around the language model; None if there is none.
 
     Raises as `load_config` does.
     """
-    whole, config = _read(checkpoint)
+    whole, config = _read_configs(checkpoint)
     return None if config is whole else whole
 
 
-def _read(checkpoint: Checkpoint) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+def _read_configs(checkpoint: Checkpoint) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """Return the configuration, and that of its language model, which may be the same object."""
     model_type, code = checkpoint.model_type, _code_of(checkpoint.config)
     if model_type not in CONFIG_MAPPING_NAMES:
-        own = f": it needs the checkpoint's own code{code}, which llmc never runs" if code else ""
+        needs_code = f": it needs the checkpoint's own code{code}, which llmc never runs" if code else ""
         raise UnsupportedError(
-            f"transformers does not know the architecture {model_type!r}{own}", _families()
+            f"transformers does not know the architecture {model_type!r}{needs_code}", _families()
         )
     try:
-        settings = PreTrainedConfig._decode_special_floats(_described(checkpoint.config))
+        settings = PreTrainedConfig._decode_special_floats(_model_settings(checkpoint.config))
         whole = AutoConfig.for_model(**settings)
         config = whole.get_text_config()
         if not isinstance(config, PreTrainedConfig):
@@ -85,11 +85,11 @@ def _families() -> str:
     return f"families that llmc is tested with: {', '.join(known_families())}"
 
 
-def _described(value: Any) -> Any:
+def _model_settings(value: Any) -> Any:
     """Return a copy of a configuration without the settings that do not describe the model."""
     if isinstance(value, dict):
-        return {key: _described(one) for key, one in value.items() if key not in _DROPPED}
-    return [_described(one) for one in value] if isinstance(value, list) else value
+        return {key: _model_settings(item) for key, item in value.items() if key not in _DROPPED}
+    return [_model_settings(item) for item in value] if isinstance(value, list) else value
 
 
 def _code_of(config: dict[str, Any]) -> str:

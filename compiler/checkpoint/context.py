@@ -1,9 +1,10 @@
-"""The context length of a bundle, and the rotary embedding that holds for all of it.
+"""Choose the context length of a bundle, and rotary embeddings that are valid for all of it.
 
-A KV cache keeps rotated keys, so the angles of a position must not depend on the length of the sequence.
-YaRN reaches factor x original_max_position_embeddings (Peng et al. 2023, arXiv:2309.00071), whatever
-max_position_embeddings says. LongRoPE (Ding et al. 2024, arXiv:2402.13753) and dynamic NTK change their
-angles beyond the original context: a longer bundle uses those of its context length for every sequence.
+The KV cache holds rotated keys, so the rotary angles of a position must not depend on the sequence's length.
+YaRN supports factor x original_max_position_embeddings tokens (Peng et al. 2023, arXiv:2309.00071), even if
+max_position_embeddings is smaller. LongRoPE (Ding et al. 2024, arXiv:2402.13753) and dynamic NTK change their
+angles beyond the original context. A bundle with a longer context uses the angles of its context length for
+every sequence.
 """
 
 from __future__ import annotations
@@ -26,39 +27,41 @@ _TABLE_COPIES = 6  # of fp32 [positions, head_dim] while the tables of cosines a
 
 @dataclass(frozen=True)
 class Context:
-    """What a bundle's context length means for its model."""
+    """The context length of a bundle, and the configuration of its model at that length."""
 
-    #: Tokens of prompt and answer together.
+    #: The context length: tokens of prompt and answer together.
     max_seq_len: int
-    #: The configuration whose angles do not depend on the length of a sequence.
+    #: The model's configuration. Its rotary angles do not depend on the length of a sequence.
     config: PreTrainedConfig
+    #: Notes for the user.
     notes: tuple[str, ...] = ()
 
 
 def choose_context(config: PreTrainedConfig, wanted: int | None) -> Context:
-    """Return the context of `wanted` tokens, or of as many as the model has if it is None.
+    """Return the context of `wanted` tokens; if it is None, of the model's context length.
 
-    Raises BuildError for more tokens than the model's angles reach, or than this machine has memory for, and
-    CheckpointError for a rope that transformers does not know.
+    Raises BuildError if the rotary embedding supports fewer tokens or this machine lacks the memory,
+    CheckpointError for a rope type that transformers does not know, UnsupportedError for 2^31 tokens or more.
     """
     limit = _position(getattr(config, "max_position_embeddings", None))
+    # Up to `fixed` tokens the angles do not depend on the length. `reach` is the longest possible context.
     fixed, reach = limit, limit
     for rope in _ropes(config):
-        kind = rope.get("rope_type", "default")
-        if not isinstance(kind, str) or kind not in {"default", *ROPE_INIT_FUNCTIONS}:
+        rope_type = rope.get("rope_type", "default")
+        if not isinstance(rope_type, str) or rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
             raise CheckpointError(
-                f"{CONFIG} has the unknown rope type {kind!r}",
+                f"{CONFIG} has the unknown rope type {rope_type!r}",
                 f"known: {', '.join(sorted({'default', *ROPE_INIT_FUNCTIONS}))}",
             )
         original = _position(rope.get("original_max_position_embeddings")) or limit
         factor = rope.get("factor") or 1.0
         if original is None or not _is_number(factor):
             continue
-        if kind == "yarn":
+        if rope_type == "yarn":
             fixed = reach = max(limit or 0, int(factor * original))
-        elif kind == "longrope":
+        elif rope_type == "longrope":
             fixed = original
-        elif kind == "dynamic" and limit is not None:
+        elif rope_type == "dynamic" and limit is not None:
             reach = max(limit, int(factor * limit))
     return _choose(config, wanted, fixed, reach)
 
@@ -95,13 +98,13 @@ def _choose(config: PreTrainedConfig, wanted: int | None, fixed: int | None, rea
 
 
 def _at_length(config: PreTrainedConfig, length: int) -> PreTrainedConfig:
-    """Return a copy of `config` whose angles are, at every length, those of `length` tokens."""
+    """Return a copy of `config` that uses the rotary angles of `length` tokens for every sequence."""
     config = copy.deepcopy(config)
     for rope in _ropes(config):
-        kind = rope.get("rope_type")
-        if kind == "longrope":
+        rope_type = rope.get("rope_type")
+        if rope_type == "longrope":
             rope["short_factor"] = rope["long_factor"]
-        elif kind == "dynamic":
+        elif rope_type == "dynamic":
             dim = int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0))
             limit, factor = config.max_position_embeddings, rope["factor"]
             stretch = factor * length / limit - (factor - 1)
@@ -118,16 +121,16 @@ def _ropes(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     if "rope_type" in parameters or "rope_theta" in parameters:
         yield parameters
     else:
-        yield from (one for one in parameters.values() if isinstance(one, dict))
+        yield from (rope for rope in parameters.values() if isinstance(rope, dict))
 
 
 def _position(value: Any) -> int | None:
-    """Return a number of positions; None for none, as some families write with -1."""
+    """Return `value` as a number of positions; None if it is not one. Some families write -1 for none."""
     return int(value) if _is_number(value) and value >= 1 else None
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether `value` is a number that a product of sizes can be made with."""
+    """Return whether `value` is a number of a size that later multiplications can handle."""
     return type(value) in (int, float) and abs(value) < 2**63
 
 

@@ -29,5 +29,5 @@ class Finding:
     tensor: str
     #: The fact, to be printed after `tensor`.
     what: str
-    #: Suspicious, but usable.
+    #: Whether the tensor is suspicious but usable.
     warning: bool = False

@@ -18,13 +18,14 @@ DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "
 NOT_DOWNLOADED = ("*/*", "consolidated*.safetensors", "adapter_*")
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
-_IN_A_REPOSITORY = ("tree", "blob", "resolve", "commit")  # each is followed by a revision
+_IN_A_REPOSITORY = ("tree", "blob", "resolve", "commit")  # parts of an address that precede a revision
 
 
 @dataclass(frozen=True)
 class HubRepository:
-    """A repository on the Hugging Face hub, by its id: `org/name`, or `name` for the oldest ones."""
+    """A repository on the Hugging Face hub."""
 
+    #: `org/name`; `name` for the oldest repositories.
     id: str
     #: A branch, tag or commit; None for the default branch.
     revision: str | None = None
@@ -38,26 +39,26 @@ class HubRepository:
 def parse(text: str) -> HubRepository | None:
     """Return the repository that `text` names, or None if it can only be a path.
 
-    text: `org/name`, `name`, either with `@revision`, `hf://` before them, or the address of the
-        repository's page
+    text: `org/name` or `name`, optionally with `hf://` before it and `@revision` after it, or the address of
+        the repository's page
 
-    Raises CheckpointError for an address that is not a model's on the hub.
+    Raises CheckpointError for an address that is not the page of a model on the hub.
     """
-    scheme, separator, rest = text.partition("://")
+    scheme, separator, name = text.partition("://")
     if separator and scheme in ("http", "https"):
         return _parse_address(text)
     if separator and scheme != "hf":
         raise CheckpointError(f"llmc cannot download from {text}", hint="give a hub id or a directory")
     if not separator and text.partition("/")[0] in _HOSTS:
         return _parse_address(f"https://{text}")
-    found = _HUB_ID.fullmatch(rest if separator else text)
-    if found is None:
+    match = _HUB_ID.fullmatch(name if separator else text)
+    if match is None:
         if separator:
             raise CheckpointError(
                 f"{text} does not name a model on the hub", hint="it looks like hf://org/name@revision"
             )
         return None
-    return HubRepository(found["id"], found["revision"])
+    return HubRepository(match["id"], match["revision"])
 
 
 def _parse_address(text: str) -> HubRepository:
@@ -74,13 +75,13 @@ def _parse_address(text: str) -> HubRepository:
         (place for place in (1, 2) if parts[place : place + 1] and parts[place] in _IN_A_REPOSITORY), None
     )
     revision = parts[at + 1] if at is not None and len(parts) > at + 1 else None
-    found = _HUB_ID.fullmatch("/".join(parts[:at]))
-    if found is None or parts[0] in ("datasets", "spaces"):
+    match = _HUB_ID.fullmatch("/".join(parts[:at]))
+    if match is None or parts[0] in ("datasets", "spaces"):
         raise CheckpointError(
             f"{text} is not the address of a model on the hub",
             hint=f"it looks like {constants.ENDPOINT}/org/name",
         )
-    return HubRepository(found["id"], revision or found["revision"])
+    return HubRepository(match["id"], revision or match["revision"])
 
 
 def resolve(checkpoint: str | Path, revision: str | None = None) -> Path:
@@ -119,17 +120,13 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
     try:
-        found = snapshot_download(
+        directory = snapshot_download(
             name, revision=revision, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)
         )
-    except (
-        errors.HTTPError,
-        errors.HFValidationError,
-        OSError,
-        RuntimeError,
-    ) as error:  # hf_xet raises RuntimeError
+    # hf_xet raises RuntimeError.
+    except (errors.HTTPError, errors.HFValidationError, OSError, RuntimeError) as error:
         raise CheckpointError(*_explain(name, revision, error)) from error
-    if not any(Path(found).glob("*.safetensors")):
+    if not any(Path(directory).glob("*.safetensors")):
         if constants.is_offline_mode():
             raise CheckpointError(
                 f"{name} has no safetensors weights in the download cache", hint="unset HF_HUB_OFFLINE"
@@ -138,7 +135,7 @@ def _download(name: str, revision: str | None) -> Path:
             f"{name} has no safetensors weights",
             hint="choose a repository that has them; llmc never loads pickled weights",
         )
-    return Path(found)
+    return Path(directory)
 
 
 def _explain(name: str, revision: str | None, error: Exception) -> tuple[str, str]:

@@ -1,7 +1,7 @@
-"""The names that transformers gives the tensors of a checkpoint when it loads them into a model.
+"""Map the names of a checkpoint's tensors to the names in the model, as transformers does when it loads them.
 
-The rules are transformers' own: the conversion mapping of the model type, the prefix of the base model, the
-buffers that belong to the state dict, and the weights that are tied.
+The rules are taken from transformers: the conversion mapping of the model type, the prefix of the base model,
+the buffers that belong to the state dict, and the weights that are tied.
 """
 
 from __future__ import annotations
@@ -32,33 +32,34 @@ from llmc.compiler.checkpoint.safetensors import CHUNK_BYTES, TensorRef
 from llmc.runtime.dtypes import FLOATS
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 
-_OF_ACTIVATIONS = ("input_scale", "input_global_scale", "output_scale")  # idle beside an unquantized weight
-# Buffers that old checkpoints carry although models compute them now, as transformers knows them.
+# Scales of activations. Beside an unquantized weight they are not used.
+_OF_ACTIVATIONS = ("input_scale", "input_global_scale", "output_scale")
+# Buffers in old checkpoints that models compute now. transformers ignores the same names.
 _COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
 @dataclass(frozen=True)
 class ModelKeys:
-    """The state dict of a model: what a checkpoint must hold, and how names become its names."""
+    """The names and shapes in a model's state dict, and the mapping from names in checkpoints."""
 
-    #: Parameter -> shape, without those that are tied to another.
+    #: Parameter -> shape, without parameters that are tied to another one.
     parameters: Mapping[str, tuple[int, ...]]
-    #: Persistent buffer -> shape. A checkpoint may lack those that the graph does not use.
+    #: Persistent buffer -> shape. A checkpoint may lack buffers that the graph does not use.
     buffers: Mapping[str, tuple[int, ...]]
     #: Tied parameter -> the parameter whose data it shares.
     tied: Mapping[str, str]
     #: The model whose state dict the files hold: the language model, or the multimodal model around it.
     _loaded: PreTrainedModel
-    #: Module of `_loaded` -> the same module of the language model, whose names the others are.
+    #: Name of a module in `_loaded` -> its name in the language model.
     _modules: Mapping[str, str]
 
     @classmethod
     def of(cls, config: PreTrainedConfig, wrapper: PreTrainedModel | None = None) -> ModelKeys:
-        """Return the keys of the causal language model of `config`, without memory for its weights.
+        """Return the keys of the causal language model of `config`, without allocating its weights.
 
-        wrapper: the multimodal model that holds it
+        wrapper: the multimodal model that contains it, if any
 
-        Raises UnsupportedError if transformers cannot make the model, or if the wrapper holds another one.
+        Raises UnsupportedError if transformers cannot make the model, or if `wrapper` contains another one.
         """
         model = make_model(AutoModelForCausalLM, config)
         tied = {alias: name for alias, name in model.all_tied_weights_keys.items() if alias != name}
@@ -76,21 +77,21 @@ class ModelKeys:
         )
 
     def loaded_name(self, name: str) -> str:
-        """Return the name that a module or parameter of the language model has in the model around it."""
+        """Return a module's or parameter's name in the loaded model, given its name in the language model."""
         for outer, inner in self._modules.items():
             if not inner or name == inner or name.startswith(f"{inner}."):
                 return outer + name[len(inner) :]
         return name
 
     def _inner_name(self, name: str) -> str | None:
-        """Return the name in the language model; None for another part of the model around it."""
+        """Return the name in the language model for one in the loaded model; None if it is another part."""
         for outer, inner in self._modules.items():
             if not outer or name.startswith(f"{outer}."):
                 return inner + name[len(outer) :]
         return None
 
     def rename(self, checkpoint: Checkpoint) -> RenamedCheckpoint:
-        """Give the tensors of a checkpoint the model's names.
+        """Return the checkpoint with the model's names.
 
         Raises CheckpointError if two tensors have the same name in the model.
         """
@@ -112,9 +113,9 @@ class ModelKeys:
         return RenamedCheckpoint(replace(checkpoint, tensors=tensors), unknown, converted)
 
     def untied(self, tensors: Mapping[str, TensorRef]) -> list[str]:
-        """Return the tied parameters that are stored with values of their own: transformers unties them.
+        """Return the tied parameters that are stored with different values. transformers unties them.
 
-        tensors: a checkpoint's, renamed. Those of tied parameters are read.
+        tensors: the tensors of a renamed checkpoint, by name. Those of tied parameters are read.
         """
         return [
             alias
@@ -123,10 +124,13 @@ class ModelKeys:
         ]
 
     def _names(self, stored: Mapping[str, TensorRef]) -> tuple[dict[str, str], list[str], dict[str, str]]:
-        """Return stored name -> name in the model; the names that the model lacks; and `converted`."""
+        """Return stored name -> name in the model, stored names that the model lacks, and `converted`.
+
+        stored: the checkpoint's tensors, by name. See `RenamedCheckpoint` for `converted`.
+        """
         mapping = get_model_conversion_mapping(self._loaded)
-        renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-        converters = [one for one in mapping if isinstance(one, WeightConverter)]
+        renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
         state, prefix = self._loaded.state_dict(), self._loaded.base_model_prefix
         names: dict[str, str] = {}
         modules: dict[str, str] = {}
@@ -174,29 +178,29 @@ class ModelKeys:
 class RenamedCheckpoint:
     """A checkpoint whose tensors have the model's names."""
 
-    #: Without the tensors that the model lacks. Parameters that are tied and stored twice are there twice.
+    #: The checkpoint without tensors that the model lacks. Tied parameters that are stored twice are kept.
     checkpoint: Checkpoint
-    #: The names, in the files, of tensors that the model lacks and that transformers reports too.
+    #: Stored names of tensors that the model lacks and that transformers reports as unexpected.
     unused: tuple[str, ...]
-    #: Parameter -> the first tensor that transformers computes it from.
+    #: Parameter that transformers computes from stored tensors -> the name of the first of them.
     converted: Mapping[str, str]
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of."""
+        """Notes for the user about tensors that are not used."""
         shown = collapse(self.unused)
         more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
         unused = f"the model does not use {', '.join(shown[:3])}{more}; transformers ignores them too"
         return (*self.checkpoint.notes, unused) if self.unused else self.checkpoint.notes
 
     def compare(self, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Shaped]) -> None:
-        """Check that `tensors` are those that the model expects.
+        """Check that `tensors` has what the model expects.
 
         expected: name -> shape
-        tensors: those of `checkpoint`, or the modules that stand for some of them
+        tensors: the tensors of `checkpoint` by name; a quantized weight may be represented by its module
 
-        Raises CheckpointError for a difference, and UnsupportedError for parameters that transformers
-        computes from other tensors.
+        Raises CheckpointError for missing tensors and other shapes, UnsupportedError for parameters that
+        transformers computes from other tensors.
         """
         for name, stored in self.converted.items():
             if name in expected and name not in tensors:
@@ -209,9 +213,10 @@ class RenamedCheckpoint:
 
 
 def read_model(checkpoint: Checkpoint, config: PreTrainedConfig) -> tuple[ModelKeys, RenamedCheckpoint]:
-    """Return the keys of the model of `config`, and the checkpoint under its names.
+    """Return the keys of the model of `config`, and the checkpoint with the model's names.
 
-    Whether parameters are tied is what transformers makes of the checkpoint: `config` is changed to say so.
+    Changes `config.tie_word_embeddings` to what transformers does with this checkpoint.
+    Raises CheckpointError and UnsupportedError as `ModelKeys.of` and `ModelKeys.rename` do.
     """
     whole = load_wrapper(checkpoint)
     wrapper = None if whole is None else make_model(AutoModelForMultimodalLM, whole)
@@ -227,10 +232,10 @@ def read_model(checkpoint: Checkpoint, config: PreTrainedConfig) -> tuple[ModelK
         notes.append(f"config.json ties {untied[0]}, but the checkpoint has its own values, which are used")
         config.tie_word_embeddings = False
         keys = ModelKeys.of(config, wrapper)
-        if still := sorted(keys.tied.keys() & set(untied)):
+        if still_tied := sorted(keys.tied.keys() & set(untied)):
             raise UnsupportedError(
-                f"{config.model_type} shares {still[0]} with {keys.tied[still[0]]}, but the checkpoint has "
-                "both, with different values",
+                f"{config.model_type} shares {still_tied[0]} with {keys.tied[still_tied[0]]}, "
+                "but the checkpoint has both, with different values",
                 "remove one of them from the checkpoint",
             )
         renamed = keys.rename(checkpoint)
@@ -241,7 +246,9 @@ def read_model(checkpoint: Checkpoint, config: PreTrainedConfig) -> tuple[ModelK
 
 
 def make_model(auto: Any, config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the model of `config` on the device "meta". auto: one of transformers' AutoModel classes.
+    """Return the model of `config` on the device "meta".
+
+    auto: one of transformers' AutoModel classes
 
     Raises UnsupportedError if transformers cannot make it.
     """
@@ -257,29 +264,29 @@ def make_model(auto: Any, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _shared_modules(wrapper: PreTrainedModel, model: PreTrainedModel) -> dict[str, str]:
-    """Return the decoder and the head of `wrapper`, by name, with their names in the language model."""
+    """Map the names of the decoder and lm_head in `wrapper` to their names in the language model."""
     pairs = (
         (wrapper.get_decoder(), model.get_decoder()),
         (wrapper.get_output_embeddings(), model.get_output_embeddings()),
     )
     shared = {}
     for outer, inner in pairs:
-        one, other = _name_of(outer, wrapper), _name_of(inner, model)
-        if not one or not other or type(outer) is not type(inner):
+        outer_name, inner_name = _name_of(outer, wrapper), _name_of(inner, model)
+        if not outer_name or not inner_name or type(outer) is not type(inner):
             raise UnsupportedError(
                 f"the language model of {type(wrapper).__name__} is not a {type(model).__name__}",
                 "llmc compiles text-only causal language models",
             )
-        shared[one] = other
+        shared[outer_name] = inner_name
     return shared
 
 
 def _name_of(module: object, model: PreTrainedModel) -> str:
-    return next((name for name, one in model.named_modules() if one is module), "")
+    return next((name for name, candidate in model.named_modules() if candidate is module), "")
 
 
 def _add_modules(modules: dict[str, str], stored: str, name: str) -> None:
-    """Record the names of the modules above a tensor, as far as both names have the same last parts."""
+    """Record stored name -> model's name for the modules above a tensor, while both names end alike."""
     while stored.rpartition(".")[2] == name.rpartition(".")[2]:
         stored, name = stored.rpartition(".")[0], name.rpartition(".")[0]
         if not stored or not name or stored in modules:
@@ -300,18 +307,19 @@ def _has_quantized_weight(module: str, tensors: Mapping[str, TensorRef]) -> bool
 
 
 def _equal(alias: str, name: str, tensors: Mapping[str, TensorRef]) -> bool:
-    one, other = tensors.get(alias), tensors.get(name)
+    """Return whether both tensors are stored unquantized, with the same values."""
+    tied, other = tensors.get(alias), tensors.get(name)
     if (
-        one is None
+        tied is None
         or other is None
-        or any(_has_quantized_weight(one.rpartition(".")[0], tensors) for one in (alias, name))
+        or any(_has_quantized_weight(stored.rpartition(".")[0], tensors) for stored in (alias, name))
     ):
         return False
-    if one.shape != other.shape or not {one.dtype, other.dtype} <= set(FLOATS):
+    if tied.shape != other.shape or not {tied.dtype, other.dtype} <= set(FLOATS):
         return False
-    step = max(1, CHUNK_BYTES * one.shape[0] // max(1, one.nbytes))
-    blocks = (slice(first, first + step) for first in range(0, one.shape[0], step))
+    step = max(1, CHUNK_BYTES * tied.shape[0] // max(1, tied.nbytes))
+    blocks = (slice(first, first + step) for first in range(0, tied.shape[0], step))
     return all(
-        np.array_equal(one.read(rows).astype(np.float32), other.read(rows).astype(np.float32))
+        np.array_equal(tied.read(rows).astype(np.float32), other.read(rows).astype(np.float32))
         for rows in blocks
     )

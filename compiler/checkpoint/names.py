@@ -9,7 +9,7 @@ from typing import Protocol
 
 from llmc.runtime.errors import CheckpointError
 
-_COMPARED = 50  # names that a missing one is compared with: each comparison is slow
+_COMPARED = 50  # unused names that a missing one is compared with; each comparison is slow
 
 
 class Shaped(Protocol):
@@ -25,6 +25,7 @@ def compare_names(
     """Check that `tensors` has what the model expects.
 
     expected: name -> shape; tied parameters once
+    tensors: the checkpoint's tensors, by their names in the model
     unused: the names of tensors that the model lacks, for the message
 
     Raises CheckpointError with a short difference: layers are collapsed, and a missing name is paired with
@@ -80,7 +81,7 @@ def ranges(numbers: Iterable[int]) -> list[str]:
 
 
 def _braced(numbers: set[int]) -> str:
-    """Format one number as it is, several as at most four runs in braces."""
+    """Format numbers: {3} -> "3", {0, 1, 2, 5} -> "{0-2,5}". At most four runs are shown."""
     runs = ranges(numbers)
     text = ",".join(runs[:4]) + (",..." if len(runs) > 4 else "")
     return text if len(numbers) == 1 else "{" + text + "}"

@@ -1,7 +1,7 @@
 """The recipe of a model family: `model_zoo/<model_type>/recipe.toml`.
 
     architecture = "LlamaForCausalLM"
-    [matches]                            # pass -> places it must rewrite
+    [matches]                            # pass -> number of places that it must rewrite
     lower-rope = { per_layer = 2 }
     lower-linear = { per_layer = 7, model = 1 }
     [verify]
@@ -9,7 +9,7 @@
     [quantize]                           # optional
     exclude = ["*.router"]               # modules that are not quantized; shell patterns
 
-A family without a recipe is compiled too; then it is accepted on verification alone.
+A family without a recipe is compiled too. Only the verification decides then whether the build succeeds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Recipe:
 
 
 def load(model_type: str) -> Recipe:
-    """Return the recipe of a family, or an empty one that is not `known`."""
+    """Return the recipe of a family; without a recipe.toml an empty one with `known` False."""
     file = resources.files("llmc.model_zoo") / model_type / "recipe.toml"
     if not model_type.isidentifier() or not file.is_file():
         return Recipe(model_type)

@@ -2,8 +2,8 @@
 
 Format (https://github.com/huggingface/safetensors#format): 8 bytes, little-endian, the length N of
 the header; N bytes of JSON, `{"name": {"dtype", "shape", "data_offsets": [begin, end]}, ...}` with
-an optional `__metadata__` of strings, padded with spaces; then the data, little-endian, row-major,
-which `data_offsets` (relative to its start) must cover without overlap or hole.
+an optional `__metadata__` of strings, padded with spaces; then the data, little-endian and row-major.
+`data_offsets` are relative to the start of the data. They must cover it without overlaps and gaps.
 """
 
 from __future__ import annotations
@@ -22,28 +22,33 @@ from llmc.runtime.dtypes import DTYPES, numpy_dtype
 from llmc.runtime.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
-MAX_RANK = 32  # numpy 1's
-CHUNK_BYTES = 16 << 20  # of a tensor that is read in blocks of rows
+MAX_RANK = 32  # numpy 1 supports no more dimensions
+CHUNK_BYTES = 16 << 20  # the default size of the blocks in which a tensor is read
 LFS_MARK = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """The place of one tensor on disk. `offset` is the absolute byte position in `file`."""
+    """The location of one tensor on disk."""
 
     name: str
     file: Path
+    #: The dtype by its name in safetensors, such as "BF16" or "F8_E4M3".
     dtype: str
     shape: tuple[int, ...]
+    #: The position of the data in bytes, from the start of the file.
     offset: int
+    #: The size of the data in bytes.
     nbytes: int
 
     def read(self, rows: slice | None = None) -> np.ndarray:
-        """Read the tensor, or the rows `rows` (step 1) of its first axis. Only those bytes are read.
+        """Read the tensor, or some rows of it.
+
+        rows: a slice of the first axis, with step 1; by default all rows. Only these bytes are read.
 
         Returns BF16 and F8 as `ml_dtypes` types (bfloat16, float8_e4m3fn, ...), and F4 and F6 as packed
         uint8, whose last axis counts bytes.
-        Raises CheckpointError when the file has become shorter or unreadable.
+        Raises CheckpointError if the file cannot be read or has become shorter.
         """
         bits = DTYPES[self.dtype].bits
         shape, begin, nbytes = self.shape, self.offset, self.nbytes
@@ -139,7 +144,7 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise _damaged(file, f"the header has the key {twice!r} twice")
         for key in keys:
-            key.encode()  # lone surrogates: a UnicodeEncodeError, hence a ValueError
+            key.encode()  # raises UnicodeEncodeError, a ValueError, for lone surrogates
         return keys
 
     try:

@@ -14,7 +14,8 @@ FILE = "generation_config.json"
 _KEPT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _DEFAULT_TOP_K = 50  # transformers samples from 50 tokens where the file has no top_k
 _MAX_TOP_K = 2**31 - 1  # more than any vocabulary has
-# What else changes the tokens that transformers chooses -> the value that turns it off, beside null.
+# Settings that change the tokens transformers chooses and that llmc lacks -> the value that turns them off.
+# null turns them off too.
 _OTHERS = {
     "num_beams": 1,
     "typical_p": 1.0,
@@ -33,18 +34,18 @@ _OTHERS = {
 def sampling_defaults(checkpoint: Checkpoint) -> Sampling | None:
     """Return the sampling defaults in generation_config.json, or None if it sets none.
 
-    A missing value is the one that transformers fills in. Raises CheckpointError for an invalid value.
+    Values that the file lacks are transformers' defaults. Raises CheckpointError for an invalid value.
     """
     config = checkpoint.generation_config
-    given = {name: config[name] for name in _KEPT if config.get(name) is not None}
+    settings = {name: config[name] for name in _KEPT if config.get(name) is not None}
     do_sample = config.get("do_sample")
-    if do_sample is None and not given:
+    if do_sample is None and not settings:
         return None
     if not isinstance(do_sample, bool | None):
         raise _invalid(checkpoint, f"do_sample is {do_sample!r}", "do_sample must be true or false")
-    if given.get("top_k") == -1:  # other tools write -1 for "off"
-        given["top_k"] = 0
-    values: dict[str, Any] = {"temperature": 1.0, "top_k": _DEFAULT_TOP_K if do_sample else 0} | given
+    if settings.get("top_k") == -1:  # other tools write -1 for "off"
+        settings["top_k"] = 0
+    values: dict[str, Any] = {"temperature": 1.0, "top_k": _DEFAULT_TOP_K if do_sample else 0} | settings
     try:
         params = SamplingParams(**values)
         numbers = {name: float(getattr(params, name)) for name in _KEPT if name != "top_k"}
@@ -55,7 +56,7 @@ def sampling_defaults(checkpoint: Checkpoint) -> Sampling | None:
 
 
 def not_followed(checkpoint: Checkpoint) -> Iterator[str]:
-    """Yield the names of the settings in generation_config.json that llmc has no counterpart for."""
+    """Yield the names of settings in generation_config.json that are in effect but that llmc lacks."""
     for name, off in _OTHERS.items():
         value = checkpoint.generation_config.get(name)
         if value is not None and value != off and value != []:

@@ -1,8 +1,9 @@
-"""Read the checkpoint's tokenizer as transformers reads it, and write it to the bundle.
+"""Read the checkpoint's tokenizer with transformers, and write it to the bundle.
 
 transformers rebuilds some tokenizers from their class and overrides parts of tokenizer.json. So the bundle
-gets what transformers would save, not a copy of the files: the runtime needs tokenizer.json alone. Where the
-class encodes text otherwise than the checkpoint's tokenizer.json, the bundle follows the file.
+gets the files that transformers saves, not a copy of the checkpoint's. The runtime then needs only
+tokenizer.json. If the class encodes text differently from the checkpoint's tokenizer.json, the bundle follows
+the file.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from llmc.runtime.errors import CheckpointError, LlmcError, RequestError
 from llmc.runtime.text_encoder import TextEncoder, errors_as_values, quiet_stderr, read_tokenizer
 from llmc.runtime.tokenizer import Tokenizer
 
-TOKENIZER_FILE = "tokenizer/tokenizer.json"  # of a bundle
-#: The files of which each holds a vocabulary.
+TOKENIZER_FILE = "tokenizer/tokenizer.json"  # in a bundle
+#: Files that hold a vocabulary. A checkpoint without any of them has no tokenizer.
 VOCABULARIES = (
     *("tokenizer.json", "tekken.json", "vocab.json", "vocab.txt", "tokenizer.model", "tiktoken.model"),
     *("spiece.model", "spm.model", "sentencepiece.bpe.model"),
 )
-_WANTED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_BUNDLED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _SETTINGS = "tokenizer_config.json"
-#: Texts that tell tokenizers apart: spaces, case, accents, scripts, digits, contractions.
+#: Texts that different tokenizers encode differently: spaces, case, accents, scripts, digits, contractions.
 _PROBES = (
     "the hello",
     "  Two spaces,\n\n\ttabs \r\n and a line  ",
@@ -38,22 +39,22 @@ _PROBES = (
     "na\u00efve e\u0301 \ufb01 \uff21 \u65e5\u672c\u8a9e \u0440\u0443\u0441 \U0001f642",
     "def f(x):\n    return x**2  # <tag> {key: [1]}",
 )
-_LEFT_OUT = ("auto_map", "quantization_config")  # code, and what needs the package that wrote it
-_MOST_OUTSIDE = 0.01  # of the tokens of a text may have no embedding
+_LEFT_OUT = ("auto_map", "quantization_config")  # settings that would load code or a quantization package
+_MOST_OUTSIDE = 0.01  # the largest share of a text's tokens that may have no embedding
 _LARGEST_ID = 1 << 24  # the largest vocabularies have 2**18 tokens
-_MAX_FAILURES = 2  # texts that a tokenizer cannot encode, before no more are compared
+_MAX_FAILURES = 2  # texts that a tokenizer may fail to encode; after more, no more texts are compared
 _PACKAGES = ("sentencepiece", "tiktoken", "protobuf", "mistral-common")
 
 
 @dataclass(frozen=True)
 class BundleTokenizer:
-    """What a bundle gets of its checkpoint's tokenizer."""
+    """The tokenizer of a bundle."""
 
-    #: File name -> content, of the bundle's folder `tokenizer`.
+    #: Name of a file in the bundle's directory `tokenizer` -> its content.
     files: dict[str, bytes]
-    #: What the user should know about it.
+    #: Notes for the user.
     notes: tuple[str, ...]
-    #: The token that ends a text, by the tokenizer's own configuration.
+    #: The id of the tokenizer's end-of-sequence token; None if it has none.
     eos_token_id: int | None
 
     def write(self, writer: BundleWriter) -> None:
@@ -65,10 +66,10 @@ class BundleTokenizer:
 def read_bundle_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> BundleTokenizer | None:
     """Read the tokenizer of a checkpoint; None if it has no vocabulary file.
 
-    vocab_size: the rows of the embedding
+    vocab_size: the number of rows of the embedding
 
-    Raises CheckpointError if transformers cannot read the tokenizer, if it needs code of the checkpoint, or
-    if it is not the tokenizer of this model. The code is never run.
+    Raises CheckpointError if transformers cannot read the tokenizer, if it needs the checkpoint's code, which
+    is never run, or if it is not the tokenizer of this model.
     """
     names = {file.name for file in checkpoint.tokenizer_files}
     if not names & set(VOCABULARIES):
@@ -83,7 +84,8 @@ def read_bundle_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> BundleToke
             _convert(checkpoint, stage, directory)
             tokenizer, notes = _open(checkpoint, directory), []
         notes += _check_vocabulary(checkpoint, tokenizer, vocab_size)
-        files = {one.name: one.read_bytes() for one in sorted(directory.iterdir()) if one.name in _WANTED}
+        saved = sorted(directory.iterdir())
+        files = {path.name: path.read_bytes() for path in saved if path.name in _BUNDLED}
     eos = tokenizer.special_tokens.get("eos_token")
     return BundleTokenizer(files, tuple(notes), tokenizer.backend.token_to_id(eos) if eos else None)
 
@@ -91,9 +93,11 @@ def read_bundle_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> BundleToke
 def end_of_sequence(
     checkpoint: Checkpoint, tokenizer: BundleTokenizer | None, vocab_size: int
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return the ids that end a generation, all that the checkpoint's files name, and notes.
+    """Return all token ids that end a generation according to the checkpoint's files, and notes.
 
-    Raises CheckpointError for what is no token id.
+    vocab_size: the number of rows of the embedding; larger ids are left out
+
+    Raises CheckpointError for a value that is not a token id.
     """
     named = checkpoint.eos_by_file
     if tokenizer is None:
@@ -116,21 +120,21 @@ def end_of_sequence(
 
 
 def _check_class(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
-    """Raise CheckpointError for a tokenizer that only code of the checkpoint could read."""
+    """Raise CheckpointError for a tokenizer class that is invalid or defined in the checkpoint's code."""
     name = settings.get("tokenizer_class") or checkpoint.config.get("tokenizer_class")
     if name is not None and not isinstance(name, str):
         raise CheckpointError(
             f"{checkpoint.path}: tokenizer_class is {name!r}, not the name of a class",
             "compare tokenizer_config.json with that of the original model",
         )
-    found = _known_class(name) if name else None
-    if found is not None and not _reads_tokenizers(found):
+    cls = _known_class(name) if name else None
+    if cls is not None and not _reads_tokenizers(cls):
         raise CheckpointError(
             f"{checkpoint.path}: tokenizer_class {name!r} is no tokenizer of transformers",
             "compare tokenizer_config.json with that of the original model",
         )
     code = _code_of(settings) or _code_of(checkpoint.config)
-    if found is None and code:
+    if cls is None and code:
         file = (checkpoint.path / "tokenizer.json").is_file()
         raise CheckpointError(
             f"the tokenizer of {checkpoint.path} needs code that comes with it (auto_map: {code}), "
@@ -147,7 +151,7 @@ def _code_of(settings: dict[str, Any]) -> str:
     if isinstance(named, dict):
         named = named.get("AutoTokenizer")
     classes = named if isinstance(named, list | tuple) else [named]
-    return next((one for one in classes if isinstance(one, str) and one), "")
+    return next((candidate for candidate in classes if isinstance(candidate, str) and candidate), "")
 
 
 def _known_class(name: str) -> Any:
@@ -156,16 +160,16 @@ def _known_class(name: str) -> Any:
     return tokenizer_class_from_name(name)
 
 
-def _reads_tokenizers(found: Any) -> bool:
+def _reads_tokenizers(cls: Any) -> bool:
     from transformers import PreTrainedTokenizerBase
 
-    stand_in = hasattr(found, "_backends")  # for a class that needs a missing package
-    return stand_in or (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase))
+    stand_in = hasattr(cls, "_backends")  # transformers' placeholder for a class with a missing package
+    return stand_in or (isinstance(cls, type) and issubclass(cls, PreTrainedTokenizerBase))
 
 
 @contextmanager
 def _staged(checkpoint: Checkpoint, settings: dict[str, Any]) -> Iterator[Path]:
-    """Make a directory with the tokenizer's files and without code or the mention of any."""
+    """Yield a directory with the tokenizer's files, without code and without settings that refer to code."""
     with TemporaryDirectory() as name:
         stage = Path(name)
         for file in checkpoint.tokenizer_files:
@@ -197,9 +201,13 @@ def _follow_file(checkpoint: Checkpoint, stage: Path, directory: Path) -> tuple[
 
 
 def _convert(checkpoint: Checkpoint, stage: Path, directory: Path, generic: bool = False) -> str:
-    """Write to `directory` what transformers saves, and return the name of the class that it chose.
+    """Save the tokenizer with transformers to `directory`, and return the name of the class that it chose.
 
-    generic: take tokenizer.json as it is, whatever class the checkpoint names
+    stage: the directory of `_staged`
+    directory: a directory whose files are replaced
+    generic: use tokenizer.json unchanged and ignore the class that the checkpoint names
+
+    Raises CheckpointError if transformers cannot read the tokenizer.
     """
     from transformers import AutoTokenizer
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
@@ -243,23 +251,23 @@ def _read_file(file: Path) -> Any:
         raise CheckpointError(
             f"{file} cannot be read: {error}", "the file is damaged; download it again"
         ) from error
-    last = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
-    if last > _LARGEST_ID:  # transformers would make a table of this size
-        raise CheckpointError(f"{file} has the token id {last}", "the file is damaged; download it again")
+    last_id = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+    if last_id > _LARGEST_ID:  # transformers would make a table of this size
+        raise CheckpointError(f"{file} has the token id {last_id}", "the file is damaged; download it again")
     return backend
 
 
 def _difference(tokenizer: Tokenizer, file: TextEncoder) -> str:
-    """Return the first text that the two encode, or decode, in different ways; "" if there is none."""
+    """Return the first text that the two encode or decode differently; "" if there is none."""
     ours = TextEncoder(tokenizer.backend)
     file.backend.encode_special_tokens = ours.backend.encode_special_tokens
     named = [token.content for token in file.backend.get_added_tokens_decoder().values()]
     failures = 0
     for text in (*_PROBES, "a ".join(named[:100]), read_text(EVALUATION_TEXT)):
-        found = _round_trip(ours, text)
-        if found != _round_trip(file, text):
+        result = _round_trip(ours, text)
+        if result != _round_trip(file, text):
             return text
-        failures += found is None
+        failures += result is None
         if failures > _MAX_FAILURES:  # each may take until the time limit
             break
     return ""
@@ -276,10 +284,11 @@ def _round_trip(encoder: TextEncoder, text: str) -> tuple[list[int], str] | None
 
 
 def _explain(chosen: str, text: str, left: str) -> str:
-    """Return the note on a tokenizer.json that is followed.
+    """Return the note that the bundle follows tokenizer.json.
 
-    chosen: the class of transformers, or why it fails. text: what it encodes otherwise. left: what the
-    bundle still encodes otherwise
+    chosen: the class of transformers, or the reason why it fails
+    text: the text that the class encodes differently; "" if it fails
+    left: a text that the bundle still encodes differently; "" if there is none
     """
     note = f"the class {chosen} of transformers and tokenizer.json encode {_short(text)} in different ways"
     note = f"{note if text else chosen}: the bundle follows tokenizer.json"
@@ -291,7 +300,7 @@ def _short(text: str) -> str:
 
 
 def _compare_special(tokenizer: Tokenizer, file: TextEncoder) -> list[str]:
-    """Return a note if different special tokens, such as BOS, stand around a text."""
+    """Return a note if the two add different special tokens, such as BOS, to a text."""
     try:
         ours, theirs = tokenizer.encode("a"), file.encode("a").ids
     except RequestError:
@@ -307,9 +316,9 @@ def _compare_special(tokenizer: Tokenizer, file: TextEncoder) -> list[str]:
 
 
 def _check_vocabulary(checkpoint: Checkpoint, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
-    """Return a note on tokens without an embedding.
+    """Return a note if some tokens have no embedding.
 
-    Raises CheckpointError if ordinary text has such tokens, or cannot be encoded.
+    Raises CheckpointError if ordinary text has many such tokens, or cannot be encoded.
     """
     try:
         ids = tokenizer.encode(read_text(EVALUATION_TEXT), add_special_tokens=False)
@@ -324,12 +333,14 @@ def _check_vocabulary(checkpoint: Checkpoint, tokenizer: Tokenizer, vocab_size: 
             f"{vocab_size}",
             f"is the tokenizer in {checkpoint.path} the one of this model?",
         )
-    last = tokenizer.vocab_size - 1
-    if last < vocab_size:
+    last_id = tokenizer.vocab_size - 1
+    if last_id < vocab_size:
         return []
-    if last == vocab_size:
-        return [f"token {last} of the tokenizer has no embedding ({vocab_size} rows): prompts cannot use it"]
+    if last_id == vocab_size:
+        return [
+            f"token {last_id} of the tokenizer has no embedding ({vocab_size} rows): prompts cannot use it"
+        ]
     return [
-        f"tokens {vocab_size} to {last} of the tokenizer have no embedding ({vocab_size} rows): "
+        f"tokens {vocab_size} to {last_id} of the tokenizer have no embedding ({vocab_size} rows): "
         "prompts cannot use them"
     ]

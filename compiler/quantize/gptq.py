@@ -7,11 +7,11 @@ With H = M diag(d) M^T, M unit upper triangular, the loss of rounding w to q is
 
     sum over j of d_j (v_j - q_j)^2,    v_j = w_j + sum over k < j of (w_k - q_k) M_kj
 
-so q_j, in the order of the columns, is v_j rounded to nearest.
+so each q_j, in the order of the columns, is v_j rounded to nearest.
 
-The scale of a block of columns is one of `scales.candidates` for the block with the feedback of the columns
-before it: the one whose codes, with the feedback within the block, have the least such loss. A row with one
-scale gets it from its original weights, by the error weighted with diag(H).
+The scale of a block of columns is chosen from `scales.candidates`, after the feedback of the columns before
+it: the candidate whose codes, with the feedback within the block, have the least loss. If a row has a single
+scale, it is chosen for the original weights by the squared error weighted with diag(H).
 
 Measured on model_zoo/llama/tales, top-1 agreement with fp32 and mean KL on 8,192 held-out tokens, lm_head
 left out (2026-11-26):
@@ -35,7 +35,7 @@ from llmc.passes.quantize import elements
 from llmc.passes.quantize.formats import Format
 from llmc.runtime.errors import BuildError, CheckpointError
 
-_WIDTH = 128  # columns rounded between two matrix products, for formats without blocks
+_WIDTH = 128  # for formats without blocks: columns that are rounded before the feedback is computed again
 
 
 def hessian(x: np.ndarray) -> np.ndarray:
@@ -46,7 +46,11 @@ def hessian(x: np.ndarray) -> np.ndarray:
 def output_error(rows: np.ndarray, dequantized: np.ndarray, hessian: np.ndarray) -> float:
     """Return the relative error of a layer's output: sqrt(tr(D H D^T) / tr(W H W^T)), D = W - dequantized.
 
-    `rows` W and `dequantized` are [out, in], `hessian` is [in, in]. 0 if the output is 0.
+    rows: the weight W, [out, in]
+    dequantized: W after quantization and dequantization, float32 [out, in]
+    hessian: the second moment H of the layer's inputs, [in, in]
+
+    Returns 0 if the output is 0.
     """
     wide = np.asarray(rows, np.float32)
     whole = _energy(wide, hessian)
@@ -64,8 +68,9 @@ def gptq(
 ) -> dict[str, np.ndarray]:
     """Quantize a weight so that the layer's output changes little.
 
-    rows: the weight, [out, in]
-    hessian: the second moment of the layer's inputs, [in, in]
+    rows: the weight, [out, in], of any float dtype
+    hessian: the second moment of the layer's inputs, float32 [in, in]
+    fmt: the format to quantize to
     name: the weight's name, for errors
     amax: as in `round_to_nearest.quantize`
     damping: this times the mean of H's diagonal is added to the diagonal, so that inputs that calibration
@@ -83,10 +88,10 @@ def gptq(
     chosen: list[np.ndarray] = []  # the scales of each block, [out]
     factors = np.full(len(wide), global_scale)
     if fmt.block == 0:
-        tried = _candidates(weight, fmt, global_scale, name)
+        candidates = _candidates(weight, fmt, global_scale, name)
         diagonal = np.square(factor) @ pivots  # that of the damped H
-        losses = np.stack([_weighted_error(weight, one, diagonal, fmt) for one in tried])
-        chosen.append(_best(tried, losses))
+        losses = np.stack([_weighted_error(weight, scale, diagonal, fmt) for scale in candidates])
+        chosen.append(_best(candidates, losses))
         factors = scales.effective(chosen[0], global_scale)
     width = fmt.block if fmt.block > 0 else _WIDTH
     for first in range(0, len(weight), width):
@@ -94,12 +99,15 @@ def gptq(
         columns, inner = weight[span], factor[span, span]
         feedback = factor[:first, span].T @ errors[:first]
         if fmt.block > 0:
-            # The columns if none of the block were rounded: each compensates for the feedback before it.
+            # The targets if no column of the block were rounded: each column still compensates for the
+            # feedback of those before it.
             free = columns + np.linalg.solve(inner.T, feedback)
-            tried = _candidates(free, fmt, global_scale, name)
-            every = scales.effective(tried, global_scale)
-            _, _, losses = _round(columns[:, None], feedback[:, None], inner, pivots[span], every, fmt)
-            chosen.append(_best(tried, losses))
+            candidates = _candidates(free, fmt, global_scale, name)
+            candidate_factors = scales.effective(candidates, global_scale)
+            _, _, losses = _round(
+                columns[:, None], feedback[:, None], inner, pivots[span], candidate_factors, fmt
+            )
+            chosen.append(_best(candidates, losses))
             factors = scales.effective(chosen[-1], global_scale)
         array[span], errors[span], _ = _round(columns, feedback, inner, pivots[span], factors, fmt)
     stored = np.stack(chosen, axis=1) if chosen else global_scale
@@ -107,7 +115,7 @@ def gptq(
 
 
 def _factorize(hessian: np.ndarray, damping: float, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return M [in, in] and d [in] of the damped H, float32 computed in float64. H = 0 acts as identity."""
+    """Return M [in, in] and d [in] of the damped H, float32, computed in float64. H = 0 acts as identity."""
     damped = hessian.astype(np.float64)
     if not np.isfinite(damped.sum()):
         raise CheckpointError(
@@ -138,13 +146,13 @@ def _round(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Round columns, one after the other.
 
-    columns: the weights, [width, ..., out]
-    feedback: that of the columns before these, [width, ..., out]
+    columns: the weights, float32 [width, ..., out]
+    feedback: the feedback of the columns before these, float32 [width, ..., out]
     inner: the part of M for these columns, [width, width]
-    pivots: the part of d, [width]
-    factors: the multipliers of the codes, [..., out]
+    pivots: the part of d for these columns, [width]
+    factors: the multipliers of the codes, float32 [..., out]
 
-    Returns the codes, the errors w - q, and the loss [..., out].
+    Returns the codes and the errors w - q, both [width, ..., out], and the loss [..., out].
     """
     target = np.broadcast_to(columns + feedback, (len(columns), *factors.shape)).copy()
     array = np.empty(target.shape, elements.encode(target[:0], fmt.element).dtype)
@@ -167,7 +175,7 @@ def _candidates(columns: np.ndarray, fmt: Format, global_scale: np.float32, name
 
 
 def _best(tried: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Return the scales [out] of `tried` [n, out] with the least loss [n, out]; of equals the first."""
+    """Return the scales [out] of `tried` [n, out] with the least loss [n, out]; the first on ties."""
     return np.take_along_axis(tried, losses.argmin(0)[None], 0)[0]
 
 
@@ -180,5 +188,5 @@ def _weighted_error(columns: np.ndarray, stored: np.ndarray, weights: np.ndarray
 
 
 def _energy(matrix: np.ndarray, hessian: np.ndarray) -> float:
-    """Return tr(A H A^T), and 0 where rounding makes it negative."""
+    """Return tr(A H A^T), clamped at 0: rounding can make it negative."""
     return max(0.0, float(np.einsum("ij,ij->", matrix @ hessian, matrix, dtype=np.float64)))

@@ -32,10 +32,10 @@ def plan_weights(
 
     Raises RequestError as `make_plan` does.
     """
-    found = survey(model, with_tied=head is not None)
+    linears = survey(model, with_tied=head is not None)
     return make_plan(
-        found.shapes, fmt, exclude, recipe_exclude, groups=found.groups, scales=scales,
-        stored_bits=stored_bits, other_params=found.other_params, head=head, tied=found.tied,
+        linears.shapes, fmt, exclude, recipe_exclude, groups=linears.groups, scales=scales,
+        stored_bits=stored_bits, other_params=linears.other_params, head=head, tied=linears.tied,
     )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def plan_prequantized(model: ir.Model, stored: PrequantizedWeights, stored_bits:
 
     Raises UnsupportedError as `make_prequantized_plan` does.
     """
-    found = survey(model)
+    linears = survey(model)
     return make_prequantized_plan(
-        stored, found.shapes, found.groups, stored_bits=stored_bits, other_params=found.other_params
+        stored, linears.shapes, linears.groups, stored_bits=stored_bits, other_params=linears.other_params
     )

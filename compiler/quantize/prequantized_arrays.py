@@ -25,8 +25,11 @@ def produce_prequantized(
     directory: Path,
     on_matrix: Callable[[int], None] = lambda done: None,
 ) -> Produced:
-    """Write the arrays of `matrices`, with the checkpoint's values, and their input scales to `directory`.
+    """Write the codes, scales and input scales of `matrices` from the checkpoint to `directory`.
 
+    matrices: the graph's quantized matrices
+    modules: the checkpoint's quantized modules, by name
+    on_matrix: called with the number of matrices that are done
     Raises CheckpointError for scales that are not finite and positive.
     """
     produced = Produced()
@@ -63,7 +66,7 @@ def _codes(module: QuantizedModule) -> np.ndarray:
         return stored
     codes = unpack_int32(stored, code_bits(module), columns)
     if "zero_point" in module.tensors:
-        codes = codes - spread(module, zero_points(module, 0, rows))  # fits: see prequantized_form.py
+        codes = codes - spread(module, zero_points(module, 0, rows))  # fits int8: see prequantized_form.py
     return codes
 
 

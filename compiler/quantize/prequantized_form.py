@@ -9,9 +9,10 @@
     int8, int8-packed           int8, a scale for each group or row
 
 Every code and scale is exactly the checkpoint's, except compressed-tensors' inverse scales, which become
-multipliers in fp32: 1 / x, rounded once. Blocks that do not divide a row become smaller ones with the same
-scales. Activations with static scales are quantized as in the recipe. Activations that the recipe quantizes
-dynamically, or to int8, are not quantized.
+multipliers in fp32: 1 / x, rounded once. If the blocks do not divide a row, they are split into smaller ones
+with the same scales. The recipe is the quantization that the checkpoint's configuration declares. Activations
+with static scales are quantized as in the recipe. Activations that the recipe quantizes dynamically, or to
+int8, are not quantized.
 """
 
 from __future__ import annotations
@@ -71,14 +72,14 @@ def read_module(module: QuantizedModule, schemes: DeclaredSchemes | None, dtype:
     element, block = _CODES[module.format], _block(module)
     _refuse_reordered(module)
     if "zero_point" in module.tensors:
-        element = _codes_less_zero_points(module)
+        element = _element_without_zero_points(module)
     scheme = schemes.of(module.name) if schemes else None
-    wanted = scheme.inputs if scheme else ""
+    declared = scheme.inputs if scheme else ""
     static = _scalar(module, "input_scale", "inverse_input_scale")
     activations = ""
-    if static is not None and element in ("e4m3", "e2m1") and (wanted or scheme is None):
+    if static is not None and element in ("e4m3", "e2m1") and (declared or scheme is None):
         # ModelOpt's W4A8_NVFP4_FP8: NVFP4 weights, E4M3 inputs.
-        activations = "e4m3" if element == "e4m3" or wanted == "fp8" else "e2m1"
+        activations = "e4m3" if element == "e4m3" or declared == "fp8" else "e2m1"
     stored = module.tensors["weight_scale"].dtype
     keep = stored in ("F32", "F16", "BF16") and dtype in ("F32", stored) and not activations
     scales = "F8_E4M3" if element == "e2m1" else stored if keep else "F32"
@@ -100,14 +101,14 @@ def read_module(module: QuantizedModule, schemes: DeclaredSchemes | None, dtype:
         static if activations else None,
         factor,
         values.tobytes(),
-        f"inputs, {wanted} in the recipe, are not quantized" if wanted and not activations else "",
+        f"inputs, {declared} in the recipe, are not quantized" if declared and not activations else "",
     )
 
 
 def fusion_key(part: PrequantizedModule) -> FusionKey:
-    """Return the properties that linear layers of one input must share to be fused without changing a value.
+    """Return the properties that linear layers with the same input must share to be fused losslessly.
 
-    These are the properties that `joined_format` compares, and the scales of which a fused layer has one.
+    These are the properties that `joined_format` compares, and the scales that a fused layer has only once.
     """
     fmt = part.format
     block = 0 if fmt.block == -1 else fmt.block
@@ -127,7 +128,7 @@ def _number(scale: np.float32 | None) -> float | None:
 
 
 def joined_format(parts: Sequence[PrequantizedModule]) -> Format | None:
-    """Return the format of the rows of all `parts` as one matrix, or None if they cannot be one.
+    """Return the format of the fused matrix of all `parts`, or None if they cannot be fused.
 
     FP8 weights with one scale each become a matrix with one scale per row, unless they share the scale.
     """
@@ -135,7 +136,7 @@ def joined_format(parts: Sequence[PrequantizedModule]) -> Format | None:
     if len({(fmt.element, fmt.activations) for fmt in forms}) > 1:
         return None
     blocks = {fmt.block for fmt in forms}
-    if blocks == {-1} and len({_one_scale(part) for part in parts}) > 1:
+    if blocks == {-1} and len({_tensor_scale(part) for part in parts}) > 1:
         blocks = {0}
     blocks = {0} if blocks == {-1, 0} else blocks
     if len(blocks) > 1:
@@ -147,12 +148,12 @@ def joined_format(parts: Sequence[PrequantizedModule]) -> Format | None:
     )
 
 
-def _one_scale(part: PrequantizedModule) -> float:
+def _tensor_scale(part: PrequantizedModule) -> float:
     return float(part.module.tensors["weight_scale"].read().astype(np.float32).reshape(()))
 
 
 def _block(module: QuantizedModule) -> int:
-    """Return the number of columns that share a scale in the engine; 0: the row, -1: the matrix."""
+    """Return how many columns share a scale in the engine; 0: the whole row, -1: all columns and rows."""
     width, columns = module.block[1], module.shape[1]
     if module.format == "fp8":
         return -1
@@ -160,17 +161,20 @@ def _block(module: QuantizedModule) -> int:
 
 
 def _scalar(module: QuantizedModule, role: Role, inverse: Role) -> np.float32 | None:
-    """Return the fp32 multiplier from the tensor of either role; a reciprocal is rounded once."""
+    """Return the fp32 multiplier that the module stores as `role`, or as its reciprocal as `inverse`.
+
+    Returns None if it stores neither. Raises CheckpointError if the scale is not finite and positive.
+    """
     ref, global_scale = module.tensors.get(role), module.tensors.get(inverse)
-    one = ref or global_scale
-    if one is None:
+    tensor = ref or global_scale
+    if tensor is None:
         return None
-    value = float(one.read().astype(np.float32).reshape(-1)[0])
+    value = float(tensor.read().astype(np.float32).reshape(-1)[0])
     with np.errstate(over="ignore"):
-        scale = np.float32(value if one is ref else 1 / value if value else math.inf)
+        scale = np.float32(value if tensor is ref else 1 / value if value else math.inf)
     if not np.isfinite(scale) or scale <= 0:
         raise CheckpointError(
-            f"tensor {one.name} is {value}; a scale must be finite and positive",
+            f"tensor {tensor.name} is {value}; a scale must be finite and positive",
             "run `llmc check CHECKPOINT` for details",
         )
     return scale
@@ -189,8 +193,8 @@ def _refuse_reordered(module: QuantizedModule) -> None:
         )
 
 
-def _codes_less_zero_points(module: QuantizedModule) -> str:
-    """Return the element type that holds code - zero point."""
+def _element_without_zero_points(module: QuantizedModule) -> str:
+    """Return the element type that holds code - zero point. Raises UnsupportedError if 8 bits do not."""
     if code_bits(module) == 4:
         return "int8"
     if zero_points(module, 0, module.shape[0]).any():

@@ -34,26 +34,26 @@ class PrequantizedWeights:
     """A pre-quantized checkpoint, read for one target."""
 
     checkpoint: QuantizedCheckpoint
-    #: By name, in the order of the checkpoint.
+    #: The quantized modules by name, in the order of the checkpoint.
     modules: Mapping[str, PrequantizedModule]
     #: Whether the engine's KV cache has scales.
     has_cache_scales: bool = False
 
     @property
     def largest_kv(self) -> dict[int, tuple[float, float]]:
-        """Layer -> (largest key, largest value) in magnitude, by the KV scales of the checkpoint.
+        """Layer -> (largest magnitude of its keys, of its values) that the checkpoint's KV scales represent.
 
         Empty for a cache format that llmc does not know.
         """
-        largest = _KV_RANGES.get(self._kv_kind)
+        largest = _KV_RANGES.get(self._kv_format)
         if largest is None:
             return {}
         scales = layer_kv_scales(self.checkpoint)
         return {layer: (key * largest, value * largest) for layer, (key, value) in scales.items()}
 
     @property
-    def _kv_kind(self) -> str:
-        """The format of the KV cache in the recipe; "" if not declared."""
+    def _kv_format(self) -> str:
+        """The format of the KV cache that the checkpoint declares; "" if it declares none."""
         schemes = self.checkpoint.schemes
         return schemes.kv_cache if schemes else ""
 
@@ -65,12 +65,14 @@ class PrequantizedWeights:
     @property
     def notes(self) -> tuple[str, ...]:
         """The settings of the recipe that the engine omits."""
-        counts = Counter(one.note for one in self.modules.values() if one.note)
+        counts = Counter(module.note for module in self.modules.values() if module.note)
         notes = [f"{note} ({count} modules)" for note, count in counts.items()]
-        if self._kv_kind and not self.has_cache_scales:
-            notes.append(f"the KV cache, {self._kv_kind} in the recipe, is not quantized")
-        elif self._kv_kind not in _KV_RANGES and self.checkpoint.kv_scales:
-            notes.append(f"the KV cache's scales, {self._kv_kind} in the recipe, are not used: they are 1.0")
+        if self._kv_format and not self.has_cache_scales:
+            notes.append(f"the KV cache, {self._kv_format} in the recipe, is not quantized")
+        elif self._kv_format not in _KV_RANGES and self.checkpoint.kv_scales:
+            notes.append(
+                f"the KV cache's scales, {self._kv_format} in the recipe, are not used: they are 1.0"
+            )
         return tuple(notes)
 
 
@@ -158,7 +160,7 @@ def make_prequantized_plan(
             f"module {extra[0]} is quantized, but it is an embedding, a tied lm_head, or not in the model",
             "exclude this module when quantizing: llmc reads quantized weights of linear layers only",
         )
-    modules = {name: _kept(stored.checkpoint, name, shape) for name, shape in matrices.items()}
+    modules = {name: _unquantized_module(stored.checkpoint, name, shape) for name, shape in matrices.items()}
     for group in groups:
         parts = [stored.modules[name] for name in group if name in stored.modules]
         if not parts:
@@ -182,6 +184,6 @@ def make_prequantized_plan(
     )
 
 
-def _kept(checkpoint: QuantizedCheckpoint, name: str, shape: tuple[int, int]) -> Module:
+def _unquantized_module(checkpoint: QuantizedCheckpoint, name: str, shape: tuple[int, int]) -> Module:
     listed = " (in its list of exceptions)" if name in checkpoint.excluded else ""
     return Module(name, shape, None, f"not quantized in the checkpoint{listed}", (name,))

@@ -1,7 +1,7 @@
 """Quantize a plan's matrices, one at a time, to files of codes and scales.
 
-This module rounds to nearest. With calibration, `produce_calibrated.py` quantizes weights and chooses the
-ranges of static activations by the layers' inputs.
+This module rounds to nearest. With a calibration text, `produce_calibrated.py` quantizes the weights and
+measures the ranges of static activations on the layers' inputs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from llmc.runtime.dtypes import BY_NUMPY
 
 @dataclass
 class Produced:
-    """The arrays that a build made, and their errors."""
+    """The quantized arrays of a build, and their errors."""
 
-    #: Initializer -> its data on disk.
+    #: Name of the initializer -> its data on disk.
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     #: Module -> relative error of its output, for modules that were quantized with calibration.
     errors: dict[str, float] = field(default_factory=dict)
@@ -59,8 +59,9 @@ def produce(
 def round_to_nearest(
     produced: Produced, matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef]
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of the format's layout. 4-bit blocks get the scale of the least squared error.
+    """Round a matrix to nearest and return the arrays of its format's layout.
 
+    4-bit blocks get the scale with the least squared error, other formats that of the largest magnitude.
     Adds the relative error of each weight to `produced`: |W - dequantized| / |W| (Frobenius norms).
     """
     fmt = matrix.format
@@ -68,13 +69,13 @@ def round_to_nearest(
     search = "mse" if fmt.packed else "amax"
     pieces = []
     for module, name in zip(matrix.modules, matrix.weights, strict=True):
-        lost = whole = 0.0
+        error_energy = weight_energy = 0.0
         for rows in chunks(tensors[name]):
             pieces.append(quantize(rows, fmt, name, amax=amax, search=search))
             wide = np.asarray(rows, np.float32)
-            lost += _energy(wide - dequantize(pieces[-1], fmt))
-            whole += _energy(wide)
-        produced.weight_errors[module] = math.sqrt(lost / whole) if whole else 0.0
+            error_energy += _energy(wide - dequantize(pieces[-1], fmt))
+            weight_energy += _energy(wide)
+        produced.weight_errors[module] = math.sqrt(error_energy / weight_energy) if weight_energy else 0.0
     return join(pieces)
 
 
@@ -90,7 +91,7 @@ def largest_magnitude(matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef])
 
 
 def join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Concatenate the arrays of consecutive rows. Global scales, 0-d, are the same in all pieces."""
+    """Concatenate the arrays of consecutive blocks of rows. 0-d global scales are equal in all of them."""
     return {
         name: array if array.ndim == 0 else np.concatenate([piece[name] for piece in pieces])
         for name, array in pieces[0].items()
@@ -98,7 +99,7 @@ def join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def keep(produced: Produced, matrix: QuantizedMatrix, arrays: Mapping[str, np.ndarray], file: Path) -> None:
-    """Write arrays of a matrix to `file`, and add their places on disk to `produced`."""
+    """Write the arrays of a matrix to `file`, and add them to `produced.tensors`."""
     named = {matrix.initializer(array): value for array, value in arrays.items()}
     entries = [(name, BY_NUMPY[value.dtype.name].safetensors, value.shape) for name, value in named.items()]
     write_safetensors(file, entries, lambda name: [_bytes(named[name])])
@@ -112,7 +113,9 @@ def _bytes(array: np.ndarray) -> memoryview:
 def add_input_scales(
     produced: Produced, matrices: Sequence[QuantizedMatrix], method: str, dtype: str, directory: Path
 ) -> None:
-    """Add the scales of static activations, from the ranges in the table. Smoothed matrices have theirs.
+    """Add the scales of static activations, from the ranges in `produced.table`.
+
+    Smoothed matrices are skipped: they have their scales already.
 
     method: the calibration method, "max", "percentile" or "mse"
     dtype: the dtype of FP8's scales
@@ -128,7 +131,10 @@ def add_input_scales(
 
 
 def input_scale(matrix: QuantizedMatrix, amax: float, dtype: str) -> np.ndarray:
-    """Return the 0-d scale of activations of range `amax`: fp32 for NVFP4, else `dtype` (F32, F16, BF16)."""
+    """Return the scale of activations with the clip range `amax`, 0-d.
+
+    dtype: the dtype of the scale, "F32", "F16" or "BF16"; for NVFP4 it is always fp32
+    """
     global_scale = np.atleast_1d(scales.global_scale(amax, matrix.format))
     return (global_scale if matrix.format.double_scaled else scales.round_up(global_scale, dtype))[0].reshape(
         ()

@@ -1,7 +1,7 @@
-"""Quantize a plan's matrices by the layers' inputs on a text, a decoder layer at a time.
+"""Quantize a plan's matrices with the layers' inputs on a calibration text, a decoder layer at a time.
 
-GPTQ quantizes the weights (`gptq.py`), after smoothing if the format has it (`smoothquant.py`). Static scales
-of activations come from the range of the layer's input.
+GPTQ quantizes the weights (`gptq.py`), after SmoothQuant if the format uses it (`smoothquant.py`). The static
+scales of activations come from the clip range of the layer's input.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOST_COLUMNS = 16384  # GPTQ factorizes [columns, columns] in fp64: 2 GiB; wider
 def produce_calibrated(
     matrices: Sequence[QuantizedMatrix],
     tensors: Mapping[str, TensorRef],
-    found: Iterable[LayerInputs],
+    layer_inputs: Iterable[LayerInputs],
     source: Source,
     directory: Path,
     method: str,
@@ -44,28 +44,28 @@ def produce_calibrated(
     """Quantize `matrices`, write the arrays to `directory`, and measure the ranges of activations.
 
     tensors: the checkpoint's tensors, by name
-    found: the inputs of the layers of the unquantized graph (`calibrate.run_layers`), consumed once, in order
+    layer_inputs: the inputs of the unquantized graph's decoder layers (`calibrate.run_layers`), read once
     source: the text and the model, for the table
     method: the calibration method
     on_matrix: called with the number of matrices that are done
 
     Smoothed matrices get the scale of their activations; `produce.add_input_scales` adds the others.
-    Raises UnsupportedError for a smoothed matrix that is not in `found`.
+    Raises UnsupportedError for a smoothed matrix that is not in `layer_inputs`.
     """
-    produced, left = Produced(), {matrix.modules: matrix for matrix in matrices}
+    produced, remaining = Produced(), {matrix.modules: matrix for matrix in matrices}
     entries: dict[str, ClipRanges] = {}
     kv: dict[int, tuple[float, float]] = {}
 
     def write(matrix: QuantizedMatrix, arrays: Mapping[str, np.ndarray]) -> None:
-        done = len(matrices) - len(left)
+        done = len(matrices) - len(remaining)
         keep(produced, matrix, arrays, directory / f"{done}.safetensors")
         on_matrix(done)
 
-    for layer in found:
-        of_layer, kv[layer.layer] = ranges(layer)
-        entries |= of_layer
-        for modules in [modules for modules in layer.inputs if modules in left]:
-            matrix = left.pop(modules)
+    for layer in layer_inputs:
+        layer_entries, kv[layer.layer] = ranges(layer)
+        entries |= layer_entries
+        for modules in [modules for modules in layer.inputs if modules in remaining]:
+            matrix = remaining.pop(modules)
             x = layer.inputs[modules]
             if matrix.format.smoothed:
                 write(matrix, _smoothed(produced, matrix, tensors, x, method))
@@ -75,13 +75,13 @@ def produce_calibrated(
                 write(matrix, _rounded(produced, matrix, tensors, x))
             del x
         del layer
-    for matrix in list(left.values()):  # those outside of the decoder layers
+    for matrix in list(remaining.values()):  # the matrices outside of the decoder layers
         if matrix.format.smoothed:
             raise UnsupportedError(
                 f"{matrix.modules[0]} is in no decoder layer: calibration does not see its inputs",
                 f"leave it unquantized: --exclude {matrix.modules[0]}",
             )
-        del left[matrix.modules]
+        del remaining[matrix.modules]
         write(matrix, round_to_nearest(produced, matrix, tensors))
     produced.table = CalibrationTable(entries, kv, source)
     return produced
@@ -96,8 +96,8 @@ def _rounded(
 ) -> dict[str, np.ndarray]:
     """Return the arrays of a matrix, quantized by GPTQ.
 
-    x: the inputs of the stored weights, [tokens, in]
-    factor: the divisor of the weights' columns, [in]
+    x: the inputs of the layer after smoothing, float32 [tokens, in]
+    factor: the smoothing factor of the input, float32 [in], by which the weights' columns are divided
     """
     moments = hessian(x)
     amax = largest_magnitude(matrix, tensors)
@@ -112,12 +112,13 @@ def _rounded(
 def _smoothed(
     produced: Produced, matrix: QuantizedMatrix, tensors: Mapping[str, TensorRef], x: np.ndarray, method: str
 ) -> dict[str, np.ndarray]:
-    found = smooth(matrix, tensors, x, method)
+    smoothing = smooth(matrix, tensors, x, method)
     if matrix.columns > MOST_COLUMNS:
         wide = [
-            (tensors[name].read().astype(np.float32) / found.pre_quant_scale, name) for name in matrix.weights
+            (tensors[name].read().astype(np.float32) / smoothing.pre_quant_scale, name)
+            for name in matrix.weights
         ]
         arrays = join([quantize(rows, matrix.format, name) for rows, name in wide])
     else:
-        arrays = _rounded(produced, matrix, tensors, x * found.pre_quant_scale, found.pre_quant_scale)
-    return arrays | {"pre_quant_scale": found.pre_quant_scale, "input_scale": found.input_scale}
+        arrays = _rounded(produced, matrix, tensors, x * smoothing.pre_quant_scale, smoothing.pre_quant_scale)
+    return arrays | {"pre_quant_scale": smoothing.pre_quant_scale, "input_scale": smoothing.input_scale}

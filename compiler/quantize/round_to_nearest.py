@@ -1,7 +1,7 @@
-"""Quantize weights to nearest, a block of rows at a time, and dequantize them as an engine does.
+"""Round weights to nearest, a block of rows at a time, and dequantize them as an engine does.
 
-The arrays of consecutive blocks of rows, concatenated along their first axis, are those of the whole matrix.
-Formats with a global scale need the largest magnitude of all rows (of all fused layers) first: see `absmax`.
+Concatenating the arrays of consecutive blocks of rows along their first axis gives those of the whole matrix.
+Formats with a global scale need the largest magnitude of all rows of all fused layers first: see `absmax`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ def quantize(
 ) -> dict[str, np.ndarray]:
     """Return the arrays of `fmt.layout` for rows of a weight.
 
-    rows: [any, in], of any float dtype
+    rows: any number of rows, [n, in], of any float dtype
+    fmt: the format to quantize to
     name: the weight's name, for errors
-    amax: the `absmax` of the whole weight, for the global scale of fp8 and nvfp4; that of `rows` by default
+    amax: the `absmax` of the whole weight, for the global scale of fp8 and nvfp4; by default that of `rows`
     search: how the scales of channels and blocks are chosen: "amax", by the largest magnitude, or "mse", by
-        the least squared error of some scales around that one; not for formats with a global scale only
+        the least squared error of the candidates around that scale; formats with one scale for the whole
+        matrix support "amax" only
 
     Raises CheckpointError for NaN or infinity; UnsupportedError if the shape does not fit the format (blocks
     are never padded, because engines read the matrix in place) or if a scale does not fit its dtype.
@@ -78,7 +80,7 @@ def prepare(
 
 
 def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32, name: str) -> np.ndarray:
-    """Return `scales.first_scales`. Raises UnsupportedError if a scale does not fit its dtype."""
+    """Return `scales.first_scales`, checked. Raises UnsupportedError if a scale does not fit its dtype."""
     chosen = scales.first_scales(blocks, fmt, global_scale)
     _check_scales(chosen, fmt, name)
     return chosen
@@ -99,7 +101,7 @@ def assemble(
 
 
 def dequantize(arrays: Mapping[str, np.ndarray], fmt: Format) -> np.ndarray:
-    """Return float32 [rows, in]: code x scale, in float32, as DequantizeLinear computes it.
+    """Return the weight, float32 [rows, in]: code x scale in float32, as DequantizeLinear computes it.
 
     The weight of a packed format may also be int8 [rows, in], unpacked (`Parameter.packed`).
 
@@ -123,7 +125,7 @@ _WAY_OUT = "leave it unquantized with --exclude, or choose another format"
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:
     wide = np.asarray(array, np.float32)
-    if not np.isfinite(wide.sum(dtype=np.float64)):  # (the magnitude of fp32 sums cannot overflow fp64)
+    if not np.isfinite(wide.sum(dtype=np.float64)):  # a sum of fp32 values cannot overflow fp64
         value = "NaN" if np.isnan(wide).any() else "infinity"
         raise CheckpointError(
             f"tensor {name} has {value}", "the weights are damaged; download or write them again"

@@ -1,7 +1,7 @@
 """Choose the scale of each channel or block of a weight, from its largest magnitude or by a search.
 
-Scales are rounded to the dtype they are stored in before the codes are chosen, so that the codes fit the
-scale that the engine multiplies by. The scale of a channel or block of zeros is 1.
+Scales are rounded to their storage dtype before the codes are computed, so that the codes match the scale
+that the engine multiplies by. The scale of an all-zero channel or block is 1.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from llmc.passes.quantize.elements import decode, encode
 from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, INT8_MAX, Format
 from llmc.runtime.dtypes import numpy_dtype
 
-# Scales below that of the largest magnitude: clipping the extremes can reduce the error of the rest.
+# Factors of the scale of the largest magnitude: clipping the extremes can reduce the error of the rest.
 _RATIOS = tuple(1 - 0.04 * step for step in range(1, 11))
-# E4M3 scales around the nearest one, by steps of 1/16 to 1/8: down to clip, and up by half, where the largest
-# weight of the block becomes 4 instead of 6 and those between 2/3 and 1 of it are finer ("Four Over Six").
+# E4M3 scales around the nearest one. A step of the byte changes the scale by 1/16 to 1/8. Smaller scales
+# clip. Scales up to 1.5 times as large map the largest weight of the block to 4 instead of 6, which makes the
+# codes finer for weights between 2/3 of the largest and the largest ("Four Over Six").
 _E4M3_STEPS = (1, -1, 2, -2, 3, -3, 4, -4, 5)
-_SMALLEST_NORMAL = np.float32(2.0**-126)  # never divide by less
+_SMALLEST_NORMAL = np.float32(2.0**-126)  # the least divisor: fp32's smallest normal number
 _LARGEST = {"int8": INT8_MAX, "e4m3": E4M3_MAX, "e2m1": E2M1_MAX * E4M3_MAX}
 
 
 def global_scale(amax: float, fmt: Format) -> np.float32:
-    """Return the fp32 scale of a matrix, or of fused layers, of largest magnitude `amax`.
+    """Return the fp32 scale of a matrix, or of fused layers, whose largest magnitude is `amax`.
 
     fp8: amax / 448. nvfp4: amax / (6 x 448), which makes the largest block scale 448, the largest E4M3
     (ModelOpt's weight_scale_2; compressed-tensors stores the inverse). int8, for activations: amax / 127.
-    The scale of zeros is 1.
+    If `amax` is 0, the scale is 1.
     """
     limit = np.float32(_LARGEST[fmt.element])
     return np.maximum(np.float32(amax) / limit, _SMALLEST_NORMAL) if amax else np.float32(1)
@@ -38,12 +39,13 @@ def global_scale(amax: float, fmt: Format) -> np.float32:
 def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32) -> np.ndarray:
     """Return the stored scales [out, n] of blocks [out, n, size], each the smallest that clips nothing.
 
-    global_scale: NVFP4's; its block scales are block_amax / (6 x global_scale), within 2^-9..448 and
-        rounded to nearest as in ModelOpt, so that they may clip a little
+    blocks: the weights, float32
+    global_scale: the global scale of NVFP4, else 1. NVFP4's block scales are block_amax / (6 x global_scale),
+        within 2^-9..448 and rounded to nearest as in ModelOpt, so they may clip a little.
 
-    INT4 has max(largest / 7, -smallest / 8), because its codes are -8..7. llama.cpp's Q4_0 gives the largest
-    magnitude the code -8 by negative scales, which TensorRT refuses. Compared with amax / 7, this saves a
-    tenth of the squared error of our trained checkpoint.
+    INT4's scale is max(largest / 7, -smallest / 8), because its codes are -8..7. Compared with amax / 7, this
+    reduces the squared error by a tenth on model_zoo/llama/tales. llama.cpp's Q4_0 maps the largest magnitude
+    to the code -8 with negative scales, which TensorRT refuses.
     """
     if fmt.element == "int4":
         scales = np.maximum(blocks.max(-1) / np.float32(7), blocks.min(-1) / np.float32(-8))
@@ -66,7 +68,7 @@ def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32) -> n
 
 
 def search_scales(blocks: np.ndarray, first: np.ndarray, fmt: Format, global_scale: np.float32) -> np.ndarray:
-    """Return the scales around `first` with the least squared error in each block; of equals the first."""
+    """Return the scales around `first` with the least squared error in each block; the first on ties."""
     best = first.copy()
     error = _squared_error(blocks, best, fmt, global_scale)
     for scales in candidates(first, fmt):
@@ -78,7 +80,7 @@ def search_scales(blocks: np.ndarray, first: np.ndarray, fmt: Format, global_sca
 
 
 def candidates(first: np.ndarray, fmt: Format) -> Iterator[np.ndarray]:
-    """Yield the stored scales around `first` that a search tries, each of its shape and dtype."""
+    """Yield the stored scales around `first` that a search tries, in the shape and dtype of `first`."""
     if fmt.scales == "F8_E8M0":
         yield _power_of_two(np.maximum(first.astype(np.float32) / 2, _SMALLEST_NORMAL))  # clips the largest
         return
@@ -88,7 +90,7 @@ def candidates(first: np.ndarray, fmt: Format) -> Iterator[np.ndarray]:
                 np.maximum(first.astype(np.float32) * np.float32(ratio), _SMALLEST_NORMAL), fmt.scales
             )
         return
-    # Positive E4M3 bytes have the order of their values: 0x01 is 2^-9, 0x7E is 448.
+    # The bytes of positive E4M3 numbers sort like their values: 0x01 is 2^-9, 0x7E is 448.
     for step in _E4M3_STEPS:
         steps = np.clip(first.view(np.uint8).astype(np.int16) + step, 0x01, 0x7E)
         yield steps.astype(np.uint8).view(ml_dtypes.float8_e4m3fn)

@@ -6,9 +6,10 @@ channels are much larger than the rest. So the layer computes (X / s) (W s)^T, w
     s_j = max|X_j|^a / max|W_j|^(1 - a)
 
 The input is multiplied by `pre_quant_scale` = 1 / s. Fused layers share s, and max|W_j| is over all of them.
-The paper has a = 0.5; a larger a favors the inputs, a smaller one the weights. Here each matrix gets the a
-whose quantized inputs and weights change its output least, of a few. Mean KL and top-1 agreement with fp32 of
-model_zoo/llama/tales on 14,648 held-out tokens, without lm_head (2026-11-26):
+The paper has a = 0.5; a larger a favors the inputs, a smaller one the weights. Here a few values of a are
+tried for each matrix, and the one whose quantized inputs and weights change the output least is taken. Mean
+KL and top-1 agreement with fp32 of model_zoo/llama/tales on 14,648 held-out tokens, without lm_head
+(2026-11-26), by calibration method (max, mse):
 
     ranges by largest magnitude       by least squared error
     a = 0.5     0.0057  94.3 %        0.0030  96.3 %
@@ -32,9 +33,9 @@ from llmc.compiler.quantize.round_to_nearest import dequantize, quantize
 from llmc.passes.quantize.fake_quantize import round_int8
 from llmc.passes.quantize.matrix import QuantizedMatrix
 
-STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # a
+STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # the values of a that are tried
 _TOKENS = 512  # the number of calibration tokens that outputs are compared on
-_SPAN = 2.0**12  # 1 / s is within 1 / _SPAN.._SPAN, so that the scales of smoothed weights fit fp16
+_SPAN = 2.0**12  # 1 / s is clipped to 1 / _SPAN.._SPAN, so that the scales of smoothed weights fit fp16
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,21 @@ def smooth(
     """
     fmt, refs = matrix.format, [tensors[name] for name in matrix.weights]
     columns = np.max([_largest(chunk) for ref in refs for chunk in chunks(ref)], axis=0)
-    tried = []
+    candidates = []
     for a in STRENGTHS:
         factor = pre_quant_scale(_largest(x), columns, a)
         amax = clip_ranges(x * factor, fmt.activations).amax(method)
-        tried.append(Smoothing(factor, input_scale(matrix, amax, fmt.scales).astype(np.float32)))
+        candidates.append(Smoothing(factor, input_scale(matrix, amax, fmt.scales).astype(np.float32)))
     sample = x[:: max(1, len(x) // _TOKENS)]
-    errors = np.zeros(len(tried))
+    errors = np.zeros(len(candidates))
     for ref in refs:
         rows = ref.read().astype(np.float32)
         exact = sample @ rows.T
-        for index, one in enumerate(tried):
-            rounded = round_int8(sample * one.pre_quant_scale, float(one.input_scale))
-            weight = dequantize(quantize(rows / one.pre_quant_scale, fmt, ref.name), fmt)
+        for index, smoothing in enumerate(candidates):
+            rounded = round_int8(sample * smoothing.pre_quant_scale, float(smoothing.input_scale))
+            weight = dequantize(quantize(rows / smoothing.pre_quant_scale, fmt, ref.name), fmt)
             errors[index] += np.square(rounded @ weight.T - exact).sum(dtype=np.float64)
-    return tried[int(errors.argmin())]
+    return candidates[int(errors.argmin())]
 
 
 def pre_quant_scale(inputs: np.ndarray, columns: np.ndarray, a: float) -> np.ndarray:
@@ -84,7 +85,7 @@ def pre_quant_scale(inputs: np.ndarray, columns: np.ndarray, a: float) -> np.nda
     columns: the largest magnitude of each column of the weights, [in]
     """
     used = (inputs > 0) & (columns > 0)
-    x, w = (np.where(used, one, 1).astype(np.float64) for one in (inputs, columns))
+    x, w = (np.where(used, magnitudes, 1).astype(np.float64) for magnitudes in (inputs, columns))
     return np.clip(w ** (1 - a) / x**a, 1 / _SPAN, _SPAN).astype(np.float32)
 
 

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from llmc.passes.quantize.matrix import QuantizedMatrix
     from llmc.passes.quantize.plan import QuantPlan
 
-TABLE_FILE = "calibration.json"  # in the bundle; can be reviewed, and passed to --calibration
+TABLE_FILE = "calibration.json"  # in the bundle; --calibration of another build accepts it
 _SCRATCH = "scratch"
-_WORST = 5
+_WORST = 5  # modules with the largest error that the manifest lists
 OnMatrix = Callable[[int], None]
 
 
 class Maker(Protocol):
-    """Makes the arrays of quantized matrices."""
+    """Makes the codes and scales of quantized matrices."""
 
     def make(self, matrices: Sequence[QuantizedMatrix], directory: Path, on_matrix: OnMatrix) -> Produced:
         """Write the arrays to files in `directory`. on_matrix: called with the number of matrices done."""
@@ -37,7 +37,7 @@ class Maker(Protocol):
 
 @dataclass(frozen=True)
 class RoundToNearest:
-    """Rounds the weights to nearest. Ranges of activations come from `table`, if there is one."""
+    """Rounds the weights to nearest. The clip ranges of activations come from `table`, if there is one."""
 
     #: The checkpoint's tensors, by name.
     tensors: Mapping[str, TensorRef]
@@ -45,14 +45,14 @@ class RoundToNearest:
     table: CalibrationTable | None = None
 
     def make(self, matrices: Sequence[QuantizedMatrix], directory: Path, on_matrix: OnMatrix) -> Produced:
-        made = produce.produce(matrices, self.tensors, directory, on_matrix)
-        made.table = self.table
-        return made
+        produced = produce.produce(matrices, self.tensors, directory, on_matrix)
+        produced.table = self.table
+        return produced
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Quantizes the weights by the inputs of their layers on a calibration text."""
+    """Quantizes the weights with the inputs of their layers on a calibration text (GPTQ)."""
 
     tensors: Mapping[str, TensorRef]
     layer_inputs: Iterable[LayerInputs]
@@ -89,16 +89,17 @@ def make_weights(
     """Make the arrays of `matrices` in scratch files of `work`, which `discard` removes.
 
     dtype: the engine's compute dtype
-    method: as in `Calibrated`
+    method: the calibration method, "max", "percentile" or "mse"
+    on_matrix: called with the number of matrices that are done
 
-    If activations were measured, their table stays in the bundle.
+    If activations were measured, the table of their clip ranges is kept in the bundle (TABLE_FILE).
     """
     directory = work.path(f"{_SCRATCH}/x").parent
-    made = maker.make(matrices, directory, on_matrix)
-    if made.table is not None:
-        work.path(TABLE_FILE).write_text(made.table.to_json(), "utf-8")
-        produce.add_input_scales(made, matrices, method, SCALES_OF.get(dtype, "F32"), directory)
-    return made
+    produced = maker.make(matrices, directory, on_matrix)
+    if produced.table is not None:
+        work.path(TABLE_FILE).write_text(produced.table.to_json(), "utf-8")
+        produce.add_input_scales(produced, matrices, method, SCALES_OF.get(dtype, "F32"), directory)
+    return produced
 
 
 def discard(work: BundleWriter) -> None:
@@ -113,17 +114,20 @@ def discard(work: BundleWriter) -> None:
 def record(
     plan: QuantPlan | None, matrices: Sequence[QuantizedMatrix], made: Produced, method: str
 ) -> Mapping[str, Any] | None:
-    """Return the manifest's record: the plan in short, the calibration, and the least accurate modules."""
+    """Return the manifest's record: a summary of the plan, the calibration and the least accurate modules.
+
+    Returns None without a plan.
+    """
     if plan is None:
         return None
-    found = plan.record()
+    fields = plan.record()
     if made.table is not None:
         source = made.table.source
-        found["calibration"] = {"text_sha256": source.text_sha256, "tokens": source.tokens}
+        fields["calibration"] = {"text_sha256": source.text_sha256, "tokens": source.tokens}
         if any(matrix.format.activations for matrix in matrices):
-            found["calibration"]["method"] = method
+            fields["calibration"]["method"] = method
     for name, errors in (("output", made.errors), ("weight", made.weight_errors)):
         if errors:
             worst = sorted(errors.items(), key=lambda item: (-item[1], item[0]))[:_WORST]
-            found[f"largest_{name}_errors"] = {module: float(f"{error:.2g}") for module, error in worst}
-    return found
+            fields[f"largest_{name}_errors"] = {module: float(f"{error:.2g}") for module, error in worst}
+    return fields

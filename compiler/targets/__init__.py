@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def target(name: str) -> Target:
-    """Return the target called `name`, a key of `request.TARGETS`. Imports what only that one needs."""
+    """Return the target called `name`, a key of `request.TARGETS`. Imports only what that target needs."""
     if name == "cpu":
         from llmc.compiler.targets.cpu import CpuTarget
 

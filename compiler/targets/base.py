@@ -1,4 +1,4 @@
-"""A target of `llmc build`: resolve the request, legalize the graph, stand in for the engine, build it."""
+"""The interface of a target of `llmc build`, and the records that its methods take and return."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Resolved:
 
     #: A name in `request.TARGETS`.
     target: str
-    #: What the engine computes in: "fp32", "bf16" or "fp16".
+    #: The compute dtype of the engine: "fp32", "bf16" or "fp16".
     dtype: str
-    #: What the KV cache holds, as the manifest names it.
+    #: The dtype of the KV cache, by its name in the manifest.
     kv_dtype: str
-    #: Compute capabilities of the GPUs, 89 for 8.9; none for a CPU and for a portable engine.
+    #: Compute capabilities of the GPUs, 89 for 8.9; empty for a CPU and for a portable engine.
     sms: tuple[int, ...] = ()
     #: The engine that the user asked for; None: the target chooses.
     engine: str | None = None
-    #: The format of lm_head where the other linear layers are quantized; None: it stays unquantized.
+    #: The quantization format of lm_head; None: it stays unquantized.
     head_format: str | None = None
 
 
@@ -43,29 +43,29 @@ class Resolved:
 class Sizes:
     """Sizes of the engine."""
 
-    #: Tokens of prompt and answer together.
+    #: The context length: tokens of prompt and answer together.
     max_seq_len: int
-    #: Bytes of the weights, without the file's header.
+    #: The size of the weights in bytes, without the file's header.
     weight_bytes: int
-    #: Bytes of memory that the verification needs.
+    #: The memory that the verification needs, in bytes.
     verification_bytes: int
 
 
 @dataclass(frozen=True)
 class ProofFiles:
-    """The graphs that the verification runs, as files of the bundle in work."""
+    """The graphs that the verification runs, as files of the unfinished bundle."""
 
     #: The engine itself, or the graph that stands in for it.
     graph: str
-    #: The backend that runs them.
+    #: The name of the backend that runs the graphs.
     backend: str
-    #: What stands in for the engine, for the record; "": nothing does.
+    #: A description of the graph that stands in for the engine, for the manifest; "": the engine itself runs.
     stand_in: str = ""
-    #: The same graph with its quantized KV cache; "": the cache is not quantized.
+    #: The graph with the quantized KV cache; "": the cache is not quantized.
     kv_graph: str = ""
-    #: In fp32, the same graph with its activation quantization, which `graph` lacks then; "": there is none.
+    #: In fp32, the graph with activation quantization if `graph` is without it; "": there is none.
     quantizing_graph: str = ""
-    #: Files that the bundle does not keep.
+    #: Files to remove from the bundle after the verification.
     scratch: tuple[str, ...] = ()
 
 
@@ -73,9 +73,9 @@ class ProofFiles:
 class Artifact:
     """A finished engine."""
 
-    #: What the runtime loads.
+    #: The file in the bundle that the runtime loads.
     engine_file: str
-    #: The weights files that the bundle keeps; none if the engine holds the weights itself.
+    #: The weights files that the bundle keeps; empty if the engine contains the weights.
     weights_files: tuple[str, ...] = ()
     #: How the weights are stored, for the manifest.
     weights_note: str = ""
@@ -83,18 +83,20 @@ class Artifact:
 
 
 class Target(Protocol):
-    """One target. It has no state: every method gets what it needs."""
+    """One target. It keeps no state between calls."""
 
     def resolve(self, request: BuildRequest, checkpoint_dtype: str) -> Resolved:
-        """Decide what `request` leaves open, for a checkpoint of `checkpoint_dtype` (torch's name).
+        """Decide what `request` leaves open.
 
-        Raises UnsupportedError where the target never could build it, BuildError where this machine lacks
+        checkpoint_dtype: the dtype of the checkpoint, by torch's name ("bfloat16")
+
+        Raises UnsupportedError if the target cannot build it on any machine, BuildError if this machine lacks
         something.
         """
         ...
 
     def choose_engine(self, resolved: Resolved, model: ir.Model) -> EngineTarget:
-        """Choose what runs a quantized graph. Raises UnsupportedError where nothing does."""
+        """Choose the engine that runs a quantized graph. Raises UnsupportedError if none can."""
         ...
 
     def legalize(
@@ -102,7 +104,8 @@ class Target(Protocol):
     ) -> list[Pass]:
         """Return the passes that turn a quantized graph into the one that `engine` takes.
 
-        model: the quantized graph, which stays unchanged. tensors: the checkpoint's.
+        model: the quantized graph, which is not changed
+        tensors: the checkpoint's tensors, by name
         """
         ...
 
@@ -111,11 +114,11 @@ class Target(Protocol):
         ...
 
     def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
-        """Write what the verification runs. The bundle has the graph (GRAPH_FILE) and the weights."""
+        """Write the graphs that the verification runs. `work` has the graph (GRAPH_FILE) and the weights."""
         ...
 
     def build(
         self, resolved: Resolved, engine: str, model: ir.Model, sizes: Sizes, work: BundleWriter, clock: Clock
     ) -> Artifact:
-        """Complete the engine. Raises BuildError, UnsupportedError."""
+        """Build the engine in `work`. Raises BuildError, and UnsupportedError for an unsupported model."""
         ...

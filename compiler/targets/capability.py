@@ -8,13 +8,14 @@
     nvfp4                           ONNX Runtime   SM100 and newer
     quantized KV caches             OpenVINO       SM80 and newer, portable engines too
 
-OpenVINO quantizes activations to int8, not to E4M3 or E2M1. ONNX Runtime computes these formats exactly, but
-slowly, and holds all weights in fp32. They are on the CPU so that a GPU engine's results can be computed
-without a GPU. The compute capabilities are those that TensorRT-RTX 1.7.1 builds for (it refuses FP8 for SM86
-and FP4 for SM89). mxfp4 has the row of nvfp4-weight-only.
-`request.TARGETS` has the caches of each target.
-FP8 caches build for every GPU (2026-11-26): TensorRT passes them to our plugin, whose kernels decode E4M3
-with shifts where the GPU has no instruction for it (before SM89).
+OpenVINO quantizes activations to int8, but not to E4M3 or E2M1. ONNX Runtime computes with these formats
+exactly, but slowly, and holds all weights in fp32. The CPU target supports them so that the results of a GPU
+engine can be computed without a GPU. The compute capabilities are those that TensorRT-RTX 1.7.1 builds for
+(it refuses FP8 for SM86 and FP4 for SM89). mxfp4 needs the same as nvfp4-weight-only.
+
+`request.TARGETS` lists the KV caches of each target. Engines with FP8 caches can be built for every GPU
+(2026-11-26): TensorRT passes the cache to llmc's plugin, whose kernels decode E4M3 with shifts if the GPU has
+no instruction for it (before SM89).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PORTABLE = 80  # the oldest compute capability that a portable engine must run o
 
 
 def check(name: str, target: str, sms: Sequence[int]) -> Format:
-    """Return the format `name`, if `target` supports it.
+    """Return the format `name` if `target` supports it.
 
     sms: compute capabilities of the GPUs; empty: portable
 
@@ -76,7 +77,7 @@ def check_prequantized(fmt: Format, module: str, target: str, sms: Sequence[int]
 
 
 def nearest(fmt: Format, oldest: int) -> str:
-    """Return the name of the format nearest in size that GPUs from SM`oldest` on support."""
+    """Return the name of the format closest in size that GPUs of compute capability `oldest` support."""
     if fmt.element == "e4m3":
         return "int8"
     return "int4" if oldest < _OLDEST["e2m1"] else fmt.name

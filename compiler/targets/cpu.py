@@ -1,7 +1,7 @@
-"""The CPU target: OpenVINO, ONNX Runtime for graphs that OpenVINO lacks, and llmc's native engine on request.
+"""The CPU target: OpenVINO, ONNX Runtime where OpenVINO cannot run a graph, and the native engine on request.
 
-The first two read the same ONNX file. `llmc.PagedAttention` is OpenVINO's own paged attention there, and the
-function body that the file carries here.
+OpenVINO and ONNX Runtime read the same ONNX file. OpenVINO runs `llmc.PagedAttention` with its own paged
+attention, ONNX Runtime with the function body in the file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import UnsupportedError
 
 PROGRAM_FILE = "rank0.program.json"
-_EXACT_FILE = "rank0.exact.onnx"  # beside weights/ while it is needed; no part of a bundle
-OPENVINO, ONNXRUNTIME = "2026.4", "1.32"
+# The graph without activation quantization, for the verification. It is removed from the bundle afterwards.
+_EXACT_FILE = "rank0.exact.onnx"
+OPENVINO, ONNXRUNTIME = "2026.4", "1.32"  # the versions that a bundle requires
 _WEIGHTS_NOTE = {
     "openvino": "16-bit matrices as the checkpoint has them (bf16 as fp16 times a power of two, exactly), "
     "widened as they are multiplied; the rest in fp32",
@@ -48,8 +49,8 @@ class CpuTarget:
         head = None
         if request.quant:
             fmt = capability.check(request.quant, request.target, ())
-            # lm_head takes int8 beside integer formats: every token reads all of it, and int8 loses little
-            # (docs/explanation/quantization.md).
+            # With integer formats, lm_head is quantized to int8: every token reads all of it, and int8 loses
+            # little (docs/explanation/quantization.md).
             head = "int8" if fmt.element in ("int8", "int4") else None
         return Resolved(
             request.target, dtype, cache_dtype(request, dtype), head_format=head, engine=request.engine
@@ -77,7 +78,7 @@ class CpuTarget:
     def legalize(
         self, resolved: Resolved, engine: str, model: ir.Model, tensors: Mapping[str, TensorRef]
     ) -> list[Pass]:
-        """See `Target`. Only OpenVINO keeps 16-bit weights: ONNX Runtime would widen them at every start."""
+        """See `Target`. ONNX Runtime gets no 16-bit weights: it would widen them at every start."""
         del resolved
         if engine == "openvino":
             return pipeline.legalize_openvino(narrow_plan(model, tensors))
@@ -105,7 +106,7 @@ class CpuTarget:
     def build(
         self, resolved: Resolved, engine: str, model: ir.Model, sizes: Sizes, work: BundleWriter, clock: Clock
     ) -> Artifact:
-        """Write the native engine's program, unless `proof` did. For others nothing is left to do."""
+        """See `Target`. Writes the native engine's program, unless `proof` did. Others are complete."""
         del resolved, sizes, clock
         if engine != "native":
             return Artifact(GRAPH_FILE, (WEIGHTS_FILE,), _WEIGHTS_NOTE[engine])
@@ -117,7 +118,7 @@ class CpuTarget:
 
 
 def native_engine(resolved: Resolved, model: ir.Model) -> EngineTarget:
-    """Return the native engine. Raises UnsupportedError if it cannot run `model`, saying why."""
+    """Return the native engine. Raises UnsupportedError, with the reason, if it cannot run `model`."""
     if resolved.kv_dtype != "fp32":
         raise UnsupportedError(
             f"the native engine has no KV cache of {resolved.kv_dtype}", "leave --kv-dtype out"
@@ -138,7 +139,7 @@ def _write_program(model: ir.Model, work: BundleWriter) -> None:
 
 
 def choose_engine(model: ir.Model) -> EngineTarget:
-    """Which engine runs `model`, and why."""
+    """Return the engine that runs `model` by default, OpenVINO if it can, and the reason."""
     if rounded_to(model) - {ir.DataType.INT8}:
         return EngineTarget(
             name="cpu",

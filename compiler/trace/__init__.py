@@ -1,1 +1,1 @@
-"""Trace a transformers model into an ONNX graph: start at export.py."""
+"""Trace a transformers model into an ONNX graph. Start at export.py."""

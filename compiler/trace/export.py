@@ -1,8 +1,8 @@
 """Trace a Hugging Face causal language model into an ONNX graph, without loading its weights.
 
-The model is built with fake parameters (shape and dtype, no storage), its known modules are
-intercepted, and `torch.export` followed by `torch.onnx` exports the rest. The graph has the inputs
-input_ids [1, T] and position_ids [1, T], no KV cache and no mask: the passes add the cache.
+The model is made with fake parameters, which have a shape and a dtype but no storage. Modules that llmc knows
+are replaced by operators (`intercept.py`). Then `torch.export` and `torch.onnx` export the model. The graph
+has the inputs input_ids [1, T] and position_ids [1, T], and no mask. The passes add the KV cache.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from llmc.runtime.dtypes import BY_NAME
 from llmc.runtime.errors import LlmcError, UnsupportedError
 
 OPSET = 23
-_EXAMPLE_TOKENS = 7  # any number but 1; the graph is symbolic in it
+_EXAMPLE_TOKENS = 7  # any number except 1: the number of tokens is symbolic in the graph
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Trace:
     """A traced model."""
 
     model: ir.Model
-    #: Name in the checkpoint -> shape, without the parameters that are tied to another.
+    #: Name of a parameter -> shape, without parameters that are tied to another one.
     parameters: dict[str, tuple[int, ...]]
-    #: Name of a tied parameter -> name of the parameter that it shares its data with.
+    #: Name of a tied parameter -> name of the parameter whose data it shares.
     tied: dict[str, str]
     #: Intercepted operator -> number of modules.
     replaced: dict[str, int]
@@ -72,9 +72,9 @@ def trace(config: PreTrainedConfig, dtype: str, max_seq_len: int) -> Trace:
     except LlmcError:
         raise
     except Exception as error:  # the probes run the model's code, which raises many kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        message = " ".join(str(error).split())[:200] or type(error).__name__
         raise UnsupportedError(
-            f"llmc cannot replace the modules of {type(model).__name__}: {reason}",
+            f"llmc cannot replace the modules of {type(model).__name__}: {message}",
             "set LLMC_TRACEBACK=1 to see where; `llmc zoo list` shows the families that are known to work",
         ) from error
     return Trace(graph, parameters, tied, dict(interception.replaced))
@@ -111,13 +111,13 @@ def _fake_model(config: PreTrainedConfig, dtype: torch.dtype, fake: FakeTensorMo
 
 
 def _from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model with llmc's attention, or with its own where its code cannot have another."""
+    """Return the model with llmc's attention, or with its own if its code does not support another."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedError(
             f"transformers has no causal language model for model_type {config.model_type!r}",
             "llmc compiles text-only causal language models",
         )
-    for attention in (ATTENTION, "sdpa", "eager"):  # code without the interface has a class for each
+    for attention in (ATTENTION, "sdpa", "eager"):  # code older than the interface knows only the last two
         try:
             return AutoModelForCausalLM.from_config(
                 config, attn_implementation=attention, dtype=dtype, trust_remote_code=False
@@ -188,7 +188,7 @@ def _rename_parameters(graph: ir.Model, tied: dict[str, str]) -> None:
 
 
 def _fold_only_small(node: ir.Node) -> bool | None:
-    """Return False for nodes that must not be folded: weights have no data, and tables would be copied."""
+    """Return False for nodes that must not be folded: weights have no data, large tables would be copied."""
     for value in node.inputs:
         if value is not None and value.is_initializer():
             tensor = value.const_value

@@ -1,7 +1,7 @@
 """Replace each module that llmc knows by one operator while a model is traced.
 
-A class name alone is not trusted: every replacement is compared with the code that it replaces on random
-numbers, and refused when the two disagree (`probes.py`).
+A class name alone is not enough: every operator is compared with the code that it replaces on random numbers,
+and the model is refused if they differ (`probes.py`).
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ class Interception:
     _restore: list[Callable[[], None]] = field(default_factory=list)
 
     def set_forward(self, module: nn.Module, forward: Callable[..., Any], name: str) -> None:
+        """Replace the `forward` of a module. name: the operator, for `replaced`."""
         module.__dict__["forward"] = forward
         self._restore.append(lambda: module.__dict__.pop("forward"))
         self.replaced[name] += 1
 
     def set_inline_attention(self, module: nn.Module, scale: float, window: int) -> None:
+        """Replace the method `_attn` of a module (see `probes.inline_attention`)."""
         layer = self.replaced["inline_attention"]
         attention = torch.ops.llmc.attention
 
@@ -55,11 +57,13 @@ class Interception:
         self.replaced["inline_attention"] += 1
 
     def set_attribute(self, owner: ModuleType, name: str, value: object) -> None:
+        """Set an attribute of a Python module."""
         present, original = name in vars(owner), vars(owner).get(name)
         setattr(owner, name, value)
         self._restore.append(lambda: setattr(owner, name, original) if present else delattr(owner, name))
 
     def undo(self) -> None:
+        """Revert all replacements, the latest first."""
         while self._restore:
             self._restore.pop()()
 
@@ -89,7 +93,7 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
     model: a model that was made with `attn_implementation=ATTENTION`
     max_seq_len: the number of positions of the rotary tables
 
-    Raises UnsupportedError, naming the module, if a probe fails.
+    Raises UnsupportedError, naming the module, if one differs from its operator or is not supported.
     """
     interception = Interception()
     _active.append(interception)
@@ -118,7 +122,11 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
 def _intercept_module(
     name: str, module: nn.Module, model: PreTrainedModel, interception: Interception, max_seq_len: int
 ) -> set[Callable[[torch.Tensor], torch.Tensor]]:
-    """Replace a module that llmc knows. Return how rotary embeddings repeat their angles."""
+    """Replace a module that llmc knows.
+
+    Returns the functions by which a rotary embedding repeats its angles (`probes.RotaryTable.repeat`); for
+    other modules an empty set.
+    """
     kind = type(module).__name__
     if isinstance(module, nn.Linear) and (type(module) is nn.Linear or probes.linear(module)):
         interception.set_forward(module, _linear(module), "linear")
@@ -128,7 +136,7 @@ def _intercept_module(
         tables = probes.rotary_tables(name, module, max_seq_len)
         interception.set_forward(module, _rotary(module, tables), "rotary")
         return {table.repeat for table in tables.values()}
-    elif _is_own_layer_norm(module) and (epsilon := probes.layer_norm(module)) is not None:
+    elif _is_custom_layer_norm(module) and (epsilon := probes.layer_norm(module)) is not None:
         interception.set_forward(module, _layer_norm(module, epsilon), "layer_norm")
     elif hasattr(type(module), "_attn"):
         interception.set_inline_attention(module, *probes.inline_attention(name, module))
@@ -138,7 +146,7 @@ def _intercept_module(
 
 
 def _refuse(name: str, module: nn.Module, model: PreTrainedModel) -> None:
-    """Raise UnsupportedError for a module that the paged graph cannot express."""
+    """Raise UnsupportedError for a kind of module that llmc cannot compile."""
     kind = type(module).__name__
     if kind.endswith("Experts"):
         raise UnsupportedError(
@@ -169,8 +177,8 @@ def _rms_norm(
     return lambda x: torch.ops.llmc.rms_norm(x, module.weight, epsilon, offset, rounds_once)
 
 
-def _is_own_layer_norm(module: nn.Module) -> bool:
-    """Return whether `module` is a LayerNorm in the model's code rather than torch's, which traces as one."""
+def _is_custom_layer_norm(module: nn.Module) -> bool:
+    """Return whether `module` is a LayerNorm that the model's code defines. torch's own needs no help."""
     named = type(module).__name__.endswith("LayerNorm")
     return named and not isinstance(module, nn.LayerNorm) and getattr(module, "weight", None) is not None
 
@@ -178,10 +186,10 @@ def _is_own_layer_norm(module: nn.Module) -> bool:
 def _layer_norm(module: nn.Module, epsilon: float) -> Callable[..., torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
         # The parameters are read at call time, as in `_linear`.
-        weight, given = (module._parameters.get(name) for name in ("weight", "bias"))
+        weight, stored_bias = (module._parameters.get(name) for name in ("weight", "bias"))
         assert weight is not None
         width, wide, scale = x.shape[-1:], x.float(), weight.float()
-        bias = None if given is None else given.float()
+        bias = None if stored_bias is None else stored_bias.float()
         if weight.dim() == 1:
             return nn.functional.layer_norm(wide, width, scale, bias, epsilon).to(x.dtype)
         normal = nn.functional.layer_norm(wide, width, None, None, epsilon) * scale
@@ -245,16 +253,16 @@ def _intercept_apply_rotary(
 def _user_of(owner: ModuleType, model: PreTrainedModel) -> str:
     """Return the first attention module that the Python module `owner` defines, as "name (class)"."""
     kinds = {name: type(module) for name, module in model.named_modules()}
-    found = {
+    attention = {
         n: k.__name__
         for n, k in kinds.items()
         if k.__module__ == owner.__name__ and "Attention" in k.__name__
     }
-    return next((f"{name} ({kind})" for name, kind in found.items()), owner.__name__)
+    return next((f"{name} ({kind})" for name, kind in attention.items()), owner.__name__)
 
 
 def _intercept_rotary_by_token(model: PreTrainedModel, interception: Interception) -> None:
-    """Replace `apply_rotary_pos_emb(x [1, T, H, D], sin, cos)`, as in GPT-J, where the model has it."""
+    """Replace `apply_rotary_pos_emb(x [1, T, H, D], sin, cos)`, as in GPT-J, if the model has it."""
     for owner in _python_modules(model):
         function = getattr(owner, "apply_rotary_pos_emb", None)
         if function is None or list(inspect.signature(function).parameters)[1:] != ["sin", "cos"]:
@@ -270,7 +278,7 @@ def _intercept_rotary_by_token(model: PreTrainedModel, interception: Interceptio
 
 
 def _intercept_masks(model: PreTrainedModel, interception: Interception) -> None:
-    """Leave out causal masks, which llmc's attention implies, and refuse biases that it lacks."""
+    """Remove causal masks, which llmc's attention implies, and refuse position biases, which it lacks."""
     config, layers = model.config, iter(range(1 << 20))
 
     def no_mask(*args: Any, **kwargs: Any) -> None:
@@ -337,7 +345,12 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Implement transformers' attention: q, k, v [1, heads, T, head_dim] -> [1, T, heads, head_dim]."""
+    """Implement transformers' attention interface with `ops.attention`.
+
+    query, key, value: [1, heads, T, head_dim]
+
+    Returns [1, T, heads, head_dim], and None for the attention weights.
+    """
     where = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
     refusals = {
         "a custom attention mask": attention_mask is not None,
@@ -355,5 +368,5 @@ def _attention(
     return torch.ops.llmc.attention(query, key, value, call.scale, call.softcap, call.window, layer), None
 
 
-# transformers makes no masks for a name that is in the attention registry but not in the mask registry.
+# The name is not in transformers' mask registry too, so that transformers makes no masks for it.
 AttentionInterface.register(ATTENTION, _attention)

@@ -10,7 +10,7 @@ import onnxscript
 import torch
 
 DOMAIN = "llmc"
-# The names differ from all standard operators: onnxscript refuses a name twice, even in different domains.
+# The names differ from those of all standard operators: onnxscript refuses a name that two domains use.
 SIGNATURES: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
     # operator: (inputs, optional inputs, attributes and their types)
     "TracedLinear": (["x", "weight"], ["bias"], {}),

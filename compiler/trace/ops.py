@@ -1,7 +1,7 @@
 """The torch operators that a trace records in place of a model's modules.
 
 Each is one opaque node in the exported program and one node of the domain `llmc` in ONNX.
-The Python bodies define them: the probes compare them with the modules that they replace.
+The Python bodies define the operators. The probes compare them with the modules that they replace.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float, rounds_once: bool) -> Tensor:
     """Compute y = x / sqrt(mean(x^2) + epsilon) * (weight + offset) over the last axis, statistics in fp32.
 
+    x: [..., N]
+    weight: [N]
     offset: 1 for the Gemma families, else 0
-    rounds_once: multiply by the weight in fp32 and round only the product (Gemma, OLMo 2); else the
-        normalized x is rounded to x's dtype first (Llama)
+    rounds_once: whether x is multiplied by the weight in fp32 and only the product is rounded (Gemma,
+        OLMo 2); else the normalized x is rounded to x's dtype first (Llama)
 
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """

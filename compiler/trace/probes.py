@@ -30,37 +30,41 @@ def _random(*shape: int) -> torch.Tensor:
 
 
 def linear(module: nn.Linear) -> bool:
-    """Return whether a subclass of nn.Linear computes what nn.Linear computes."""
-    real = copy.copy(module)
-    real.in_features, real.out_features = 8, 6
-    real._parameters = {
+    """Return whether a module of a subclass of nn.Linear computes the same as nn.Linear."""
+    probe = copy.copy(module)
+    probe.in_features, probe.out_features = 8, 6
+    probe._parameters = {
         "weight": nn.Parameter(_random(6, 8), requires_grad=False),
         "bias": None if module.bias is None else nn.Parameter(_random(6), requires_grad=False),
     }
     x = _random(3, 8)
     with torch.no_grad():
-        got = type(module).forward(real, x)
-    return isinstance(got, torch.Tensor) and _close(torch.ops.llmc.linear(x, real.weight, real.bias), got)
+        computed = type(module).forward(probe, x)
+    return isinstance(computed, torch.Tensor) and _close(
+        torch.ops.llmc.linear(x, probe.weight, probe.bias), computed
+    )
 
 
 def rms_norm(name: str, module: nn.Module) -> tuple[float, float, bool]:
     """Return the (epsilon, offset, rounds_once) with which `ops.rms_norm` equals `module`.
 
-    Raises UnsupportedError if neither y*w nor y*(1+w) equals it.
+    name: the module's name, for errors
+
+    Raises UnsupportedError if the module computes something else.
     """
     width = module.weight.shape[0]  # type: ignore[index]
-    real = copy.copy(module)
-    real._parameters = {"weight": nn.Parameter(_random(int(width)), requires_grad=False)}
+    probe = copy.copy(module)
+    probe._parameters = {"weight": nn.Parameter(_random(int(width)), requires_grad=False)}
     x = _random(3, int(width))
     with torch.no_grad():
-        expected = type(module).forward(real, x)
+        expected = type(module).forward(probe, x)
         for attribute in ("variance_epsilon", "eps", "epsilon"):
             epsilon = getattr(module, attribute, None)
             if not isinstance(epsilon, float):
                 continue
             for offset in (0.0, 1.0):
-                if _close(torch.ops.llmc.rms_norm(x, real.weight, epsilon, offset, True), expected):
-                    return epsilon, offset, _rounds_once(real, epsilon, offset)
+                if _close(torch.ops.llmc.rms_norm(x, probe.weight, epsilon, offset, True), expected):
+                    return epsilon, offset, _rounds_once(probe, epsilon, offset)
     raise UnsupportedError(
         f"module {name} ({type(module).__name__}) is named like an RMSNorm but computes something else",
         "llmc supports x/rms(x)*w and x/rms(x)*(1+w), but not this architecture yet",
@@ -68,38 +72,41 @@ def rms_norm(name: str, module: nn.Module) -> tuple[float, float, bool]:
 
 
 def _rounds_once(module: nn.Module, epsilon: float, offset: float) -> bool:
-    """Return whether an RMSNorm in bf16 is closer to one rounding than to two. Replaces its weight."""
+    """Return whether an RMSNorm in bf16 is closer to `ops.rms_norm` with `rounds_once` than without.
+
+    Replaces the module's weight.
+    """
     width = int(module.weight.shape[0])  # type: ignore[index]
     x, weight = _random(3, width).bfloat16(), _random(width).bfloat16()
     module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     expected = type(module).forward(module, x)
     once, twice = (
-        float((torch.ops.llmc.rms_norm(x, weight, epsilon, offset, one) - expected).float().abs().sum())
-        for one in (True, False)
+        float((torch.ops.llmc.rms_norm(x, weight, epsilon, offset, flag) - expected).float().abs().sum())
+        for flag in (True, False)
     )
     return once < twice
 
 
 def layer_norm(module: nn.Module) -> float | None:
-    """Return the epsilon with which a LayerNorm over the last axis equals `module`; None if there is none.
+    """Return the epsilon with which LayerNorm over the last axis equals `module`; None if it never does.
 
     The module has a weight [features] or [heads, features], and may have a bias of the same shape.
     """
     shape = tuple(module.weight.shape)  # type: ignore[arg-type]
-    real = copy.copy(module)
-    made = {name: _random(*shape) + index for index, name in enumerate(("weight", "bias"))}
-    real._parameters = {
-        name: nn.Parameter(made[name], requires_grad=False) if parameter is not None else None
+    probe = copy.copy(module)
+    random = {name: _random(*shape) + index for index, name in enumerate(("weight", "bias"))}
+    probe._parameters = {
+        name: nn.Parameter(random[name], requires_grad=False) if parameter is not None else None
         for name, parameter in module._parameters.items()
-        if name in made
+        if name in random
     }
     x = _random(3, *shape)
     with torch.no_grad():
-        expected = type(module).forward(real, x)
+        expected = type(module).forward(probe, x)
         for attribute in ("variance_epsilon", "eps", "epsilon"):
             epsilon = getattr(module, attribute, None)
             if isinstance(epsilon, float):
-                weight, bias = real._parameters["weight"], real._parameters.get("bias")
+                weight, bias = probe._parameters["weight"], probe._parameters.get("bias")
                 assert weight is not None
                 normal = nn.functional.layer_norm(x, shape[-1:], None, None, epsilon) * weight
                 if _close(normal if bias is None else normal + bias, expected):
@@ -108,10 +115,13 @@ def layer_norm(module: nn.Module) -> float | None:
 
 
 def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, RotaryTable]:
-    """Return the tables of a rotary embedding, by the suffix of the layer type ('' if there is only one).
+    """Return the tables of a rotary embedding: "_" + layer type -> table; "" if there is only one table.
 
-    Raises UnsupportedError if the angles of a position depend on the length of the sequence
-    (dynamic NTK; LongRoPE beyond its original context length).
+    name: the module's name, for errors
+    max_seq_len: the number of positions
+
+    Raises UnsupportedError if the angles of a position depend on the length of the sequence (dynamic NTK;
+    LongRoPE beyond its original context length), or if the module does not return each angle twice.
     """
     takes_type = "layer_type" in inspect.signature(type(module).forward).parameters
     kinds: list[str | None] = list(module.layer_types) if takes_type else [None]  # type: ignore[arg-type]
@@ -140,7 +150,7 @@ def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, R
                 angle[..., ::2] if repeat is _pairs else angle[..., : angle.shape[-1] // 2]
                 for angle in (cos, sin)
             ]
-            if all(_close(repeat(one), angle) for one, angle in zip(once, (cos, sin), strict=True)):
+            if all(_close(repeat(half), angle) for half, angle in zip(once, (cos, sin), strict=True)):
                 break
         else:
             raise UnsupportedError(
@@ -154,7 +164,7 @@ def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, R
 
 
 def _halves(angle: torch.Tensor) -> torch.Tensor:
-    """Repeat the angles: a b -> a b a b."""
+    """Repeat the sequence of angles: a b -> a b a b."""
     return torch.cat((angle, angle), -1)
 
 
@@ -178,6 +188,7 @@ class RotaryTable:
 def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     """Return whether `owner.apply_rotary_pos_emb` rotates interleaved pairs (2i, 2i+1) rather than (i, i+R).
 
+    owner: the Python module that has the function
     repeat: as in RotaryTable
 
     Raises UnsupportedError if it does neither.
@@ -186,7 +197,7 @@ def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tenso
     angle = _random(1, tokens, half)
     q, k = _random(1, 3, tokens, 2 * half), _random(1, 2, tokens, 2 * half)
     try:
-        got = owner.apply_rotary_pos_emb(q, k, repeat(angle.cos()), repeat(angle.sin()))
+        rotated = owner.apply_rotary_pos_emb(q, k, repeat(angle.cos()), repeat(angle.sin()))
     except Exception as error:  # a function of another signature raises whatever its code does
         raise UnsupportedError(
             f"{owner.__name__}.apply_rotary_pos_emb does not rotate queries and keys together",
@@ -194,7 +205,7 @@ def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tenso
         ) from error
     for interleaved in (False, True):
         ours = (torch.ops.llmc.rope(x, angle.cos(), angle.sin(), interleaved) for x in (q, k))
-        if all(_close(x, y) for x, y in zip(ours, got, strict=True)):
+        if all(_close(x, y) for x, y in zip(ours, rotated, strict=True)):
             return interleaved
     raise UnsupportedError(
         f"{owner.__name__}.apply_rotary_pos_emb is neither of the two known rotations",
@@ -205,16 +216,16 @@ def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tenso
 def apply_rotary_by_token(owner: ModuleType) -> bool:
     """Return whether `owner.apply_rotary_pos_emb(x, sin, cos)` rotates interleaved pairs, as in GPT-J.
 
-    x is [1, T, H, D]. Each angle is given once.
+    x is [1, T, H, D]. sin and cos have each angle once.
 
-    Raises UnsupportedError if it rotates in neither of the two known ways.
+    Raises UnsupportedError if it does neither.
     """
     tokens, half = 5, 4
     angle, x = _random(1, tokens, half), _random(1, tokens, 3, 2 * half)
-    got = owner.apply_rotary_pos_emb(x, angle.sin(), angle.cos())
+    rotated = owner.apply_rotary_pos_emb(x, angle.sin(), angle.cos())
     for interleaved in (False, True):
         ours = torch.ops.llmc.rope(x.transpose(1, 2), angle.cos(), angle.sin(), interleaved)
-        if _close(ours.transpose(1, 2), got):
+        if _close(ours.transpose(1, 2), rotated):
             return interleaved
     raise UnsupportedError(
         f"{owner.__name__}.apply_rotary_pos_emb is neither of the two known rotations",
@@ -239,10 +250,10 @@ def inline_attention(name: str, module: nn.Module) -> tuple[float, int]:
         window = visible if visible < longest else 0
         length = min(longest, max(9, window + 4))
         q, k, v = (_random(1, 2, length, width + index)[..., :width] for index in range(3))
-        got, _ = module._attn(q, k, v, _causal_mask(length, 0))  # type: ignore[operator]
+        attended, _ = module._attn(q, k, v, _causal_mask(length, 0))  # type: ignore[operator]
         for scale in (1.0, width**-0.5):
             ours = torch.ops.llmc.attention(q, k, v, scale, 0.0, window, 0)
-            if _close(ours.transpose(1, 2), got):
+            if _close(ours.transpose(1, 2), attended):
                 return scale, window
     raise UnsupportedError(
         f"module {name}: the attention of {type(module).__name__} computes something else than llmc's",
@@ -251,7 +262,10 @@ def inline_attention(name: str, module: nn.Module) -> tuple[float, int]:
 
 
 def _causal_mask(length: int, window: int) -> torch.Tensor:
-    """Return a mask [1, 1, length, length] to add to scores. window: if positive, the visible tokens."""
+    """Return an additive mask [1, 1, length, length].
+
+    window: if positive, the number of tokens that a token attends to
+    """
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     hidden = (distance < 0) | (distance >= window) if window else distance < 0
     return torch.zeros(1, 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
@@ -268,7 +282,7 @@ class AttentionCall:
 
 
 def attention(calls: list[AttentionCall]) -> None:
-    """Compare `ops.attention` with the model's eager attention, once per kind of call.
+    """Compare `ops.attention` with the model's eager attention, once for calls with equal arguments.
 
     Raises UnsupportedError if they differ, or if the model has no eager attention.
     """
@@ -291,8 +305,8 @@ def attention(calls: list[AttentionCall]) -> None:
         expected, _ = eager(
             call.module, q, k, v, mask, scaling=call.scale, dropout=0.0, softcap=call.softcap or None
         )
-        got = torch.ops.llmc.attention(q, k, v, call.scale, call.softcap, call.window, 0)
-        if not _close(got, expected):
+        attended = torch.ops.llmc.attention(q, k, v, call.scale, call.softcap, call.window, 0)
+        if not _close(attended, expected):
             raise UnsupportedError(
                 f"the attention of {type(call.module).__name__} computes something else than llmc's",
                 "llmc does not support the attention of this architecture",

@@ -1,4 +1,4 @@
-"""Errors of model code and of torch, as one sentence that names the module."""
+"""Turn errors of model code and of torch into one sentence that names the module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmc.runtime.errors import UnsupportedError
 HINT = "set LLMC_TRACEBACK=1 to see where; `llmc zoo list` shows the families that are known to work"
 _TOKENS = "its code depends on the number of tokens"
 _VALUES = "its code depends on the values of tensors"
-_REASONS = {  # words of torch's messages -> what they mean to a user
+_REASONS = {  # a part of torch's message -> the reason in a user's words
     "specialized it to be a constant": _TOKENS,
     "Constraints violated": _TOKENS,
     "data-dependent": _VALUES,
@@ -22,17 +22,17 @@ _REASONS = {  # words of torch's messages -> what they mean to a user
 
 
 def reason(error: BaseException) -> str:
-    """Return why model code failed: torch's messages in a user's words, others by their first line."""
+    """Return the reason why model code failed, translated from torch's message if it is known."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    words = " ".join(f"{type(one).__name__}: {one}" for one in causes)
+    words = " ".join(f"{type(exception).__name__}: {exception}" for exception in causes)
     for pattern, meaning in _REASONS.items():
         if pattern in words:
             return meaning
-    if any(type(one).__module__.partition(".")[0] == "torch" for one in causes):
+    if any(type(exception).__module__.partition(".")[0] == "torch" for exception in causes):
         return "torch cannot record what its code does"
     lines = str(causes[-1]).strip().splitlines()
     return lines[0] if lines else type(causes[-1]).__name__
@@ -48,8 +48,11 @@ def untraceable(model: nn.Module, error: BaseException) -> UnsupportedError:
 
 
 def _innermost(error: BaseException, names: dict[nn.Module, str]) -> nn.Module | None:
-    """Return the innermost module of the model whose code was running when `error` was raised first."""
-    found = None
+    """Return the innermost module whose code was running when `error` or its first cause was raised.
+
+    names: the modules of the model
+    """
+    innermost = None
     cause: BaseException | None = error
     while cause is not None:
         frame: TracebackType | None = cause.__traceback__
@@ -59,13 +62,13 @@ def _innermost(error: BaseException, names: dict[nn.Module, str]) -> nn.Module |
             if isinstance(running, nn.Module) and running in names:
                 inner = running
             frame = frame.tb_next
-        found = inner or found
+        innermost = inner or innermost
         cause = cause.__cause__
-    return found
+    return innermost
 
 
 def unlike(name: str, module: nn.Module) -> UnsupportedError:
-    """Return the error for a module whose code raises where llmc compares it with an operator."""
+    """Return the error for a module whose code fails when llmc compares it with an operator."""
     where = f"module {name} ({type(module).__name__})"
     return UnsupportedError(
         f"{where} has the name of a layer that llmc knows, but takes other inputs",

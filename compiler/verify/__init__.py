@@ -1,1 +1,1 @@
-"""Compares an engine with its checkpoint: start at prove.py; `llmc verify` starts at judge.py."""
+"""Compare an engine with its checkpoint. A build starts at prove.py, `llmc verify` at judge.py."""

@@ -1,6 +1,6 @@
-"""The verification process: it compares an engine with its checkpoint, for `llmc build` and `llmc verify`.
+"""The verification process of `llmc build` and `llmc verify`: compares an engine with its checkpoint.
 
-The task is {"prove": a Job} or {"measure": a Question}.
+The task is {"prove": Job} from a build, or {"measure": Question} from `llmc verify`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from llmc.compiler.child_process import Messages, serve
 
 
 def handle(task: dict[str, Any], messages: Messages) -> dict[str, Any]:
-    """Carry out the task. Its libraries are imported here: importing this module stays cheap."""
+    """Carry out the task and return its result. Heavy libraries are imported only here."""
     if "prove" in task:
         from llmc.compiler.verify.compare import STEPS, compare
         from llmc.compiler.verify.job import Job

@@ -30,21 +30,23 @@ if TYPE_CHECKING:
     from llmc.compiler.verify.reference import Head
     from llmc.runtime.backends.base import Backend
 
-_LENGTHS = (70, 45, 33)  # tokens of each text at most: crosses blocks of 32, and a block's edge
-# 400 positions in all: one counts 0.25 %. The first text passes position 256, from which on rotary rows are
-# products of two others.
+# The most tokens of each text in fp32. They cross the borders of KV blocks of 32 tokens.
+_LENGTHS = (70, 45, 33)
+# The same in 16 bits: 400 positions, so that one position is 0.25 % of the top-1 agreement. The first text
+# passes position 256, from which on rotary rows are products of two others.
 _LENGTHS_16BIT = (300, 60, 40)
-STEPS = 6
-_BLOCKS = 64
-_NEAR_TIE = (
-    4  # times transformers' rms error in 16 bits: 2.8 standard deviations of a difference of two logits
-)
-_TOLERANCE_16BIT = 2  # times transformers' largest error
-_TOP1_SLACK = 0.01  # with activation quantization, below the agreement of transformers in 16 bits
+STEPS = 6  # steps of `compare`, for the progress bar
+_BLOCKS = 64  # KV blocks for the greedy continuations
+# A near tie is a difference of two logits of at most this times transformers' rms error in 16 bits. That is
+# 2.8 standard deviations of such a difference.
+_NEAR_TIE = 4
+_TOLERANCE_16BIT = 2  # times transformers' largest error in 16 bits
+# With activation quantization, top-1 agreement may be this much below that of transformers in 16 bits.
+_TOP1_SLACK = 0.01
 
 
 class _Evaluation:
-    """The evaluation text through the unquantized reference, which quantized models are compared with."""
+    """The unquantized reference on the evaluation text, which quantized models are compared with."""
 
     def __init__(self, job: Job, reference: Reference) -> None:
         self.text = texts.read_text(texts.EVALUATION_TEXT) if job.tokenizer else ""
@@ -57,18 +59,18 @@ class _Evaluation:
         self.head: Head = reference.head()
 
     def of_quantization(self, job: Job, quantized: Reference) -> dict[str, Any]:
-        """Measure the loss of quantization alone: both sides in transformers, in fp32."""
-        others = loss.rows_of(quantized.head(), [quantized.states(ids) for ids in self.windows])
-        difference = loss.measure(self.head, self.states, self.windows, others)
-        about = {"text_sha256": texts.sha256(self.text)} if self.text else {"text": "random tokens"}
-        about |= {"reference": job.reference_weights}
-        return about | loss.record(difference, 2 * scaled(job.tolerance, difference.scale), bool(self.text))
+        """Measure the loss of quantization alone: both models run in transformers in fp32."""
+        quantized_logits = loss.rows_of(quantized.head(), [quantized.states(ids) for ids in self.windows])
+        difference = loss.measure(self.head, self.states, self.windows, quantized_logits)
+        figures = {"text_sha256": texts.sha256(self.text)} if self.text else {"text": "random tokens"}
+        figures |= {"reference": job.reference_weights}
+        return figures | loss.record(difference, 2 * scaled(job.tolerance, difference.scale), bool(self.text))
 
     def of_engine(self, backend: Backend, near_tie: float) -> dict[str, Any]:
-        """Measure the loss of an engine in 16 bits, its 16-bit arithmetic included."""
-        others = (in_chunks(backend, ids) for ids in self.windows)
+        """Measure the loss of a 16-bit engine, which includes that of its 16-bit arithmetic."""
+        engine_logits = (in_chunks(backend, ids) for ids in self.windows)
         return loss.record(
-            loss.measure(self.head, self.states, self.windows, others), near_tie, bool(self.text)
+            loss.measure(self.head, self.states, self.windows, engine_logits), near_tie, bool(self.text)
         )
 
 
@@ -76,24 +78,25 @@ class _Evaluation:
 class _Expected:
     """The results of the reference, kept after its model is freed."""
 
-    #: Logits float32 [length, vocabulary] of each sequence.
+    #: Logits of each sequence, float32 [length, vocabulary].
     logits: list[np.ndarray]
-    #: The same with activation quantization, where `logits` are without it; else empty.
+    #: The logits with activation quantization, if `logits` are without it; else empty.
     quantized_logits: list[np.ndarray]
-    #: Greedy continuations of the prompts, in fp32.
+    #: Greedy continuations of the prompts, for fp32 engines; else empty.
     continuations: list[list[int]]
     #: The evaluation to repeat on the engine; None for fp32 engines and unquantized models.
     evaluation: _Evaluation | None
-    #: For the record.
+    #: Fields of `Findings.details`.
     details: dict[str, Any]
 
 
 def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Findings:
     """Compare an engine with its checkpoint in this process.
 
-    on_step: called with how many of STEPS are done
+    on_step: called with the number of steps that are done, of STEPS
 
-    Only one of the reference in fp32, the reference in 16 bits and the engine is in memory at a time.
+    The reference in fp32, the reference in 16 bits and the engine run one after the other, so that only one
+    of them is in memory at a time.
     """
     sequences = _sequences(job)
     prompts = [ids[:count] for ids, count in zip(sequences, (12, 7), strict=False)]
@@ -101,17 +104,17 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
         prompts = []
     expected = _run_reference(job, sequences, prompts, on_step)
     on_step(3)
-    own = None
+    reference_error = None
     if job.dtype != "fp32":
-        own = Difference.between(expected.logits, _in_16_bits(job, sequences))
+        reference_error = Difference.between(expected.logits, _in_16_bits(job, sequences))
         gc.collect()
     on_step(4)
-    logits, found = _run_engine(job, sequences, prompts, expected, own, on_step)
-    details = expected.details | found.pop("details", {})
+    logits, findings = _run_engine(job, sequences, prompts, expected, reference_error, on_step)
+    details = expected.details | findings.pop("details", {})
     blocks = blocks_for(sequences)
     if job.quantizing_engine:
         change, error = _compare_quantizing_engine(job, sequences, expected, blocks)
-        found["activation_ratio"] = error.rms / max(change.rms, 1e-30)
+        findings["activation_ratio"] = error.rms / max(change.rms, 1e-30)
         details["activation_quantization"] = {"changes": change.summary(), "engine": error.summary()}
     if job.kv_engine:
         gc.collect()
@@ -125,7 +128,7 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
         positions=sum(len(ids) for ids in sequences),
         greedy_tokens=sum(len(new) for new in expected.continuations),
         details=details,
-        **({"greedy_equal": None} | found),
+        **({"greedy_equal": None} | findings),
     )
 
 
@@ -160,33 +163,43 @@ def _run_engine(
     sequences: Sequence[Sequence[int]],
     prompts: Sequence[list[int]],
     expected: _Expected,
-    own: Difference | None,
+    reference_error: Difference | None,
     on_step: Callable[[int], None],
 ) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """Return the engine's logits and fields of Findings. own: the error of transformers in 16 bits."""
+    """Return the engine's logits of each sequence, and fields of Findings.
+
+    reference_error: the error of transformers in the engine's 16-bit dtype; None for an fp32 engine
+    """
     gc.collect()
     blocks = (_BLOCKS if prompts else 0) + blocks_for(sequences)
     backend = load_backend(EngineFile(job.backend, Path(job.engine)), LoadOptions(kv_blocks=blocks))
     on_step(5)
     logits = ragged(backend, sequences)
     difference = Difference.between(expected.logits, logits)
-    found = _findings_16bit(job, difference, own) if own else _findings_fp32(job, difference)
-    if own is None:
+    findings = (
+        _findings_16bit(job, difference, reference_error)
+        if reference_error
+        else _findings_fp32(job, difference)
+    )
+    if reference_error is None:
         engine = Engine(backend, None, (), job.max_seq_len, max_batch_tokens=16, max_sequences=4)
-        new = [max(1, len(continuation)) for continuation in expected.continuations]
-        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in new]
+        counts = [max(1, len(continuation)) for continuation in expected.continuations]
+        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in counts]
         greedy = [list(output.token_ids) for output in engine.generate(prompts, params)]
-        found["greedy_equal"] = greedy == expected.continuations
+        findings["greedy_equal"] = greedy == expected.continuations
     elif expected.evaluation:
-        loss_of_engine = expected.evaluation.of_engine(backend, _near_tie(own))
+        loss_of_engine = expected.evaluation.of_engine(backend, _near_tie(reference_error))
         expected.details["quantization_loss"]["engine"] = loss_of_engine
-    return logits, found | {"max_logit_error": difference.largest}
+    return logits, findings | {"max_logit_error": difference.largest}
 
 
 def _compare_quantizing_engine(
     job: Job, sequences: Sequence[Sequence[int]], expected: _Expected, blocks: int
 ) -> tuple[Difference, Difference]:
-    """Return what activation quantization changes in the reference, and how far the engine is from that."""
+    """Compare the engine with activation quantization with the reference that quantizes its activations.
+
+    Returns the difference that the quantization makes in the reference, and the engine's difference from it.
+    """
     gc.collect()
     backend = load_backend(
         EngineFile(job.backend, Path(job.quantizing_engine)), LoadOptions(kv_blocks=_BLOCKS + blocks)
@@ -196,9 +209,10 @@ def _compare_quantizing_engine(
 
 
 def _sequences(job: Job) -> list[list[int]]:
-    """Return token ids of the texts, or random ones.
+    """Return token ids of the texts; random ids without a tokenizer.
 
-    The first sequence is longer than the smallest window where the context allows and 1,100 tokens suffice.
+    The first sequence is longer than the smallest attention window, if the context allows and at most 1,100
+    tokens are needed.
     """
     wanted = _LENGTHS if job.dtype == "fp32" else _LENGTHS_16BIT
     lengths = [min(length, job.max_seq_len) for length in wanted]
@@ -232,26 +246,31 @@ def _findings_fp32(job: Job, difference: Difference) -> dict[str, Any]:
     return {"tolerance": tolerance, "top1_agreement": difference.agreement(2 * tolerance)}
 
 
-def _findings_16bit(job: Job, difference: Difference, own: Difference) -> dict[str, Any]:
-    """own: the error of transformers in that dtype. Nothing passes where it is not finite."""
-    near_tie = _near_tie(own)
-    found: dict[str, Any] = {}
-    if any(
-        one.input for one in job.quantized.values()
-    ):  # one value that falls to the other side of a code is a large error
-        found["least_top1"] = min(MIN_TOP1[job.dtype], own.agreement(near_tie) - _TOP1_SLACK)
-    return found | {
-        "tolerance": _TOLERANCE_16BIT * own.largest if np.isfinite(own.largest) else np.nan,
+def _findings_16bit(job: Job, difference: Difference, reference_error: Difference) -> dict[str, Any]:
+    """Return fields of Findings for a 16-bit engine.
+
+    reference_error: the error of transformers in that dtype. If it is not finite, the bounds are NaN and the
+        engine fails.
+    """
+    near_tie = _near_tie(reference_error)
+    findings: dict[str, Any] = {}
+    # With activation quantization, a tiny error that moves a value to the next code becomes a large one.
+    if any(weight.input for weight in job.quantized.values()):
+        findings["least_top1"] = min(MIN_TOP1[job.dtype], reference_error.agreement(near_tie) - _TOP1_SLACK)
+    return findings | {
+        "tolerance": _TOLERANCE_16BIT * reference_error.largest
+        if np.isfinite(reference_error.largest)
+        else np.nan,
         "top1_agreement": difference.agreement(near_tie),
-        "rms_ratio": difference.rms / max(own.rms, 1e-30),
+        "rms_ratio": difference.rms / max(reference_error.rms, 1e-30),
         "details": {
             "dtype": job.dtype,
             "near_tie": float(f"{near_tie:.1e}"),
             "engine": difference.summary(),
-            f"transformers_{job.dtype}": own.summary(),
+            f"transformers_{job.dtype}": reference_error.summary(),
         },
     }
 
 
-def _near_tie(own: Difference) -> float:
-    return _NEAR_TIE * own.rms if np.isfinite(own.largest) else float("nan")
+def _near_tie(reference_error: Difference) -> float:
+    return _NEAR_TIE * reference_error.rms if np.isfinite(reference_error.largest) else float("nan")

@@ -1,4 +1,4 @@
-"""Computes an engine's logits of given tokens, in ragged steps that test its packing, or in plain chunks."""
+"""Compute an engine's logits of given tokens, in ragged steps that test its packing, or in plain chunks."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.backends.base import Backend
 from llmc.runtime.batch import Batch
 
-_CHUNKS = ((37, 5, 32), (9, 1, 1), (1, 32, 0))  # tokens a sequence gets in the first steps
-_SINGLE_STEPS, _LATER_CHUNK = 20, 32  # then one a step, then this many
+_CHUNKS = ((37, 5, 32), (9, 1, 1), (1, 32, 0))  # first steps: the tokens of each sequence
+_SINGLE_STEPS = 20  # following steps, with one token of each sequence
+_LATER_CHUNK = 32  # tokens of each sequence in all steps after those
 _PLAIN_CHUNK = 64  # 64 rows of a vocabulary of 150,000 are 39 MB
 
 
 def blocks_for(sequences: Sequence[Sequence[int]], block_size: int = BLOCK_SIZE) -> int:
-    """KV blocks that hold all of them."""
+    """Return the number of KV blocks that all `sequences` need."""
     return sum(-(-len(ids) // block_size) for ids in sequences)
 
 
 def ragged(backend: Backend, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """Logits float32 [len, vocabulary] of each sequence, all computed together over shuffled blocks."""
+    """Return the logits of each sequence, float32 [len, vocabulary].
+
+    All sequences run together, in chunks of different sizes, with KV blocks in random order.
+    """
     blocks = iter(np.random.default_rng(1).permutation(backend.num_blocks).tolist())
     size = backend.block_size
     tables = [[next(blocks) for _ in range(-(-len(ids) // size))] for ids in sequences]
@@ -49,7 +53,10 @@ def ragged(backend: Backend, sequences: Sequence[Sequence[int]]) -> list[np.ndar
 
 
 def in_chunks(backend: Backend, ids: Sequence[int]) -> Iterator[np.ndarray]:
-    """Logits float32 [n, vocabulary] of one sequence, from its first token on; each valid until the next."""
+    """Yield the logits of one sequence in chunks, float32 [n, vocabulary].
+
+    A chunk is valid until the next one is requested.
+    """
     table = list(range(-(-len(ids) // backend.block_size)))
     for start in range(0, len(ids), _PLAIN_CHUNK):
         count = min(_PLAIN_CHUNK, len(ids) - start)
@@ -63,7 +70,13 @@ def _batch(
     chunks: list[tuple[int, int]],
     size: int,
 ) -> Batch:
-    """A step with logits for every token. chunks: sequence and number of tokens."""
+    """Return a step that computes logits for every token.
+
+    past: tokens of each sequence that are in the cache
+    tables: block table of each sequence
+    chunks: (index of the sequence, number of its tokens in this step)
+    size: tokens in a KV block
+    """
     rows = []
     for s, count in chunks:
         end = past[s] + count

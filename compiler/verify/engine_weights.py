@@ -27,8 +27,8 @@ class ActivationQuantization:
     kind: str
     #: The static scale; for "e2m1" (NVFP4) the global scale.
     scale: float
-    #: A safetensors file and the name of a tensor [in] in it. The input is multiplied by it before it is
-    #: quantized, and the weight divided by it (`pre_quant_scale` of AWQ and SmoothQuant).
+    #: (safetensors file, name of a tensor [in] in it). Before quantization the input is multiplied by this
+    #: tensor, and the weight is divided by it (`pre_quant_scale` of AWQ and SmoothQuant).
     factor: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
@@ -36,13 +36,13 @@ class ActivationQuantization:
             raise ValueError(f"there is no quantization of activations to {self.kind!r} by {self.scale}")
 
     def apply(self, x: np.ndarray) -> np.ndarray:
-        """Return the quantized input, float32, for `x` [..., in]."""
+        """Quantize the input `x`, float32 [..., in], and return it dequantized, in the same shape."""
         quantize, factor = _QUANTIZERS[self.kind], self.factors
         return quantize(x * factor, self.scale) / factor
 
     @property
     def factors(self) -> np.ndarray:
-        """The factors of the input, float32 [in]; without any, [1] with the value 1."""
+        """The values of `factor`, float32 [in]; [1.0] if it is None."""
         return _tensor(*self.factor) if self.factor else np.ones(1, np.float32)
 
 
@@ -57,15 +57,18 @@ class EngineWeight:
     #: "weight", "weight_scale" and, for NVFP4, "weight_scale_2" -> names of tensors in the file. Empty for a
     #: weight of a pre-quantized checkpoint: the reference has it already.
     arrays: Mapping[str, str]
-    #: First row and stop in these tensors, which may hold several weights one after the other. A tensor with
-    #: another number of rows than the weight's belongs to all of them.
+    #: (first row, stop) of this weight in the tensors, which may hold several fused weights. A tensor with
+    #: another number of rows than "weight" belongs to all of them.
     rows: tuple[int, int]
     input: ActivationQuantization | None = None
 
     def read(self, tensors: Mapping[str, TensorRef]) -> np.ndarray:
-        """Return the dequantized weight, float32 [rows, in], times the factor of its input.
+        """Return the dequantized weight, float32 [rows, in].
 
-        The reference does not multiply its inputs by that factor. tensors: the header of `file`.
+        tensors: the header of `file`
+
+        The weight is multiplied by the factor of its input, because the reference does not multiply its
+        inputs by it.
         """
         refs = {array: tensors[name] for array, name in self.arrays.items()}
         height, rows = refs["weight"].shape[0], slice(*self.rows)
@@ -77,8 +80,11 @@ class EngineWeight:
         return wide * self.input.factors if self.input else wide
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON. An input is {"kind": "e4m3", "scale": x} or {"kind": "e2m1", "global_scale": x}, with
-        "factor" where there is one."""
+        """Return a JSON object.
+
+        "input" is {"kind": "e4m3", "scale": x} or {"kind": "e2m1", "global_scale": x}, with an optional
+        "factor", or None.
+        """
         return asdict(self) | {"input": self._input_json(), "rows": list(self.rows)}
 
     def _input_json(self) -> dict[str, Any] | None:
@@ -89,14 +95,16 @@ class EngineWeight:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngineWeight:
-        """The inverse of `to_json`."""
+        """Parse what `to_json` returns."""
         first, stop = data["rows"]
-        given = data["input"]
+        activation = data["input"]
         quantization = None
-        if given:
-            file = given.get("factor")
-            factor = (file[0], file[1]) if file else None
-            quantization = ActivationQuantization(given["kind"], given[_SCALE_NAMES[given["kind"]]], factor)
+        if activation:
+            location = activation.get("factor")
+            factor = (location[0], location[1]) if location else None
+            quantization = ActivationQuantization(
+                activation["kind"], activation[_SCALE_NAMES[activation["kind"]]], factor
+            )
         return cls(data["format"], data["file"], dict(data["arrays"]), (first, stop), quantization)
 
 

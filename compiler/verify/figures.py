@@ -1,4 +1,4 @@
-"""The fidelity figures of a bundle, and the thresholds that a pipeline may set for them."""
+"""The fidelity figures of a bundle, and thresholds for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmc.runtime.bundle.manifest import Manifest
 
 @dataclass(frozen=True)
 class Figures:
-    """The measured difference between an engine and its checkpoint. None: not known."""
+    """The measured difference between an engine and its checkpoint. A figure that is not known is None."""
 
     #: Whether this was measured now or when the bundle was built.
     origin: Literal["measured", "recorded"]
@@ -27,7 +27,7 @@ class Figures:
     #: Perplexity of the engine.
     perplexity: float | None = None
     perplexity_increase_percent: float | None = None
-    #: The loss of a quantized KV cache, where the build measured it apart.
+    #: The loss of a quantized KV cache, if the build measured it separately.
     kv_cache_top1_agreement: float | None = None
     kv_cache_mean_kl: float | None = None
     #: "checkpoint", or "dequantized" for a pre-quantized checkpoint; "": not recorded.
@@ -35,7 +35,7 @@ class Figures:
 
     @property
     def against(self) -> str:
-        """The reference in words, where it is not the checkpoint itself; else ""."""
+        """A description of the reference if it is not the checkpoint itself; else ""."""
         return "the dequantized checkpoint" if self.reference == "dequantized" else ""
 
 
@@ -43,18 +43,19 @@ class Figures:
 class Threshold:
     """A bound of one figure."""
 
-    #: The figure in words.
+    #: The figure's name in messages.
     name: str
-    #: None: not known.
+    #: The figure; None if it is not known.
     figure: float | None
     bound: float
+    #: Whether the bound is a minimum; else it is a maximum.
     at_least: bool
-    #: Whether the figure is unknown because there was nothing to lose: unquantized, and verified.
+    #: Whether the engine is verified and not quantized, so that an unknown figure meets every bound.
     lossless: bool = False
 
     @property
     def met(self) -> bool:
-        """Whether the figure is within its bound. An unknown figure is not, unless nothing was lost."""
+        """Whether the figure is within its bound. An unknown figure is not, unless `lossless`."""
         if self.figure is None:
             return self.lossless
         return self.figure >= self.bound if self.at_least else self.figure <= self.bound
@@ -68,18 +69,18 @@ class Threshold:
 
 
 def recorded(manifest: Manifest) -> Figures:
-    """Return the figures that the build recorded, against the checkpoint.
+    """Return the figures that the build recorded.
 
-    The weights of a pre-quantized checkpoint are dequantized. In 16 bits the figures are the loss of the
-    whole engine, in fp32 those of quantization: there the engine's own error is
-    negligible. The loss of a quantized KV cache is recorded separately.
+    The reference is the checkpoint, dequantized if it is pre-quantized. For a 16-bit engine the figures are
+    the loss of the whole engine. For an fp32 engine they are the loss of quantization, because the error of
+    its arithmetic is negligible. The loss of a quantized KV cache is recorded separately.
     """
     cache = manifest.verification.details.get("kv_cache_loss")
-    lost = known(cache) if isinstance(cache, Mapping) else {}
+    cache_figures = known(cache) if isinstance(cache, Mapping) else {}
     return replace(
         _without_cache(manifest),
-        kv_cache_top1_agreement=lost.get("top1_agreement_without_ties"),
-        kv_cache_mean_kl=lost.get("mean_kl"),
+        kv_cache_top1_agreement=cache_figures.get("top1_agreement_without_ties"),
+        kv_cache_mean_kl=cache_figures.get("mean_kl"),
     )
 
 
@@ -88,13 +89,13 @@ def _without_cache(manifest: Manifest) -> Figures:
     loss = details.get("quantization_loss")
     if isinstance(loss, Mapping):
         engine = loss.get("engine")
-        found = known(engine if isinstance(engine, Mapping) else loss)
-        before, after = found.get("perplexity_unquantized"), found.get("perplexity")
+        figures = known(engine if isinstance(engine, Mapping) else loss)
+        before, after = figures.get("perplexity_unquantized"), figures.get("perplexity")
         if before and after:  # older bundles record only these two
-            found.setdefault("perplexity_increase_percent", round(100 * (after / before - 1), 2))
-        if "top1_agreement_without_ties" in found:
-            found.setdefault("top1_agreement", found["top1_agreement_without_ties"])
-        return Figures("recorded", reference=reference_of(loss), **found)
+            figures.setdefault("perplexity_increase_percent", round(100 * (after / before - 1), 2))
+        if "top1_agreement_without_ties" in figures:
+            figures.setdefault("top1_agreement", figures["top1_agreement_without_ties"])
+        return Figures("recorded", reference=reference_of(loss), **figures)
     engine = details.get("engine")
     return Figures(
         "recorded",
@@ -116,7 +117,10 @@ def is_lossless(manifest: Manifest) -> bool:
 
 
 def known(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the figures of a record that `Figures` has; `details` of a manifest may hold anything."""
+    """Return the entries of a record that are fields of `Figures` and numbers.
+
+    The record may come from `details` of a manifest, which may hold anything.
+    """
     names = asdict(Figures("recorded")).keys() - {"origin", "reference"}
     return {
         name: value

@@ -1,4 +1,4 @@
-"""The tasks of the comparing process and its answers. Both cross a pipe as JSON."""
+"""The tasks and results of the verification process, which are passed through pipes as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from llmc.compiler.verify.engine_weights import EngineWeight
 
-MIN_TOP1 = {"fp32": 1.0, "fp16": 0.99, "bf16": 0.99}  # by the dtype that the engine computes in
+MIN_TOP1 = {"fp32": 1.0, "fp16": 0.99, "bf16": 0.99}  # compute dtype -> least top-1 agreement
 ReferenceWeights = Literal["checkpoint", "dequantized"]
 
 
@@ -19,43 +19,45 @@ class Job:
 
     #: The checkpoint's directory.
     checkpoint: str
-    #: The engine's file, and the backend that runs it.
+    #: The path of the engine's file, and the name of the backend that runs it.
     engine: str
     backend: str
-    #: Tokens of prompt and answer together.
+    #: The context length: tokens of prompt and answer together.
     max_seq_len: int
     vocab_size: int
-    #: Sizes of the model's attention windows.
+    #: Sizes of the model's sliding attention windows, in tokens.
     windows: list[int]
-    #: Largest logit error accepted in fp32 (`recipe.Recipe`). 16 bits are held to transformers' own error.
+    #: The largest logit error accepted in fp32 (`recipe.Recipe`). The bound of a 16-bit engine follows from
+    #: the error of transformers in the same dtype.
     tolerance: float
     #: Bytes of memory that the comparison needs.
     needed_bytes: int
-    #: What the engine computes in: "fp32", "fp16" or "bf16".
+    #: The compute dtype of the engine: "fp32", "fp16" or "bf16".
     dtype: str = "fp32"
-    #: What stands in for the engine, for the record; "": nothing does.
+    #: A description of what stands in for the engine, for the manifest; "": the engine itself runs.
     compared: str = ""
-    #: Name of a weight in the checkpoint -> the engine's quantized weight. The reference uses it as well, and
-    #: the quantization loss is recorded.
+    #: Name of a weight in the checkpoint -> the engine's quantized weight, which the reference uses too.
     quantized: Mapping[str, EngineWeight] = field(default_factory=dict)
     #: "dequantized" for a pre-quantized checkpoint.
     reference_weights: ReferenceWeights = "checkpoint"
-    #: The same engine with its KV cache in `kv_dtype`, whose loss against `engine` is recorded; "": none.
+    #: The engine with a KV cache of `kv_dtype`, whose loss against `engine` is recorded; "": no such cache.
     kv_engine: str = ""
     kv_dtype: str = ""
-    #: In fp32, the same engine with activation quantization, which `engine` lacks then; "": none.
+    #: In fp32, the engine with activation quantization if `engine` is without it; "": there is none.
     quantizing_engine: str = ""
     #: The bundle's tokenizer.json; "": it has none, and the tokens are random.
     tokenizer: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"quantized": {name: one.to_json() for name, one in self.quantized.items()}}
+        return asdict(self) | {
+            "quantized": {name: weight.to_json() for name, weight in self.quantized.items()}
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Job:
         from llmc.compiler.verify.engine_weights import EngineWeight
 
-        quantized = {name: EngineWeight.from_json(one) for name, one in data["quantized"].items()}
+        quantized = {name: EngineWeight.from_json(weight) for name, weight in data["quantized"].items()}
         return cls(**{**data, "quantized": quantized})
 
 
@@ -70,16 +72,16 @@ class Findings:
     #: Share of positions where the engine's best token is the reference's, near ties included.
     top1_agreement: float
     positions: int
-    #: None in 16 bits, where texts part at the first near tie.
+    #: Whether the greedy continuations are equal. None in 16 bits, where they diverge at the first near tie.
     greedy_equal: bool | None
     greedy_tokens: int
     #: The engine's rms error over that of transformers in the same dtype; None in fp32.
     rms_ratio: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
-    #: In fp32 with activation quantization: rms difference from the reference that quantizes its activations
-    #: too, over the rms of what that quantization changes; else None.
+    #: For an fp32 engine with activation quantization: its rms difference from the reference with activation
+    #: quantization, divided by the rms difference that the quantization makes in the reference; else None.
     activation_ratio: float | None = None
-    #: The bound of top1_agreement where it is not the dtype's own; else None.
+    #: The bound of top1_agreement; None for MIN_TOP1 of the dtype.
     least_top1: float | None = None
 
 
@@ -91,13 +93,13 @@ class Question:
     backend: str
     max_seq_len: int
     vocab_size: int
-    #: A tokenizer.json; "": there is none.
+    #: The path of a tokenizer.json; "": there is none, and the tokens are random.
     tokenizer: str
-    #: A file in UTF-8; "": the evaluation text.
+    #: The path of a text file in UTF-8; "": the evaluation text.
     text: str
-    #: The checkpoint to compare with; "": none, only the engine's perplexity is measured.
+    #: The directory of the checkpoint to compare with; "": only the engine's perplexity is measured.
     checkpoint: str
     tolerance: float
     reference_weights: ReferenceWeights = "checkpoint"
-    #: What the engine's KV cache holds.
+    #: The dtype of the engine's KV cache, by its name in the manifest.
     kv_dtype: str = "fp32"

@@ -1,4 +1,4 @@
-"""Judge a finished bundle by the figures that its build recorded, or by comparing it again."""
+"""Evaluate a finished bundle by the figures that its build recorded, or by a new measurement."""
 
 from __future__ import annotations
 
@@ -24,53 +24,63 @@ _OUT_OF_MEMORY = "use a machine with more, or judge the recorded figures, withou
 
 @dataclass(frozen=True)
 class Verdict:
-    """text: what the figures are about. engine_perplexity: on a text of the user's, without a checkpoint."""
+    """The result of `judge`."""
 
     bundle: Bundle
+    #: The checkpoint that the bundle was compared with, if any.
     checkpoint: Path | None
     figures: Figures
+    #: The name or a description of the text that the figures were measured on.
     text: str
+    #: The sha256 of that text in UTF-8; "" if it is not known.
     text_sha256: str
+    #: The engine's perplexity on the user's text, if it was measured without a checkpoint.
     engine_perplexity: float | None
+    #: The number of tokens that it was measured on.
     engine_positions: int | None
 
     def thresholds(
         self, min_top1: float | None, max_kl: float | None, max_perplexity_increase: float | None
     ) -> list[Threshold]:
-        """Return the thresholds that are asked for, with their figures. The last is in percent.
+        """Return the thresholds that are not None, with their figures.
 
-        A quantized KV cache whose loss was measured apart must meet the first two as well. A figure that the
-        build of an unquantized, verified bundle did not record counts as met.
+        min_top1: the least top-1 agreement, 0 to 1
+        max_kl: the largest mean KL divergence in nats
+        max_perplexity_increase: the largest increase of the perplexity in percent
+
+        The first two also apply to a quantized KV cache whose loss was measured separately. For a verified
+        bundle without quantization, a figure that the build did not record counts as met.
         """
         figures = self.figures
         lossless = figures.origin == "recorded" and is_lossless(self.bundle.manifest)
-        every = [
+        bounds = [
             ("top-1 agreement", figures.top1_agreement, min_top1, True),
             ("mean KL", figures.mean_kl, max_kl, False),
             ("perplexity increase in %", figures.perplexity_increase_percent, max_perplexity_increase, False),
         ]
         if figures.kv_cache_mean_kl is not None:
-            every += [
+            bounds += [
                 ("top-1 agreement of the KV cache", figures.kv_cache_top1_agreement, min_top1, True),
                 ("mean KL of the KV cache", figures.kv_cache_mean_kl, max_kl, False),
             ]
         return [
             Threshold(name, figure, bound, at_least, lossless and figure is None)
-            for name, figure, bound, at_least in every
+            for name, figure, bound, at_least in bounds
             if bound is not None
         ]
 
 
 def judge(path: Path, against: str | None, text: Path | None, progress: Progress) -> Verdict:
-    """Hashes every file of the bundle at `path`, and finds its figures.
+    """Hash every file of the bundle at `path`, and return its figures.
 
-    against: a checkpoint, which must be the bundle's own; a CPU engine is then run beside it in transformers,
-    in fp32, on `text` or the evaluation text. Without it a CPU engine's perplexity on `text` is measured, if
-    one is given.
-    Raises BundleError, CheckpointError for another checkpoint, and RequestError for a text or an engine that
-    cannot be used and for a lack of memory.
+    against: the checkpoint that the bundle was built from. A CPU engine is compared with it, in transformers
+        in fp32, on `text` or the evaluation text. If it is None, the recorded figures are returned.
+    text: a text file in UTF-8. Without `against`, the perplexity of a CPU engine is measured on it.
+
+    Raises BundleError for a damaged bundle, CheckpointError for another checkpoint, RequestError for a text
+    or an engine that cannot be used and for a lack of memory.
     """
-    given = texts.read_text(text) if text else ""
+    content = texts.read_text(text) if text else ""
     bundle = Bundle.open(path, verify_hashes=False)
     manifest = bundle.manifest
     runs_here = manifest.gpu is None
@@ -84,36 +94,36 @@ def judge(path: Path, against: str | None, text: Path | None, progress: Progress
         raise RequestError(f"{path} has no tokenizer to read a text with", "leave --text out", "text")
     progress.phase("hash the bundle")
     bundle.verify()
-    directory = _own_checkpoint(manifest.source, against, progress) if against else None
-    found: dict[str, Any] = {}
+    directory = _checked_checkpoint(manifest.source, against, progress) if against else None
+    measured_figures: dict[str, Any] = {}
     if runs_here and (directory or text):
         check_requirements(manifest.target.requires, bundle.name)
         progress.phase("compare" if directory else "run the engine")
-        found = _measure(bundle, directory, text, progress)
+        measured_figures = _measure(bundle, directory, text, progress)
     elif directory:
         progress.note(
             f"the engine is for a GPU ({manifest.target.name}) and cannot be run here: "
             "the figures are those that its build recorded"
         )
     measured = bool(directory) and runs_here
-    now = Figures("measured", reference=reference_of(found), **known(found))
+    now = Figures("measured", reference=reference_of(measured_figures), **known(measured_figures))
     figures = now if measured else recorded(manifest)
-    about, digest = _about(manifest, figures, text if measured else None, given)
+    about, digest = _about(manifest, figures, text if measured else None, content)
     return Verdict(
         bundle=bundle,
         checkpoint=directory,
         figures=figures,
         text=about,
         text_sha256=digest,
-        engine_perplexity=None if measured else found.get("perplexity"),
-        engine_positions=None if measured else found.get("positions"),
+        engine_perplexity=None if measured else measured_figures.get("perplexity"),
+        engine_positions=None if measured else measured_figures.get("positions"),
     )
 
 
-def _about(manifest: Manifest, figures: Figures, text: Path | None, given: str) -> tuple[str, str]:
-    """Which text the figures are about, and its sha256."""
+def _about(manifest: Manifest, figures: Figures, text: Path | None, content: str) -> tuple[str, str]:
+    """Return a description of the text that the figures were measured on, and its sha256 or ""."""
     if text:
-        return text.name, texts.sha256(given)
+        return text.name, texts.sha256(content)
     if figures.origin == "measured":
         if _TOKENIZER not in manifest.files:
             return "random tokens", ""
@@ -124,24 +134,24 @@ def _about(manifest: Manifest, figures: Figures, text: Path | None, given: str) 
     return ("nothing" if figures.positions is None else "the texts of the build"), ""
 
 
-def _own_checkpoint(source: Source, against: str, progress: Progress) -> Path:
-    """Raises CheckpointError unless each file is the one that the bundle was made from."""
+def _checked_checkpoint(source: Source, against: str, progress: Progress) -> Path:
+    """Return the checkpoint's directory. Raises CheckpointError if the bundle was built from other files."""
     from llmc.compiler.checkpoint import hub
     from llmc.compiler.checkpoint.checkpoint import Checkpoint
 
     progress.phase("hash the checkpoint")
     checkpoint = Checkpoint.open(hub.resolve(against))
-    here = checkpoint.file_hashes()
-    for name in sorted(here.keys() | source.files.keys()):
-        ours, theirs = here.get(name), source.files.get(name)
-        if ours == theirs:
+    hashes = checkpoint.file_hashes()
+    for name in sorted(hashes.keys() | source.files.keys()):
+        now, then = hashes.get(name), source.files.get(name)
+        if now == then:
             continue
-        if ours is None:
+        if now is None:
             fact = f"it has no {name}"
-        elif theirs is None:
+        elif then is None:
             fact = f"it has {name}, which was not there"
         else:
-            fact = f"{name} has sha256 {ours[:12]}..., then {theirs[:12]}..."
+            fact = f"{name} has sha256 {now[:12]}..., then {then[:12]}..."
         raise CheckpointError(
             f"{against} is not the checkpoint that the bundle was made from: {fact}",
             f"give the files of {source.name} as they were, or build from these with `llmc build`",
@@ -176,7 +186,7 @@ def _measure(
 
 
 def _size_of(checkpoint: Path) -> tuple[int, bool]:
-    """Bytes of its values in fp32, and whether it is quantized."""
+    """Return the bytes of the checkpoint's parameters in fp32, and whether it is quantized."""
     from llmc.compiler.checkpoint.checkpoint import Checkpoint
     from llmc.compiler.checkpoint.prequantized.layout import read_quantized
 

@@ -1,8 +1,8 @@
-"""The loss of a quantized KV cache, measured beside the comparison with the checkpoint.
+"""Measure the loss of a quantized KV cache, separately from the comparison with the checkpoint.
 
-That comparison is of the graph with a cache in the dtype that the engine computes in: only there can it be
-held to what transformers does. The same graph with the quantized cache gets the same tokens in the same
-steps, and the difference of the logits is the error of the cache alone.
+The checkpoint is compared with the graph whose cache has the compute dtype, because transformers has no
+quantized cache to compare with. Here the same graph with the quantized cache runs on the same tokens in the
+same steps. The difference of the logits is the error of the cache alone.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
 def load_quantized(job: Job, blocks: int) -> Backend:
     """Load the engine with the quantized cache.
 
-    OpenVINO quantizes by itself. The graph that stands in for TensorRT rounds what enters its cache, which
-    the backend holds in fp32.
+    blocks: the number of KV blocks
+
+    OpenVINO quantizes the cache itself. The graph that stands in for TensorRT rounds keys and values before
+    they enter the cache, so its backend keeps the cache in fp32.
     """
     kv_dtype = job.kv_dtype if job.backend == "openvino" else "fp32"
     return load_backend(EngineFile(job.backend, Path(job.kv_engine), kv_dtype), LoadOptions(kv_blocks=blocks))
@@ -31,8 +33,9 @@ def load_quantized(job: Job, blocks: int) -> Backend:
 def kv_cache_loss(exact: list[np.ndarray], quantized: list[np.ndarray], kv_dtype: str) -> dict[str, Any]:
     """Return mean KL divergence (nats), top-1 agreement, largest and rms difference of the logits.
 
-    exact, quantized: logits float32 [length, vocabulary] of each sequence, by the cache that they came from;
-    kv_dtype: the quantized one, as the manifest calls it.
+    exact: the logits of each sequence without the quantized cache, float32 [length, vocabulary]
+    quantized: the same with the quantized cache
+    kv_dtype: the dtype of the quantized cache, by its name in the manifest
     """
     difference = Difference.between(exact, quantized)
     return {"kv_dtype": kv_dtype, "positions": len(difference.top1_gap), **difference.summary()}

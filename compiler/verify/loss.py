@@ -1,8 +1,8 @@
 """Quantization loss: KL divergence, top-1 agreement and perplexity against the reference.
 
 The reference is the checkpoint in transformers, in fp32. For a pre-quantized checkpoint it is the model with
-dequantized weights and without activation quantization. Only a few rows of logits exist at a time: the
-reference's last hidden states are kept, and its last matrix is applied to them chunk by chunk.
+dequantized weights and without activation quantization. To save memory, the reference's last hidden states
+are kept instead of its logits, and lm_head is applied to them chunk by chunk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from llmc.compiler.verify.reference import Head
 
-_ROWS = 64  # of the last matrix's output at a time
+_ROWS = 64  # rows of logits that are computed at a time
 
 
 def measure(
@@ -31,9 +31,11 @@ def measure(
 ) -> Difference:
     """Compare the reference with other logits.
 
-    head, states: the reference's last matrix and its last hidden states [tokens, hidden] of each window
-    windows: the token ids
-    others: for each window consecutive chunks of logits, float32 [n, vocabulary]
+    head: the reference's lm_head
+    states: the reference's last hidden states of each window, [tokens, hidden]
+    windows: the token ids of each window
+    others: the other logits: for each window consecutive chunks, float32 [n, vocabulary]
+    on_window: called after each window
     """
     meter = DifferenceMeter()
     for kept, ids, chunks in zip(states, windows, others, strict=True):
@@ -47,13 +49,17 @@ def measure(
 
 
 def rows_of(head: Head, states: Sequence[torch.Tensor]) -> Iterator[Iterator[np.ndarray]]:
-    """Yield the logits of each window, a few rows at a time, for `measure`."""
+    """Yield the logits of each window as chunks of a few rows, float32 [n, vocabulary], for `measure`."""
     for kept in states:
         yield (head.logits(part) for part in kept.split(_ROWS))
 
 
 def record(difference: Difference, near_tie: float, text: bool) -> dict[str, Any]:
-    """Return the figures for the manifest. text: False for random tokens, which have no perplexity."""
+    """Return the figures for the manifest.
+
+    near_tie: the logit difference up to which two tokens count as tied
+    text: whether the tokens are a text; random tokens get no perplexity
+    """
     figures: dict[str, Any] = {
         "positions": len(difference.top1_gap),
         **difference.summary(),
@@ -71,7 +77,7 @@ def record(difference: Difference, near_tie: float, text: bool) -> dict[str, Any
 
 
 def perplexity(windows: Sequence[Sequence[int]], others: Iterable[Iterable[np.ndarray]]) -> float:
-    """Return the perplexity of logits as `measure` takes them."""
+    """Return the perplexity of logits. The arguments are those of `measure`."""
     losses: list[float] = []
     for ids, chunks in zip(windows, others, strict=True):
         start = 0

@@ -1,4 +1,4 @@
-"""Measure a bundle's engine on a text, against the checkpoint in transformers or alone."""
+"""Measure a bundle's engine on a text, alone or against the checkpoint in transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
 def measure(
     question: Question, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """With a checkpoint: the figures of `loss.record`; without: "perplexity" and "positions" of the engine.
+    """Return the figures of `loss.record`; without a checkpoint the engine's "perplexity" and "positions".
+
+    on_progress: called with the number of steps that are done, and of all steps
 
     Raises RequestError for a text that is too short.
     """
@@ -34,8 +36,8 @@ def measure(
     on_progress(0, steps)
     if not question.checkpoint:
         backend = _load(question, windows)
-        found = loss.perplexity(windows, (in_chunks(backend, ids) for ids in windows))
-        return {"perplexity": found, "positions": sum(map(len, windows))}
+        perplexity = loss.perplexity(windows, (in_chunks(backend, ids) for ids in windows))
+        return {"perplexity": perplexity, "positions": sum(map(len, windows))}
     from llmc.compiler.verify.reference import Reference
 
     reference = Reference(question.checkpoint, "fp32", question.reference_weights, question.max_seq_len)
@@ -47,8 +49,8 @@ def measure(
     reference.drop_decoder()
     gc.collect()
     backend = _load(question, windows)
-    others = (in_chunks(backend, ids) for ids in windows)
-    difference = loss.measure(head, states, windows, others, step)
+    engine_logits = (in_chunks(backend, ids) for ids in windows)
+    difference = loss.measure(head, states, windows, engine_logits, step)
     near_tie = 2 * scaled(question.tolerance, difference.scale)
     figures = loss.record(difference, near_tie, bool(question.tokenizer))
     return {"reference": question.reference_weights} | figures

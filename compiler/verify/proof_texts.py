@@ -1,4 +1,4 @@
-"""Texts on which engine and checkpoint are compared, logit by logit: prose, code, figures."""
+"""Texts on which the logits of engine and checkpoint are compared: prose, code, numbers."""
 
 TEXTS = (
     "The engine was built in the morning and had to prove itself before noon. Nobody in the workshop "

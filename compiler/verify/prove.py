@@ -1,7 +1,7 @@
-"""The verification step of a build: compare an engine with its checkpoint and hold the figures to bounds.
+"""The verification step of a build: compare an engine with its checkpoint and check the figures.
 
-The comparison runs in a process of its own (`child.py`), one model after the other.
-docs/explanation/fidelity.md states what must hold, in fp32 and in 16 bits.
+The comparison runs in a child process (`child.py`), one model after the other.
+docs/explanation/fidelity.md states the bounds, in fp32 and in 16 bits.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from llmc.runtime.bundle.manifest import Verification
 from llmc.runtime.errors import VerificationError
 from llmc.runtime.memory import available_memory
 
-MAX_RMS_RATIO = 1.5  # 16 bits: the engine's rms error over that of transformers; 0.9 to 1.0 were measured
-MAX_ACTIVATION_RATIO = 0.5  # fp32: allows for values that round to a neighbouring code
+MAX_RMS_RATIO = 1.5  # bound of Findings.rms_ratio; 0.9 to 1.0 were measured
+MAX_ACTIVATION_RATIO = 0.5  # bound of Findings.activation_ratio; some values round to a neighbouring code
 
 
 def prove(
@@ -39,9 +39,11 @@ def prove(
 ) -> Verification:
     """Compare the engine that `files` describe with the checkpoint, and return the record for the manifest.
 
+    matrices: the quantized matrices of the graph
+    work: the bundle, which has the graphs and the weights
     tokenizer: the bundle's tokenizer.json, if it has one
 
-    The weights are in `work`, beside the graphs. Raises VerificationError and BuildError as `run` does.
+    Raises VerificationError and BuildError as `run` does.
     """
     geometry, resolved = plan.geometry, plan.resolved
     job = Job(
@@ -68,8 +70,8 @@ def prove(
 def run(job: Job, progress: Progress) -> Verification:
     """Run the comparison and return its record for the manifest.
 
-    Raises VerificationError when the engine does not reproduce the checkpoint, and BuildError when the
-    comparison itself breaks. A model too large for this machine is recorded as not verified.
+    Raises VerificationError if the engine does not reproduce the checkpoint, and BuildError if the comparison
+    itself fails. If this machine lacks the memory, the record says that the model is not verified.
     """
     available = available_memory()
     need = f"{job.needed_bytes / 2**30:.1f} GiB"
@@ -111,7 +113,7 @@ def _weights(job: Job) -> str:
 
 
 def faults(findings: Findings, dtype: str) -> list[str]:
-    """Return every figure as text if any is out of bounds or NaN, else an empty list."""
+    """Return all figures as text if any is out of bounds or NaN; else an empty list."""
     error, bound = findings.max_logit_error, findings.tolerance
     share, least = findings.top1_agreement, findings.least_top1
     least = MIN_TOP1[dtype] if least is None else least
@@ -140,7 +142,7 @@ def _is_finite(figures: Any) -> bool:
 
 
 def _round_up(error: float) -> float:
-    """Round up to two digits: more would record the noise of the machine."""
+    """Round up to two significant digits: further digits depend on the machine."""
     if error == 0:
         return 0.0
     unit = 10.0 ** (math.floor(math.log10(error)) - 1)
@@ -148,36 +150,36 @@ def _round_up(error: float) -> float:
 
 
 def compare_in_child(job: Job, progress: Progress) -> Findings:
-    """Run the comparison in a process of its own."""
+    """Run the comparison in a child process. Raises BuildError if the process fails."""
     child = Child("llmc.compiler.verify.child", "verification", "--no-verify builds without verification")
-    found = child.run({"prove": job.to_json()}, progress)
-    return Findings(**found)
+    fields = child.run({"prove": job.to_json()}, progress)
+    return Findings(**fields)
 
 
 def engine_weights(
     plan: BuildPlan, matrices: Sequence[QuantizedMatrix], file: Path
 ) -> dict[str, EngineWeight]:
-    """Map each quantized weight of the checkpoint to where its quantized version lies in `file`.
+    """Map each quantized weight of the checkpoint to the engine's quantized weight in `file`.
 
     For a pre-quantized checkpoint, only layers with activation quantization are listed, without arrays.
     """
     header = read_header(file) if matrices else {}
-    found = {}
+    weights = {}
     for matrix in matrices:
         arrays = {array: matrix.initializer(array) for array in matrix.format.layout(matrix.shape)}
-        rounding, first = None, 0
+        quantization, first = None, 0
         if kind := matrix.format.activations:
             scale = float(header[matrix.initializer("input_scale")].read())
             module = plan.quantization.quantized()[matrix.modules[0]] if plan.quantization else None
             factor = module.pre_quant_scale.name if module and module.pre_quant_scale else ""
             if matrix.format.smoothed:
                 factor = matrix.initializer("pre_quant_scale")
-            rounding = ActivationQuantization(kind, scale, (str(file), factor) if factor else None)
+            quantization = ActivationQuantization(kind, scale, (str(file), factor) if factor else None)
         for weight, rows in zip(matrix.weights, matrix.rows, strict=True):
             span = (first, first + rows)
             if not plan.checkpoint.prequantized:
-                found[weight] = EngineWeight(matrix.format.name, str(file), arrays, span, rounding)
-            elif rounding:
-                found[weight] = EngineWeight(matrix.format.name, str(file), {}, span, rounding)
+                weights[weight] = EngineWeight(matrix.format.name, str(file), arrays, span, quantization)
+            elif quantization:
+                weights[weight] = EngineWeight(matrix.format.name, str(file), {}, span, quantization)
             first += rows
-    return found
+    return weights

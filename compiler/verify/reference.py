@@ -29,13 +29,17 @@ from llmc.compiler.verify.job import ReferenceWeights
 from llmc.runtime.dtypes import BY_NAME
 from llmc.runtime.errors import BuildError, CheckpointError
 
-_NEW_TOKENS = 24
-_HEAD_TOLERANCE = 1e-4  # of the largest logit: the same product, of one row in place of many
+_NEW_TOKENS = 24  # of a greedy continuation
+# Tolerance, relative to the largest logit, between lm_head applied to one row and to many.
+_HEAD_TOLERANCE = 1e-4
 
 
 class Reference:
-    """A causal language model of transformers, computing in `dtype`.
+    """A causal language model in transformers, with eager attention.
 
+    checkpoint: the checkpoint's directory
+    dtype: the compute dtype, "fp32", "fp16" or "bf16"
+    weights: "dequantized" for a pre-quantized checkpoint
     max_seq_len: the context length of the bundle; None for the model's
     """
 
@@ -61,15 +65,16 @@ class Reference:
         """Replace weights by the engine's quantized ones.
 
         weights: name in the checkpoint -> the engine's weight
-        A weight that two modules share (a tied lm_head) changes in the named module alone.
+
+        If two modules share a weight (a tied lm_head), only the named module's weight changes.
         Raises BuildError for a name or a shape that the model does not have.
         """
-        headers = {one.file: read_header(one.file) for one in weights.values() if one.arrays}
-        for name, one in weights.items():
-            if not one.arrays:
+        headers = {weight.file: read_header(weight.file) for weight in weights.values() if weight.arrays}
+        for name, weight in weights.items():
+            if not weight.arrays:
                 continue
             module = self._module_of(name)
-            values = torch.from_numpy(one.read(headers[one.file]))
+            values = torch.from_numpy(weight.read(headers[weight.file]))
             if values.shape != module.weight.shape:
                 got, wanted = list(values.shape), list(module.weight.shape)
                 raise BuildError(
@@ -78,10 +83,10 @@ class Reference:
             module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
 
     def quantize_activations(self, weights: Mapping[str, EngineWeight]) -> None:
-        """Quantize the inputs of linear layers as the engine does."""
-        for name, one in weights.items():
-            if one.input is not None:
-                self._module_of(name).register_forward_pre_hook(_quantizer(one.input))
+        """Quantize the inputs of linear layers as the engine does. weights: as in `use_weights`."""
+        for name, weight in weights.items():
+            if weight.input is not None:
+                self._module_of(name).register_forward_pre_hook(_quantizer(weight.input))
 
     def _module_of(self, name: str) -> Any:
         try:
@@ -96,7 +101,7 @@ class Reference:
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Return float32 [len, vocabulary]."""
+        """Return the logits of every position, float32 [len, vocabulary]."""
         return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
 
     @torch.no_grad()
@@ -113,40 +118,40 @@ class Reference:
 
     @torch.no_grad()
     def states(self, ids: Sequence[int]) -> torch.Tensor:
-        """Return the last hidden states [len, hidden], which are far smaller than the logits.
+        """Return the last hidden states [len, hidden], which are much smaller than the logits.
 
-        Raises BuildError for a model whose logits depend on anything else.
+        Raises BuildError if `head` does not turn them into the model's logits.
         """
-        kept: list[torch.Tensor] = []
+        captured: list[torch.Tensor] = []
         decoder = self.model.get_submodule(self._decoder)
-        hook = decoder.register_forward_hook(lambda module, args, output: kept.append(output[0]))
-        takes = inspect.signature(self.model.forward).parameters
-        few = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        hook = decoder.register_forward_hook(lambda module, args, output: captured.append(output[0]))
+        parameters = inspect.signature(self.model.forward).parameters
+        options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         try:
-            last = self.model(input_ids=torch.tensor([ids]), use_cache=False, **few).logits[0, -1]
+            last = self.model(input_ids=torch.tensor([ids]), use_cache=False, **options).logits[0, -1]
         finally:
             hook.remove()
-        if self._decoder and kept:
-            again = self.head().logits(kept[0][0, -1:])[0]
+        if self._decoder and captured:
+            recomputed = self.head().logits(captured[0][0, -1:])[0]
             bound = _HEAD_TOLERANCE * max(1.0, float(last.abs().max()))
-            if np.abs(again - last.float().numpy()).max() <= bound or not last.isfinite().all():
-                return kept[0][0]
+            if np.abs(recomputed - last.float().numpy()).max() <= bound or not last.isfinite().all():
+                return captured[0][0]
         raise BuildError(
             f"the logits of {type(self.model).__name__} are not those of its decoder's last hidden states",
             "please report this with the model's config.json",
         )
 
     def head(self) -> Head:
-        """Return what turns hidden states into logits, with the present weights."""
+        """Return a snapshot of the end of the model, which turns hidden states into logits."""
         return Head(self.model, self._decoder)
 
     def drop_decoder(self) -> None:
-        """Free everything but the last matrix; heads that were taken before still work."""
+        """Free everything but lm_head. A `head` that was returned before still works."""
         self.model.set_submodule(self._decoder, nn.Identity())
 
 
 class Head:
-    """The end of a model: its last matrix and whatever the model does to logits."""
+    """The end of a model: lm_head, with the weight that it has now, and what the model does to logits."""
 
     def __init__(self, model: Any, decoder: str) -> None:
         self._model, self._decoder = model, decoder
@@ -158,14 +163,15 @@ class Head:
         """Turn hidden states [n, hidden] into logits, float32 [n, vocabulary]."""
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
         with (
-            self._as_it_was(),
+            self._original_lm_head(),
             _forward(self._model.get_submodule(self._decoder), lambda *args, **options: output),
         ):
             ids = torch.zeros((1, len(states)), dtype=torch.int64)
             return self._model(input_ids=ids, use_cache=False).logits[0].float().numpy()
 
     @contextlib.contextmanager
-    def _as_it_was(self) -> Iterator[None]:
+    def _original_lm_head(self) -> Iterator[None]:
+        """Use the weight and hooks that lm_head had when this Head was made."""
         weight, hooks = self._last.weight, dict(self._last._forward_pre_hooks)
         self._set(self._weight, self._hooks)
         try:
@@ -181,8 +187,8 @@ class Head:
 
 @contextlib.contextmanager
 def _forward(module: Any, forward: Any) -> Iterator[None]:
-    """Let `module` compute `forward` inside the context."""
-    module.forward = forward  # an attribute of the instance, which goes before the method of its class
+    """Replace `module.forward` by `forward` inside the context."""
+    module.forward = forward  # an attribute of the instance hides the method of the class
     try:
         yield
     finally:
@@ -190,6 +196,8 @@ def _forward(module: Any, forward: Any) -> Iterator[None]:
 
 
 def _quantizer(quantization: ActivationQuantization) -> Any:
+    """Return a forward pre-hook that quantizes a module's input."""
+
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x = args[0]
         return (torch.from_numpy(quantization.apply(x.float().numpy())).to(x.dtype), *args[1:])
@@ -200,26 +208,26 @@ def _quantizer(quantization: ActivationQuantization) -> Any:
 def _load(
     checkpoint: str, dtype: torch.dtype, weights: ReferenceWeights, max_seq_len: int | None
 ) -> tuple[Any, Callable[[str], str]]:
-    """Return the model, and what turns a name of the language model into the model's.
+    """Return the model, and a function from names in the language model to names in that model.
 
-    A multimodal model is loaded as a whole, except from dequantized weights.
+    A multimodal model is loaded as a whole, except with dequantized weights.
     """
     opened = Checkpoint.open(checkpoint)
     config = choose_context(load_config(opened), max_seq_len).config
-    own = copy.deepcopy(config)  # read_model decides what is tied, which from_pretrained does by itself
-    keys, renamed = read_model(opened, own)
+    changed_config = copy.deepcopy(config)  # read_model changes it; from_pretrained ties weights by itself
+    keys, renamed = read_model(opened, changed_config)
     options = {"dtype": dtype, "attn_implementation": "eager", "trust_remote_code": False}
     if weights == "checkpoint":
-        whole = load_wrapper(opened)
-        if whole is None:
-            auto, whole = transformers.AutoModelForCausalLM, config
+        full_config = load_wrapper(opened)
+        if full_config is None:
+            auto, full_config = transformers.AutoModelForCausalLM, config
         else:
             auto = transformers.AutoModelForMultimodalLM
-            whole.get_text_config().rope_parameters = config.rope_parameters
-        model = auto.from_pretrained(checkpoint, config=whole, local_files_only=True, **options)
+            full_config.get_text_config().rope_parameters = config.rope_parameters
+        model = auto.from_pretrained(checkpoint, config=full_config, local_files_only=True, **options)
         return model, keys.loaded_name
     with no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(own, **options)
+        model = transformers.AutoModelForCausalLM.from_config(changed_config, **options)
     model.tie_weights()  # which the initialization would have done
     _fill(model, read_quantized(renamed.checkpoint))
     return model, lambda name: name
@@ -247,7 +255,7 @@ def _fill(model: Any, quantized: QuantizedCheckpoint) -> None:
 
 
 def _values(name: str, quantized: QuantizedCheckpoint) -> Iterator[np.ndarray]:
-    """Yield blocks of rows of a parameter; nothing for one that the checkpoint lacks."""
+    """Yield blocks of rows of a parameter; nothing if the checkpoint lacks it."""
     module_name, _, last = name.rpartition(".")
     module = quantized.modules.get(module_name)
     if module is None or last not in ("weight", "bias"):
@@ -260,7 +268,7 @@ def _values(name: str, quantized: QuantizedCheckpoint) -> Iterator[np.ndarray]:
 
 
 def _weight(module: QuantizedModule) -> Iterator[np.ndarray]:
-    """Yield rows of a dequantized weight. AWQ's factor of the input is multiplied into the columns."""
+    """Yield blocks of rows of a dequantized weight, float32 [n, in], with AWQ's input factor applied."""
     scale: TensorRef | None = module.tensors.get("pre_quant_scale")
     columns = np.float32(1) if scale is None else scale.read().astype(np.float32)
     for rows in iter_rows(module, CHUNK_BYTES):

@@ -1,1 +1,1 @@
-"""Write the files of an engine's weights."""
+"""Write the weight files of an engine."""

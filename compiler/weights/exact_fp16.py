@@ -20,12 +20,12 @@ _MAGNITUDE, _FRACTION_BITS, _BIAS, _INFINITY = 0x7FFF, 7, 127, 0x7F80  # bf16
 
 def exponent(refs: Iterable[TensorRef]) -> int | None:
     """Return the power of two for the bf16 tensors of one matrix; None if fp16 cannot hold them exactly."""
-    largest, smallest = 0, _INFINITY  # magnitudes are in the order of their bits
+    largest, smallest = 0, _INFINITY  # as bits, which sort like the magnitudes
     for ref in refs:
         for chunk in ref.iter_chunks():
             bits = chunk.view(np.uint16) & np.uint16(_MAGNITUDE)
             largest = max(largest, int(bits.max(initial=0)))
-            # Zeros become the largest number, by wrapping around.
+            # The subtraction wraps zeros around to the largest number, so that they are ignored.
             smallest = min(smallest, int((bits - np.uint16(1)).min(initial=_INFINITY)) + 1)
     if not largest:
         return 0

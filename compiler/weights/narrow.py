@@ -17,18 +17,19 @@ _NARROW = {"BF16": "bf16", "F16": "fp16"}
 def narrow_plan(
     model: ir.Model, tensors: Mapping[str, TensorRef], *, bf16_as_fp16: bool = True
 ) -> NarrowPlan:
-    """Return the plan for the fp32 matrices of a quantized graph. tensors: the checkpoint's, by name.
+    """Return the plan for the fp32 matrices of a quantized graph.
 
+    tensors: the checkpoint's tensors, by name
     bf16_as_fp16: store the bf16 weights of a Gemm as fp16 times a power of two if that is exact
         (`exact_fp16.py`)
     """
-    found = {}
+    narrowed = {}
     for weight, record in parameters(model):
         if weight.dtype == ir.DataType.FLOAT and read_as_matrix(weight):
             narrow = _narrow(weight, record, tensors, bf16_as_fp16)
             if narrow is not None:
-                found[record.file_name] = narrow
-    return NarrowPlan(found)
+                narrowed[record.file_name] = narrow
+    return NarrowPlan(narrowed)
 
 
 def _narrow(

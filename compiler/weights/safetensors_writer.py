@@ -2,8 +2,8 @@
 
 Every tensor starts at a multiple of 64 bytes (a cache line, and the widest vector load), so that an
 engine can memory-map the file and use it in place. safetensors allows no holes, so a gap of up to 63 bytes
-is itself a tensor, `__pad_N` of zero U8, where N is its offset. Sorting by size was rejected: it does not
-align the tensors after the first odd size, and it loses the caller's order, in which the engine reads.
+is itself a U8 tensor of zeros called `__pad_N`, where N is its offset. Sorting by size was rejected: it does
+not align the tensors after the first odd size, and it loses the caller's order, in which the engine reads.
 Nearly all weight matrices are multiples of 64 bytes, so most files have no padding.
 """
 
@@ -39,9 +39,9 @@ def write_safetensors(
     alignment: int = ALIGNMENT,
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[str, int, dict[str, Span]]:
-    """Write `entries` in order.
+    """Write the tensors `entries` to the new file `path`, in order.
 
-    producer: yields the little-endian bytes of the tensor of a name, in any number of C-contiguous
+    producer: returns the little-endian bytes of the tensor with a given name, in any number of C-contiguous
         buffers. It is called once per entry, in order, and its buffers are not kept. (An `ml_dtypes`
         array is not a plain buffer: pass `array.view(numpy.uint8)`.)
     alignment: the alignment of each tensor in bytes; 1 writes no padding between tensors
@@ -131,6 +131,6 @@ def _write_tensor(
 
 def _write(file: BinaryIO, digest: hashlib._Hash, data: bytes | memoryview) -> None:
     digest.update(data)
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]  # a write may be partial
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[file.write(remaining) :]  # a write may be partial

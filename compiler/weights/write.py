@@ -48,7 +48,7 @@ def write_weights(
 
     tensors: the checkpoint's tensors, by name
     on_bytes: called with the number of bytes written so far
-    made: the arrays that the build made, by the names of their initializers
+    made: the codes and scales that the build made, by the names of their initializers
 
     Each parameter is read from its source tensors, or from `made`, and converted to the dtype of the graph.
     Returns the bytes written.
@@ -98,7 +98,7 @@ def num_elements(model: ir.Model) -> int:
 
 
 def main_dtype(model: ir.Model) -> str:
-    """Return the dtype of most elements of the weights, by its name in `_NAMES`."""
+    """Return the dtype that most elements of the weights have, such as "bf16" or "int4"."""
     sizes: Counter[ir.DataType] = Counter()
     for value in model.graph.initializers.values():
         sizes[_dtype(value)] += math.prod(_shape(value))
@@ -167,7 +167,7 @@ def _require_finite(array: np.ndarray, name: str) -> None:
 
 
 def _is_converted(value: ir.Value, ref: TensorRef) -> bool:
-    """Return whether the file has other values than the array that was made, or another dtype."""
+    """Return whether the array that was made is stored with other values or in another dtype."""
     record = parameter(value)
     assert record is not None, f"{value.name} was made and has no Parameter"
     if record.exponent or record.packed:

@@ -1,1 +1,1 @@
-"""`llmc check`: compares a checkpoint with its configuration, and examines its values."""
+"""`llmc check`: compare a checkpoint with its configuration, and check its values."""

@@ -28,17 +28,17 @@ class CheckReport:
     formats: dict[str, int]
     #: Quantized modules whose layout is invalid.
     unread: tuple[str, ...]
-    #: Unquantized modules that the configuration excludes.
+    #: Unquantized modules that the configuration excludes from quantization.
     excluded: tuple[str, ...]
     #: The number of tensors.
     tensors: int
     #: The size of the tensor data in bytes.
     bytes: int
-    #: The number of the model's values, without scales.
+    #: The number of parameters of the model; scales are not counted.
     parameters: int
-    #: Of the whole checkpoint, scales and unquantized tensors included.
+    #: Bits per parameter of the whole checkpoint, with its scales and unquantized tensors.
     bits_per_parameter: float
-    #: Bits per value of the quantized modules alone; 0 without any.
+    #: Bits per parameter of the quantized modules alone; 0 if there are none.
     quantized_bits: float
     #: The declared format of the KV cache; "" if there is none.
     kv_cache: str
@@ -52,13 +52,13 @@ class CheckReport:
     @property
     def faults(self) -> tuple[Finding, ...]:
         """The findings without the warnings."""
-        return tuple(one for one in self.findings if not one.warning)
+        return tuple(finding for finding in self.findings if not finding.warning)
 
 
 def check_checkpoint(path: Path | str, full: bool = False) -> CheckReport:
     """Check the headers, the configuration, every scale and the weights of a checkpoint directory.
 
-    full: read every weight rather than samples; a few megabytes at a time in both cases
+    full: read every weight instead of samples. Memory holds a few megabytes at a time in both cases.
 
     Raises CheckpointError for files that cannot be read, UnsupportedError for an unknown quantization.
     """

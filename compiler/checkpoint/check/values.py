@@ -11,7 +11,7 @@ from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint
 from llmc.compiler.checkpoint.prequantized.module import Role
 from llmc.compiler.checkpoint.safetensors import TensorRef
 
-_BLOCK = 1 << 22
+_BLOCK = 1 << 22  # bytes that are read at a time
 _SCALES: tuple[Role, ...] = (
     "weight_scale",
     "global_scale",
@@ -23,7 +23,7 @@ _SCALES: tuple[Role, ...] = (
 
 
 def check_scales(quantized: QuantizedCheckpoint) -> list[Finding]:
-    """Return a finding for each scale, of a module or the KV cache, with invalid values. All are read."""
+    """Return a finding for each scale tensor with invalid values, of modules and the KV cache. Reads all."""
     refs = [
         module.tensors[role]
         for module in quantized.modules.values()
@@ -37,19 +37,22 @@ def check_scales(quantized: QuantizedCheckpoint) -> list[Finding]:
 def check_plain(quantized: QuantizedCheckpoint, full: bool) -> list[Finding]:
     """Return a finding for each unquantized tensor with NaN or infinity.
 
-    full: read every row rather than samples
+    full: read every row instead of samples
     """
     biases = [m.tensors["bias"] for m in quantized.modules.values() if "bias" in m.tensors]
-    found = []
+    findings = []
     for ref in (*quantized.plain.values(), *biases):
         blocks = ref.iter_chunks(_BLOCK) if full else (ref.read(rows) for rows in sample(ref))
         if finding := _bad_values(ref, blocks, scale=False):
-            found.append(finding)
-    return found
+            findings.append(finding)
+    return findings
 
 
 def sample(ref: TensorRef) -> list[slice | None]:
-    """Return rows at the beginning, the middle and the end, about 64 KiB each; [None] for a small tensor."""
+    """Return slices of rows at the beginning, middle and end, about 64 KiB each.
+
+    [None] stands for all rows of a small tensor.
+    """
     if not ref.shape or ref.nbytes <= 3 << 16:
         return [None]
     rows = ref.shape[0]

@@ -1,4 +1,4 @@
-"""Read `config_groups`, which compressed-tensors and ModelOpt write, and the fields beside it."""
+"""Read the quantization schemes in `config_groups`, which compressed-tensors and ModelOpt write."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ Groups = tuple[tuple[tuple[str, ...], DeclaredScheme], ...]
 
 
 def read_groups(config: Mapping[str, Any], int4: Format) -> Groups:
-    """Return (targets, scheme) for each entry of `config_groups`. int4: the layout of 4-bit integers."""
+    """Return (targets, scheme) for each entry of `config_groups`.
+
+    config: the object that has `config_groups`
+    int4: the format of 4-bit integers, "int4-packed" or "int4-awq"
+
+    Raises UnsupportedError for a format that llmc does not read.
+    """
     groups = config.get("config_groups")
-    found: list[tuple[tuple[str, ...], DeclaredScheme]] = []
+    schemes: list[tuple[tuple[str, ...], DeclaredScheme]] = []
     for name, group in groups.items() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
@@ -25,35 +31,35 @@ def read_groups(config: Mapping[str, Any], int4: Format) -> Groups:
         static = isinstance(inputs, dict) and inputs.get("dynamic") in (False, "local", None)
         layout = group.get("format") or config.get("format")
         scheme = replace(_group_scheme(name, weights, static, layout, int4), inputs=_inputs(inputs))
-        found.append((names(group.get("targets")) or ("Linear",), scheme))
-    return tuple(found)
+        schemes.append((names(group.get("targets")) or ("Linear",), scheme))
+    return tuple(schemes)
 
 
 def _group_scheme(
     name: str, weights: Mapping[str, Any], static: bool, layout: Any, int4: Format
 ) -> DeclaredScheme:
-    bits, kind, size = weights.get("num_bits"), weights.get("type", "int"), weights.get("group_size")
+    bits, element, size = weights.get("num_bits"), weights.get("type", "int"), weights.get("group_size")
     strategy = weights.get("strategy") or ("group" if size else "tensor")
     group = 0 if strategy == "channel" else size if isinstance(size, int) and size > 0 else None
     symmetric = weights.get("symmetric", True) is not False
-    if kind == "float" and bits == 8 and strategy in ("tensor", "channel"):
+    if element == "float" and bits == 8 and strategy in ("tensor", "channel"):
         return DeclaredScheme("fp8" if strategy == "tensor" else "fp8-channel", static_input=static)
-    if kind == "float" and bits == 8 and strategy == "block":
+    if element == "float" and bits == 8 and strategy == "block":
         block = weights.get("block_structure")
         sizes = block.split("x") if isinstance(block, str) else block  # "128x128" in old files
-        numbers = [int(one) for one in sizes or () if str(one).isdecimal() and int(one)]
+        numbers = [int(part) for part in sizes or () if str(part).isdecimal() and int(part)]
         shape = (numbers[0], numbers[1]) if len(numbers) == 2 else (128, 128)
         return DeclaredScheme("fp8-block", block=shape, static_input=static)
-    if kind == "float" and bits == 4 and layout in (None, "nvfp4-pack-quantized", "mixed-precision"):
+    if element == "float" and bits == 4 and layout in (None, "nvfp4-pack-quantized", "mixed-precision"):
         return DeclaredScheme("nvfp4", group or 16, static_input=static)
-    if kind == "int" and bits == 4 and (layout == "pack-quantized" or int4 == "int4-awq"):
+    if element == "int" and bits == 4 and (layout == "pack-quantized" or int4 == "int4-awq"):
         return DeclaredScheme(int4, group, symmetric=symmetric)
-    if kind == "int" and bits == 8 and layout == "pack-quantized":
+    if element == "int" and bits == 8 and layout == "pack-quantized":
         return DeclaredScheme("int8-packed", group, symmetric=symmetric)
-    if kind == "int" and bits == 8 and strategy in ("tensor", "channel") and symmetric:
+    if element == "int" and bits == 8 and strategy in ("tensor", "channel") and symmetric:
         return DeclaredScheme("int8")
     raise UnsupportedError(
-        f"the weights of {name} are {bits}-bit {kind}, {strategy}, {layout}, which llmc does not read",
+        f"the weights of {name} are {bits}-bit {element}, {strategy}, {layout}, which llmc does not read",
         hint="known: float-quantized FP8, nvfp4-pack-quantized, pack-quantized with 4 or 8 bits, "
         "int-quantized with 8 bits",
     )

@@ -6,9 +6,9 @@
     int4-awq                             code * weight_scale
     int4-packed, int8-packed             (code - zero_point) * weight_scale
 
-DeepSeek's `weight_scale_inv` multiplies too. The formulas are those of the packages that write the formats.
-Both packages evaluate them in the scale's dtype, which may be bfloat16; here it is always float32. AWQ's
-`pre_quant_scale` belongs to the activation and is not applied.
+Despite its name, DeepSeek's `weight_scale_inv` is a multiplier too. The formulas are those of the packages
+that write the formats. The packages evaluate them in the scale's dtype, which may be bfloat16; here it is
+always float32. AWQ's `pre_quant_scale` is a factor of the activations and is not applied.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from llmc.passes.quantize.elements import decode, unpack
 
 
 def dequantize(module: QuantizedModule, rows: slice | None = None) -> np.ndarray:
-    """Return the rows `rows` (step 1; default: all) of the weight, float32 [rows, in]. Reads only these."""
+    """Return the dequantized weight, float32 [rows, in].
+
+    rows: the rows to return, with step 1; by default all. Only these rows are read.
+    """
     first, stop, _ = (rows or slice(None)).indices(module.shape[0])
     if stop <= first:
         return np.empty((0, module.shape[1]), np.float32)
@@ -37,7 +40,7 @@ def dequantize(module: QuantizedModule, rows: slice | None = None) -> np.ndarray
 
 
 def iter_rows(module: QuantizedModule, max_bytes: int) -> Iterator[np.ndarray]:
-    """Yield the weight in float32 blocks of rows, each of at most `max_bytes` (but at least two rows)."""
+    """Yield the dequantized weight in float32 blocks of rows, each of at most `max_bytes` or two rows."""
     step = max(2, max_bytes // (4 * module.shape[1]) // 2 * 2)
     for first in range(0, module.shape[0], step):
         yield dequantize(module, slice(first, first + step))
@@ -60,18 +63,18 @@ def _codes(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
 def _scale(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
     """Return the scales of rows first..stop for each group of columns, float32 [rows or 1, groups]."""
     ref, (height, _) = module.tensors["weight_scale"], module.block
-    if ref.shape and ref.shape[0] > 1:  # else one row of scales for all rows
+    if ref.shape and ref.shape[0] > 1:  # otherwise there is one row of scales for all rows
         needed = slice(first // height, -(-stop // height))
-        some = ref.read(needed).astype(np.float32)
-        some = some.reshape(some.shape[0], -1)
-        scale = np.repeat(some, height, axis=0)[first - needed.start * height :][: stop - first]
+        stored = ref.read(needed).astype(np.float32)
+        stored = stored.reshape(stored.shape[0], -1)
+        scale = np.repeat(stored, height, axis=0)[first - needed.start * height :][: stop - first]
     else:
         scale = ref.read().astype(np.float32).reshape(1, -1)
     with np.errstate(all="ignore"):
-        if (one := module.tensors.get("global_scale")) is not None:
-            scale = scale * one.read().astype(np.float32).reshape(-1)[0]
-        if (one := module.tensors.get("inverse_global_scale")) is not None:
-            scale = scale / one.read().astype(np.float32).reshape(-1)[0]
+        if (tensor := module.tensors.get("global_scale")) is not None:
+            scale = scale * tensor.read().astype(np.float32).reshape(-1)[0]
+        if (tensor := module.tensors.get("inverse_global_scale")) is not None:
+            scale = scale / tensor.read().astype(np.float32).reshape(-1)[0]
     return scale
 
 
@@ -88,7 +91,7 @@ def zero_points(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
 
 
 def spread(module: QuantizedModule, values: np.ndarray) -> np.ndarray:
-    """Repeat the values of groups for their columns: [rows, groups] -> [rows, in]; [rows, 1] stays so."""
+    """Repeat each group's value for its columns: [rows, groups] -> [rows, in]. [rows, 1] is unchanged."""
     if values.shape[1] == 1:
         return values
     columns, width = module.shape[1], module.block[1]
@@ -100,5 +103,5 @@ def spread(module: QuantizedModule, values: np.ndarray) -> np.ndarray:
 
 
 def code_bits(module: QuantizedModule) -> int:
-    """Return the bits per code of int4-packed or int8-packed."""
+    """Return the bits per code of a module in the format int4-packed or int8-packed."""
     return 4 if module.format == "int4-packed" else 8

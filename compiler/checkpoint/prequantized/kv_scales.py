@@ -17,7 +17,7 @@ def layer_kv_scales(checkpoint: QuantizedCheckpoint) -> dict[int, tuple[float, f
     layer has only one of the two scales, the other is 1. The block scales of an NVFP4 cache are not returned.
     Raises CheckpointError for a scale that is not a positive number.
     """
-    found: dict[int, dict[str, float]] = {}
+    scales_of: dict[int, dict[str, float]] = {}
     for name, ref in checkpoint.kv_scales.items():
         match = _NAME.fullmatch(name)
         if match is None:
@@ -28,5 +28,7 @@ def layer_kv_scales(checkpoint: QuantizedCheckpoint) -> dict[int, tuple[float, f
                 f"tensor {name} of shape {list(ref.shape)} is not one positive number",
                 "llmc reads one scale for the keys and one for the values of a layer",
             )
-        found.setdefault(int(match[1]), {})[match[2]] = float(values[0])
-    return {layer: (scales.get("k", 1.0), scales.get("v", 1.0)) for layer, scales in sorted(found.items())}
+        scales_of.setdefault(int(match[1]), {})[match[2]] = float(values[0])
+    return {
+        layer: (scales.get("k", 1.0), scales.get("v", 1.0)) for layer, scales in sorted(scales_of.items())
+    }

@@ -17,7 +17,7 @@ from llmc.compiler.checkpoint.prequantized.scheme import DeclaredSchemes
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.runtime.dtypes import FLOATS
 
-# Tensors that old checkpoints carry although models compute them.
+# Tensors in old checkpoints that models compute now.
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -28,7 +28,7 @@ class QuantizedCheckpoint:
 
     #: None if the configuration does not declare quantization.
     schemes: DeclaredSchemes | None
-    #: Quantized modules of a valid layout, by name.
+    #: Quantized modules with a valid layout, by name.
     modules: Mapping[str, QuantizedModule]
     #: Quantized modules whose layout is invalid.
     unread: tuple[str, ...]
@@ -36,26 +36,26 @@ class QuantizedCheckpoint:
     plain: Mapping[str, TensorRef]
     #: The scales of the KV cache, by name.
     kv_scales: Mapping[str, TensorRef]
-    #: Modules with an unquantized matrix that the configuration excludes.
+    #: Modules with an unquantized matrix that the configuration excludes from quantization.
     excluded: tuple[str, ...]
     #: Faults and warnings about the layout.
     findings: tuple[Finding, ...]
 
     @property
     def quantized(self) -> bool:
-        """Whether the configuration or any tensor shows quantization."""
+        """Whether the configuration declares quantization or a tensor is quantized."""
         return self.schemes is not None or bool(self.modules) or bool(self.unread)
 
     @property
     def named(self) -> dict[str, QuantizedModule | TensorRef]:
-        """The parameters of the unquantized model, by name; a quantized weight as its module."""
+        """The parameters of the model, by name. A quantized weight is represented by its module."""
         weights = {f"{name}.weight": module for name, module in self.modules.items()}
         biases = [module.tensors["bias"] for module in self.modules.values() if "bias" in module.tensors]
         return {**self.plain, **weights, **{ref.name: ref for ref in biases}}
 
     @property
     def parameters(self) -> int:
-        """The number of the model's values, without scales; packed codes count as values."""
+        """The number of parameters of the model. Each packed code counts, scales do not."""
         codes = sum(math.prod(module.shape) for module in self.modules.values())
         biases = [module.tensors["bias"] for module in self.modules.values() if "bias" in module.tensors]
         return codes + sum(math.prod(ref.shape) for ref in (*biases, *self.plain.values()))
@@ -87,10 +87,10 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
             for role, ref in tensors.items():
                 (plain if role in ("weight", "bias") else others)[ref.name] = ref
             continue
-        found, wrong = recognize(name, tensors, schemes.of(name) if schemes else None)
-        findings += wrong
-        if found is not None:
-            modules[name] = found
+        recognized, contradictions = recognize(name, tensors, schemes.of(name) if schemes else None)
+        findings += contradictions
+        if recognized is not None:
+            modules[name] = recognized
         else:
             broken.add(name)
     for name, ref in others.items():
@@ -111,14 +111,14 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
 
 
 def _matrices(plain: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    """Return the unquantized matrices of modules that could have been quantized; embeddings could not."""
-    found = {}
+    """Return the matrices of unquantized modules, by module, without embeddings."""
+    matrices = {}
     for name, ref in plain.items():
         module, _, last = name.rpartition(".")
         end = module.rpartition(".")[2]
         if last == "weight" and len(ref.shape) == 2 and "embed" not in end and end not in ("wte", "wpe"):
-            found[module] = ref
-    return found
+            matrices[module] = ref
+    return matrices
 
 
 def _against_config(
@@ -131,7 +131,7 @@ def _against_config(
     if schemes is None:
         first = [(name, module.format) for name, module in modules.items()][:1]
         what = "does not declare quantization, but {} is {} ({} such modules)"
-        return [Finding("config", CONFIG, what.format(*one, len(modules))) for one in first]
+        return [Finding("config", CONFIG, what.format(*example, len(modules))) for example in first]
     if schemes.groups and not modules and not broken:
         return [Finding("config", CONFIG, f"declares {schemes.label}, but no tensor is quantized")]
     findings = []
@@ -150,16 +150,16 @@ def _against_config(
         if schemes.excludes(name) or schemes.of(name) is None:
             continue
         end = name.rpartition(".")[2]
-        sure = end in ends or (end == "lm_head" and schemes.method == "compressed-tensors")
-        if sure or schemes.exclude is not None:
+        certain = end in ends or (end == "lm_head" and schemes.method == "compressed-tensors")
+        if certain or schemes.exclude is not None:
             what = f"is {ref.dtype}, not quantized, and the configuration does not exclude it"
-            findings.append(Finding("exclude", ref.name, what, warning=not sure))
+            findings.append(Finding("exclude", ref.name, what, warning=not certain))
     return findings
 
 
 def _hidden_size(checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule]) -> list[Finding]:
     """Find FP8 weights whose scales make them look like NVFP4 of twice the width, by the hidden size."""
-    hidden = checkpoint.config.get("hidden_size")
+    hidden_size = checkpoint.config.get("hidden_size")
     findings = []
     for name, module in modules.items():
         end = name.rpartition(".")[2]
@@ -176,10 +176,13 @@ def _hidden_size(checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule])
             module.format == "nvfp4"
             and module.block[1] == 16
             and reads_hidden
-            and module.shape[1] == 2 * (hidden or 0)
+            and module.shape[1] == 2 * (hidden_size or 0)
         ):
             weight = module.tensors["weight"]
-            what = f"has {module.shape[1]} 4-bit values per row, hidden_size is {hidden}: these are FP8 bytes"
+            what = (
+                f"has {module.shape[1]} 4-bit values per row, hidden_size is {hidden_size}: "
+                "these are FP8 bytes"
+            )
             findings.append(Finding("format", weight.name, what))
     return findings
 
@@ -192,9 +195,9 @@ def _fused(modules: Mapping[str, QuantizedModule]) -> list[Finding]:
         for group in _FUSED:
             if end != group[0]:
                 continue
-            members = [modules[one] for last in group if (one := f"{parent}.{last}") in modules]
+            members = [modules[member] for last in group if (member := f"{parent}.{last}") in modules]
             for role in ("global_scale", "inverse_global_scale", "input_scale", "inverse_input_scale"):
-                refs = [one.tensors[role] for one in members if role in one.tensors]
+                refs = [member.tensors[role] for member in members if role in member.tensors]
                 values = {float(ref.read().reshape(-1)[0]) for ref in refs if math.prod(ref.shape) == 1}
                 if len(values) > 1:
                     differing = ", ".join(f"{value:.4g}" for value in sorted(values))

@@ -21,15 +21,15 @@ Format = Literal[
 ]
 Role = Literal[
     "weight",
-    "weight_scale",  # multiplies, whatever the format calls it
-    "global_scale",  # multiplies
-    "inverse_global_scale",  # divides
-    "input_scale",  # multiplies the codes of activations
+    "weight_scale",  # the codes are multiplied by it, whatever the format calls it
+    "global_scale",  # weight_scale is multiplied by it
+    "inverse_global_scale",  # weight_scale is divided by it
+    "input_scale",  # the codes of activations are multiplied by it
     "inverse_input_scale",  # 1 / input_scale
     "zero_point",
     "shape",
     "group_index",
-    "pre_quant_scale",  # multiplies the activation before the product
+    "pre_quant_scale",  # the activations are multiplied by it before the matrix product
     "bias",
 ]
 
@@ -49,7 +49,7 @@ ROLES: dict[str, Role] = {
     "pre_quant_scale": "pre_quant_scale",
     "bias": "bias",
 }
-# The tensors of an attention module, or of k_proj and v_proj.
+# The last parts of the names of KV cache tensors, which belong to attention modules or k_proj and v_proj.
 KV_NAMES = ("k_scale", "v_scale", "q_scale", "k_bias", "v_bias")
 _SCALE_LIKE = re.compile(
     r"(weight|input|output)_.*(scale|zero_point).*|weight_(packed|shape|g_idx)|pre_quant_scale"
@@ -58,7 +58,7 @@ _SCALE_LIKE = re.compile(
 
 
 def is_auxiliary(name: str) -> bool:
-    """Return whether `name` is the name of a scale rather than of a parameter of the model."""
+    """Return whether `name` belongs to quantization (a scale, a zero point, ...) and not to the model."""
     return _SCALE_LIKE.fullmatch(name.rpartition(".")[2]) is not None
 
 
@@ -68,7 +68,7 @@ class QuantizedModule:
 
     name: str
     format: Format
-    #: [out, in] of the dequantized weight.
+    #: The shape [out, in] of the dequantized weight.
     shape: tuple[int, int]
     #: The rows and columns of the weight that share one value of `weight_scale`.
     block: tuple[int, int]
@@ -77,7 +77,7 @@ class QuantizedModule:
 
     @property
     def group_size(self) -> int | None:
-        """The number of values of a row that share a scale; None if a row or more shares one."""
+        """The number of values of a row that share a scale; None if a whole row or several rows share one."""
         return self.block[1] if self.block[0] == 1 and self.block[1] < self.shape[1] else None
 
     @property

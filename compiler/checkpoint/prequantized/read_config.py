@@ -38,36 +38,39 @@ def read_schemes(checkpoint: Checkpoint) -> DeclaredSchemes | None:
     Raises UnsupportedError for a method or format that llmc does not read, and CheckpointError for
     damaged files.
     """
-    found = checkpoint.config.get(_KEY) or None  # {} declares nothing
+    declared = checkpoint.config.get(_KEY) or None  # {} declares nothing
     text = checkpoint.config.get("text_config")
-    if found is None and isinstance(text, dict):
-        found = text.get(_KEY) or None
-    beside = checkpoint.path / MODELOPT_FILE
-    extra = _read_json(checkpoint) if beside.is_file() else None
-    if found is None and extra is None:
+    if declared is None and isinstance(text, dict):
+        declared = text.get(_KEY) or None
+    file = checkpoint.path / MODELOPT_FILE
+    modelopt = _read_json(checkpoint) if file.is_file() else None
+    if declared is None and modelopt is None:
         return None
-    if found is not None and not isinstance(found, dict):
+    if declared is not None and not isinstance(declared, dict):
         raise CheckpointError(
             f"{checkpoint.path / CONFIG}: {_KEY} is not an object", hint="the file is damaged"
         )
-    if found is None:
-        return _modelopt(extra or {})
-    method = found.get("quant_method") or ("modelopt" if extra is not None else None)
+    if declared is None:
+        return _modelopt(modelopt or {})
+    method = declared.get("quant_method") or ("modelopt" if modelopt is not None else None)
     if not isinstance(method, str) or method not in METHODS:
         raise UnsupportedError(
             f"{checkpoint.path} is quantized with {method!r}, which llmc does not read",
             hint=f"known: {', '.join(METHODS)}; or start from the checkpoint that was quantized",
         )
     if method == "compressed-tensors":
-        return _compressed_tensors(found)
+        return _compressed_tensors(declared)
     if method == "fp8":
-        return _fp8(found)
-    schemes = _modelopt(found)
-    return schemes if extra is None else _compare(schemes, _modelopt(extra))
+        return _fp8(declared)
+    schemes = _modelopt(declared)
+    return schemes if modelopt is None else _compare(schemes, _modelopt(modelopt))
 
 
 def _compare(schemes: DeclaredSchemes, beside: DeclaredSchemes) -> DeclaredSchemes:
-    """Compare the schemes of config.json with those `beside` it; return the former, completed."""
+    """Compare the schemes of config.json with those of hf_quant_config.json, `beside`.
+
+    Returns the former, with the differences as findings and with missing fields taken from the latter.
+    """
     findings = []
     if schemes.groups != beside.groups and schemes.label != beside.label:
         what = f"declares {beside.label}, but {CONFIG} declares {schemes.label}"
@@ -75,8 +78,8 @@ def _compare(schemes: DeclaredSchemes, beside: DeclaredSchemes) -> DeclaredSchem
     if schemes.exclude is None:
         schemes = replace(schemes, exclude=beside.exclude)
     elif beside.exclude is not None and set(schemes.exclude) != set(beside.exclude):
-        odd = sorted(set(schemes.exclude) ^ set(beside.exclude))
-        what = f"excludes other modules than {CONFIG} does, such as {odd[0]!r}"
+        differing = sorted(set(schemes.exclude) ^ set(beside.exclude))
+        what = f"excludes other modules than {CONFIG} does, such as {differing[0]!r}"
         findings.append(Finding("config", MODELOPT_FILE, what, warning=True))
     return replace(
         schemes,
@@ -86,8 +89,10 @@ def _compare(schemes: DeclaredSchemes, beside: DeclaredSchemes) -> DeclaredSchem
     )
 
 
+# ModelOpt's `quant_algo` -> whether the scale of the activations is stored; None if it may be.
 _STATIC = {"FP8": True, "NVFP4": True, "NVFP4_AWQ": True, "W4A8_NVFP4_FP8": True, "W8A8_SQ_PER_CHANNEL": None}
 
+# ModelOpt's `quant_algo` -> activation quantization.
 _INPUTS = {
     "FP8": "fp8",
     "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
@@ -100,7 +105,7 @@ _INPUTS = {
 
 
 def _algorithm(name: Any, group: Any) -> DeclaredScheme:
-    """Return the scheme of ModelOpt's `quant_algo` `name`, with its `group_size` `group`."""
+    """Return the scheme of ModelOpt for the `quant_algo` `name` and the `group_size` `group`."""
     size = group if isinstance(group, int) and group > 0 else None
     inputs = _INPUTS.get(name, "") if isinstance(name, str) else ""
     if name in ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8"):
@@ -124,33 +129,33 @@ def _algorithm(name: Any, group: Any) -> DeclaredScheme:
 
 def _modelopt(config: Mapping[str, Any]) -> DeclaredSchemes:
     inner = config.get("quantization")
-    said: Mapping[str, Any] = inner if isinstance(inner, dict) else config
-    algorithm = said.get("quant_algo")
-    layers = said.get("quantized_layers")
+    settings: Mapping[str, Any] = inner if isinstance(inner, dict) else config
+    algorithm = settings.get("quant_algo")
+    layers = settings.get("quantized_layers")
     if isinstance(layers, dict) and algorithm in ("MIXED_PRECISION", None):
-        one = {
+        layer_settings = {
             name: layer if isinstance(layer, dict) else {"quant_algo": layer}
             for name, layer in layers.items()
         }
         groups: Groups = tuple(
             ((name,), _algorithm(layer.get("quant_algo"), layer.get("group_size")))
-            for name, layer in one.items()
+            for name, layer in layer_settings.items()
         )
     elif algorithm is None or algorithm == "MIXED_PRECISION":
-        groups = read_groups(said, "int4-awq")
+        groups = read_groups(settings, "int4-awq")
     else:
-        size = said.get("group_size") or first_group_size(said)
+        size = settings.get("group_size") or first_group_size(settings)
         groups = ((("Linear",), _algorithm(algorithm, size)),)
     producer = config.get("producer")
     made_by = producer if isinstance(producer, dict) else {}
-    kv = said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme")
+    kv = settings.get("kv_cache_quant_algo") or settings.get("kv_cache_scheme")
     label = str(algorithm) if algorithm else describe_groups(groups)
     return DeclaredSchemes(
         method="modelopt",
         label=f"{METHODS['modelopt']} {label}",
         producer=" ".join(str(made_by[key]) for key in ("name", "version") if made_by.get(key)),
         groups=groups,
-        exclude=names(said.get("exclude_modules", said.get("ignore"))),
+        exclude=names(settings.get("exclude_modules", settings.get("ignore"))),
         kv_cache=kv_format(kv),
     )
 
@@ -175,7 +180,11 @@ def _compressed_tensors(config: Mapping[str, Any]) -> DeclaredSchemes:
 def _fp8(config: Mapping[str, Any]) -> DeclaredSchemes:
     size = config.get("weight_block_size")
     static = config.get("activation_scheme") == "static"
-    if isinstance(size, list) and len(size) == 2 and all(type(one) is int and one > 0 for one in size):
+    if (
+        isinstance(size, list)
+        and len(size) == 2
+        and all(type(length) is int and length > 0 for length in size)
+    ):
         scheme = DeclaredScheme("fp8-block", block=(size[0], size[1]), static_input=static, inputs="fp8")
     else:
         scheme = DeclaredScheme("fp8", static_input=static, inputs="fp8")

@@ -1,8 +1,8 @@
 """Recognize the quantization of a module from its tensors, or find their contradictions.
 
-The tensors decide: dtypes and the presence of scales give the format, the shape of the scales gives the
-group. The configuration settles only what the tensors leave open (is one scale for a tensor or a block?)
-and is then compared.
+The tensors decide. Their dtypes and the presence of scales give the format, the shape of the scales gives the
+group size. The configuration is used only where the tensors are ambiguous (a single scale may be that of the
+tensor or of a block). It is then compared with the result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CODES = ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
 
 
 def is_quantized(tensors: Mapping[Role, TensorRef]) -> bool:
-    """Return whether a module has a weight of codes, or a scale of a weight."""
+    """Return whether a module has a weight that consists of codes, or a scale of a weight."""
     weight = tensors.get("weight")
     scales = {"weight_scale", "global_scale", "inverse_global_scale"}
     return bool(scales & tensors.keys()) or (weight is not None and weight.dtype in _CODES)
@@ -45,36 +45,38 @@ def recognize(
         return None, [Finding("shape", weight.name, f"is {list(weight.shape)}; llmc reads [out, in] only")]
     missing = _missing_scales(weight, tensors, scheme)
     if missing:
-        return None, [Finding("missing", weight.name, f"its {one} is missing") for one in missing]
-    guess = _format(tensors, scheme)
-    if guess is None:
+        return None, [
+            Finding("missing", weight.name, f"its {scale_name} is missing") for scale_name in missing
+        ]
+    fmt = _format(tensors, scheme)
+    if fmt is None:
         expected = f" ({scheme.format} was expected)" if scheme else ""
         what = f"has an unknown layout: {weight.dtype} {list(weight.shape)} with these scales{expected}"
         return None, [Finding("format", weight.name, what)]
-    findings = _dtypes(guess, tensors)
+    findings = _dtypes(fmt, tensors)
     if findings:
         return None, findings
-    laid_out = lay_out(name, guess, tensors, scheme)
+    laid_out = lay_out(name, fmt, tensors, scheme)
     if isinstance(laid_out, Finding):
         return None, [laid_out]
     return laid_out, compare(laid_out, scheme) if scheme else []
 
 
 def compare(module: QuantizedModule, scheme: DeclaredScheme) -> list[Finding]:
-    """Return the findings where a module of a valid layout contradicts the configuration."""
+    """Return findings about contradictions between a module with a valid layout and the configuration."""
     weight, scale = module.tensors["weight"], module.tensors["weight_scale"]
     if module.format != scheme.format:
-        found = f"{weight.dtype} {list(weight.shape)}"
-        what = f"is {module.format} ({found}), but the configuration says {scheme.format}"
+        stored_as = f"{weight.dtype} {list(weight.shape)}"
+        what = f"is {module.format} ({stored_as}), but the configuration says {scheme.format}"
         return [Finding("format", weight.name, what)]
     if scheme.group_size is not None:
         size = scheme.group_size or module.shape[1]
         groups = math.ceil(module.shape[1] / size)
         stored = scale.shape[1] if len(scale.shape) > 1 else 1
         if stored != groups:
-            said = scheme.group_size or "one for the row"
+            declared = scheme.group_size or "one for the row"
             what = f"has {stored} scales per row of {module.shape[1]}: groups of {module.block[1]}, "
-            what += f"but the configuration says {said}"
+            what += f"but the configuration says {declared}"
             if module.format == "nvfp4" and module.block[1] == 2 * size:
                 what += ", or the weight is FP8 bytes"
             return [Finding("shape", scale.name, what)]
@@ -144,7 +146,7 @@ def _format(tensors: Mapping[Role, TensorRef], scheme: DeclaredScheme | None) ->
 
 
 def _dtypes(fmt: Format, tensors: Mapping[Role, TensorRef]) -> list[Finding]:
-    """Return the findings about tensors whose dtype does not belong to the format, or that are no scalars."""
+    """Return findings about tensors with a dtype that the format does not have, or that must be scalars."""
     allowed = {
         "weight_scale": _SCALE_DTYPES.get(fmt, _FLOATS),
         "zero_point": ("I32",),

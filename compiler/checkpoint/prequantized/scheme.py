@@ -1,4 +1,4 @@
-"""The quantization scheme that a checkpoint declares. The tensors decide, and are compared with it."""
+"""The quantization scheme that a checkpoint's configuration declares. The tensors are compared with it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class DeclaredSchemes:
 
     #: The quantization method: "modelopt", "compressed-tensors" or "fp8".
     method: str
-    #: The method and the formats, for people.
+    #: A description of the method and the formats.
     label: str
     #: The program that quantized the checkpoint, with its version; "" if not declared.
     producer: str
-    #: (targets, scheme): the first match counts. A class name as a target means every linear layer.
+    #: (targets, scheme); the first match applies. A class name as a target means every linear layer.
     groups: tuple[tuple[tuple[str, ...], DeclaredScheme], ...]
     #: The exclude list; None if the files have none.
     exclude: tuple[str, ...] | None
@@ -45,7 +45,7 @@ class DeclaredSchemes:
     findings: tuple[Finding, ...] = field(default=(), compare=False)
 
     def of(self, module: str) -> DeclaredScheme | None:
-        """Return the scheme of a module that is not excluded; None if no target matches."""
+        """Return the scheme of a module; None if no target matches. The exclude list is not considered."""
         for targets, scheme in self.groups:
             if matches(module, targets):
                 return scheme

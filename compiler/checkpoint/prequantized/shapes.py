@@ -14,7 +14,7 @@ from llmc.compiler.checkpoint.safetensors import TensorRef
 def lay_out(
     name: str, fmt: Format, tensors: Mapping[Role, TensorRef], scheme: DeclaredScheme | None
 ) -> QuantizedModule | Finding:
-    """Return the module with its shape [out, in] and block, or the first contradiction of shapes."""
+    """Return the module with its shape [out, in] and block, or a finding about the first wrong shape."""
     weight, scale = tensors["weight"], tensors["weight_scale"]
     rows, columns = weight.shape
     if fmt == "nvfp4":
@@ -22,7 +22,7 @@ def lay_out(
     elif fmt == "int4-awq":
         rows *= 2
     elif fmt in ("int4-packed", "int8-packed"):
-        stored = tuple(int(one) for one in tensors["shape"].read().reshape(-1))
+        stored = tuple(int(dim) for dim in tensors["shape"].read().reshape(-1))
         words = math.ceil(stored[-1] * (4 if fmt == "int4-packed" else 8) / 32) if len(stored) == 2 else -1
         if len(stored) != 2 or (stored[0], words) != weight.shape:
             what = f"says {list(stored)}, but {fmt} {list(weight.shape)} has another shape"
@@ -62,7 +62,7 @@ def _block(
 
 
 def _others(module: QuantizedModule) -> Finding | None:
-    """Return a finding about the first other tensor that does not fit the module."""
+    """Return a finding about the first tensor, other than weight and scale, that does not fit the module."""
     rows, columns = module.shape
     groups = math.ceil(columns / module.block[1])
     words = math.ceil(rows * (4 if module.format == "int4-packed" else 8) / 32)
@@ -78,4 +78,5 @@ def _others(module: QuantizedModule) -> Finding | None:
 
 
 def _ceil(shape: tuple[int, int], block: tuple[int, int]) -> list[int]:
+    """Return the number of blocks along each axis."""
     return [math.ceil(size / step) for size, step in zip(shape, block, strict=True)]

@@ -1,1 +1,1 @@
-"""The native CPU engine: the graph as a program, and its weights as packed tiles. Start at lower.py."""
+"""The native CPU engine: lower the graph to a program, and pack its weights in tiles. Start at lower.py."""

@@ -1,7 +1,7 @@
 """Lower a quantized graph to the native engine's program.
 
 Reshape, Split and column slices become views. Expressions of weights become constants. The other nodes become
-operations of `runtime/native/program.py`. Nothing here edits the graph.
+instructions of `runtime/native/program.py`. The graph is not changed.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ _EMPTY: Mapping[str, int] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class MatrixSource:
-    """Where a matrix of the program comes from: values of the graph that are constant."""
+    """The constant values of the graph that a matrix of the program is made of."""
 
+    #: The codes of a quantized matrix, else its elements.
     codes: ir.Value
+    #: The scales of a quantized matrix; None if it is not quantized.
     scales: ir.Value | None = None
-    #: Whether only fp32 holds it exactly: codes that the engine has no kernel for.
+    #: The dequantized matrix, if it is stored in fp32 because the engine has no kernel for its codes.
     dequantized: ir.Value | None = None
 
 
@@ -58,12 +60,17 @@ class Lowered:
     """A program, and the values of the graph that its weights are made of."""
 
     program: Program
+    #: Name of a matrix of the program -> its source.
     matrices: Mapping[str, MatrixSource]
+    #: Name of a constant vector of the program -> its value.
     constants: Mapping[str, ir.Value]
 
 
 def lower(model: ir.Model) -> Lowered:
-    """Lower a QUANTIZED graph with fp32 activations. Raises UnsupportedError, naming the module and why."""
+    """Lower a quantized graph with fp32 activations.
+
+    Raises UnsupportedError, with the module and the reason, for a node that the native engine cannot run.
+    """
     return _Lowering(model).run()
 
 
@@ -121,7 +128,7 @@ class _Lowering:
         if value is None or value.is_initializer():
             return True
         node = value.producer()
-        return node is not None and all(self._is_constant(one) for one in node.inputs)
+        return node is not None and all(self._is_constant(operand) for operand in node.inputs)
 
     def _view(self, node: ir.Node, index: int) -> View:
         view = self.views.get(edit.operand(node, index))
@@ -147,10 +154,14 @@ class _Lowering:
         width: int | None = None,
         rows: str | None = None,
     ) -> None:
-        """Append an instruction that writes a new buffer, which becomes the node's first output."""
+        """Append an instruction that writes a new buffer, which becomes the node's first output.
+
+        width: columns of the buffer, by default those of the first input
+        rows: "tokens" or "logits", by default that of the first input's buffer
+        """
         width = width or inputs[0].width
-        kind = rows or (self.buffers[inputs[0].buffer].rows if inputs else "tokens")
-        self.buffers.append(Buffer(width, "logits" if kind == "logits" else "tokens"))
+        buffer_rows = rows or (self.buffers[inputs[0].buffer].rows if inputs else "tokens")
+        self.buffers.append(Buffer(width, "logits" if buffer_rows == "logits" else "tokens"))
         out = len(self.buffers) - 1
         self.instructions.append(
             Instruction(op, out, 0, inputs, weights, function, dict(integers), dict(floats))
@@ -270,13 +281,13 @@ class _Lowering:
     def _clip(self, node: ir.Node) -> None:
         view = self._view(node, 0)
         bounds = list(node.inputs[1:])
-        last = node.outputs[0]
+        output = node.outputs[0]
         for function, bound in zip(("max", "min"), bounds, strict=False):
             if bound is not None:
                 floats = {"value": float(evaluate(bound).reshape(()))}
                 self._emit(node, "scalar", (view,), function=function, floats=floats)
-                view = self.views[last]
-        self.views[last] = view
+                view = self.views[output]
+        self.views[output] = view
 
     def _rms_norm(self, node: ir.Node) -> None:
         view, weight = self._view(node, 0), edit.operand(node, 1)
@@ -383,8 +394,8 @@ class _Lowering:
         if element is None:
             raise _refusal(node, f"its weight is {source.dtype}")
         half = scales is not None and _scale_dtype(scales) == ir.DataType.FLOAT16
-        kind: Literal["", "fp16", "fp32"] = "" if scales is None else "fp16" if half else "fp32"
-        self.matrices[name] = Matrix(rows, columns, element, block, kind)
+        scale_dtype: Literal["", "fp16", "fp32"] = "" if scales is None else "fp16" if half else "fp32"
+        self.matrices[name] = Matrix(rows, columns, element, block, scale_dtype)
         self.sources[name] = MatrixSource(source, scales)
         return name
 
@@ -415,7 +426,7 @@ def evaluate(value: ir.Value) -> np.ndarray:
         return value.const_value.numpy()
     node = value.producer()
     assert node is not None, f"{value.name} has no data"
-    inputs = [evaluate(one) for one in node.inputs if one is not None]
+    inputs = [evaluate(operand) for operand in node.inputs if operand is not None]
     if node.op_type == "Cast":
         assert node.outputs[0].dtype is not None
         return inputs[0].astype(node.outputs[0].dtype.numpy())
@@ -436,7 +447,7 @@ def evaluate(value: ir.Value) -> np.ndarray:
 
 
 def _block(node: ir.Node, columns: int) -> int:
-    """Columns that share a scale."""
+    """Return the number of columns that share a scale."""
     block = node.attributes.get_int("block_size", 0)
     return block or columns
 
@@ -449,7 +460,7 @@ def _scale_dtype(value: ir.Value) -> ir.DataType | None:
 
 def _integers(value: ir.Value | None) -> list[int]:
     assert value is not None
-    return [int(one) for one in evaluate(value).reshape(-1)]
+    return [int(element) for element in evaluate(value).reshape(-1)]
 
 
 def _refusal(node: ir.Node, reason: str) -> UnsupportedError:

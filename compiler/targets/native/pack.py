@@ -1,6 +1,6 @@
 """Pack the weights of a program into tiles for the native engine. `docs/reference/program.md` specifies them.
 
-A tile holds 32 rows of a matrix. The sums of the rows are the lanes of vectors, so no sum goes across lanes.
+A tile holds 32 rows of a matrix. Each row is summed in a SIMD lane of its own, so no sum crosses lanes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ PACKED_FILE = "weights/packed.safetensors"
 
 
 def write_packed(lowered: Lowered, work: BundleWriter, on_bytes: Callable[[int], None]) -> int:
-    """Write PACKED_FILE and return its size. The graph's initializers must have their data.
+    """Write PACKED_FILE and return its size in bytes. The graph's initializers must have their data.
 
-    A matrix is a U8 vector of tiles, a constant an F32 vector.
+    on_bytes: called with the number of bytes written so far
+
+    A matrix is written as a U8 vector of tiles, a constant as an F32 vector.
     """
     program = lowered.program
     entries: list[TensorEntry] = [(name, "U8", (matrix.nbytes,)) for name, matrix in program.matrices.items()]
@@ -60,7 +62,10 @@ def pack(matrix: Matrix, source: MatrixSource) -> np.ndarray:
 
 
 def pack_floats(data: np.ndarray) -> np.ndarray:
-    """Return [tiles, columns, 32 rows] of numbers of 2 or 4 bytes, as bytes. Missing rows are zero."""
+    """Return the tiles [tiles, columns, 32 rows] of a matrix as bytes, uint8 and flat.
+
+    data: [rows, columns], in a dtype of 2 or 4 bytes. The last tile is padded with zeros.
+    """
     data = np.ascontiguousarray(data)
     bits = data.view({2: np.uint16, 4: np.uint32}[data.dtype.itemsize])
     tiles = _whole_tiles(bits)
@@ -68,9 +73,12 @@ def pack_floats(data: np.ndarray) -> np.ndarray:
 
 
 def pack_integers(codes: np.ndarray, scales: np.ndarray, matrix: Matrix) -> np.ndarray:
-    """Return for every tile and block of columns its 32 scales, then its codes.
+    """Return the tiles of a quantized matrix as bytes, uint8 and flat.
 
-    codes: int8 [rows, columns]. scales: [rows, columns / block].
+    codes: int8 [rows, columns]
+    scales: fp16 or fp32 [rows, columns / block]
+
+    For every tile and block of columns, the 32 scales come first, then the codes.
     """
     step, zero = (8, 8) if matrix.element == "int4" else (4, 128)
     unsigned = _whole_tiles((codes.astype(np.int16) + zero).astype(np.uint8), zero)
@@ -90,7 +98,7 @@ def _blocks(matrix: Matrix) -> int:
 
 
 def _whole_tiles(array: np.ndarray, fill: int = 0) -> np.ndarray:
-    """Return [rows, columns] as [tiles, 32, columns]."""
+    """Return `array` [rows, columns] as [tiles, 32, columns]. The last tile is padded with `fill`."""
     rows, columns = array.shape
     tiles = -(-rows // TILE)
     if rows % TILE:

@@ -1,1 +1,1 @@
-"""The targets `tensorrt-rtx` and `tensorrt`: start at target.py."""
+"""The targets `tensorrt-rtx` and `tensorrt`. Start at target.py."""

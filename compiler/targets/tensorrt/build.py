@@ -1,7 +1,7 @@
-"""Build a TensorRT engine from an ONNX file in a process of its own; `child.py` is that process.
+"""Build a TensorRT engine from an ONNX file in a child process (`child.py`).
 
-A TensorRT build can abort its process, and it needs about three times the weights in memory, which only the
-end of a process gives back. The targets `tensorrt-rtx` and `tensorrt` share this file.
+A TensorRT build can abort its process. It also needs two to three times the size of the weights in memory,
+which is only freed when the process ends. The targets `tensorrt-rtx` and `tensorrt` share this file.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, best and largest shape
 _INT32_MAX = 2**31 - 1
+# Environment variables that the child inherits.
 _KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "SYSTEMROOT", "TEMP", "TMPDIR")
-_WORK_PATH_LENGTH = 120  # of characters, where the temporary directory's path is shorter than that
+_WORK_PATH_LENGTH = 120  # characters; longer only if the path of the temporary directory is longer
 _CHILD = Child(
     "llmc.compiler.targets.tensorrt.child",
     "TensorRT",
@@ -44,21 +45,25 @@ class EngineLimits:
     shapes, would double the weights in the engine.
     """
 
+    #: Tokens of a sequence: prompt and answer together.
     max_seq_len: int
+    #: Tokens in a step, over all sequences.
     max_tokens: int = 8192
+    #: Sequences in a step.
     max_sequences: int = 256
+    #: Positions in a step whose logits are computed.
     max_logits: int = 1024
 
 
 @dataclass(frozen=True)
 class EngineJob:
-    """The task of the child.
+    """The task of the child process.
 
-    library: the Python package, tensorrt or tensorrt_rtx
+    library: the Python module, tensorrt or tensorrt_rtx
     onnx: the graph file, with its weights beside it
     plan: the engine file to write
     profile: graph input -> its smallest, best and largest shape
-    compute_capabilities: the GPUs to build for, such as 89; none: the library's portable engine
+    compute_capabilities: the GPUs to build for, such as 89; empty: the library's default
     """
 
     library: str
@@ -70,13 +75,14 @@ class EngineJob:
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """The result of the child.
+    """The result of the child process.
 
-    plan_bytes, plan_sha256: size and hash of the engine file
-    attention_layers: the number of plugin nodes in the network
+    plan_bytes: the size of the engine file
+    plan_sha256: the hash of the engine file
+    attention_layers: the number of attention plugins in the network
     library_version: the version of TensorRT
     seconds: phase -> its duration
-    peak_bytes: the largest memory use of the child
+    peak_bytes: the peak memory of the child process
     """
 
     plan_bytes: int
@@ -88,12 +94,12 @@ class BuiltEngine:
 
 
 def memory_needed(weight_bytes: int) -> int:
-    """The peak memory of a build in bytes, for 16-bit weights (measured with Qwen3-0.6B's shape)."""
+    """Return the peak memory of a build in bytes, for 16-bit weights (measured with Qwen3-0.6B's shape)."""
     return (300 << 20) + int(2.2 * weight_bytes)
 
 
 def profile(model: ir.Model, limits: EngineLimits) -> dict[str, Range]:
-    """Graph input -> its smallest, best and largest shape. Raises BuildError for an unknown input."""
+    """Return graph input -> its smallest, best and largest shape. Raises BuildError for an unknown input."""
     tables = limits.max_sequences * -(-limits.max_seq_len // BLOCK_SIZE)
     most = {
         "T": limits.max_tokens,
@@ -121,7 +127,7 @@ def profile(model: ir.Model, limits: EngineLimits) -> dict[str, Range]:
 
 
 def _blocks(cache: ir.Value) -> int:
-    """The largest number of blocks of a KV cache: TensorRT counts a tensor's elements in 32 bits."""
+    """Return the largest number of blocks of a KV cache. TensorRT counts a tensor's elements in 32 bits."""
     size = 1
     for dim in list(cache.shape or [])[1:]:
         size *= int(dim)  # type: ignore[arg-type]
@@ -129,7 +135,7 @@ def _blocks(cache: ir.Value) -> int:
 
 
 def is_installed(library: str) -> bool:
-    """Tell whether `import library` would find TensorRT, without loading its 200 MB."""
+    """Return whether the module `library` is installed, without loading its 200 MB."""
     return importlib.util.find_spec(library) is not None
 
 
@@ -149,15 +155,17 @@ def build(job: EngineJob, progress: Progress) -> BuiltEngine:
 
 def _run_child(job: EngineJob, progress: Progress, scratch: Path) -> BuiltEngine:
     work = _work_directory(scratch, graph=Path(job.onnx).parent, engine=Path(job.plan).parent)
-    near = replace(job, onnx=f"graph/{Path(job.onnx).name}", plan=f"engine/{Path(job.plan).name}")
-    return BuiltEngine(**_CHILD.run(asdict(near), progress, _environment(job.library, scratch), work))
+    linked = replace(job, onnx=f"graph/{Path(job.onnx).name}", plan=f"engine/{Path(job.plan).name}")
+    return BuiltEngine(**_CHILD.run(asdict(linked), progress, _environment(job.library, scratch), work))
 
 
 def _work_directory(scratch: Path, **links: Path) -> Path:
-    """Make a directory with these links, whose path has the same length wherever the bundle is written.
+    """Make a directory with symbolic links, whose path has the same length wherever the bundle is written.
 
-    The lengths of paths that TensorRT handles move addresses, and addresses show in the engine
-    (`child._fix_addresses`): of 200 lengths of a bundle's path, about one in ten gave other bytes.
+    links: name of the link -> target
+
+    TensorRT's engine depends on memory addresses (`child._fix_addresses`), and these depend on the lengths of
+    the paths that TensorRT handles. Of 200 lengths of a bundle's path, about one in ten changed the engine.
     """
     work = scratch / "_".ljust(_WORK_PATH_LENGTH - len(str(scratch)) - 1, "_")
     work.mkdir()
@@ -167,11 +175,13 @@ def _work_directory(scratch: Path, **links: Path) -> Path:
 
 
 def _environment(library: str, scratch: Path) -> dict[str, str]:
-    """The child's environment. It is small, because its size moves addresses, and they show in the engine
+    """Return the environment of the child process.
+
+    It has few variables because its size changes memory addresses, on which the engine depends
     (`child._fix_addresses`).
 
-    RTX's parser opens `libtensorrt_rtx.so` by that name for a graph with a plugin, and aborts if it is not
-    found. The wheel (1.7.1) has `libtensorrt_rtx.so.1` only.
+    For a graph with a plugin, TensorRT-RTX's parser opens `libtensorrt_rtx.so` by that name, and aborts if it
+    is not found. The wheel (1.7.1) only has `libtensorrt_rtx.so.1`, so `scratch` gets a link to it.
     """
     environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
     environment["PYTHONHASHSEED"] = "0"

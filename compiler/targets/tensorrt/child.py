@@ -1,4 +1,4 @@
-"""The process that `build.py` starts: its task is an EngineJob, its result a BuiltEngine."""
+"""The child process that `build.py` starts. Its task is an EngineJob, its result a BuiltEngine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llmc.compiler.targets.tensorrt.mapped_pages import kept_small
 from llmc.plugins.paged_attention.tensorrt_plugin import NAMESPACE, make_plugin
 from llmc.runtime.errors import BuildError, UnsupportedError
 
-_STEPS = 1000
+_STEPS = 1000  # of the progress bar
 _ADDR_NO_RANDOMIZE, _ASK = 0x0040000, 0xFFFFFFFF  # personality(2)
 
 
@@ -41,7 +41,7 @@ def _logger(trt: Any) -> Any:
 
 def _monitor(trt: Any, messages: Messages) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """Phases nest: the unfinished step of a phase counts by the progress of the phase inside it."""
+        """Reports the progress of a build. Phases nest: an unfinished step counts by its inner phase."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -72,7 +72,7 @@ def _monitor(trt: Any, messages: Messages) -> Any:
                 self._phases.pop(name, None)
 
         def _done(self, inside: str | None) -> float:
-            """The share, 0 to 1, of the phases whose parent is `inside`."""
+            """Return the finished share, 0 to 1, of the first phase whose parent is `inside`."""
             for name, (parent, steps, done) in self._phases.items():
                 if parent == inside:
                     return min(1.0, (done + (self._done(name) if done < steps else 0.0)) / steps)
@@ -83,7 +83,7 @@ def _monitor(trt: Any, messages: Messages) -> Any:
 
 def _writer(trt: Any, path: str) -> Any:
     class Writer(trt.IStreamWriter):
-        """Writes the engine to the file in pieces: memory never holds it whole."""
+        """Writes the engine to the file in pieces, so that memory never holds all of it."""
 
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
@@ -102,7 +102,7 @@ def _writer(trt: Any, path: str) -> Any:
 
 
 def _modules(path: str) -> dict[str, str]:
-    """Node name -> module. Raises BuildError for a file that is no ONNX model."""
+    """Return node name -> module of the checkpoint. Raises BuildError for a file that is no ONNX model."""
     import onnx
 
     try:
@@ -169,7 +169,7 @@ def _build(job: EngineJob, messages: Messages) -> BuiltEngine:
     try:
         with writer.file, kept_small(".safetensors"):
             built = builder.build_serialized_network_to_stream(network, config, writer)
-    except OSError as error:  # from the file's last bytes; those before are in writer.error
+    except OSError as error:  # the last bytes were not written; earlier errors are in writer.error
         built, writer.error = False, writer.error or str(error.strerror)
     if writer.error:
         raise BuildError(f"cannot write the engine: {writer.error}", "make room on the disk")
@@ -188,11 +188,11 @@ def _build(job: EngineJob, messages: Messages) -> BuiltEngine:
 
 
 def _fix_addresses() -> None:
-    """Start this process again without address randomization, if Linux allows it.
+    """Start this process again without address space layout randomization, if Linux allows it.
 
-    TensorRT-RTX 1.7.1 numbers symbolic dimensions in the order of memory addresses, and the numbers are in
-    the engine. With random addresses, two builds compute the same but differ in their bytes. For the same
-    reason the lowered graph names one dimension only.
+    TensorRT-RTX 1.7.1 numbers symbolic dimensions in the order of memory addresses and stores the numbers in
+    the engine. With random addresses, two engines compute the same but differ in their bytes. For the same
+    reason the lowered graph names only one dimension.
     """
     try:
         personality = ctypes.CDLL(None).personality

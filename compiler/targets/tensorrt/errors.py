@@ -12,17 +12,17 @@ REPORT = "please report this with the model's config.json"
 
 
 def explain(complaints: Iterable[str], modules: Mapping[str, str]) -> LlmcError:
-    """The error that TensorRT's messages amount to: a BuildError or an UnsupportedError.
+    """Return the BuildError or UnsupportedError for TensorRT's error messages.
 
     complaints: the messages, in their order
     modules: node name -> module of the checkpoint
     """
     lines = [line.strip() for line in complaints if line.strip()]
     text = "\n".join(lines)
-    if found := re.search(
+    if match := re.search(
         r"Cannot compile for target\(s\) ([\w, ]+?),? because.*?datatypes: ([\w, ]+)", text
     ):
-        gpus, dtypes = found[1].upper(), ", ".join(_DTYPES.get(d, d) for d in re.findall(r"\w+", found[2]))
+        gpus, dtypes = match[1].upper(), ", ".join(_DTYPES.get(d, d) for d in re.findall(r"\w+", match[2]))
         return UnsupportedError(
             f"TensorRT cannot compile {dtypes} for {gpus}",
             "leave this GPU out of --sm, or build with another --dtype",

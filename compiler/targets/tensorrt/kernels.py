@@ -1,7 +1,7 @@
 """The GPU kernels in a bundle: the attention variants that the model needs, and the sampling kernels.
 
-Each GPU gets machine code (cubin), which the driver loads as it is. GPUs that llmc has no
-cubin for get PTX, which the driver compiles when it loads it.
+GPUs that llmc knows get machine code (cubin), which the driver loads unchanged. Other GPUs get PTX, which the
+driver compiles when it loads it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
     from llmc.plugins.cuda.compile import Kernel
 
-_PORTABLE = (80, 86, 89, 120)  # the SMs among SMS that a portable TensorRT-RTX engine runs on
-_PTX = 89  # Triton's code for SM90 and newer is for exactly that GPU (sm_90a and so on)
+_PORTABLE = (80, 86, 89, 120)  # the GPUs in SMS that a portable TensorRT-RTX engine runs on
+_PTX = (
+    89  # the newest PTX that newer GPUs run: Triton's code for SM90 and newer runs on that GPU only (sm_90a)
+)
 
 
 def check(sms: Iterable[int]) -> None:
@@ -44,7 +46,7 @@ def check(sms: Iterable[int]) -> None:
 
 
 def codes(sms: tuple[int, ...]) -> list[tuple[int, str]]:
-    """Return the (SM, "cubin" or "ptx") to compile for these SMs. Empty: a portable engine."""
+    """Return the (compute capability, "cubin" or "ptx") to compile for `sms`. Empty: a portable engine."""
     cubins = [sm for sm in (sms or _PORTABLE) if sm in SMS]
     needs_ptx = not sms or any(sm not in SMS for sm in sms)
     return [(sm, "cubin") for sm in cubins] + ([(_PTX, "ptx")] if needs_ptx else [])
@@ -53,23 +55,23 @@ def codes(sms: tuple[int, ...]) -> list[tuple[int, str]]:
 def compile_into(
     model: ir.Model, resolved: Resolved, work: BundleWriter, progress: Progress
 ) -> tuple[KernelFile, ...]:
-    """Compile every kernel that `model` needs, or take it from the cache, and write it to the bundle.
+    """Write every kernel that `model` needs to the bundle, compiled or from the cache of earlier builds.
 
-    Raises BuildError when Triton is missing or refuses a kernel.
+    Raises BuildError if Triton is missing or cannot compile a kernel.
     """
     try:
         from llmc.plugins.cuda.compile import CompileError
         from llmc.plugins.paged_attention.compile_kernels import compile_variant
         from llmc.plugins.sampling.compile_kernels import compile_kernel
 
-        made: dict[str, Callable[[int, Path], Kernel]]
-        made = {str(v): partial(compile_variant, v) for v in attention_variants(model, resolved)}
-        made |= {sampling.variant(name): partial(compile_kernel, name) for name in sampling.ARGUMENTS}
-        jobs = [(variant, sm, kind) for variant in made for sm, kind in codes(resolved.sms)]
+        compilers: dict[str, Callable[[int, Path], Kernel]]
+        compilers = {str(v): partial(compile_variant, v) for v in attention_variants(model, resolved)}
+        compilers |= {sampling.variant(name): partial(compile_kernel, name) for name in sampling.ARGUMENTS}
+        jobs = [(variant, sm, kind) for variant in compilers for sm, kind in codes(resolved.sms)]
         files = []
         for done, (variant, sm, kind) in enumerate(jobs):
             progress.bar(done, len(jobs))
-            files.append(_write(made[variant](sm, cache_directory()), variant, sm, kind, work))
+            files.append(_write(compilers[variant](sm, cache_directory()), variant, sm, kind, work))
     except ModuleNotFoundError as error:
         raise BuildError(f"the GPU kernels need {error.name}", install_hint("kernels")) from error
     except CompileError as error:
@@ -84,10 +86,10 @@ def attention_variants(model: ir.Model, resolved: Resolved) -> tuple[Variant, ..
 
 def layers(model: ir.Model) -> list[Attention]:
     """Return the attention layers of a canonical or lowered graph, as the kernels' parameters."""
-    found = []
+    attention = []
     for node in attention_nodes(model):
         _, kv_heads, _, head_dim = edit.dims(edit.operand(node, 3))
-        found.append(
+        attention.append(
             Attention(
                 num_heads=int(edit.attribute(node, "num_heads")),
                 num_kv_heads=kv_heads,
@@ -97,11 +99,11 @@ def layers(model: ir.Model) -> list[Attention]:
                 softcap=float(edit.attribute(node, "softcap")),
             )
         )
-    return found
+    return attention
 
 
 def cache_directory() -> Path:
-    """Return where compiled kernels are kept between builds."""
+    """Return the directory that keeps compiled kernels between builds."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return root / "llmc" / "kernels"

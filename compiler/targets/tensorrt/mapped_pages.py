@@ -1,8 +1,8 @@
-"""Release the memory of files that a library has mapped.
+"""Release the memory of files that a library has memory-mapped.
 
-TensorRT's ONNX parser maps the weights, and a build copies them twice: with the file's own pages that is
-three times the weights at the peak. Pages of a file that nobody writes can be dropped at any moment; whoever
-needs one again gets it from the page cache.
+TensorRT's ONNX parser memory-maps the weights, and a build copies them twice. With the mapped pages, the peak
+is three times the size of the weights. Pages of a file that is only read can be dropped at any time. When one
+is needed again, it comes from the page cache.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import os
 import threading
 from collections.abc import Iterator
 
-_MADV_DONTNEED = 4  # Linux; loses no data of a private mapping that is only read
+_MADV_DONTNEED = 4  # madvise(2) on Linux; a private mapping that is only read loses no data
 _PERIOD = 0.1  # seconds
 _MAPS_BYTES = 4 << 20  # far more than any process's list of mappings
 
 
 @contextlib.contextmanager
 def kept_small(suffix: str) -> Iterator[None]:
-    """Drop the pages of the mapped files whose names end with `suffix`, periodically while the block runs.
+    """Drop the pages of memory-mapped files whose names end with `suffix`, periodically while the block runs.
 
-    Does nothing on other systems than Linux. The thread allocates no memory once the block has begun, so
-    that the block's allocations get the same addresses in every run.
+    Only Linux is supported; on other systems nothing happens. The thread allocates no memory once the block
+    has begun, so that the block's allocations get the same addresses in every run.
     """
     ranges = _mapped(suffix)
     if not ranges:
@@ -51,7 +51,7 @@ def kept_small(suffix: str) -> Iterator[None]:
 
 
 def _mapped(suffix: str) -> list[tuple[int, int]]:
-    """Return (address, bytes) of every read-only mapping of such a file."""
+    """Return (address, size in bytes) of every read-only mapping of a file whose name ends with `suffix`."""
     return [span for line in _lines("/proc/self/maps") if (span := _read_only(line, suffix))]
 
 

@@ -1,10 +1,10 @@
 """The targets `tensorrt-rtx` and `tensorrt`: a TensorRT engine with our attention plugin and its kernels.
 
-tensorrt-rtx   builds without a GPU, for a list of compute capabilities or, without one, portably for Ampere
-               and newer; it has no code for data-centre Hopper and Blackwell (SM90, SM100).
-tensorrt       has it, and builds for the GPU of the machine it runs on only.
+tensorrt-rtx   builds without a GPU, for a list of compute capabilities or a portable engine for Ampere and
+               newer. It does not support data-center Hopper and Blackwell (SM90, SM100).
+tensorrt       supports these too, but builds only for the GPU of the machine that it runs on.
 
-Everything else is shared. The engine holds the weights, so the bundle keeps neither them nor the graph.
+Everything else is shared. The engine contains the weights, so the bundle keeps neither them nor the graph.
 """
 
 from __future__ import annotations
@@ -37,19 +37,23 @@ from llmc.runtime.installation import install_hint
 from llmc.runtime.memory import available_memory
 
 PLAN_FILE = "engines/rank0.plan"
-# Beside weights/ while they are needed; no part of a bundle. The second: with the KV cache rounded.
+# The graph that the verification runs, and the same with a rounded KV cache. The bundle does not keep them.
 ORACLE_FILE, KV_ORACLE_FILE = "rank0.oracle.onnx", "rank0.kv-oracle.onnx"
-_BF16_FROM = 80
+_BF16_FROM = 80  # the oldest compute capability with bf16
 _STAND_IN = "the graph that TensorRT is given, in ONNX Runtime with the same roundings"
 
 
 @dataclass(frozen=True)
 class Flavor:
-    """A flavor of TensorRT. name: the target, the engine and the package on PyPI; library: the module."""
+    """A flavor of TensorRT."""
 
+    #: The name of the target, of the engine and of the package on PyPI.
     name: str
+    #: The Python module.
     library: str
+    #: The compute capabilities that it builds for.
     compute_capabilities: tuple[int, ...]
+    #: Whether it builds for other GPUs than the one of this machine.
     builds_without_gpu: bool
 
 
@@ -65,7 +69,7 @@ class TensorRTTarget:
         self.flavor = flavor
 
     def resolve(self, request: BuildRequest, checkpoint_dtype: str) -> Resolved:
-        """See `Target`. Libraries come last: what could never work is said first."""
+        """See `Target`. Installed libraries are checked last: other errors do not depend on the machine."""
         flavor, dtype = self.flavor, compute_dtype(request, checkpoint_dtype)
         if request.sms or flavor.builds_without_gpu:
             self._check_gpus(request, dtype, request.sms)
@@ -80,7 +84,7 @@ class TensorRTTarget:
         return Resolved(request.target, dtype, cache_dtype(request, dtype), sms)
 
     def _check_gpus(self, request: BuildRequest, dtype: str, sms: tuple[int, ...]) -> None:
-        """Raises UnsupportedError if one of them lacks what is asked for; none: a portable engine's do."""
+        """Raise UnsupportedError if one of `sms` cannot run the request. Empty `sms`: a portable engine."""
         flavor = self.flavor
         if unknown := [sm for sm in sms if sm not in flavor.compute_capabilities]:
             known = ", ".join(map(str, flavor.compute_capabilities))
@@ -119,7 +123,7 @@ class TensorRTTarget:
             )
 
     def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
-        """See `Target`. The loss of a quantized cache is measured apart from the rest."""
+        """See `Target`. The loss of a quantized cache is measured separately, with a graph of its own."""
         del engine
         scratch = [ORACLE_FILE]
         oracle = oracle_graph(model, resolved.dtype, round_cache=False)
@@ -174,21 +178,29 @@ class TensorRTTarget:
 
 
 def oracle_graph(model: ir.Model, dtype: str, *, round_cache: bool) -> ir.Model:
-    """A copy of TensorRT's graph for ONNX Runtime: `pipeline.oracle`."""
+    """Return a copy of TensorRT's graph for ONNX Runtime, made with the passes of `pipeline.oracle`.
+
+    round_cache: whether keys and values are rounded to the dtype of the quantized KV cache
+    """
     stand_in = model.clone()
     contract.run(stand_in, pipeline.oracle(dtype, round_cache))
     return stand_in
 
 
 def describe_sms(sms: tuple[int, ...]) -> str:
-    """Describe what an engine runs on."""
+    """Describe the GPUs that an engine runs on."""
     if not sms:
         return "NVIDIA GPUs from Ampere on (portable)"
     return f"NVIDIA GPUs of compute capability {', '.join(f'{sm // 10}.{sm % 10}' for sm in sms)}"
 
 
 def _this_gpu(wanted: tuple[int, ...]) -> tuple[int, ...]:
-    """The compute capability of the GPU here, which must be the one that is asked for, if any is."""
+    """Return the compute capability of this machine's GPU.
+
+    wanted: the compute capabilities of the request; empty: any
+
+    Raises BuildError without a GPU or its libraries, UnsupportedError if `wanted` is another one.
+    """
     try:
         from llmc.plugins.cuda.driver import CudaError
         from llmc.runtime.backends.tensorrt.cuda import probe
