@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmc.cli.benchmark import Benchmark
 from llmc.cli.output import Json, print_json
 from llmc.cli.text import size
 from llmc.runtime.errors import RequestError
@@ -19,20 +20,6 @@ if TYPE_CHECKING:
 
 _MAX_BENCH_BYTES = 2**20  # of the file given with --bench
 _MAX_FIGURE = 1e15  # larger numbers in that file are refused
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A result of `llmc bench --json`. The figures are medians, defined in `bench.Measurement`."""
-
-    #: A description of the prompts.
-    workload: str
-    #: A description of the processor.
-    machine: str
-    seconds: float
-    first_token_seconds: float
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
 
 
 def report(
@@ -60,7 +47,7 @@ def report(
 
     \b
     Examples:
-      llmc report tales.llmc
+      llmc report tales.llmc --force
       llmc report tales.llmc -o tales-report.html --force
     """
     from llmc.cli.report_page import report_page

@@ -25,7 +25,7 @@ from llmc.cli.inspect import describe_gpu, describe_sampling, describe_weights, 
 from llmc.cli.text import size
 
 if TYPE_CHECKING:
-    from llmc.cli.report import Benchmark
+    from llmc.cli.benchmark import Benchmark
     from llmc.runtime.bundle.manifest import Manifest
     from llmc.runtime.bundle.reader import Bundle
 
