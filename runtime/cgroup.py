@@ -87,9 +87,8 @@ def _memory(directory: Path, version: int) -> Iterator[tuple[int, int]]:
         names, usage, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
     for name in names.split():
         limit = _number(directory / name)
-        if (
-            limit is not None and limit < 1 << 60
-        ):  # version 1 writes a number near 2^63 where there is no limit
+        # Version 1 writes a number near 2^63 if there is no limit.
+        if limit is not None and limit < 1 << 60:
             lines = (line.partition(" ") for line in _lines(directory / "memory.stat"))
             dropped = {field: figure for field, _, figure in lines}.get(cache, "0")
             used = (_number(directory / usage) or 0) - (int(dropped) if dropped.isdigit() else 0)

@@ -40,9 +40,8 @@ class _Kernel:
         types = [*arguments.values(), "*scratch", "*scratch"]  # Triton's scratch buffers, both null
         self.module = call(driver.cuModuleLoadData, image.image + b"\0")  # PTX ends with a zero
         self._function = call(driver.cuModuleGetFunction, self.module, image.entry.encode())
-        call(
-            driver.cuFuncLoad, self._function
-        )  # otherwise the first launch loads it, perhaps during a capture
+        # Otherwise the first launch loads the kernel, perhaps during a capture.
+        call(driver.cuFuncLoad, self._function)
         if image.shared_memory > _DEFAULT_SHARED:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             call(driver.cuFuncSetAttribute, self._function, attribute, image.shared_memory)

@@ -196,16 +196,13 @@ def configure(v: Variant, sm: int) -> Config:
     sizes |= {"GROUP": v.group, "HAS_WINDOW": v.has_window, "HAS_SINKS": v.has_sinks}
     sizes |= {"HAS_SOFTCAP": v.has_softcap}
     widest = max(wide, v_wide)
-    large_shared_memory = (
-        SHARED_LIMIT[sm] > 200_000
-    )  # SM90 and SM100, whose matrix products read both operands from shared memory
-    if (
-        large_shared_memory
-    ):  # one swizzle for keys and values: ptxas 12.8 computes a wrong address with two (docs/gpu)
+    # SM90 and SM100, whose matrix products read both operands from shared memory.
+    roomy = SHARED_LIMIT[sm] > 200_000
+    if roomy:  # one swizzle for keys and values: ptxas 12.8 computes a wrong address with two (docs/gpu)
         sizes["HEAD_DIM_PAD"] = max(wide, min(v_wide, _SWIZZLED))
         sizes["V_HEAD_DIM_PAD"] = max(v_wide, min(wide, _SWIZZLED))
     quantized = v.kv_dtype in QUANTIZED_CACHES
-    in_pairs = quantized and v.v_head_dim % 2 == 0 and not (large_shared_memory and v.kernel == "prefill")
+    in_pairs = quantized and v.v_head_dim % 2 == 0 and not (roomy and v.kernel == "prefill")
     sizes |= {"VALUES_IN_PAIRS": in_pairs}
     if v.kernel == "decode":
         rows = padded(v.group)
@@ -214,11 +211,11 @@ def configure(v: Variant, sm: int) -> Config:
     rows, keys, warps, stages = 128, 64, 8, 2
     if sm == 90 and widest <= 64 and v.has_window:  # few keys a row: small tiles mask less (docs/gpu)
         rows, keys, warps, stages = 64, 32, 4, 3
-    elif large_shared_memory and widest <= 64:
+    elif roomy and widest <= 64:
         warps, stages = 4, 3 if sm == 90 else 2
     elif sm == 90 and widest <= 128:
         keys, stages = 64 if quantized else 128, 3
-    elif not large_shared_memory and widest > 64:  # without wgmma, larger tiles spill registers
+    elif not roomy and widest > 64:  # without wgmma, larger tiles spill registers
         rows, keys = (128, 32) if widest <= 128 else (64, 32)
     sizes |= {"ROWS": rows, "KEYS": keys, "CHUNK": _CHUNK}
     return Config(sizes, num_warps=warps, num_stages=stages)
