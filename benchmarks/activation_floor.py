@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What rounding activations alone does to a checkpoint's answers: the best that any scales can give a format.
+"""Measure the quantization loss of activations alone: a lower bound for every choice of scales.
 
     python benchmarks/activation_floor.py model_zoo/llama/tales TEXT
 
-transformers runs the checkpoint in fp32, its weights as they are; only what enters the linear layers (lm_head
-left out) is rounded. "k-bit significand" has no limit of range: no scale, calibration or smoothing can round
-to as many bits more finely. E4M3 has 4 bits, bf16 8. Needs torch and transformers (llmc's own for building).
+transformers runs the checkpoint in fp32 with unquantized weights. Only the inputs of linear layers, except
+lm_head, are fake-quantized. "k-bit significand" has no limit of range: no scale, calibration or smoothing has
+a smaller error with as many bits. E4M3 has 4 bits, bf16 8. Needs torch and transformers (`llmc-aot[build]`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc.passes.quantize.fake_quantize import round_e2m1, round_e4m3
 
-Rounding = Callable[[torch.Tensor, float], torch.Tensor]  # of an input with that largest magnitude
-_CONTEXT, _BATCH = 512, 4
+Rounding = Callable[[torch.Tensor, float], torch.Tensor]  # (input, its largest magnitude) -> rounded input
+_CONTEXT, _BATCH = 512, 4  # tokens of a sequence, sequences of a batch
 
 
 def significand(bits: int) -> Rounding:
+    """Return the rounding to floats with `bits` significand bits and an unlimited exponent."""
+
     def rounded(x: torch.Tensor, amax: float) -> torch.Tensor:
         del amax
         fraction, exponent = torch.frexp(x)
@@ -33,6 +35,7 @@ def significand(bits: int) -> Rounding:
 
 
 def int8(x: torch.Tensor, amax: float | torch.Tensor) -> torch.Tensor:
+    """Fake-quantize `x` to int8 with the scale amax / 127."""
     scale = amax / 127
     return torch.clamp(torch.round(x / scale), -127, 127) * scale
 
@@ -70,9 +73,9 @@ def main() -> None:
     print(f"{sequences.numel()} positions of {options.checkpoint.name}")
     print(f"{'activations':30} {'top-1':>8} {'mean KL':>10}")
     for title, rounding in ROUNDINGS.items():
-        found = logits(model, linears, sequences, lambda name, x, to=rounding: to(x, largest[name]))
-        agreement = (found.argmax(-1) == exact.argmax(-1)).double().mean()
-        divergence = torch.nn.functional.kl_div(found, exact, reduction="batchmean", log_target=True)
+        quantized = logits(model, linears, sequences, lambda name, x, to=rounding: to(x, largest[name]))
+        agreement = (quantized.argmax(-1) == exact.argmax(-1)).double().mean()
+        divergence = torch.nn.functional.kl_div(quantized, exact, reduction="batchmean", log_target=True)
         print(f"{title:30} {agreement:8.2%} {divergence:10.5f}")
 
 
@@ -83,17 +86,17 @@ def logits(
     sequences: torch.Tensor,
     on_input: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Log-probabilities [positions, vocab]; the inputs of `linears` are what `on_input` makes of them."""
+    """Return log-probabilities [positions, vocab], with the inputs of `linears` replaced by `on_input`."""
     hooks = [
-        module.register_forward_pre_hook(lambda _, given, name=name: (on_input(name, given[0]),))
+        module.register_forward_pre_hook(lambda _, inputs, name=name: (on_input(name, inputs[0]),))
         for name, module in linears.items()
     ]
     try:
-        found = [model(part).logits.log_softmax(-1).flatten(0, 1) for part in sequences.split(_BATCH)]
+        parts = [model(part).logits.log_softmax(-1).flatten(0, 1) for part in sequences.split(_BATCH)]
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
 if __name__ == "__main__":

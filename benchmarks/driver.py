@@ -1,4 +1,4 @@
-"""Worker processes, driven one at a time: the others are stopped (SIGSTOP) and burn nothing.
+"""Drive worker processes one at a time. The others are stopped (SIGSTOP) and use no CPU.
 
 Linux only: CPU seconds and memory are read from /proc.
 """
@@ -22,25 +22,32 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class PeerError(Exception):
-    """A tool that cannot be measured; the message says why."""
+    """A tool cannot be measured. The message says why."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One tool as it is started: its interpreter, worker file, model and extra environment."""
+    """How to start one tool."""
 
+    #: NAME+FORMAT+SWITCH, as in `--tools`.
     name: str
+    #: The interpreter.
     python: Path
+    #: The worker's file.
     worker: Path
+    #: The file or directory that the tool loads.
     model: Path
     threads: int
+    #: Additional environment variables.
     environment: tuple[tuple[str, str], ...] = ()
 
     def command(self, verb: str, *rest: str) -> list[str]:
+        """Return the command line for "serve", "first" or "convert" with its arguments."""
         threads = [] if verb == "convert" else ["--threads", str(self.threads)]
         return [str(self.python), str(self.worker), verb, *rest, *threads]
 
     def environ(self) -> dict[str, str]:
+        """Return the whole environment of the process."""
         fixed = {
             "OMP_NUM_THREADS": str(self.threads),
             "TOKENIZERS_PARALLELISM": "false",
@@ -50,20 +57,23 @@ class Peer:
 
 
 def machine_busy_seconds() -> float:
-    """CPU seconds that all processes together, and the hypervisor's other guests, have used."""
+    """Return the CPU seconds that all processes and the hypervisor's other guests have used."""
     fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
     user, nice, system, _idle, _iowait, irq, softirq, steal = fields[:8]
     return (user + nice + system + irq + softirq + steal) / TICKS
 
 
 def process_busy_seconds(pid: int) -> float:
-    """CPU seconds of one process, its dead children included."""
+    """Return the CPU seconds of one process and of its finished children."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(int(x) for x in fields[11:15]) / TICKS
 
 
 def wait_until_idle(limit: float, busy: float = 0.1) -> float:
-    """Waits until others use less than `busy` of the machine; gives up after `limit` seconds."""
+    """Wait until other processes use less than the share `busy` of the machine, at most `limit` seconds.
+
+    Returns the seconds that it waited.
+    """
     started = time.perf_counter()
     cores = os.cpu_count() or 1
     while (waited := time.perf_counter() - started) < limit:
@@ -75,7 +85,7 @@ def wait_until_idle(limit: float, busy: float = 0.1) -> float:
 
 
 class Worker:
-    """A persistent worker: stopped except while it answers."""
+    """A persistent worker process, stopped except while it answers."""
 
     def __init__(self, peer: Peer, log: Path, timeout: float = 900.0) -> None:
         self.peer = peer
@@ -102,14 +112,18 @@ class Worker:
         self.close()
 
     def pause(self) -> None:
+        """Stop the process until the next request."""
         self.process.send_signal(signal.SIGSTOP)
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """One request, answered while no other worker runs. Adds `foreign`: the share of the whole
-        machine that everybody else used meanwhile."""
+        """Send a request while no other worker runs. Return the answer.
+
+        Its field `foreign` is the share of the whole machine that other processes used meanwhile.
+        Raises PeerError if the worker fails.
+        """
         assert self.process.stdin is not None
         self.process.send_signal(signal.SIGCONT)
-        machine, own = machine_busy_seconds(), process_busy_seconds(self.process.pid)
+        machine, own_seconds = machine_busy_seconds(), process_busy_seconds(self.process.pid)
         started = time.perf_counter()
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -118,12 +132,13 @@ class Worker:
             raise self._died() from None
         answer = self._reply()
         wall = time.perf_counter() - started
-        others = machine_busy_seconds() - machine - (process_busy_seconds(self.process.pid) - own)
+        others = machine_busy_seconds() - machine - (process_busy_seconds(self.process.pid) - own_seconds)
         self.pause()
         answer["foreign"] = max(0.0, others / (wall * (os.cpu_count() or 1)))
         return answer
 
     def close(self) -> None:
+        """End the process."""
         self.process.kill()  # SIGKILL also ends a stopped process
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -159,7 +174,10 @@ class Worker:
 
 
 def run_to_end(command: list[str], environ: dict[str, str], log: Path) -> dict[str, Any]:
-    """A whole process: seconds to its first output, to its end, and its peak RSS in bytes."""
+    """Run a process. Return the seconds to its first output and to its end, and its peak RSS in bytes.
+
+    Raises PeerError if it fails or prints nothing.
+    """
     machine, started = machine_busy_seconds(), time.perf_counter()
     with log.open("w") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environ)
@@ -174,12 +192,12 @@ def run_to_end(command: list[str], environ: dict[str, str], log: Path) -> dict[s
     if process.returncode != 0 or not head:
         lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         raise PeerError(f"{Path(command[1]).name} ended with status {process.returncode}: {lines[-1]}")
-    own = usage.ru_utime + usage.ru_stime
-    others = max(0.0, machine_busy_seconds() - machine - own)
+    own_seconds = usage.ru_utime + usage.ru_stime
+    others = max(0.0, machine_busy_seconds() - machine - own_seconds)
     return {
         "first_output_seconds": first,
         "seconds": wall,
-        "cpu_seconds": own,
+        "cpu_seconds": own_seconds,
         "peak_rss": usage.ru_maxrss * 1024,
         "foreign": others / (wall * (os.cpu_count() or 1)),
     }

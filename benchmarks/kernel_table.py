@@ -1,4 +1,4 @@
-"""Prints registers, spills and shared memory of the attention kernels at common head shapes, as Markdown.
+"""Print registers, spills and shared memory of the attention kernels at common head shapes, as Markdown.
 
     python benchmarks/kernel_table.py [--sm 90] [--cache DIR]
 
@@ -28,7 +28,10 @@ PAIRS: tuple[tuple[str, str | None], ...] = (("bf16", None), ("fp16", None), ("b
 
 
 def table(sms: Iterable[int], cache: Path, pairs: Iterable[tuple[str, str | None]] = PAIRS[:3:2]) -> str:
-    """Markdown: registers a thread and shared memory (KiB) for each variant and SM; `!` marks spills."""
+    """Return a Markdown table: registers per thread and shared memory (KiB) of each variant and SM.
+
+    `!` marks spills, in bytes.
+    """
     sms = list(sms)
     rows = ["| kernel | " + " | ".join(f"SM{sm}" for sm in sms) + " |", "|---" * (len(sms) + 1) + "|"]
     for variant in sorted(

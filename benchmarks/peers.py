@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""llmc against its peers on one checkpoint, in one run, interleaved. See benchmarks/README.md.
+"""Compare llmc with its peers on one checkpoint, in one run, interleaved. See benchmarks/README.md.
 
     benchmarks/setup_peers.sh
     python benchmarks/peers.py CHECKPOINT --rounds 3 --json result.json
@@ -45,18 +45,21 @@ TEXT = "Once upon a time there was a king who had three daughters, and the young
 
 
 def variant(tool: str) -> tuple[str, str, list[str]]:
-    """Name, weight format ("" for the tool's fp32 or the checkpoint's own) and switches of NAME+x+y."""
-    name, *rest = tool.split("+")
-    weights = [one for one in rest if one not in RUNTIME]
-    switches = [one for one in rest if one in RUNTIME]
+    """Return the name, weight format and switches of NAME+x+y.
+
+    The weight format is "" for the tool's fp32, or for that of the checkpoint. Raises PeerError.
+    """
+    name, *parts = tool.split("+")
+    weights = [part for part in parts if part not in RUNTIME]
+    switches = [part for part in parts if part in RUNTIME]
     known = [*WEIGHTS.get(name, ()), *SWITCHES.get(name, ())]
-    if len(weights) > 1 or set(rest) - set(known):
+    if len(weights) > 1 or set(parts) - set(known):
         raise PeerError(f"no such variant; {name} knows {', '.join(known) or 'none'}")
     return name, "".join(weights), switches
 
 
 def find_peer(tool: str, options: argparse.Namespace) -> Peer:
-    """The tool as it is started. Converts the checkpoint first where that has not been done."""
+    """Return how to start the tool. Convert the checkpoint first if necessary. Raises PeerError."""
     name = tool.partition("+")[0]
     worker = HERE / "peers" / f"{name.replace('-', '_')}_worker.py"
     if not worker.is_file():
@@ -74,12 +77,12 @@ def find_peer(tool: str, options: argparse.Namespace) -> Peer:
         raise PeerError(f"not installed: run {HERE.name}/setup_peers.sh {name}")
 
     name, weights, switches = variant(tool)
-    environment = [RUNTIME[one] for one in switches]
+    environment = [RUNTIME[switch] for switch in switches]
     if weights:
         environment.append(("WEIGHT_FORMAT", weights))
     if name in READS_CHECKPOINT:
         return Peer(tool, python, worker, options.checkpoint, options.threads, tuple(environment))
-    # What is converted depends on the weights, and for llmc on the cache, which its bundles fix.
+    # The converted model depends on the weights, and for llmc also on the cache, which its bundles fix.
     parts = [name, weights, "kv8" if name == "llmc" and "kv8" in switches else ""]
     built_as = "+".join(part for part in parts if part)
     model = options.work / f"{options.checkpoint.name}-{fingerprint(options.checkpoint)}" / built_as
@@ -104,7 +107,7 @@ def find_peer(tool: str, options: argparse.Namespace) -> Peer:
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """Changes when the checkpoint's configuration or its weight files (by size and time) change."""
+    """Return a hash of the checkpoint's configuration and of the size and time of its weight files."""
     digest = hashlib.sha256()
     for path in sorted(checkpoint.glob("*.json")):
         digest.update(path.read_bytes())
@@ -114,10 +117,12 @@ def fingerprint(checkpoint: Path) -> str:
 
 
 def log_of(tool: str, options: argparse.Namespace) -> Path:
+    """Return the file for the tool's stderr."""
     return Path(options.logs / f"{tool}.log")
 
 
 def first_token_command(peer: Peer) -> list[str]:
+    """Return the command of a fresh process that prints one token."""
     name, _, switches = variant(peer.name)
     if name == "llmc":
         limits = ["--max-tokens", "1", "--threads", str(peer.threads)]
@@ -127,7 +132,7 @@ def first_token_command(peer: Peer) -> list[str]:
 
 
 def heavy_imports(peer: Peer, log: Path) -> list[str]:
-    """Which large packages the first-token command imports, from the interpreter's own account."""
+    """Return the large packages that the first-token command imports, from `-X importtime`."""
     command = first_token_command(peer)
     run_to_end([command[0], "-X", "importtime", *command[1:]], peer.environ(), log)
     names = {line.rpartition("|")[2].strip() for line in log.read_text(errors="replace").splitlines()}
@@ -135,6 +140,7 @@ def heavy_imports(peer: Peer, log: Path) -> list[str]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure all tools. Return everything that `--json` writes."""
     options.logs.mkdir(parents=True, exist_ok=True)
     peers: dict[str, Peer] = {}
     absent: dict[str, str] = {}
@@ -173,7 +179,7 @@ def _run(peers: dict[str, Peer], rules: Rules, record: Record, options: argparse
     if "start" in options.only:
         commands = {tool: (peer, first_token_command(peer)) for tool, peer in peers.items()}
         measure_start(commands, rules, record, options.logs, say)
-        for tool in [one for one in commands if one.partition("+")[0] == "llmc"]:
+        for tool in [name for name in commands if name.partition("+")[0] == "llmc"]:
             if tool in record.failures:
                 continue
             log = log_of(tool, options)
@@ -195,9 +201,9 @@ def _run(peers: dict[str, Peer], rules: Rules, record: Record, options: argparse
 
 
 def conversion(peer: Peer) -> dict[str, Any]:
-    """What converting the checkpoint took, where this script did it."""
-    noted = peer.model.with_name(f"{peer.model.name}.convert.json")
-    return {"conversion": json.loads(noted.read_text())} if noted.is_file() else {}
+    """Return the time and memory of the checkpoint's conversion, if this script did it."""
+    record_file = peer.model.with_name(f"{peer.model.name}.convert.json")
+    return {"conversion": json.loads(record_file.read_text())} if record_file.is_file() else {}
 
 
 def say(text: str) -> None:

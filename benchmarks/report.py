@@ -44,18 +44,19 @@ def machine() -> dict[str, Any]:
 
 
 def heading(result: dict[str, Any]) -> str:
+    """Return the description of the machine, the tools and their failures."""
     m = result["machine"]
     lines = [
         f"{result['checkpoint']}, {result['threads']} threads, {result['rounds']} rounds, {m['date']}",
         f"{m['cpu']} ({m['cpu_family_model']}), {m['cores']} cores, {m['memory_gb']} GB",
         " ".join(m["flags"]),
     ]
-    for tool, found in result["tools"].items():
-        named = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
-        described = ", ".join(f"{key} {value}" for key, value in found.get("describe", {}).items())
+    for tool, record in result["tools"].items():
+        named = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+        described = ", ".join(f"{key} {value}" for key, value in record.get("describe", {}).items())
         lines.append(f"{tool}: {named}; {described}")
-        if "imported_by_llmc_run" in found:
-            heavy = ", ".join(found["imported_by_llmc_run"]) or "nothing"
+        if "imported_by_llmc_run" in record:
+            heavy = ", ".join(record["imported_by_llmc_run"]) or "nothing"
             lines.append(f"llmc run imports, of the large packages: {heavy}")
     lines += [f"{tool}: ABSENT: {reason}" for tool, reason in result["absent"].items()]
     lines += [f"{tool}: FAILED: {reason}" for tool, reason in result["failures"].items()]
@@ -63,8 +64,10 @@ def heading(result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Medians; in brackets how many times as good as the reference, round by round (median of that).
-    `!` marks a median with a sample in it during which others used more than a tenth of the machine."""
+    """Return the table of medians, with the median ratio to the reference of the same round in brackets.
+
+    `!` marks a median with a disturbed sample: other processes used more than a tenth of the machine.
+    """
     tools = list(result["tools"] | result["samples"])
     rows = [["", *tools]]
     for metric, (name, unit, _) in METRICS.items():
@@ -73,15 +76,15 @@ def table(result: dict[str, Any]) -> str:
             samples = result["samples"].get(tool, {}).get(metric, [])
             row.append(_cell(samples, result["ratios"].get(tool, {}).get(metric)))
         rows.append(row)
-    found = [result["tools"].get(tool, {}) for tool in tools]
+    records = [result["tools"].get(tool, {}) for tool in tools]
     rows.append(
         [
             "tokens as the reference's",
-            *(f"{f['same_tokens']}/{f['tokens']}" if "tokens" in f else "-" for f in found),
+            *(f"{f['same_tokens']}/{f['tokens']}" if "tokens" in f else "-" for f in records),
         ]
     )
-    if any("overhead_outside_the_engine_call" in f for f in found):
-        shares = [f.get("overhead_outside_the_engine_call") for f in found]
+    if any("overhead_outside_the_engine_call" in f for f in records):
+        shares = [f.get("overhead_outside_the_engine_call") for f in records]
         rows.append(["outside the engine call", *("" if s is None else f"{s:.1%}" for s in shares)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(

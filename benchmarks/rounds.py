@@ -1,4 +1,4 @@
-"""The measuring itself: rounds over all tools, one computing at a time."""
+"""The measurement: rounds over all tools, of which one computes at a time."""
 
 from __future__ import annotations
 
@@ -11,31 +11,36 @@ from typing import Any
 from driver import Peer, PeerError, Worker, run_to_end, wait_until_idle
 from workload import Phase, common_prefix, metrics
 
-CLEAN = 0.1  # of the machine: a sample during which others used more than this is disturbed
+CLEAN = 0.1  # the share of the machine that others may use during an undisturbed sample
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """rounds: timed ones; an untimed one comes first. wait_idle: seconds to wait for others to be
-    quiet before a sample. retries: how often a disturbed sample is repeated; the least disturbed counts."""
+    """How samples are taken."""
 
+    #: Number of timed rounds. An untimed round comes first.
     rounds: int
+    #: Maximum seconds to wait for an idle machine before a sample.
     wait_idle: float
+    #: How many times a disturbed sample is repeated. The least disturbed one counts.
     retries: int
 
 
 @dataclass
 class Record:
-    """samples: tool -> metric -> one entry a round. tools: what else is known of a tool.
-    failures: tool -> why it was given up."""
+    """The results."""
 
+    #: Tool -> metric -> one entry per round.
     samples: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
+    #: Tool -> its other figures, such as versions and memory.
     tools: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: Tool -> why its measurement ended.
     failures: dict[str, str] = field(default_factory=dict)
 
     def add(self, tool: str, metric: str, value: float, detail: dict[str, Any]) -> None:
+        """Add a sample."""
         entry = {"value": value, **detail}
         self.samples.setdefault(tool, {}).setdefault(metric, []).append(entry)
 
@@ -43,8 +48,10 @@ class Record:
 def measure_start(
     commands: dict[str, tuple[Peer, list[str]]], rules: Rules, record: Record, logs: Path, say: Say
 ) -> None:
-    """Fresh processes: seconds from their start to their first output, and to their end. The untimed
-    round puts the files of each tool into the page cache."""
+    """Measure fresh processes: the seconds from their start to their first output, and to their end.
+
+    The untimed round puts the files of each tool into the page cache.
+    """
     for number in range(-1, rules.rounds):
         for tool in in_turn(commands, number):
             if tool in record.failures:
@@ -72,8 +79,10 @@ def measure_phases(
     record: Record,
     say: Say,
 ) -> None:
-    """Rounds over the phases, and in each over the tools, in an order that shifts every round. In the
-    untimed round every tool sees every shape."""
+    """Measure the phases in rounds. The order of the tools shifts every round.
+
+    In the untimed round every tool computes every shape once.
+    """
     alive = dict(workers)
     for number in range(-1, rules.rounds):
         for phase in phases:
@@ -105,7 +114,7 @@ def measure_phases(
 
 
 def in_turn(tools: Iterable[str], number: int) -> list[str]:
-    """All tools, each round starting with another."""
+    """Return all tools. Each round starts with another one."""
     names = list(tools)
     shift = number % len(names) if names else 0
     return names[shift:] + names[:shift]
@@ -121,7 +130,7 @@ def _sample(
 
 
 def _cleanest(measure: Callable[[], dict[str, Any]], rules: Rules, number: int) -> dict[str, Any]:
-    """The first sample that nobody disturbed, or else the least disturbed one. Untimed rounds take any."""
+    """Return the first undisturbed sample, else the least disturbed one. Untimed rounds take any sample."""
     best: dict[str, Any] = {}
     for _ in range(1 + rules.retries if number >= 0 else 1):
         if number >= 0:

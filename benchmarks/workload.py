@@ -1,4 +1,4 @@
-"""What is measured: the prompts, and what is read off the times at which tokens came out."""
+"""The workload: the prompts, and the metrics computed from the times of the tokens."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Phase:
-    """One request to every tool: all prompts handed over at once, `new_tokens` greedy tokens each."""
+    """One request to every tool, with all prompts at once."""
 
     name: str
+    #: The number of tokens of each prompt.
     prompt_lengths: tuple[int, ...]
+    #: The number of greedy tokens for each prompt.
     new_tokens: int
 
     def prompts(self, vocabulary: int, seed: int) -> list[list[int]]:
-        """Random token ids, new ones for every seed, so that no prefix cache can help. Special
-        tokens sit at the ends of a vocabulary; ids come from its middle."""
+        """Return random token ids. They differ for every seed, so that no prefix cache can help.
+
+        They come from the middle of the vocabulary, because special tokens are at its ends.
+        """
         chance = random.Random(f"{self.name}/{seed}")
         low, high = vocabulary // 4, 3 * vocabulary // 4
         return [[chance.randrange(low, high) for _ in range(length)] for length in self.prompt_lengths]
 
 
 def phases(new_tokens: int) -> list[Phase]:
+    """Return the phases. new_tokens: per request, in the decode phases."""
     return [
         Phase("decode", (64,), new_tokens),
         Phase("concurrent", (32, 64, 96, 128, 160, 192, 224, 256), new_tokens),
@@ -47,7 +52,7 @@ METRICS: dict[str, tuple[str, str, bool]] = {
 
 
 def metrics(phase: Phase, times: list[list[float]]) -> dict[str, float]:
-    """Tokens per second. `times[request][i]`: seconds from handing over to its i-th new token.
+    """Return metric -> tokens per second. times[request][i]: seconds from the request to its i-th new token.
 
     decode             new tokens after the first, over the time since the first
     concurrent_whole   all new tokens over the whole time, prompts' work included
@@ -72,7 +77,7 @@ def metrics(phase: Phase, times: list[list[float]]) -> dict[str, float]:
 
 
 def common_prefix(a: list[list[int]], b: list[list[int]]) -> int:
-    """How many tokens two sets of continuations share before each pair first differs."""
+    """Return how many tokens two lists of continuations share before each pair first differs."""
     total = 0
     for x, y in zip(a, b, strict=True):
         for i, j in zip(x, y, strict=True):
@@ -91,22 +96,22 @@ def median(values: list[float]) -> float:
 def ratios(
     samples: dict[str, dict[str, list[dict[str, Any]]]], references: list[str]
 ) -> dict[str, dict[str, float]]:
-    """tool -> metric -> median over the rounds of (how many times as good as the reference in that round).
+    """Return tool -> metric -> the median over the rounds of the ratio to the reference in the same round.
 
-    Of several references it is the one that was best in that round: whoever is compared gets no benefit
-    from a round in which one of them was slow.
+    A ratio above 1 is better than the reference. Of several references the best one of the round counts, so
+    that a round in which one of them was slow does not help.
     """
-    found: dict[str, dict[str, float]] = {}
+    result: dict[str, dict[str, float]] = {}
     for tool, by_metric in samples.items():
-        found[tool] = {}
+        result[tool] = {}
         for metric, rounds in by_metric.items():
             larger_is_better = METRICS[metric][2]
             best = max if larger_is_better else min
             columns = [samples.get(name, {}).get(metric, []) for name in references]
-            columns = [[one["value"] for one in column] for column in columns if column]
-            theirs = [best(values) for values in zip(*columns, strict=False)] if columns else []
-            pairs = [(mine["value"], base) for mine, base in zip(rounds, theirs, strict=False)]
+            columns = [[sample["value"] for sample in column] for column in columns if column]
+            references_best = [best(values) for values in zip(*columns, strict=False)] if columns else []
+            pairs = [(sample["value"], base) for sample, base in zip(rounds, references_best, strict=False)]
             pairs = [pair for pair in pairs if all(pair)]  # a memory of 0 has no ratio
             if pairs:
-                found[tool][metric] = median([a / b if larger_is_better else b / a for a, b in pairs])
-    return found
+                result[tool][metric] = median([a / b if larger_is_better else b / a for a, b in pairs])
+    return result

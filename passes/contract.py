@@ -48,11 +48,15 @@ class Pass(Protocol):
 
 @dataclass(frozen=True)
 class PassReport:
-    """One line of the build report."""
+    """The result of one pass, a line of the build report."""
 
+    #: The name of the pass.
     name: str
+    #: The number of places that the pass rewrote.
     matches: int
+    #: The places that almost matched, each with the reason.
     near_misses: tuple[str, ...]
+    #: The time that the pass took, in seconds.
     seconds: float
 
 
@@ -72,40 +76,40 @@ def run(
     if dump is None and os.environ.get(DUMP):
         dump = Path(os.environ[DUMP])
     reports: list[PassReport] = []
-    for one in passes:
-        _require(model, one, first=not reports)
+    for rewrite in passes:
+        _require(model, rewrite, first=not reports)
         start = time.perf_counter()
-        matches = one(model)
+        matches = rewrite(model)
         seconds = time.perf_counter() - start
         if dump is not None:
-            _dump(model, dump, one.name)
-        reports.append(PassReport(one.name, matches.count, tuple(matches.near_misses), seconds))
-        want = expected.get(one.name)
-        if want is not None and want != matches.count + matches.declined:
+            _dump(model, dump, rewrite.name)
+        reports.append(PassReport(rewrite.name, matches.count, tuple(matches.near_misses), seconds))
+        wanted = expected.get(rewrite.name)
+        if wanted is not None and wanted != matches.count + matches.declined:
             declined = f" and was told to leave {matches.declined}" if matches.declined else ""
             missed = f"; first near miss: {matches.near_misses[0]}" if matches.near_misses else ""
             raise UnsupportedError(
-                f"pass {one.name} rewrote {matches.count} of {want} places{declined}{missed}",
+                f"pass {rewrite.name} rewrote {matches.count} of {wanted} places{declined}{missed}",
                 "the model differs from its family's recipe; please report it with its config.json",
             )
-        if problems := spec.check(model, one.ensures):
+        if problems := spec.check(model, rewrite.ensures):
             raise BuildError(
-                f"after pass {one.name} the graph is not {one.ensures.value}: {_first(problems)}",
+                f"after pass {rewrite.name} the graph is not {rewrite.ensures.value}: {_first(problems)}",
                 "its stage does not allow that; please report it with the model's config.json",
             )
     return reports
 
 
-def _require(model: ir.Model, one: Pass, *, first: bool) -> None:
-    problems = spec.check(model, one.requires)
-    if problems and first and one.requires is spec.Stage.TRACED:
+def _require(model: ir.Model, rewrite: Pass, *, first: bool) -> None:
+    problems = spec.check(model, rewrite.requires)
+    if problems and first and rewrite.requires is spec.Stage.TRACED:
         raise UnsupportedError(
             _first(problems),
             "llmc cannot lower this architecture yet; `llmc zoo list` shows the families it knows",
         )
     if problems:
         raise BuildError(
-            f"pass {one.name} requires a {one.requires.value} graph: {problems[0]}",
+            f"pass {rewrite.name} requires a {rewrite.requires.value} graph: {problems[0]}",
             "the pipeline is in the wrong order; please report this",
         )
 

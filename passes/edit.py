@@ -34,10 +34,10 @@ def attribute(node: ir.Node, name: str) -> int | float:
 
 
 def numbers(value: ir.Value | None) -> list[int] | None:
-    """Return the elements of a constant of integers; None if `value` is no constant."""
+    """Return the elements of a constant of integers; None if `value` is not one."""
     if value is None or value.const_value is None:
         return None
-    return [int(one) for one in value.const_value.numpy().reshape(-1)]
+    return [int(element) for element in value.const_value.numpy().reshape(-1)]
 
 
 def constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
@@ -67,6 +67,9 @@ def insert(
 ) -> ir.Value:
     """Insert a node with one output before another, with the metadata that names the checkpoint's module.
 
+    before: the node in front of which the new one goes.
+    op, domain: the operator. The default domain is that of standard ONNX operators.
+    name: the name of the node and of its output.
     shape: the output's shape. -1 is the axis of the tokens.
     dtype: the output's dtype. The default is that of the first input.
     """
@@ -93,7 +96,7 @@ def reshape(before: ir.Node, x: ir.Value, shape: Sequence[int], name: str) -> ir
 
 
 def shape_constant(graph: ir.Graph, shape: Sequence[int]) -> ir.Value:
-    """Return a reshape target as an initializer."""
+    """Return the int64 initializer that holds a Reshape's target shape."""
     return constant(graph, np.array(shape, np.int64), "shape_" + "_".join(str(dim) for dim in shape))
 
 

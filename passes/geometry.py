@@ -18,7 +18,7 @@ def attention_nodes(model: ir.Model) -> list[ir.Node]:
 
 
 def read_geometry(model: ir.Model) -> Geometry:
-    """Return the geometry of a canonical graph. The engine computes the graph, so the config is not asked."""
+    """Return the geometry of a canonical graph. The config is not read: the engine runs the graph."""
     layers, heads = [], 0
     for node in attention_nodes(model):
         _, kv_heads, _, width = edit.dims(edit.operand(node, 3))

@@ -54,21 +54,21 @@ def of_tensor(name: str, shape: tuple[int, ...]) -> Parameter:
 
 def joined(parts: Iterable[Parameter]) -> Parameter:
     """Join the rows of several parameters, in order. All must be the same array of their modules."""
-    every = list(parts)
-    (array,) = {part.array for part in every}
+    records = list(parts)
+    (array,) = {part.array for part in records}
     return Parameter(
-        tuple(module for part in every for module in part.modules),
-        tuple(rows for part in every for rows in part.rows),
-        tuple(source for part in every for source in part.sources),
+        tuple(module for part in records for module in part.modules),
+        tuple(rows for part in records for rows in part.rows),
+        tuple(source for part in records for source in part.sources),
         array,
     )
 
 
 def parameter(value: ir.Value) -> Parameter | None:
     """Return the record of an initializer, or None for a constant and for any other value."""
-    found = value.meta.get(META)
-    assert found is None or isinstance(found, Parameter)
-    return found
+    stored = value.meta.get(META)
+    assert stored is None or isinstance(stored, Parameter)
+    return stored
 
 
 def set_parameter(value: ir.Value, record: Parameter) -> None:

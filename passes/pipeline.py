@@ -37,7 +37,7 @@ from llmc.passes.quantize.untie_head import UntieHead
 from llmc.passes.spec import Stage
 from llmc.plugins.paged_attention.spec import QuantizedCache
 
-# The dtypes of graphs for TensorRT. (Engines compute in 16 bits; tests compare a whole graph in fp32.)
+# The dtypes of graphs for TensorRT. Engines compute in 16 bits. Tests compare a whole graph in fp32.
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp32": ir.DataType.FLOAT}
 
 
@@ -48,7 +48,7 @@ def canonicalize(fusion: FusionPlan = FusionPlan()) -> list[Pass]:  # noqa: B008
     """
     return [
         # 1. Attention: from one sequence without a cache to packed sequences with a paged cache.
-        GatherRows(),  # first: later passes know Gather only
+        GatherRows(),  # first: later passes only handle Gather
         FusePartialRope(),  # before LowerRope, which lowers what it fuses
         FoldExpands(),  # before LowerRope: it finds repeated heads behind a TracedRope
         LowerRope(),  # it leaves transposes
@@ -91,7 +91,7 @@ def legalize_onnxruntime() -> list[Pass]:
     """Return the passes from a quantized fp32 graph to ONNX Runtime's."""
     return [
         DoubleFP4Weights(),  # before UnpackFP4Weights: int8 needs no unpacking
-        UnpackFP4Weights(),  # it has no 4-bit floats
+        UnpackFP4Weights(),  # ONNX Runtime has no 4-bit floats
         WidenInt8Weights(),  # two DequantizeLinear would become an int8 product that overflows
         AttachBodies(),
         Finalize(Stage.FOR_ONNXRUNTIME),
@@ -122,8 +122,8 @@ def oracle(dtype: str, round_cache: bool) -> list[Pass]:
     """Return the passes that turn a clone of TensorRT's graph into a stand-in that ONNX Runtime runs.
 
     dtype: the dtype that the engine computes in. With "fp32" nothing is rounded.
-    round_cache: False for the numbers that a cache in that dtype would give instead of quantized ones.
-    The weights stay the same external data, so the file must be in the directory of the original.
+    round_cache: False computes with caches in that dtype in place of quantized ones.
+    The stand-in refers to the same external data, so its file must be in the directory of the original.
     """
     rounding: list[Pass] = []
     narrow = DTYPES[dtype]
@@ -135,7 +135,8 @@ def oracle(dtype: str, round_cache: bool) -> list[Pass]:
         ]
     return [
         UnpackFP4Weights(),
-        WidenQuantizedCaches(rounded=round_cache),  # its roundings are not of the dtype: before RoundOutputs
+        # Before RoundOutputs: this pass rounds to the element type of the caches, not to `dtype`.
+        WidenQuantizedCaches(rounded=round_cache),
         AttachBodies(),
         *rounding,
         Finalize(Stage.ORACLE),

@@ -5,7 +5,7 @@ PAGED            attention reads and writes a paged KV cache: no `llmc.TracedAtt
 PACKED           no batch axis: every activation is [T, ...] and T is the tokens of all sequences end to end.
 CANONICAL        standard ONNX operators and `llmc.PagedAttention` only; logits for the wanted rows only.
 QUANTIZED        also QuantizeLinear, DequantizeLinear, `llmc.RoundFP4`; quantized caches have scales.
-FOR_OPENVINO     for OpenVINO: `llmc.PagedAttention` has its function body; activations in INT8 at most.
+FOR_OPENVINO     for OpenVINO: `llmc.PagedAttention` has its body; activations are quantized to INT8 only.
 FOR_ONNXRUNTIME  for ONNX Runtime: every llmc operator has its body; no 4-bit floats, no quantized caches.
 FOR_TENSORRT     for TensorRT: no function bodies; logits in fp32.
 ORACLE           a stand-in for a TensorRT engine, as FOR_ONNXRUNTIME, with casts to 16 bits.
@@ -52,7 +52,7 @@ ELEMENTWISE = frozenset((
 STRUCTURAL = frozenset((
     "Concat", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 ))
-_ONE_DTYPE = frozenset(("Add", "Concat", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "Sub"))
+_SAME_DTYPE = frozenset(("Add", "Concat", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "Sub"))
 _LAYERS = frozenset((
     "Gemm", "LayerNormalization", "MatMul", "RMSNormalization", "RotaryEmbedding", "Softmax",
 ))
@@ -60,8 +60,8 @@ _LAYERS = frozenset((
 _CANONICAL = ELEMENTWISE | STRUCTURAL | _LAYERS
 TRACED_ONLY = frozenset(("GatherElements", "GatherND", "Shape", "Tile"))  # for GatherRows and FoldExpands
 _QUANTIZED = _CANONICAL | {"QuantizeLinear", "DequantizeLinear"}
-_UNPACKED = _QUANTIZED | {"BitwiseAnd", "BitShift"}  # 4-bit codes as bytes
-_STANDARD = {
+_UNPACKED = _QUANTIZED | {"BitwiseAnd", "BitShift"}  # to unpack 4-bit codes from bytes
+_ONNX_OPERATORS = {
     Stage.TRACED: _CANONICAL | TRACED_ONLY,
     Stage.CANONICAL: _CANONICAL,
     Stage.QUANTIZED: _UNPACKED,
@@ -71,7 +71,7 @@ _STANDARD = {
     Stage.ORACLE: _UNPACKED,
 }
 _TRACED = {"TracedLinear", "TracedRMSNorm", "TracedRope", "TracedAttention"}
-_OURS = {
+_LLMC_OPERATORS = {
     Stage.TRACED: _TRACED | {ATTENTION},
     Stage.PAGED: {"TracedLinear", "TracedRMSNorm", ATTENTION},
     Stage.PACKED: {"TracedLinear", "TracedRMSNorm", ATTENTION},
@@ -83,7 +83,7 @@ _FINAL = (Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.FOR_TENSORRT, Stage.O
 _WITH_BODIES = (Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.ORACLE)
 _PACKED_INPUTS = ("input_ids", "position_ids", *STEP_INPUTS)
 _FP4, _INT8 = ir.DataType.FLOAT4E2M1, ir.DataType.INT8
-_CODES = frozenset(ir.DataType[cache.onnx] for cache in QUANTIZED_CACHES.values())  # of KV caches
+_CACHE_TYPES = frozenset(ir.DataType[cache.onnx] for cache in QUANTIZED_CACHES.values())
 
 
 def module_of(node: ir.Node) -> str:
@@ -100,7 +100,7 @@ def in_module(node: ir.Node) -> bool:
 
 
 def _modules(node: ir.Node) -> list[str]:
-    """Return the modules around `node`, outermost first. The last scope is the node's own."""
+    """Return the modules around `node`, outermost first. The last scope is that of the node itself."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     names = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
     return [
@@ -128,19 +128,19 @@ def check(model: ir.Model, stage: Stage) -> list[str]:
 
 def _node_problems(node: ir.Node, stage: Stage) -> Iterator[str]:
     if node.domain == "llmc":
-        if node.op_type not in _OURS.get(stage, {ATTENTION, ROUND_FP4}):
+        if node.op_type not in _LLMC_OPERATORS.get(stage, {ATTENTION, ROUND_FP4}):
             yield "is not allowed here"
-    elif node.domain != "" or node.op_type not in _STANDARD.get(stage, _CANONICAL):
+    elif node.domain != "" or node.op_type not in _ONNX_OPERATORS.get(stage, _CANONICAL):
         yield "is outside the operators llmc knows"
     dtypes = {value.dtype for value in node.inputs if value is not None and value.dtype is not None}
-    if node.op_type in _ONE_DTYPE and len(dtypes) > 1:
+    if node.op_type in _SAME_DTYPE and len(dtypes) > 1:
         yield f"mixes the element types {' and '.join(sorted(str(dtype) for dtype in dtypes))}"
     if stage not in _BEFORE_PACKED:
         for value in node.outputs:
             if value.shape is not None and len(value.shape) > 1 and value.shape[0] == 1 and _varies(value):
                 yield f"still has a batch axis: {value.name} {value.shape}"
     if node.op_type == ATTENTION and stage in (Stage.QUANTIZED, *_FINAL):
-        quantized = any(value is not None and value.dtype in _CODES for value in node.inputs)
+        quantized = any(value is not None and value.dtype in _CACHE_TYPES for value in node.inputs)
         if quantized and not {"key_scale", "value_scale"} <= node.attributes.keys():
             yield "has a quantized cache without scales"
         if quantized and stage in _WITH_BODIES:

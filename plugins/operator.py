@@ -1,4 +1,4 @@
-"""The operators of our own that engines contain, by their names in the domain `llmc`."""
+"""The custom operators in engines, by their names in the domain `llmc`."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ DOMAIN = "llmc"
 class Operator:
     """An operator with the ABI that this llmc builds and runs."""
 
+    #: The name without the domain.
     name: str
+    #: The version of the operator's inputs, outputs and attributes.
     abi: int
-    module: str  # its `function()` makes the body; named, because the runtime must not import onnx_ir
+    #: The module whose `function()` returns the body. A name, because the runtime must not import onnx_ir.
+    module: str
 
     @property
     def full_name(self) -> str:
-        """The name in a manifest, "llmc.PagedAttention"."""
+        """The name in a manifest, such as "llmc.PagedAttention"."""
         return f"{DOMAIN}.{self.name}"
 
     def body(self) -> Any:
-        """The operator in standard ONNX operators, an `onnx_ir.Function`."""
+        """Return the operator as a function of standard ONNX operators, an `onnx_ir.Function`."""
         return import_module(self.module).function()
 
 
 # The order is that of the bodies in an ONNX file.
 OPERATORS: Mapping[str, Operator] = {
-    one.name: one
-    for one in (
+    operator.name: operator
+    for operator in (
         Operator(round_fp4.NAME, round_fp4.ABI_VERSION, "llmc.plugins.round_fp4.body"),
         Operator(paged_attention.NAME, paged_attention.ABI_VERSION, "llmc.plugins.paged_attention.body"),
     )
@@ -42,14 +45,14 @@ OPERATORS: Mapping[str, Operator] = {
 
 
 def bodies_for(names: Iterable[str]) -> list[Any]:
-    """The bodies, `onnx_ir.Function`, of those names that are operators of our own."""
+    """Return the bodies, `onnx_ir.Function`, of the custom operators among `names`."""
     used = set(names)
     return [operator.body() for name, operator in OPERATORS.items() if name in used]
 
 
 def unsupported(needed: Iterable[tuple[str, int]]) -> list[str]:
-    """A sentence for each operator, (full name, ABI), that this llmc lacks."""
-    known = sorted((one.full_name, one.abi) for one in OPERATORS.values())
+    """Return a sentence for each operator (full name, ABI) that this llmc lacks."""
+    known = sorted((operator.full_name, operator.abi) for operator in OPERATORS.values())
     here = ", ".join(f"{name} at ABI {abi}" for name, abi in known)
     return [
         f"the engine needs operator {name} at ABI {abi}, this llmc has {here}"

@@ -9,7 +9,7 @@ from typing import Any
 from llmc.runtime.errors import RequestError
 from llmc.runtime.sampling import SamplingParams
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int]  # a text, or token ids
 _PROMPTS = "give a text, a list of token ids, or a list of these"
 
 
@@ -45,9 +45,9 @@ def as_params(params: Any, count: int, default: SamplingParams) -> list[Sampling
         return [params] * count
     if isinstance(params, str | bytes | Mapping) or not isinstance(params, Sequence):
         raise _wrong_params("params", params)
-    for i, one in enumerate(params):
-        if not isinstance(one, SamplingParams):
-            raise _wrong_params(f"params[{i}]", one)
+    for i, item in enumerate(params):
+        if not isinstance(item, SamplingParams):
+            raise _wrong_params(f"params[{i}]", item)
     if len(params) != count:
         message = f"{count} prompts but {len(params)} sampling parameters"
         raise RequestError(message, "give one for each prompt", "params")

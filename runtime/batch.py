@@ -50,7 +50,7 @@ class Batch:
         input_ids: list[int] = []
         position_ids: list[int] = []
         query_start, past_lengths, block_begins = [0], [], [0]
-        block_indices: array[int] = array("i")  # long contexts have long tables, so they are copied whole
+        block_indices: array[int] = array("i")  # an array copies long block tables faster than a list
         logits_index: list[int] = []
         for token_ids, past, block_table, wanted in rows:
             first = len(input_ids)
@@ -95,7 +95,7 @@ class Batch:
 
 
 def build_batch(chunks: list[ScheduledChunk]) -> tuple[Batch, list[Sequence]]:
-    """Pack a step. Return it and the sequence of each row of its logits.
+    """Pack a step. Return the step, and the sequence of each row of its logits.
 
     The last token of a chunk gets logits if the chunk completes its sequence's known tokens. A chunk from the
     middle of a prompt gets none.

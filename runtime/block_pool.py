@@ -1,8 +1,8 @@
 """Ownership of KV cache blocks: reference counts, and a prefix cache of full blocks.
 
-A block is used (sequences hold references to it), cached (none does, but the block can be found by the hash
-of its content and used again), or empty. Cached blocks count as free. Allocation takes empty blocks first and
-then evicts the cached block that was released longest ago.
+A block is used, cached, or empty. Sequences hold references to a used block. A cached block has no
+references, but it can be found by the hash of its content and used again. Cached blocks count as free.
+Allocation takes empty blocks first and then evicts the cached block that was released longest ago.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ def hash_block(previous: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 class BlockPool:
-    """The blocks 0 .. num_blocks-1 of a KV cache, with `block_size` tokens each."""
+    """The blocks 0 .. num_blocks-1 of a KV cache, with `block_size` tokens each.
+
+    prefix_cache: False keeps no freed block for reuse.
+    """
 
     def __init__(self, num_blocks: int, block_size: int = BLOCK_SIZE, prefix_cache: bool = True) -> None:
         if num_blocks < 1 or block_size < 1:
@@ -120,7 +123,7 @@ class BlockPool:
         self._hash_of.clear()
 
     def check(self) -> None:
-        """Check every invariant of the pool. Raises AssertionError with a sentence."""
+        """Check every invariant of the pool. Raises AssertionError with the first that fails."""
         empty, cached = set(self._empty), set(self._cached)
         invariant(len(empty) == len(self._empty), f"an empty block is listed twice: {self._empty}")
         invariant(not empty & cached, f"blocks both empty and cached: {empty & cached}")

@@ -1,4 +1,4 @@
-"""The directories in which llmc keeps what it can compute again."""
+"""The cache directories of llmc. Their contents can always be recomputed."""
 
 from __future__ import annotations
 

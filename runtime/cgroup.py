@@ -19,52 +19,52 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")  # blanks in a path of mountinfo
 class Limits:
     """The smallest limits of the control group and of those above it. None: there is no limit."""
 
-    #: Bytes.
+    #: Memory in bytes.
     memory: int | None = None
-    #: Bytes left within the limits. Pages of files that the kernel can drop count as left.
+    #: Memory in bytes that remains within the limits. File pages that the kernel can drop count as free.
     available_memory: int | None = None
-    #: CPUs as a number of full ones, rounded up: 1.5 CPUs of time are 2.
+    #: Number of CPUs, rounded up: a quota of 1.5 CPUs is 2.
     cpus: int | None = None
 
 
 def limits(root: Path = Path("/")) -> Limits:
     """Return the limits of this process. root: where proc and sys are mounted, for tests."""
-    memory, left, cpus = [], [], []
+    memory, available, cpus = [], [], []
     for directory, version in _directories(root):
         for limit, used in _memory(directory, version):
             memory.append(limit)
-            left.append(max(0, limit - used))
+            available.append(max(0, limit - used))
         if (quota := _quota(directory, version)) is not None:
             cpus.append(max(1, math.ceil(quota)))
-    return Limits(min(memory, default=None), min(left, default=None), min(cpus, default=None))
+    return Limits(min(memory, default=None), min(available, default=None), min(cpus, default=None))
 
 
 def _directories(root: Path) -> Iterator[tuple[Path, int]]:
     """Yield the directories of this process's control groups and of all above them, with the version."""
     groups: dict[str, str] = {}  # controller -> path; "": version 2
     for line in _lines(root / "proc/self/cgroup"):
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
+        number, _, controllers_path = line.partition(":")
+        controllers, _, path = controllers_path.partition(":")
         groups |= dict.fromkeys(controllers.split(",") if number != "0" else [""], path)
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
-        fields, kind = before.split(), after.split()
-        if len(fields) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
+        fields, filesystem = before.split(), after.split()
+        if len(fields) < 5 or len(filesystem) < 3 or filesystem[0] not in ("cgroup", "cgroup2"):
             continue
-        version = 2 if kind[0] == "cgroup2" else 1
-        options = [""] if version == 2 else kind[2].split(",")
+        version = 2 if filesystem[0] == "cgroup2" else 1
+        options = [""] if version == 2 else filesystem[2].split(",")
         for controller in options:
             if controller not in groups or (version == 1 and controller not in ("memory", "cpu")):
                 continue
             mount = root / _unescape(fields[4]).lstrip("/")
             inside = _relative(groups[controller], _unescape(fields[3]))
-            yield from ((one, version) for one in _upwards(mount, inside))
+            yield from ((directory, version) for directory in _upwards(mount, inside))
 
 
 def _relative(group: str, mounted: str) -> str:
     """Return the place of `group` below a mount of `mounted`.
 
-    A container without a namespace of its own mounts its group as the root, but is named by the host's path.
+    A container without a cgroup namespace mounts its group as the root, but /proc shows the host's path.
     """
     if group == mounted:
         return ""
@@ -87,7 +87,8 @@ def _memory(directory: Path, version: int) -> Iterator[tuple[int, int]]:
         names, usage, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
     for name in names.split():
         limit = _number(directory / name)
-        if limit is not None and limit < 1 << 60:  # version 1 writes a number near 2^63 for no limit
+        # Version 1 writes a number near 2^63 if there is no limit.
+        if limit is not None and limit < 1 << 60:
             lines = (line.partition(" ") for line in _lines(directory / "memory.stat"))
             dropped = {field: figure for field, _, figure in lines}.get(cache, "0")
             used = (_number(directory / usage) or 0) - (int(dropped) if dropped.isdigit() else 0)

@@ -1,7 +1,7 @@
 """Render a chat template. A template is a program that comes with a model, so `worker.py` calls this.
 
-The environment has the filters, functions and tags that transformers gives to templates. Its sandbox keeps a
-template from the interpreter; the process around it bounds time and memory.
+The environment has the filters, functions and tags that transformers gives to templates. Its sandbox gives
+a template no access to the interpreter. The process around it limits time and memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Refusal(jinja2.TemplateError):
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """Return the text of a template. Any exception can come out of it."""
+    """Return the text of a template with the variables `values`. It may raise any exception."""
     return _compiled(template).render(**values)
 
 

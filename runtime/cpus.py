@@ -17,7 +17,7 @@ def available_cpus() -> int:
 def default_threads(threads: int | None = None) -> int | None:
     """Return the number of threads of an engine: `threads` if given, else the quota of the container.
 
-    None: there is no quota below the number of cores; the engine then uses one thread for each.
+    Returns None if no quota is below the number of cores. The engine then uses one thread per core.
     """
     quota = cgroup.limits().cpus
     return quota if threads is None and quota is not None and quota < _cores() else threads
@@ -26,8 +26,8 @@ def default_threads(threads: int | None = None) -> int | None:
 def limit_library_threads() -> None:
     """Have torch and numpy respect a CPU quota, here and in child processes. Call it before their import.
 
-    By default they start a thread for each core of the host, and wait for each other. OMP_NUM_THREADS wins if
-    it is set.
+    By default these libraries start a thread for each core of the host, and the threads wait for each other.
+    OMP_NUM_THREADS takes precedence if it is set.
     """
     if (threads := default_threads()) is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -41,7 +41,7 @@ def _affinity() -> set[int]:
 
 
 def _cores() -> int:
-    """Return the number of physical cores of the affinity; hardware threads of a core count once."""
+    """Return the number of physical cores that this process may use, not counting hardware threads."""
     cores = set()
     for cpu in _affinity():
         try:

@@ -1,7 +1,7 @@
 """Incremental detokenization: text while tokens are being generated.
 
 A token is bytes, not text. A character may span several tokens, and a stop string several characters. Text
-that is not certain yet is held back until a later token or the end.
+that may still change is held back until a later token or the end.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ class TokenBytes:
 
     def __call__(self, token_id: int, at_start: bool) -> bytes:
         """Return the bytes of a token. Special tokens and unknown ids have none."""
-        known = self._table.get((token_id, at_start))
-        if known is None:
-            known = self._table[token_id, at_start] = self._look_up(token_id, at_start)
-        return known
+        data = self._table.get((token_id, at_start))
+        if data is None:
+            data = self._table[token_id, at_start] = self._look_up(token_id, at_start)
+        return data
 
     def gap(self, token_id: int) -> bytes:
         """Return the bytes that stand between a token and the next one, if there is a next one.
 
-        A token that ends a word by a suffix, such as "time</w>", is followed by a space in this way.
+        For example, a token whose suffix ends a word, such as "time</w>", is followed by a space.
         """
-        known = self._gaps.get(token_id)
-        if known is None:
-            known = self._gaps[token_id] = self._look_up_gap(token_id)
-        return known
+        data = self._gaps.get(token_id)
+        if data is None:
+            data = self._gaps[token_id] = self._look_up_gap(token_id)
+        return data
 
     def _look_up_gap(self, token_id: int) -> bytes:
         piece = self._tokenizer.id_to_token(token_id)
         if piece is None or token_id in self.special:
             return b""
         alone, followed = self._render(["a", piece]), self._render(["a", piece, "b"])
-        last = self._render(["a", "b"]).removeprefix("a")
-        if not followed.startswith(alone) or not followed.endswith(last):
+        following = self._render(["a", "b"]).removeprefix("a")
+        if not followed.startswith(alone) or not followed.endswith(following):
             return b""
-        return followed[len(alone) : len(followed) - len(last)].encode()
+        return followed[len(alone) : len(followed) - len(following)].encode()
 
     def _look_up(self, token_id: int, at_start: bool) -> bytes:
         piece = self._tokenizer.id_to_token(token_id)
@@ -111,7 +111,7 @@ class Detokenizer:
 
 
 class StopChecker:
-    """Ends a text before the first of the `stop` strings.
+    """Cut a text before the first of the `stop` strings.
 
     The first stop string is the one that is complete first, so the result does not depend on how the text is
     split. Text that may be the beginning of a stop string is held back.
@@ -124,14 +124,14 @@ class StopChecker:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Return the text that is now certain and was not returned before."""
+        """Return the text that can no longer change and was not returned before."""
         if not self._stop or self.stopped:
             return "" if self.stopped else text
         text = self._held + text
-        found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
-        if found:
+        matches = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        if matches:
             self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            return text[: min(matches)[1]]
         keep = min(self._longest - 1, len(text))
         while keep and not any(stop.startswith(text[len(text) - keep :]) for stop in self._stop):
             keep -= 1
@@ -157,7 +157,7 @@ class TextStream:
         return self._checker.stopped
 
     def push(self, token_id: int) -> str:
-        """Return the text that `token_id` makes certain."""
+        """Return the text that `token_id` completes."""
         return self._checker.push(self._detokenizer.push(token_id))
 
     def finish(self) -> str:

@@ -25,13 +25,14 @@ from llmc.runtime.sequence import Sequence as TokenSequence
 from llmc.runtime.tokenizer import Tokenizer
 from llmc.runtime.turns import Turns
 
-_Row = tuple[np.ndarray | None, np.ndarray]  # ids and logits, as in `Candidates`
+_Row = tuple[np.ndarray | None, np.ndarray]  # token ids and logits, as in `Candidates`
 
 
 @dataclass(frozen=True)
 class RequestOutput:
     """A request after one of its steps."""
 
+    #: The id of the request.
     request_id: str
     #: The text that this step added.
     new_text: str
@@ -48,14 +49,21 @@ class RequestOutput:
 
 @dataclass
 class EngineStats:
-    """Totals since the engine started. step_seconds - backend_seconds is the time outside the backend."""
+    """Totals since the engine started."""
 
+    #: Number of steps.
     steps: int = 0
+    #: Time of all steps, in seconds.
     step_seconds: float = 0.0
+    #: The part of `step_seconds` that the backend took.
     backend_seconds: float = 0.0
+    #: Tokens of prompts and outputs that the backend computed.
     computed_tokens: int = 0
+    #: Tokens that were sampled.
     generated_tokens: int = 0
+    #: Tokens that the prefix cache provided.
     cached_tokens: int = 0
+    #: How many times a running sequence was preempted.
     preemptions: int = 0
 
 
@@ -92,11 +100,13 @@ class Engine:
     ) -> None:
         """Create an engine. Without a tokenizer, prompts are token ids and there is no output text.
 
+        eos_token_ids: the tokens that end an output.
         max_seq_len: the maximum number of tokens of prompt and output together.
         max_batch_tokens: the maximum number of tokens in a step.
         max_sequences: the maximum number of sequences that run at the same time.
+        prefix_cache: whether to reuse the KV blocks of equal prefixes.
         vocab_size: the rows of the model's embedding table. The default is the tokenizer's size.
-        default_params: the sampling parameters of requests that bring none.
+        default_params: the sampling parameters of requests that have none.
         """
         self.backend = backend
         self.tokenizer = tokenizer
@@ -109,9 +119,8 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._numbers = count(1)
         self._turns = Turns()
-        self._dropped: deque[str] = (
-            deque()
-        )  # streams that the garbage collector closed in the middle of a step
+        # The ids of streams that the garbage collector closed in the middle of a step.
+        self._dropped: deque[str] = deque()
         self._closed = False
 
     @property
@@ -127,8 +136,8 @@ class Engine:
         Raises RequestError if the prompt is empty, too long or outside the vocabulary, if prompt and
         max_tokens can never fit the cache, or if a request with this id is unfinished.
         """
-        (one,) = as_params(params, 1, self.default_params)
-        return self._queue(self._accept(as_prompt(prompt), one, request_id))
+        (checked,) = as_params(params, 1, self.default_params)
+        return self._queue(self._accept(as_prompt(prompt), checked, request_id))
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch. Return an output for every request that got a token.
@@ -181,18 +190,18 @@ class Engine:
         prompts: str | Iterable[int] | Iterable[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Run all prompts to the end. Return the finished outputs in the order of the prompts.
+        """Generate until every prompt is finished. Return the finished outputs in the order of the prompts.
 
         prompts: texts and lists of token ids. A single one needs no list around it.
         params: one SamplingParams for all prompts, or a list with one for each.
         Other requests of the engine advance too.
         """
         listed = as_prompts(prompts)
-        each = as_params(params, len(listed), self.default_params)
+        params_list = as_params(params, len(listed), self.default_params)
         requests = []
-        for number, (prompt, one) in enumerate(zip(listed, each, strict=True)):
+        for number, (prompt, prompt_params) in enumerate(zip(listed, params_list, strict=True)):
             try:
-                requests.append(self._accept(prompt, one, None))
+                requests.append(self._accept(prompt, prompt_params, None))
             except RequestError as error:
                 where = f"prompts[{number}]: " if len(listed) > 1 else ""
                 raise RequestError(where + error.message, error.hint, error.argument) from error
@@ -212,8 +221,8 @@ class Engine:
         Streams may be read in turns: each advances all of them, and no output is lost.
         Raises RequestError at the call, not at the first token.
         """
-        (one,) = as_params(params, 1, self.default_params)
-        return self._stream(self._accept(as_prompt(prompt), one, None))
+        (checked,) = as_params(params, 1, self.default_params)
+        return self._stream(self._accept(as_prompt(prompt), checked, None))
 
     def _stream(self, request: _Request) -> Iterator[RequestOutput]:
         inbox = request.inbox = deque()
@@ -300,8 +309,8 @@ class Engine:
         """Run the step. Return the logits of each row, or only candidates if the backend can select them."""
         rows: Iterable[_Row]
         started = time.perf_counter()
-        most = getattr(self.backend, "max_candidates", 0)
-        if most and (k := candidates_needed((s.params for s in sampled), most)):
+        limit = getattr(self.backend, "max_candidates", 0)
+        if limit and (k := candidates_needed((s.params for s in sampled), limit)):
             rows = cast(SamplingBackend, self.backend).forward_sampled(batch, k)
         else:
             rows = zip(repeat(None), self.backend.forward(batch))
@@ -348,7 +357,7 @@ class Engine:
 
 
 def _check_unicode(prompt: str) -> None:
-    """Raise RequestError for a text with lone surrogates, which is what Python makes of undecodable bytes."""
+    """Raise RequestError for a text with lone surrogates, which Python uses for undecodable bytes."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:

@@ -10,7 +10,7 @@ LlmcError
 ├── RequestError        a generation request or an option that cannot be served
 └── BackendError        an engine backend failed its self-test or its call
 
-Each has a message (the fact: what, where) and a hint (what to do about it). The command line prints them as
+Each has a message, which states the fact, and a hint, which says what to do. The command line prints them as
 one `error:` and one `hint:` line. It exits with 1, with 2 if the error names an `argument`, and with 3 for a
 ThresholdError.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 class LlmcError(Exception):
     """Base class. `message` states the fact in one line, `hint` says what to do about it.
 
-    argument: the argument whose value is refused, by its Python name; "": none. On the command line it is an
+    argument: the Python name of the argument whose value is refused, or "". On the command line it is an
         option: `max_tokens` is --max-tokens.
     """
 

@@ -13,7 +13,7 @@ DISTRIBUTION = "llmc-aot"
 
 
 def install_hint(extra: str = "") -> str:
-    """Return the command that installs `extra`. Without one: llmc with the libraries of `llmc run`.
+    """Return the command that installs `extra`, or llmc with the libraries of `llmc run` if `extra` is empty.
 
     The command installs from the clone if llmc was installed from one, otherwise from the package index.
     """
@@ -23,7 +23,7 @@ def install_hint(extra: str = "") -> str:
 
 
 def upgrade_hint(version: str = "") -> str:
-    """Return the command that installs llmc `version` or newer."""
+    """Return the command that installs llmc `version` or newer, or the newest one."""
     if from_clone():
         return f"git pull && {install_hint()}"
     return f"pip install '{DISTRIBUTION}>={version}'" if version else install_hint()

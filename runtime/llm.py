@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The fields of SamplingParams, as keyword arguments. None is the same as leaving one out."""
+    """The fields of SamplingParams, as keyword arguments. None is the same as leaving the argument out."""
 
     max_tokens: int | None
     temperature: float | None
@@ -97,7 +97,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[RequestOutput]:
-        """Generate an answer to every prompt. Return them in the order of the prompts, in a list.
+        """Generate an output for every prompt. Return the outputs in the order of the prompts.
 
         prompts: texts, or lists of token ids. A single one needs no list around it.
         params: sampling parameters for all prompts, or a list with one for each. The default is
@@ -110,12 +110,12 @@ class LLM:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
     ) -> Iterator[RequestOutput]:
-        """Yield the output after each of its tokens. `new_text` is what the token added.
+        """Yield the output after each of its tokens. `new_text` is the text that the token added.
 
         Closing the iterator ends the request. Errors are raised at the call, not at the first token.
         """
-        (one,) = as_params(self._params(params, options), 1, self.default_params)
-        return self.engine.stream(prompt, one)
+        (checked,) = as_params(self._params(params, options), 1, self.default_params)
+        return self.engine.stream(prompt, checked)
 
     def chat(
         self,
@@ -133,8 +133,8 @@ class LLM:
         chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
         """
         prompt = self.chat_prompt(messages, system=system, chat_template_kwargs=chat_template_kwargs)
-        (one,) = as_params(self._params(params, options), 1, self.default_params)
-        return self.engine.generate([prompt], one)[0]
+        (checked,) = as_params(self._params(params, options), 1, self.default_params)
+        return self.engine.generate([prompt], checked)[0]
 
     def chat_prompt(
         self,
@@ -177,23 +177,23 @@ class LLM:
                 near = get_close_matches(name, names, 1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
                 raise RequestError(f"there is no argument {name}", hint, name)
-        given = {name: value for name, value in options.items() if value is not None}
+        changes = {name: value for name, value in options.items() if value is not None}
         if params is None or isinstance(params, SamplingParams):
-            return replace(params or self.default_params, **given)
+            return replace(params or self.default_params, **changes)
         count = len(params) if isinstance(params, Sequence) else 1
-        return [replace(one, **given) for one in as_params(params, count, self.default_params)]
+        return [replace(each, **changes) for each in as_params(params, count, self.default_params)]
 
 
-def _template_variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    if not isinstance(given, Mapping | None):
-        message = f"chat_template_kwargs is of type {type(given).__name__}"
+def _template_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not isinstance(variables, Mapping | None):
+        message = f"chat_template_kwargs is of type {type(variables).__name__}"
         hint = 'give a dict, such as {"enable_thinking": False}'
         raise RequestError(message, hint, "chat_template_kwargs")
-    for name in given or ():
+    for name in variables or ():
         if not isinstance(name, str) or name in ("self", "messages"):
             message, hint = (
                 f"chat_template_kwargs has the key {name!r}",
                 "it must be a variable of the template",
             )
             raise RequestError(message, hint, "chat_template_kwargs")
-    return dict(given or {})
+    return dict(variables or {})

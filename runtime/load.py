@@ -40,7 +40,7 @@ def load_engine(
     prefix_cache: reuse the KV blocks of equal prefixes.
     fast: quantize activations to int8 in layers with int8 or int4 weights (OpenVINO only), and with a u8 KV
         cache compute the rest in bf16 if the CPU supports it. It is faster and not exact:
-        docs/explanation/quantization.md has the quantization loss. By default arithmetic is fp32.
+        docs/explanation/quantization.md lists the quantization loss. By default arithmetic is fp32.
     Raises BundleError, BackendError, RequestError.
     """
     if not isinstance(bundle, str | os.PathLike | Bundle):
@@ -83,7 +83,7 @@ def load_engine(
 
 
 def default_params(sampling: Sampling | None) -> SamplingParams:
-    """Return the sampling parameters of requests that bring none: the bundle's, else greedy decoding."""
+    """Return the sampling parameters of requests that have none: the bundle's, else greedy decoding."""
     if sampling is None:
         return SamplingParams()
     values = asdict(sampling)
@@ -121,5 +121,5 @@ def _activation_group(opened: Bundle) -> int:
 
 def _check_operators(manifest: Manifest) -> None:
     """Raise BundleError if the engine uses an operator that this runtime lacks in that ABI version."""
-    if missing := unsupported((one.name, one.abi) for one in manifest.operators):
+    if missing := unsupported((operator.name, operator.abi) for operator in manifest.operators):
         raise BundleError(missing[0], "build the bundle again with this llmc")

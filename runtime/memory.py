@@ -1,4 +1,4 @@
-"""The memory of this machine, within its container's limit, and an estimate of that for a verification."""
+"""The memory of this machine, within its container's limit, and an estimate of what a verification needs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ _BASE_BYTES = 900 << 20  # torch, transformers and an engine, without weights
 
 
 def total_memory() -> int | None:
-    """Return the bytes of the machine, or the limit of its container. None: the system reports neither."""
+    """Return the machine's memory in bytes, or its container's limit. None: the system reports neither."""
     return _smaller(_meminfo("MemTotal"), cgroup.limits().memory)
 
 
 def available_memory() -> int | None:
-    """Return the bytes available without swapping and within the limit of the container.
+    """Return the bytes that are available without swapping and within the limit of the container.
 
-    None: the system does not report them.
+    Returns None if the system does not report them.
     """
     return _smaller(_meminfo("MemAvailable"), cgroup.limits().available_memory)
 
@@ -23,15 +23,15 @@ def available_memory() -> int | None:
 def memory_needed(weight_bytes: int) -> int:
     """Estimate the bytes that a verification needs.
 
-    weight_bytes: the size of all weights in fp32, for any dtype of the engine. transformers holds them first,
-    and then the engine, packed or widened, but never both at the same time. Pages of the engine's file are
+    weight_bytes: the size of all weights in fp32, for any dtype of the engine. First transformers holds them,
+    then the engine, packed or widened, but never both at the same time. Pages of the engine's file are
     extra, and the kernel may drop them.
     """
     return _BASE_BYTES + int(weight_bytes * 1.25)
 
 
-def _smaller(*figures: int | None) -> int | None:
-    return min((figure for figure in figures if figure is not None), default=None)
+def _smaller(*sizes: int | None) -> int | None:
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def _meminfo(field: str) -> int | None:

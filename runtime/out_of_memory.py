@@ -1,4 +1,4 @@
-"""Recognize a lack of memory in the exceptions of libraries, which have no type for it."""
+"""Recognize out-of-memory errors among the exceptions of libraries, which have no common type for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from llmc.runtime.errors import LlmcError
 
-# As C++, OpenVINO, oneDNN, torch, the dynamic loader, Python and the system say it.
+# The words of C++, OpenVINO, oneDNN, torch, the dynamic loader, Python and the system.
 _WORDS = re.compile(
     r"MemoryError|bad_alloc|bad allocation|can(?:'|no)t alloc|fail(?:ed|ure)? to alloc"
     r"|can(?:'|no)t allocate memory|not enough memory|out of memory|failed to map segment"
@@ -22,7 +22,7 @@ def says_out_of_memory(text: str) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error`, or what caused it, is a lack of memory."""
+    """Return whether `error`, or one of its causes, is a lack of memory."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOMEM:

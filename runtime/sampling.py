@@ -44,14 +44,14 @@ class SamplingParams:
         for field in fields(self):
             value = _plain(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-            kind, allowed, hint = _LIMITS[field.name]
-            wrong_kind = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
-            if wrong_kind or not allowed(value):
+            types, allowed, hint = _LIMITS[field.name]
+            wrong_type = not isinstance(value, types) or (isinstance(value, bool) and types is not bool)
+            if wrong_type or not allowed(value):
                 raise RequestError(f"{field.name} is {value!r}", f"{field.name} must be {hint}", field.name)
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Return the value of a field with numpy's numbers as Python's, and stop strings as a tuple."""
+    """Return the value of a field, with numpy numbers as Python numbers and stop strings as a tuple."""
     if isinstance(value, np.generic):
         return value.item()
     if name == "stop":
@@ -85,13 +85,15 @@ _LIMITS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
 def candidates_needed(params: Iterable[SamplingParams], most: int) -> int:
     """Return how many of a row's largest logits, with ties, decide its next token, for all rows.
 
-    1: all rows are decoded greedily, so the first of the largest logits is enough. Sampling with top_k 1 also
-    needs the ties, so it counts as 2. 0: a row needs all its logits, or more than `most`.
+    most: the largest number that the backend can select.
+    Returns 1 if all rows are decoded greedily: the first of the largest logits is enough. Sampling with
+    top_k 1 also needs the ties, so it counts as 2. Returns 0 if a row needs all its logits, or more than
+    `most`.
     """
     needed = 0
-    for one in params:
-        count = 1 if one.temperature == 0.0 else one.top_k and max(2, one.top_k)
-        if one.repetition_penalty != 1.0 or not 0 < count <= most:
+    for row in params:
+        count = 1 if row.temperature == 0.0 else row.top_k and max(2, row.top_k)
+        if row.repetition_penalty != 1.0 or not 0 < count <= most:
             return 0
         needed = max(needed, count)
     return needed
@@ -163,12 +165,12 @@ def _largest(logits: np.ndarray, count: int) -> np.ndarray:
     # columns that reach the bound matter: 0.05 ms for 150,000 logits. A partition of them all takes 2 ms.
     columns = len(logits) // 64
     if count <= columns:
-        rest = 64 * columns
-        peaks = logits[:rest].reshape(64, columns).max(axis=0)
+        covered = 64 * columns
+        peaks = logits[:covered].reshape(64, columns).max(axis=0)
         _check_finite(peaks.max())  # the comparison below would drop a NaN silently
         reached = np.flatnonzero(peaks >= np.partition(peaks, -count)[-count])
         near = (reached + columns * np.arange(64)[:, None]).ravel()
-        near = np.concatenate([near, np.arange(rest, len(logits))])
+        near = np.concatenate([near, np.arange(covered, len(logits))])
     else:
         near = np.arange(len(logits))
     values = logits[near]
@@ -189,11 +191,11 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     ordered = np.sort(values)
     tail = total - float(ordered.sum(dtype=np.float64))
     reached = tail + np.cumsum(ordered, dtype=np.float64)
-    gone = min(int(np.searchsorted(reached, outside, side="right")), len(ordered) - 1)
-    kept = np.flatnonzero(values >= ordered[gone])
-    tied = len(kept) - (len(ordered) - gone)  # kept ones that equal the last one gone
+    removed = min(int(np.searchsorted(reached, outside, side="right")), len(ordered) - 1)
+    kept = np.flatnonzero(values >= ordered[removed])
+    tied = len(kept) - (len(ordered) - removed)  # kept tokens that equal the last removed one
     if tied:
-        kept = np.setdiff1d(kept, np.flatnonzero(values == ordered[gone])[:tied])
+        kept = np.setdiff1d(kept, np.flatnonzero(values == ordered[removed])[:tied])
     return head[kept]
 
 

@@ -3,8 +3,8 @@
 Sequences are served in the order of arrival. Running sequences decode first, and the rest of the step's token
 budget prefills the next prompts in chunks. When blocks run out, the youngest running sequence is preempted:
 it frees its blocks and waits at the head of the queue to be computed again (its full blocks usually come from
-the prefix cache). So the oldest sequence always gets the blocks that it needs. The scheduler accepts no
-request that the whole pool cannot hold, so every request finishes.
+the prefix cache). So the oldest sequence always gets the blocks that it needs. The scheduler rejects
+requests that the whole pool cannot hold, so every accepted request finishes.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Scheduler:
             while count and not self._grow(sequence, count):
                 short_of_blocks = True
                 if self.running[-1] is sequence:
-                    count = 0  # nobody to take blocks from: pause, with its blocks, until there are some
+                    count = 0  # no younger sequence to preempt: keep its blocks and wait for free ones
                 else:
                     self._preempt_youngest()
                     self.num_preemptions += 1
@@ -175,7 +175,7 @@ class Scheduler:
         sequence.num_computed = 0
 
     def check(self) -> None:
-        """Check every invariant, between steps. Raises AssertionError with a sentence."""
+        """Check every invariant, between steps. Raises AssertionError with the first that fails."""
         self.pool.check()
         arrivals = [sequence.arrival for sequence in (*self.running, *self.waiting)]
         invariant(arrivals == sorted(set(arrivals)), f"not in the order of arrival: {arrivals}")

@@ -30,7 +30,7 @@ class Sequence:
     num_computed: the number of tokens whose keys and values are in the cache.
     block_table: the cache blocks of these tokens, in order, int32.
     arrival: the place in the order of arrival, set by the scheduler.
-    rng: the request's random numbers, independent of other requests.
+    rng: the request's random number generator, independent of other requests.
     """
 
     __slots__ = (

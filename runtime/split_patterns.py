@@ -1,6 +1,6 @@
 """The regular expressions by which published tokenizers split a text. They take linear time.
 
-A tokenizer with another one works as well. It encodes in a process of its own (`text_encoder.py`), because
+A tokenizer with another expression works too. It encodes in a separate process (`text_encoder.py`), because
 its expression may take exponential time.
 """
 
@@ -17,11 +17,12 @@ _PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
 
 
 def _gpt4(digits: str) -> str:
+    """Return the pattern of GPT-4's tokenizer, with `digits` as the pattern of a number."""
     return "|".join((_GPT4_SUFFIXES, _LETTERS, digits, _SIGNS, _LINES, _SPACES))
 
 
 def _cased(digits: str, suffixes: str) -> str:
-    """GPT-4o and those after it: a word is split before its capital letters."""
+    """Return the pattern of GPT-4o and later tokenizers, which split a word before its capital letters."""
     words = [
         rf"[^\r\n\p{{L}}\p{{N}}]?{first}{second}{suffixes}"
         for first, second in ((f"{_UPPER}*", f"{_LOWER}+"), (f"{_UPPER}+", f"{_LOWER}*"))

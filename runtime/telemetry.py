@@ -16,9 +16,9 @@ _OPENVINO_PACKAGE = "openvino_telemetry"
 
 
 def disable_telemetry() -> None:
-    """Switch it off in this process and in those that inherit its environment.
+    """Switch telemetry off in this process and in those that inherit its environment.
 
-    OpenVINO has no variable for this: without its telemetry package it uses a stub that sends nothing.
+    OpenVINO has no variable for this. Without its telemetry package it uses a stub that sends nothing.
     """
     os.environ.update(VARIABLES)
     sys.modules.setdefault(_OPENVINO_PACKAGE, None)  # type: ignore[arg-type]  # an import raises ImportError

@@ -1,7 +1,8 @@
 """Encode texts with a tokenizer that may be hostile or broken.
 
-The Rust library raises plain Exception for errors and PanicException, which is no Exception, for its bugs.
-Both become ValueError here. What it would compute without end, or with endless memory, runs in a `Worker`.
+The Rust library raises a plain Exception for errors, and for its bugs PanicException, which derives from
+BaseException. Both become ValueError here. Texts that could take unbounded time or memory are encoded in a
+`Worker`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from llmc.runtime.errors import RequestError
 from llmc.runtime.split_patterns import LINEAR_PATTERNS
 from llmc.runtime.worker import Worker, WorkerError, describe
 
-_CHARACTERS_A_SECOND = 100_000  # ten times slower than a tokenizer is
+_CHARACTERS_A_SECOND = 100_000  # a tenth of a tokenizer's speed
 _MAX_GROWTH = 64  # a normalizer may make a text this many times as long
 _MAX_ADDED = 32  # special tokens around a text, and characters that a normalizer puts before it
 _STDERR = threading.Lock()
@@ -42,9 +43,11 @@ _SIMPLE = frozenset(
 
 @dataclass(frozen=True)
 class Encoded:
-    """The token ids of a text. special: which of them the tokenizer added, such as BOS."""
+    """The tokens of a text."""
 
+    #: The token ids.
     ids: list[int]
+    #: For each token 1 if the tokenizer added it, such as BOS, else 0.
     special: list[int]
 
 
@@ -64,8 +67,8 @@ class TextEncoder:
         try:
             if self._worker is None:
                 with errors_as_values():
-                    found = self.backend.encode(text, add_special_tokens=add_special_tokens)
-                return Encoded(found.ids, found.special_tokens_mask)
+                    encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+                return Encoded(encoding.ids, encoding.special_tokens_mask)
             seconds = len(text) // _CHARACTERS_A_SECOND
             reply = self._worker.call(seconds, encode=text, special=add_special_tokens)
             return Encoded(reply["ids"], reply["special"])
@@ -78,14 +81,14 @@ class TextEncoder:
 
     @cached_property
     def _worker(self) -> Worker | None:
-        """The process that encodes; None: this one does."""
+        """The process that encodes; None: this process does."""
         if is_bounded(self.backend):
             return None
         return Worker(self.backend.to_str(), self.backend.encode_special_tokens)
 
 
 def _surrogate(text: str) -> int | None:
-    """Return the place of half a UTF-16 pair, which is no character, or None."""
+    """Return the index of the first lone surrogate, which is not a character, or None."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -104,7 +107,7 @@ def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
 
 @contextlib.contextmanager
 def errors_as_values() -> Iterator[None]:
-    """Turn what the Rust library raises into ValueError with a message of one line."""
+    """Turn the exceptions of the Rust library into ValueError with a message of one line."""
     try:
         yield
     except MemoryError:
@@ -119,16 +122,16 @@ def errors_as_values() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Drop what this process writes to stderr: the Rust library reports a panic there, and raises it too."""
+    """Drop this process's output on stderr. The Rust library prints a panic there and also raises it."""
     with _STDERR:
         try:
             kept = os.dup(2)
         except OSError:  # there is no stderr
             yield
             return
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
         try:
             yield
         finally:
@@ -137,13 +140,13 @@ def quiet_stderr() -> Iterator[None]:
 
 
 def quiet_decoder(backend: tokenizers.Tokenizer) -> Callable[[], AbstractContextManager[None]]:
-    """Return `quiet_stderr` for a decoder that makes the library panic on some texts, else no-op."""
+    """Return `quiet_stderr` for a decoder that makes the library panic on some texts, else a no-op."""
     state = b"" if backend.decoder is None else backend.decoder.__getstate__()
     return quiet_stderr if re.search(b'"Regex"|"stop":[1-9]', state) else contextlib.nullcontext
 
 
 def is_bounded(backend: tokenizers.Tokenizer) -> bool:
-    """Return whether every text costs little: time and memory in proportion to its length."""
+    """Return whether encoding takes time and memory in proportion to the length of any text."""
     try:
         normalizer, pre_tokenizer = _state(backend.normalizer), _state(backend.pre_tokenizer)
         steps = [*_steps(normalizer), *_steps(pre_tokenizer), *_steps(_state(backend.post_processor))]

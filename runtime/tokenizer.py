@@ -74,7 +74,7 @@ class Tokenizer:
         except ValueError as error:
             raise BundleError(f"{path} cannot be read: {error}", "build the bundle again") from error
         config = _read_json(directory / "tokenizer_config.json")
-        if "added_tokens_decoder" not in config:  # newer, with all that the other file says
+        if "added_tokens_decoder" not in config:  # else a newer file, which includes special_tokens_map.json
             config |= _read_json(directory / "special_tokens_map.json")
         try:
             special_tokens = _special_tokens(config)
@@ -91,7 +91,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest token id. Ids can have gaps."""
+        """The largest token id plus one. Ids can have gaps."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -143,8 +143,8 @@ class Tokenizer:
             )
         try:
             # Through JSON and back, because the template is untrusted code and must see plain data only.
-            given = {"messages": [_plain(message) for message in messages], **variables}
-            data = json.loads(json.dumps(given))
+            untrusted = {"messages": [_plain(message) for message in messages], **variables}
+            data = json.loads(json.dumps(untrusted))
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"the messages are not plain JSON: {error}") from error
         values = {"tools": None, "documents": None, **self.special_tokens, **data}
@@ -161,7 +161,7 @@ class Tokenizer:
 
 
 def _plain(message: Message) -> Message:
-    """Return a message without None values, which templates would print. Reasoning gets all its names."""
+    """Return a message without None values, which templates would print. Reasoning gets all known names."""
     message = {name: value for name, value in message.items() if value is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((message[name] for name in names if name in message), None)
@@ -177,7 +177,7 @@ def _content(value: Any) -> str | None:
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Return the special tokens with a name: bos_token, eos_token, ..., and the names that a model adds."""
+    """Return name -> text of the special tokens: bos_token, eos_token, ..., and a model's extra names."""
     named = {name: value for name, value in config.items() if name.endswith("_token")}
     extra = config.get("extra_special_tokens")
     if isinstance(extra, dict):

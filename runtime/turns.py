@@ -6,7 +6,7 @@ import threading
 
 
 class Turns:
-    """A context manager that one thread at a time enters, first come, first served.
+    """A context manager that one thread at a time enters, in the order of the calls.
 
     `threading.Lock` would let a thread that steps in a loop keep all others waiting. It is not reentrant.
     """
@@ -30,7 +30,7 @@ class Turns:
             try:
                 while self._serving != ticket:
                     self._changed.wait()
-            except BaseException:  # an interrupt: those behind must not wait for this thread
+            except BaseException:  # an interrupt: later threads must not wait for this one
                 if self._serving == ticket:
                     self._advance()
                 else:

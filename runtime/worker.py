@@ -1,9 +1,9 @@
-"""A process of its own for the programs that come with a model.
+"""A separate process for the programs that come with a model.
 
-Chat templates are programs, and so are the regular expressions of a tokenizer: a hostile or careless one
-runs for ever, takes all memory, or brings the library down. Here it meets limits, and only its request fails.
+Chat templates are programs, and so are the regular expressions of a tokenizer. A hostile or careless one runs
+forever, takes all memory, or crashes the library. In this process it has limits, and only its request fails.
 
-    requests and replies, JSON lines on the pipes:
+    Requests and replies are JSON lines on the pipes:
     {"template": source, "values": {...}}        -> {"text": ...}
     {"encode": text, "special": bool}            -> {"ids": [...], "special": [0 or 1, ...]}
     any of them                                  -> {"error": "refused" | "failed" | "invalid" | "limit",
@@ -28,16 +28,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-SECONDS = 3  # for a request; ordinary ones take milliseconds
-_LOAD_SECONDS = 60  # for the tokenizer; a second is usual for a large one
-MEMORY = 1 << 30  # bytes of address space, beyond what a process with a tokenizer needs
+SECONDS = 3  # for a request; ordinary requests take milliseconds
+_LOAD_SECONDS = 60  # to load the tokenizer; a large one usually takes a second
+MEMORY = 1 << 30  # bytes of address space; more for a process with a tokenizer (`_limit_memory`)
 MAX_CHARACTERS = 1 << 25  # of a rendered conversation
 MAX_MESSAGE = 300  # characters of an error message
 _START = "import sys; sys.path += sys.argv[1:]; from llmc.runtime.worker import serve; serve()"
 
 
 class WorkerError(Exception):
-    """A request failed. kind: as in the reply; "limit" also if the process died."""
+    """A request failed. kind: the "error" of the reply, or "limit" if the process died."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -45,12 +45,12 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """Starts its process at the first request, and a new one after a request that ended the process.
+    """A process for requests. It starts at the first request, and again after a request that ended it.
 
-    Threads may share it: their requests wait for each other.
+    Threads may share a worker: their requests wait for each other.
 
-    tokenizer: the text of the tokenizer.json to encode with
-    split_special_tokens: encode the name of a special token in a text as plain text
+    tokenizer: the text of the tokenizer.json to encode with.
+    split_special_tokens: encode the name of a special token in a text as plain text.
     """
 
     def __init__(self, tokenizer: str | None = None, split_special_tokens: bool = False) -> None:
@@ -63,7 +63,7 @@ class Worker:
     def call(self, more_seconds: float = 0, **request: Any) -> dict[str, Any]:
         """Return the reply to a request. Raises WorkerError.
 
-        more_seconds: time that this request may take beyond SECONDS
+        more_seconds: the time that this request may take beyond SECONDS.
         """
         seconds = SECONDS + more_seconds
         with self._lock:
@@ -95,7 +95,7 @@ class Worker:
                 _write(process.stdin, line)
             answer = process.stdout.readline()  # type: ignore[union-attr]
         finally:
-            if not answer:  # it died, or this thread was interrupted
+            if not answer:  # the process died, or this thread was interrupted
                 self.close()
         if answer:
             return json.loads(answer)
@@ -135,12 +135,12 @@ def _write(pipe: IO[str] | None, line: str) -> None:
 
 
 def _import_paths() -> list[str]:
-    """Return where this process finds llmc and the libraries, without importing them."""
+    """Return the directories of llmc and the libraries for `sys.path`, without importing them."""
     places = []
     for name in ("llmc", "jinja2", "tokenizers"):
         spec = find_spec(name)
         places += [Path(place).absolute() for place in (spec and spec.submodule_search_locations) or ()]
-    # An editable installation has llmc under another name and finds it by itself.
+    # An editable installation keeps llmc under another name. Its import hook finds it without a path.
     return [str(place.parent) for place in places if place.name in ("llmc", "jinja2", "tokenizers")]
 
 
@@ -153,7 +153,7 @@ def serve() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # stdout is for replies alone
     requests = os.fdopen(os.dup(0), encoding="utf-8")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process
     setup = json.loads(requests.readline())
     _limit_memory(setup["tokenizer"])
     with _alarm(_LOAD_SECONDS):
@@ -198,8 +198,8 @@ def _kind(error: BaseException) -> str:
         return "limit"
     if isinstance(error, Refusal):
         return "refused"
-    broken = (jinja2.TemplateSyntaxError, jinja2.exceptions.SecurityError)
-    return "invalid" if isinstance(error, broken) else "failed"
+    invalid = (jinja2.TemplateSyntaxError, jinja2.exceptions.SecurityError)
+    return "invalid" if isinstance(error, invalid) else "failed"
 
 
 def describe(error: BaseException) -> str:
@@ -215,7 +215,7 @@ def describe(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """End this process after `seconds`, whatever it is doing then."""
+    """End this process if the block takes longer than `seconds`."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     yield

@@ -1,4 +1,4 @@
-"""`make gpu-check`: the attention kernels on this machine's NVIDIA GPU. See docs/gpu/README.md."""
+"""Check the attention kernels on this machine's NVIDIA GPU (`make gpu-check`). See docs/gpu/README.md."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def use_this_checkout() -> None:
-    """Makes `import llmc` find the packages of this checkout, whether or not llmc is installed.
+    """Make `import llmc` find the packages of this checkout, whether or not llmc is installed.
 
-    They lie at its top level, so its root serves as the package `llmc`.
+    The packages are at the top level of the checkout, so its root serves as the package `llmc`.
     """
     package = ModuleType("llmc")
     package.__path__ = [str(ROOT)]

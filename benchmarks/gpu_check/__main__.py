@@ -1,6 +1,7 @@
-"""`python benchmarks/gpu_check`: runs all parts, writes one JSON and one table under docs/gpu/.
+"""Run all parts of the check, and write a JSON file and a page of tables under docs/gpu/.
 
-Exit code 0: everything that could run here passed. 1: something failed, or there is nothing to run on.
+`python benchmarks/gpu_check` exits with 0 if every part that could run here passed, and with 1 if one failed
+or if there is no usable GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # started by its path: again, as a package
+if not __package__:  # started by its path: run it again as a package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     runpy.run_module("gpu_check", run_name="__main__", alter_sys=True)
     sys.exit()
@@ -22,7 +23,7 @@ if not __package__:  # started by its path: again, as a package
 from . import ROOT, use_this_checkout
 from .options import Options
 
-_TIME_LIMIT = 465.0
+_TIME_LIMIT = 465.0  # seconds
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,12 +62,12 @@ def _check(card: Any, options: Options, arguments: argparse.Namespace) -> int:
     print(f"{card.name}, SM{card.sm}, seed {options.seed}")
     for part in wanted:
         print(f"{part.name} ...", flush=True)
-        found = run_part(part, options, deadline - time.monotonic())
-        result["parts"][part.name] = found
-        print(f"  {found['status']}, {found['seconds']:.0f} s", flush=True)
-        paths = save(result, arguments.output)  # after every part: what is known is not lost
+        outcome = run_part(part, options, deadline - time.monotonic())
+        result["parts"][part.name] = outcome
+        print(f"  {outcome['status']}, {outcome['seconds']:.0f} s", flush=True)
+        paths = save(result, arguments.output)  # after every part, so that a crash loses no results
     print(f"\n{markdown(result)}\nwritten: {', '.join(map(str, paths))}")
-    failed = [name for name, found in result["parts"].items() if found["status"] == "failed"]
+    failed = [name for name, outcome in result["parts"].items() if outcome["status"] == "failed"]
     if failed:
         print(f"error: failed: {', '.join(failed)}", file=sys.stderr)
         print(f"hint: {paths[0]} says what and where", file=sys.stderr)

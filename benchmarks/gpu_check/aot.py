@@ -1,5 +1,7 @@
-"""The kernels as `compile_kernels` makes them ahead of time, launched as an engine does, through the driver:
-bit for bit what the JIT's give. Needs cuda-python."""
+"""Compare the kernels compiled ahead of time, launched through the driver as in an engine, with the JIT's.
+
+The results must be bit-identical. Needs cuda-python.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +48,13 @@ def rows(options: Options) -> Iterator[Row]:
 
 
 def _differences(loader: Any, case: Case, seed: int, card: Card, cache: Path) -> list[str]:
-    """What differs in a bit between the JIT's results and the driver's."""
+    """Return which results of the JIT and of the driver are not bit-identical."""
     host = steps.make(case, seed)
     plan = steps.plan(case, host, card.sm, card.multiprocessors)
-    torch.zeros(1, device="cuda")  # torch's context exists from here on, and is the thread's
-    images = [image(one.variant, card.sm, cache) for one in plan.launches]
+    torch.zeros(1, device="cuda")  # creates torch's context and makes it current
+    images = [image(planned.variant, card.sm, cache) for planned in plan.launches]
     kernels = loader(images, launch.ARGUMENTS)
-    found = []
+    results = []
     for ahead_of_time in (False, True):
         tensors = place(case, host, "cuda")
         for bound in jit.bind(case.attention, plan, tensors, **steps.scales(case)):
@@ -62,32 +64,34 @@ def _differences(loader: Any, case: Case, seed: int, card: Card, cache: Path) ->
             else:
                 jit.run(bound, card.sm)
         torch.cuda.synchronize()
-        found.append({name: tensors[name] for name in ("output", *steps.CACHES)})
+        results.append({name: tensors[name] for name in ("output", *steps.CACHES)})
     kernels.close()
-    wrong = [f"{name} is not the JIT's" for name in found[0] if not same_bits(found[0][name], found[1][name])]
-    return wrong if bool(found[1]["output"].isfinite().all()) else [*wrong, "outputs not finite"]
+    wrong = [
+        f"{name} is not the JIT's" for name in results[0] if not same_bits(results[0][name], results[1][name])
+    ]
+    return wrong if bool(results[1]["output"].isfinite().all()) else [*wrong, "outputs not finite"]
 
 
 def image(variant: launch.Variant, sm: int, cache: Path) -> Any:
-    """The variant's cubin as a `KernelImage`."""
+    """Return the variant's cubin as a `KernelImage`."""
     from llmc.plugins.paged_attention.compile_kernels import compile_variant
 
     return kernel_image(str(variant), compile_variant(variant, sm, cache))
 
 
-def kernel_image(name: str, made: Kernel) -> Any:
-    """A compiled kernel as a `KernelImage` of that name."""
+def kernel_image(name: str, compiled: Kernel) -> Any:
+    """Return a compiled kernel as a `KernelImage` of that name."""
     from llmc.plugins.cuda.kernel import KernelImage
 
     return KernelImage(
-        variant=name, entry=made.name, image=made.cubin,
-        shared_memory=made.shared_memory, num_warps=made.num_warps,
+        variant=name, entry=compiled.name, image=compiled.cubin,
+        shared_memory=compiled.shared_memory, num_warps=compiled.num_warps,
     )  # fmt: skip
 
 
 def addresses(bound: jit.Bound) -> dict[str, float]:
-    """A launch's arguments with tensors as addresses on the device."""
+    """Return a launch's arguments, with the device addresses of tensors."""
     return {
-        name: given.data_ptr() if isinstance(given, torch.Tensor) else given
-        for name, given in bound.arguments.items()
+        name: argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
+        for name, argument in bound.arguments.items()
     }

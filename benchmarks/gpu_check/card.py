@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 class Unusable(Exception):
-    """There is nothing here to check. `message` states the fact, `hint` says what to do about it."""
+    """This machine has no usable GPU. `message` states the fact, `hint` says what to do about it."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -17,19 +17,23 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Card:
-    """memory and l2 in bytes; `settings`: driver, power limit and highest clocks, as nvidia-smi says."""
+    """A GPU."""
 
     name: str
+    #: Compute capability: 89 for 8.9.
     sm: int
     multiprocessors: int
+    #: Device memory in bytes.
     memory: int
+    #: The size of the L2 cache in bytes.
     l2: int
+    #: Driver, power limit and maximum clocks, from nvidia-smi.
     settings: str
 
 
 @functools.cache
 def current() -> Card:
-    """The first visible GPU. Raises Unusable where there is none, or none that the kernels are made for."""
+    """Return the first visible GPU. Raises Unusable if there is none, or if it has no kernels."""
     try:
         import numpy  # noqa: F401
         import torch
@@ -46,26 +50,26 @@ def current() -> Card:
         )
     from llmc.plugins.cuda.gpus import SMS
 
-    found = torch.cuda.get_device_properties(0)
-    sm = found.major * 10 + found.minor
+    gpu = torch.cuda.get_device_properties(0)
+    sm = gpu.major * 10 + gpu.minor
     if sm not in SMS:
         made_for = ", ".join(f"SM{known}" for known in SMS)
         raise Unusable(
-            f"{found.name} is SM{sm}; the kernels are made for {made_for}",
+            f"{gpu.name} is SM{sm}; the kernels are made for {made_for}",
             "choose another GPU with CUDA_VISIBLE_DEVICES",
         )
     return Card(
-        name=found.name, sm=sm, multiprocessors=found.multi_processor_count, memory=found.total_memory,
-        l2=int(getattr(found, "L2_cache_size", 0)), settings=_settings(str(getattr(found, "uuid", ""))),
+        name=gpu.name, sm=sm, multiprocessors=gpu.multi_processor_count, memory=gpu.total_memory,
+        l2=int(getattr(gpu, "L2_cache_size", 0)), settings=_settings(str(getattr(gpu, "uuid", ""))),
     )  # fmt: skip
 
 
 def _settings(uuid: str) -> str:
     query = "driver_version,power.limit,clocks.max.sm,clocks.max.memory"
-    for which in ([f"--id=GPU-{uuid}"] if uuid else []), []:
+    for selection in ([f"--id=GPU-{uuid}"] if uuid else []), []:
         try:
             answer = subprocess.run(
-                ["nvidia-smi", *which, f"--query-gpu={query}", "--format=csv,noheader"],
+                ["nvidia-smi", *selection, f"--query-gpu={query}", "--format=csv,noheader"],
                 capture_output=True, text=True, timeout=20, check=True,
             )  # fmt: skip
         except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Which steps the kernels are checked on: head shapes, dtypes, lengths. Plain data, nothing is imported."""
+"""The cases of the check: head shapes, dtypes and lengths. Plain data that needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from llmc.plugins.paged_attention.launch import FP8, Attention
 
-# The first ones are those of models, the others are there for their edges.
+# The first shapes are those of models, the others are edge cases.
 SHAPES = {
     "32/8x128": Attention(32, 8, 128, 128),  # Llama 3 8B, Qwen3 8B
     "64/8x64 window sinks": Attention(64, 8, 64, 64, window=128, sinks=True),  # gpt-oss
@@ -28,7 +28,7 @@ DTYPES: dict[str, tuple[str, str | None]] = {
     "bf16-fp8kv": ("bf16", FP8),
     "fp16-fp8kv": ("fp16", FP8),
 }
-# Every (shape, dtypes) here costs four compilations.
+# Each (shape, dtypes) needs four compilations.
 PAIRS = [
     *(("32/8x128", dtypes) for dtypes in DTYPES),
     *(("64/8x64 window sinks", dtypes) for dtypes in DTYPES),
@@ -58,16 +58,17 @@ QUICK_PAIRS = [
 
 @dataclass(frozen=True)
 class Step:
-    """(past, new) tokens of each sequence. A new count of 0 is padding, as in a captured step.
+    """The lengths of a step."""
 
-    shared: leading blocks that all sequences share with the first. forget: the blocks that the window has
-    left behind are replaced by one that nobody wrote. num_splits None: as many as the planner takes.
-    """
-
+    #: The cached tokens of each sequence.
     past: tuple[int, ...]
+    #: The new tokens of each sequence. 0: padding, as in a captured step.
     new: tuple[int, ...]
+    #: None: the number that the planner chooses.
     num_splits: int | None = None
+    #: Number of leading blocks that all sequences share with the first.
     shared: int = 0
+    #: Whether the blocks before the window are replaced by one that was never written.
     forget: bool = False
 
 
@@ -81,22 +82,26 @@ STEPS = {
     "most splits": Step((1500, 31), (1, 1), num_splits=64),
     "shared prefix": Step((64, 70, 64), (3, 1, 2), shared=2),
     "long": Step((4100, 700), (1, 90)),
-    # more sequences than the kernels look at together; the longest are decoded with the planner's splits
+    # more sequences than a program compares at once; the longest are decoded with the planner's splits
     "many": Step(tuple(i * 7 % 50 for i in range(300)), tuple((1, 2, 0, 1, 3)[i % 5] for i in range(300))),
     "left behind": Step((300, 330), (1, 9), num_splits=2, forget=True),
 }
 QUICK_STEPS = ("mixed", "fresh prefills", "splits", "shared prefix")
-FAR_BLOCKS = 1 << 16  # of 32/8x128: 2**31 elements, so that the case's own lie beyond 32-bit offsets
+FAR_BLOCKS = 1 << 16  # of 32/8x128: 2**31 elements, so that the case's blocks are beyond 32-bit offsets
 
 
 @dataclass(frozen=True)
 class Case:
-    """A step of one layer. `first_block`: blocks of the pool in front of the case's own."""
+    """A step of one layer."""
 
+    #: A key of SHAPES.
     shape: str
+    #: A key of DTYPES.
     dtypes: str
+    #: The name of `step`, for reports.
     step_name: str
     step: Step
+    #: Number of the pool's blocks before those of the case.
     first_block: int = 0
 
     @property
@@ -116,7 +121,7 @@ class Case:
 
 
 def cases(*, quick: bool = False) -> list[Case]:
-    """Those of one (shape, dtypes) stand together: they share compiled kernels."""
+    """Return all cases. Those of one (shape, dtypes) are consecutive, because they share compiled kernels."""
     steps: Iterable[str] = QUICK_STEPS if quick else STEPS
     return [case for pair in (QUICK_PAIRS if quick else PAIRS) for case in _of(*pair, steps)]
 
@@ -124,8 +129,8 @@ def cases(*, quick: bool = False) -> list[Case]:
 def share(all_cases: list[Case], index: int, count: int) -> list[Case]:
     """Return the cases of process `index` of `count`, so that no two processes compile the same case."""
     pairs = list(dict.fromkeys((case.shape, case.dtypes) for case in all_cases))
-    own = set(pairs[index::count])
-    return [case for case in all_cases if (case.shape, case.dtypes) in own]
+    selected = set(pairs[index::count])
+    return [case for case in all_cases if (case.shape, case.dtypes) in selected]
 
 
 def _of(shape: str, dtypes: str, steps: Iterable[str]) -> Iterator[Case]:

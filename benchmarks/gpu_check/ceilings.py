@@ -10,19 +10,19 @@ import torch
 from .options import Options, Row, failure
 from .timing import seconds
 
-_SIZE = 8192  # of the matrices
-_BYTES = 4 << 30
+_SIZE = 8192  # rows and columns of the matrices
+_BYTES = 4 << 30  # maximum size of the copied array
 
 
 def rows(options: Options) -> Iterator[Row]:
     repeats = 10 if options.quick else 20
-    yield from _kept("memory", partial(_memory, repeats))
+    yield from _measured_or_failed("memory", partial(_memory, repeats))
     for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        yield from _kept(f"matmul, {dtype}", partial(_matmul, dtype, torch_dtype, repeats))
+        yield from _measured_or_failed(f"matmul, {dtype}", partial(_matmul, dtype, torch_dtype, repeats))
 
 
-def _kept(name: str, measure: Callable[[], Iterator[Row]]) -> Iterator[Row]:
-    """One measurement; where it fails, the others are made all the same."""
+def _measured_or_failed(name: str, measure: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """Yield the results of one measurement. If it fails, yield that, so that the others still run."""
     try:
         yield from measure()
     except Exception as error:

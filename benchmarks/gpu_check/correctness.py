@@ -1,6 +1,6 @@
-"""The kernels against the reference, on fresh random inputs, poisoned outputs and poisoned scratch.
+"""Compare the kernels with the reference, on random inputs, with outputs and scratch filled with NaN.
 
-Every case runs several times: the results must not differ by a bit. Where they do, there is a race.
+Every case runs several times. The results must be bit-identical; a difference means a race.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def rows(options: Options) -> Iterator[Row]:
     from .jit import run_compiled
 
     card = current()
-    own = share(cases(quick=options.quick), *options.share)
-    for number, case in enumerate(own):
+    selected = share(cases(quick=options.quick), *options.share)
+    for number, case in enumerate(selected):
         try:
             yield check(
                 case, run_compiled, options.seed, device="cuda", sm=card.sm,
@@ -38,7 +38,7 @@ def rows(options: Options) -> Iterator[Row]:
             try:
                 torch.cuda.synchronize()
             except Exception:  # the context is lost, with all that would follow
-                left = len(own) - number - 1
+                left = len(selected) - number - 1
                 yield {"name": "the rest", "status": "failed", "error": f"{left} cases not run after a fault"}
                 return
         torch.cuda.empty_cache()
@@ -47,7 +47,7 @@ def rows(options: Options) -> Iterator[Row]:
 def check(
     case: Case, run: Launcher, seed: int, *, device: str, sm: int, multiprocessors: int, repeats: int = 1
 ) -> Row:
-    """Runs one case and says what is wrong with the result. `error / bound` above 1 is a failure."""
+    """Run one case. Return its result, with the problems if there are any. `error / bound` above 1 fails."""
     host = steps.make(case, seed)
     want = steps.expected(case, host)
     a = case.attention
@@ -78,15 +78,15 @@ def check(
 
 
 def place(case: Case, host: steps.Tensors, device: str) -> dict[str, torch.Tensor]:
-    """The tensors on the device, with an `output`, and the pool in front of the case's blocks poisoned."""
+    """Return the tensors on the device, with an `output` and the blocks before the case's, all poisoned."""
     tensors = {name: tensor.to(device) for name, tensor in host.items()}
     if case.first_block:
         tensors["block_indices"] = tensors["block_indices"] + case.first_block
         for name in steps.CACHES:
-            own = tensors[name]
-            pool = own.new_empty((case.first_block + len(own), *own.shape[1:]))
-            pool[: case.first_block] = poison(own.dtype)
-            pool[case.first_block :] = own
+            case_blocks = tensors[name]
+            pool = case_blocks.new_empty((case.first_block + len(case_blocks), *case_blocks.shape[1:]))
+            pool[: case.first_block] = poison(case_blocks.dtype)
+            pool[case.first_block :] = case_blocks
             tensors[name] = pool
     a = case.attention
     tokens = int(host["query_start"][-1])
@@ -95,36 +95,42 @@ def place(case: Case, host: steps.Tensors, device: str) -> dict[str, torch.Tenso
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors are bit-identical."""
     return bool(torch.equal(bits(a), bits(b)))
 
 
 def describe(excess: np.ndarray, got: np.ndarray, want: np.ndarray, width: int) -> list[str]:
-    """What is wrong with an output [T, num_heads*Dv], and where it is worst."""
-    found = []
+    """Return the problems of an output [T, num_heads*Dv], and where its error is largest.
+
+    excess: error / bound of each element. width: the width of a head.
+    """
+    problems = []
     missing = ~np.isfinite(got)
     if missing.any():
         t, column = np.argwhere(missing)[0]
-        found.append(f"{missing.sum()} outputs not finite, the first: token {t}, head {column // width}")
+        problems.append(f"{missing.sum()} outputs not finite, the first: token {t}, head {column // width}")
     if (excess > 1).any():
         t, column = np.unravel_index(np.nanargmax(excess), excess.shape)
         where = f"token {t}, head {column // width}, column {column % width}"
         far = int((excess > 1).sum())
-        found.append(
+        problems.append(
             f"{far} outputs outside the bound, by up to {excess[t, column]:.3g} times ({where}: "
             f"{got[t, column]:.6g} for {want[t, column]:.6g})"
         )
-    return found
+    return problems
 
 
 def poison(dtype: torch.dtype) -> Any:
+    """Return NaN in a dtype; uint8 stands for E4M3."""
     return steps.NAN_E4M3 if dtype == torch.uint8 else float("nan")
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` viewed as integers of the same size."""
     return x if x.dtype == torch.uint8 else x.view(torch.int16 if x.element_size() == 2 else torch.int32)
 
 
 def still_poisoned(pool: torch.Tensor) -> bool:
-    """Compared a part at a time: the whole may be gigabytes."""
+    """Return whether a pool holds only poison. It is compared in parts, because it may be gigabytes."""
     pattern = bits(torch.full((1,), poison(pool.dtype), dtype=pool.dtype, device=pool.device))
     return all(bool((bits(part) == pattern).all()) for part in pool.split(2048))

@@ -1,4 +1,4 @@
-"""A decode step captured in a CUDA graph and replayed on other lengths gives the bits of plain launches."""
+"""Check that a decode step captured in a CUDA graph and replayed on other lengths equals plain launches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .cases import Case, Step
 from .correctness import same_bits
 from .options import Options, Row
 
-# Captured at one set of lengths, replayed at another, the last two sequences padding by then.
+# The lengths of the capture, and those of the replay, with the last two sequences as padding.
 CAPTURED = Step((300, 3, 64, 2000, 31, 32, 33, 1), (1,) * 8, num_splits=5)
 REPLAYED = Step((301, 90, 65, 1100, 700, 0, 0, 0), (1, 1, 1, 1, 1, 1, 0, 0), num_splits=5)
 PAIRS = (("32/8x128", "bf16"), ("64/8x64 window sinks", "bf16-fp8kv"))
@@ -52,7 +52,7 @@ def _differences(captured: Case, replayed: Case, seed: int, card: Card) -> list[
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     gc.collect()
-    gc.disable()  # a kernel of Triton's that is collected meanwhile unloads its module: an error in a capture
+    gc.disable()  # collecting a Triton kernel unloads its module, which is an error during a capture
     try:
         with torch.cuda.graph(graph):
             launch_all()
@@ -70,7 +70,7 @@ def _differences(captured: Case, replayed: Case, seed: int, card: Card) -> list[
 
 
 def make_buffers(hosts: list[steps.Tensors], width: int, device: str = "cuda") -> steps.Tensors:
-    """Memory that every one of the steps fits into, as an engine would keep it; and their output."""
+    """Return buffers that are large enough for every step, as in an engine, and an output buffer."""
     buffers = {}
     for name, tensor in hosts[0].items():
         length = max(len(host[name]) for host in hosts)
@@ -80,6 +80,7 @@ def make_buffers(hosts: list[steps.Tensors], width: int, device: str = "cuda") -
 
 
 def fill(buffers: steps.Tensors, host: steps.Tensors) -> None:
+    """Copy a step into the buffers, padded with 0, and fill the output with NaN."""
     for name, tensor in host.items():
         buffers[name].zero_()
         buffers[name][: len(tensor)].copy_(tensor)
@@ -87,4 +88,5 @@ def fill(buffers: steps.Tensors, host: steps.Tensors) -> None:
 
 
 def results(buffers: steps.Tensors) -> steps.Tensors:
+    """Return copies of the output and of the caches."""
     return {name: buffers[name].clone() for name in ("output", *steps.CACHES)}

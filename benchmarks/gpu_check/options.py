@@ -1,4 +1,4 @@
-"""What every part of the check is given, and what it gives back."""
+"""The options and the results of a part of the check."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-# One result: a `name`, a `status` (passed, failed, measured, absent) and whatever was found. JSON.
+# One result as JSON: a `name`, a `status` (passed, failed, measured, absent) and other fields.
 Row = dict[str, Any]
 
 
 def failure(name: str, error: Exception) -> Row:
-    """The result of what raised."""
-    said = "".join(traceback.format_exception(error))
-    return {"name": name, "status": "failed", "error": f"{type(error).__name__}: {error}", "traceback": said}
+    """Return the result of a part that raised `error`."""
+    trace = "".join(traceback.format_exception(error))
+    return {"name": name, "status": "failed", "error": f"{type(error).__name__}: {error}", "traceback": trace}
 
 
 @dataclass(frozen=True)
 class Options:
-    """seed: of all random inputs. share: (index, count), for a part that several processes run at once."""
+    """The options of a run."""
 
+    #: The seed of all random inputs.
     seed: int
+    #: Fewer cases.
     quick: bool = False
+    #: The path of a TensorRT bundle to load and run.
     engine: str | None = None
+    #: (index, count) of this process, for a part that several processes run at once.
     share: tuple[int, int] = (0, 1)

@@ -1,8 +1,7 @@
-"""The parts of the check, each in processes of its own.
+"""The parts of the check, each in separate processes.
 
-A fault on a GPU ends the CUDA context of the process that caused it, and a kernel may never end: neither
-takes other parts along. A process writes every result as a line of JSON at once, so that what it found
-before it died is kept.
+A fault on a GPU destroys the CUDA context of its process, and a kernel may never end. Neither affects the
+other parts. A process writes every result as a line of JSON at once, so that a crash loses no results.
 """
 
 from __future__ import annotations
@@ -22,17 +21,20 @@ from typing import Any
 
 from .options import Options, Row, failure
 
-_TAIL = 1500  # characters kept of what a process that died had to say
+_TAIL = 1500  # characters of a failed process's log that the report shows
 
 
 @dataclass(frozen=True)
 class Part:
-    """`module.rows(options, *arguments)` yields the results. limit: seconds. processes share the work."""
+    """A part: `module.rows(options, *arguments)` yields its results."""
 
     name: str
+    #: A module of this package.
     module: str
+    #: Maximum seconds.
     limit: float
     arguments: tuple[Any, ...] = ()
+    #: Number of processes that share the work.
     processes: int = 1
 
 
@@ -50,7 +52,7 @@ PARTS = (
 
 
 def work(name: str, options: Options, file: Path) -> None:
-    """What a process of a part does: appends its results to `file`."""
+    """Run a part in this process, and append its results to `file`."""
     (part,) = (p for p in PARTS if p.name == name)
     with file.open("a") as out:
         for row in _rows(part, options):
@@ -66,20 +68,20 @@ def _rows(part: Part, options: Options) -> Iterator[Row]:
 
 
 def run_part(part: Part, options: Options, seconds_left: float) -> dict[str, Any]:
-    """Runs a part to its end or its limit. Returns its status, seconds and rows."""
+    """Run a part to its end or its limit. Return its status, seconds and rows."""
     limit = min(part.limit, seconds_left)
     if limit < 1:
         return {"status": "failed", "seconds": 0.0, "error": "not run: no time was left", "rows": []}
     begin = time.perf_counter()
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if part.processes > 1:  # the reference's threads would fight for cores
+    if part.processes > 1:  # the reference's threads would compete for cores
         environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for index in range(part.processes):
-            own = dataclasses.replace(options, share=(index, part.processes))
+            process_options = dataclasses.replace(options, share=(index, part.processes))
             file, log = Path(folder) / f"{index}.jsonl", Path(folder) / f"{index}.log"
-            request = json.dumps([part.name, dataclasses.asdict(own), str(file)])
+            request = json.dumps([part.name, dataclasses.asdict(process_options), str(file)])
             command = [sys.executable, str(Path(__file__).parent), "--worker", request]
             with log.open("wb") as said:
                 process = subprocess.Popen(
@@ -93,7 +95,7 @@ def run_part(part: Part, options: Options, seconds_left: float) -> dict[str, Any
                 rows += read_rows(file)
                 errors += [error] if error else []
         finally:
-            for process, _, _ in started:  # after Ctrl-C too, none goes on
+            for process, _, _ in started:  # also after Ctrl-C
                 process.kill()
                 process.wait()
     result: dict[str, Any] = {"seconds": round(time.perf_counter() - begin, 1), "rows": rows}
@@ -105,7 +107,7 @@ def run_part(part: Part, options: Options, seconds_left: float) -> dict[str, Any
 
 
 def _end(process: subprocess.Popen[bytes], deadline: float, limit: float, log: Path) -> str:
-    """Waits; says what went wrong, or nothing."""
+    """Wait for a process. Return what went wrong, or ""."""
     try:
         code = process.wait(max(0.0, deadline - time.perf_counter()))
     except subprocess.TimeoutExpired:
@@ -119,7 +121,7 @@ def _end(process: subprocess.Popen[bytes], deadline: float, limit: float, log: P
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The whole lines; a process that was stopped may have left half of one."""
+    """Return the complete rows of a file. A process that was stopped may have left an incomplete line."""
     rows = []
     for line in file.read_text().splitlines() if file.is_file() else []:
         try:

@@ -1,6 +1,6 @@
-"""Other attention kernels on the same step: torch's, and FlashInfer's and flash-attn's where they import.
+"""Other attention kernels on the same step: torch's, and those of FlashInfer and flash-attn if installed.
 
-Each entry of PEERS prepares outside the timed part and returns the call; it gives [T, num_heads, Dv].
+Each entry of PEERS prepares its inputs and returns the call to time, which returns [T, num_heads, Dv].
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .work import Workload
 
 Tensors = dict[str, torch.Tensor]
 Call = Callable[[], torch.Tensor]
-_FLASH_ATTN_PAGE = 256  # its paged caches have pages of multiples of that
-_WORKSPACE = 256 << 20
+_FLASH_ATTN_PAGE = 256  # tokens; page sizes of its caches are multiples of this
+_WORKSPACE = 256 << 20  # bytes, for FlashInfer
 
 
 def missing(name: str) -> str:
-    """Why a peer cannot be imported, or nothing."""
+    """Return why a peer cannot be imported, or ""."""
     try:
         importlib.import_module(MODULES[name])
     except Exception as error:  # a wheel for another torch fails in its own ways
@@ -32,7 +32,7 @@ def missing(name: str) -> str:
 
 
 def cannot(name: str, w: Workload) -> str:
-    """Why a peer does not compute this workload, or nothing."""
+    """Return why a peer does not compute this workload, or ""."""
     if w.attention.window or w.attention.sinks:
         return "not asked for windows and sinks"
     if w.kv_dtype == FP8:
@@ -45,7 +45,7 @@ def cannot(name: str, w: Workload) -> str:
 
 
 def arranged(w: Workload, t: Tensors, name: str) -> torch.Tensor:
-    """A cache without pages: [batch, num_kv_heads, context, width], where pages are full."""
+    """Return a cache without pages, [batch, num_kv_heads, context, width]. All pages must be full."""
     pool = t[name]
     per_sequence = w.context // BLOCK_SIZE
     table = t["block_indices"].view(w.batch, per_sequence).long()
@@ -56,7 +56,7 @@ def arranged(w: Workload, t: Tensors, name: str) -> torch.Tensor:
 
 
 def sdpa(w: Workload, t: Tensors) -> Call:
-    """torch's scaled_dot_product_attention, its own choice of kernel, over contiguous keys and values."""
+    """Return a call of torch's scaled_dot_product_attention, which chooses the kernel."""
     a = w.attention
     query = t["query"].view(w.batch, w.new, a.num_heads, a.head_dim).transpose(1, 2)
     key, value = arranged(w, t, "key_cache"), arranged(w, t, "value_cache")
@@ -72,7 +72,7 @@ def sdpa(w: Workload, t: Tensors) -> Call:
 
 
 def flashinfer(w: Workload, t: Tensors) -> Call:
-    """FlashInfer's paged kernels, on our pool itself."""
+    """Return a call of FlashInfer's paged kernels, on llmc's pool."""
     library: Any = importlib.import_module(MODULES["flashinfer"])
     a = w.attention
     workspace = torch.empty(_WORKSPACE, dtype=torch.uint8, device=t["query"].device)
@@ -90,7 +90,7 @@ def flashinfer(w: Workload, t: Tensors) -> Call:
 
 
 def flash_attn(w: Workload, t: Tensors) -> Call:
-    """flash-attn 2 with a block table, in pages of its own size, in order."""
+    """Return a call of flash-attn 2 with a block table, on a copy of the cache in pages of 256 tokens."""
     library: Any = importlib.import_module(MODULES["flash-attn"])
     a = w.attention
     per_sequence = w.context // _FLASH_ATTN_PAGE

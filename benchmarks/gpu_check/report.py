@@ -1,4 +1,4 @@
-"""The result of a check as one JSON and one page of tables."""
+"""The report of a check: a JSON file and a page of tables."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _LIBRARIES = (
     "flash-attn",
     "tensorrt-rtx",
 )
-_ALL_FAILURES = 40
+_ALL_FAILURES = 40  # the page lists no more than this
 
 
 def machine(card: Card, options: Options) -> dict[str, Any]:
-    """What a reader needs to judge the numbers, and to get the same inputs again."""
+    """Return the GPU, the versions and the command, which a reader needs to reproduce the results."""
     import torch
     import triton
 
@@ -52,7 +52,7 @@ def machine(card: Card, options: Options) -> dict[str, Any]:
 
 
 def save(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
-    """Writes FOLDER/<card>-<date>.json and .md, and returns their paths."""
+    """Write FOLDER/<card>-<date>.json and .md. Return their paths."""
     about = result["machine"]
     card = re.sub(r"[^a-z0-9]+", "-", about["card"]["name"].lower()).strip("-")
     stem = f"{card}-{about['date'][:19].replace(':', '').replace('T', '-')}"
@@ -64,6 +64,7 @@ def save(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
 
 
 def markdown(result: dict[str, Any]) -> str:
+    """Return the page of tables."""
     about, parts = result["machine"], result["parts"]
     card = about["card"]
     versions = ", ".join(f"{name} {version}" for name, version in about["libraries"].items())
@@ -89,23 +90,23 @@ def _part_cells(name: str, part: dict[str, Any]) -> list[str]:
     counts: dict[str, int] = {}
     for row in part["rows"]:
         counts[row["status"]] = counts.get(row["status"], 0) + 1
-    found = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    return [name, part["status"], f"{part['seconds']:.0f}", found]
+    summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    return [name, part["status"], f"{part['seconds']:.0f}", summary]
 
 
 def _failures(parts: dict[str, Any]) -> Iterator[str]:
-    found = [f"{name}: {part['error']}" for name, part in parts.items() if part.get("error")]
+    failures = [f"{name}: {part['error']}" for name, part in parts.items() if part.get("error")]
     for name, part in parts.items():
-        found += [f"{name}, {r['name']}: {r['error']}" for r in part["rows"] if r["status"] == "failed"]
-    if found:
-        yield from ("## Failures", "", *(f"* {_line(text)}" for text in found[:_ALL_FAILURES]))
-        if len(found) > _ALL_FAILURES:
-            yield f"* and {len(found) - _ALL_FAILURES} more, in the JSON"
+        failures += [f"{name}, {r['name']}: {r['error']}" for r in part["rows"] if r["status"] == "failed"]
+    if failures:
+        yield from ("## Failures", "", *(f"* {_line(text)}" for text in failures[:_ALL_FAILURES]))
+        if len(failures) > _ALL_FAILURES:
+            yield f"* and {len(failures) - _ALL_FAILURES} more, in the JSON"
         yield ""
 
 
 def _correctness(rows: list[Row]) -> Iterator[str]:
-    """One line for each head shape and dtypes."""
+    """Yield a table with a line for each pair of head shape and dtypes."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if "shape" in row:
@@ -119,15 +120,15 @@ def _correctness(rows: list[Row]) -> Iterator[str]:
         "",
     )
     cells = []
-    for (shape, dtypes), own in groups.items():
-        passed = sum(row["status"] == "passed" for row in own)
-        worst = max((row["error / bound"] for row in own if "error / bound" in row), default=float("nan"))
-        cells.append([shape, dtypes, f"{passed} of {len(own)}", f"{worst:.2f}"])
+    for (shape, dtypes), group in groups.items():
+        passed = sum(row["status"] == "passed" for row in group)
+        worst = max((row["error / bound"] for row in group if "error / bound" in row), default=float("nan"))
+        cells.append([shape, dtypes, f"{passed} of {len(group)}", f"{worst:.2f}"])
     yield from table(["heads", "dtypes", "cases passed", "error / bound"], cells)
 
 
 def ceilings(parts: dict[str, Any]) -> dict[str, float]:
-    """Measured bests: "gbps", and TFLOP/s by dtype; only those that were measured."""
+    """Return the best measured rates: "gbps" -> GB/s, and dtype -> TFLOP/s."""
     best: dict[str, float] = {}
     for row in parts.get("ceilings", {}).get("rows", []):
         for name, key in (("gbps", "gbps"), ("tflops", row.get("dtype", ""))):
@@ -137,7 +138,7 @@ def ceilings(parts: dict[str, Any]) -> dict[str, float]:
 
 
 def _speed(parts: dict[str, Any]) -> Iterator[str]:
-    """Prefill and decode: ours with its share of the ceiling, then every peer that was measured."""
+    """Yield the tables of prefill and decode: llmc with its share of the ceiling, and every measured peer."""
     best = ceilings(parts)
     if best:
         rates = [f"memory {best['gbps']:.0f} GB/s"] if "gbps" in best else []
@@ -145,13 +146,13 @@ def _speed(parts: dict[str, Any]) -> Iterator[str]:
         yield from ("## Ceilings measured", "", ", ".join(rates), "")
     rows = [row for part in parts.values() for row in part["rows"] if "who" in row and "seconds" in row]
     for kind, unit, key in (("prefill", "TFLOP/s", "tflops"), ("decode", "GB/s", "gbps")):
-        own = [row for row in rows if row["kind"] == kind]
-        if not own:
+        of_kind = [row for row in rows if row["kind"] == kind]
+        if not of_kind:
             continue
-        everybody = list(dict.fromkeys(row["who"] for row in own))
+        everybody = list(dict.fromkeys(row["who"] for row in of_kind))
         cells = []
-        for workload in dict.fromkeys(row["workload"] for row in own):
-            by_name = {row["who"]: row for row in own if row["workload"] == workload}
+        for workload in dict.fromkeys(row["workload"] for row in of_kind):
+            by_name = {row["who"]: row for row in of_kind if row["workload"] == workload}
             ours = by_name.get("llmc", {})
             ceiling = best.get("gbps" if kind == "decode" else ours.get("dtype", ""))
             cells.append([
@@ -166,18 +167,19 @@ def _speed(parts: dict[str, Any]) -> Iterator[str]:
 
 
 def _others(parts: dict[str, Any]) -> Iterator[str]:
-    """What passed or is absent in the parts that have no table of their own."""
-    own = [
+    """Yield the results that passed or are absent, of parts without a table."""
+    lines = [
         f"* {name}, {_line(row['name'])}: {_line(row.get('error') or row['status'])}"
         for name, part in parts.items()
         for row in part["rows"]
         if name != "correctness" and row["status"] in ("passed", "absent") and "who" not in row
     ]
-    if own:
-        yield from ("## Other parts", "", *own, "")
+    if lines:
+        yield from ("## Other parts", "", *lines, "")
 
 
 def table(header: list[str], cells: Iterable[list[str]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table."""
     rows = [header, ["---"] * len(header), *cells]
     yield from ("| " + " | ".join(_line(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
     yield ""

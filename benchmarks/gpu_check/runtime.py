@@ -1,8 +1,8 @@
-"""What the runtime does around TensorRT's part of a step: memory, copies, the launcher, graphs, sampling.
+"""Check the runtime's part of a step: memory, copies, the attention launcher, CUDA graphs and sampling.
 
-Everything goes through `runtime/backends/tensorrt` and cuda-python. torch only makes and compares numbers on
-the host. The graph is the product's: captured once for the longest decode of a bucket, and replayed for fewer
-and shorter sequences.
+Everything goes through `runtime/backends/tensorrt` and cuda-python. torch only creates and compares arrays on
+the host. As in the runtime, a graph is captured once for the longest decode of a bucket and replayed for
+fewer and shorter sequences.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PAIRS = (
     ("8/4x256 window softcap", "bf16-fp8kv"),
 )
 MAX_LEN = 4096
-# Past tokens of the sequences of decode steps, all of one bucket. The first one is captured.
+# Past tokens of the sequences of decode steps, all of one bucket. The first step is captured.
 DECODES = (
     (300, 4095, 64, 2000, 31, 32, 33, 1),
     (301, 90, 65, 1100, 700),
@@ -71,7 +71,7 @@ def rows(options: Options) -> Iterator[Row]:
 
 
 def _checks(card: Card, seed: int, cache: Path) -> Iterator[tuple[str, Callable[[], list[str]]]]:
-    """The name of each check, and a call that returns what is wrong. cache: of compiled kernels."""
+    """Yield the name of each check, and a call that returns its problems. cache: of compiled kernels."""
 
     def images(variants: Iterable[Variant]) -> list[Any]:
         return [aot.image(variant, card.sm, cache) for variant in variants]
@@ -86,7 +86,7 @@ def _checks(card: Card, seed: int, cache: Path) -> Iterator[tuple[str, Callable[
 
 
 def device(card: Card) -> list[str]:
-    """What `cuda.probe` says differently from torch."""
+    """Return the properties in which `cuda.probe` differs from torch."""
     from llmc.runtime.backends.tensorrt.cuda import probe
 
     found = probe()
@@ -104,7 +104,10 @@ class Layer:
         self, case: Case, hosts: list[steps.Tensors], max_len: int, images: Images, sm: int,
         multiprocessors: int,
     ) -> None:  # fmt: skip
-        """case: of the layer; its step does not matter. hosts: the steps (`steps.make`) that must fit."""
+        """Load the kernels and allocate the memory.
+
+        case: the layer; its step does not matter. hosts: the steps (`steps.make`) that must fit.
+        """
         from llmc.plugins.cuda.kernel import Kernels
         from llmc.plugins.paged_attention.launcher import AttentionLauncher, scratch_layout
         from llmc.runtime.backends.tensorrt.cuda import Cuda
@@ -126,7 +129,7 @@ class Layer:
         )
         scratch = scratch_layout(plan)[1]
         self.launcher = AttentionLauncher(kernels, sm, multiprocessors, self.cuda.allocate(scratch), scratch)
-        # The largest of each tensor, full of NaN.
+        # Each tensor in its largest size, full of NaN.
         self.empty = {
             name: tensor.new_full(
                 (max(len(host[name]) for host in hosts), *tensor.shape[1:]), poison(tensor.dtype)
@@ -140,7 +143,7 @@ class Layer:
         self._staging = self.cuda.pinned(max(tensor.nbytes for tensor in self.empty.values()))
 
     def put(self, host: steps.Tensors, bucket: int | None) -> None:
-        """Copies a step to the GPU. What it does not own is NaN, the output as well."""
+        """Copy a step to the GPU. All memory outside the step is NaN, and so is the output."""
         for name, empty in self.empty.items():
             whole = empty.clone()
             if name in host:
@@ -173,14 +176,14 @@ class Layer:
 
 
 def batch_of(host: steps.Tensors) -> Batch:
-    """The step as the runtime packs it; the token ids play no part."""
+    """Return the step as the runtime packs it. The token ids do not matter."""
     step = {name: tensor.numpy() for name, tensor in host.items() if tensor.dtype == torch.int32}
     ids = np.zeros(int(step["query_start"][-1]), np.int32)
     return Batch(ids, ids, **step, logits_index=step["query_start"][1:] - 1)
 
 
 def differences(case: Case, host: steps.Tensors, got: steps.Tensors) -> list[str]:
-    """What is wrong with the results of a step: values, cache entries, or memory that it does not own."""
+    """Return the problems of a step's results: wrong values or cache entries, or writes outside the step."""
     want, tokens = steps.expected(case, host), len(host["query"])
     output = got["output"][:tokens].double().numpy()
     problems = describe(
@@ -199,7 +202,7 @@ def differences(case: Case, host: steps.Tensors, got: steps.Tensors) -> list[str
 
 
 def plain_step(case: Case, images: Images, seed: int, sm: int, multiprocessors: int) -> list[str]:
-    """What is wrong with a step of decodes, chunks and prefills that is launched kernel by kernel."""
+    """Return the problems of a step of decodes, chunks and prefills that is launched kernel by kernel."""
     host = steps.make(case, seed)
     layer = Layer(case, [host], MAX_LEN, images, sm, multiprocessors)
     with layer.owned:
@@ -214,7 +217,7 @@ def one_graph(
     shape: str, dtypes: str, decodes: tuple[tuple[int, ...], ...], max_len: int, images: Images, seed: int,
     sm: int, multiprocessors: int,
 ) -> list[str]:  # fmt: skip
-    """What is wrong with replays of one graph: against the reference, and in bits against plain launches."""
+    """Return the problems of replays of one graph, compared with the reference and with plain launches."""
     cases = [Case(shape, dtypes, "graph", Step(past, (1,) * len(past))) for past in decodes]
     hosts = [steps.make(case, seed + i) for i, case in enumerate(cases)]
     layer = Layer(cases[0], hosts, max_len, images, sm, multiprocessors)
@@ -257,7 +260,7 @@ def sampling_images(sm: int, cache: Path) -> list[Any]:
 
 
 def make_logits(vocab: int, seed: int) -> np.ndarray:
-    """Rows with what is hard: infinities, one value everywhere, a NaN, ties."""
+    """Return logits with edge cases: infinities, one value everywhere, a NaN, ties."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 4, (_SAMPLED_ROWS, vocab)).astype(np.float16).astype(np.float32)
     logits[1, rng.random(vocab) < 0.9] = -np.inf
@@ -267,7 +270,7 @@ def make_logits(vocab: int, seed: int) -> np.ndarray:
 
 
 def sampled(images: list[Any], vocab: int, ks: tuple[int, ...], seed: int) -> list[str]:
-    """What is wrong with the candidates that the sampling kernels find, compared with numpy."""
+    """Return the rows in which the candidates of the sampling kernels differ from numpy's."""
     from llmc.runtime.backends.tensorrt.cuda import Cuda
     from llmc.runtime.backends.tensorrt.sampling import TokenSampler
 
@@ -292,8 +295,10 @@ def sampled(images: list[Any], vocab: int, ks: tuple[int, ...], seed: int) -> li
 
 
 def right_candidates(row: np.ndarray, k: int, ids: np.ndarray | None, values: np.ndarray) -> bool:
-    """Whether `ids` are all that tie with the k-th largest of a row or exceed it, or the whole row if it
-    must be: it has a NaN, its maximum is infinite, or too many tie."""
+    """Return whether `ids` are all tokens that tie with the k-th largest logit of a row or exceed it.
+
+    None is right for greedy decoding of a row with a NaN, and for a top-k with too many ties.
+    """
     order = np.where(np.isnan(row), np.inf, row)
     reached = np.flatnonzero(order >= np.partition(order, -k)[-k]) if k > 1 else order.argmax(keepdims=True)
     whole = bool(np.isnan(row).any()) if k == 1 else len(reached) > sampling.CAPACITY

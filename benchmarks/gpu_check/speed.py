@@ -1,7 +1,7 @@
-"""How fast the kernels are, and others on the same tensors: seconds, TFLOP/s of prefill, GB/s of decode.
+"""Time the kernels and those of peers on the same tensors: seconds, TFLOP/s of prefill, GB/s of decode.
 
-Timed is the attention; writing the new keys and values is timed by itself, because the others are given
-caches that are written already. Every peer's output is compared with ours before its time counts.
+Writing the new keys and values is timed separately, because the peers get caches that are already written.
+Every peer's output is compared with llmc's before its time counts.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .timing import L2, seconds
 from .work import Workload, workloads
 
 OURS = "llmc"
-_DIFFERENCE = 0.02  # root mean square, relative: bf16's roundings give a tenth of it, another softmax 1
+_DIFFERENCE = 0.02  # relative root mean square; rounding in bf16 gives a tenth of it, a wrong softmax 1
 _SLACK = 1 << 30  # bytes left free
 
 
 class Disagreement(Exception):
-    """A peer's output is not ours."""
+    """A peer's output differs from llmc's."""
 
 
 def rows(options: Options, contenders: tuple[str, ...]) -> Iterator[Row]:
-    """`contenders`: OURS, or names of `peers.PEERS`."""
+    """Yield the results. contenders: OURS, or names in `peers.PEERS`."""
     card = current()
     absent = {name: reason for name in contenders if name != OURS and (reason := peers.missing(name))}
     for name, reason in absent.items():
@@ -53,7 +53,7 @@ def rows(options: Options, contenders: tuple[str, ...]) -> Iterator[Row]:
             continue
         try:
             yield from _contest(workload, left, options, card, l2)
-        except Exception as error:  # before any contender ran: this workload's are lost, not the others'
+        except Exception as error:  # before any contender ran; other workloads still run
             yield failure(str(workload), error)
         try:
             torch.cuda.synchronize()
@@ -64,7 +64,7 @@ def rows(options: Options, contenders: tuple[str, ...]) -> Iterator[Row]:
 
 
 def _contest(w: Workload, contenders: list[str], options: Options, card: Card, l2: L2) -> Iterator[Row]:
-    """One workload, all contenders. A contender that fails leaves the others alone."""
+    """Time all contenders on one workload. A failure of one does not affect the others."""
     repeats = 10 if options.quick else 30
     cold = l2 if w.kind == "decode" else None
     tensors = make_tensors(w, options.seed)
@@ -102,7 +102,7 @@ def _contest(w: Workload, contenders: list[str], options: Options, card: Card, l
                 del call
         except Exception as error:
             ours = who == OURS or isinstance(error, Disagreement)
-            status = "failed" if ours else "absent"  # a peer that does not run says nothing about ours
+            status = "failed" if ours else "absent"  # a peer that does not run is no failure of llmc
             yield row | {"status": status, "error": f"{type(error).__name__}: {error}"}
             continue
         yield row | measured(row["name"], seconds=took, **rates(w, took))
@@ -115,12 +115,12 @@ def rates(w: Workload, took: float) -> dict[str, float]:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Root mean square of a - b, relative to that of b."""
+    """Return the root mean square of a - b, relative to that of b."""
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 def make_tensors(w: Workload, seed: int, device: str = "cuda") -> dict[str, torch.Tensor]:
-    """A step under the kernels' argument names, every block of the pool in use, in random order."""
+    """Return a step: argument name -> tensor. All blocks of the pool are used, in random order."""
     a = w.attention
     generator = torch.Generator(device).manual_seed(seed)
     dtype = MODEL[w.dtype]

@@ -1,4 +1,4 @@
-"""Random tensors of a case, and what must come out of the kernels: the reference and its error bound."""
+"""The random tensors of a case, and the expected results of the kernels with their error bound."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from .cases import Case
 
 MODEL = {"fp16": torch.float16, "bf16": torch.bfloat16}
-ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # what one rounding to the dtype can change, relative
+ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # the relative error of one rounding to the dtype
 SCALES = {"key": 0.05, "value": 0.02}  # of FP8 caches
 NAN_E4M3 = 0x7F
 CACHES = ("key_cache", "value_cache")
-_SPARE = 3  # blocks that belong to nobody
+_SPARE = 3  # blocks that no sequence uses
 
 Tensors = dict[str, torch.Tensor]
 
 
 def make(case: Case, seed: int) -> Tensors:
-    """CPU tensors under the kernels' argument names; caches as they are stored (E4M3 as bytes).
+    """Return argument name -> CPU tensor. Caches have their stored form: E4M3 as bytes.
 
     Cache entries without a past token are NaN, and so are blocks that no sequence owns.
     """
@@ -81,7 +81,7 @@ def plan(case: Case, tensors: Tensors, sm: int, multiprocessors: int) -> launch.
 
 
 def scales(case: Case) -> dict[str, float]:
-    """The softmax scale, and those of an FP8 cache."""
+    """Return the softmax scale, and the scales of an FP8 cache."""
     softmax = {"scale": case.attention.head_dim**-0.5}
     if case.kv_dtype != FP8:
         return softmax
@@ -90,18 +90,21 @@ def scales(case: Case) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Expected:
-    """output, bound: [T, num_heads*Dv] float64, and how far off each element may be; caches: as stored."""
+    """The expected results of a step."""
 
+    #: float64 [T, num_heads*Dv].
     output: np.ndarray
+    #: The largest allowed error of each element, float64 [T, num_heads*Dv].
     bound: np.ndarray
+    #: The caches in their stored form.
     caches: Tensors
 
 
 def expected(case: Case, tensors: Tensors) -> Expected:
-    """The numpy reference on the same numbers, an FP8 cache's included. Bound: docs/explanation/kernels.md.
+    """Compute the numpy reference on the same numbers, those of an FP8 cache included.
 
-    A kernel rounds each softmax weight to the dtype (u of what |values| contribute) and the output once more;
-    2**-15 covers float32 sums and exp2.
+    A kernel rounds each softmax weight to the dtype (an error of u times the contribution of |values|) and
+    then the output. 2**-15 covers float32 sums and exp2. docs/explanation/kernels.md derives the bound.
     """
     a = case.attention
     given: dict[str, Any] = {name: t.numpy() for name, t in tensors.items() if not t.is_floating_point()}
@@ -133,7 +136,7 @@ def expected(case: Case, tensors: Tensors) -> Expected:
 
 
 def to_e4m3(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """E4M3 bits of x / scale, rounded to nearest even, saturated; NaN stays NaN."""
+    """Return x / scale as E4M3 bytes, rounded to nearest even and saturated. NaN stays NaN."""
     scaled = (x.float() / torch.tensor(scale, dtype=torch.float32)).clamp(-448, 448)
     return scaled.to(torch.float8_e4m3fn).view(torch.uint8)
 
@@ -143,7 +146,7 @@ def from_e4m3(bits: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def _written(stored: torch.Tensor, new: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-    """The cache after the new tokens' entries, [T, num_kv_heads*D], went to their places."""
+    """Return the cache after the entries of the new tokens, [T, num_kv_heads*D], were written."""
     cache = stored.clone()
     starts, past = tensors["query_start"].tolist(), tensors["past_lengths"].tolist()
     table, begins = tensors["block_indices"].tolist(), tensors["block_begins"].tolist()

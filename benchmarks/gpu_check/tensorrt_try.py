@@ -1,4 +1,4 @@
-"""Loads a TensorRT bundle (`--engine BUNDLE`) with llmc's runtime and generates a few tokens."""
+"""Load a TensorRT bundle (`--engine BUNDLE`) with llmc's runtime and generate a few tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rows(options: Options) -> Iterator[Row]:
         yield row | {"status": "absent", "error": f"{type(error).__name__}: {error}"}
         return
     except Exception as error:
-        yield row | {"status": "failed", "error": _said(error)}
+        yield row | {"status": "failed", "error": _describe(error)}
         return
     row["library"] = f"{library} {version}"
     begin = time.perf_counter()
@@ -40,17 +40,17 @@ def rows(options: Options) -> Iterator[Row]:
         row |= {"load_seconds": loaded - begin, "seconds": time.perf_counter() - loaded}
         yield row | {"status": "passed", "token_ids": list(output.token_ids), "text": output.text}
     except Exception as error:
-        yield row | {"status": "failed", "error": _said(error)}
+        yield row | {"status": "failed", "error": _describe(error)}
 
 
 def _library(engine: str) -> str:
-    """The Python module of the TensorRT that the bundle was built for: there are two."""
+    """Return the Python module of the TensorRT that the bundle was built for."""
     from llmc.runtime.backends.tensorrt.checks import MODULES
     from llmc.runtime.bundle.reader import Bundle
 
     return MODULES[Bundle.open(engine, verify_hashes=False).manifest.target.engine]
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     hint = getattr(error, "hint", "")
     return f"{type(error).__name__}: {error}" + (f" ({hint})" if hint else "")

@@ -1,4 +1,4 @@
-"""The tiles that `--tune` tries, and for which steps. Their compilation, in processes that need no torch."""
+"""The tiles and workloads of `--tune`, and their compilation in processes that need no torch."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ _PREFILLS = (4096, 1024, 16384)
 _DECODES = (  # batch, context
     (8, 8192), (1, 8192), (64, 1024), (1, 32768), (64, 8192), (8, 1024), (8, 32768), (1, 1024), (64, 32768),
 )  # fmt: skip
-WINDOWED = "64/8x64 window sinks"
-_STAGES = (2, 3, 4)  # one copy of keys and values under way, two, three
-MAX_SPILLS = 128  # bytes a thread; those beyond are not timed
-_REGISTERS = 200  # that sums and scores may take of a thread's 255
+WINDOWED = "64/8x64 window sinks"  # a key of work.SHAPES
+_STAGES = (2, 3, 4)  # stages - 1 copies of keys and values are in flight
+MAX_SPILLS = 128  # bytes per thread; tiles with more are not timed
+_REGISTERS = 200  # of a thread's 255, for sums and scores
 
 
 @dataclass(frozen=True)
 class Tile:
     """The fields of a `Config` that a candidate changes."""
 
+    #: Query rows of a program.
     rows: int
+    #: Keys of one iteration.
     keys: int
     warps: int
     stages: int
@@ -46,12 +48,12 @@ def default(v: Variant, sm: int) -> Tile:
 
 
 def tiles(v: Variant, sm: int) -> list[Tile]:
-    """The default, then all others that might fit registers and shared memory."""
+    """Return the default, then all other tiles that may fit registers and shared memory."""
     first = default(v, sm)
     rows, warps = ((64, 128), (4, 8)) if v.kernel == "prefill" else ((first.rows,), (2, 4, 8))
-    if v.kernel == "prefill" and v.has_window:  # a tile of rows reads their keys and a window of others
+    if v.kernel == "prefill" and v.has_window:  # a tile of rows reads their keys and a window of earlier ones
         rows = (32, 64, 128)
-    found = [Tile(*sizes) for sizes in itertools.product(rows, (32, 64, 128), warps, _STAGES)]
+    combinations = [Tile(*sizes) for sizes in itertools.product(rows, (32, 64, 128), warps, _STAGES)]
     wide, v_wide = launch.padded(v.head_dim), launch.padded(v.v_head_dim)
     element = 1 if v.kv_dtype == FP8 else 2
 
@@ -60,11 +62,11 @@ def tiles(v: Variant, sm: int) -> list[Tile]:
         shared = tile.keys * (wide + v_wide) * element * (tile.stages - 1)
         return registers <= _REGISTERS and shared <= SHARED_LIMIT[sm] and tile.rows >= v.group
 
-    return [first, *(tile for tile in found if tile != first and fits(tile))]
+    return [first, *(tile for tile in combinations if tile != first and fits(tile))]
 
 
 def workloads() -> Iterator[Workload]:
-    """Yield the most telling first: the time limit may end the list anywhere."""
+    """Yield the workloads, the most important first, because the time limit may end the list anywhere."""
     for context in _PREFILLS:
         yield Workload(WINDOWED, "bf16", None, 1, 0, context)
     for place, (batch, context) in enumerate(_DECODES):
@@ -84,12 +86,12 @@ def name(v: Variant, tile: Tile) -> str:
 
 
 def build(v: Variant, sm: int, tile: Tile, cache: str) -> Kernel | None:
-    """Compiled, in a process of its own; None where it wants more than the SM has, or spills much."""
+    """Return the compiled kernel, or None if it exceeds the SM's limits or spills too much."""
     from llmc.plugins.paged_attention import kernels
 
     try:
         function, config = getattr(kernels, v.kernel), tile.config(v, sm)
-        made = compile_source(function, str(v), launch.signature(v), config, sm, Path(cache))
+        compiled = compile_source(function, str(v), launch.signature(v), config, sm, Path(cache))
     except CompileError:
         return None
-    return made if made.spills <= MAX_SPILLS or tile == default(v, sm) else None
+    return compiled if compiled.spills <= MAX_SPILLS or tile == default(v, sm) else None

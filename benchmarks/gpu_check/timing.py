@@ -1,4 +1,4 @@
-"""Seconds of GPU time, by events on torch's current stream."""
+"""GPU time in seconds, measured with events on torch's current stream."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import torch
 
-# The GPU sleeps (1 to 2 ms) in front of every timed call, so that all of it is queued when its time starts
-# and no launch waits for Python.
+# The GPU sleeps (1 to 2 ms) before every timed call, so that all launches are queued when the time starts and
+# none waits for Python.
 _SLEEP_CYCLES = 2_000_000
 
 
 class L2:
-    """Reads more than the L2 cache holds. Reading leaves no dirty lines, whose eviction would be timed."""
+    """Flushes the L2 cache by reading more than it holds. Reading leaves no dirty lines to evict."""
 
     def __init__(self, size: int) -> None:
         self._other = torch.zeros(max(4 * size, 256 << 20) // 4, dtype=torch.float32, device="cuda")
@@ -24,7 +24,10 @@ class L2:
 
 
 def seconds(call: Callable[[], object], *, repeats: int, l2: L2 | None = None, warmup: int = 3) -> float:
-    """Median time of a call's kernels, gaps between them included; with `l2`, each from a cold L2 cache."""
+    """Return the median time of a call's kernels, including the gaps between them.
+
+    l2: flushed before each call.
+    """
     for _ in range(warmup):
         call()
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]

@@ -1,7 +1,7 @@
-"""Times tiles around those of `launch.configure` on this GPU, for whoever edits that function.
+"""Time other tiles than those of `launch.configure` on this GPU, as a basis for changes of that function.
 
-Candidates are compiled ahead of time, many at once, and launched as an engine launches them. Each must give
-the default's output before its time counts. Nothing is changed: the JSON says, best first, what was found.
+Candidates are compiled ahead of time in parallel, and launched as in an engine. The output of each must match
+the default's before its time counts. The JSON file lists the results, best first. No code is changed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .tiles import Tile, build, default, name, tiles, variant, workloads
 from .timing import L2, seconds
 from .work import Workload
 
-_DIFFERENCE = 0.01  # root mean square, relative: other tiles round other sums
+_DIFFERENCE = 0.01  # relative root mean square; tiles differ in the rounding of sums
 _REPEATS = 12
 _FINALISTS = 5  # tiles that are timed with other numbers of splits
 
@@ -40,9 +40,9 @@ Built = dict[Tile, Kernel]
 
 
 def measure(w: Workload, kernels: Any, made: Built, card: Card, seed: int, l2: L2) -> list[Row]:
-    """All candidates for one workload, the fastest first; those that are wrong last, with the reason.
+    """Time all candidates for one workload. Return the fastest first, and failed ones last with the error.
 
-    kernels: `plugins.cuda.kernel.Kernels` of what was `made`, by `name`.
+    kernels: `plugins.cuda.kernel.Kernels` of `made`, by `name`. made: tile -> its compiled kernel.
     """
     a, tensors, v = w.attention, make_tensors(w, seed), variant(w)
     lengths = [tensors[n].cpu().numpy() for n in ("query_start", "past_lengths")]
@@ -81,7 +81,7 @@ def measure(w: Workload, kernels: Any, made: Built, card: Card, seed: int, l2: L
             row |= {"seconds": took, **rates(w, took)}
         except (RuntimeError, ValueError) as error:
             row |= failure(name(v, tile), error)
-            torch.cuda.synchronize()  # raises where the fault has cost the context
+            torch.cuda.synchronize()  # raises if the fault destroyed the context
         rows.append(row)
 
     def slowness(row: Row) -> float:
@@ -90,16 +90,18 @@ def measure(w: Workload, kernels: Any, made: Built, card: Card, seed: int, l2: L
     for tile in made:
         add(tile)
     if w.kind == "decode" and "splits" in rows[0]:
-        usual = rows[0]["splits"]
+        default_splits = rows[0]["splits"]
         for row in sorted(rows, key=slowness)[:_FINALISTS]:
-            for count in sorted({1, usual // 2, 2 * usual, 4 * usual} - {0, usual}):
+            for count in sorted(
+                {1, default_splits // 2, 2 * default_splits, 4 * default_splits} - {0, default_splits}
+            ):
                 if count <= MAX_SPLITS:
                     add(Tile(*(row[field.name] for field in fields(Tile))), count)
     return sorted(rows, key=slowness)
 
 
 def run(card: Card, seed: int, about: dict[str, Any], output: Path, time_limit: float) -> int:
-    """Writes `output`/tiles-sm<N>.json, anew after every workload. Returns 1 where a candidate was wrong."""
+    """Write `output`/tiles-sm<N>.json after every workload. Return 1 if a candidate failed, else 0."""
     from llmc.plugins.cuda import kernel
 
     deadline = time.monotonic() + time_limit
@@ -123,16 +125,16 @@ def run(card: Card, seed: int, about: dict[str, Any], output: Path, time_limit: 
                     torch.cuda.empty_cache()
                     if (v := variant(w)) not in loaded:
                         answers = {tile: job.result() for tile, job in jobs[v].items()}
-                        made = {tile: one for tile, one in answers.items() if one}
+                        made = {tile: compiled for tile, compiled in answers.items() if compiled}
                         images = [kernel_image(name(v, tile), k) for tile, k in made.items()]
                         loaded[v] = (kernel.Kernels(images, launch.ARGUMENTS), made)
                     found = measure(w, *loaded[v], card, seed, l2)
-                except Exception as error:  # this workload's are lost, not the others'
+                except Exception as error:  # other workloads still run
                     found = [failure(str(w), error)]
                 done.append({"workload": str(w), "candidates": found})
                 file.write_text(json.dumps({"machine": about, "workloads": done}, indent=1) + "\n")
                 print(_line(w, found), flush=True)
-                torch.cuda.synchronize()  # raises where a fault has cost the context
+                torch.cuda.synchronize()  # raises if a fault destroyed the context
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     print(f"{len(done)} of {len(planned)} workloads; written: {file}")

@@ -1,4 +1,4 @@
-"""What is timed, and how much work it is: FLOPs and bytes, counted from lengths."""
+"""The timed workloads, with their FLOPs and bytes, computed from lengths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHAPES = {
     "64/8x64": Attention(64, 8, 64, 64),
     "64/8x64 window sinks": Attention(64, 8, 64, 64, window=128, sinks=True),
 }
-# Those whose tiles `--tune` tries: head sizes. (Groups of up to 16 are tiles of the same rows in decode.)
+# The head sizes that `--tune` covers. In decode, all groups of up to 16 have the same rows per tile.
 TUNED = ("32/8x128", "32/8x64", "32/8x256")
 PREFILLS = (1024, 4096, 16384)
 CONTEXTS = (1024, 8192, 32768)
@@ -20,20 +20,25 @@ BATCHES = (1, 8, 64, 256)
 
 
 def _plain(shape: str) -> Attention:
-    """Of "query heads/key and value heads x head size"."""
+    """Return the attention for "query heads/key and value heads x head size"."""
     heads, kv_heads, size = map(int, shape.replace("/", "x").split("x"))
     return Attention(heads, kv_heads, size, size)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`batch` sequences of `new` tokens each after `past` others."""
+    """A step of `batch` sequences with the same lengths."""
 
+    #: A key of SHAPES, or "query heads/key and value heads x head size".
     shape: str
     dtype: str
+    #: None: the cache has the model's dtype.
     kv_dtype: str | None
+    #: Number of sequences.
     batch: int
+    #: Cached tokens of each sequence.
     past: int
+    #: New tokens of each sequence.
     new: int
 
     @property
@@ -54,27 +59,30 @@ class Workload:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the keys and values of all tokens."""
+        """Bytes of the keys and values of all tokens."""
         a = self.attention
         element = 1 if self.kv_dtype == FP8 else 2
         return self.batch * self.context * a.num_kv_heads * (a.head_dim + a.v_head_dim) * element
 
     @property
     def flops(self) -> int:
-        """Both products, for the pairs of query and key that the mask lets through; 2 FLOPs a product."""
+        """FLOPs of both matrix products, for the visible pairs of query and key; 2 per multiplication."""
         a = self.attention
         pairs = visible_pairs(self.past, self.new, a.window)
         return 2 * (a.head_dim + a.v_head_dim) * a.num_heads * pairs * self.batch
 
     @property
     def bytes_read(self) -> int:
-        """Of the keys and values that the tokens of a decode step see, each once."""
+        """Bytes of the keys and values that the tokens of a decode step see, each counted once."""
         visible = min(self.context, self.attention.window or self.context)
         return self.cache_bytes // self.context * visible
 
 
 def visible_pairs(past: int, new: int, window: int = 0) -> int:
-    """A token at position p sees p + 1 keys, or the last `window` of them."""
+    """Return the number of visible keys, summed over the new tokens.
+
+    A token at position p sees p + 1 keys, or the last `window` of them.
+    """
     positions = range(past, past + new)
     if not window:
         return sum(p + 1 for p in positions)

@@ -1,7 +1,7 @@
-"""A Qwen3 checkpoint as GGUF in bf16, without a vocabulary: the benchmark talks in token ids.
+"""Write a Qwen3 checkpoint as GGUF in bf16, without a vocabulary: the benchmark uses token ids.
 
-What llama.cpp's own convert_hf_to_gguf.py writes for Qwen3, through the same `gguf` package; the script is
-not on PyPI. Names of tensors and keys come from the package. Qwen3 needs no permutation of q and k.
+The file is that of llama.cpp's convert_hf_to_gguf.py, which is not on PyPI, without the vocabulary. The names
+of tensors and keys come from the `gguf` package. Qwen3 needs no permutation of q and k.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 
 def write_gguf(checkpoint: Path, target: Path) -> None:
+    """Write the file `target`. Raises SystemExit for a checkpoint that is not Qwen3 in bf16."""
     config = json.loads((checkpoint / "config.json").read_text())
     if config["model_type"] != "qwen3":
         raise SystemExit(f"only qwen3 checkpoints become GGUF here, not {config['model_type']}")
@@ -53,7 +54,7 @@ def write_gguf(checkpoint: Path, target: Path) -> None:
 
 
 def _tensors(path: Path) -> list[tuple[str, np.ndarray]]:
-    """Names and bf16 tensors, as the uint16 that they are stored in."""
+    """Return the names and the bf16 tensors of a safetensors file, as uint16."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -61,8 +62,8 @@ def _tensors(path: Path) -> list[tuple[str, np.ndarray]]:
     header.pop("__metadata__", None)
     if other := {entry["dtype"] for entry in header.values()} - {"BF16"}:
         raise SystemExit(f"{path.name} holds {', '.join(sorted(other))}; only BF16 is read here")
-    found = []
+    tensors = []
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        found.append((name, data[begin:end].view(np.uint16).reshape(entry["shape"])))
-    return found
+        tensors.append((name, data[begin:end].view(np.uint16).reshape(entry["shape"])))
+    return tensors

@@ -1,7 +1,7 @@
-"""llama.cpp through llama-cpp-python: one context, one `llama_decode` a step for all sequences.
+"""llama.cpp through llama-cpp-python: one context, and one `llama_decode` per step for all sequences.
 
-WEIGHT_FORMAT in the environment: q4_0 or q8_0, made by llama.cpp's own quantizer. It rounds activations to
-int8; the KV cache is f16, its default.
+WEIGHT_FORMAT in the environment: q4_0 or q8_0, written by llama.cpp's quantizer. llama.cpp quantizes
+activations to int8. The KV cache is f16, its default.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import numpy as np
 from gguf_writer import write_gguf
 from protocol import Generation, main
 
-STEP = 2048  # tokens of a step: every prompt of the workload together
+STEP = 2048  # tokens of a step: room for all prompts of the workload
 CONTEXT = 512 + 256  # of a sequence: the longest prompt and more new tokens than are asked for
 SEQUENCES = 8
 FORMATS = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
 
 
 class LlamaCpp:
+    """A `protocol.Tool`."""
+
     def __init__(self, model: Path, threads: int) -> None:
         file = next(model.glob("*.gguf"))
         parameters = llama_cpp.llama_model_default_params()
@@ -58,7 +60,7 @@ class LlamaCpp:
         return generation
 
     def _step(self, pending: list[list[int]], past: list[int]) -> list[int]:
-        """Computes each sequence's pending tokens; the likeliest next token of each."""
+        """Compute each sequence's pending tokens. Return the most likely next token of each."""
         batch, row, last = self.batch, 0, []
         for sequence, (tokens, begin) in enumerate(zip(pending, past, strict=True)):
             for offset, token in enumerate(tokens):
@@ -70,11 +72,11 @@ class LlamaCpp:
         batch.n_tokens = row
         if status := llama_cpp.llama_decode(self.context, batch):
             raise SystemExit(f"llama_decode returned {status}")
-        found = []
+        next_tokens = []
         for index in last:
             logits = llama_cpp.llama_get_logits_ith(self.context, index)
-            found.append(int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax()))
-        return found
+            next_tokens.append(int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax()))
+        return next_tokens
 
 
 def convert(checkpoint: Path, model: Path) -> None:

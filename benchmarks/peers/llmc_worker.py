@@ -1,9 +1,9 @@
-"""llmc itself: its engine, driven step by step on a bundle. Run by an interpreter that has llmc.
+"""llmc's engine, driven step by step on a bundle. The interpreter must have llmc.
 
-From the environment: WEIGHT_FORMAT int8, int4 or int4-block128 (`--quant`) and KV_CACHE=int8 (`--kv-dtype`)
-when the bundle is built; FAST=1: `--fast`, activations rounded to int8.
+Environment: WEIGHT_FORMAT is `--quant` and KV_CACHE is `--kv-dtype` when the bundle is built. FAST=1 is
+`--fast`, which quantizes activations to int8.
 
-Start to first token is not measured here but on `llmc run` as a whole process (see ../peers.py).
+The time to the first token is not measured here but with `llmc run` as a whole process (see ../peers.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from llmc.runtime.sampling import SamplingParams
 
 
 class Llmc:
+    """A `protocol.Tool`."""
+
     def __init__(self, model: Path, threads: int) -> None:
         # A disturbed sample is repeated with the same prompts: a prefix cache would answer from memory.
         fast = os.environ.get("FAST") == "1"
@@ -69,5 +71,5 @@ def convert(checkpoint: Path, model: Path) -> None:
 
 
 if __name__ == "__main__":
-    ov.Core().get_versions("CPU")  # the plugin is among the libraries, not the model
+    ov.Core().get_versions("CPU")  # loads the CPU plugin, so that its memory counts as the libraries'
     main(Llmc, convert=convert, packages=("llmc", "openvino", "onnxruntime", "numpy"))

@@ -1,4 +1,4 @@
-"""onnxruntime-genai: its own model builder, its Generator, requests in one padded batch.
+"""onnxruntime-genai: its model builder and its Generator, with requests in one padded batch.
 
 WEIGHT_FORMAT in the environment: fp32 (default), or int4 in blocks of 32 with int8 activations (accuracy
 level 4).
@@ -29,6 +29,8 @@ def _load(model: Path, threads: int) -> og.Model:
 
 
 class OnnxRuntimeGenai:
+    """A `protocol.Tool`."""
+
     def __init__(self, model: Path, threads: int) -> None:
         self.model = _load(model, threads)
         settings = json.loads((model / "genai_config.json").read_text())
@@ -38,8 +40,8 @@ class OnnxRuntimeGenai:
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
         generation = Generation(len(prompts))
         longest = max(map(len, prompts))
-        # The attention mask is derived from the padding token; padding goes to the right, as
-        # its GroupQueryAttention counts the tokens of a row from the left.
+        # The tool derives the attention mask from the padding token. Padding is on the right, because
+        # GroupQueryAttention counts the tokens of a row from the left.
         ids = np.array([p + [self.pad] * (longest - len(p)) for p in prompts], dtype=np.int32)
         parameters = og.GeneratorParams(self.model)
         length = longest + new_tokens

@@ -1,8 +1,8 @@
-"""openvino-genai: continuous batching on the CPU; converted with optimum-intel.
+"""openvino-genai: continuous batching on the CPU, with models converted by optimum-intel.
 
-From the environment: WEIGHT_FORMAT fp32 (default) or fp16: fp32 arithmetic and cache. int8 or int4: the
-tool's own defaults (activations rounded to int8, a KV cache of 8 bits, bf16 arithmetic where the CPU has it),
-unless ARITHMETIC=f32 or KV_CACHE=f32 says otherwise.
+Environment: WEIGHT_FORMAT is fp32 (default), fp16, int8 or int4. With fp32 and fp16, arithmetic and KV cache
+are fp32. With int8 and int4 they are the tool's defaults: int8 activations, an 8-bit KV cache, and bf16
+arithmetic if the CPU supports it. ARITHMETIC=f32 and KV_CACHE=f32 change these.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import openvino_genai as genai
 from protocol import Generation, main
 
 WEIGHTS = os.environ.get("WEIGHT_FORMAT", "fp32")
-INTEGER = {"int8": [], "int4": ["--sym", "--group-size", "128"]}  # and their options of optimum-cli
+INTEGER = {"int8": [], "int4": ["--sym", "--group-size", "128"]}  # and their optimum-cli options
 
 
 def _properties(threads: int) -> dict[str, Any]:
@@ -42,12 +42,14 @@ def _scheduler() -> genai.SchedulerConfig:
 
 
 class OpenVinoGenai:
+    """A `protocol.Tool`."""
+
     def __init__(self, model: Path, threads: int) -> None:
         properties = _properties(threads)
         self.pipeline = genai.ContinuousBatchingPipeline(str(model), _scheduler(), "CPU", properties)
         self.requests = 0
-        asked = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
-        defaults = {name: f"{ov.Core().get_property('CPU', name)} (default)" for name in asked}
+        names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+        defaults = {name: f"{ov.Core().get_property('CPU', name)} (default)" for name in names}
         self.describe = defaults | properties | {"pipeline": "ContinuousBatchingPipeline"}
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
@@ -87,7 +89,7 @@ def convert(checkpoint: Path, model: Path) -> None:
 
 
 if __name__ == "__main__":
-    ov.Core().get_versions("CPU")  # the plugin is among the libraries, not the model
+    ov.Core().get_versions("CPU")  # loads the CPU plugin, so that its memory counts as the libraries'
     main(
         OpenVinoGenai,
         first,

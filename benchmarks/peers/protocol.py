@@ -1,12 +1,12 @@
-"""What every worker has in common: JSON lines on stdin and stdout, one `generate` operation.
+"""The protocol of all workers: JSON lines on stdin and stdout, with one operation, `generate`.
 
-A worker file defines `load(model, threads) -> Tool` and hands it to `main`. It is started as
+A worker file passes `load(model, threads) -> Tool` to `main`. It is started as
 
     python WORKER.py serve MODEL --threads N            a persistent worker, driven by peers.py
     python WORKER.py first MODEL --threads N TEXT       a fresh process that prints one token and ends
-    python WORKER.py convert CHECKPOINT MODEL           makes what the tool reads (not every tool)
+    python WORKER.py convert CHECKPOINT MODEL           writes the tool's model format (not every tool)
 
-Only the standard library here: this file is imported by every peer's own interpreter.
+This file uses the standard library only, because every peer's interpreter imports it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ HEAVY_MODULES = ("torch", "transformers", "onnx", "onnxruntime", "openvino")
 
 
 class Tool(Protocol):
-    """A loaded model. `describe` names its precision and options, for the record."""
+    """A loaded model."""
 
+    #: Its precision and options, for the report.
     describe: dict[str, Any]
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
-        """Greedy continuation of all prompts at once, exactly `new_tokens` each, no stop at EOS."""
+        """Continue all prompts at once, greedily, by exactly `new_tokens` each. EOS does not end them."""
 
 
 class Generation:
-    """Records when each token of each request came out, in seconds since the requests went in."""
+    """The tokens of each request and their times, in seconds since the requests started."""
 
     def __init__(self, requests: int) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(requests)]
@@ -45,9 +46,11 @@ class Generation:
         self._start = time.perf_counter()
 
     def now(self) -> float:
+        """Return the seconds since the requests started."""
         return time.perf_counter() - self._start
 
     def emit(self, request: int, token: int, at: float) -> None:
+        """Record a token of a request."""
         self.tokens[request].append(token)
         self.times[request].append(at)
 
@@ -56,36 +59,36 @@ class Generation:
 
 
 def memory() -> dict[str, int]:
-    """Peak resident set of this process and what is resident now, in bytes (Linux)."""
+    """Return this process's peak RSS and its resident anonymous and file pages, in bytes (Linux)."""
     names = {"VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file"}
-    found = {}
+    sizes = {}
     for line in Path("/proc/self/status").read_text().splitlines():
         key, _, value = line.partition(":")
         if key in names:
-            found[names[key]] = int(value.split()[0]) * 1024
-    return found
+            sizes[names[key]] = int(value.split()[0]) * 1024
+    return sizes
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The installed versions, of those that are installed."""
-    found = {"python": sys.version.split()[0]}
+    """Return the versions of Python and of the packages that are installed."""
+    installed = {"python": sys.version.split()[0]}
     for name in packages:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def size_of(model: Path) -> int:
-    """Bytes of all files of a model."""
+    """Return the bytes of all files of a model."""
     return sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
 
 
 def _serve(load: Callable[[Path, int], Tool], model: Path, threads: int, packages: tuple[str, ...]) -> None:
-    # A stopped worker whose driver was killed would stay for ever (Linux: PR_SET_PDEATHSIG is 1).
+    # Otherwise a stopped worker would stay when its driver is killed (Linux: PR_SET_PDEATHSIG is 1).
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    # Libraries print to stdout when they like: the protocol keeps a private copy of it.
+    # Libraries print to stdout, so replies go to a private copy of it.
     replies: TextIO = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

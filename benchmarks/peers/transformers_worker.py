@@ -1,4 +1,4 @@
-"""transformers, eager PyTorch in fp32, `generate` with its KV cache; requests in one left-padded batch."""
+"""transformers: eager PyTorch in fp32, `generate` with its KV cache, requests in one left-padded batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, 
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]
-    """Called by `generate` once a step with everything so far; never stops it."""
+    """Records the time of each token. `generate` calls it once per step; it never stops the generation."""
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
@@ -24,6 +24,8 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
 
 
 class Transformers:
+    """A `protocol.Tool`."""
+
     def __init__(self, model: Path, threads: int) -> None:
         torch.set_num_threads(threads)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

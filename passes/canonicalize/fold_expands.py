@@ -32,7 +32,7 @@ class FoldExpands:
         matches = Matches()
         for node in list(model.graph):
             if node.op_type in ELEMENTWISE:
-                matches.count += _read_narrow(node)
+                matches.count += _read_unexpanded(node)
             elif node.op_type == "TracedAttention":
                 matches.count += _read_fewer_heads(node)
         edit.remove_unused(model)
@@ -40,11 +40,11 @@ class FoldExpands:
             if node.op_type == "Expand" and edit.numbers(node.inputs[1]) is None:
                 matches.count += _fix_shape(model.graph, node)
         edit.remove_unused(model)
-        _refuse_the_rest(model.graph)
+        _refuse_traced_only(model.graph)
         return matches
 
 
-def _read_narrow(node: ir.Node) -> int:
+def _read_unexpanded(node: ir.Node) -> int:
     """Let `node` read what an Expand reads, if another operand has the result's shape. Return the number."""
     shape, count = node.outputs[0].shape, 0
     for index, value in enumerate(node.inputs):
@@ -57,17 +57,21 @@ def _read_narrow(node: ir.Node) -> int:
 
 
 def _read_fewer_heads(node: ir.Node) -> int:
-    """Let attention read keys and values before they are repeated. Return 1, or 0 if they are not."""
-    found = [_repeated(edit.operand(node, index)) for index in (1, 2)]
-    if found[0] is None or found[1] is None or edit.dims(found[0])[2] != edit.dims(found[1])[2]:
+    """Let attention read keys and values before they are repeated. Return 1, or 0 if nothing repeats them."""
+    unrepeated = [_before_repetition(edit.operand(node, index)) for index in (1, 2)]
+    if (
+        unrepeated[0] is None
+        or unrepeated[1] is None
+        or edit.dims(unrepeated[0])[2] != edit.dims(unrepeated[1])[2]
+    ):
         return 0
-    for index, source in zip((1, 2), found, strict=True):
+    for index, source in zip((1, 2), unrepeated, strict=True):
         assert source is not None
         node.replace_input_with(index, _fewer_heads(node, edit.operand(node, index), source))
     return 1
 
 
-def _repeated(value: ir.Value) -> ir.Value | None:
+def _before_repetition(value: ir.Value) -> ir.Value | None:
     """Return the value [1, T, H, 1, D] that is repeated to `value` [1, Hq, T, D]; None if there is none."""
     node = value.producer()
     if node is not None and node.op_type == "TracedRope":
@@ -90,16 +94,16 @@ def _fewer_heads(node: ir.Node, value: ir.Value, source: ir.Value) -> ir.Value:
     _, _, heads, _, width = edit.dims(source)
     name, shape = f"{value.name}.once", [1, heads, -1, width]
     rows = edit.reshape(node, source, [1, -1, heads, width], f"{name}.rows")
-    made = edit.insert(node, "Transpose", [rows], {"perm": HEADS_FIRST}, f"{name}.heads", shape)
+    transposed = edit.insert(node, "Transpose", [rows], {"perm": HEADS_FIRST}, f"{name}.heads", shape)
     rope = value.producer()
     if rope is None or rope.op_type != "TracedRope":
-        return made
+        return transposed
     settings = {"interleaved": edit.attribute(rope, "interleaved")}
-    return edit.insert(node, "TracedRope", [made, *rope.inputs[1:]], settings, name, shape, "llmc")
+    return edit.insert(node, "TracedRope", [transposed, *rope.inputs[1:]], settings, name, shape, "llmc")
 
 
 def _fix_shape(graph: ir.Graph, node: ir.Node) -> int:
-    """Make the target shape constant, with 1 for the tokens if the operand has them. Return 1 if it does."""
+    """Make the target shape constant, with 1 for the tokens if the operand has them. Return the number."""
     before, after = edit.dims(edit.operand(node, 0)), edit.dims(node.outputs[0])
     if len(before) != len(after) or any(a == -1 != b for b, a in zip(before, after, strict=True)):
         return 0
@@ -107,7 +111,7 @@ def _fix_shape(graph: ir.Graph, node: ir.Node) -> int:
     return 1
 
 
-def _refuse_the_rest(graph: ir.Graph) -> None:
+def _refuse_traced_only(graph: ir.Graph) -> None:
     """Raise UnsupportedError for an operator that only a traced graph may have."""
     for node in graph:
         if node.op_type not in TRACED_ONLY:

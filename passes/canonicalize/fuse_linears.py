@@ -3,8 +3,9 @@
 before  q = Gemm(x, Wq); k = Gemm(x, Wk); v = Gemm(x, Wv)
 after   q, k, v = Split(Gemm(x, [Wq; Wk; Wv]))
 
-One pass over a larger weight keeps memory busier than several small ones, and on the CPU it keeps the
-activation after a gate projection from being fused into a slower kernel (docs/explanation/performance.md).
+Reading one large weight uses the memory bandwidth better than reading several small ones. On the CPU it
+also keeps the activation after a gate projection from being fused into a slower kernel
+(docs/explanation/performance.md).
 The fused initializer has no data yet; its Parameter lists its parts in order.
 """
 

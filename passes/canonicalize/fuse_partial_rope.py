@@ -63,7 +63,7 @@ def _fuse(concat: ir.Node, rope: ir.Node, x: ir.Value, by_token: bool) -> None:
 def _whole(concat: ir.Node, rope: ir.Node, by_token: bool) -> ir.Value | None:
     """Return the value whose first features `rope` rotates and whose other features `concat` appends.
 
-    by_token: the value is [1, T, H, D], with head transposes around `rope`
+    by_token: whether the value is [1, T, H, D], with head transposes around `rope`.
     """
     rotated = edit.operand(rope, 0)
     if by_token:
@@ -80,22 +80,22 @@ def _whole(concat: ir.Node, rope: ir.Node, by_token: bool) -> ir.Value | None:
 
 
 def _part(value: ir.Value) -> tuple[ir.Value, int, int] | None:
-    """Return (x, begin, end) if `value` is x[..., begin:end]; else None."""
+    """Return (x, begin, end) if `value` is x[..., begin:end], or None."""
     node = value.producer()
     if node is None or node.op_type not in ("Slice", "Split"):
         return None
     x = edit.operand(node, 0)
-    width, last = edit.dims(x)[-1], len(edit.dims(x)) - 1
-    numbers = [edit.numbers(given) or [] for given in node.inputs[1:]]
+    width, last_axis = edit.dims(x)[-1], len(edit.dims(x)) - 1
+    numbers = [edit.numbers(operand) or [] for operand in node.inputs[1:]]
     if node.op_type == "Split":
-        if node.attributes["axis"].as_int() % (last + 1) != last or not numbers or not numbers[0]:
+        if node.attributes["axis"].as_int() % (last_axis + 1) != last_axis or not numbers or not numbers[0]:
             return None
         begin = sum(numbers[0][: list(node.outputs).index(value)])
         return x, begin, begin + edit.dims(value)[-1]
-    if [len(one) for one in numbers[:3]] != [1, 1, 1]:
+    if [len(values) for values in numbers[:3]] != [1, 1, 1]:
         return None
     (begin,), (end,), (axis,) = numbers[:3]
-    if axis % (last + 1) != last or (numbers[3:] and numbers[3] != [1]):
+    if axis % (last_axis + 1) != last_axis or (numbers[3:] and numbers[3] != [1]):
         return None
     begin, end = (bound + width if bound < 0 else min(bound, width) for bound in (begin, end))
     return x, begin, end

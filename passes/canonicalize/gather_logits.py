@@ -13,8 +13,8 @@ from llmc.passes.contract import Matches
 from llmc.passes.spec import ELEMENTWISE, Stage
 from llmc.runtime.errors import UnsupportedError
 
-INDEX = "logits_index"
-ROWS = "N"
+INDEX = "logits_index"  # graph input [N] int32: the rows of the packed tokens whose logits are wanted
+ROWS = "N"  # the symbolic number of these rows
 
 
 class GatherLogits:

@@ -30,22 +30,22 @@ class GatherRows:
     def __call__(self, model: ir.Model) -> Matches:
         matches = Matches()
         for node in list(model.graph):
-            found = None
+            operands = None
             if node.op_type == "GatherND":
-                found = _first_axis(node)
+                operands = _of_gather_nd(node)
             elif node.op_type == "GatherElements":
-                found = _whole_rows(node)
-            if found is not None:
+                operands = _of_gather_elements(node)
+            if operands is not None:
                 name = f"{node.outputs[0].name}.rows"
                 shape = edit.dims(node.outputs[0])
-                edit.replace(node, edit.insert(node, "Gather", found, {"axis": 0}, name, shape))
+                edit.replace(node, edit.insert(node, "Gather", operands, {"axis": 0}, name, shape))
                 matches.count += 1
         edit.remove_unused(model)
         return matches
 
 
-def _first_axis(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """Return (x, index) of a GatherND along the first axis alone; else None."""
+def _of_gather_nd(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
+    """Return (x, index) of a GatherND along the first axis alone, or None."""
     index = edit.operand(node, 1)
     batched = "batch_dims" in node.attributes and edit.attribute(node, "batch_dims") != 0
     if batched or edit.dims(index)[-1] != 1:
@@ -60,8 +60,8 @@ def _first_axis(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     return x, edit.operand(producer, 0)
 
 
-def _whole_rows(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """Return (table [P, C], index [1, T]) of a GatherElements that reads whole rows; else None."""
+def _of_gather_elements(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
+    """Return (table [P, C], index [1, T]) of a GatherElements that reads whole rows, or None."""
     whole, repeated = edit.operand(node, 0), edit.operand(node, 1)
     shape = edit.dims(whole)
     if edit.attribute(node, "axis") != 1 or shape[0] != 1 or edit.dims(repeated) != [1, -1, shape[-1]]:

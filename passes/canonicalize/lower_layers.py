@@ -53,15 +53,15 @@ class LowerRMSNorm:
             offset = float(edit.attribute(node, "offset"))
             if offset:
                 assert weight.dtype is not None
-                one = np.array(offset, weight.dtype.numpy())
-                added = edit.constant(model.graph, one, f"offset_{weight.dtype.name}")
+                scalar = np.array(offset, weight.dtype.numpy())
+                added = edit.constant(model.graph, scalar, f"offset_{weight.dtype.name}")
                 weight = edit.insert(node, "Add", [weight, added], {}, f"{name}.scale", edit.dims(weight))
             settings = {"axis": -1, "epsilon": float(edit.attribute(node, "epsilon"))}
             inputs, shape = [edit.operand(node, 0), weight], edit.dims(node.outputs[0])
             norm = edit.insert(node, "RMSNormalization", inputs, settings, name, shape)
             if edit.attribute(node, "rounds_once"):
-                made = norm.producer()
-                assert made is not None
-                made.metadata_props[ROUNDS_ONCE] = "1"
+                norm_node = norm.producer()
+                assert norm_node is not None
+                norm_node.metadata_props[ROUNDS_ONCE] = "1"
             edit.replace(node, norm)
         return Matches(len(nodes))

@@ -95,12 +95,12 @@ def _squeeze_constants(graph: ir.Graph, node: ir.Node, rank: int) -> None:
 
 
 def _narrow_integers(graph: ir.Graph, node: ir.Node) -> None:
-    """Continue in int32 what follows from the step's tokens and positions, which are int64 in the trace."""
-    given = [value for value in node.inputs if value is not None]
-    if node.op_type == "Cast" or node.op_type not in _KEEPS_DTYPE or not given:
+    """Compute in int32 with the step's tokens and positions, which are int64 in the trace."""
+    operands = [value for value in node.inputs if value is not None]
+    if node.op_type == "Cast" or node.op_type not in _KEEPS_DTYPE or not operands:
         return
-    if given[0].dtype != ir.DataType.INT32 and not (
-        node.op_type in ELEMENTWISE and any(value.dtype == ir.DataType.INT32 for value in given)
+    if operands[0].dtype != ir.DataType.INT32 and not (
+        node.op_type in ELEMENTWISE and any(value.dtype == ir.DataType.INT32 for value in operands)
     ):
         return
     for index, value in enumerate(node.inputs):
@@ -118,7 +118,10 @@ def _narrow_integers(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _shift_axis(node: ir.Node) -> None:
-    """Count the axis of the attribute `axis` without the batch axis. (The default is 0, but for norms.)"""
+    """Count the axis of the attribute `axis` without the batch axis.
+
+    Its default is -1 for LayerNormalization and Softmax, and 0 for the other operators.
+    """
     default = -1 if node.op_type in ("LayerNormalization", "Softmax") else 0
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else default
     _require(axis != 0, node, f"works along the batch axis (axis={axis})")
@@ -137,9 +140,9 @@ def _shift_axes(graph: ir.Graph, node: ir.Node, index: int) -> None:
     node.replace_input_with(index, edit.constant(graph, shifted, name))
 
 
-def _require(condition: bool, node: ir.Node, what: str) -> None:
+def _require(condition: bool, node: ir.Node, problem: str) -> None:
     if not condition:
         raise UnsupportedError(
-            f"operator {node.op_type} of module {module_of(node)} {what}",
+            f"operator {node.op_type} of module {module_of(node)} {problem}",
             "llmc compiles models that treat every token alike outside attention",
         )

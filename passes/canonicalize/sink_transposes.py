@@ -3,11 +3,11 @@
 before  x [1,T,H,D] -> Transpose -> TracedRMSNorm -> [1,H,T,D]
 after   x -> TracedRMSNorm -> Transpose
 
-Norms work on the features of a head, and the other operators of `_AXES` and ELEMENTWISE on one axis or on
-none. Gemma 3 transposes first and Qwen 3 normalizes first; StableLM has a norm for every head. After this
-pass, PageAttention sees one form.
+Norms work on the features of a head, operators in `_AXES` on one axis, and those in ELEMENTWISE on none.
+Gemma 3 transposes first and Qwen 3 normalizes first; StableLM has a norm for every head. After this pass,
+PageAttention sees one form.
 
-A second transpose that undoes the first goes. A Gather of heads (Falcon) moves before its transpose.
+A second transpose that undoes the first is removed. A Gather of heads (Falcon) moves before its transpose.
 An Unsqueeze that adds the axis of a single head (multi-query attention) becomes such a transpose.
 """
 
@@ -52,9 +52,9 @@ class SinkTransposes:
 
 
 def _adds_head(node: ir.Node) -> bool:
-    """Return whether `node` makes the axis of a single head: [1, 1, T, C] of [1, T, C] or of [1, T]."""
-    made = edit.dims(node.outputs[0]) if node.op_type == "Unsqueeze" else []
-    return len(made) == 4 and made[:3] == [1, 1, -1]
+    """Return whether `node` adds the axis of a single head: [1, T, C] or [1, T] to [1, 1, T, C]."""
+    shape = edit.dims(node.outputs[0]) if node.op_type == "Unsqueeze" else []
+    return len(shape) == 4 and shape[:3] == [1, 1, -1]
 
 
 def _transpose_instead(node: ir.Node) -> None:

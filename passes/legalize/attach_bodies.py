@@ -20,10 +20,6 @@ class AttachBodies:
         return _attach(model, bodies_for(node.op_type for node in model.graph))
 
 
-def _uses(model: ir.Model, operator: str) -> bool:
-    return any(node.op_type == operator for node in model.graph)
-
-
 def _attach(model: ir.Model, functions: list[ir.Function]) -> Matches:
     added = [function for function in functions if function.identifier() not in model.functions]
     for function in added:

@@ -34,14 +34,14 @@ class DropActivationQuantization:
 
 def rounded_to(model: ir.Model) -> set[ir.DataType]:
     """Return the element types that layers quantize their activations to, if any."""
-    found = set()
+    elements = set()
     for node in model.graph:
         if node.op_type == round_fp4.NAME:
-            found.add(ir.DataType.FLOAT4E2M1)
+            elements.add(ir.DataType.FLOAT4E2M1)
         elif node.op_type == "QuantizeLinear":
             assert node.outputs[0].dtype is not None
-            found.add(node.outputs[0].dtype)
-    return found
+            elements.add(node.outputs[0].dtype)
+    return elements
 
 
 def _quantizes(node: ir.Node) -> bool:

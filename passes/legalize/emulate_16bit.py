@@ -8,9 +8,8 @@ PagedAttention    scores, softmax and sums in fp32; the softmax weights are roun
 
 ONNX Runtime 1.32 has no bf16 arithmetic. It has fp16, but omits some of the roundings: its error was half of
 transformers' (tales, 2026-11-23). This graph's error is within 15 % of it. Caches are fp32 and hold rounded
-values, because the backend keeps them so; quantized ones hold codes times their scale
-(`widen_quantized_caches.py`).
-docs/explanation/fidelity.md says what this shows.
+values, as in the backend. Quantized caches hold codes times their scale (`widen_quantized_caches.py`).
+docs/explanation/fidelity.md describes how builds use this graph.
 """
 
 from __future__ import annotations

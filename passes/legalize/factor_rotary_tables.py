@@ -58,22 +58,22 @@ class Factors:
 def factor(cos: np.ndarray, sin: np.ndarray) -> Factors | None:
     """Return the factors of two tables [positions, R], fp32.
 
-    None: the tables are too short to gain from it, or the products exceed the bound.
+    Returns None if the tables are too short to gain from it, or if the products exceed the bound.
     """
     scale = cos[0, 0]
     if len(cos) <= 2 * BLOCK or not scale > 0:
         return None
     low, high = slice(BLOCK), slice(None, None, BLOCK)
-    made = Factors(cos[low].copy(), sin[low].copy(), cos[high] / scale, sin[high] / scale)
+    result = Factors(cos[low].copy(), sin[low].copy(), cos[high] / scale, sin[high] / scale)
     frequency = np.abs(np.arctan2(sin[1], cos[1], dtype=np.float64))
     for h, begin in enumerate(range(0, len(cos), BLOCK)):
         positions = np.arange(begin, min(begin + BLOCK, len(cos)))[:, None]
         bound = scale * UNIT * (2 * positions * frequency + 16)
-        for table, products in zip((cos, sin), made.block(h), strict=True):
+        for table, products in zip((cos, sin), result.block(h), strict=True):
             whole = table[begin : begin + BLOCK].astype(np.float64)
             if not (np.abs(products[: len(whole)] - whole) <= bound).all():
                 return None
-    return made
+    return result
 
 
 class FactorRotaryTables:

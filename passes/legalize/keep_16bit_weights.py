@@ -39,7 +39,7 @@ class Narrow:
 class NarrowPlan:
     """The matrices that stay in 16 bits."""
 
-    #: By `Parameter.file_name`.
+    #: Each matrix, by its `Parameter.file_name`.
     matrices: Mapping[str, Narrow] = field(default_factory=dict)
 
 

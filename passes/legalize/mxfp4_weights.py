@@ -49,7 +49,7 @@ def _rewrite(model: ir.Model, rewrite: Callable[[ir.Node], None]) -> Matches:
     nodes = [node for node in model.graph if node.op_type == "DequantizeLinear" and _is_mxfp4(node)]
     for node in nodes:
         rewrite(node)
-        del node.attributes["output_dtype"]  # the default, the dtype of the scale, is right now
+        del node.attributes["output_dtype"]  # the default is the dtype of the scale
     return Matches(len(nodes))
 
 

@@ -14,7 +14,7 @@ from llmc.runtime.errors import BuildError
 class RequireDtype:
     """Check the dtype of every attention layer.
 
-    dtype: the dtype that each must compute in. called: the user's name for it.
+    dtype: the dtype that each must compute in. called: the dtype's name in the error, such as "fp16".
     Raises BuildError for a layer that computes in another dtype.
     """
 
@@ -27,8 +27,8 @@ class RequireDtype:
 
     def __call__(self, model: ir.Model) -> Matches:
         for node in attention_nodes(model):
-            if (found := edit.operand(node, 0).dtype) != self._dtype:
+            if (actual := edit.operand(node, 0).dtype) != self._dtype:
                 raise BuildError(
-                    f"{module_of(node)} computes in {found}, the TensorRT engine in {self._called}"
+                    f"{module_of(node)} computes in {actual}, the TensorRT engine in {self._called}"
                 )
         return Matches()

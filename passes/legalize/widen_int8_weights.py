@@ -41,10 +41,10 @@ def _is_int8_product(node: ir.Node) -> bool:
 
 
 def _widen(node: ir.Node) -> None:
-    last = edit.operand(node, 1).producer()
-    assert last is not None
-    codes, scale = edit.operand(last, 0), edit.operand(last, 1)
+    dequantize = edit.operand(node, 1).producer()
+    assert dequantize is not None
+    codes, scale = edit.operand(dequantize, 0), edit.operand(dequantize, 1)
     shape, name = edit.dims(codes), str(codes.name)
     wide = edit.cast(node, codes, ir.DataType.FLOAT, f"{name}.cast")
     column = edit.reshape(node, scale, [shape[0], 1], f"{name}.column")
-    edit.replace(last, edit.insert(node, "Mul", [wide, column], {}, f"{name}.scaled", shape))
+    edit.replace(dequantize, edit.insert(node, "Mul", [wide, column], {}, f"{name}.scaled", shape))

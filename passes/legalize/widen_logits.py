@@ -1,4 +1,4 @@
-"""WidenLogits: return logits in fp32, which numpy and every sampler want. Widening is exact.
+"""WidenLogits: return logits in fp32, which numpy and the samplers need. Widening is exact.
 
 before  logits = Gemm(x, W)             16 bits
 after   logits = Cast(Gemm(x, W), fp32)
@@ -14,7 +14,7 @@ from llmc.passes.spec import Stage
 
 
 class WidenLogits:
-    """Cast the logits to fp32. Counts 1, or 0 if they are fp32. Nodes are out of order afterwards."""
+    """Cast the logits to fp32. Counts 1, or 0 if they are fp32 already. Nodes are out of order afterwards."""
 
     name = "widen-logits"
     requires = Stage.QUANTIZED

@@ -3,7 +3,7 @@
     before  RMSNormalization(x, w)                16 bits; w may be Add(weight, c)
     after   Cast(RMSNormalization(Cast(x, fp32), Cast(w, fp32)))       Add in fp32 too
 
-Other norms round before the weight, as in Llama. A probe of the model's norm module sets the mark.
+Other norms round before the weight, as in Llama. The trace probes the model's norm module and marks the node.
 """
 
 from __future__ import annotations
@@ -55,8 +55,12 @@ def _widen(node: ir.Node) -> None:
     if add is not None:
         offset = edit.operand(add, 1)
         assert offset.const_value is not None
-        one = edit.constant(graph, offset.const_value.numpy().astype("float32"), f"{offset.name}_wide")
-        wide_scale = edit.insert(node, "Add", [wide_scale, one], {}, f"{name}.wide_scale", edit.dims(weight))
+        wide_offset = edit.constant(
+            graph, offset.const_value.numpy().astype("float32"), f"{offset.name}_wide"
+        )
+        wide_scale = edit.insert(
+            node, "Add", [wide_scale, wide_offset], {}, f"{name}.wide_scale", edit.dims(weight)
+        )
     wide_x = edit.cast(node, x, ir.DataType.FLOAT, f"{name}.wide_x")
     settings = {key: edit.attribute(node, key) for key in ("axis", "epsilon")}
     shape = list(x.shape or [])

@@ -1,12 +1,12 @@
-"""WidenQuantizedCaches: quantized KV caches hold the same numbers in fp32, for ONNX Runtime.
+"""WidenQuantizedCaches: store the values of quantized KV caches in fp32, for ONNX Runtime.
 
-Its Gather and ScatterND take no FP8.
+ONNX Runtime's Gather and ScatterND take no FP8.
 
     before  PagedAttention<s>(q, k, v, key_cache e4m3, ...)
     after   PagedAttention(q, Mul(Cast(Cast(Div(k, s), e4m3), fp32), s), ..., key_cache fp32, ...)
 
-The cache holds code x scale where it held the code, so the operator reads the same keys and values. Rounding
-is that of the operator's contract: divided in fp32, to nearest even, saturated at the largest code.
+The cache holds code x scale in place of the code, so the operator reads the same keys and values. The
+rounding is the operator's: division in fp32, to nearest even, saturated at the largest code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROLES = (("key", 1, 3, 1), ("value", 2, 4, 2))  # role, its input, its cache's 
 
 
 class WidenQuantizedCaches:
-    """Counts one match per PagedAttention with quantized caches, which gets fp32 caches.
+    """Give each PagedAttention with quantized caches fp32 caches. Counts one match per node.
 
     rounded: False leaves keys and values unrounded, to measure the error of the rounding.
     """

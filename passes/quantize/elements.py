@@ -2,7 +2,7 @@
 
 All round to nearest, ties to even, and saturate, as ONNX's QuantizeLinear does.
 INT8: -127..127. The code -128 is not used, so that a scale of amax / 127 is exact at both ends.
-INT4: -8..7. All sixteen codes are used, because one of sixteen is a large share (see `scales.first_scales`).
+INT4: -8..7. All sixteen codes are used, because one code is 1/16 of the range (see `scales.first_scales`).
 E4M3: OCP 8-bit Floating Point Specification (OFP8) 1.0: bias 7, no infinity, largest 448 (saturating mode).
 E2M1: OCP Microscaling Formats (MX) Specification 1.0, FP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6, sign in bit 3.
 """
@@ -14,9 +14,8 @@ import numpy as np
 
 from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX
 
-E2M1_VALUES = np.array(
-    [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32
-)  # by code
+# The value of each code.
+E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _INT_RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
 
 

@@ -49,10 +49,11 @@ def round_e2m1(x: np.ndarray, global_scale: float) -> np.ndarray:
     if x.shape[-1] % E2M1_BLOCK:
         raise ValueError(f"{x.shape[-1]} values are not a multiple of the block of {E2M1_BLOCK}")
     blocks = np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, E2M1_BLOCK)
-    over = np.float32(global_scale)
-    wanted = np.abs(blocks).max(-1, keepdims=True) / np.float32(E2M1_MAX) / over
+    global_factor = np.float32(global_scale)
+    exact_scales = np.abs(blocks).max(-1, keepdims=True) / np.float32(E2M1_MAX) / global_factor
     scales = (
-        np.minimum(wanted, np.float32(E4M3_MAX)).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * over
+        np.minimum(exact_scales, np.float32(E4M3_MAX)).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        * global_factor
     )
     with np.errstate(divide="ignore", invalid="ignore"):  # division by a scale of 0: replaced below
         codes = encode(np.where(scales > 0, blocks / scales, np.float32(0)), "e2m1")

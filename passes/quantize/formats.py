@@ -50,6 +50,7 @@ E4M3_SMALLEST = 2.0**-9  # the smallest subnormal
 class Format:
     """A quantization format."""
 
+    #: The name, as in `--quant`.
     name: str
     #: Element type of the weight: "int8", "int4", "e4m3" or "e2m1".
     element: str
@@ -148,7 +149,8 @@ def get_format(name: str) -> Format:
     return FORMATS[name]
 
 
-# Checkpoints have more formats than llmc writes. A systematic name says what differs from these.
+# Checkpoints have more formats than llmc writes. A systematic name is one of these, with a
+# suffix for each property that differs: name -> (element, block, activations).
 _KINDS = {"int8": ("int8", 0, ""), "int4": ("int4", 32, ""), "fp8": ("e4m3", -1, "e4m3"),
           "nvfp4": ("e2m1", 16, "e2m1"), "mxfp4": ("e2m1", 32, "")}  # fmt: skip
 _INPUTS = {"-weight-only": "", "-fp8-inputs": "e4m3"}
@@ -160,9 +162,12 @@ def systematic_format(element: str, block: int, scales: str, activations: str = 
     The names in FORMATS are systematic, except int8-smoothquant, which is the name of a method. Other
     systematic names are int4-block64, fp8-per-channel-weight-only and nvfp4-fp8-inputs.
     """
-    kinds = [name for name, one in _KINDS.items() if one[0] == element]
+    kinds = [name for name, defaults in _KINDS.items() if defaults[0] == element]
     kind = kinds[scales == "F8_E8M0"] if len(kinds) > 1 else kinds[0]
-    _, usual, own = _KINDS[kind]
-    where = "" if block == usual else f"-block{block}" if block else "-per-channel"
-    inputs = "" if activations == own else next(s for s, kind in _INPUTS.items() if kind == activations)
-    return Format(f"{kind}{where}{inputs}", element, block, scales, activations)
+    _, default_block, default_activations = _KINDS[kind]
+    granularity = "" if block == default_block else f"-block{block}" if block else "-per-channel"
+    if activations == default_activations:
+        inputs = ""
+    else:
+        inputs = next(suffix for suffix, dtype in _INPUTS.items() if dtype == activations)
+    return Format(f"{kind}{granularity}{inputs}", element, block, scales, activations)

@@ -15,19 +15,22 @@ _WEIGHT = ".weight"
 class QuantizedMatrix:
     """One quantized matrix.
 
-    `weight` holds its codes, and `weight_scale` and `weight_scale_2` their scales. Statically quantized
-    activations have an `input_scale`, smoothed ones also `pre_quant_scale` [columns], their factors.
+    `weight` holds its codes, and `weight_scale` and `weight_scale_2` hold their scales. Statically quantized
+    activations have an `input_scale`. Smoothed activations also have the factors `pre_quant_scale` [columns].
     """
 
     #: The names of the fused modules in the checkpoint, in the order of their rows.
     modules: tuple[str, ...]
     #: The number of rows of each module.
     rows: tuple[int, ...]
+    #: The number of input features.
     columns: int
+    #: The format of the weight.
     format: Format
 
     @property
     def shape(self) -> tuple[int, int]:
+        """The shape [out, in]."""
         return sum(self.rows), self.columns
 
     @property

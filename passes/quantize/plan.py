@@ -31,9 +31,11 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class InputFactors:
     """A tensor of the checkpoint that a layer's input is multiplied by."""
 
+    #: The name of the tensor in the checkpoint.
     name: str
-    #: By its safetensors name.
+    #: The dtype, by its safetensors name.
     dtype: str
+    #: The shape of the tensor.
     shape: tuple[int, ...]
 
 
@@ -41,7 +43,9 @@ class InputFactors:
 class Module:
     """One matrix [out, in] of the model."""
 
+    #: The name in the checkpoint, without ".weight".
     name: str
+    #: The shape [out, in].
     shape: tuple[int, int]
     #: None: the matrix is not quantized.
     format: Format | None
@@ -51,21 +55,23 @@ class Module:
     group: tuple[str, ...]
     #: The factors [in] of a pre-quantized checkpoint.
     pre_quant_scale: InputFactors | None = None
-    #: Whether it shares its values with the embedding, which stays: quantizing it adds bytes.
+    #: Whether the matrix shares its weight with the embedding. The embedding stays in the file, so that
+    #: quantizing the matrix adds bytes.
     tied: bool = False
 
     @property
     def params(self) -> int:
+        """Number of parameters that only this matrix holds."""
         return 0 if self.tied else math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """The decision for every matrix. Frozen and printable."""
+    """The decision for every matrix, frozen and printable."""
 
     #: The requested format, or the most frequent format of a pre-quantized checkpoint.
     format: Format
-    #: In the order of the model.
+    #: Every matrix, in the order of the model.
     modules: tuple[Module, ...]
     #: Bits of a parameter that is not quantized.
     stored_bits: int
@@ -84,19 +90,21 @@ class QuantPlan:
 
     def matrices(self) -> list[QuantizedMatrix]:
         """Return the quantized matrices in the order of the graph."""
-        found = []
+        matrices = []
         for group in self.groups():
             names, rows = tuple(m.name for m in group), tuple(m.shape[0] for m in group)
             assert group[0].format is not None
-            found.append(QuantizedMatrix(names, rows, group[0].shape[1], group[0].format))
-        return found
+            matrices.append(QuantizedMatrix(names, rows, group[0].shape[1], group[0].format))
+        return matrices
 
     @property
     def params(self) -> int:
+        """Number of parameters of the model."""
         return sum(module.params for module in self.modules) + self.other_params
 
     @property
     def bytes_before(self) -> int:
+        """Bytes of the model before quantization."""
         return self.params * self.stored_bits // 8
 
     @property
@@ -123,7 +131,7 @@ class QuantPlan:
 
     @property
     def activation_group(self) -> int:
-        """Number of activations that share an int8 scale with `llmc run --fast`; 0 if it is not possible.
+        """Number of activations that share an int8 scale with `llmc run --fast`. 0: `--fast` is not possible.
 
         The group is as large as the blocks of all int8 and int4 weights allow. A scale per row sets no limit.
         OpenVINO quantizes nothing in groups that do not divide a block or are smaller than its 16 lanes.
@@ -178,7 +186,8 @@ def make_plan(
     head: the format of lm_head. None: not quantized.
     tied: the modules that share their weight with the embedding.
     Raises RequestError for an unknown format, for a user's pattern that matches nothing, and if nothing is
-    left to quantize; BuildError for a recipe's pattern that matches nothing.
+    left to quantize. Raises BuildError for a recipe's pattern that matches nothing, and ValueError for groups
+    that overlap or whose modules differ in their input size.
     """
     fmt = get_format(format)
     if scales is not None and fmt.float_scales:
@@ -205,7 +214,7 @@ def make_plan(
             kept = next((other for other in group if reasons[other]), None)
             reason = f"fused with {kept.rpartition('.')[2]}: {reasons[kept]}" if kept else ""
         chosen = None if reason else fmt
-        if head and reason.startswith("default: ") and any(fnmatchcase(name, one) for one in HEADS):
+        if head and reason.startswith("default: ") and any(fnmatchcase(name, pattern) for pattern in HEADS):
             chosen = get_format(head)
             reason = chosen.why_not(shape)
         modules.append(Module(name, shape, None if reason else chosen, reason, group, tied=name in tied))
@@ -221,14 +230,14 @@ def make_plan(
 
 def fused_groups(matrices: Mapping[str, tuple[int, int]]) -> list[tuple[str, ...]]:
     """Return the groups of fused modules, found by Hugging Face's names and equal input sizes."""
-    found = []
+    groups = []
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in matrices):
         for siblings in _SIBLINGS:
             names = [f"{parent}.{sibling}" if parent else sibling for sibling in siblings]
             group = tuple(name for name in names if name in matrices)
             if len(group) > 1 and len({matrices[name][1] for name in group}) == 1:
-                found.append(group)
-    return found
+                groups.append(group)
+    return groups
 
 
 def _member_of(

@@ -1,6 +1,6 @@
 """The Q/DQ nodes around a quantized Gemm: its weight dequantized, its input multiplied and quantized.
 
-`quantize_linears.py` has the forms as a table.
+The docstring of `quantize_linears.py` has a table of the forms.
 Each function inserts its nodes before `node` and returns their result.
 """
 
@@ -27,14 +27,16 @@ SCALES_OF = {"bf16": "BF16", "fp16": "F16"}  # TensorRT's compute dtype -> the d
 
 
 def initializer(graph: ir.Graph, record: Parameter, dtype: str, shape: tuple[int, ...]) -> ir.Value:
-    """Add an initializer that holds no codes. dtype: a safetensors name."""
+    """Add an initializer for scales or factors. dtype: a safetensors name."""
     return new_parameter(graph, record, ir.Shape(shape), ONNX[dtype])
 
 
-def dequantize(node: ir.Node, codes: ir.Value, scale: ir.Value, where: dict[str, int], name: str) -> ir.Value:
-    """Insert DequantizeLinear(codes, scale), in the dtype of the scale. where: its attributes."""
+def dequantize(
+    node: ir.Node, codes: ir.Value, scale: ir.Value, attributes: dict[str, int], name: str
+) -> ir.Value:
+    """Insert DequantizeLinear(codes, scale), in the dtype of the scale. attributes: the node's."""
     shape = list(codes.shape or [])
-    return edit.insert(node, "DequantizeLinear", [codes, scale], where, name, shape, dtype=scale.dtype)
+    return edit.insert(node, "DequantizeLinear", [codes, scale], attributes, name, shape, dtype=scale.dtype)
 
 
 def multiplied_input(
@@ -43,9 +45,9 @@ def multiplied_input(
     """Multiply x by the checkpoint's `factors`, in fp32 unless they have the dtype of x."""
     x, name = edit.operand(node, 0), factors.name
     assert x.dtype is not None
-    same = ONNX[factors.dtype] == x.dtype
-    first = replace(of_tensor(name, factors.shape), rows=matrix.rows[:1])
-    values = initializer(graph, first, factors.dtype if same else "F32", factors.shape)
+    same_dtype = ONNX[factors.dtype] == x.dtype
+    record = replace(of_tensor(name, factors.shape), rows=matrix.rows[:1])
+    values = initializer(graph, record, factors.dtype if same_dtype else "F32", factors.shape)
     wide = x if x.dtype == values.dtype else edit.cast(node, x, ir.DataType.FLOAT, f"{name}.x")
     product = edit.insert(node, "Mul", [wide, values], {}, f"{name}.scaled", list(x.shape or []))
     return product if product.dtype == x.dtype else edit.cast(node, product, x.dtype, f"{name}.narrow")

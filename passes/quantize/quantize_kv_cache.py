@@ -29,7 +29,7 @@ class QuantizeKVCache:
     """Quantize KV caches. Counts one match per layer. Scales are 1.0 until `fill_kv_scales` runs."""
 
     name = "quantize-kv-cache"
-    requires = Stage.QUANTIZED  # or canonical, which is one without codes
+    requires = Stage.QUANTIZED  # a canonical graph also passes these checks
     ensures = Stage.QUANTIZED
 
     def __init__(self, cache: QuantizedCache) -> None:
@@ -51,18 +51,18 @@ def fill_kv_scales(model: ir.Model, largest: Mapping[int, tuple[float, float]]) 
     """Give the quantized caches of a graph, at any stage after QuantizeKVCache, their measured scales.
 
     largest: layer -> the largest magnitudes of its keys (after rotary embedding, as they enter the cache) and
-    of its values. A scale is that over the largest code, as in ModelOpt's `k_scale` and `v_scale`; 1.0 for
-    layers that are not given and for keys or values that are all 0. The scales are attributes, not
-    initializers, because TensorRT's plugin takes them as fields.
+    of its values. A scale is the magnitude divided by the largest code, as in ModelOpt's `k_scale` and
+    `v_scale`. It is 1.0 for layers that `largest` lacks and for keys or values that are all 0.
+    The scales are attributes, not initializers, because TensorRT's plugin takes them as fields.
     Raises BuildError for a layer that the model lacks and for a magnitude that is negative, infinite or NaN.
     """
-    found = [(node, cache) for node in attention_nodes(model) if (cache := cache_of(node))]
-    if unknown := sorted(largest.keys() - set(range(len(found)))):
+    quantized = [(node, cache) for node in attention_nodes(model) if (cache := cache_of(node))]
+    if unknown := sorted(largest.keys() - set(range(len(quantized)))):
         raise BuildError(
-            f"KV scales for layer {unknown[0]} of a model with {len(found)} layers",
+            f"KV scales for layer {unknown[0]} of a model with {len(quantized)} layers",
             "calibrate with this checkpoint",
         )
-    for layer, (node, cache) in enumerate(found):
+    for layer, (node, cache) in enumerate(quantized):
         for name, amax in zip(_SCALES, largest.get(layer, (0.0, 0.0)), strict=True):
             if not math.isfinite(amax) or amax < 0:
                 raise BuildError(

@@ -33,7 +33,7 @@ from llmc.plugins.round_fp4 import spec as round_fp4
 
 
 class QuantizeLinears:
-    """Quantize the matrices of a plan. Counts one match each. One that the graph lacks is a near miss."""
+    """Quantize the matrices of a plan. Counts one match per matrix. Those without a Gemm are near misses."""
 
     name = "quantize-linears"
     requires = Stage.CANONICAL
@@ -43,18 +43,18 @@ class QuantizeLinears:
         self._plan = plan
 
     def __call__(self, model: ir.Model) -> Matches:
-        left = {matrix.modules: matrix for matrix in self._plan.matrices()}
+        pending = {matrix.modules: matrix for matrix in self._plan.matrices()}
         modules = self._plan.quantized()
         matches = Matches()
         for node in list(model.graph):
             record = linear(node)
-            matrix = left.pop(record.modules, None) if record else None
+            matrix = pending.pop(record.modules, None) if record else None
             if matrix is not None:
                 _quantize(model.graph, node, matrix, modules[matrix.modules[0]].pre_quant_scale)
                 matches.count += 1
                 if matrix.format.activations == "e2m1":
                     model.graph.opset_imports[round_fp4.DOMAIN] = round_fp4.ABI_VERSION
-        matches.near_misses += [f"{' and '.join(names)}: no such linear layer" for names in left]
+        matches.near_misses += [f"{' and '.join(names)}: no such linear layer" for names in pending]
         return matches
 
 

@@ -44,8 +44,8 @@ def survey(model: ir.Model, *, with_tied: bool = False) -> Survey:
             groups.append((name,))
             shapes[name] = (rows, columns)
             tied.append(name)
-    every = sum(math.prod(edit.dims(value)) for value, _ in parameters(model))
-    return Survey(shapes, groups, tuple(tied), every - in_matrices)
+    all_params = sum(math.prod(edit.dims(value)) for value, _ in parameters(model))
+    return Survey(shapes, groups, tuple(tied), all_params - in_matrices)
 
 
 def has_rows_first(node: ir.Node) -> bool:

@@ -30,7 +30,7 @@ TARGETS = {
     ),
     "aarch64-dotprod": ("aarch64-linux-none", "generic+dotprod+fullfp16", "-march=armv8.2-a+dotprod+fp16"),
 }
-# No C library is linked, so one file serves every Linux. Nothing that tells builds apart goes in.
+# No C library is linked, so one file serves every Linux. The flags keep the output reproducible.
 FLAGS = [
     "-O3",
     "-std=gnu11",
@@ -52,18 +52,20 @@ FLAGS = [
 
 
 def compile_libraries(output: Path = LIBRARIES) -> list[Path]:
-    """Compile the libraries that are older than the sources. CC compiles for this machine's CPUs only.
+    """Compile the libraries that are older than the sources. CC compiles those of this architecture only.
 
-    Raises FileNotFoundError if there is no compiler, subprocess.CalledProcessError if it fails.
+    output: the directory of the libraries.
+    Returns the paths that were written.
+    Raises FileNotFoundError if there is no compiler, and subprocess.CalledProcessError if it fails.
     """
     output.mkdir(parents=True, exist_ok=True)
     newest = max(path.stat().st_mtime for path in SOURCES)
     written = []
     for name, (target, cpu, march) in TARGETS.items():
-        if own := os.environ.get("CC"):
+        if compiler := os.environ.get("CC"):
             if not name.startswith(platform.machine()):
                 continue
-            command = [*shlex.split(own), *FLAGS, *march.split()]
+            command = [*shlex.split(compiler), *FLAGS, *march.split()]
         elif importlib.util.find_spec("ziglang"):
             command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, "-target", target, f"-mcpu={cpu}"]
         else:

@@ -1,8 +1,8 @@
 // The CPU engine: threads run the instructions of a step together.
 //
-// A group's work is cut into items, which threads take from a counter. A group begins when all items of the one before
-// are finished, not when all threads are there: a thread that lost its core holds up nobody unless it holds an item.
-// Nothing here needs a C library.
+// The work of a group is split into items, which threads take from a counter. A group begins when all items of the
+// previous group are finished, not when all threads have arrived. So a preempted thread delays the others only while
+// it holds an item. Nothing here needs a C library.
 #include "program.h"
 #include "vec.h"
 #include "rows.c"
@@ -16,7 +16,7 @@ EXPORT int32_t llmc_version(void) { return VERSION; }
 EXPORT int32_t llmc_instruction_bytes(void) { return (int32_t)sizeof(instruction); }
 EXPORT int32_t llmc_step_bytes(void) { return (int32_t)sizeof(step); }
 
-// memset and memcpy, which compilers call where there is no C library
+// memset and memcpy: compilers emit calls of them, and there is no C library
 #ifdef LLMC_FREESTANDING
 __attribute__((used)) void *memset(void *to, int byte, unsigned long count) {
   for (volatile uint8_t *p = to; count--;) *p++ = (uint8_t)byte;

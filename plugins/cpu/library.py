@@ -1,4 +1,4 @@
-"""The compiled CPU engine: which library this CPU takes, and C's structures."""
+"""The compiled CPU engine: the choice of a library for this CPU, and the structures of program.h."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 VERSION = 1
 LIBRARIES = Path(__file__).parent / "lib"
-COUNTER = 16  # int32 numbers from a group's counter to the next: a cache line
+COUNTER = 16  # int32 elements per counter: each group's counter has a cache line
 
 # Library -> the flags that /proc/cpuinfo must list, the best first.
 _NEEDS = {
@@ -82,7 +82,7 @@ class Step(ctypes.Structure):
 
 
 def cpu_flags() -> set[str]:
-    """Return the CPU's features, as /proc/cpuinfo names them; none where the system does not say."""
+    """Return the CPU's features, as /proc/cpuinfo names them. Empty if the system does not list them."""
     try:
         text = Path("/proc/cpuinfo").read_text("ascii", "replace")
     except OSError:
@@ -115,7 +115,7 @@ def choose() -> str:
 def load(name: str | None = None) -> ctypes.CDLL:
     """Load the engine's library: `name`, or the best one for this CPU.
 
-    Raises OSError, saying why, if this CPU has none, or if it was not compiled or is of another version.
+    Raises OSError if this CPU has no library, or if the library was not compiled or is of another version.
     """
     path = LIBRARIES / f"{name or choose()}.so"
     library = ctypes.CDLL(str(path))

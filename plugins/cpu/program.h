@@ -1,11 +1,11 @@
-// What the engine runs: instructions over rows of float buffers, and the arrays of a step. runtime/native/library.py
-// has the same structures; Python validates every pointer and size before C sees it.
+// The input of the engine: instructions over rows of float buffers, and the arrays of a step. library.py declares the
+// same structures. Python validates every pointer and size before C uses it.
 #pragma once
 #include <stdint.h>
 
 enum op {
-  // One row at a time. Consecutive ones run row by row, without waiting for other rows.
-  OP_EMBED = 0,    // out = row input_ids[row] of w; n: width, kind of numbers
+  // Row-wise operations. Consecutive ones run row by row, without waiting for other rows.
+  OP_EMBED = 0,    // out = row input_ids[row] of w; n: width, element type, tiled
   OP_GATHER = 1,   // out (a row of logits) = row logits_index[row] of a; n: width
   OP_COPY = 2,     // out = a; n: width
   OP_UNARY = 3,    // out = f(a); n: width, function; x: its parameter
@@ -17,19 +17,19 @@ enum op {
   OP_ROPE = 9,     // out = a rotated; v, v2: cos and sin tables; n: heads, head width, rotated width, interleaved
   OP_WRITE_KV = 10, // a: keys, b: values, into the cache; n: kv heads, key width, value width
   OP_QUANTIZE = 11, // q, scales, sums = a in int8 digits; n: width, group, digits
-  // Many rows at once.
+  // Operations on many rows at once.
   OP_LINEAR_INT = 12,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
-  OP_LINEAR_FLOAT = 13, // out = a x w; n: rows of w, columns, kind of numbers
+  OP_LINEAR_FLOAT = 13, // out = a x w; n: rows of w, columns, element type
   OP_ATTENTION = 14,    // out = attention of a (queries); n: heads, kv heads, key width, value width, window; x: scale, softcap
 };
-enum kind { F32 = 0, F16 = 1, BF16 = 2 };
+enum kind { F32 = 0, F16 = 1, BF16 = 2 }; // element types
 
 typedef struct {
-  int32_t op, per_logit; // per_logit: its rows are those of logits_index, not the tokens
+  int32_t op, per_logit; // per_logit: the rows are those of logits_index, not those of the tokens
   float *out;
   const float *a, *b, *v, *v2;
   const uint8_t *w;
-  int64_t out_stride, a_stride, b_stride; // floats from a row to the next
+  int64_t out_stride, a_stride, b_stride; // floats from one row to the next
   int8_t *q;                              // [rows][digits][width]
   float *scales;                          // [rows][width / group]
   int32_t *sums;                          // [rows][digits][width / group]
@@ -38,7 +38,7 @@ typedef struct {
   float x[2];
 } instruction;
 
-// Instructions first .. last - 1 run together: row-wise ones, or a single other one.
+// Instructions first .. last - 1 run together: row-wise instructions, or a single other instruction.
 typedef struct {
   int32_t first, last;
 } group;
@@ -48,7 +48,7 @@ typedef struct {
   const int32_t *input_ids, *position_ids, *query_start, *past_lengths, *block_indices, *block_begins, *logits_index;
   const instruction *code;
   const group *groups;
-  int32_t *slot;  // [tokens] the place of each token in the cache: block * 32 + row of the block
-  int32_t *next;  // [groups * 16] the next item of each group, a cache line apart; zero before a step
-  int32_t *done;  // [groups * 16] finished items
+  int32_t *slot;  // [tokens] the slot of each token in the cache: block * 32 + position in the block
+  int32_t *next;  // [groups * 16] the next item of each group; counters are a cache line apart and 0 before a step
+  int32_t *done;  // [groups * 16] the number of finished items of each group
 } step;

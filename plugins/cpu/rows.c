@@ -7,7 +7,7 @@ enum binary { ADD, SUB, MUL, DIV, MIN, MAX };
 
 INLINE vf sqrt_each(vf x) { return __builtin_elementwise_sqrt(x); }
 
-// Below 0.4 the Taylor series, whose next term is 4e-9 of the result; above 1 - 2 / (e^2x + 1).
+// Below 0.4 the Taylor series, whose next term is 4e-9 of the result. Above 0.4, 1 - 2 / (e^2x + 1).
 INLINE vf tanh_each(vf x) {
   const vf z = x * x;
   vf p = allf(21844.0f / 6081075);
@@ -23,7 +23,7 @@ INLINE vf tanh_each(vf x) {
   return select(a < 0.4f, small, large);
 }
 
-// Below 1 the Taylor series; above Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26 (1.5e-7).
+// Below 1 the Taylor series. Above 1, Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26 (error 1.5e-7).
 INLINE vf erf_each(vf x) {
   const vf z = x * x, a = absf(x);
   vf p = allf(-1.0f / 6894720); // (-1)^n / (n! (2n + 1)), n = 9 .. 1
@@ -95,7 +95,7 @@ static void scalar(int f, int width, const float *a, float x, float *out) {
   switch (f) { EACH_SCALAR(ADD) EACH_SCALAR(SUB) EACH_SCALAR(MUL) EACH_SCALAR(DIV) EACH_SCALAR(MIN) EACH_SCALAR(MAX) }
 }
 
-// Lanes from `from` on as zero: the tail of a row whose width is no multiple of 16.
+// x with zeros in the lanes from `from` on, for the tail of a row whose width is not a multiple of 16.
 INLINE vf head_of(vf x, int from) {
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return select(lane < from, x, allf(0));
@@ -157,7 +157,7 @@ static void rope(const int32_t *n, const float *cosine, const float *sine, const
   }
 }
 
-// A group's numbers become whole multiples of largest / top: one digit rounds to 8 bits, three hold 24.
+// Each number of a group becomes an integer multiple of largest / top, of 8 bits in one digit or 24 bits in three.
 static void quantize(int width, int group, int digits, const float *a, int8_t *q, float *scales, int32_t *sums) {
   const float top = digits == 1 ? 127.0f : 127.0f * 65536.0f;
   const int groups = width / group;
@@ -200,7 +200,7 @@ static void embed(const instruction *i, int token, float *out) {
   }
 }
 
-// A key's numbers lie 32 apart, so that the scores of a block's 32 tokens are vectors.
+// The elements of a key are 32 floats apart, so that the scores of a block's 32 tokens are vectors.
 static void write_kv(const instruction *i, int slot, const float *key, const float *value) {
   const int heads = i->n[0], width = i->n[1], value_width = i->n[2], padded = (value_width + LANES - 1) / LANES * LANES;
   const int64_t block = slot / 32, at = slot % 32;

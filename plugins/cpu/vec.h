@@ -81,7 +81,7 @@ INLINE vf expf_fast(vf x) {
   return select(tiny, allf(0.0f), p * power);
 }
 
-// c + the dot products of four unsigned bytes of u with four signed bytes of s, lane by lane. SMALL: u < 16.
+// c plus the dot products of four unsigned bytes of u with four signed bytes of s, lane by lane. small: all u < 16.
 #if defined(__AVX512VNNI__)
 INLINE vi dot4(vi c, vi u, vi s, int small) {
   (void)small;
@@ -114,7 +114,7 @@ INLINE vi dot4(vi c, vi u, vi s, int small) {
   return a.v;
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
-INLINE vi dot4(vi c, vi u, vi s, int small) { // u - 128 is signed; 128 times the sum of s makes up for it
+INLINE vi dot4(vi c, vi u, vi s, int small) { // u - 128 is signed; 128 times the sum of s is added back
   union { vi v; int32x4_t q[4]; int8x16_t s[4]; } a = {c}, x = {u}, y = {s};
   const int8x16_t flip = vdupq_n_s8(-128), all128 = vdupq_n_s8(64);
   for (int i = 0; i < 4; i++) {
@@ -127,7 +127,7 @@ INLINE vi dot4(vi c, vi u, vi s, int small) { // u - 128 is signed; 128 times th
   }
   return a.v;
 }
-#else // no instruction: plain loops, for compilers' sanitizers and other CPUs
+#else // plain loops, for sanitizers and other CPUs
 INLINE vi dot4(vi c, vi u, vi s, int small) {
   (void)small;
   union { vi v; uint8_t u[64]; int8_t s[64]; } x = {u}, y = {s};

@@ -1,7 +1,7 @@
-"""Compiles Triton kernels to cubin and PTX, without a GPU, and keeps them in a directory.
+"""Compile Triton kernels to cubin and PTX, without a GPU, and cache them in a directory.
 
-Registers and spills are what ptxas says (`-v`) while it makes the cubin; shared memory is Triton's figure
-for the launch (dynamic shared memory), checked against what the SM has.
+ptxas reports registers and spills (`-v`) when it makes the cubin. Triton reports the dynamic shared memory of
+a launch, which is checked against the SM's limit.
 """
 
 from __future__ import annotations
@@ -23,45 +23,57 @@ from llmc.plugins.cuda.gpus import SHARED_LIMIT
 
 
 class CompileError(RuntimeError):
-    """A kernel that cannot be compiled, or that would not fit the GPU."""
+    """A kernel cannot be compiled, or does not fit the GPU."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled variant. Launch it with num_warps * 32 threads and `shared_memory` bytes of dynamic shared
-    memory (above 48 KiB only after cuFuncSetAttribute); its parameters are `signature`, in order, and two
-    null pointers for scratch memory that these kernels do not use."""
+    """A compiled variant.
 
+    Launch it with num_warps * 32 threads and `shared_memory` bytes of dynamic shared memory. More than 48 KiB
+    need cuFuncSetAttribute. The parameters are `signature`, in order, and two null pointers for scratch
+    memory, which these kernels do not use.
+    """
+
+    #: The name of the kernel in the cubin and in the PTX.
     name: str
+    #: The compute capability that the kernel was compiled for.
     sm: int
     cubin: bytes
     ptx: bytes
+    #: Dynamic shared memory in bytes.
     shared_memory: int
     num_warps: int
+    #: Registers per thread.
     registers: int
-    spills: int  # bytes a thread stores to and loads from local memory
+    #: Bytes that a thread stores to and loads from local memory.
+    spills: int
+    #: Run-time argument -> Triton type.
     signature: dict[str, str]
 
 
 def compile_source(
     function: Any, name: str, types: Mapping[str, str], config: Config, sm: int, cache: Path
 ) -> Kernel:
-    """The kernel from `cache` (a directory), or compiled and put there.
+    """Return the kernel from the directory `cache`, or compile it and store it there.
 
-    function: a `triton.jit` function; name: what messages call it; types: its run-time arguments. The key is
-    the hash of the file that the function is in, Triton's version, all arguments of this call and the SM.
-    The result is the same for every place on disk that the package is installed at. Raises CompileError.
+    function: a `triton.jit` function.
+    name: the variant's name, for messages.
+    types: the run-time arguments -> their Triton types.
+    The cache key is the hash of the file that defines the function, Triton's version and the other arguments.
+    The result does not depend on the directory in which the package is installed.
+    Raises CompileError.
     """
     stem = cache / cache_key(function, name, types, config, sm)
-    found = _read(stem)
-    if found is None:
-        found = _compile(function, name, types, config, sm)
-        _write(stem, found)
-    return found
+    kernel = _read(stem)
+    if kernel is None:
+        kernel = _compile(function, name, types, config, sm)
+        _write(stem, kernel)
+    return kernel
 
 
 def cache_key(function: Any, name: str, types: Mapping[str, str], config: Config, sm: int) -> str:
-    """The name of the kernel's files in a cache: see `compile_source`."""
+    """Return the name of the kernel's files in a cache. See `compile_source`."""
     import triton
 
     file = Path(function.fn.__code__.co_filename)
@@ -92,24 +104,24 @@ def _compile(function: Any, name: str, types: Mapping[str, str], config: Config,
             built: Any = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
         except Exception as error:
             raise CompileError(f"{name} for SM{sm}: {error}") from error
-    made = built.metadata
-    if made.shared > SHARED_LIMIT[sm]:
+    metadata = built.metadata
+    if metadata.shared > SHARED_LIMIT[sm]:
         raise CompileError(
-            f"{name} wants {made.shared} bytes of shared memory; SM{sm} has {SHARED_LIMIT[sm]}"
+            f"{name} wants {metadata.shared} bytes of shared memory; SM{sm} has {SHARED_LIMIT[sm]}"
         )
-    if made.global_scratch_size or made.profile_scratch_size:
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise CompileError(f"{name} for SM{sm} wants scratch memory, which the launcher does not give")
     registers, spills = _ptxas_figures(log.getvalue())
     return Kernel(
-        name=made.name, sm=sm, cubin=built.asm["cubin"], ptx=built.asm["ptx"].encode(),
-        shared_memory=made.shared, num_warps=made.num_warps, registers=registers, spills=spills,
+        name=metadata.name, sm=sm, cubin=built.asm["cubin"], ptx=built.asm["ptx"].encode(),
+        shared_memory=metadata.shared, num_warps=metadata.num_warps, registers=registers, spills=spills,
         signature=dict(types),
     )  # fmt: skip
 
 
 @contextlib.contextmanager
 def _quiet_triton() -> Iterator[io.StringIO]:
-    """Triton with a cache of its own, no line information (it holds paths), and ptxas's log caught."""
+    """Give Triton a temporary cache, omit line information, which holds paths, and yield the log of ptxas."""
     from triton import knobs
 
     log = io.StringIO()
@@ -133,7 +145,7 @@ def _ptxas_figures(log: str) -> tuple[int, int]:
 
 
 def _read(stem: Path) -> Kernel | None:
-    """A cached kernel; None where there is none, or where its files do not match its record."""
+    """Return a cached kernel, or None if there is none or if its files do not match its record."""
     try:
         record = json.loads(stem.with_suffix(".json").read_text())
         code = {kind: stem.with_suffix(f".{kind}").read_bytes() for kind in ("cubin", "ptx")}
@@ -145,7 +157,7 @@ def _read(stem: Path) -> Kernel | None:
 
 
 def _write(stem: Path, kernel: Kernel) -> None:
-    """The record last, each file renamed when whole: a reader sees all of a kernel or none."""
+    """Write the files of a kernel atomically, the record last, so that a reader sees all of them or none."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     record = asdict(kernel)
     code = {kind: record.pop(kind) for kind in ("cubin", "ptx")}

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 class Config:
     """Compile-time constants and launch shape of one kernel for one SM."""
 
+    #: Name of a `tl.constexpr` parameter -> its value.
     constants: Mapping[str, int]
+    #: Warps per thread block.
     num_warps: int
+    #: Stages of software pipelining.
     num_stages: int

@@ -1,4 +1,4 @@
-"""Calls of CUDA's driver API, through cuda-python. Importing this needs no GPU."""
+"""Calls of CUDA's driver API, through cuda-python. The import needs no GPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from cuda.bindings import driver
 
 
 class CudaError(RuntimeError):
-    """A CUDA call failed. The message names the call and says what the driver says."""
+    """A CUDA call failed. The message names the call and has the driver's message."""
 
 
 def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    """Calls a function of `cuda.bindings.driver`; returns its result, a tuple of several, None for none.
+    """Call a function of `cuda.bindings.driver`. Return its result: a tuple if it has several, or None.
 
     Raises CudaError if the call fails, or if this machine has no NVIDIA driver.
     """
@@ -24,6 +24,6 @@ def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
         raise CudaError(f"{name}: {str(error).splitlines()[0]}") from error
     if status != driver.CUresult.CUDA_SUCCESS:
         words = [text(status)[1] for text in (driver.cuGetErrorName, driver.cuGetErrorString)]
-        said = ": ".join(word.decode() for word in words if word)
-        raise CudaError(f"{name} failed: {said or f'error {int(status)}'}")
+        message = ": ".join(word.decode() for word in words if word)
+        raise CudaError(f"{name} failed: {message or f'error {int(status)}'}")
     return tuple(results) if len(results) > 1 else results[0] if results else None

@@ -11,9 +11,8 @@ from cuda.bindings import driver
 
 from llmc.plugins.cuda.driver import CudaError, call
 
-_DEFAULT_SHARED = (
-    48 << 10
-)  # bytes of dynamic shared memory that a kernel gets without an attribute (CUDA C++ programming guide)
+# Bytes of dynamic shared memory that a kernel gets without an attribute (CUDA C++ programming guide).
+_DEFAULT_SHARED = 48 << 10
 _PACKED = {"i32": "i4x", "fp32": "f4x"}  # each argument takes 8 bytes; other types are pointers
 
 
@@ -21,22 +20,28 @@ _PACKED = {"i32": "i4x", "fp32": "f4x"}  # each argument takes 8 bytes; other ty
 class KernelImage:
     """A compiled kernel, as a bundle stores it."""
 
-    variant: str  # its name in the bundle, which begins with the kernel's: "decode-bf16-h8x4d64"
-    entry: str  # its name in the image
-    image: bytes  # a cubin, or PTX as text
-    shared_memory: int  # dynamic, in bytes
+    #: The name in the bundle, which begins with the kernel's: "decode-bf16-h8x4d64".
+    variant: str
+    #: The name in the image.
+    entry: str
+    #: A cubin, or PTX as text.
+    image: bytes
+    #: Dynamic shared memory in bytes.
+    shared_memory: int
+    #: Warps per thread block.
     num_warps: int
 
 
 class _Kernel:
-    """A loaded kernel and a place for its arguments, which the driver copies at every launch."""
+    """A loaded kernel and a buffer for its arguments, which the driver copies at every launch."""
 
     def __init__(self, image: KernelImage, arguments: Mapping[str, str]) -> None:
         self._names = tuple(arguments)
         types = [*arguments.values(), "*scratch", "*scratch"]  # Triton's scratch buffers, both null
         self.module = call(driver.cuModuleLoadData, image.image + b"\0")  # PTX ends with a zero
         self._function = call(driver.cuModuleGetFunction, self.module, image.entry.encode())
-        call(driver.cuFuncLoad, self._function)  # else the first launch loads it, perhaps in a capture
+        # Otherwise the first launch loads the kernel, perhaps during a capture.
+        call(driver.cuFuncLoad, self._function)
         if image.shared_memory > _DEFAULT_SHARED:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             call(driver.cuFuncSetAttribute, self._function, attribute, image.shared_memory)
@@ -54,7 +59,7 @@ class _Kernel:
 
 
 class Kernels:
-    """Kernels by variant, in the CUDA context that was current when they were loaded."""
+    """Loaded kernels, by variant, in the CUDA context that was current when they were loaded."""
 
     def __init__(self, images: Iterable[KernelImage], arguments: Mapping[str, Mapping[str, str]]) -> None:
         """Load the images.
@@ -84,5 +89,6 @@ class Kernels:
         kernel.launch(grid, arguments, stream)
 
     def close(self) -> None:
+        """Unload all kernels. Raises CudaError."""
         while self._kernels:
             call(driver.cuModuleUnload, self._kernels.popitem()[1].module)

@@ -1,8 +1,8 @@
 """`llmc.PagedAttention` as an ONNX function body of standard operators (opset 23).
 
-Any ONNX runtime can execute a graph that carries this function: it is the reference that builds are
-checked against, and the executor for graphs that OpenVINO's attention cannot express. It scores every
-token of a step against every cached token of the step and masks the other sequences out, in fp32.
+Any ONNX runtime can execute a graph that contains this function. Builds are verified with it, and it runs
+graphs that OpenVINO's attention cannot express. It scores every token of a step against every cached token of
+the step, and masks out the other sequences. It computes in fp32.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def PagedAttention(
     else:
         scores = op.Identity(scored)
 
-    # A token sees its own sequence, not the future, not what its window has left behind.
+    # A token sees its own sequence up to itself, within its window.
     distance = op.Sub(op.Unsqueeze(position, second), op.Unsqueeze(slot_position, first))
     own = op.Equal(op.Unsqueeze(token_sequence, second), op.Unsqueeze(slot_sequence, first))
     width = op.Constant(value_int=window)
@@ -122,6 +122,6 @@ def PagedAttention(
 
 
 def function() -> ir.Function:
-    """The function body as an `onnx_ir.Function`, to be stored in a model that uses the operator."""
+    """Return the function body as an `onnx_ir.Function`, to be stored in a model that uses the operator."""
     body: Any = PagedAttention
     return ir.serde.deserialize_function(body.to_function_proto())

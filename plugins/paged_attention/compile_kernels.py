@@ -1,4 +1,4 @@
-"""Compiles variants of the attention kernels to cubin and PTX, without a GPU."""
+"""Compile variants of the attention kernels to cubin and PTX, without a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llmc.plugins.paged_attention.launch import Variant, configure, signature
 
 
 def compile_variant(variant: Variant, sm: int, cache: Path) -> Kernel:
-    """Compiles a kernel of `llmc.PagedAttention`, or takes it from `cache` (a directory).
+    """Compile a kernel of `llmc.PagedAttention`, or take it from the directory `cache`.
 
     Raises CompileError.
     """

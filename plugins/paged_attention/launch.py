@@ -1,8 +1,8 @@
 """Launch plans for a step of `llmc.PagedAttention`: variants, tiles, grids, splits, scratch.
 
-Nothing here imports torch, triton or CUDA at the top: the plan can be made, printed and tested anywhere.
-A variant is one compiled kernel; `configure` is the only place that chooses tiles. All tensors are
-contiguous and begin at multiples of 16 bytes (the kernels are compiled for that).
+Nothing here imports torch, triton or CUDA at the top, so plans can be made, printed and tested anywhere.
+A variant is one compiled kernel. Only `configure` chooses tiles. All tensors are contiguous and begin at
+multiples of 16 bytes, because the kernels are compiled for that.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ FP8_CONVERSION = 89  # the first SM with an instruction that widens E4M3 (PTX IS
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64  # query heads of one key/value head
 MAX_SPLITS = 64
-MIN_KEYS_PER_SPLIT = 128  # below this, a split's start-up costs more than its share of the cache
-_KEYS_PER_QUANTIZED_SPLIT = 1024  # at least, beyond two programs a multiprocessor
+MIN_KEYS_PER_SPLIT = 128  # with fewer, a split's start-up costs more than its share of the cache
+_KEYS_PER_QUANTIZED_SPLIT = 1024  # the minimum, beyond two programs per multiprocessor
 _SM90_DECODE = {  # (widest head, quantized cache) -> keys, warps, stages
     (64, False): (64, 4, 3), (128, False): (32, 4, 3), (256, False): (64, 8, 3),
     (64, True): (128, 2, 3), (128, True): (64, 2, 3), (256, True): (64, 4, 3),
 }  # fmt: skip
-_SWIZZLED = 64  # elements of two bytes that the widest swizzle of shared memory takes together
-_CHUNK = 128  # sequences looked at together when a program finds its own
+_SWIZZLED = 64  # two-byte elements in the widest swizzle of shared memory
+_CHUNK = 128  # sequences that a program compares at once to find its own
 
 _STEP = dict.fromkeys(("query_start", "past_lengths", "block_indices", "block_begins"), "*i32")
 _SCALARS = {"scale": "fp32", "softcap": "fp32", "window": "i32", "k_scale": "fp32", "v_scale": "fp32"}
@@ -49,14 +49,22 @@ ARGUMENTS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Attention:
-    """The attributes of one layer, as in `spec.py`, with the head sizes and whether it has sinks."""
+    """The attributes of one layer, as in `spec.py`, with the head sizes and whether it has sinks.
+
+    Raises ValueError for head counts and sizes that the kernels do not support.
+    """
 
     num_heads: int
     num_kv_heads: int
+    #: The width of a query or key head.
     head_dim: int
+    #: The width of a value head.
     v_head_dim: int
+    #: The sliding window in tokens; 0: none.
     window: int = 0
+    #: 0: none.
     softcap: float = 0.0
+    #: Whether each head has an attention sink, a logit without a value.
     sinks: bool = False
 
     def __post_init__(self) -> None:
@@ -77,12 +85,16 @@ class Attention:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel to compile. Fields that a kernel does not depend on hold their defaults (`variant`)."""
+    """One kernel to compile. Fields that a kernel does not depend on have their defaults (`variant`)."""
 
+    #: A key of ARGUMENTS.
     kernel: str
+    #: The element type of activations, "fp16" or "bf16".
     dtype: str
-    kv_dtype: str  # `dtype`, or a name in QUANTIZED_CACHES: its codes are passed to the kernels as bytes
+    #: `dtype`, or a name in QUANTIZED_CACHES, whose codes are passed to the kernels as bytes.
+    kv_dtype: str
     num_kv_heads: int
+    #: Query heads per key/value head.
     group: int = 1
     head_dim: int = 0
     v_head_dim: int = 0
@@ -101,25 +113,34 @@ class Variant:
 
 @dataclass(frozen=True)
 class Launch:
+    """One launch of a kernel."""
+
     variant: Variant
+    #: Programs (thread blocks) along each axis.
     grid: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The launches of one step, in order, on one stream; `scratch` holds float32 tensors by argument name."""
+    """The launches of one step, in order, on one stream."""
 
     launches: tuple[Launch, ...]
+    #: How many programs share the cache of a decoding sequence.
     num_splits: int
+    #: Argument name -> the shape of a float32 scratch tensor.
     scratch: Mapping[str, tuple[int, ...]]
 
     @property
     def scratch_bytes(self) -> int:
+        """Bytes of all scratch tensors."""
         return sum(4 * int(np.prod(shape)) for shape in self.scratch.values())
 
 
 def variant(kernel: str, attention: Attention, dtype: str, kv_dtype: str | None = None) -> Variant:
-    """The variant of a kernel that serves a layer; kv_dtype None: the cache has the model's dtype."""
+    """Return the variant of a kernel for a layer. kv_dtype: None for a cache in the model's dtype.
+
+    Raises ValueError for an unknown dtype.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"activations of {dtype}: choose one of {', '.join(DTYPES)}")
     kv_dtype = kv_dtype or dtype
@@ -143,23 +164,23 @@ def variants_for(
 ) -> tuple[Variant, ...]:
     """Return every kernel that a model with these layers needs, once, for each (dtype, kv_dtype)."""
     pairs = list(dtypes)
-    found = [variant(k, layer, *pair) for layer in layers for pair in pairs for k in ARGUMENTS]
-    return tuple(dict.fromkeys(found))
+    needed = [variant(k, layer, *pair) for layer in layers for pair in pairs for k in ARGUMENTS]
+    return tuple(dict.fromkeys(needed))
 
 
 def signature(v: Variant) -> dict[str, str]:
-    """Run-time arguments -> Triton types. (Triton appends two scratch pointers; pass null for both.)"""
+    """Return run-time argument -> Triton type. Triton appends two scratch pointers; pass null for both."""
     types = {"*model": f"*{v.dtype}", "*cache": "*u8" if v.kv_dtype in QUANTIZED_CACHES else f"*{v.dtype}"}
     return {name: types.get(type_, type_) for name, type_ in ARGUMENTS[v.kernel].items()}
 
 
 def padded(size: int, least: int = 16) -> int:
-    """The next power of two: Triton's tensors have no other sizes, and tl.dot wants at least 16."""
+    """Return the next power of two, at least `least`. Triton requires one, and tl.dot at least 16."""
     return max(least, 1 << (size - 1).bit_length())
 
 
 def configure(v: Variant, sm: int) -> Config:
-    """Tiles and constants. Raises ValueError for an SM that the kernels are not made for."""
+    """Return the tiles and constants of a variant. Raises ValueError for an SM without kernels."""
     if sm not in SHARED_LIMIT:
         raise ValueError(f"SM{sm}: kernels are made for {', '.join(f'SM{s}' for s in SMS)}")
     wide, v_wide = padded(v.head_dim or 1), padded(v.v_head_dim)
@@ -175,7 +196,8 @@ def configure(v: Variant, sm: int) -> Config:
     sizes |= {"GROUP": v.group, "HAS_WINDOW": v.has_window, "HAS_SINKS": v.has_sinks}
     sizes |= {"HAS_SOFTCAP": v.has_softcap}
     widest = max(wide, v_wide)
-    roomy = SHARED_LIMIT[sm] > 200_000  # SM90 and SM100, whose large products read both operands there
+    # SM90 and SM100, whose matrix products read both operands from shared memory.
+    roomy = SHARED_LIMIT[sm] > 200_000
     if roomy:  # one swizzle for keys and values: ptxas 12.8 computes a wrong address with two (docs/gpu)
         sizes["HEAD_DIM_PAD"] = max(wide, min(v_wide, _SWIZZLED))
         sizes["V_HEAD_DIM_PAD"] = max(v_wide, min(wide, _SWIZZLED))
@@ -200,7 +222,7 @@ def configure(v: Variant, sm: int) -> Config:
 
 
 def _decode_tile(rows: int, widest: int, quantized: bool, sm: int) -> tuple[int, int, int]:
-    """Keys, warps and stages; those of SM90 are measured (docs/gpu/README.md)."""
+    """Return keys, warps and stages. Those of SM90 are measured (docs/gpu/README.md)."""
     if sm == 90 and rows == 16:
         return _SM90_DECODE[widest, quantized]
     return (64 if widest <= 128 else 32), 4, 2
@@ -211,7 +233,7 @@ def splits(
 ) -> int:
     """Return how many programs share a sequence's cache: enough for two on each multiprocessor.
 
-    Instructions limit decode of a long quantized cache: up to ten share them more evenly.
+    Decode of a long quantized cache is limited by instructions, so up to ten per multiprocessor share it.
     """
     programs = max(1, sequences * num_kv_heads)
     wanted = -(-2 * multiprocessors // programs)
@@ -231,11 +253,15 @@ def plan(
     multiprocessors: int,
     num_splits: int | None = None,
 ) -> Plan:
-    """The launches of a step, from its host-side lengths.
+    """Plan the launches of a step from its lengths on the host.
 
-    Only three facts of the step decide: the number of tokens, of sequences, and which kinds of sequence
-    there are. The kernels find their sequences on the device, so a plan made for a captured CUDA graph
-    serves every step of the same shapes.
+    query_start, past_lengths: int32 [S+1] and [S], as in `spec.py`.
+    sm, multiprocessors: the GPU's.
+    num_splits: None for the number that `splits` chooses.
+    The grids depend on the numbers of tokens and sequences and on whether there are prefills and decodes. The
+    kernels find their sequences on the device, so a plan for a captured CUDA graph serves every step of the
+    same shapes.
+    Raises ValueError for lengths that contradict each other, and for more than MAX_SPLITS splits.
     """
     new = np.diff(query_start)
     tokens, count = int(query_start[-1]), len(new)

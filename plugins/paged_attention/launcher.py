@@ -1,4 +1,4 @@
-"""Launches the attention of a step by plans (`launch.plan`). Importing this needs no GPU."""
+"""Launch the attention of a step by plans (`launch.plan`). The import needs no GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ALIGNMENT = 16  # bytes; the kernels are compiled for tensors that begin at mul
 
 
 def scratch_layout(plan: Plan) -> tuple[dict[str, int], int]:
-    """Where a plan's scratch tensors lie behind each other: offset by name, and bytes in all."""
+    """Return the offset of each of a plan's scratch tensors by name, and their total size, in bytes."""
     offsets, end = {}, 0
     for name, shape in plan.scratch.items():
         offsets[name] = end
@@ -25,16 +25,21 @@ def scratch_layout(plan: Plan) -> tuple[dict[str, int], int]:
 
 
 class AttentionLauncher:
-    """Launches the attention of every layer of a step, in the order in which TensorRT comes to them.
+    """Launches the attention of every layer of a step, in the order in which TensorRT runs them.
 
-    All layers share one piece of scratch memory: they run one after the other, each needs the one before.
+    All layers share one scratch buffer, because they run one after the other.
     """
 
     def __init__(
         self, kernels: Kernels, sm: int, multiprocessors: int, scratch: int, scratch_bytes: int
     ) -> None:
-        """sm: what the kernels were compiled for, which decides their tiles; it may be older than the GPU.
-        scratch, scratch_bytes: device memory for splits of long contexts; with less there are fewer."""
+        """Create a launcher.
+
+        sm: the SM that the kernels were compiled for, which decides their tiles. The GPU may be newer.
+        multiprocessors: the GPU's number of multiprocessors.
+        scratch, scratch_bytes: the address and size of device memory for the splits of long contexts. Less
+            memory means fewer splits.
+        """
         self._kernels, self._sm, self._multiprocessors = kernels, sm, multiprocessors
         self._scratch, self._scratch_bytes = scratch, scratch_bytes
         self._lengths: tuple[np.ndarray, np.ndarray] | None = None
@@ -42,10 +47,10 @@ class AttentionLauncher:
         self._plans: dict[tuple[Attention, str, str | None], tuple[Plan, dict[str, float]]] = {}
 
     def begin(self, query_start: np.ndarray, past_lengths: np.ndarray) -> None:
-        """The step's lengths on the host, int32 [S+1] and [S]: launches follow from them until the next step.
+        """Set the step's lengths on the host, int32 [S+1] and [S], for the launches until the next step.
 
-        For a CUDA graph give those of the largest step it shall serve: S sequences of one new token and the
-        longest past. Grids and splits then cover every step of these shapes.
+        For a CUDA graph they are those of the largest step that it must serve: S sequences with one new token
+        and the longest past. Grids and splits then cover every step of these shapes.
         """
         self._lengths = (query_start, past_lengths)
         self._plans.clear()
@@ -55,11 +60,14 @@ class AttentionLauncher:
         sequences: int, stream: int, kv_dtype: str | None = None,
         kv_scales: tuple[float, float] = (1.0, 1.0),
     ) -> None:  # fmt: skip
-        """One layer. `tensors`: argument name -> device address, of the operator's inputs and its `output`;
-        tokens, sequences: the rows of `query` and of `past_lengths`, which may include padding; kv_dtype:
-        a name in QUANTIZED_CACHES, None for a cache in the model's dtype; kv_scales: of keys and of values.
+        """Launch one layer.
 
-        Raises CudaError; ValueError for tensors that do not fit the step or the kernels.
+        tensors: argument name -> device address, of the operator's inputs and its `output`.
+        tokens, sequences: the rows of `query` and of `past_lengths`, which may include padding.
+        stream: the address of a CUstream.
+        kv_dtype: a name in QUANTIZED_CACHES, or None for a cache in the model's dtype.
+        kv_scales: the scales of keys and of values.
+        Raises CudaError, and ValueError for tensors that do not fit the step or the kernels.
         """
         if self._lengths is None:
             raise ValueError("attention before the first step")
@@ -76,8 +84,8 @@ class AttentionLauncher:
             self._plans[kind] = self._prepare(*kind)
         plan, shared = self._plans[kind]
         arguments = {**shared, "scale": scale, "k_scale": kv_scales[0], "v_scale": kv_scales[1], **tensors}
-        for one in plan.launches:
-            self._kernels.launch(str(one.variant), one.grid, arguments, stream)
+        for planned in plan.launches:
+            self._kernels.launch(str(planned.variant), planned.grid, arguments, stream)
 
     def _prepare(
         self, attention: Attention, dtype: str, kv_dtype: str | None
@@ -90,7 +98,7 @@ class AttentionLauncher:
         return plan, shared | {"softcap": attention.softcap, "window": attention.window}
 
     def _plan(self, attention: Attention, dtype: str, kv_dtype: str | None) -> Plan:
-        """The plan whose scratch fits: a step of many short prompts and a long decode would want much."""
+        """Return a plan whose scratch fits. Many short prompts and a long decode need fewer splits."""
         assert self._lengths is not None
         start, past = self._lengths
         make = partial(launch.plan, sm=self._sm, multiprocessors=self._multiprocessors)

@@ -1,6 +1,6 @@
-"""The meaning of `llmc.PagedAttention` in numpy, one sequence and one head at a time.
+"""The reference implementation of `llmc.PagedAttention` in numpy, one sequence and one head at a time.
 
-Slow and obvious on purpose: every implementation is compared with this one.
+It is simple rather than fast. Every other implementation is compared with it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ def paged_attention(
     value_scale: float = 1.0,
     sinks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Writes the new keys and values into the caches in place and returns the output.
+    """Write the new keys and values into the caches in place, and return the output.
 
-    Shapes as in `spec.py`; computes in float64; returns [T, num_heads*Dv] in the query's dtype.
-    Caches may be `ml_dtypes.float8_e4m3fn`; the scales are for these only.
-    `sinks` [num_heads] are logits without a value: each takes a share of its head's softmax.
+    Shapes are as in `spec.py`. The arithmetic is float64. Caches may be `ml_dtypes.float8_e4m3fn`.
+    key_scale, value_scale: the scales of such caches.
+    sinks: float [num_heads], logits without a value. Each takes a share of its head's softmax.
+    Returns [T, num_heads*Dv] in the query's dtype.
     """
     tokens = query.shape[0]
     queries = query.reshape(tokens, num_heads, -1).astype(np.float64)
@@ -73,7 +74,7 @@ def paged_attention(
 
 
 def _entries(x: np.ndarray, cache: np.ndarray, scale: float) -> np.ndarray:
-    """Return what the cache stores for `x`: `x` itself, or its E4M3 codes."""
+    """Return the cache entries for `x`: `x` itself, or its E4M3 codes."""
     if cache.dtype.itemsize > 1:
         return x
     codes = np.clip(x.astype(np.float32) / np.float32(scale), -E4M3_MAX, E4M3_MAX)

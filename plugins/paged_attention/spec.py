@@ -1,31 +1,31 @@
-"""The contract of `llmc.PagedAttention`: one place for names, shapes, attributes and the ABI version.
+"""The specification of `llmc.PagedAttention`: names, shapes, attributes and the ABI version.
 
-A step holds T tokens of S sequences, packed end to end. Sequence s owns the tokens
-query_start[s] .. query_start[s+1] and already has past_lengths[s] tokens in the cache. Its cache blocks,
-in order of position, are block_indices[block_begins[s] .. block_begins[s+1]] (CSR); they cover the past
-and the new tokens. The operator first writes the keys and values of the new tokens to their places, then
-attends: a token at position p sees positions 0..p, or p-window+1..p when window > 0.
+A step holds T tokens of S sequences, packed end to end. The tokens of sequence s are
+query_start[s] .. query_start[s+1]-1. The cache already holds past_lengths[s] tokens of it. Its cache blocks,
+in the order of positions, are block_indices[block_begins[s] : block_begins[s+1]] (CSR). They cover the past
+and the new tokens. The operator first writes the keys and values of the new tokens into the cache. Then a
+token at position p attends to positions 0..p, or p-window+1..p if window > 0.
 
     inputs      query        [T, num_heads*D]          model dtype
                 key          [T, num_kv_heads*D]
                 value        [T, num_kv_heads*Dv]
-                key_cache    [blocks, num_kv_heads, 32, D]     model dtype, or a quantized cache's both
+                key_cache    [blocks, num_kv_heads, 32, D]     model dtype, or that of a quantized cache
                 value_cache  [blocks, num_kv_heads, 32, Dv]
                 query_start [S+1], past_lengths [S], block_indices [n], block_begins [S+1]   int32
     outputs     output [T, num_heads*Dv]; key_cache_out, value_cache_out: the caches after the writes.
                 An engine writes in place: output cache and input cache are the same memory.
     attributes  num_heads, num_kv_heads, scale, window (0: none), softcap (0: none);
-                key_scale, value_scale (1.0 where they are missing): of quantized caches
+                key_scale, value_scale (default 1.0), of quantized caches
 
 Query head h reads key/value head h // (num_heads // num_kv_heads). With softcap c, a score s becomes
 c*tanh(s/c) before the mask. D and Dv may differ.
 
-A quantized cache (QUANTIZED_CACHES) holds codes: x / key_scale (of values: value_scale), divided in fp32,
-rounded to nearest even and saturated at the largest code. A token attends to codes x scale, those of its own
-step included. Caches in the model's dtype have no scales.
+A quantized cache (QUANTIZED_CACHES) holds codes: x / key_scale (for values x / value_scale), divided in fp32,
+rounded to nearest even and saturated at the largest code. A token attends to code x scale, also for tokens of
+its own step. Caches in the model's dtype have no scales.
 
-The ABI stays 1 where an attribute is added whose absence means what it meant before, and whose presence an
-older plugin refuses, as it does every name that it does not know.
+A new attribute keeps ABI 1 if a node without it means the same as before. An older plugin refuses a node with
+it, as it refuses every attribute that it does not know.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ DOMAIN = "llmc"
 NAME = "PagedAttention"
 ABI_VERSION = 1
 E4M3_MAX = 448.0
-BLOCK_SIZE = 32  # tokens a block; fixed, because OpenVINO's PagedAttention on CPU fixes it
+BLOCK_SIZE = 32  # tokens per block, fixed by OpenVINO's PagedAttention on the CPU
 
 
 @dataclass(frozen=True)
 class QuantizedCache:
     """A KV cache of codes, one byte each, with one scale for a layer's keys and one for its values."""
 
-    #: As manifests, kernel variants and `request.TARGETS` call it.
+    #: The name in manifests, kernel variants and `request.TARGETS`.
     name: str
     #: The element type in ONNX.
     onnx: str
@@ -54,12 +54,12 @@ class QuantizedCache:
     largest: float
 
 
-# By name. Whatever depends on the element type of a cache asks this table, except the kernels.
+# Name -> cache. All code that depends on the element type of a cache uses this table, except the kernels.
 QUANTIZED_CACHES: Mapping[str, QuantizedCache] = {
     cache.name: cache for cache in (QuantizedCache("fp8", "FLOAT8E4M3FN", "FP8", E4M3_MAX),)
 }
 
-# Graph inputs that describe a step -> their length, symbolically.
+# Graph inputs that describe a step -> their symbolic length.
 STEP_INPUTS = {
     "query_start": "S_plus_1",
     "past_lengths": "S",

@@ -1,11 +1,11 @@
-"""`llmc.PagedAttention` as a TensorRT plugin in Python: what the builder must know of shapes and memory.
+"""`llmc.PagedAttention` as a TensorRT plugin in Python. It describes shapes and memory to the builder.
 
-One class is core, build and runtime (`IPluginV3`); its creator turns the node's attributes, or the fields
-stored in an engine, into it. `make_plugin` takes the module, because `tensorrt_rtx` and `tensorrt` have the
-same classes and a process uses one of them. The caches come out where they went in: outputs 1 and 2 alias
+One class implements core, build and runtime (`IPluginV3`). Its creator makes it from the node's attributes,
+or from the fields stored in an engine. `make_plugin` takes the module, because `tensorrt_rtx` and `tensorrt`
+have the same classes and a process uses one of them. The caches are updated in place: outputs 1 and 2 alias
 inputs 3 and 4, for which the builder needs `PreviewFeature.ALIASED_PLUGIN_IO_10_03`.
 
-Plugins hold no kernels: whoever runs an engine lends them a launcher for the call (`use_launcher`).
+Plugins hold no kernels. The caller that runs an engine provides a launcher for the call (`use_launcher`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _INPUT_NAMES = (
 )  # fmt: skip
 _STEP_INPUTS = range(5, 9)  # int32; all others but the caches have the model's dtype
 _ALIASES = {1: _KEY_CACHE, 2: _VALUE_CACHE}
-# One dtype for all four, the model's or a quantized cache's. (Places of outputs come after those of inputs.)
+# All four have one dtype, the model's or a quantized cache's. Outputs are numbered after the inputs.
 _CACHES = (_KEY_CACHE, _VALUE_CACHE, *(_INPUTS + output for output in _ALIASES))
 
 
@@ -54,7 +54,10 @@ class Attributes:
 
     @classmethod
     def read(cls, given: Mapping[str, int | float]) -> Attributes:
-        """From a node's or an engine's fields. Raises ValueError naming what is missing or impossible."""
+        """Read a node's or an engine's fields.
+
+        Raises ValueError for fields that are missing, unknown or out of range.
+        """
         known = {field.name for field in fields(cls)}
         needed = {field.name for field in fields(cls) if field.default is MISSING}
         if missing := sorted(needed - given.keys()):
@@ -70,7 +73,7 @@ class Attributes:
         return cls(heads, kv_heads, float(given["scale"]), window, float(given["softcap"]), *scales)
 
     def stored(self) -> dict[str, int | float]:
-        """What an engine stores: all but defaults, which those of before quantized caches lack."""
+        """Return the fields that an engine stores: all but defaults, which engines of older versions lack."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {name: value for name, (value, default) in values.items() if value != default}
 
@@ -85,7 +88,7 @@ class Launcher(Protocol):
 
 
 class _CurrentLauncher(threading.local):
-    """TensorRT calls plugins in the thread that runs the engine."""
+    """A thread's launcher and first error. TensorRT calls plugins in the thread that runs the engine."""
 
     launcher: Launcher | None = None
     error: Exception | None = None
@@ -96,9 +99,9 @@ _current_launcher = _CurrentLauncher()
 
 @contextlib.contextmanager
 def use_launcher(launcher: Launcher) -> Iterator[None]:
-    """Engines that this thread runs inside the `with` launch their attention through `launcher`.
+    """Let engines that this thread runs in the `with` block launch their attention through `launcher`.
 
-    TensorRT prints what a plugin raises and goes on; the first such error is raised again at the end.
+    TensorRT prints the exceptions of plugins and continues. The first one is raised again at the end.
     """
     _current_launcher.launcher, _current_launcher.error = launcher, None
     try:
@@ -112,7 +115,10 @@ def use_launcher(launcher: Launcher) -> Iterator[None]:
 
 @functools.cache
 def register(trt: Any) -> Any:
-    """Makes the plugin known to the TensorRT module `trt`, once in a process. Returns its creator."""
+    """Register the plugin with the TensorRT module `trt`, once in a process. Return its creator.
+
+    Raises RuntimeError if another plugin has this name.
+    """
     creator = make_plugin(trt)
     if not trt.get_plugin_registry().register_creator(creator, NAMESPACE):
         raise RuntimeError(f"another {NAMESPACE}.{NAME} is registered with TensorRT already")
@@ -126,9 +132,9 @@ def _attention(attributes: Attributes, head_dim: int, v_head_dim: int) -> Attent
 
 
 def make_plugin(trt: Any) -> Any:
-    """The plugin's creator for the TensorRT module `trt`; register it with `trt.get_plugin_registry()`.
+    """Return the plugin's creator for the TensorRT module `trt`, for `trt.get_plugin_registry()`.
 
-    Keep a reference to it as long as TensorRT may use it.
+    The caller must keep a reference to it as long as TensorRT may use it.
     """
     float_types = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
     quantized = {getattr(trt.DataType, cache.tensorrt): cache.name for cache in QUANTIZED_CACHES.values()}
@@ -151,7 +157,7 @@ def make_plugin(trt: Any) -> Any:
             self.num_outputs = _OUTPUTS
             self.attributes = attributes
             self._builds = builds
-            self._stored: list[np.ndarray] = []  # what get_fields_to_serialize points to
+            self._stored: list[np.ndarray] = []  # the memory that get_fields_to_serialize points to
 
         def get_capability_interface(self, kind: Any) -> Any:
             del kind  # this object is all three
@@ -229,7 +235,7 @@ def make_plugin(trt: Any) -> Any:
         ) -> None:  # fmt: skip
             del output_desc, workspace
             if self._builds:
-                return  # TensorRT's builder times what it is given; here there is nothing to choose
+                return  # the builder times tactics, and this plugin has only one
             if _current_launcher.launcher is None:
                 raise RuntimeError(
                     f"{DOMAIN}.{NAME} has no kernels in this process and cannot launch: "

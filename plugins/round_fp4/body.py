@@ -35,6 +35,6 @@ def RoundFP4(x, global_scale):
 
 
 def function() -> ir.Function:
-    """Return the body, for fp32 inputs; a model that uses the operator stores it."""
+    """Return the function body as an `onnx_ir.Function`, to be stored in a model that uses the operator."""
     body: Any = RoundFP4
     return ir.serde.deserialize_function(body.to_function_proto())

@@ -1,4 +1,4 @@
-"""The contract of `llmc.RoundFP4`: what a layer with NVFP4 activations does to its input.
+"""The specification of `llmc.RoundFP4`, which fake-quantizes the input of a layer to NVFP4.
 
     inputs    x             [T, K]     model dtype; K a multiple of 16
               global_scale  []         fp32, positive: the largest magnitude that calibration saw / (6 x 448)
@@ -6,7 +6,7 @@
 
 Double quantization (NVIDIA's `TRT_FP4DynamicQuantize`, block 16): a block of 16 columns gets the scale
 s = E4M3(amax / 6 / global_scale), and each value becomes E2M1(x / (s x global_scale)) x s x global_scale.
-Rounding is to nearest, ties to even, and saturates; a block whose scale rounds to 0 becomes 0.
+Rounding is to nearest, ties to even, and saturates. A block whose scale rounds to 0 becomes 0.
 """
 
 from __future__ import annotations

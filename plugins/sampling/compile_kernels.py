@@ -1,4 +1,4 @@
-"""Compiles the sampling kernels to cubin and PTX, without a GPU."""
+"""Compile the sampling kernels to cubin and PTX, without a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llmc.plugins.sampling.launch import ARGUMENTS, configure, variant
 
 
 def compile_kernel(kernel: str, sm: int, cache: Path) -> Kernel:
-    """Compiles a kernel of `launch.ARGUMENTS`, or takes it from `cache` (a directory).
+    """Compile a kernel of `launch.ARGUMENTS`, or take it from the directory `cache`.
 
     Raises CompileError.
     """

@@ -1,4 +1,4 @@
-"""Launch plans for the candidates of a step's next tokens, and the layout of the results (`kernels.py`).
+"""Launch plans of the sampling kernels (`kernels.py`), and the layout of their results.
 
 Nothing here imports torch, triton or CUDA at the top. The kernels do not depend on the model: its vocabulary
 and k are run-time arguments.
@@ -10,12 +10,12 @@ import numpy as np
 
 from llmc.plugins.cuda.config import Config
 
-ABI = 1  # of arguments and results; kernels of another one are left alone
+ABI = 1  # of arguments and results; kernels of another ABI are not used
 MAX_K = 256
-CAPACITY = 512  # candidates of a row: k, and room for ties with the k-th
-CHUNK = 16384  # logits of a program: 32 in the registers of each of its threads
-TILE = 2048  # logits whose places are counted together
-MAX_PARTS = 32  # PARTS * CAPACITY candidates are merged in registers too
+CAPACITY = 512  # maximum candidates of a row: k, and ties with the k-th
+CHUNK = 16384  # logits of a program: each thread holds 32 in registers
+TILE = 2048  # logits that are compacted at once
+MAX_PARTS = 32  # programs per row; the merge holds MAX_PARTS * CAPACITY candidates in registers
 MAX_VOCAB = MAX_PARTS * CHUNK
 GREEDY = ("argmax_parts", "argmax_merge")
 TOP_K = ("top_k_parts", "top_k_merge")
@@ -50,18 +50,18 @@ def configure(kernel: str) -> Config:
 
 
 def parts(vocab: int, chunk: int = CHUNK) -> int:
-    """Programs that share a row."""
+    """Return the number of programs that share a row."""
     return -(-vocab // chunk)
 
 
 def launches(rows: int, vocab: int, k: int) -> list[tuple[str, tuple[int, int, int]]]:
-    """Kernels and their grids, in order, on one stream, after what computes the logits. k: 1 is greedy."""
+    """Return kernels and grids, in order, for the stream that computes the logits. k = 1 is greedy."""
     first, second = GREEDY if k == 1 else TOP_K
     return [(first, (parts(vocab), rows, 1)), (second, (rows, 1, 1))]
 
 
 def scratch(rows: int, vocab: int, chunk: int = CHUNK, capacity: int = CAPACITY) -> dict[str, int]:
-    """Bytes of device memory by argument, for what is passed between the kernels of a step."""
+    """Return argument -> bytes of device memory, for the results that one kernel passes to the next."""
     count = rows * parts(vocab, chunk)
     lists = 4 * count * capacity
     return {
@@ -71,14 +71,14 @@ def scratch(rows: int, vocab: int, chunk: int = CHUNK, capacity: int = CAPACITY)
 
 
 def width(k: int, capacity: int = CAPACITY) -> int:
-    """int32 of a row's result."""
+    """Return the number of int32 elements of a row's result."""
     return 1 if k == 1 else 1 + 2 * capacity
 
 
 def read(result: np.ndarray, k: int) -> list[Row | None]:
-    """A row's candidates, for each row of a result int32 [N, width]; None where all its logits are needed.
+    """Return the candidates of each row of a result int32 [N, width]. None: all logits of the row are needed.
 
-    Greedy decoding knows one candidate, and not its logit: that is given as 0.
+    Greedy decoding gives one candidate, with 0 in place of its logit.
     """
     if k == 1:
         nothing = np.zeros(1, np.float32)

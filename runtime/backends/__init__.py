@@ -21,7 +21,7 @@ _LOADERS = {
 def load_backend(engine: EngineFile, options: LoadOptions) -> Backend:
     """Load an engine and allocate its KV cache. Imports only the library that the engine needs.
 
-    Raises BackendError for an engine that cannot run here or that lacks what the options ask for;
+    Raises BackendError for an engine that cannot run here or that does not support the options, and
     RequestError for a KV cache that does not fit.
     """
     if engine.engine not in _LOADERS:

@@ -18,10 +18,11 @@ class EngineFile:
 
     #: The name of the backend in a manifest.
     engine: str
+    #: The file.
     path: Path
     #: The element type of the KV cache, as in the manifest.
     kv_dtype: str = "fp32"
-    #: None: the file is a graph for the CPU.
+    #: The bundle that holds the file. None: the file is a graph for the CPU.
     bundle: Bundle | None = None
 
     @classmethod
@@ -87,7 +88,7 @@ class SamplingBackend(Backend, Protocol):
     def forward_sampled(self, batch: Batch, k: int) -> list[Candidates]:
         """Compute the batch like `forward`, but return each row's k largest logits, and ties with the last.
 
-        k = 1 is greedy decoding: of tokens that tie only the first is returned, with 0 in place of its logit.
+        k = 1 is greedy decoding: only the first of tokens that tie is returned, with 0 in place of its logit.
         The whole row is returned if too many logits tie or if any is NaN.
         """
         ...

@@ -1,4 +1,4 @@
-"""The size of the KV cache of a CPU engine. For GPUs it is in `tensorrt/sizes.py`."""
+"""The size of the KV cache of a CPU engine. `tensorrt/sizes.py` has that of GPUs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def block_bytes(geometry: Geometry, kv_dtype: str) -> int:
     size, layers = geometry.block_size, geometry.layers
     if kv_dtype == "u8":
         return sum(
-            one.num_kv_heads * ((size + 8) * one.head_dim + size * (one.v_head_dim + 8)) for one in layers
+            layer.num_kv_heads * ((size + 8) * layer.head_dim + size * (layer.v_head_dim + 8))
+            for layer in layers
         )
-    elements = sum(one.num_kv_heads * (one.head_dim + one.v_head_dim) for one in layers)
+    elements = sum(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in layers)
     element = 1 if kv_dtype in QUANTIZED_CACHES else BY_NAME[kv_dtype].bits // 8
     return elements * size * element
 

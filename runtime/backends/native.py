@@ -19,7 +19,7 @@ _EXACT_DIGITS, _FAST_DIGITS = 3, 1
 
 
 def load(engine: EngineFile, options: LoadOptions) -> NativeBackend:
-    """Load a program. With `activation_group` activations are rounded to int8 for matrices of integers.
+    """Load a program. `activation_group`: layers with integer weights quantize their activations to int8.
 
     Raises BackendError if this machine has no native engine or the cache is not fp32, BundleError for a
     damaged program, and RequestError for a KV cache that does not fit.

@@ -1,6 +1,6 @@
-"""The libraries that a CPU engine needs, by the manifest's `target.requires`, against those installed.
+"""The check that the libraries in a manifest's `target.requires` are installed, for CPU engines.
 
-For TensorRT, `tensorrt/checks.py` has the rule: exactly the version of the build.
+`tensorrt/checks.py` has the rule for TensorRT: exactly the version of the build.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib import metadata
 from llmc.runtime.errors import BackendError, BundleError
 from llmc.runtime.installation import install_hint
 
-# Libraries whose interface changes between releases. Of the others, a newer version is as good.
+# Libraries whose interface changes between releases. Others may be newer than the build's.
 _SAME_RELEASE = ("openvino",)
 _VERSION = re.compile(r"\d{1,9}(?:\.\d{1,9}){0,7}")
 
@@ -22,11 +22,11 @@ def check_requirements(
 ) -> None:
     """Raise BackendError, naming every library, unless the installed ones are what the engine needs.
 
-    requires: library -> version, such as "2026.4"
-    name: the bundle's name, for messages
-    installed: returns the version of a library, None if it is missing; by default that of the installation
+    requires: library -> version, such as "2026.4".
+    name: the bundle's name, for messages.
+    installed: returns the version of a library, or None if it is missing. The default asks the installation.
 
-    openvino must be of the same release: 2026.4 takes 2026.4.1, not 2026.5. Any other library may be newer.
+    openvino must be of the same release: 2026.4 accepts 2026.4.1, not 2026.5. Any other library may be newer.
     Raises BundleError if a version in `requires` is not a number.
     """
     faults = []
@@ -35,12 +35,12 @@ def check_requirements(
             raise BundleError(
                 f"{name} needs {library} {wanted!r}, which is not a version", "build the bundle again"
             )
-        found = (installed or _installed)(library)
+        version = (installed or _installed)(library)
         need = f"{library} {wanted}" + ("" if library in _SAME_RELEASE else " or newer")
-        if found is None:
+        if version is None:
             faults.append(f"it needs {need}, which is not installed")
-        elif not _fits(_numbers(found), _numbers(wanted), library in _SAME_RELEASE):
-            faults.append(f"it needs {need}, and {found} is installed")
+        elif not _fits(_numbers(version), _numbers(wanted), library in _SAME_RELEASE):
+            faults.append(f"it needs {need}, and {version} is installed")
     if faults:
         raise BackendError(
             f"{name} cannot run here: {'; '.join(faults)}",
@@ -48,8 +48,8 @@ def check_requirements(
         )
 
 
-def _fits(found: tuple[int, ...], wanted: tuple[int, ...], same_release: bool) -> bool:
-    padded = found + (0,) * (len(wanted) - len(found))
+def _fits(installed: tuple[int, ...], wanted: tuple[int, ...], same_release: bool) -> bool:
+    padded = installed + (0,) * (len(wanted) - len(installed))
     return padded[: len(wanted)] == wanted if same_release else padded >= wanted
 
 

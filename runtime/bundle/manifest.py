@@ -28,7 +28,7 @@ SEAL = "manifest_sha256"  # the one field that is not in the dataclasses
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 
-_KV_CACHES = ("fp32", "fp16", "bf16", "u8", *QUANTIZED_CACHES)  # u8 is OpenVINO's own
+_KV_CACHES = ("fp32", "fp16", "bf16", "u8", *QUANTIZED_CACHES)  # u8 is OpenVINO's
 _PART = r"[A-Za-z0-9_+@=-](?:[A-Za-z0-9_.+@=-]{0,126}[A-Za-z0-9_+@=-])?"
 _PATH = re.compile(rf"{_PART}(?:/{_PART})*")
 
@@ -59,7 +59,7 @@ Positive = Annotated[int, _at_least(1)]
 Magnitude = Annotated[float, _at_least(0)]
 Fraction = Annotated[float, lambda value: "" if 0 <= value <= 1 else "must be between 0 and 1"]
 Name = Annotated[str, _matches(r"\S(?:.*\S)?", "a name without blanks around it")]
-# The name of a target, an engine or a KV cache. Which ones there are may differ between versions of llmc.
+# The name of a target, an engine or a KV cache. The set of names may differ between versions of llmc.
 Slug = Annotated[str, _matches(r"[a-z][a-z0-9-]{0,63}", "lower-case letters, digits and hyphens")]
 Sha256 = Annotated[str, _matches(r"[0-9a-f]{64}", "64 lowercase hexadecimal digits")]
 FilePath = Annotated[str, path_fault]
@@ -72,60 +72,76 @@ SourceName = Annotated[
 class Producer:
     """The software that built the bundle. It holds only versions, because builds are reproducible."""
 
+    #: The version of llmc.
     llmc: Name
+    #: Library -> version.
     libraries: Mapping[Name, Name]
 
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint. `files` maps each file of it that was read to the sha256."""
+    """The checkpoint."""
 
+    #: The name of its directory or repository.
     name: SourceName
+    #: `model_type` of config.json.
     model_type: Name
+    #: The class of the model in transformers.
     architecture: Name
     config_sha256: Sha256
+    #: The element type of the weights.
     dtype: Name
+    #: Each file that was read -> its sha256.
     files: Mapping[SourceName, Sha256]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention layer. `window` is in tokens: 0 for a full layer, at least 1 for a sliding one."""
+    """One attention layer."""
 
     kind: Literal["full", "sliding"]
+    #: The size of the sliding window in tokens; 0 for a full layer.
     window: Count
     num_kv_heads: Positive
+    #: The width of a query or key head.
     head_dim: Positive
+    #: The width of a value head.
     v_head_dim: Positive
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of the model, for the sizes of buffers. `block_size` is in tokens per KV block."""
+    """The shape of the model, for the sizes of buffers."""
 
     num_layers: Positive
+    #: The largest number of query heads of a layer.
     num_heads: Positive
+    #: The largest `num_kv_heads` of a layer. The same holds for the widths of heads.
     num_kv_heads: Positive
     head_dim: Positive
     v_head_dim: Positive
     hidden_size: Positive
+    #: The number of logits of a row.
     vocab_size: Positive
     layers: tuple[Layer, ...]
+    #: Tokens of a KV block.
     block_size: Positive = BLOCK_SIZE
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Build-time limits. `max_seq_len` counts tokens of prompt and output together."""
+    """Build-time limits."""
 
+    #: Maximum number of tokens of prompt and output together.
     max_seq_len: Positive
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Arithmetic and KV cache. `paged_attention/spec.py` has the quantized caches of GPUs; u8: on the CPU."""
+    """The element types of arithmetic and of the KV cache."""
 
     dtype: Literal["fp32", "fp16", "bf16"]
+    #: A dtype, "u8" (OpenVINO), or the name of a quantized cache in `paged_attention/spec.py` (GPUs).
     kv_dtype: Slug
 
 
@@ -141,11 +157,13 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Target:
-    """The target and the engine. `reason` says why this engine was chosen. `requires`: library -> version."""
+    """The target and the engine."""
 
     name: Slug
     engine: Slug
+    #: Why this engine was chosen.
     reason: str
+    #: Library -> the version that the engine needs.
     requires: Mapping[Name, Name]
 
 
@@ -159,11 +177,13 @@ class KernelFile:
     #: one, PTX also on newer ones (FORMAT.md has the exception).
     sm: Positive
     kind: Literal["cubin", "ptx"]
+    #: The file in the bundle.
     file: FilePath
     #: The name of the kernel in the file.
     entry: Name
     #: Dynamic shared memory in bytes.
     shared_memory: Count
+    #: Warps per thread block.
     num_warps: Positive
     #: Registers per thread.
     registers: Count
@@ -188,16 +208,21 @@ class Gpu:
 class Operator:
     """An `llmc` operator in the engine. The runtime must provide this name with this ABI."""
 
+    #: Such as "llmc.PagedAttention".
     name: Name
+    #: The version of the operator's inputs, outputs and attributes.
     abi: Positive
+    #: The number of nodes.
     count: Positive
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token id that begins a prompt (None if there is none), and the ids that end an output."""
+    """The special tokens of generation."""
 
+    #: The token id that begins a prompt; None if there is none.
     bos: Count | None
+    #: The token ids that end an output.
     eos: tuple[Count, ...]
 
 
@@ -207,6 +232,7 @@ class Sampling:
 
     #: False: greedy decoding, which applies the repetition penalty and no other value.
     do_sample: bool
+    #: Divides the logits.
     temperature: Magnitude
     #: 0: off.
     top_k: Count
@@ -229,16 +255,24 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class Verification:
-    """The comparison with the checkpoint. `details` is informative only."""
+    """The comparison with the checkpoint. None: the value was not measured."""
 
     status: Literal["passed", "skipped"]
+    #: Why the verification was skipped.
     reason: Name | None = None
+    #: The implementation that the engine was compared with.
     reference: Name | None = None
+    #: The largest absolute difference of a logit.
     max_logit_error: Magnitude | None = None
+    #: The bound on `max_logit_error`.
     tolerance: Magnitude | None = None
+    #: The share of positions with the same most likely token.
     top1_agreement: Fraction | None = None
+    #: Whether greedy decoding gave the same tokens.
     greedy_tokens_equal: bool | None = None
+    #: The number of positions compared.
     tokens_compared: Count | None = None
+    #: Informative only.
     details: Mapping[Name, Any] = field(default_factory=dict)
 
 
@@ -252,26 +286,27 @@ class Engine:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weight files. `bytes` is the sum of their sizes."""
+    """The weight files."""
 
     files: tuple[FilePath, ...]
+    #: The sum of the sizes of `files`.
     bytes: Count
+    #: The element type that most bytes have.
     dtype: Name
     note: str = ""
 
 
 @dataclass(frozen=True)
 class FileRecord:
+    """The size and the checksum of a file of the bundle."""
+
     bytes: Count
     sha256: Sha256
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest. `files` lists every file of the bundle except the manifest.
-
-    `format_version` is the oldest format that has all the fields in use.
-    """
+    """The manifest. FORMAT.md documents each field."""
 
     producer: Producer
     source: Source
@@ -287,9 +322,13 @@ class Manifest:
     weights: Weights
     quantization: Mapping[Name, Any] | None = None
     parallel: Parallel = Parallel()
+    #: Every file of the bundle except the manifest.
     files: Mapping[FilePath, FileRecord] = field(default_factory=dict)
+    #: TensorRT engines only.
     gpu: Gpu | None = None
+    #: None: the checkpoint has no sampling defaults.
     sampling: Sampling | None = None
+    #: The oldest format that has all the fields in use.
     format_version: FormatVersion = 1
 
     @staticmethod
@@ -327,7 +366,7 @@ class Manifest:
 
 
 def _sealed(tree: dict[str, Any]) -> bytes:
-    """Return the JSON of `tree` with the sha256 of that JSON, so that any changed byte is found."""
+    """Return the JSON of `tree` with the sha256 of that JSON, so that a change of any byte is detected."""
     seal = hashlib.sha256(_json(tree)).hexdigest()
     return _json({**tree, SEAL: seal})
 
@@ -350,7 +389,7 @@ def _later_fields(version: int) -> list[str]:
 def _with_later_fields(tree: Any) -> Any:
     """Return a tree of an older format with empty values for the fields that were added later."""
     if not isinstance(tree, dict):
-        return tree  # `decode` reports it, and a version that is none
+        return tree  # `decode` reports this, and an invalid version
     version = tree.get("format_version")
     later = _later_fields(version if type(version) is int else 1)
     for name in later:
@@ -405,8 +444,8 @@ def _check_consistent(manifest: Manifest) -> None:
     if verification.status == "passed" and verification.max_logit_error > verification.tolerance:  # type: ignore[operator]
         bad("verification", "passed, but max_logit_error is above the tolerance")
     kernels = manifest.gpu.kernels if manifest.gpu else ()
-    named = [engine.file for engine in manifest.engines] + [kernel.file for kernel in kernels]
-    for path in [*named, *weights.files]:
+    referenced = [engine.file for engine in manifest.engines] + [kernel.file for kernel in kernels]
+    for path in [*referenced, *weights.files]:
         if path not in manifest.files:
             bad("files", f"{path!r} is not listed")
     if len(set(weights.files)) != len(weights.files):

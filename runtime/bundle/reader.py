@@ -33,21 +33,23 @@ _HASH_THREADS = 8
 _TICK_NS = 2 * 10**9  # the coarsest timestamps in use (FAT); most file systems have milliseconds
 _SAFE_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no links, no blocking on pipes
 _COPY_AGAIN = "copy the bundle again, or rebuild it with `llmc build --force`"
-# What file managers, file systems and download tools put into directories. No listed file can have such a
-# name, and nothing of llmc reads one. FORMAT.md lists them.
+# Files that file managers, file systems and download tools put into directories. No listed file can have such
+# a name, and llmc reads none of them. FORMAT.md lists them.
 _LITTER = re.compile(
     r"\.DS_Store|\._.*|\.localized|\.cache|\.directory|\.nfs.*|\.fuse_hidden.*|Thumbs\.db|desktop\.ini|@eaDir"
 )
-# What describes a repository that holds a bundle; ignored at the top of a bundle, unless listed.
+# Files of a repository that holds a bundle. They are ignored at the top of a bundle, unless listed.
 _REPOSITORY = re.compile(r"\.git|\.gitattributes|\.gitignore|README\.md|LICENSE(\.txt|\.md)?")
 _DOWNLOAD_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)")
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An open bundle. `path` is absolute and free of symbolic links."""
+    """An open bundle."""
 
+    #: The directory: an absolute path without symbolic links.
     path: Path
+    #: The checked manifest.
     manifest: Manifest
 
     @classmethod
@@ -61,9 +63,9 @@ class Bundle:
         data = _read_manifest(root)
         root = root.resolve()
         bundle = cls(root, Manifest.from_json(data))
-        found = bundle._check_files()
+        identities = bundle._check_files()
         if verify_hashes:
-            bundle._check_hashes(found, _load_stamps(root))
+            bundle._check_hashes(identities, _load_stamps(root))
         return bundle
 
     def verify(self) -> None:
@@ -72,6 +74,7 @@ class Bundle:
 
     @property
     def name(self) -> str:
+        """The name of the directory, without ".llmc"."""
         return self.path.name.removesuffix(".llmc")
 
     def engine_path(self, rank: int = 0) -> Path:
@@ -91,7 +94,7 @@ class Bundle:
         """Check that exactly the listed files exist, with their sizes. Return the identity of each."""
         listed = self.manifest.files
         directories = {"", *(str(parent) for name in listed for parent in _parents(name))}
-        found = {}
+        identities = {}
         for name, entry in _walk(self.path, directories):
             if name not in listed and (is_litter(name) or _REPOSITORY.fullmatch(name)):
                 continue
@@ -104,26 +107,32 @@ class Bundle:
             if entry.st_size != listed[name].bytes:
                 sizes = f"{entry.st_size} bytes, the manifest says {listed[name].bytes}"
                 raise BundleError(f"{self.path}: {name!r} has {sizes}", _COPY_AGAIN)
-            found[name] = _identity(entry)
+            identities[name] = _identity(entry)
         for name in listed:
-            if name not in found:
+            if name not in identities:
                 raise BundleError(f"{self.path}: {name!r} is missing", _COPY_AGAIN)
-        return found
+        return identities
 
-    def _check_hashes(self, found: dict[str, Identity], known: dict[str, object]) -> None:
-        stamps = {name: [*identity, self.manifest.files[name].sha256] for name, identity in found.items()}
+    def _check_hashes(self, identities: dict[str, Identity], known: dict[str, object]) -> None:
+        stamps = {
+            name: [*identity, self.manifest.files[name].sha256] for name, identity in identities.items()
+        }
         changed = {name for name, stamp in stamps.items() if known.get(name) != stamp}
         if not changed:
             return
         started = time.time_ns()
-        _hash_all(self, sorted(changed, key=lambda name: (-found[name][2], name)), found)
+        _hash_all(self, sorted(changed, key=lambda name: (-identities[name][2], name)), identities)
         # A file that is written and hashed in one tick of the clock can be written again with the same mtime.
-        fresh = {name for name in changed if max(found[name][3:5]) + _TICK_NS >= started}
+        fresh = {name for name in changed if max(identities[name][3:5]) + _TICK_NS >= started}
         _save_stamps(self.path, {name: stamp for name, stamp in stamps.items() if name not in fresh})
 
 
 def sha256_of_file(path: Path, identity: Identity | None = None, stop: threading.Event | None = None) -> str:
-    """Return the sha256 of a file, in bounded memory. Raises BundleError if its identity differs."""
+    """Return the sha256 of a file as hexadecimal digits, in bounded memory.
+
+    identity: the expected identity. stop: ends the reading early; the result is then meaningless.
+    Raises BundleError if the file's identity differs from `identity`.
+    """
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
     with open(path, "rb", buffering=0, opener=lambda name, _: os.open(name, _SAFE_OPEN)) as file:
         before = os.fstat(file.fileno())
@@ -134,25 +143,27 @@ def sha256_of_file(path: Path, identity: Identity | None = None, stop: threading
     return digest.hexdigest()
 
 
-def _hash_all(bundle: Bundle, names: list[str], found: dict[str, Identity]) -> None:
+def _hash_all(bundle: Bundle, names: list[str], identities: dict[str, Identity]) -> None:
     from concurrent.futures import ThreadPoolExecutor, as_completed  # not needed by a warm start
 
     stop = threading.Event()
     with ThreadPoolExecutor(min(_HASH_THREADS, available_cpus())) as pool:
-        jobs = {pool.submit(sha256_of_file, bundle.path / name, found[name], stop): name for name in names}
+        jobs = {
+            pool.submit(sha256_of_file, bundle.path / name, identities[name], stop): name for name in names
+        }
         try:
             for job in as_completed(jobs):
                 name = jobs[job]
-                wanted, got = bundle.manifest.files[name].sha256, job.result()
-                if got != wanted:
-                    contents = f"sha256 {got[:12]}..., the manifest says {wanted[:12]}..."
+                expected, actual = bundle.manifest.files[name].sha256, job.result()
+                if actual != expected:
+                    contents = f"sha256 {actual[:12]}..., the manifest says {expected[:12]}..."
                     raise BundleError(f"{bundle.path}: {name!r} is damaged: {contents}", _COPY_AGAIN)
         except OSError as error:
             raise BundleError(
                 f"{bundle.path}: cannot read {name!r}: {error.strerror}", _COPY_AGAIN
             ) from error
         finally:
-            stop.set()  # after a fault or Ctrl-C: the rest need not be read
+            stop.set()  # after an error or Ctrl-C the other files need not be read
             for job in jobs:
                 job.cancel()
 
@@ -161,9 +172,9 @@ def _read_manifest(root: Path) -> bytes:
     hint = "`llmc build CHECKPOINT -o NAME.llmc` makes one"
     if not root.is_dir():
         fact = "is not a directory" if os.path.lexists(root) else "does not exist"
-        aside = sorted(root.absolute().parent.glob(f".{glob.escape(root.name)}.old-*")) if root.name else []
-        if aside:
-            hint = f"a build was killed while replacing it: mv {aside[0]} {root}"
+        backups = sorted(root.absolute().parent.glob(f".{glob.escape(root.name)}.old-*")) if root.name else []
+        if backups:
+            hint = f"a build was killed while replacing it: mv {backups[0]} {root}"
         raise BundleError(f"not a bundle: {root} {fact}", hint)
     try:
         with open(root / MANIFEST_NAME, "rb", opener=lambda name, _: os.open(name, _SAFE_OPEN)) as file:

@@ -27,10 +27,12 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\
 
 
 def bad(path: str, complaint: str) -> NoReturn:
+    """Raise BundleError for the field at `path`."""
     raise BundleError(f"manifest.json: {path or 'the whole'}: {complaint}", DAMAGED)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's pairs as a dict. Raises BundleError for a repeated key. A hook for `json.loads`."""
     result = dict(pairs)
     if len(result) != len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -39,6 +41,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def no_constants(text: str) -> NoReturn:
+    """Raise ValueError for NaN and infinities. A hook for `json.loads`."""
     raise ValueError(f"{text} is not a JSON number")
 
 
@@ -61,7 +64,7 @@ def _fields(kind: Any) -> dict[str, Any]:
 
 
 def decode(kind: Any, value: Any, path: str, depth: int = 0) -> Any:
-    """Return `value` (plain JSON) as `kind` (a type hint). Raises BundleError with the first fault's path."""
+    """Return `value` (plain JSON) as `kind` (a type hint). Raises BundleError for the first invalid field."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         value = decode(arguments[0], value, path)
@@ -123,7 +126,7 @@ def _decode_open(value: Any, path: str, depth: int) -> Any:
 
 def _decode_scalar(kind: type, value: Any, path: str) -> Any:
     if kind is float and type(value) is int and abs(value) <= MAX_INT:
-        value = float(value)  # JSON has one kind of number
+        value = float(value)  # JSON does not distinguish integers from floats
     if kind not in (bool, int, float, str) or type(value) is not kind:
         words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
         wanted = words.get(kind, "plain JSON")

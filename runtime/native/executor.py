@@ -17,55 +17,74 @@ from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.native.program import BINARY, UNARY, Instruction, Matrix, Program, View
 
-_LINE = 64
-_SETS = 8  # steps that a late thread may still look at
+_LINE = 64  # bytes of a cache line
+_SETS = 8  # sets of counters: a late thread may still read those of earlier steps
 _LARGEST_GROUP = 128  # activations that share a scale
-_ROWWISE = library.QUANTIZE  # operations up to this one work on one row at a time
+_ROWWISE = library.QUANTIZE  # operations up to this number work on one row at a time
 
 
 @dataclass
 class _Planned:
     """An instruction before it has addresses."""
 
+    #: The operation, as in program.h.
     op: int
+    #: Whether its rows are those of logits, not those of tokens.
     per_logit: bool
+    #: The program's instruction.
     source: Instruction
-    #: The input in int8 digits: what QUANTIZE writes and LINEAR_INT reads.
+    #: The input in int8 digits, which QUANTIZE writes and LINEAR_INT reads.
     digits: _Digits | None = None
 
 
 @dataclass(eq=False)
 class _Digits:
-    """A view of a buffer in int8 digits, for matrices of integers."""
+    """A view of a buffer, quantized for matrices of integers: each number is one or more int8 digits."""
 
+    #: Numbers of a row.
     width: int
+    #: Numbers that share a scale.
     group: int
+    #: Digits of a number.
     digits: int
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row's digits, scales and sums."""
         groups = self.width // self.group
-        return _whole(self.digits * self.width) + _whole(4 * groups) + _whole(4 * groups * self.digits)
+        return (
+            _round_to_lines(self.digits * self.width)
+            + _round_to_lines(4 * groups)
+            + _round_to_lines(4 * groups * self.digits)
+        )
 
 
 @dataclass(eq=False)
 class _Place:
-    """Memory of a step: bytes of a row, the groups in which it is needed, and where it is."""
+    """The memory of a buffer or of a quantized input during a step."""
 
+    #: Bytes of a row.
     row_bytes: int
+    #: The first group that needs it.
     first: int
+    #: The last group that needs it.
     last: int
+    #: Where it begins, in bytes per token of a step.
     offset: int = 0
 
 
 @dataclass
 class Plan:
-    """A program as groups of planned instructions, and the places of what they write."""
+    """A program as groups of planned instructions, and the memory that they write."""
 
     instructions: list[_Planned] = field(default_factory=list)
+    #: The instructions (begin, end) of each group.
     groups: list[tuple[int, int]] = field(default_factory=list)
+    #: The number of a program's buffer -> its memory.
     buffers: dict[int, _Place] = field(default_factory=dict)
+    #: A quantized input -> its memory.
     digits: dict[_Digits, _Place] = field(default_factory=dict)
+    #: The size of all memory, in bytes per token of a step.
     row_bytes: int = 0
 
 
@@ -75,34 +94,36 @@ def group_of(matrix: Matrix) -> int:
 
 
 def plan(program: Program, digits: int) -> Plan:
-    """Insert the quantization of inputs, find what can run row by row, and give buffers their places.
+    """Insert the quantization of inputs, group the instructions that run row by row, and place the buffers.
 
-    digits: int8 digits of an activation, for matrices of integers: 3 (24 bits) or 1 (rounded to 8).
+    digits: int8 digits of an activation that a matrix of integers reads: 3 (24 bits) or 1 (8 bits).
     """
     result = Plan()
     known: dict[tuple[View, int], _Digits] = {}
-    for one in program.instructions:
-        rows = program.buffers[one.out if one.out is not None else one.inputs[0].buffer].rows
+    for instruction in program.instructions:
+        rows = program.buffers[
+            instruction.out if instruction.out is not None else instruction.inputs[0].buffer
+        ].rows
         per_logit = rows == "logits"
-        if one.op != "linear":
-            result.instructions.append(_Planned(_code(one), per_logit, one))
-            known = {key: value for key, value in known.items() if key[0].buffer != one.out}
+        if instruction.op != "linear":
+            result.instructions.append(_Planned(_code(instruction), per_logit, instruction))
+            known = {key: value for key, value in known.items() if key[0].buffer != instruction.out}
             continue
-        matrix = program.matrices[one.weights[0]]
+        matrix = program.matrices[instruction.weights[0]]
         if matrix.element not in ("int8", "int4"):
-            result.instructions.append(_Planned(library.LINEAR_FLOAT, per_logit, one))
+            result.instructions.append(_Planned(library.LINEAR_FLOAT, per_logit, instruction))
             continue
-        view, group = one.inputs[0], group_of(matrix)
+        view, group = instruction.inputs[0], group_of(matrix)
         if (view, group) not in known:
             known[view, group] = _Digits(view.width, group, digits)
-            result.instructions.append(_Planned(library.QUANTIZE, per_logit, one, known[view, group]))
-        result.instructions.append(_Planned(library.LINEAR_INT, per_logit, one, known[view, group]))
+            result.instructions.append(_Planned(library.QUANTIZE, per_logit, instruction, known[view, group]))
+        result.instructions.append(_Planned(library.LINEAR_INT, per_logit, instruction, known[view, group]))
     _make_groups(result)
     _place(program, result)
     return result
 
 
-def _code(one: Instruction) -> int:
+def _code(instruction: Instruction) -> int:
     return {
         "embed": library.EMBED,
         "gather_rows": library.GATHER,
@@ -116,43 +137,51 @@ def _code(one: Instruction) -> int:
         "rope": library.ROPE,
         "write_kv": library.WRITE_KV,
         "attention": library.ATTENTION,
-    }[one.op]
+    }[instruction.op]
 
 
 def _make_groups(result: Plan) -> None:
     first = 0
-    for index, one in enumerate(result.instructions):
+    for index, planned in enumerate(result.instructions):
         following = result.instructions[index + 1] if index + 1 < len(result.instructions) else None
-        joined = (
+        continues = (
             following is not None
-            and one.op <= _ROWWISE
+            and planned.op <= _ROWWISE
             and following.op <= _ROWWISE
-            and following.op != library.GATHER  # it reads rows of others
-            and one.per_logit == following.per_logit
+            and following.op != library.GATHER  # it reads other rows than its own
+            and planned.per_logit == following.per_logit
         )
-        if not joined:
+        if not continues:
             result.groups.append((first, index + 1))
             first = index + 1
 
 
 def _place(program: Program, result: Plan) -> None:
-    """Give every buffer and every quantized input bytes of a row that nothing alive shares."""
+    """Give every buffer and every quantized input memory that nothing else uses in the same groups."""
     for number, (first, last) in enumerate(result.groups):
-        for one in result.instructions[first:last]:
-            if one.digits is not None:
-                place = result.digits.setdefault(one.digits, _Place(one.digits.row_bytes, number, number))
+        for planned in result.instructions[first:last]:
+            if planned.digits is not None:
+                place = result.digits.setdefault(
+                    planned.digits, _Place(planned.digits.row_bytes, number, number)
+                )
                 place.last = number
-            reads = [] if one.op == library.LINEAR_INT else [view.buffer for view in one.source.inputs]
-            writes = [] if one.op == library.QUANTIZE or one.source.out is None else [one.source.out]
+            reads = (
+                [] if planned.op == library.LINEAR_INT else [view.buffer for view in planned.source.inputs]
+            )
+            writes = (
+                [] if planned.op == library.QUANTIZE or planned.source.out is None else [planned.source.out]
+            )
             for buffer in (*reads, *writes):
-                width = _whole(4 * (program.buffers[buffer].width + 16)) + _LINE
+                width = _round_to_lines(4 * (program.buffers[buffer].width + 16)) + _LINE
                 place = result.buffers.setdefault(buffer, _Place(width, number, number))
                 place.last = number
     result.buffers[program.logits].last = len(result.groups)
     placed: list[_Place] = []
-    for place in sorted([*result.buffers.values(), *result.digits.values()], key=lambda one: -one.row_bytes):
+    for place in sorted(
+        [*result.buffers.values(), *result.digits.values()], key=lambda item: -item.row_bytes
+    ):
         offset = 0
-        for other in sorted(placed, key=lambda one: one.offset):
+        for other in sorted(placed, key=lambda item: item.offset):
             if other.last < place.first or place.last < other.first:
                 continue
             if offset + place.row_bytes <= other.offset:
@@ -166,8 +195,12 @@ def _place(program: Program, result: Plan) -> None:
 class Executor:
     """A program with its weights, its KV cache and the threads that run it.
 
-    max_tokens: the maximum number of tokens in a step. num_blocks: blocks of the KV cache, of 32 tokens each.
-    digits: int8 digits of an activation, see `plan`. isa: a library of `plugins/cpu`; None: the best one.
+    weights: the packed matrices and the constants, from `read_weights`.
+    max_tokens: the maximum number of tokens in a step.
+    num_blocks: the number of blocks of the KV cache, of 32 tokens each.
+    threads: the number of threads, the caller's included.
+    digits: int8 digits of an activation, see `plan`.
+    isa: the name of a library of `plugins/cpu`. None: the best one for this CPU.
     """
 
     def __init__(
@@ -188,13 +221,15 @@ class Executor:
         self._base = _address(self._arena)
         self._caches = [
             tuple(
-                mmap.mmap(-1, max(1, num_blocks * one.num_kv_heads * BLOCK_SIZE * 4 * width) + _LINE)
-                for width in (one.head_dim, -(-one.v_head_dim // 16) * 16)
+                mmap.mmap(-1, max(1, num_blocks * cache.num_kv_heads * BLOCK_SIZE * 4 * width) + _LINE)
+                for width in (cache.head_dim, -(-cache.v_head_dim // 16) * 16)
             )
-            for one in program.caches
+            for cache in program.caches
         ]
         planned = self._plan.instructions
-        self._code = (library.Instruction * len(planned))(*(self._bind(one) for one in planned))
+        self._code = (library.Instruction * len(planned))(
+            *(self._bind(instruction) for instruction in planned)
+        )
         self._groups = (library.Group * len(self._plan.groups))(
             *(library.Group(*pair) for pair in self._plan.groups)
         )
@@ -206,14 +241,14 @@ class Executor:
         self.close = weakref.finalize(self, _end, self._workers)
 
     def run(self, batch: Batch) -> np.ndarray:
-        """Run a step. Returns logits, float32 [N, vocab], which the next step overwrites.
+        """Run a step. Return the logits, float32 [N, vocab], which the next step overwrites.
 
-        Raises ValueError for a batch that does not fit: more rows, blocks or positions than there are.
+        Raises ValueError for a batch with too many rows, or with token ids, blocks or positions out of range.
         """
         self._check(batch)
         turn = self._turn = (self._turn + 1) % _SETS
         for worker in self._workers:
-            worker.wait_for(_SETS - 1)  # the slowest has left the step whose counters these were
+            worker.wait_for(_SETS - 1)  # until the slowest has left the step that used these counters
         tokens = len(batch.input_ids)
         counts = np.diff(batch.query_start)
         sequence = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -234,7 +269,7 @@ class Executor:
             next=self._next[turn].ctypes.data,
             done=self._done[turn].ctypes.data,
         )
-        reads = (
+        kept_alive = (
             arrays,
             slot,
             self._code,
@@ -246,7 +281,7 @@ class Executor:
             self._weights,
         )
         for worker in self._workers:
-            worker.start(step, reads)
+            worker.start(step, kept_alive)
         self._library.llmc_run(ctypes.byref(step))
         place = self._plan.buffers[self._program.logits]
         stride = place.row_bytes // 4
@@ -282,108 +317,106 @@ class Executor:
         ):
             raise ValueError("the arrays of the step contradict each other")
 
-    # Addresses
-
     def _offset(self, place: _Place) -> int:
         return place.offset * self._max_tokens
 
-    def _bind(self, one: _Planned) -> library.Instruction:
-        source, n = one.source, _numbers(self._program, one)
-        bound = library.Instruction(op=one.op, per_logit=one.per_logit)
+    def _bind(self, planned: _Planned) -> library.Instruction:
+        source, n = planned.source, _numbers(self._program, planned)
+        bound = library.Instruction(op=planned.op, per_logit=planned.per_logit)
         bound.n[: len(n)] = n
-        if source.out is not None and one.op != library.QUANTIZE:
+        if source.out is not None and planned.op != library.QUANTIZE:
             place = self._plan.buffers[source.out]
             bound.out = self._base + self._offset(place) + 4 * source.offset
             bound.out_stride = place.row_bytes // 4
-        views = () if one.op == library.LINEAR_INT else source.inputs
+        views = () if planned.op == library.LINEAR_INT else source.inputs
         for name, view in zip(("a", "b"), views, strict=False):
             place = self._plan.buffers[view.buffer]
             setattr(bound, name, self._base + self._offset(place) + 4 * view.offset)
             setattr(bound, f"{name}_stride", place.row_bytes // 4)
-        if one.digits is not None:
-            place, digits = self._plan.digits[one.digits], one.digits
+        if planned.digits is not None:
+            place, digits = self._plan.digits[planned.digits], planned.digits
             groups = digits.width // digits.group
             bound.q = self._base + self._offset(place)
-            bound.scales = bound.q + _whole(digits.digits * digits.width) * self._max_tokens
-            bound.sums = bound.scales + _whole(4 * groups) * self._max_tokens
-        if one.op != library.QUANTIZE:
+            bound.scales = bound.q + _round_to_lines(digits.digits * digits.width) * self._max_tokens
+            bound.sums = bound.scales + _round_to_lines(4 * groups) * self._max_tokens
+        if planned.op != library.QUANTIZE:
             addresses = [self._weights[name].ctypes.data for name in source.weights]
-            if one.op in (library.EMBED, library.LINEAR_INT, library.LINEAR_FLOAT):
+            if planned.op in (library.EMBED, library.LINEAR_INT, library.LINEAR_FLOAT):
                 bound.w = addresses[0]
             else:
                 for name, address in zip(("v", "v2"), addresses, strict=False):
                     setattr(bound, name, address)
-        if one.op in (library.WRITE_KV, library.ATTENTION):
+        if planned.op in (library.WRITE_KV, library.ATTENTION):
             bound.keys, bound.values = (_address(memory) for memory in self._caches[source.integers["layer"]])
         for name, value in source.floats.items():
             bound.x[1 if name == "softcap" else 0] = value
         return bound
 
 
-def _numbers(program: Program, one: _Planned) -> Sequence[int]:
-    """The array `n` of an instruction; program.h says what it holds for each operation."""
-    source, integers = one.source, one.source.integers
+def _numbers(program: Program, planned: _Planned) -> Sequence[int]:
+    """Return the array `n` of an instruction. program.h lists its elements for each operation."""
+    source, integers = planned.source, planned.source.integers
     width = source.inputs[0].width if source.inputs else program.buffers[source.out or 0].width
-    if one.op == library.EMBED:
+    if planned.op == library.EMBED:
         return width, library.KINDS[program.matrices[source.weights[0]].element], 1
-    if one.op == library.UNARY:
+    if planned.op == library.UNARY:
         return width, UNARY.index(source.function)
-    if one.op in (library.BINARY, library.VECTOR, library.SCALAR):
+    if planned.op in (library.BINARY, library.VECTOR, library.SCALAR):
         return width, BINARY.index(source.function)
-    if one.op == library.RMSNORM:
+    if planned.op == library.RMSNORM:
         return integers["groups"], width // integers["groups"]
-    if one.op == library.LAYERNORM:
+    if planned.op == library.LAYERNORM:
         return width, len(source.weights) > 1
-    if one.op == library.ROPE:
+    if planned.op == library.ROPE:
         return integers["heads"], width // integers["heads"], integers["rotated"], integers["interleaved"]
-    if one.op in (library.WRITE_KV, library.ATTENTION):
+    if planned.op in (library.WRITE_KV, library.ATTENTION):
         cache = program.caches[integers["layer"]]
         sizes = (cache.num_kv_heads, cache.head_dim, cache.v_head_dim)
-        return sizes if one.op == library.WRITE_KV else (integers["heads"], *sizes, integers["window"])
-    if one.op == library.QUANTIZE:
-        assert one.digits is not None
-        return width, one.digits.group, one.digits.digits
-    if one.op == library.LINEAR_FLOAT:
+        return sizes if planned.op == library.WRITE_KV else (integers["heads"], *sizes, integers["window"])
+    if planned.op == library.QUANTIZE:
+        assert planned.digits is not None
+        return width, planned.digits.group, planned.digits.digits
+    if planned.op == library.LINEAR_FLOAT:
         matrix = program.matrices[source.weights[0]]
         return matrix.rows, matrix.columns, library.KINDS[matrix.element]
-    if one.op == library.LINEAR_INT:
-        assert one.digits is not None
+    if planned.op == library.LINEAR_INT:
+        assert planned.digits is not None
         matrix = program.matrices[source.weights[0]]
         bits = 4 if matrix.element == "int4" else 8
-        group, digits = one.digits.group, one.digits.digits
+        group, digits = planned.digits.group, planned.digits.digits
         return matrix.rows, matrix.columns, bits, matrix.block, group, digits, matrix.scales == "fp16"
     return (width,)
 
 
 class _Worker:
-    """A thread that runs the steps it is given."""
+    """A thread that runs the steps of its queue."""
 
     def __init__(self, engine: ctypes.CDLL) -> None:
         self._engine = engine
-        self._given: SimpleQueue[tuple[library.Step, object] | None] = SimpleQueue()
-        self._left: SimpleQueue[None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[library.Step, object] | None] = SimpleQueue()
+        self._finished: SimpleQueue[None] = SimpleQueue()
         self._behind = 0
         threading.Thread(target=self._loop, name="llmc", daemon=True).start()
 
     def start(self, step: library.Step, reads: object) -> None:
-        """Let the thread run a step. reads: the memory of the step, which a late thread may still read."""
+        """Queue a step. reads: keeps the memory of the step alive, which a late thread may still read."""
         self._behind += 1
-        self._given.put((step, reads))
+        self._queue.put((step, reads))
 
     def wait_for(self, steps: int) -> None:
         """Wait until the thread has left all but the last `steps` steps."""
-        while self._behind > steps or not self._left.empty():
-            self._left.get()
+        while self._behind > steps or not self._finished.empty():
+            self._finished.get()
             self._behind -= 1
 
     def end(self) -> None:
-        self._given.put(None)
+        self._queue.put(None)
 
     def _loop(self) -> None:
-        while (given := self._given.get()) is not None:
-            self._engine.llmc_run(ctypes.byref(given[0]))
-            del given  # an executor that nobody uses any more is freed now
-            self._left.put(None)
+        while (job := self._queue.get()) is not None:
+            self._engine.llmc_run(ctypes.byref(job[0]))
+            del job  # an executor that nobody uses any more is freed now
+            self._finished.put(None)
 
 
 def _end(workers: Sequence[_Worker]) -> None:
@@ -392,11 +425,11 @@ def _end(workers: Sequence[_Worker]) -> None:
 
 
 def _positions(batch: Batch, counts: np.ndarray) -> np.ndarray:
-    """The position of every token, int [T], as its sequence's cached tokens say."""
+    """Return the position of every token, int [T], computed from its sequence's cached tokens."""
     return np.arange(len(batch.input_ids)) - np.repeat(batch.query_start[:-1] - batch.past_lengths, counts)
 
 
-def _whole(nbytes: int) -> int:
+def _round_to_lines(nbytes: int) -> int:
     """Round up to whole cache lines."""
     return -(-nbytes // _LINE) * _LINE
 

@@ -1,4 +1,4 @@
-"""The reference: a program computed with numpy in fp64, one instruction at a time, without any blocking."""
+"""A reference interpreter of programs: numpy in fp64, one instruction at a time."""
 
 from __future__ import annotations
 
@@ -41,74 +41,78 @@ _BINARY: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 class Interpreter:
     """A program with its weights and KV cache.
 
-    weights: constants, and matrices as fp64 [rows, columns]. num_blocks: blocks of the cache.
+    weights: the constants, and the matrices as fp64 [rows, columns]. num_blocks: blocks of the cache.
     """
 
     def __init__(self, program: Program, weights: Mapping[str, np.ndarray], num_blocks: int) -> None:
         self._program, self._weights = program, weights
         self._caches = [
             (
-                np.zeros((num_blocks, one.num_kv_heads, BLOCK_SIZE, one.head_dim)),
-                np.zeros((num_blocks, one.num_kv_heads, BLOCK_SIZE, one.v_head_dim)),
+                np.zeros((num_blocks, cache.num_kv_heads, BLOCK_SIZE, cache.head_dim)),
+                np.zeros((num_blocks, cache.num_kv_heads, BLOCK_SIZE, cache.v_head_dim)),
             )
-            for one in program.caches
+            for cache in program.caches
         ]
 
     def forward(self, batch: Batch) -> np.ndarray:
-        """Return the logits, float64 [N, vocab]."""
+        """Run a step. Return the logits, float64 [N, vocab]."""
         buffers: dict[int, np.ndarray] = {}
         pending: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for one in self._program.instructions:
-            inputs = [_columns(buffers, view) for view in one.inputs]
-            if one.op == "write_kv":  # the reference of attention writes them itself
-                pending[one.integers["layer"]] = (inputs[0], inputs[1])
+        for instruction in self._program.instructions:
+            inputs = [_columns(buffers, view) for view in instruction.inputs]
+            if instruction.op == "write_kv":  # the reference of attention writes them itself
+                pending[instruction.integers["layer"]] = (inputs[0], inputs[1])
                 continue
-            if one.op == "attention":
-                result = self._attention(one, inputs[0], pending[one.integers["layer"]], batch)
+            if instruction.op == "attention":
+                result = self._attention(
+                    instruction, inputs[0], pending[instruction.integers["layer"]], batch
+                )
             else:
-                result = self._compute(one, inputs, batch)
-            assert one.out is not None
+                result = self._compute(instruction, inputs, batch)
+            assert instruction.out is not None
             buffer = buffers.setdefault(
-                one.out, np.zeros((len(result), self._program.buffers[one.out].width))
+                instruction.out, np.zeros((len(result), self._program.buffers[instruction.out].width))
             )
-            buffer[:, one.offset : one.offset + result.shape[1]] = result
+            buffer[:, instruction.offset : instruction.offset + result.shape[1]] = result
         return buffers[self._program.logits]
 
-    def _compute(self, one: Instruction, inputs: list[np.ndarray], batch: Batch) -> np.ndarray:
-        weights = [self._weights[name] for name in one.weights]
-        if one.op == "embed":
+    def _compute(self, instruction: Instruction, inputs: list[np.ndarray], batch: Batch) -> np.ndarray:
+        weights = [self._weights[name] for name in instruction.weights]
+        if instruction.op == "embed":
             return weights[0][batch.input_ids]
         x = inputs[0]
-        if one.op == "gather_rows":
+        if instruction.op == "gather_rows":
             return x[batch.logits_index]
-        if one.op == "copy":
+        if instruction.op == "copy":
             return x
-        if one.op == "unary":
-            return _UNARY[one.function](x)
-        if one.op == "binary":
-            return _BINARY[one.function](x, inputs[1])
-        if one.op == "vector":
-            return _BINARY[one.function](x, weights[0])
-        if one.op == "scalar":
-            return _BINARY[one.function](x, np.array(one.floats["value"]))
-        if one.op == "linear":
+        if instruction.op == "unary":
+            return _UNARY[instruction.function](x)
+        if instruction.op == "binary":
+            return _BINARY[instruction.function](x, inputs[1])
+        if instruction.op == "vector":
+            return _BINARY[instruction.function](x, weights[0])
+        if instruction.op == "scalar":
+            return _BINARY[instruction.function](x, np.array(instruction.floats["value"]))
+        if instruction.op == "linear":
             return x @ weights[0].T
-        if one.op == "rms_norm":
-            groups = x.reshape(len(x), one.integers["groups"], -1)
+        if instruction.op == "rms_norm":
+            groups = x.reshape(len(x), instruction.integers["groups"], -1)
             square = np.mean(groups**2, axis=-1, keepdims=True)
-            return (groups / np.sqrt(square + one.floats["epsilon"]) * weights[0]).reshape(x.shape)
-        if one.op == "layer_norm":
+            return (groups / np.sqrt(square + instruction.floats["epsilon"]) * weights[0]).reshape(x.shape)
+        if instruction.op == "layer_norm":
             centred = x - x.mean(axis=-1, keepdims=True)
-            scaled = centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + one.floats["epsilon"])
+            scaled = centred / np.sqrt(
+                np.mean(centred**2, axis=-1, keepdims=True) + instruction.floats["epsilon"]
+            )
             return scaled * weights[0] + (weights[1] if len(weights) > 1 else 0)
-        if one.op == "rope":
-            return _rope(one, x, weights, batch.position_ids)
-        raise ValueError(f"no operation {one.op}")
+        if instruction.op == "rope":
+            return _rope(instruction, x, weights, batch.position_ids)
+        raise ValueError(f"no operation {instruction.op}")
 
     def _attention(
-        self, one: Instruction, query: np.ndarray, new: tuple[np.ndarray, np.ndarray], batch: Batch
+        self, instruction: Instruction, query: np.ndarray, new: tuple[np.ndarray, np.ndarray], batch: Batch
     ) -> np.ndarray:
-        keys, values = self._caches[one.integers["layer"]]
+        keys, values = self._caches[instruction.integers["layer"]]
         return paged_attention(
             query,
             *new,
@@ -118,11 +122,11 @@ class Interpreter:
             batch.past_lengths,
             batch.block_indices,
             batch.block_begins,
-            num_heads=one.integers["heads"],
+            num_heads=instruction.integers["heads"],
             num_kv_heads=keys.shape[1],
-            scale=one.floats["scale"],
-            window=one.integers["window"],
-            softcap=one.floats["softcap"],
+            scale=instruction.floats["scale"],
+            window=instruction.integers["window"],
+            softcap=instruction.floats["softcap"],
         )
 
 
@@ -130,12 +134,14 @@ def _columns(buffers: Mapping[int, np.ndarray], view: View) -> np.ndarray:
     return buffers[view.buffer][:, view.offset : view.offset + view.width]
 
 
-def _rope(one: Instruction, x: np.ndarray, tables: list[np.ndarray], positions: np.ndarray) -> np.ndarray:
-    heads, rotated = one.integers["heads"], one.integers["rotated"]
+def _rope(
+    instruction: Instruction, x: np.ndarray, tables: list[np.ndarray], positions: np.ndarray
+) -> np.ndarray:
+    heads, rotated = instruction.integers["heads"], instruction.integers["rotated"]
     cosine, sine = (table.reshape(-1, rotated // 2)[positions][:, None] for table in tables)
     rows = x.reshape(len(x), heads, -1)
     result = rows.copy()
-    if one.integers["interleaved"]:
+    if instruction.integers["interleaved"]:
         first, second = slice(0, rotated, 2), slice(1, rotated, 2)
     else:
         first, second = slice(0, rotated // 2), slice(rotated // 2, rotated)

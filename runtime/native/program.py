@@ -18,7 +18,7 @@ from llmc.runtime.errors import BundleError
 PROGRAM_VERSION = 1
 MAX_PROGRAM_BYTES = 64 << 20
 TILE = 32  # rows of a packed matrix that lie together
-_MAX = 1 << 27
+_MAX = 1 << 27  # of sizes and indices
 
 UNARY = (
     "sigmoid",
@@ -53,8 +53,9 @@ Index = Annotated[int, _index]
 
 @dataclass(frozen=True)
 class Buffer:
-    """Rows of fp32 numbers."""
+    """An array of rows of fp32 numbers."""
 
+    #: Numbers of a row.
     width: Size
     #: One row for each token of the step, or one for each row of logits.
     rows: Literal["tokens", "logits"]
@@ -110,6 +111,7 @@ class Instruction:
     out: Index | None
     #: The first column that it writes.
     offset: Index
+    #: The columns that it reads.
     inputs: tuple[View, ...]
     #: Names in the weights file.
     weights: tuple[str, ...]
@@ -123,11 +125,17 @@ class Instruction:
 class Operation:
     """The fields of an operation's instructions."""
 
+    #: Number of inputs.
     inputs: int = 1
+    #: Minimum and maximum number of weights.
     weights: tuple[int, int] = (0, 0)
+    #: The values of "function".
     functions: tuple[str, ...] = ()
+    #: The names of integer parameters.
     integers: tuple[str, ...] = ()
+    #: The names of float parameters.
     floats: tuple[str, ...] = ()
+    #: Whether it writes a buffer.
     writes: bool = True
 
 
@@ -182,7 +190,9 @@ class Program:
         tree = plain(self)
         instructions = tree.pop("instructions")
         head = json.dumps(tree, sort_keys=True, indent=1, allow_nan=False)
-        lines = ",\n  ".join(json.dumps(one, sort_keys=True, allow_nan=False) for one in instructions)
+        lines = ",\n  ".join(
+            json.dumps(instruction, sort_keys=True, allow_nan=False) for instruction in instructions
+        )
         return f'{head[:-2]},\n "instructions": [\n  {lines}\n ]\n}}\n'.encode("ascii")
 
     @staticmethod
@@ -207,100 +217,105 @@ def check(program: Program) -> None:
     An executor relies on this: after it, every row of every instruction stays inside its arrays.
     """
     written: set[int] = set()
-    for number, one in enumerate(program.instructions):
-        for complaint in _complaints(program, one, written):
-            raise BundleError(f"instruction {number} ({one.op}) of the program {complaint}")
-        if one.out is not None:
-            written.add(one.out)
+    for number, instruction in enumerate(program.instructions):
+        for complaint in _complaints(program, instruction, written):
+            raise BundleError(f"instruction {number} ({instruction.op}) of the program {complaint}")
+        if instruction.out is not None:
+            written.add(instruction.out)
     if program.logits not in written or program.buffers[program.logits].rows != "logits":
         raise BundleError("the program writes no logits")
     if program.buffers[program.logits].width != program.vocab_size:
         raise BundleError("the program's logits are not as wide as its vocabulary")
 
 
-def _complaints(program: Program, one: Instruction, written: set[int]) -> Iterator[str]:
-    operation = OPERATIONS.get(one.op)
+def _complaints(program: Program, instruction: Instruction, written: set[int]) -> Iterator[str]:
+    operation = OPERATIONS.get(instruction.op)
     if operation is None:
         yield "is not an operation of this llmc"
         return
-    if len(one.inputs) != operation.inputs:
-        yield f"has {len(one.inputs)} inputs"
-    if not operation.weights[0] <= len(one.weights) <= operation.weights[1]:
-        yield f"has {len(one.weights)} weights"
-    if set(one.integers) != set(operation.integers) or set(one.floats) != set(operation.floats):
+    if len(instruction.inputs) != operation.inputs:
+        yield f"has {len(instruction.inputs)} inputs"
+    if not operation.weights[0] <= len(instruction.weights) <= operation.weights[1]:
+        yield f"has {len(instruction.weights)} weights"
+    if set(instruction.integers) != set(operation.integers) or set(instruction.floats) != set(
+        operation.floats
+    ):
         yield "has other parameters than its operation"
-    if one.function not in (operation.functions or ("",)):
-        yield f"has no function {one.function!r}"
-    if (one.out is not None) != operation.writes:
+    if instruction.function not in (operation.functions or ("",)):
+        yield f"has no function {instruction.function!r}"
+    if (instruction.out is not None) != operation.writes:
         yield "must write a buffer" if operation.writes else "writes no buffer"
-    for view in one.inputs:
+    for view in instruction.inputs:
         if view.buffer >= len(program.buffers) or view.buffer not in written:
             yield "reads a buffer that nothing has written"
         elif view.offset + view.width > program.buffers[view.buffer].width:
             yield "reads past the columns of its buffer"
-        elif view.buffer == one.out:
+        elif view.buffer == instruction.out:
             yield "writes the buffer that it reads"
-    for name in one.weights:
+    for name in instruction.weights:
         if name not in program.matrices and name not in program.constants:
             yield f"reads {name!r}, which the weights lack"
-    if one.out is not None and one.out >= len(program.buffers):
+    if instruction.out is not None and instruction.out >= len(program.buffers):
         yield "writes a buffer that does not exist"
-    yield from _shape_complaints(program, one)
+    yield from _shape_complaints(program, instruction)
 
 
 _SAME_WIDTH = ("gather_rows", "unary", "binary", "vector", "scalar", "rms_norm", "layer_norm", "rope")
 
 
-def _shape_complaints(program: Program, one: Instruction) -> Iterator[str]:
-    """Sizes, for an instruction whose references exist."""
-    out = program.buffers[one.out] if one.out is not None else None
-    first = one.inputs[0] if one.inputs else None
-    rows = {program.buffers[view.buffer].rows for view in one.inputs}
-    if one.op == "gather_rows":
+def _shape_complaints(program: Program, instruction: Instruction) -> Iterator[str]:
+    """Yield the problems of an instruction's sizes. The buffers and weights that it names exist."""
+    out = program.buffers[instruction.out] if instruction.out is not None else None
+    first = instruction.inputs[0] if instruction.inputs else None
+    rows = {program.buffers[view.buffer].rows for view in instruction.inputs}
+    if instruction.op == "gather_rows":
         if rows != {"tokens"} or out is None or out.rows != "logits":
             yield "must go from tokens to rows of logits"
     elif out is not None and rows - {out.rows}:
         yield "mixes rows of tokens and of logits"
-    if one.op in ("embed", "rope", "write_kv", "attention") and (rows | ({out.rows} if out else set())) != {
-        "tokens"
-    }:
+    if instruction.op in ("embed", "rope", "write_kv", "attention") and (
+        rows | ({out.rows} if out else set())
+    ) != {"tokens"}:
         yield "works on tokens only"
-    if one.offset and one.op != "copy":
+    if instruction.offset and instruction.op != "copy":
         yield "cannot write at an offset"
     width = out.width if out else 0
-    if one.op == "copy":
+    if instruction.op == "copy":
         assert first is not None
-        if one.offset + first.width > width:
+        if instruction.offset + first.width > width:
             yield "writes past the columns of its buffer"
-    elif one.op in _SAME_WIDTH and any(view.width != width for view in one.inputs):
+    elif instruction.op in _SAME_WIDTH and any(view.width != width for view in instruction.inputs):
         yield "has inputs of another width than its output"
-    yield from _operand_complaints(program, one, width)
+    yield from _operand_complaints(program, instruction, width)
 
 
-def _operand_complaints(program: Program, one: Instruction, width: int) -> Iterator[str]:
-    integers, first = one.integers, one.inputs[0] if one.inputs else None
-    if one.op in ("vector", "layer_norm") and any(
-        program.constants.get(name) != width for name in one.weights
+def _operand_complaints(program: Program, instruction: Instruction, width: int) -> Iterator[str]:
+    integers, first = instruction.integers, instruction.inputs[0] if instruction.inputs else None
+    if instruction.op in ("vector", "layer_norm") and any(
+        program.constants.get(name) != width for name in instruction.weights
     ):
         yield "has a constant of another width"
-    if one.op == "rms_norm":
+    if instruction.op == "rms_norm":
         groups = integers["groups"]
-        if groups < 1 or width % groups or program.constants.get(one.weights[0]) != width // groups:
+        if groups < 1 or width % groups or program.constants.get(instruction.weights[0]) != width // groups:
             yield "has groups that do not fit its weight"
-    if one.op == "rope":
+    if instruction.op == "rope":
         heads, rotated = integers["heads"], integers["rotated"]
         if heads < 1 or width % heads or rotated < 2 or rotated % 2 or rotated > width // heads:
             yield "has heads that do not fit"
-        elif any(program.constants.get(name) != program.max_positions * rotated // 2 for name in one.weights):
+        elif any(
+            program.constants.get(name) != program.max_positions * rotated // 2
+            for name in instruction.weights
+        ):
             yield "has tables of another size"
-    if one.op == "embed":
-        matrix = program.matrices.get(one.weights[0])
+    if instruction.op == "embed":
+        matrix = program.matrices.get(instruction.weights[0])
         if matrix is None or matrix.columns != width or matrix.rows != program.vocab_size:
             yield "has a table of another shape"
         elif matrix.element in ("int8", "int4"):
             yield "has a table of integers"
-    if one.op == "linear":
-        matrix = program.matrices.get(one.weights[0])
+    if instruction.op == "linear":
+        matrix = program.matrices.get(instruction.weights[0])
         if matrix is None or first is None or matrix.columns != first.width or matrix.rows != width:
             yield "has a matrix of another shape"
         elif matrix.element in ("int8", "int4"):
@@ -308,37 +323,43 @@ def _operand_complaints(program: Program, one: Instruction, width: int) -> Itera
                 yield "has a matrix with blocks that do not fit"
         elif matrix.block or matrix.scales:
             yield "has a matrix of floats with scales"
-    if one.op in ("write_kv", "attention"):
-        yield from _cache_complaints(program, one, width)
+    if instruction.op in ("write_kv", "attention"):
+        yield from _cache_complaints(program, instruction, width)
 
 
-def _cache_complaints(program: Program, one: Instruction, width: int) -> Iterator[str]:
-    layer = one.integers["layer"]
+def _cache_complaints(program: Program, instruction: Instruction, width: int) -> Iterator[str]:
+    layer = instruction.integers["layer"]
     if not 0 <= layer < len(program.caches):
         yield "has no such cache"
         return
     cache = program.caches[layer]
     if cache.head_dim % 2 or cache.head_dim > 576 or cache.v_head_dim > 512:
         yield "has heads of an odd size, or of more than 576 keys or 512 values"
-    if one.op == "write_kv":
+    if instruction.op == "write_kv":
         sizes = (cache.num_kv_heads * cache.head_dim, cache.num_kv_heads * cache.v_head_dim)
-        if tuple(view.width for view in one.inputs) != sizes:
+        if tuple(view.width for view in instruction.inputs) != sizes:
             yield "has keys or values of another width"
         return
-    heads = one.integers["heads"]
+    heads = instruction.integers["heads"]
     if heads < 1 or heads % cache.num_kv_heads or heads // cache.num_kv_heads > 32:
         yield "has heads that the cache's heads do not divide, or more than 32 for one"
-    elif one.inputs[0].width != heads * cache.head_dim or width != heads * cache.v_head_dim:
+    elif instruction.inputs[0].width != heads * cache.head_dim or width != heads * cache.v_head_dim:
         yield "has queries of another width"
-    if one.integers["window"] < 0:
+    if instruction.integers["window"] < 0:
         yield "has a negative window"
 
 
-def describe(one: Instruction) -> str:
+def describe(instruction: Instruction) -> str:
     """Return an instruction as one line of text, for `llmc inspect --program`."""
-    reads: list[Any] = [f"b{v.buffer}[{v.offset}:{v.offset + v.width}]" for v in one.inputs]
-    reads += one.weights
-    parameters = [f"{name}={value:g}" for name, value in {**one.integers, **one.floats}.items()]
-    name = f"{one.op}.{one.function}" if one.function else one.op
-    target = "" if one.out is None else f"b{one.out}{f'[{one.offset}:]' if one.offset else ''} = "
+    reads: list[Any] = [f"b{v.buffer}[{v.offset}:{v.offset + v.width}]" for v in instruction.inputs]
+    reads += instruction.weights
+    parameters = [
+        f"{name}={value:g}" for name, value in {**instruction.integers, **instruction.floats}.items()
+    ]
+    name = f"{instruction.op}.{instruction.function}" if instruction.function else instruction.op
+    target = (
+        ""
+        if instruction.out is None
+        else f"b{instruction.out}{f'[{instruction.offset}:]' if instruction.offset else ''} = "
+    )
     return f"{target}{name}({', '.join([*reads, *parameters])})"

@@ -19,7 +19,7 @@ _MAX_HEADER = 64 << 20
 def read_weights(path: Path, program: Program) -> tuple[Mapping[str, np.ndarray], object]:
     """Read the matrices (uint8, packed) and constants (fp32) of `program`.
 
-    The memory is in huge pages where the system has them: a step reads all of it, and small pages cost time.
+    The memory is in huge pages where the system has them, because a step reads all of it.
     Returns name -> array, and the memory, which must live as long as the arrays.
     Raises BundleError for a file that is damaged or does not fit the program.
     """
@@ -39,12 +39,12 @@ def read_weights(path: Path, program: Program) -> tuple[Mapping[str, np.ndarray]
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         view = memoryview(memory)[: size - begin]
-        done = 0
-        while done < size - begin:
-            count = file.readinto(view[done:])
+        position = 0
+        while position < size - begin:
+            count = file.readinto(view[position:])
             if not count:
                 raise BundleError(f"{path.name}: the file became shorter while it was read")
-            done += count
+            position += count
     data = np.frombuffer(memory, np.uint8)
     arrays: dict[str, np.ndarray] = {}
     for name, matrix in program.matrices.items():
@@ -70,7 +70,7 @@ def _take(
     dtype: str,
     nbytes: int,
 ) -> np.ndarray:
-    kind, first, last = spans.get(name, ("", 0, 0))
-    if kind != dtype or last - first != nbytes or not 0 <= first <= last <= len(data) or first % 64:
+    actual_dtype, first, last = spans.get(name, ("", 0, 0))
+    if actual_dtype != dtype or last - first != nbytes or not 0 <= first <= last <= len(data) or first % 64:
         raise BundleError(f"{path.name}: {name} is missing, misplaced or of another size than in the program")
     return data[first:last]

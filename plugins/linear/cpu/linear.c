@@ -1,10 +1,10 @@
 // A linear layer: rows of activations times a packed matrix.
 //
-// The matrix [N, K] lies in tiles of 32 rows, which makes 32 lanes of sums without any horizontal addition.
-//   integers   for every block of columns: 32 scales (fp16 or fp32), then for every 8 (int4) or 4 (int8) columns 64 bytes
-//              of rows 0-15 and 64 bytes of rows 16-31. A lane of 4 bytes belongs to a row; its low nibbles are columns
-//              0-3, its high nibbles 4-7. Codes are unsigned: 8 or 128 more than the weight.
-//   floats     for every column 32 numbers: fp32, fp16 or bf16.
+// The matrix [N, K] is stored in tiles of 32 rows, which gives 32 lanes of sums without horizontal additions.
+//   integers   For every block of columns: 32 scales (fp16 or fp32), then for every 8 (int4) or 4 (int8) columns 64 bytes
+//              of rows 0-15 and 64 bytes of rows 16-31. A lane of 4 bytes belongs to a row. For int4, its low nibbles are
+//              columns 0-3 and its high nibbles columns 4-7. Codes are unsigned: the weight plus 8 (int4) or 128 (int8).
+//   floats     For every column 32 numbers: fp32, fp16 or bf16.
 #include "../../cpu/program.h"
 #include "../../cpu/vec.h"
 
@@ -16,10 +16,10 @@ typedef struct {
   const int8_t *q;
   const float *scales;
   const int32_t *sums;
-  int64_t q_row, scales_row, sums_row; // elements from a row to the next
+  int64_t q_row, scales_row, sums_row; // elements from one row to the next
 } digits_of_rows;
 
-// M rows of DIGITS int8 digits each: out[m][0..31]
+// Computes out[m][0..31] for M rows whose numbers have DIGITS int8 digits each. HALF: the scales are fp16.
 INLINE void integer_tile(const int M, const int DIGITS, const int BITS, const int HALF, const uint8_t *w, int columns,
                          int block, int group, digits_of_rows x, float *out, int64_t out_stride) {
   const int STEP = BITS == 4 ? 8 : 4, ZERO = BITS == 4 ? 8 : 128, groups = columns / group;
@@ -81,7 +81,7 @@ INLINE vf load_kind(const int KIND, const uint8_t *p) {
   return KIND == F32 ? loadf((const float *)p) : KIND == F16 ? load_fp16((const uint16_t *)p) : load_bf16((const uint16_t *)p);
 }
 
-// Sums of 64 columns are added one by one, which is more exact than one long sum.
+// Partial sums of 64 columns are added up, which is more accurate than one long sum.
 INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int columns, const float *x, int64_t x_stride,
                        float *out, int64_t out_stride) {
   const int SIZE = KIND == F32 ? 64 : 32; // bytes of 16 numbers
@@ -105,7 +105,8 @@ INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int column
   UNROLL for (int m = 0; m < M; m++) storef(out + m * out_stride, f[m][0]), storef(out + m * out_stride + 16, f[m][1]);
 }
 
-// Tiles first .. last - 1 for all rows. out has room for whole tiles: its stride is at least 32 * tiles.
+// The kernels below compute one tile for M rows; run_integer and run_float compute tiles first .. last - 1 for all rows.
+// out has room for whole tiles: its stride is at least 32 * tiles.
 #define INTEGER(M, D, B, H)                                                                                        \
   static __attribute__((noinline)) void integer_##M##_##D##_##B##_##H(const uint8_t *w, int columns, int block,   \
       int group, const digits_of_rows *x, float *out, int64_t out_stride) {                                       \

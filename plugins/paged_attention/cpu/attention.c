@@ -1,13 +1,13 @@
 // Paged attention: a block of queries of one sequence and one KV head against the sequence's cache, block by block.
 //
-// Softmax is computed on the way (online): the running maximum rescales what was summed. The order of all additions
-// depends on the sequence alone, never on the other sequences of the step, the threads or the size of query blocks.
+// Softmax is computed online: a new maximum rescales the previous sums. The order of all additions depends on the
+// sequence alone, not on the other sequences of the step, the threads or the size of query blocks.
 #include "../../cpu/program.h"
 #include "../../cpu/vec.h"
 
 enum { BLOCK = 32, MAX_ROWS = 32, MAX_WIDTH = 576, MAX_VALUE_WIDTH = 512 };
 
-// Query tokens of one item: their heads are at most MAX_ROWS rows.
+// Query tokens of one item. Their heads make at most MAX_ROWS rows.
 static int attention_tokens(const instruction *i) {
   const int shared = i->n[0] / i->n[1];
   return shared >= 16 ? 1 : 16 / shared;
@@ -22,7 +22,7 @@ static int attention_items(const instruction *i, const step *s) {
   return items;
 }
 
-// Scores of R rows with the 32 keys of a block: even and odd numbers of a key are added apart.
+// Scores of R rows with the 32 keys of a block. Even and odd elements have separate sums.
 INLINE void scores(const int R, int width, const float *keys, const float *queries, int64_t stride, float out[][BLOCK]) {
   vf s[4][2][2];
   for (int r = 0; r < R; r++) s[r][0][0] = s[r][0][1] = s[r][1][0] = s[r][1][1] = allf(0);
@@ -37,7 +37,7 @@ INLINE void scores(const int R, int width, const float *keys, const float *queri
   for (int r = 0; r < R; r++) storef(out[r], s[r][0][0] + s[r][1][0]), storef(out[r] + 16, s[r][0][1] + s[r][1][1]);
 }
 
-// out += weights x values, 4 vectors of the row at a time
+// out += weights x values, for V vectors of the row
 INLINE void weigh(const int V, int first, int last, const float *weights, const float *values, int64_t stride, float *out) {
   vf o[4];
   for (int v = 0; v < V; v++) o[v] = loadf(out + 16 * v);
@@ -72,7 +72,7 @@ static void attention(const instruction *i, const step *s, int item) {
     for (int d = 0; d < padded; d += LANES) storef(out[r] + d, allf(0));
     maximum[r] = -__builtin_inff(), total[r] = 0;
   }
-  const int seen = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0; // the first key of any query
+  const int seen = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0; // the first key that any query sees
   for (int b = seen / BLOCK; b * BLOCK < position + tokens; b++) {
     const int64_t at = (int64_t)table[b] * kv_heads + head;
     const float *keys = i->keys + at * width * BLOCK, *values = i->values + at * BLOCK * padded;

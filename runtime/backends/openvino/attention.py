@@ -1,8 +1,8 @@
 """The conversion of `llmc.PagedAttention` to OpenVINO's PagedAttention.
 
 The operator is private to OpenVINO ("no backward compatibility is guaranteed"). The input list below is that
-of 2026.4, so the dependency is pinned, and `self_test` compares the operator with numpy at start-up. It has
-no softcap. Graphs that need one run in ONNX Runtime.
+of OpenVINO 2026.4, so the dependency is pinned, and `self_test` compares the operator with numpy at start-up.
+The operator has no softcap. Graphs that need one run in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def self_test(core: ov.Core, config: dict[str, Any]) -> None:
         begins = np.cumsum([0] + [len(table) for table in tables])
         step = [np.cumsum([0, *new]), past, np.concatenate(tables), begins]
         for index, array in zip((0, 1, 2, 5, 6, 7, 8), [*arrays, *step], strict=True):
-            kind = np.float32 if index < 3 else np.int32
-            request.set_input_tensor(index, ov.Tensor(np.ascontiguousarray(array, kind)))
+            dtype = np.float32 if index < 3 else np.int32
+            request.set_input_tensor(index, ov.Tensor(np.ascontiguousarray(array, dtype)))
         request.infer()
         expected = _expected(arrays, known, new)
         error = max(error, float(np.abs(request.get_output_tensor(0).data - expected).max()))
@@ -160,12 +160,14 @@ def self_test(core: ov.Core, config: dict[str, Any]) -> None:
 
 
 def _expected(arrays: list[np.ndarray], known: list[np.ndarray], new: list[int]) -> np.ndarray:
-    """Compute the step in numpy, fp32. Appends keys and values to `known`, [2, tokens, width] a sequence."""
+    """Compute the step in numpy, fp32. Append keys and values to `known`: [2, tokens, width] per sequence."""
     query, *key_value = arrays
     rows, start = [], 0
     for s, count in enumerate(new):
         past = known[s].shape[1]
-        known[s] = np.concatenate([known[s], [one[start : start + count] for one in key_value]], axis=1)
+        known[s] = np.concatenate(
+            [known[s], [rows_of[start : start + count] for rows_of in key_value]], axis=1
+        )
         for row in range(count):
             keys, values = known[s][:, : past + row + 1]
             for q in query[start + row].reshape(-1, keys.shape[1]):

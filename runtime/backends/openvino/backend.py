@@ -1,7 +1,7 @@
 """The OpenVINO backend, on the CPU. llmc allocates the KV cache, and the graph updates it in place.
 
 Weights of 16, 8 or 4 bits stay compressed in memory. OpenVINO's oneDNN kernels widen them to fp32 during the
-multiplication, exactly. For up to 4 rows that happens in registers, and a step takes as long as reading the
+multiplication, exactly. For up to 4 rows this happens in registers, and a step takes as long as reading the
 weights. For more rows the kernels unpack the weights into a buffer first, which costs more than reading them
 again until there are about 16 rows (docs/explanation/performance.md has the figures). So a small decode step
 runs as several steps of 4 rows. With int8 activations nothing is widened, and all rows run in one step.
@@ -47,13 +47,13 @@ def load(engine: EngineFile, options: LoadOptions) -> OpenVinoBackend:
 def tested_core(
     threads: int | None = None, *, kv_dtype: str = "fp32", activation_group: int | None = None
 ) -> tuple[ov.Core, dict[str, Any]]:
-    """Return an OpenVINO that can read engines, and the settings to compile them with.
+    """Return an OpenVINO core that can read engines, and the properties to compile them with.
 
     With `activation_group` and a u8 cache, the rest of the arithmetic is bf16 if the CPU supports it, which
     is OpenVINO's default. An fp32 cache does not allow that. Otherwise the arithmetic is fp32.
 
-    Raises BackendError if this OpenVINO is not the version of the engines, fails the self-test (in the
-    precision of that cache), or has no cache of `kv_dtype`.
+    Raises BackendError if this OpenVINO is not the version that the engines need, if it fails the self-test
+    in the precision of that cache, or if it has no cache of `kv_dtype`.
     """
     if kv_dtype not in _KV_PRECISION:
         raise BackendError(
@@ -67,8 +67,8 @@ def tested_core(
         )
     core = ov.Core()
     core.add_extension(attention.extension())
-    rounding = activation_group is not None and kv_dtype == "u8"
-    bf16 = rounding and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    in_int8 = activation_group is not None and kv_dtype == "u8"
+    bf16 = in_int8 and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     config: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
@@ -115,7 +115,7 @@ class OpenVinoBackend:
                 in_int8 = False
             self._few_at_once = (narrow or integer) and activation_group is None and not in_int8
             compiled = core.compile_model(model, "CPU", config)
-        except RuntimeError as error:  # the only kind that OpenVINO supports
+        except RuntimeError as error:  # OpenVINO raises no other type
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
             raise BackendError(
                 f"OpenVINO {ov.__version__} cannot load {engine.name}: {reason}",
@@ -137,9 +137,8 @@ class OpenVinoBackend:
             self._caches.append(memory)  # ov.Tensor does not keep the array alive
             self._request.set_tensor(port, ov.Tensor(memory, shared_memory=True))
         self._logits = compiled.outputs[0]
-        with releasing(
-            engine.parent
-        ):  # OpenVINO packs the weights in the first step, which is part of loading
+        # OpenVINO packs the weights in the first step, so that step is part of loading.
+        with releasing(engine.parent):
             self._run(_FIRST_STEP)
         if integer:
             collapse_resident()
@@ -164,10 +163,10 @@ class OpenVinoBackend:
 def _keep_narrow(model: ov.Model) -> bool:
     """Make OpenVINO keep 16-bit weights that the graph widens. Return whether there are any.
 
-    Without the mark OpenVINO would fold them into fp32 constants. The reader of its own format sets the mark,
-    the reader of ONNX does not.
+    Without the mark OpenVINO would fold them into fp32 constants. The reader of OpenVINO's format sets the
+    mark, the reader of ONNX does not.
     """
-    found = False
+    has_any = False
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Convert":
             continue
@@ -176,8 +175,8 @@ def _keep_narrow(model: ov.Model) -> bool:
         constant = source.get_node().get_type_name() == "Constant"
         if users == {"MatMul"} and constant and source.get_element_type() in _NARROW:
             node.get_rt_info()["decompression_0"] = True
-            found = True
-    return found
+            has_any = True
+    return has_any
 
 
 def _has_integer_weights(model: ov.Model) -> bool:

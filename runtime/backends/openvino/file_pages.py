@@ -1,7 +1,7 @@
 """Release of free heap and file pages while an engine packs its weights (Linux).
 
-OpenVINO maps the file and packs each matrix into its own layout at the first multiplication. Otherwise the
-file's pages would stay resident beside the packed copy: twice the weights for the life of the process.
+OpenVINO maps the file and packs each matrix into its own layout at the first multiplication. Without
+this module the file's pages would stay resident beside the packed copy and double the memory of the weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-_INTERVAL = 0.004  # seconds, in which packing reads a few MB
+_INTERVAL = 0.004  # seconds; packing reads a few MB in this time
 _LIBC = ctypes.CDLL(None)
 
 
@@ -25,11 +25,11 @@ def releasing(directory: Path) -> Iterator[None]:
     is lost: the page cache returns a page that is read again. The mappings must exist until the end, because
     the contents of any other memory at these addresses would be lost. Without /proc no pages are dropped.
     """
-    found, ended = _mappings(directory), threading.Event()
+    mappings, ended = _mappings(directory), threading.Event()
 
     def work() -> None:
         while not ended.wait(_INTERVAL):
-            _drop(found)
+            _drop(mappings)
 
     if trim := getattr(_LIBC, "malloc_trim", None):  # glibc: reading and compiling leave a few MB free
         trim(ctypes.c_size_t(0))
@@ -40,20 +40,20 @@ def releasing(directory: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        _drop(found)
+        _drop(mappings)
 
 
 def _mappings(directory: Path) -> list[tuple[int, int]]:
-    """Return the first and last + 1 addresses of read-only mappings of files below `directory`."""
-    maps, below, found = Path("/proc/self/maps"), f"{directory.resolve()}/", []
+    """Return the addresses (begin, end) of read-only mappings of files below `directory`."""
+    maps, below, mappings = Path("/proc/self/maps"), f"{directory.resolve()}/", []
     if not maps.is_file():
         return []
     for line in maps.read_text().splitlines():
         addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
         if name and name[0].startswith(below) and permissions.startswith("r--"):
             begin, end = (int(address, 16) for address in addresses.split("-"))
-            found.append((begin, end))
-    return found
+            mappings.append((begin, end))
+    return mappings
 
 
 def _drop(mappings: list[tuple[int, int]]) -> None:

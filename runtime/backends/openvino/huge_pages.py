@@ -1,7 +1,7 @@
 """Huge pages for resident memory, for fewer TLB misses when all weights are read (Linux 6.1 or newer).
 
 Decoding reads every weight once per token. Where the system gives huge pages only on request, OpenVINO's
-packed weights are in pages of 4 KiB. docs/explanation/performance.md has the gain of moving them.
+packed weights are in pages of 4 KiB. docs/explanation/performance.md lists the speedup.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _FULL = 7 / 8  # the share of a huge page that must be resident, so that an unwr
 def collapse_resident() -> int:
     """Move this process's resident anonymous memory into huge pages. Return the number of bytes moved.
 
-    Contents and addresses do not change, only speed does. The function does nothing on systems without
-    support, and stops if the process may not read /proc/self/pagemap (after it gave up root).
+    Contents and addresses do not change. The function does nothing on systems without support, and stops if
+    the process may not read /proc/self/pagemap, for example after it dropped root privileges.
     """
     moved = 0
     try:
@@ -36,7 +36,7 @@ def collapse_resident() -> int:
 
 
 def _collapse(line: str, pagemap: FileIO) -> int:
-    """Move one mapping, given by its line of /proc/self/maps. Returns the bytes moved. Raises OSError."""
+    """Move one mapping, given by its line of /proc/self/maps. Return the bytes moved. Raises OSError."""
     addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
     if not permissions.startswith("rw") or (name and name[0] != "[heap]"):
         return 0

@@ -16,7 +16,7 @@ import openvino as ov
 from openvino import opset15 as ops
 from openvino.op import Parameter
 
-IN_FP32 = {"LP_TRANSFORMS_MODE": False}  # a property of `compile_model`
+IN_FP32 = {"LP_TRANSFORMS_MODE": False}  # the property of `compile_model` that turns them off
 _WIDTH = 64
 
 

@@ -32,7 +32,7 @@ from llmc.runtime.errors import BackendError
 class TensorRtBackend:
     """A TensorRT engine, its attention kernels and its paged KV cache, on one GPU.
 
-    Steps with one new token per sequence run as CUDA graphs, from the second step of a size on (`step.py`).
+    Steps with one new token per sequence run as CUDA graphs, from the second step of each bucket (`step.py`).
     Other steps are launched kernel by kernel. TensorRT requires a separate context for each graph. All
     contexts share their memory.
     """
@@ -44,14 +44,14 @@ class TensorRtBackend:
     ) -> None:
         """Load a bundle in which `checks.faults` finds no fault. Raises as `tensorrt.load` does."""
         self.name: str = manifest.target.engine
-        self._owned = contextlib.ExitStack()
+        self._owned = contextlib.ExitStack()  # everything to free, in reverse order
         self._contexts: list[Context] = []
         self._decoders: dict[int, Callable[[], None]] = {}
         self._sampler: TokenSampler | None = None
         try:
             with _as_backend_error("cannot load the engine"):
                 self._load(manifest, directory, device, step, kv_memory)
-            self._try(min(2, step.max_tokens))
+            self._warm_up(min(2, step.max_tokens))
             self._engine.keep_compiled()
             self._owned.callback(self._engine.keep_compiled)  # later steps compile more
         except BaseException:
@@ -78,13 +78,13 @@ class TensorRtBackend:
         self._owned.callback(self._contexts.clear)
 
         self._max_seq_len = manifest.limits.max_seq_len
-        most = room(step.max_tokens, step.max_sequences, self._max_seq_len)
-        if small := [name for name in STEP_INPUTS if most[name] > table.step[name]]:
+        maximum = room(step.max_tokens, step.max_sequences, self._max_seq_len)
+        if small := [name for name in STEP_INPUTS if maximum[name] > table.step[name]]:
             raise BackendError(
-                f"the engine takes {table.step[small[0]]} {small[0]}, {most[small[0]]} are asked for",
+                f"the engine takes {table.step[small[0]]} {small[0]}, {maximum[small[0]]} are asked for",
                 "lower max_batch_tokens or max_sequences",
             )
-        self._step_arrays = StepArrays(cuda, most)
+        self._step_arrays = StepArrays(cuda, maximum)
         self._addresses = dict(self._step_arrays.addresses)
         logits_bytes = 4 * step.max_sequences * table.vocab_size
         self._logits = cuda.pinned(logits_bytes).view(np.float32).reshape(-1, table.vocab_size)
@@ -112,10 +112,10 @@ class TensorRtBackend:
         # The KV cache gets the remaining memory.
         free, total = cuda.free_memory()
         self.num_blocks = sizes.cache_blocks(
-            table.block_bytes, free=free, total=total, kv_memory=kv_memory, useful=most["block_indices"],
+            table.block_bytes, free=free, total=total, kv_memory=kv_memory, useful=maximum["block_indices"],
             most=table.max_blocks,
         )  # fmt: skip
-        self._fixed_shapes: dict[str, tuple[int, ...]] = {"block_indices": (most["block_indices"],)}
+        self._fixed_shapes: dict[str, tuple[int, ...]] = {"block_indices": (maximum["block_indices"],)}
         for cache in table.caches:
             address = cuda.allocate(self.num_blocks * cache.block_bytes)
             self._addresses |= {cache.input: address, cache.output: address}
@@ -160,7 +160,7 @@ class TensorRtBackend:
             self._decoders[bucket] = self._first_decode(bucket, lengths)
 
     def _first_decode(self, bucket: int, lengths: dict[str, int]) -> Callable[[], None]:
-        """Run the first step of a bucket. Return what runs the next ones: a graph, if possible.
+        """Run the first step of a bucket. Return the call that runs the next ones: a graph, if possible.
 
         In the first run TensorRT and CUDA compile and load whatever they cannot during a capture. If the GPU
         has no memory for a separate context, the bucket's steps run in the context that takes every shape.
@@ -198,11 +198,11 @@ class TensorRtBackend:
         _warn_without_graph(bucket, reason)
         return partial(run, context)
 
-    def _try(self, tokens: int) -> None:
+    def _warm_up(self, tokens: int) -> None:
         """Run a prefill and a decode step over the unused cache.
 
-        Faults of the engine or the kernels show now, and whatever is compiled at first use is ready for the
-        first request.
+        So errors of the engine or the kernels are raised at load time, and code that is compiled at first use
+        is ready for the first request.
         """
         for count in (tokens, 1):
             self.forward(Batch.pack([([0] * count, 0, [0], True)]))
@@ -239,14 +239,14 @@ def _image(directory: Path, file: KernelFile) -> KernelImage:
 
 
 @contextlib.contextmanager
-def _as_backend_error(what: str) -> Iterator[None]:
+def _as_backend_error(failure: str) -> Iterator[None]:
     """Raise errors of CUDA, of the launcher and of TensorRT's Python module as BackendError.
 
-    RuntimeError is the base class of CudaError, and what TensorRT's own calls raise. The message is one line.
+    RuntimeError is the base class of CudaError and the type that TensorRT raises. The message is one line.
     """
     try:
         yield
     except (RuntimeError, ValueError, OSError, ImportError) as error:
         raise BackendError(
-            f"{what}: {' '.join(str(error).split())}", "set LLMC_TRACEBACK=1 for where"
+            f"{failure}: {' '.join(str(error).split())}", "set LLMC_TRACEBACK=1 for where"
         ) from error

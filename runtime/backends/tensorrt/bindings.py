@@ -21,11 +21,13 @@ _CACHES = {"fp16": ("HALF", 2), "bf16": ("BF16", 2)} | {
 class Tensor:
     """An input or output of an engine."""
 
+    #: The name in the engine.
     name: str
+    #: False: it is an output.
     is_input: bool
     #: TensorRT's name of the element type.
     dtype: str
-    #: -1 for dimensions that depend on the step.
+    #: The shape, with -1 for dimensions that depend on the step.
     shape: tuple[int, ...]
     #: The largest shape that the engine was built for. Inputs only.
     most: tuple[int, ...] = ()
@@ -35,10 +37,13 @@ class Tensor:
 class Cache:
     """The cache of a layer's keys or values. Input and output are the same memory."""
 
+    #: The name of the input.
     input: str
+    #: The name of the output.
     output: str
-    #: [num_kv_heads, 32, D]
+    #: The shape of a block, [num_kv_heads, 32, D].
     block_shape: tuple[int, ...]
+    #: The size of a block in bytes.
     block_bytes: int
 
 
@@ -48,9 +53,11 @@ class Bindings:
 
     #: Array of `Batch` -> the maximum number of elements that the engine takes.
     step: Mapping[str, int]
+    #: The caches of keys and values, in the order of the layers.
     caches: tuple[Cache, ...]
     #: Maximum number of blocks in a cache.
     max_blocks: int
+    #: The number of logits of a row.
     vocab_size: int
 
     @property
@@ -65,10 +72,10 @@ def bind(tensors: Iterable[Tensor], manifest: Manifest) -> Bindings:
     Raises BackendError, naming the first tensor that is missing, unknown or different from the manifest: the
     engine would read or write past its memory.
     """
-    given = {tensor.name: tensor for tensor in tensors}
+    unassigned = {tensor.name: tensor for tensor in tensors}
 
     def take(name: str, is_input: bool, dtype: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = given.pop(name, None)
+        tensor = unassigned.pop(name, None)
         wanted = f"{'input' if is_input else 'output'} {name}, {dtype} {list(shape)}"
         if tensor is None:
             raise _unfit(f"it lacks {wanted}")
@@ -92,10 +99,10 @@ def bind(tensors: Iterable[Tensor], manifest: Manifest) -> Bindings:
             nbytes = block[0] * block[1] * block[2] * element_bytes
             caches.append(Cache(name, output, block, nbytes))
     take(LOGITS, False, "FLOAT", (-1, geometry.vocab_size))
-    if given:
-        raise _unfit(f"it has {', '.join(sorted(given))}, which the model does not")
+    if unassigned:
+        raise _unfit(f"it has {', '.join(sorted(unassigned))}, which the model does not")
     return Bindings(step, tuple(caches), min(limits), geometry.vocab_size)
 
 
-def _unfit(what: str) -> BackendError:
-    return BackendError(f"the engine is not that of its manifest: {what}", "build the bundle again")
+def _unfit(problem: str) -> BackendError:
+    return BackendError(f"the engine is not that of its manifest: {problem}", "build the bundle again")

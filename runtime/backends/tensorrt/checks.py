@@ -1,6 +1,7 @@
 """Checks that this machine can run a bundle, before anything is loaded on the GPU.
 
-The functions are pure: they depend on the manifest, the bundle's files, and the facts of GPU and libraries.
+The functions are pure. They depend on the manifest, the bundle's files, the GPU's properties and the versions
+of libraries.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}  # engine in 
 _CUDA = (13, 0)  # the version that TensorRT 11 and TensorRT-RTX 1.7 are built with: their wheels are cu13
 _PORTABLE_FROM = 80  # TensorRT-RTX without named GPUs: "Ampere and newer"
 _DATA_CENTRE = {90: "Hopper", 100: "Blackwell", 103: "Blackwell"}  # TensorRT-RTX has no code for these
-_ONE_SM_ONLY = (
-    90  # from here on Triton's PTX is for sm_90a, sm_120a, ...: not for newer GPUs (PTX ISA, .target)
-)
+# From this SM on, Triton's PTX targets sm_90a, sm_120a, ..., which newer GPUs cannot run (PTX ISA, .target).
+_ONE_SM_ONLY = 90
 _MAGIC = {"tensorrt-rtx": b"vtrt"}  # the first bytes of engine files, as seen in 1.7.1
 _HEADER = 4096
 
@@ -30,11 +30,13 @@ _HEADER = 4096
 class Device:
     """A GPU."""
 
+    #: The name that the driver reports.
     name: str
     #: Compute capability: 89 for 8.9.
     sm: int
     #: The newest CUDA version that the driver supports, such as (13, 0).
     cuda: tuple[int, int]
+    #: Number of streaming multiprocessors.
     multiprocessors: int
     #: Maximum shared memory of a thread block, in bytes.
     shared_memory: int
@@ -42,9 +44,11 @@ class Device:
 
 @dataclass(frozen=True)
 class Step:
-    """The limits of a step that the caller asks for: tokens and sequences."""
+    """The limits of a step that the caller asks for."""
 
+    #: Maximum number of tokens.
     max_tokens: int
+    #: Maximum number of sequences.
     max_sequences: int
 
 
@@ -62,9 +66,9 @@ def faults(
     """
     return [
         *_library_faults(manifest, installed),
-        *unsupported((one.name, one.abi) for one in manifest.operators),
+        *unsupported((operator.name, operator.abi) for operator in manifest.operators),
         *([device] if isinstance(device, str) else _device_faults(manifest, directory, device)),
-        *_plan_faults(manifest, directory),
+        *_engine_faults(manifest, directory),
         *_step_faults(manifest, step),
     ]
 
@@ -85,19 +89,20 @@ def hint(manifest: Manifest, device: Device | str) -> str:
 def choose_kernels(kernels: Collection[KernelFile], device: Device) -> tuple[KernelFile, ...]:
     """Return the attention kernels: one file per variant, all for the same SM, because tiles depend on it.
 
-    Cubins for this GPU's SM come first, then PTX for it, then PTX for the newest older SM. () if none fits.
+    Cubins for this GPU's SM come first, then PTX for it, then PTX for the newest older SM.
+    Returns () if no set is complete.
     """
-    return _whole_set([k for k in kernels if k.variant.split("-")[0] in ATTENTION], device)
+    return _complete_set([k for k in kernels if k.variant.split("-")[0] in ATTENTION], device)
 
 
 def choose_sampling_kernels(kernels: Collection[KernelFile], device: Device) -> tuple[KernelFile, ...]:
-    """Return the sampling kernels, by the same rule. () if the bundle has none: then logits are copied."""
+    """Return the sampling kernels, by the same rule. Returns () if the bundle has no complete set."""
     variants = {sampling.variant(kernel) for kernel in sampling.ARGUMENTS}
-    chosen = _whole_set([k for k in kernels if k.variant in variants], device)
+    chosen = _complete_set([k for k in kernels if k.variant in variants], device)
     return chosen if len(chosen) == len(variants) else ()
 
 
-def _whole_set(kernels: Collection[KernelFile], device: Device) -> tuple[KernelFile, ...]:
+def _complete_set(kernels: Collection[KernelFile], device: Device) -> tuple[KernelFile, ...]:
     variants = {kernel.variant for kernel in kernels}
     sets: dict[tuple[bool, int], dict[str, KernelFile]] = {}
     for kernel in kernels:
@@ -105,17 +110,17 @@ def _whole_set(kernels: Collection[KernelFile], device: Device) -> tuple[KernelF
         newer = kernel.kind == "ptx" and kernel.sm < min(device.sm, _ONE_SM_ONLY)
         if (exact or newer) and kernel.shared_memory <= device.shared_memory:
             sets.setdefault((kernel.kind == "cubin", kernel.sm), {})[kernel.variant] = kernel
-    whole = [key for key, files in sets.items() if files.keys() == variants]
-    return tuple(sets[max(whole)].values()) if whole else ()
+    complete = [key for key, files in sets.items() if files.keys() == variants]
+    return tuple(sets[max(complete)].values()) if complete else ()
 
 
 def _library_faults(manifest: Manifest, installed: Mapping[str, str | None]) -> Iterator[str]:
     for library, wanted in manifest.target.requires.items():
-        found = installed.get(library)
-        if found is None:
+        version = installed.get(library)
+        if version is None:
             yield f"{library} is not installed (pip install {library}=={wanted})"
-        elif found != wanted:
-            yield f"{library} is {found}, the engine needs {wanted} (pip install {library}=={wanted})"
+        elif version != wanted:
+            yield f"{library} is {version}, the engine needs {wanted} (pip install {library}=={wanted})"
     if installed.get("cuda-python") is None:
         yield f"cuda-python is not installed (pip install 'cuda-python=={_CUDA[0]}.*')"
 
@@ -134,9 +139,9 @@ def _device_faults(manifest: Manifest, directory: Path, device: Device) -> Itera
     needed = _CUDA
     chosen = choose_kernels(gpu.kernels, device)
     if not chosen:
-        made = sorted({f"{kernel.kind} for SM{kernel.sm}" for kernel in gpu.kernels})
+        available = sorted({f"{kernel.kind} for SM{kernel.sm}" for kernel in gpu.kernels})
         yield f"the bundle has no complete set of attention kernels for SM{device.sm}: " + (
-            ", ".join(made) or "it has none"
+            ", ".join(available) or "it has none"
         )
     for kernel in (*chosen, *choose_sampling_kernels(gpu.kernels, device)):
         try:
@@ -151,7 +156,7 @@ def _device_faults(manifest: Manifest, directory: Path, device: Device) -> Itera
         yield f"the GPU's driver knows CUDA {has}, the engine and its kernels need {wants}: update the driver"
 
 
-def _plan_faults(manifest: Manifest, directory: Path) -> Iterator[str]:
+def _engine_faults(manifest: Manifest, directory: Path) -> Iterator[str]:
     for engine in manifest.engines:
         path, listed = directory / engine.file, manifest.files[engine.file].bytes
         try:
@@ -172,9 +177,9 @@ def _step_faults(manifest: Manifest, step: Step) -> Iterator[str]:
     assert gpu is not None
     if step.max_tokens > gpu.max_tokens:
         yield f"steps of {step.max_tokens} tokens are asked for, the engine takes {gpu.max_tokens}"
-    most = min(gpu.max_sequences, gpu.max_logits)
-    if step.max_sequences > most:
-        yield f"{step.max_sequences} sequences at once are asked for, the engine takes {most}"
+    max_sequences = min(gpu.max_sequences, gpu.max_logits)
+    if step.max_sequences > max_sequences:
+        yield f"{step.max_sequences} sequences at once are asked for, the engine takes {max_sequences}"
 
 
 def cuda_of_ptx(header: bytes) -> tuple[int, int]:
@@ -182,6 +187,6 @@ def cuda_of_ptx(header: bytes) -> tuple[int, int]:
 
     PTX ISA 9.x came with CUDA 13.x, and earlier ISAs with older CUDA versions (PTX ISA, release notes).
     """
-    found = re.search(rb"^\.version (\d+)\.(\d+)", header, re.MULTILINE)
-    major, minor = (int(found[1]), int(found[2])) if found else (0, 0)
+    match = re.search(rb"^\.version (\d+)\.(\d+)", header, re.MULTILINE)
+    major, minor = (int(match[1]), int(match[2])) if match else (0, 0)
     return (major + 4, minor) if major >= 9 else (0, 0)

@@ -106,15 +106,15 @@ class Cuda:
             raise
         graph = call(driver.cuStreamEndCapture, self.stream)
         try:
-            ready = call(driver.cuGraphInstantiate, graph, 0)
+            executable = call(driver.cuGraphInstantiate, graph, 0)
         finally:
             call(driver.cuGraphDestroy, graph)
-        try:  # here the GPU runs out of memory for it, and not at the first launch
-            call(driver.cuGraphUpload, ready, self.stream)
+        try:  # if the GPU lacks memory for the graph, this raises, not the first launch
+            call(driver.cuGraphUpload, executable, self.stream)
         except CudaError:
-            call(driver.cuGraphExecDestroy, ready)
+            call(driver.cuGraphExecDestroy, executable)
             raise
-        return Graph(ready, self.stream)
+        return Graph(executable, self.stream)
 
     def close(self) -> None:
         """Free everything. A second call does nothing. Continues after an error, and raises the last one."""
@@ -124,18 +124,20 @@ class Cuda:
 class Graph:
     """Work for the GPU that one call starts. It must be closed before the memory that it uses is freed."""
 
-    def __init__(self, ready: Any, stream: int) -> None:
-        self._ready, self._stream = ready, stream
+    def __init__(self, executable: Any, stream: int) -> None:
+        self._ready, self._stream = executable, stream
 
     def launch(self) -> None:
+        """Run the graph on its stream. Raises CudaError."""
         call(driver.cuGraphLaunch, self._ready, self._stream)
 
     def close(self) -> None:
+        """Destroy the graph."""
         call(driver.cuGraphExecDestroy, self._ready)
 
 
 def place(sizes: list[int]) -> tuple[list[int], int]:
-    """Return the offsets of arrays of these sizes, in bytes, in one allocation, and its total size."""
+    """Return the offsets of arrays of these sizes in one allocation, and its total size. All are in bytes."""
     offsets, end = [], 0
     for size in sizes:
         offsets.append(end)

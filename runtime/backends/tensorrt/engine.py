@@ -1,6 +1,6 @@
 """A deserialized TensorRT engine: loading it, its tensors, and contexts to run it in.
 
-`tensorrt_rtx` and `tensorrt` have the same classes. Features of the first alone are looked up by name.
+`tensorrt_rtx` and `tensorrt` have the same classes. Features of `tensorrt_rtx` alone are looked up by name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LoadedEngine:
     def __init__(self, module: str, plan: Path, plan_sha256: str, gpu: Device) -> None:
         """Load the engine file with the Python module of its TensorRT.
 
-        plan_sha256, gpu: with TensorRT's version they say which compiled kernels of an earlier start fit.
+        plan_sha256, gpu: with TensorRT's version, the key of the kernels that an earlier start compiled.
         Raises BackendError.
         """
         self._trt = importlib.import_module(module)
@@ -62,8 +62,8 @@ class LoadedEngine:
         """Create a context that works in the `activation_bytes` at the address `memory`.
 
         Contexts may share this memory if only one of them runs at a time.
-        one_shape: TensorRT-RTX compiles kernels for the first shape that it sees. Otherwise it runs general
-        kernels, which take every shape.
+        one_shape: whether TensorRT-RTX compiles kernels for the first shape that it sees. Otherwise it runs
+        general kernels, which take every shape.
         Raises BackendError.
         """
         trt = self._trt
@@ -86,7 +86,7 @@ class LoadedEngine:
     def _load_compiled(self, config: Any) -> Any:
         """Return a runtime cache with the kernels that earlier starts compiled, if TensorRT accepts them.
 
-        It refuses those of another GPU, driver or version, which leaves the cache empty.
+        TensorRT rejects those of another GPU, driver or version. The cache is then empty.
         """
         cache = config.create_runtime_cache()
         compiled = self._cache_file.read()
@@ -104,10 +104,10 @@ class LoadedEngine:
         """Free the engine. All contexts must be gone."""
         self._cache = self._engine = self._runtime = None
 
-    def _error(self, what: str, hint: str) -> BackendError:
-        said = "; ".join(self._log.errors) or "it gave no reason"
+    def _error(self, failure: str, hint: str) -> BackendError:
+        reason = "; ".join(self._log.errors) or "it gave no reason"
         self._log.errors.clear()
-        return BackendError(f"TensorRT {self._trt.__version__} {what}: {said}", hint)
+        return BackendError(f"TensorRT {self._trt.__version__} {failure}: {reason}", hint)
 
 
 class Context:

@@ -1,7 +1,7 @@
 """The kernels that TensorRT-RTX compiles when an engine runs, kept on disk for the next start.
 
 An engine of TensorRT-RTX holds its kernels as source text. Without this file every start compiles them again.
-TensorRT's word for what is kept is a runtime cache. One file serves one engine on one kind of GPU.
+TensorRT calls the compiled kernels a runtime cache. One file serves one engine on one GPU model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llmc.runtime.cache_directory import cache_directory
 
-MAX_BYTES = 1 << 30  # of all files; those that were not used for the longest time go first
+MAX_BYTES = 1 << 30  # of all files; the least recently used are removed first
 _MAGIC = b"llmc runtime cache 1\n"
 _SUFFIX = ".runtime-cache"
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -23,21 +23,24 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 class RuntimeCacheFile:
     """A file with the compiled kernels of an engine.
 
-    Its contents reach TensorRT only with the checksum that they were written with. A file that is missing,
-    damaged or too large counts as none, and the next `write` replaces it. The disk never makes a start fail.
+    TensorRT gets its contents only if their checksum is right. A file that is missing, damaged or too large
+    is ignored, and the next `write` replaces it. An error of the disk never makes a start fail.
     """
 
     def __init__(self, plan_sha256: str, sm: int, gpu: str, version: str) -> None:
-        """plan_sha256: of the engine file. sm, gpu: the GPU's SM and name. version: TensorRT's."""
+        """Derive the file's name.
+
+        plan_sha256: the hash of the engine file. sm, gpu: the GPU's SM and name. version: TensorRT's version.
+        """
         key = "\n".join((plan_sha256, str(sm), gpu, version))
         folder = cache_directory("tensorrt")
         self.path: Path | None = None
         if folder is not None:
             self.path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}{_SUFFIX}"
-        self._known = b""  # the checksum of what the file holds
+        self._known = b""  # the checksum of the file's contents
 
     def read(self) -> bytes | None:
-        """Return what was written last, or None."""
+        """Return the contents that were written last, or None."""
         if self.path is None:
             return None
         try:
@@ -55,9 +58,9 @@ class RuntimeCacheFile:
         return contents
 
     def write(self, contents: bytes) -> None:
-        """Replace the file, unless it holds `contents`. Readers see the old file or the new one, both whole.
+        """Replace the file atomically, unless it holds `contents`.
 
-        Then the oldest files of other engines are removed until all take at most MAX_BYTES.
+        Then remove the oldest files of other engines until all files take at most MAX_BYTES.
         """
         digest = hashlib.sha256(contents).digest()
         data = _MAGIC + digest + contents
@@ -76,9 +79,9 @@ class RuntimeCacheFile:
 
     def _remove_oldest(self) -> None:
         assert self.path is not None
-        kept = 0
-        found = [(path.stat(), path) for path in self.path.parent.iterdir()]
-        for entry, path in sorted(found, key=lambda one: (one[1] != self.path, -one[0].st_mtime_ns)):
-            kept += entry.st_size
-            if kept > MAX_BYTES:
+        total = 0
+        files = [(path.stat(), path) for path in self.path.parent.iterdir()]
+        for entry, path in sorted(files, key=lambda file: (file[1] != self.path, -file[0].st_mtime_ns)):
+            total += entry.st_size
+            if total > MAX_BYTES:
                 path.unlink(missing_ok=True)

@@ -22,8 +22,8 @@ class TokenSampler:
     def __init__(self, cuda: Cuda, images: Iterable[KernelImage], logits: int, host: np.ndarray) -> None:
         """Load the kernels and allocate their memory.
 
-        logits: the address of float32 [R, vocab]. host: pinned memory of that shape, for rows that are copied
-        whole.
+        logits: the device address of float32 [R, vocab].
+        host: pinned memory of the same shape, for rows that are copied whole.
         """
         self._cuda, self._host = cuda, host
         rows, self._vocab = host.shape
@@ -44,16 +44,17 @@ class TokenSampler:
         result = self._result[: rows * launch.width(k)].reshape(rows, -1)
         self._cuda.download(arguments["result"], result)
         self._cuda.wait()
-        found = launch.read(result, k)
-        whole = [row for row, answer in enumerate(found) if answer is None]
+        answers = launch.read(result, k)
+        whole = [row for row, answer in enumerate(answers) if answer is None]
         for row in whole:
             self._cuda.download(arguments["logits"] + row * self._host[row].nbytes, self._host[row])
         if whole:
             self._cuda.wait()
         return [
             Candidates(*answer) if answer else Candidates(None, self._host[row])
-            for row, answer in enumerate(found)
+            for row, answer in enumerate(answers)
         ]
 
     def close(self) -> None:
+        """Unload the kernels."""
         self._kernels.close()

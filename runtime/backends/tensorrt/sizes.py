@@ -1,4 +1,4 @@
-"""The division of GPU memory, computed when everything but the KV cache is on the GPU."""
+"""The sizes of the KV cache and of scratch memory, computed when everything else is on the GPU."""
 
 from __future__ import annotations
 
@@ -61,20 +61,20 @@ def scratch_bytes(
     sm: int,
     multiprocessors: int,
 ) -> int:
-    """Return the bytes of scratch that splits need, over decode steps of up to `max_sequences` sequences."""
+    """Return the bytes of scratch for the splits of decode steps of up to `max_sequences` sequences."""
     kinds = {
         Attention(geometry.num_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim, layer.window)
         for layer in geometry.layers
     }
-    most = 0
+    largest = 0
     for count in range(1, max_sequences + 1):
         start, past = longest_decode(count, max_seq_len)
         for kind in kinds:
             plan = launch.plan(
                 kind, precision.dtype, precision.kv_dtype, start, past, sm=sm, multiprocessors=multiprocessors
             )
-            most = max(most, scratch_layout(plan)[1])
-    return most
+            largest = max(largest, scratch_layout(plan)[1])
+    return largest
 
 
 def longest_decode(count: int, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:

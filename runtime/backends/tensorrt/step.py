@@ -1,4 +1,4 @@
-"""The arrays of a step on the GPU. Decode steps are padded to a few sizes, for CUDA graphs.
+"""The arrays of a step on the GPU. Decode steps are padded to a few sizes (buckets), for CUDA graphs.
 
 A graph is captured once for each bucket of b sequences and replayed for every decode step of b or fewer
 sequences. It repeats the launches and shapes of its capture. Only the contents of the step arrays differ:
@@ -8,7 +8,8 @@ sequences. It repeats the launches and shapes of its capture. Only the contents 
 * In a step of r sequences, sequences r..b-1 have no new token: query_start repeats r. decode and reduce skip
   them, and write_kv skips tokens from query_start[b] = r on, so nothing is written to any cache.
 * Tokens r..b-1 are token 0 at position 0, which is safe to look up. Their attention output is uninitialized
-  memory, perhaps NaN. Every other operator works on rows, so no real row sees it. Their logits are not read.
+  memory, perhaps NaN. Every other operator works on rows, so it reaches no row of a real token. Their
+  logits are not read.
 * The number of splits is that of the longest context. For shorter contexts some splits are empty programs.
 """
 
@@ -56,8 +57,8 @@ def bucket_of(batch: Batch, sizes: Sequence[int]) -> int | None:
 def fill(batch: Batch, bucket: int | None, arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Write the step into `arrays` (int32, by the names of Batch), padded if there is a bucket.
 
-    Returns the number of valid elements of each array. Only for block_indices it is less than the shape.
-    A step without logits gets those of its first token, because no tensor may be empty.
+    Returns the number of valid elements of each array. Only block_indices can have fewer than its shape.
+    A step without logits computes those of its first token, because no tensor may be empty.
     Raises BackendError for a step that is larger than the arrays.
     """
     count = bucket or len(batch.past_lengths)

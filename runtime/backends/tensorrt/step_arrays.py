@@ -22,7 +22,7 @@ class StepArrays:
         names = sorted(STEP_INPUTS, key=lambda name: name == _LONGEST)
         offsets, nbytes = place([4 * most[name] for name in names])
         self._pinned, self._device = cuda.pinned(nbytes), cuda.allocate(nbytes)
-        self._pinned[:] = 0  # what a step leaves out is copied too
+        self._pinned[:] = 0  # elements that no step has written are copied too
         self._longest_at = offsets[-1]
         self._arrays = {
             name: self._pinned[at : at + 4 * most[name]].view(np.int32)
