@@ -62,11 +62,13 @@ def doctor(
 
     machine = Machine.this()
     required = libraries()
-    fault = attention = attention_fault()
+    attention = attention_fault()
     native, native_fault = native_engine()
+    fault = attention
     if broken := [library for library in required if library.extra == "" and not library.fits]:
-        message = f"`llmc run` cannot work here: {broken[0].name} is {broken[0].remark}"
-        fault = BackendError(message, install_hint())
+        name, version, wanted = broken[0].name, broken[0].version, broken[0].wanted
+        problem = f"{name} is missing" if version is None else f"{name} is {version}, not {wanted}"
+        fault = BackendError(f"`llmc run` cannot work here: {problem}", install_hint())
     if as_json:
         print_json(
             {
@@ -125,7 +127,7 @@ def complete(found: list[Library], *extras: str) -> bool:
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Return whether `version` satisfies `wanted`, such as ">=1.2,==1.*". Only `>=` and `==` work."""
+    """Return whether `version` satisfies `wanted`, such as ">=1.2,==1.*". Ignores other operators."""
     for clause in filter(None, wanted.replace(" ", "").split(",")):
         operator, number = clause[:2], clause[2:]
         prefix = number.endswith(".*")
@@ -157,7 +159,7 @@ def attention_fault() -> LlmcError | None:
 
 
 def native_engine() -> tuple[str | None, str | None]:
-    """Return (library of the native CPU engine for this CPU, None), or (None, the reason for its absence)."""
+    """Return (name of the native engine's library for this CPU, None), or (None, why there is none)."""
     from llmc.plugins.cpu import library
 
     try:

@@ -97,11 +97,14 @@ def error_record(kind: str, message: str, hint: str, exit_code: int, argument: s
     }
 
 
-def print_error(record: Mapping[str, Any]) -> None:
-    """Print the JSON object of a failed command, unless --json is missing or the error has been printed."""
+def print_error(error: Mapping[str, Any]) -> None:
+    """Print the JSON object of a failed command if --json was given and no object with its error was printed.
+
+    error: the result of `error_record`
+    """
     if state.json and not state.error_printed:
         with contextlib.suppress(OSError, ValueError):  # stdout may be what failed
-            print_json({}, record)
+            print_json({}, error)
 
 
 def with_levels(
@@ -126,7 +129,7 @@ def with_levels(
             typer.Option(
                 metavar="|".join(LEVELS),
                 autocompletion=lambda: list(LEVELS),
-                help="What goes to stderr: errors, notes too, progress too, or details too (default: info).",
+                help="What goes to stderr: only errors, or also notes, progress, details (default: info).",
                 rich_help_panel=PANEL,
             ),
         ],

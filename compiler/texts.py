@@ -131,7 +131,7 @@ def calibration_windows(
     prefix, body = Encoder(tokenizer, vocab_size).encode(text)
     if not body:
         raise CheckpointError(
-            f"{tokenizer} makes no token of the calibration text that is below the vocabulary's {vocab_size}",
+            f"{tokenizer} gives no token of the calibration text an id below the vocabulary's {vocab_size}",
             "is it this model's tokenizer?",
         )
     all_windows = windows(prefix, body, max_seq_len)

@@ -151,15 +151,18 @@ class Engine:
     def _step(self) -> list[RequestOutput]:
         self._check_open()
         while self._dropped:
-            self._end(self._dropped.popleft())
+            self._abort(self._dropped.popleft())
         started = time.perf_counter()
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
         try:
             batch, sampled = build_batch(chunks)
-            rows = zip(self._forward(batch, sampled), sampled, strict=True)
-            tokens = [sample(logits, s.params, s.token_ids, s.rng, ids) for (ids, logits), s in rows]
+            rows = self._forward(batch, sampled)
+            tokens = [
+                sample(logits, s.params, s.token_ids, s.rng, ids)
+                for (ids, logits), s in zip(rows, sampled, strict=True)
+            ]
         except BaseException:
             self.scheduler.rollback()
             raise
@@ -171,9 +174,9 @@ class Engine:
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request and free its blocks. Return None if it is unknown or has finished already."""
         with self._turns:
-            return self._end(request_id)
+            return self._abort(request_id)
 
-    def _end(self, request_id: str) -> RequestOutput | None:
+    def _abort(self, request_id: str) -> RequestOutput | None:
         request = self._requests.get(request_id)
         return self._report(request, "", "abort") if request else None
 
@@ -183,7 +186,7 @@ class Engine:
             for request in list(self._requests.values()):
                 self._report(request, "", "abort")
             self._closed = True
-            self.backend = cast(Backend, None)
+            self.backend = cast(Backend, None)  # frees it; after this `_check_open` lets no call reach it
 
     def generate(
         self,
@@ -235,7 +238,7 @@ class Engine:
                         return
                 self._advance(request)
         finally:
-            if self._turns.mine:
+            if self._turns.mine:  # closed by the garbage collector during a step, which holds the lock
                 self._dropped.append(request_id)
             else:
                 self.abort(request_id)
@@ -306,7 +309,7 @@ class Engine:
         return request_id
 
     def _forward(self, batch: Batch, sampled: list[TokenSequence]) -> Iterable[_Row]:
-        """Run the step. Return the logits of each row, or only candidates if the backend can select them."""
+        """Run the step. Return (token ids, logits) for each row; ids None: the whole vocabulary."""
         rows: Iterable[_Row]
         started = time.perf_counter()
         limit = getattr(self.backend, "max_candidates", 0)
@@ -332,6 +335,7 @@ class Engine:
         return self._report(request, new_text, "length" if full else None)
 
     def _report(self, request: _Request, new_text: str, reason: FinishReason | None) -> RequestOutput:
+        """Return the request's output. With a reason, finish the request first and free its blocks."""
         sequence = request.sequence
         if reason:
             if request.text_stream:

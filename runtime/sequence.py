@@ -28,7 +28,8 @@ class Sequence:
 
     token_ids: all known tokens. The first `prompt_tokens` are the prompt.
     num_computed: the number of tokens whose keys and values are in the cache.
-    block_table: the cache blocks of these tokens, in order, int32.
+    block_table: the sequence's cache blocks, in order, int32. They also have room for the tokens of
+        the current step, which are not computed yet.
     arrival: the place in the order of arrival, set by the scheduler.
     rng: the request's random number generator, independent of other requests.
     """

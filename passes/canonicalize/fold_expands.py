@@ -3,8 +3,8 @@
 before  y = Add(x [1,T,C], Expand(b [C], shape of x))
 after   y = Add(x, b), which broadcasts
 
-before  TracedAttention(q [1,Hq,T,D], k, v), where k and v are Reshape(Expand(x [1,T,H,1,D]) [1,T,H,Hq/H,D])
-        behind a head transpose, and k may be rotated
+before  TracedAttention(q [1,Hq,T,D], k, v), where k and v are
+        Transpose(Reshape(Expand(x [1,T,H,1,D]) [1,T,H,Hq/H,D])) to heads first, and may be rotated after that
 after   TracedAttention(q, k, v) with H heads of keys and values: the cache is smaller
 
 An Expand that remains gets a constant shape with 1 for the tokens, which leaves that axis unchanged.
@@ -22,7 +22,11 @@ from llmc.runtime.errors import UnsupportedError
 
 
 class FoldExpands:
-    """Fold broadcasts. Counts one match per folded Expand and one per attention with repeated heads."""
+    """Fold broadcasts.
+
+    Counts one match per operand that is read unexpanded, per attention whose heads were repeated, and per
+    Expand that gets a constant shape.
+    """
 
     name = "fold-expands"
     requires = Stage.TRACED
@@ -45,7 +49,10 @@ class FoldExpands:
 
 
 def _read_unexpanded(node: ir.Node) -> int:
-    """Let `node` read what an Expand reads, if another operand has the result's shape. Return the number."""
+    """Let `node` read the operand of an Expand, if another operand has the result's shape.
+
+    Returns the number of operands that were replaced.
+    """
     shape, count = node.outputs[0].shape, 0
     for index, value in enumerate(node.inputs):
         producer = value.producer() if value is not None else None
@@ -103,10 +110,15 @@ def _fewer_heads(node: ir.Node, value: ir.Value, source: ir.Value) -> ir.Value:
 
 
 def _fix_shape(graph: ir.Graph, node: ir.Node) -> int:
-    """Make the target shape constant, with 1 for the tokens if the operand has them. Return the number."""
+    """Make the target shape of an Expand constant, with 1 for the tokens. Return 1.
+
+    Return 0, and change nothing, if the operand has another rank or lacks the token axis.
+    """
     before, after = edit.dims(edit.operand(node, 0)), edit.dims(node.outputs[0])
-    if len(before) != len(after) or any(a == -1 != b for b, a in zip(before, after, strict=True)):
+    if len(before) != len(after):
         return 0
+    if any(old != -1 and new == -1 for old, new in zip(before, after, strict=True)):
+        return 0  # it creates the token axis
     node.replace_input_with(1, edit.shape_constant(graph, [1 if dim == -1 else dim for dim in after]))
     return 1
 

@@ -1,7 +1,7 @@
 """PackTokens: remove the batch axis, so that T can be the tokens of many sequences end to end.
 
-before  every activation [1, T, ...]
-after   every activation [T, ...]; input_ids and position_ids are [T], int32
+before  activations [1, ..., T, ...]: T comes first, or after other axes such as the heads
+after   the same without the first axis; input_ids and position_ids are [T], int32
 
 This is sound because, once attention is paged, every remaining operator treats each token by itself. Each
 operator has a rule. An operator without a rule is refused by name.
@@ -20,7 +20,7 @@ from llmc.runtime.errors import UnsupportedError
 _ROWWISE = {"TracedLinear", "TracedRMSNorm", "RotaryEmbedding", "PagedAttention"}
 _AXIS = {"Concat", "LayerNormalization", "Softmax", "Split"}
 _AXES_INPUT = {"Slice": 3, "Squeeze": 1, "Unsqueeze": 1}  # operator -> the input that names its axes
-_KEEPS_DTYPE = ELEMENTWISE | STRUCTURAL - {"Gather"}
+_KEEPS_DTYPE = (ELEMENTWISE | STRUCTURAL) - {"Cast", "Gather"}
 
 
 class PackTokens:
@@ -88,7 +88,8 @@ def _squeeze_constants(graph: ir.Graph, node: ir.Node, rank: int) -> None:
     for index, value in enumerate(node.inputs):
         if value is None or not value.is_initializer() or len(edit.dims(value)) < rank:
             continue
-        _require(value.const_value is not None and edit.dims(value)[0] == 1, node, "is per batch entry")
+        droppable = value.const_value is not None and edit.dims(value)[0] == 1
+        _require(droppable, node, "has an operand with a batch axis")
         assert value.const_value is not None
         array = value.const_value.numpy()[0]
         node.replace_input_with(index, edit.constant(graph, array, f"{value.name}_packed"))
@@ -97,11 +98,10 @@ def _squeeze_constants(graph: ir.Graph, node: ir.Node, rank: int) -> None:
 def _narrow_integers(graph: ir.Graph, node: ir.Node) -> None:
     """Compute in int32 with the step's tokens and positions, which are int64 in the trace."""
     operands = [value for value in node.inputs if value is not None]
-    if node.op_type == "Cast" or node.op_type not in _KEEPS_DTYPE or not operands:
+    if node.op_type not in _KEEPS_DTYPE or not operands:
         return
-    if operands[0].dtype != ir.DataType.INT32 and not (
-        node.op_type in ELEMENTWISE and any(value.dtype == ir.DataType.INT32 for value in operands)
-    ):
+    data = operands if node.op_type in ELEMENTWISE else operands[:1]  # without shapes and axes
+    if all(value.dtype != ir.DataType.INT32 for value in data):
         return
     for index, value in enumerate(node.inputs):
         constant = value.const_value if value is not None else None
@@ -118,7 +118,7 @@ def _narrow_integers(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _shift_axis(node: ir.Node) -> None:
-    """Count the axis of the attribute `axis` without the batch axis.
+    """Renumber the attribute `axis` for shapes without the batch axis.
 
     Its default is -1 for LayerNormalization and Softmax, and 0 for the other operators.
     """
@@ -130,7 +130,7 @@ def _shift_axis(node: ir.Node) -> None:
 
 
 def _shift_axes(graph: ir.Graph, node: ir.Node, index: int) -> None:
-    """Count the axes that input `index` names without the batch axis."""
+    """Renumber the axes that input `index` names for shapes without the batch axis."""
     values = edit.numbers(node.inputs[index]) if len(node.inputs) > index else None
     _require(values is not None, node, "has axes that are not constant")
     assert values is not None

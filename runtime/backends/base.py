@@ -89,6 +89,6 @@ class SamplingBackend(Backend, Protocol):
         """Compute the batch like `forward`, but return each row's k largest logits, and ties with the last.
 
         k = 1 is greedy decoding: only the first of tokens that tie is returned, with 0 in place of its logit.
-        The whole row is returned if too many logits tie or if any is NaN.
+        The whole row is returned if too many logits tie, or if k = 1 and the maximum is NaN or infinite.
         """
         ...

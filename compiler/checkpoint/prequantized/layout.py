@@ -127,11 +127,13 @@ def _against_config(
     plain: Mapping[str, TensorRef],
     broken: set[str],
 ) -> list[Finding]:
-    """Compare the exclude list with the tensors, in both directions, and find schemes without any tensor."""
+    """Compare the declared quantization with that of the tensors, in both directions."""
     if schemes is None:
-        first = [(name, module.format) for name, module in modules.items()][:1]
-        what = "does not declare quantization, but {} is {} ({} such modules)"
-        return [Finding("config", CONFIG, what.format(*example, len(modules))) for example in first]
+        if not modules:
+            return []
+        name, module = next(iter(modules.items()))
+        what = f"does not declare quantization, but {name} is {module.format} ({len(modules)} such modules)"
+        return [Finding("config", CONFIG, what)]
     if schemes.groups and not modules and not broken:
         return [Finding("config", CONFIG, f"declares {schemes.label}, but no tensor is quantized")]
     findings = []
@@ -158,7 +160,7 @@ def _against_config(
 
 
 def _hidden_size(checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule]) -> list[Finding]:
-    """Find FP8 weights whose scales make them look like NVFP4 of twice the width, by the hidden size."""
+    """Find FP8 weights that were taken for NVFP4: their rows are twice as wide as the hidden size."""
     hidden_size = checkpoint.config.get("hidden_size")
     findings = []
     for name, module in modules.items():

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from llmc.plugins.cuda.compile import Kernel
 
 _PORTABLE = (80, 86, 89, 120)  # the GPUs in SMS that a portable TensorRT-RTX engine runs on
-_PTX = (
-    89  # the newest PTX that newer GPUs run: Triton's code for SM90 and newer runs on that GPU only (sm_90a)
-)
+# The PTX for GPUs that are not in SMS. It runs on SM89 and all newer GPUs. Triton's code for SM90 and newer
+# runs on that GPU only (sm_90a).
+_PTX = 89
 
 
 def check(sms: Iterable[int]) -> None:
@@ -46,7 +46,10 @@ def check(sms: Iterable[int]) -> None:
 
 
 def codes(sms: tuple[int, ...]) -> list[tuple[int, str]]:
-    """Return the (compute capability, "cubin" or "ptx") to compile for `sms`. Empty: a portable engine."""
+    """Return the codes to compile: pairs of a compute capability and "cubin" or "ptx".
+
+    sms: the compute capabilities of the target; empty for a portable engine
+    """
     cubins = [sm for sm in (sms or _PORTABLE) if sm in SMS]
     needs_ptx = not sms or any(sm not in SMS for sm in sms)
     return [(sm, "cubin") for sm in cubins] + ([(_PTX, "ptx")] if needs_ptx else [])
@@ -88,13 +91,13 @@ def layers(model: ir.Model) -> list[Attention]:
     """Return the attention layers of a canonical or lowered graph, as the kernels' parameters."""
     attention = []
     for node in attention_nodes(model):
-        _, kv_heads, _, head_dim = edit.dims(edit.operand(node, 3))
+        key_cache, value_cache = edit.dims(edit.operand(node, 3)), edit.dims(edit.operand(node, 4))
         attention.append(
             Attention(
                 num_heads=int(edit.attribute(node, "num_heads")),
-                num_kv_heads=kv_heads,
-                head_dim=head_dim,
-                v_head_dim=edit.dims(edit.operand(node, 4))[3],
+                num_kv_heads=key_cache[1],
+                head_dim=key_cache[3],
+                v_head_dim=value_cache[3],
                 window=int(edit.attribute(node, "window")),
                 softcap=float(edit.attribute(node, "softcap")),
             )

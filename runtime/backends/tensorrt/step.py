@@ -10,7 +10,8 @@ sequences. It repeats the launches and shapes of its capture. Only the contents 
 * Tokens r..b-1 are token 0 at position 0, which is safe to look up. Their attention output is uninitialized
   memory, perhaps NaN. Every other operator works on rows, so it reaches no row of a real token. Their
   logits are not read.
-* The number of splits is that of the longest context. For shorter contexts some splits are empty programs.
+* The number of splits is the one for b contexts of max_seq_len tokens. For shorter contexts some splits are
+  empty programs.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def bucket_of(batch: Batch, sizes: Sequence[int]) -> int | None:
 def fill(batch: Batch, bucket: int | None, arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Write the step into `arrays` (int32, by the names of Batch), padded if there is a bucket.
 
-    Returns the number of valid elements of each array. Only block_indices can have fewer than its shape.
+    Returns the number of valid elements of each array. It is also the array's shape in the engine, except for
+    block_indices, whose shape is always its full length.
     A step without logits computes those of its first token, because no tensor may be empty.
     Raises BackendError for a step that is larger than the arrays.
     """
@@ -76,7 +78,7 @@ def fill(batch: Batch, bucket: int | None, arrays: Mapping[str, np.ndarray]) -> 
         source, target = getattr(batch, name), arrays[name]
         if length > len(target):
             raise BackendError(
-                f"the step has {length} {name}, the engine was loaded for {len(target)}",
+                f"the step needs {length} elements of {name}, the engine was loaded for {len(target)}",
                 "lower max_batch_tokens or max_sequences",
             )
         target[: len(source)] = source
