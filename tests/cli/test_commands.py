@@ -528,7 +528,7 @@ def test_build_verifies_and_prints_a_line_a_phase_when_piped(checkpoint, tmp_pat
     assert set(record["seconds"]) >= {"trace", "write weights", "verify"}
     assert record["bytes"]["total"] > record["bytes"]["weights"] > 400_000
     assert record["geometry"]["vocab_size"] == 384
-    assert record["passes"][1] == {"name": "lower-rope", "matches": 4, "near_misses": 0}
+    assert {"name": "lower-rope", "matches": 4, "near_misses": 0} in record["passes"]
 
 
 PHASES = "[ s] building\n[ s] trace\nnote: a [bold] note\n[ s] verify\n"
