@@ -31,22 +31,24 @@ def kept_small(suffix: str) -> Iterator[None]:
         return
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    started, over = threading.Event(), threading.Event()
+    started, running = threading.Event(), threading.Lock()
 
     def drop() -> None:
-        while not over.is_set():
+        while True:
             for address, length in ranges:
                 madvise(address, length, _MADV_DONTNEED)
             started.set()
-            over.wait(_PERIOD)
+            if running.acquire(timeout=_PERIOD):  # an Event would allocate a lock for every wait
+                return
 
     thread = threading.Thread(target=drop, daemon=True)
+    running.acquire()
     thread.start()
     started.wait()
     try:
         yield
     finally:
-        over.set()
+        running.release()
         thread.join()
 
 
