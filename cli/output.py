@@ -38,6 +38,10 @@ class State:
     """The output settings of the running command, and whether it has printed its error."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Set the values that a command begins with."""
         #: The command, such as "build" or "zoo list".
         self.command = ""
         #: Whether --json was given.
@@ -58,7 +62,7 @@ def allows(level: str) -> bool:
 
 def start(command: str, as_json: bool) -> None:
     """Reset the state at the start of a command."""
-    state.__init__()  # type: ignore[misc]
+    state.reset()
     state.command, state.json = command, as_json
 
 

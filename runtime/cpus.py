@@ -23,6 +23,11 @@ def default_threads(threads: int | None = None) -> int | None:
     return quota if threads is None and quota is not None and quota < _cores() else threads
 
 
+def engine_threads(threads: int | None = None) -> int:
+    """Return `threads` if given, else one thread per physical core, at most the quota of the container."""
+    return default_threads(threads) or _cores()
+
+
 def limit_library_threads() -> None:
     """Have torch and numpy respect a CPU quota, here and in child processes. Call it before their import.
 

@@ -28,7 +28,9 @@ class Transformers:
 
     def __init__(self, model: Path, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         self.model.generation_config.eos_token_id = None  # never stop early
         self.describe = {
             "dtype": str(self.model.dtype),
@@ -55,7 +57,7 @@ class Transformers:
 
 
 def first(model: Path, threads: int, text: str) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     tool = Transformers(model, threads)
     ids = tokenizer(text)["input_ids"]
     return str(tokenizer.decode(tool.generate([ids], 1).tokens[0]))

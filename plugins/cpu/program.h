@@ -5,7 +5,7 @@
 
 enum op {
   // Row-wise operations. Consecutive ones run row by row, without waiting for other rows.
-  OP_EMBED = 0,    // out = row input_ids[row] of w; n: width, element type, tiled
+  OP_EMBED = 0,    // out = row input_ids[row] of w; n: width, element type
   OP_GATHER = 1,   // out (a row of logits) = row logits_index[row] of a; n: width
   OP_COPY = 2,     // out = a; n: width
   OP_UNARY = 3,    // out = f(a); n: width, function; x: its parameter

@@ -181,15 +181,9 @@ static void quantize(int width, int group, int digits, const float *a, int8_t *q
 }
 
 static void embed(const instruction *i, int token, float *out) {
-  const int width = i->n[0], kind = i->n[1], tiled = i->n[2];
+  const int width = i->n[0], kind = i->n[1];
   const int64_t size = kind == F32 ? 4 : 2;
-  if (!tiled) {
-    const uint8_t *w = i->w + (int64_t)token * width * size;
-    LOOP(width) storef(out + k, kind == F32 ? loadf((const float *)w + k) : kind == F16 ? load_fp16((const uint16_t *)w + k)
-                                                                           : load_bf16((const uint16_t *)w + k));
-    return;
-  }
-  const uint8_t *w = i->w + (int64_t)(token / 32) * width * 32 * size + token % 32 * size;
+  const uint8_t *w = i->w + (int64_t)(token / 32) * width * 32 * size + token % 32 * size; // a row of a tile
   for (int k = 0; k < width; k++, w += 32 * size) {
     if (kind == F32) out[k] = *(const float *)w;
     else if (kind == F16) out[k] = (float)*(const _Float16 *)w;

@@ -8,7 +8,7 @@ from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.backends.kv_cache import cpu_blocks
 from llmc.runtime.batch import Batch
-from llmc.runtime.cpus import available_cpus
+from llmc.runtime.cpus import engine_threads
 from llmc.runtime.errors import BackendError, BundleError
 from llmc.runtime.native.executor import Executor
 from llmc.runtime.native.program import Program
@@ -50,7 +50,7 @@ class NativeBackend:
                 weights,
                 max_tokens=options.max_tokens,
                 num_blocks=num_blocks,
-                threads=options.threads or available_cpus(),
+                threads=engine_threads(options.threads),
                 digits=_EXACT_DIGITS if options.activation_group is None else _FAST_DIGITS,
             )
         except OSError as error:

@@ -358,7 +358,7 @@ def _numbers(program: Program, planned: _Planned) -> Sequence[int]:
     source, integers = planned.source, planned.source.integers
     width = source.inputs[0].width if source.inputs else program.buffers[source.out or 0].width
     if planned.op == library.EMBED:
-        return width, library.KINDS[program.matrices[source.weights[0]].element], 1
+        return width, library.KINDS[program.matrices[source.weights[0]].element]
     if planned.op == library.UNARY:
         return width, UNARY.index(source.function)
     if planned.op in (library.BINARY, library.VECTOR, library.SCALAR):
