@@ -39,8 +39,9 @@ def load_engine(
         the CPU quota of the container.
     prefix_cache: reuse the KV blocks of equal prefixes.
     fast: quantize activations to int8 in layers with int8 or int4 weights (OpenVINO and the native engine).
-        With OpenVINO and a u8 KV cache the rest is computed in bf16 if the CPU supports it. This is faster but
-        not exact: docs/explanation/quantization.md lists the quantization loss. By default arithmetic is fp32.
+        With OpenVINO and a u8 KV cache the rest is computed in bf16 if the CPU supports it. This is faster
+        but not exact: docs/explanation/quantization.md lists the quantization loss. By default arithmetic
+        is fp32.
     Raises BundleError, BackendError, RequestError.
     """
     if not isinstance(bundle, str | os.PathLike | Bundle):
