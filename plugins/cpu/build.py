@@ -20,6 +20,11 @@ LIBRARIES = HERE / "lib"
 SOURCES = sorted([Path(__file__), *HERE.glob("*.[ch]"), *HERE.parent.glob("*/cpu/*.c")])
 # Name of the library -> zig's target and CPU, and clang's flag for that CPU.
 TARGETS = {
+    "x86_64-amx": (
+        "x86_64-linux-none",
+        "x86_64_v4+avx512vnni+amx_tile+amx_int8",
+        "-march=x86-64-v4 -mavx512vnni -mamx-tile -mamx-int8",
+    ),
     "x86_64-avx512vnni": ("x86_64-linux-none", "x86_64_v4+avx512vnni", "-march=x86-64-v4 -mavx512vnni"),
     "x86_64-avxvnni": ("x86_64-linux-none", "x86_64_v3+avxvnni", "-march=x86-64-v3 -mavxvnni"),
     "x86_64-avx2": ("x86_64-linux-none", "x86_64_v3", "-march=x86-64-v3"),

@@ -12,6 +12,16 @@
 #define EXPORT __attribute__((visibility("default")))
 enum { VERSION = 1, COUNTER = 16, SPINS = 2000, PER_THREAD = 6 };
 
+// Asks the system for what this library needs. Returns 0, or the number of a system's error.
+EXPORT int32_t llmc_prepare(void) {
+#if defined(__AMX_INT8__) && defined(__linux__)
+  long result; // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): the process may use AMX tiles
+  __asm__ volatile("syscall" : "=a"(result) : "a"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
+  return (int32_t)-result;
+#else
+  return 0;
+#endif
+}
 EXPORT int32_t llmc_version(void) { return VERSION; }
 EXPORT int32_t llmc_instruction_bytes(void) { return (int32_t)sizeof(instruction); }
 EXPORT int32_t llmc_step_bytes(void) { return (int32_t)sizeof(step); }
@@ -43,6 +53,19 @@ static void relax(int spins) {
   register long number __asm__("x8") = 124;
   register long result __asm__("x0");
   __asm__ volatile("svc 0" : "=r"(result) : "r"(number) : "memory"); // sched_yield
+#endif
+}
+
+// Ticks of a clock that runs at a constant rate.
+static int64_t ticks(void) {
+#if defined(__x86_64__)
+  return (int64_t)__rdtsc();
+#elif defined(__aarch64__)
+  int64_t count;
+  __asm__ volatile("mrs %0, cntvct_el0" : "=r"(count));
+  return count;
+#else
+  return 0;
 #endif
 }
 
@@ -79,5 +102,6 @@ EXPORT void llmc_run(const step *s) {
       __atomic_fetch_add(done, 1, __ATOMIC_RELEASE);
     }
     for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < items; spins++) relax(spins);
+    if (s->times) s->times[g] = ticks();
   }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -12,17 +13,10 @@ LIBRARIES = Path(__file__).parent / "lib"
 COUNTER = 16  # int32 elements per counter: each group's counter has a cache line
 
 # Library -> the flags that /proc/cpuinfo must list, the best first.
+_AVX512VNNI = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c"}
 _NEEDS = {
-    "x86_64-avx512vnni": {
-        "avx512f",
-        "avx512bw",
-        "avx512cd",
-        "avx512dq",
-        "avx512vl",
-        "avx512_vnni",
-        "fma",
-        "f16c",
-    },
+    "x86_64-amx": _AVX512VNNI | {"amx_tile", "amx_int8"},
+    "x86_64-avx512vnni": _AVX512VNNI,
     "x86_64-avxvnni": {"avx2", "fma", "f16c", "bmi2", "avx_vnni"},
     "x86_64-avx2": {"avx2", "fma", "f16c", "bmi2"},
     "aarch64-i8mm": {"asimddp", "i8mm", "fphp", "asimdhp"},
@@ -76,6 +70,7 @@ class Step(ctypes.Structure):
                 "slot",
                 "next",
                 "done",
+                "times",
             )
         ),
     )
@@ -119,6 +114,8 @@ def load(name: str | None = None) -> ctypes.CDLL:
     """
     path = LIBRARIES / f"{name or choose()}.so"
     library = ctypes.CDLL(str(path))
+    if error := library.llmc_prepare():
+        raise OSError(error, f"the system does not allow what {path.name} needs: {os.strerror(error)}")
     library.llmc_run.argtypes, library.llmc_run.restype = [ctypes.POINTER(Step)], None
     sizes = library.llmc_version(), library.llmc_instruction_bytes(), library.llmc_step_bytes()
     if sizes != (VERSION, ctypes.sizeof(Instruction), ctypes.sizeof(Step)):

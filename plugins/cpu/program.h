@@ -30,7 +30,7 @@ typedef struct {
   const float *a, *b, *v, *v2;
   const uint8_t *w;
   int64_t out_stride, a_stride, b_stride; // floats from one row to the next
-  int8_t *q;                              // [rows][digits][width]
+  int8_t *q;                              // [rows][digits][width], or in tiles: see tiled_digits
   float *scales;                          // [rows][width / group]
   int32_t *sums;                          // [rows][digits][width / group]
   float *keys, *values;                   // [blocks][kv heads][key width][32], [blocks][kv heads][32][value width, padded]
@@ -51,4 +51,21 @@ typedef struct {
   int32_t *slot;  // [tokens] the slot of each token in the cache: block * 32 + position in the block
   int32_t *next;  // [groups * 16] the next item of each group; counters are a cache line apart and 0 before a step
   int32_t *done;  // [groups * 16] the number of finished items of each group
+  int64_t *times; // [groups] null, or where the first thread writes the clock after each group
 } step;
+
+// With AMX, the digits of several rows are in tiles: [rows / 16][digits][width / step][16 rows][step].
+enum { DIGIT_ROWS = 16, TILED_FROM = 3 }; // fewer rows are faster without AMX
+static inline int tiled_digits(int rows) {
+#if defined(__AMX_INT8__)
+  return rows >= TILED_FROM;
+#else
+  return (void)rows, 0;
+#endif
+}
+// Numbers of a group that a tile holds: a multiple of 16, up to 64, that divides the group.
+static inline int digit_step(int group) {
+  int step = 64;
+  while (group % step) step -= 16;
+  return step;
+}

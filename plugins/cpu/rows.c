@@ -158,7 +158,9 @@ static void rope(const int32_t *n, const float *cosine, const float *sine, const
 }
 
 // Each number of a group becomes an integer multiple of largest / top, of 8 bits in one digit or 24 bits in three.
-static void quantize(int width, int group, int digits, const float *a, int8_t *q, float *scales, int32_t *sums) {
+// The numbers of a step are `step` bytes in q, which lie `spread` times as far apart as in a row.
+static void quantize(int width, int group, int digits, const float *a, int8_t *q, int step, int spread, float *scales,
+                     int32_t *sums) {
   const float top = digits == 1 ? 127.0f : 127.0f * 65536.0f;
   const int groups = width / group;
   for (int g = 0; g < groups; g++, a += group) {
@@ -169,9 +171,10 @@ static void quantize(int width, int group, int digits, const float *a, int8_t *q
     vi total[3] = {alli(0), alli(0), alli(0)};
     LOOP(group) {
       vi x = toint(roundf_even(loadf(a + k) * inverse));
+      const int at = g * group + k;
       for (int d = digits - 1; d >= 0; d--) {
         const vi low = d ? (x << 24) >> 24 : x;
-        store_bytes(q + (int64_t)d * width + g * group + k, low);
+        store_bytes(q + ((int64_t)d * width + at / step * step) * spread + at % step, low);
         total[d] += low;
         x = (x - low) >> 8;
       }
@@ -230,8 +233,11 @@ static void run_row(const instruction *i, const step *s, int row) {
     }
     case OP_WRITE_KV: write_kv(i, s->slot[row], a, i->b + row * i->b_stride); break;
     case OP_QUANTIZE: {
-      const int width = i->n[0], groups = width / i->n[1], digits = i->n[2];
-      quantize(width, i->n[1], digits, a, i->q + (int64_t)row * digits * width, i->scales + (int64_t)row * groups,
+      const int width = i->n[0], group = i->n[1], groups = width / group, digits = i->n[2];
+      const int tiled = tiled_digits(i->per_logit ? s->logits : s->tokens), step = tiled ? digit_step(group) : width;
+      int8_t *q = i->q + (tiled ? (int64_t)(row / DIGIT_ROWS) * DIGIT_ROWS * digits * width + row % DIGIT_ROWS * step
+                                : (int64_t)row * digits * width);
+      quantize(width, group, digits, a, q, step, tiled ? DIGIT_ROWS : 1, i->scales + (int64_t)row * groups,
                i->sums + (int64_t)row * digits * groups);
       break;
     }

@@ -27,7 +27,7 @@ typedef uint8_t bytes64 __attribute__((vector_size(64), aligned(1)));
 
 INLINE vf loadf(const float *p) { return *(const vf_loose *)p; }
 INLINE void storef(float *p, vf x) { *(vf_loose *)p = x; }
-INLINE vf allf(float x) { return (vf){} + x; }
+INLINE vf allf(float x) { return x - (vf){}; } // x - 0 is x, also for -0, so compilers only broadcast
 INLINE vi alli(int32_t x) { return (vi){} + x; }
 INLINE vf fma(vf a, vf b, vf c) { return __builtin_elementwise_fma(a, b, c); }
 INLINE vf maxf(vf a, vf b) { return __builtin_elementwise_max(a, b); }

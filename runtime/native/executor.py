@@ -19,6 +19,7 @@ from llmc.runtime.native.program import BINARY, UNARY, Instruction, Matrix, Prog
 
 _LINE = 64  # bytes of a cache line
 _SETS = 8  # sets of counters: a late thread may still read those of earlier steps
+_DIGIT_ROWS = 16  # rows of a tile of digits
 _LARGEST_GROUP = 128  # activations that share a scale
 _ROWWISE = library.QUANTIZE  # operations up to this number work on one row at a time
 
@@ -217,11 +218,12 @@ class Executor:
         self._library, self._program, self._weights = library.load(isa), program, weights
         self._plan = plan(program, digits)
         self._max_tokens, self._num_blocks, self._threads = max_tokens, num_blocks, threads
-        self._arena = mmap.mmap(-1, self._plan.row_bytes * max_tokens + (1 << 16))
+        self._capacity = -(-max_tokens // _DIGIT_ROWS) * _DIGIT_ROWS
+        self._arena = _memory(self._plan.row_bytes * self._capacity + (1 << 16))
         self._base = _address(self._arena)
         self._caches = [
             tuple(
-                mmap.mmap(-1, max(1, num_blocks * cache.num_kv_heads * BLOCK_SIZE * 4 * width) + _LINE)
+                _memory(num_blocks * cache.num_kv_heads * BLOCK_SIZE * 4 * width + _LINE)
                 for width in (cache.head_dim, -(-cache.v_head_dim // 16) * 16)
             )
             for cache in program.caches
@@ -240,8 +242,10 @@ class Executor:
         self._workers = [_Worker(self._library) for _ in range(threads - 1)]
         self.close = weakref.finalize(self, _end, self._workers)
 
-    def run(self, batch: Batch) -> np.ndarray:
+    def run(self, batch: Batch, times: np.ndarray | None = None) -> np.ndarray:
         """Run a step. Return the logits, float32 [N, vocab], which the next step overwrites.
+
+        times: int64 [groups of the plan], filled with the ticks of the CPU's clock after each group
 
         Raises ValueError for a batch with too many rows, or with token ids, blocks or positions out of range.
         """
@@ -268,6 +272,7 @@ class Executor:
             slot=slot.ctypes.data,
             next=self._next[turn].ctypes.data,
             done=self._done[turn].ctypes.data,
+            times=None if times is None else times.ctypes.data,
         )
         kept_alive = (
             arrays,
@@ -318,7 +323,7 @@ class Executor:
             raise ValueError("the arrays of the step contradict each other")
 
     def _offset(self, place: _Place) -> int:
-        return place.offset * self._max_tokens
+        return place.offset * self._capacity
 
     def _bind(self, planned: _Planned) -> library.Instruction:
         source, n = planned.source, _numbers(self._program, planned)
@@ -337,8 +342,8 @@ class Executor:
             place, digits = self._plan.digits[planned.digits], planned.digits
             groups = digits.width // digits.group
             bound.q = self._base + self._offset(place)
-            bound.scales = bound.q + _round_to_lines(digits.digits * digits.width) * self._max_tokens
-            bound.sums = bound.scales + _round_to_lines(4 * groups) * self._max_tokens
+            bound.scales = bound.q + _round_to_lines(digits.digits * digits.width) * self._capacity
+            bound.sums = bound.scales + _round_to_lines(4 * groups) * self._capacity
         if planned.op != library.QUANTIZE:
             addresses = [self._weights[name].ctypes.data for name in source.weights]
             if planned.op in (library.EMBED, library.LINEAR_INT, library.LINEAR_FLOAT):
@@ -432,6 +437,14 @@ def _positions(batch: Batch, counts: np.ndarray) -> np.ndarray:
 def _round_to_lines(nbytes: int) -> int:
     """Round up to whole cache lines."""
     return -(-nbytes // _LINE) * _LINE
+
+
+def _memory(nbytes: int) -> mmap.mmap:
+    """Return zeroed memory, in huge pages where the system has them."""
+    memory = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _address(memory: mmap.mmap) -> int:

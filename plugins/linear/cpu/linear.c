@@ -116,32 +116,61 @@ INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int column
                        INTEGER(1, 3, B, H) INTEGER(2, 3, B, H)
 INTEGERS(4, 0) INTEGERS(4, 1) INTEGERS(8, 0) INTEGERS(8, 1)
 typedef void (*integer_kernel)(const uint8_t *, int, int, int, const digits_of_rows *, float *, int64_t);
+typedef void (*amx_kernel)(const uint8_t *, int, int, int, const digits_of_rows *, int, float *, int64_t);
+#include "amx.c"
 
 static int linear_tiles(const instruction *i) { return (i->n[0] + TILE - 1) / TILE; }
 
-INLINE void run_integer(const int DIGITS, const int BITS, const int HALF, const instruction *i, int first, int last, int rows,
-                        integer_kernel one, integer_kernel two, integer_kernel four, integer_kernel six) {
-  const int columns = i->n[1], block = i->n[3], group = i->n[4], groups = columns / group;
-  const int64_t tile = (int64_t)columns / block * (HALF ? 64 : 128) + (int64_t)columns / (BITS == 4 ? 8 : 4) * 128;
+INLINE int64_t integer_tile_bytes(const instruction *i) {
+  const int columns = i->n[1], bits = i->n[2], block = i->n[3], half = i->n[6];
+  return (int64_t)columns / block * (half ? 64 : 128) + (int64_t)columns / (bits == 4 ? 8 : 4) * 128;
+}
+INLINE digits_of_rows digits_from(const instruction *i, int64_t row) {
+  const int columns = i->n[1], groups = columns / i->n[4];
+  const int64_t digits = i->n[5];
+  return (digits_of_rows){i->q + row * digits * columns, i->scales + row * groups, i->sums + row * digits * groups,
+                          digits * columns, groups, digits * groups};
+}
+
+INLINE void run_integer(const instruction *i, int first, int last, int rows, integer_kernel one, integer_kernel two,
+                        integer_kernel four, integer_kernel six) {
+  const int64_t tile = integer_tile_bytes(i);
   for (int t = first; t < last; t++) {
     for (int r = 0; r < rows;) {
-      const digits_of_rows x = {i->q + (int64_t)r * DIGITS * columns, i->scales + (int64_t)r * groups,
-                                i->sums + (int64_t)r * DIGITS * groups, (int64_t)DIGITS * columns, groups,
-                                (int64_t)DIGITS * groups};
+      const digits_of_rows x = digits_from(i, r);
       float *out = i->out + r * i->out_stride + t * TILE;
       const int left = rows - r;
       const int m = six && left >= 6 ? 6 : four && left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      (m == 6 ? six : m == 4 ? four : m == 2 ? two : one)(i->w + t * tile, columns, block, group, &x, out, i->out_stride);
+      (m == 6 ? six : m == 4 ? four : m == 2 ? two : one)(i->w + t * tile, i->n[1], i->n[3], i->n[4], &x, out, i->out_stride);
       r += m;
     }
   }
 }
 
+#if defined(__AMX_INT8__)
+INLINE void run_amx(const instruction *i, int first, int last, int rows, amx_kernel kernel) {
+  const int64_t tile = integer_tile_bytes(i);
+  for (int begin = 0, count; begin < rows; begin += count) {
+    count = rows - begin < DIGIT_ROWS ? rows - begin : (rows - begin) / DIGIT_ROWS * DIGIT_ROWS;
+    const digits_of_rows x = digits_from(i, begin);
+    configure(count < DIGIT_ROWS ? count : DIGIT_ROWS, digit_step(i->n[4]));
+    for (int t = first; t < last; t++)
+      kernel(i->w + t * tile, i->n[1], i->n[3], i->n[4], &x, count, i->out + begin * i->out_stride + t * TILE, i->out_stride);
+  }
+  _tile_release();
+}
+#define RUN_AMX(D, B, H) if (tiled_digits(rows)) return run_amx(i, first, last, rows, amx_##D##_##B##_##H);
+#else
+#define RUN_AMX(D, B, H)
+#endif
+
 static void linear_int(const instruction *i, int first, int last, int rows) {
   const int bits = i->n[2], digits = i->n[5], half = i->n[6];
-#define CASE(D, B, H, FOUR, SIX)         \
-  if (digits == D && bits == B && half == H) \
-    return run_integer(D, B, H, i, first, last, rows, integer_1_##D##_##B##_##H, integer_2_##D##_##B##_##H, FOUR, SIX);
+#define CASE(D, B, H, FOUR, SIX)                                                                                      \
+  if (digits == D && bits == B && half == H) {                                                                        \
+    RUN_AMX(D, B, H)                                                                                                  \
+    return run_integer(i, first, last, rows, integer_1_##D##_##B##_##H, integer_2_##D##_##B##_##H, FOUR, SIX);        \
+  }
   CASE(1, 4, 0, integer_4_1_4_0, integer_6_1_4_0)
   CASE(1, 4, 1, integer_4_1_4_1, integer_6_1_4_1)
   CASE(1, 8, 0, integer_4_1_8_0, integer_6_1_8_0)
