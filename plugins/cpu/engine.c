@@ -10,7 +10,7 @@
 #include "../paged_attention/cpu/attention.c"
 
 #define EXPORT __attribute__((visibility("default")))
-enum { VERSION = 1, COUNTER = 16, SPINS = 2000, PER_THREAD = 6 };
+enum { VERSION = 2, COUNTER = 16, SPINS = 2000, PER_THREAD = 6 };
 
 // Asks the system for what this library needs. Returns 0, or the number of a system's error.
 EXPORT int32_t llmc_prepare(void) {

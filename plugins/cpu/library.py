@@ -8,7 +8,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 LIBRARIES = Path(__file__).parent / "lib"
 COUNTER = 16  # int32 elements per counter: each group's counter has a cache line
 
@@ -23,8 +23,10 @@ _NEEDS = {
     "aarch64-dotprod": {"asimddp", "fphp", "asimdhp"},
 }
 
-EMBED, GATHER, COPY, UNARY, BINARY, VECTOR, SCALAR, RMSNORM, LAYERNORM, ROPE, WRITE_KV, QUANTIZE = range(12)
-LINEAR_INT, LINEAR_FLOAT, ATTENTION = range(12, 15)
+EMBED, GATHER, COPY, UNARY, BINARY, VECTOR, SCALAR, RMSNORM, LAYERNORM, ROPE, WRITE_KV, GLU, QUANTIZE = range(
+    13
+)
+LINEAR_INT, LINEAR_FLOAT, ATTENTION = range(13, 16)
 KINDS = {"fp32": 0, "fp16": 1, "bf16": 2}
 
 _pointer = ctypes.c_void_p
@@ -39,6 +41,7 @@ class Instruction(ctypes.Structure):
         *((name, _pointer) for name in ("out", "a", "b", "v", "v2", "w")),
         *((name, ctypes.c_int64) for name in ("out_stride", "a_stride", "b_stride")),
         *((name, _pointer) for name in ("q", "scales", "sums", "keys", "values")),
+        ("block_stride", ctypes.c_int64),
         ("n", ctypes.c_int32 * 8),
         ("x", ctypes.c_float * 2),
     )

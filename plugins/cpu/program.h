@@ -16,11 +16,12 @@ enum op {
   OP_LAYERNORM = 8, // out = (a - mean) / std * v + v2; n: width, has v2; x: epsilon
   OP_ROPE = 9,     // out = a rotated; v, v2: cos and sin tables; n: heads, head width, rotated width, interleaved
   OP_WRITE_KV = 10, // a: keys, b: values, into the cache; n: kv heads, key width, value width
-  OP_QUANTIZE = 11, // q, scales, sums = a in int8 digits; n: width, group, digits
+  OP_GLU = 11,     // out = f(a) x b; n: width, function
+  OP_QUANTIZE = 12, // q, scales, sums = a in int8 digits; n: width, group, digits
   // Operations on many rows at once.
-  OP_LINEAR_INT = 12,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
-  OP_LINEAR_FLOAT = 13, // out = a x w; n: rows of w, columns, element type
-  OP_ATTENTION = 14,    // out = attention of a (queries); n: heads, kv heads, key width, value width, window; x: scale, softcap
+  OP_LINEAR_INT = 13,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
+  OP_LINEAR_FLOAT = 14, // out = a x w; n: rows of w, columns, element type
+  OP_ATTENTION = 15,    // out = attention of a (queries); n: heads, kv heads, key width, value width, window; x: scale, softcap
 };
 enum kind { F32 = 0, F16 = 1, BF16 = 2 }; // element types
 
@@ -33,7 +34,8 @@ typedef struct {
   int8_t *q;                              // [rows][digits][width], or in tiles: see tiled_digits
   float *scales;                          // [rows][width / group]
   int32_t *sums;                          // [rows][digits][width / group]
-  float *keys, *values;                   // [blocks][kv heads][key width][32], [blocks][kv heads][32][value width, padded]
+  float *keys, *values;                   // of a block: [kv heads][key width][32], [kv heads][32][value width, padded]
+  int64_t block_stride;                   // floats from one block to the next
   int32_t n[8];
   float x[2];
 } instruction;

@@ -78,13 +78,16 @@ INLINE vf binary_each(const int f, vf x, vf y) {
   }
 }
 #define LOOP(width) for (int k = 0; k < (width); k += LANES)
+#define UNARIES(EACH) \
+  EACH(SIGMOID) EACH(SILU) EACH(GELU) EACH(GELU_TANH) EACH(TANH) EACH(RELU) EACH(EXP) EACH(ERF) EACH(NEG) EACH(ABS) \
+  EACH(SQRT) EACH(RECIPROCAL) EACH(SQUARE)
 #define EACH_UNARY(F) case F: LOOP(width) storef(out + k, unary_each(F, loadf(a + k))); break;
 static void unary(int f, int width, const float *a, float *out) {
-  switch (f) {
-    EACH_UNARY(SIGMOID) EACH_UNARY(SILU) EACH_UNARY(GELU) EACH_UNARY(GELU_TANH) EACH_UNARY(TANH) EACH_UNARY(RELU)
-    EACH_UNARY(EXP) EACH_UNARY(ERF) EACH_UNARY(NEG) EACH_UNARY(ABS) EACH_UNARY(SQRT) EACH_UNARY(RECIPROCAL)
-    EACH_UNARY(SQUARE)
-  }
+  switch (f) { UNARIES(EACH_UNARY) }
+}
+#define EACH_GLU(F) case F: LOOP(width) storef(out + k, unary_each(F, loadf(a + k)) * loadf(b + k)); break;
+static void glu(int f, int width, const float *a, const float *b, float *out) {
+  switch (f) { UNARIES(EACH_GLU) }
 }
 #define EACH_BINARY(F) case F: LOOP(width) storef(out + k, binary_each(F, loadf(a + k), loadf(b + k))); break;
 static void binary(int f, int width, const float *a, const float *b, float *out) {
@@ -202,8 +205,8 @@ static void write_kv(const instruction *i, int slot, const float *key, const flo
   const int heads = i->n[0], width = i->n[1], value_width = i->n[2], padded = (value_width + LANES - 1) / LANES * LANES;
   const int64_t block = slot / 32, at = slot % 32;
   for (int h = 0; h < heads; h++, key += width, value += value_width) {
-    float *k = i->keys + (block * heads + h) * width * 32 + at;
-    float *v = i->values + ((block * heads + h) * 32 + at) * padded;
+    float *k = i->keys + block * i->block_stride + (int64_t)h * width * 32 + at;
+    float *v = i->values + block * i->block_stride + ((int64_t)h * 32 + at) * padded;
     for (int d = 0; d < width; d++) k[(int64_t)d * 32] = key[d];
     for (int d = 0; d < value_width; d++) v[d] = value[d];
   }
@@ -222,6 +225,7 @@ static void run_row(const instruction *i, const step *s, int row) {
     case OP_COPY: for (int k = 0; k < i->n[0]; k++) out[k] = a[k]; break;
     case OP_UNARY: unary(i->n[1], i->n[0], a, out); break;
     case OP_BINARY: binary(i->n[1], i->n[0], a, i->b + row * i->b_stride, out); break;
+    case OP_GLU: glu(i->n[1], i->n[0], a, i->b + row * i->b_stride, out); break;
     case OP_VECTOR: binary(i->n[1], i->n[0], a, i->v, out); break;
     case OP_SCALAR: scalar(i->n[1], i->n[0], a, i->x[0], out); break;
     case OP_RMSNORM: rmsnorm(i->n[0], i->n[1], i->x[0], a, i->v, out); break;

@@ -15,13 +15,14 @@ import numpy as np
 from llmc.plugins.cpu import library
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.batch import STEP_INPUTS, Batch
-from llmc.runtime.native.program import BINARY, UNARY, Instruction, Matrix, Program, View
+from llmc.runtime.native.program import BINARY, UNARY, Cache, Instruction, Matrix, Program, View
 
 _LINE = 64  # bytes of a cache line
 _SETS = 8  # sets of counters: a late thread may still read those of earlier steps
 _DIGIT_ROWS = 16  # rows of a tile of digits
 _LARGEST_GROUP = 128  # activations that share a scale
 _ROWWISE = library.QUANTIZE  # operations up to this number work on one row at a time
+_IN_PLACE = ("unary", "binary", "glu", "vector", "scalar", "rms_norm", "layer_norm", "rope")
 
 
 @dataclass
@@ -83,6 +84,8 @@ class Plan:
     groups: list[tuple[int, int]] = field(default_factory=list)
     #: The number of a program's buffer -> its memory.
     buffers: dict[int, _Place] = field(default_factory=dict)
+    #: A buffer without memory of its own -> the buffer whose memory it shares, and its first column there.
+    aliases: dict[int, tuple[int, int]] = field(default_factory=dict)
     #: A quantized input -> its memory.
     digits: dict[_Digits, _Place] = field(default_factory=dict)
     #: The size of all memory, in bytes per token of a step.
@@ -131,6 +134,7 @@ def _code(instruction: Instruction) -> int:
         "copy": library.COPY,
         "unary": library.UNARY,
         "binary": library.BINARY,
+        "glu": library.GLU,
         "vector": library.VECTOR,
         "scalar": library.SCALAR,
         "rms_norm": library.RMSNORM,
@@ -157,8 +161,33 @@ def _make_groups(result: Plan) -> None:
             first = index + 1
 
 
+def _aliases(program: Program) -> dict[int, tuple[int, int]]:
+    """Return the buffers that share the memory of an input that nothing reads later, to save memory traffic.
+
+    Returns buffer -> (the buffer that it overwrites, its first column there), for whole vectors of columns,
+    because operations write whole vectors.
+    """
+    last_read = {
+        view.buffer: number
+        for number, instruction in enumerate(program.instructions)
+        for view in instruction.inputs
+    }
+    last_read[program.logits] = len(program.instructions)
+    result: dict[int, tuple[int, int]] = {}
+    for number, instruction in enumerate(program.instructions):
+        if instruction.op not in _IN_PLACE or instruction.out is None:
+            continue
+        for view in instruction.inputs:
+            root, column = result.get(view.buffer, (view.buffer, 0))
+            if last_read[view.buffer] == number and view.width % 16 == 0 and view.offset % 16 == 0:
+                result[instruction.out] = (root, column + view.offset)
+                break
+    return result
+
+
 def _place(program: Program, result: Plan) -> None:
     """Give every buffer and every quantized input memory that nothing else uses in the same groups."""
+    result.aliases = _aliases(program)
     for number, (first, last) in enumerate(result.groups):
         for planned in result.instructions[first:last]:
             if planned.digits is not None:
@@ -173,10 +202,11 @@ def _place(program: Program, result: Plan) -> None:
                 [] if planned.op == library.QUANTIZE or planned.source.out is None else [planned.source.out]
             )
             for buffer in (*reads, *writes):
-                width = _round_to_lines(4 * (program.buffers[buffer].width + 16)) + _LINE
-                place = result.buffers.setdefault(buffer, _Place(width, number, number))
+                root, _ = result.aliases.get(buffer, (buffer, 0))
+                width = _round_to_lines(4 * (program.buffers[root].width + 16)) + _LINE
+                place = result.buffers.setdefault(root, _Place(width, number, number))
                 place.last = number
-    result.buffers[program.logits].last = len(result.groups)
+    result.buffers[result.aliases.get(program.logits, (program.logits, 0))[0]].last = len(result.groups)
     placed: list[_Place] = []
     for place in sorted(
         [*result.buffers.values(), *result.digits.values()], key=lambda item: -item.row_bytes
@@ -221,12 +251,13 @@ class Executor:
         self._capacity = -(-max_tokens // _DIGIT_ROWS) * _DIGIT_ROWS
         self._arena = _memory(self._plan.row_bytes * self._capacity + (1 << 16))
         self._base = _address(self._arena)
-        self._caches = [
-            tuple(
-                _memory(num_blocks * cache.num_kv_heads * BLOCK_SIZE * 4 * width + _LINE)
-                for width in (cache.head_dim, -(-cache.v_head_dim // 16) * 16)
-            )
-            for cache in program.caches
+        sizes = [size for cache in program.caches for size in _block_floats(cache)]
+        self._block_floats = sum(sizes)
+        self._cache = _memory(num_blocks * self._block_floats * 4 + _LINE)
+        begins = _address(self._cache) + 4 * np.cumsum([0, *sizes])
+        #: The addresses of each layer's keys and values in block 0.
+        self._layers = [
+            (int(begins[2 * layer]), int(begins[2 * layer + 1])) for layer in range(len(sizes) // 2)
         ]
         planned = self._plan.instructions
         self._code = (library.Instruction * len(planned))(
@@ -282,16 +313,15 @@ class Executor:
             self._next,
             self._done,
             self._arena,
-            self._caches,
+            self._cache,
             self._weights,
         )
         for worker in self._workers:
             worker.start(step, kept_alive)
         self._library.llmc_run(ctypes.byref(step))
-        place = self._plan.buffers[self._program.logits]
-        stride = place.row_bytes // 4
+        address, stride = self._find(self._program.logits, 0)
         rows = np.frombuffer(
-            self._arena, np.float32, len(batch.logits_index) * stride, self._offset(place)
+            self._arena, np.float32, len(batch.logits_index) * stride, address - self._base
         ).reshape(-1, stride)
         return rows[:, : self._program.vocab_size]
 
@@ -325,19 +355,23 @@ class Executor:
     def _offset(self, place: _Place) -> int:
         return place.offset * self._capacity
 
+    def _find(self, buffer: int, column: int) -> tuple[int, int]:
+        """Return the address of a column of a buffer's first row, and the fp32 numbers between rows."""
+        root, offset = self._plan.aliases.get(buffer, (buffer, 0))
+        place = self._plan.buffers[root]
+        return self._base + self._offset(place) + 4 * (offset + column), place.row_bytes // 4
+
     def _bind(self, planned: _Planned) -> library.Instruction:
         source, n = planned.source, _numbers(self._program, planned)
         bound = library.Instruction(op=planned.op, per_logit=planned.per_logit)
         bound.n[: len(n)] = n
         if source.out is not None and planned.op != library.QUANTIZE:
-            place = self._plan.buffers[source.out]
-            bound.out = self._base + self._offset(place) + 4 * source.offset
-            bound.out_stride = place.row_bytes // 4
+            bound.out, bound.out_stride = self._find(source.out, source.offset)
         views = () if planned.op == library.LINEAR_INT else source.inputs
         for name, view in zip(("a", "b"), views, strict=False):
-            place = self._plan.buffers[view.buffer]
-            setattr(bound, name, self._base + self._offset(place) + 4 * view.offset)
-            setattr(bound, f"{name}_stride", place.row_bytes // 4)
+            address, stride = self._find(view.buffer, view.offset)
+            setattr(bound, name, address)
+            setattr(bound, f"{name}_stride", stride)
         if planned.digits is not None:
             place, digits = self._plan.digits[planned.digits], planned.digits
             groups = digits.width // digits.group
@@ -352,7 +386,8 @@ class Executor:
                 for name, address in zip(("v", "v2"), addresses, strict=False):
                     setattr(bound, name, address)
         if planned.op in (library.WRITE_KV, library.ATTENTION):
-            bound.keys, bound.values = (_address(memory) for memory in self._caches[source.integers["layer"]])
+            bound.keys, bound.values = self._layers[source.integers["layer"]]
+            bound.block_stride = self._block_floats
         for name, value in source.floats.items():
             bound.x[1 if name == "softcap" else 0] = value
         return bound
@@ -364,7 +399,7 @@ def _numbers(program: Program, planned: _Planned) -> Sequence[int]:
     width = source.inputs[0].width if source.inputs else program.buffers[source.out or 0].width
     if planned.op == library.EMBED:
         return width, library.KINDS[program.matrices[source.weights[0]].element]
-    if planned.op == library.UNARY:
+    if planned.op in (library.UNARY, library.GLU):
         return width, UNARY.index(source.function)
     if planned.op in (library.BINARY, library.VECTOR, library.SCALAR):
         return width, BINARY.index(source.function)
@@ -427,6 +462,12 @@ class _Worker:
 def _end(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         worker.end()
+
+
+def _block_floats(cache: Cache) -> tuple[int, int]:
+    """Return the fp32 numbers of a block's keys and of its values, which are padded to whole vectors."""
+    per_number = cache.num_kv_heads * BLOCK_SIZE
+    return per_number * cache.head_dim, per_number * (-(-cache.v_head_dim // 16) * 16)
 
 
 def _positions(batch: Batch, counts: np.ndarray) -> np.ndarray:

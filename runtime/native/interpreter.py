@@ -89,6 +89,8 @@ class Interpreter:
             return _UNARY[instruction.function](x)
         if instruction.op == "binary":
             return _BINARY[instruction.function](x, inputs[1])
+        if instruction.op == "glu":
+            return _UNARY[instruction.function](x) * inputs[1]
         if instruction.op == "vector":
             return _BINARY[instruction.function](x, weights[0])
         if instruction.op == "scalar":

@@ -149,6 +149,8 @@ OPERATIONS: Mapping[str, Operation] = {
     "unary": Operation(functions=UNARY),
     # out = f(first input, second input)
     "binary": Operation(inputs=2, functions=BINARY),
+    # out = f(first input) x second input, f as of "unary"
+    "glu": Operation(inputs=2, functions=UNARY),
     # out = f(input, a vector of the weights)
     "vector": Operation(weights=(1, 1), functions=BINARY),
     # out = f(input, value)
@@ -260,7 +262,17 @@ def _complaints(program: Program, instruction: Instruction, written: set[int]) -
     yield from _shape_complaints(program, instruction)
 
 
-_SAME_WIDTH = ("gather_rows", "unary", "binary", "vector", "scalar", "rms_norm", "layer_norm", "rope")
+_SAME_WIDTH = (
+    "gather_rows",
+    "unary",
+    "binary",
+    "glu",
+    "vector",
+    "scalar",
+    "rms_norm",
+    "layer_norm",
+    "rope",
+)
 
 
 def _shape_complaints(program: Program, instruction: Instruction) -> Iterator[str]:

@@ -48,6 +48,12 @@ def unary(function: str) -> Built:
     return build.finish(build.emit("unary", 40, x, function=function))
 
 
+def glu(function: str) -> Built:
+    build = Builder(48)
+    y = build.emit("scalar", 48, View(0, 0, 48), function="mul", value=-1.5)
+    return build.finish(build.emit("glu", 48, y, View(0, 0, 48), function=function))
+
+
 def binary(function: str) -> Built:
     build = Builder(50)
     v = build.vector("v", 50, np.random.default_rng(3).uniform(0.5, 2, 50))
@@ -133,6 +139,7 @@ def linear(element: str, block: int = 0, scales: str = "", rows: int = 50, colum
 
 PROGRAMS: dict[str, Callable[[], Built]] = {
     **{name: lambda name=name: unary(name) for name in UNARY},  # type: ignore[misc]
+    **{f"glu {name}": lambda name=name: glu(name) for name in ("silu", "gelu", "gelu_tanh")},  # type: ignore[misc]
     **{name: lambda name=name: binary(name) for name in BINARY},  # type: ignore[misc]
     "norms": lambda: norms(1),
     "norms of heads": lambda: norms(3),

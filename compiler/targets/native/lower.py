@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from llmc.compiler.targets.native.fuse import fuse
 from llmc.passes import edit
 from llmc.passes.spec import module_of
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
@@ -108,6 +109,7 @@ class _Lowering:
             logits.width,
             self.positions,
         )
+        program = fuse(program)
         check(program)
         return Lowered(program, self.sources, self.constants)
 

@@ -9,7 +9,6 @@
 #include "../../cpu/vec.h"
 
 #define PREFETCH(p) __builtin_prefetch((p), 0, 2)
-#define UNROLL _Pragma("clang loop unroll(full)")
 enum { TILE = 32, MOST = 6, AHEAD = 8192, FLOAT_BLOCK = 64 };
 
 typedef struct {
