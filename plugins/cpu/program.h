@@ -15,13 +15,14 @@ enum op {
   OP_RMSNORM = 7,  // out = a / rms(a) * v, in groups; n: groups, width of a group; x: epsilon
   OP_LAYERNORM = 8, // out = (a - mean) / std * v + v2; n: width, has v2; x: epsilon
   OP_ROPE = 9,     // out = a rotated; v, v2: cos and sin tables; n: heads, head width, rotated width, interleaved
-  OP_WRITE_KV = 10, // a: keys, b: values, into the cache; n: kv heads, key width, value width
+  OP_WRITE_KV = 10, // a: keys, b: values, into the cache; n: kv heads, key width, value width, 8 bits
   OP_GLU = 11,     // out = f(a) x b; n: width, function
   OP_QUANTIZE = 12, // q, scales, sums = a in int8 digits; n: width, group, digits
   // Operations on many rows at once.
   OP_LINEAR_INT = 13,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
   OP_LINEAR_FLOAT = 14, // out = a x w; n: rows of w, columns, element type
-  OP_ATTENTION = 15,    // out = attention of a (queries); n: heads, kv heads, key width, value width, window; x: scale, softcap
+  OP_ATTENTION = 15,    // out = attention of a (queries); n: heads, kv heads, key width, value width, window,
+                        // digits of queries (0: the cache is fp32); x: scale, softcap
 };
 enum kind { F32 = 0, F16 = 1, BF16 = 2 }; // element types
 
@@ -34,8 +35,11 @@ typedef struct {
   int8_t *q;                              // [rows][digits][width], or in tiles: see tiled_digits
   float *scales;                          // [rows][width / group]
   int32_t *sums;                          // [rows][digits][width / group]
-  float *keys, *values;                   // of a block: [kv heads][key width][32], [kv heads][32][value width, padded]
-  int64_t block_stride;                   // floats from one block to the next
+  uint8_t *keys, *values;                 // the cache of a layer; a block has
+                                          //   fp32: [kv heads][key width][32], [kv heads][32][value width, padded]
+                                          //   8 bits: [kv heads][key width / 4][32][4], fp32 [kv heads][32]: scales;
+                                          //           [kv heads][32][value width, padded], fp32 [kv heads][32]
+  int64_t block_stride;                   // bytes from one block to the next
   int32_t n[8];
   float x[2];
 } instruction;

@@ -160,29 +160,44 @@ static void rope(const int32_t *n, const float *cosine, const float *sine, const
   }
 }
 
-// Each number of a group becomes an integer multiple of largest / top, of 8 bits in one digit or 24 bits in three.
-// The numbers of a step are `step` bytes in q, which lie `spread` times as far apart as in a row.
+INLINE float largest_of(int width, const float *a) {
+  vf m = allf(0);
+  LOOP(width) m = maxf(m, absf(load_tail(a, k, width)));
+  return largest(m);
+}
+
+// The numbers become integer multiples of the result, of 8 bits in one digit or 24 bits in three, the highest digit first.
+// The numbers of a step are `step` bytes in q, which lie `spread` times as far apart as in a row. digit: bytes between
+// digits. at: of the first number. sums: of each digit, `sums_row` apart.
+INLINE float digits_of(const int DIGITS, int width, const float *a, int8_t *q, int64_t digit, int at, int step, int spread,
+                       int32_t *sums, int sums_row) {
+  const float top = DIGITS == 1 ? 127.0f : 127.0f * 65536.0f, most = largest_of(width, a), inverse = most > 0 ? top / most : 0;
+  vi total[3] = {alli(0), alli(0), alli(0)};
+  LOOP(width) {
+    vi x = toint(roundf_even(load_tail(a, k, width) * inverse));
+    int8_t *to = q + (int64_t)((at + k) / step * step) * spread + (at + k) % step;
+    UNROLL for (int d = DIGITS - 1; d >= 0; d--) {
+      const vi low = d ? (x << 24) >> 24 : x;
+      store_bytes(to + d * digit, low);
+      total[d] += low;
+      x = (x - low) >> 8;
+    }
+  }
+  UNROLL for (int d = 0; d < DIGITS; d++) sums[d * sums_row] = sumi(total[d]);
+  return most / top;
+}
+INLINE float to_digits(const int DIGITS, int width, const float *a, int8_t *q, int64_t digit, int32_t *sums) {
+  return digits_of(DIGITS, width, a, q, digit, 0, 1 << 30, 1, sums, 1);
+}
+
 static void quantize(int width, int group, int digits, const float *a, int8_t *q, int step, int spread, float *scales,
                      int32_t *sums) {
-  const float top = digits == 1 ? 127.0f : 127.0f * 65536.0f;
   const int groups = width / group;
-  for (int g = 0; g < groups; g++, a += group) {
-    vf m = allf(0);
-    LOOP(group) m = maxf(m, absf(loadf(a + k)));
-    const float most = largest(m), inverse = most > 0 ? top / most : 0;
-    scales[g] = most / top;
-    vi total[3] = {alli(0), alli(0), alli(0)};
-    LOOP(group) {
-      vi x = toint(roundf_even(loadf(a + k) * inverse));
-      const int at = g * group + k;
-      for (int d = digits - 1; d >= 0; d--) {
-        const vi low = d ? (x << 24) >> 24 : x;
-        store_bytes(q + ((int64_t)d * width + at / step * step) * spread + at % step, low);
-        total[d] += low;
-        x = (x - low) >> 8;
-      }
-    }
-    for (int d = 0; d < digits; d++) sums[d * groups + g] = sumi(total[d]);
+  const int64_t digit = (int64_t)width * spread;
+  for (int g = 0; g < groups; g++) {
+    const float *of_group = a + g * group;
+    scales[g] = digits == 1 ? digits_of(1, group, of_group, q, digit, g * group, step, spread, sums + g, groups)
+                            : digits_of(3, group, of_group, q, digit, g * group, step, spread, sums + g, groups);
   }
 }
 
@@ -200,15 +215,30 @@ static void embed(const instruction *i, int token, float *out) {
   }
 }
 
-// The elements of a key are 32 floats apart, so that the scores of a block's 32 tokens are vectors.
+// The elements of a key are 32 numbers apart, so that the scores of a block's 32 tokens are vectors.
 static void write_kv(const instruction *i, int slot, const float *key, const float *value) {
   const int heads = i->n[0], width = i->n[1], value_width = i->n[2], padded = (value_width + LANES - 1) / LANES * LANES;
-  const int64_t block = slot / 32, at = slot % 32;
+  const int64_t block = slot / 32 * i->block_stride, at = slot % 32;
+  float *keys = (float *)(i->keys + block), *values = (float *)(i->values + block);
   for (int h = 0; h < heads; h++, key += width, value += value_width) {
-    float *k = i->keys + block * i->block_stride + (int64_t)h * width * 32 + at;
-    float *v = i->values + block * i->block_stride + ((int64_t)h * 32 + at) * padded;
+    float *k = keys + (int64_t)h * width * 32 + at, *v = values + ((int64_t)h * 32 + at) * padded;
     for (int d = 0; d < width; d++) k[(int64_t)d * 32] = key[d];
     for (int d = 0; d < value_width; d++) v[d] = value[d];
+  }
+}
+// The codes of 4 neighbouring elements of a key lie together, as code + 128. Those of values are signed. Scales follow.
+static void write_codes(const instruction *i, int slot, const float *key, const float *value) {
+  const int heads = i->n[0], width = i->n[1], value_width = i->n[2], padded = (value_width + LANES - 1) / LANES * LANES;
+  const int64_t block = slot / 32 * i->block_stride, at = slot % 32, key_bytes = (int64_t)(width + 3) / 4 * 4 * 32;
+  uint8_t *keys = i->keys + block, *values = i->values + block;
+  float *key_scales = (float *)(keys + heads * key_bytes), *value_scales = (float *)(values + (int64_t)heads * 32 * padded);
+  int8_t codes[1024];
+  int32_t sums;
+  for (int h = 0; h < heads; h++, key += width, value += value_width) {
+    key_scales[h * 32 + at] = to_digits(1, width, key, codes, 0, &sums);
+    for (int d = 0; d < width; d++) keys[h * key_bytes + d / 4 * 128 + at * 4 + d % 4] = (uint8_t)(codes[d] + 128);
+    value_scales[h * 32 + at] = to_digits(1, value_width, value, codes, 0, &sums);
+    __builtin_memcpy(values + ((int64_t)h * 32 + at) * padded, codes, (unsigned long)value_width);
   }
 }
 
@@ -235,7 +265,7 @@ static void run_row(const instruction *i, const step *s, int row) {
       rope(i->n, i->v + at, i->v2 + at, a, out);
       break;
     }
-    case OP_WRITE_KV: write_kv(i, s->slot[row], a, i->b + row * i->b_stride); break;
+    case OP_WRITE_KV: (i->n[3] ? write_codes : write_kv)(i, s->slot[row], a, i->b + row * i->b_stride); break;
     case OP_QUANTIZE: {
       const int width = i->n[0], group = i->n[1], groups = width / group, digits = i->n[2];
       const int tiled = tiled_digits(i->per_logit ? s->logits : s->tokens), step = tiled ? digit_step(group) : width;

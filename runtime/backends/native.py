@@ -21,10 +21,10 @@ _EXACT_DIGITS, _FAST_DIGITS = 3, 1
 def load(engine: EngineFile, options: LoadOptions) -> NativeBackend:
     """Load a program. `activation_group`: layers with integer weights quantize their activations to int8.
 
-    Raises BackendError if this machine has no native engine or the cache is not fp32, BundleError for a
+    Raises BackendError if this machine has no native engine or the engine no such cache, BundleError for a
     damaged program, and RequestError for a KV cache that does not fit.
     """
-    if engine.kv_dtype != "fp32":
+    if engine.kv_dtype not in ("fp32", "int8"):
         raise BackendError(
             f"the native engine has no KV cache of {engine.kv_dtype}", "build the bundle without --kv-dtype"
         )
@@ -51,6 +51,7 @@ class NativeBackend:
                 max_tokens=options.max_tokens,
                 num_blocks=num_blocks,
                 threads=engine_threads(options.threads),
+                kv_dtype=engine.kv_dtype,
                 digits=_EXACT_DIGITS if options.activation_group is None else _FAST_DIGITS,
             )
         except OSError as error:

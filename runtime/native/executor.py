@@ -231,6 +231,7 @@ class Executor:
     num_blocks: the number of blocks of the KV cache, of 32 tokens each.
     threads: the number of threads, the caller's included.
     digits: int8 digits of an activation, see `plan`.
+    kv_dtype: the dtype of the KV cache, fp32, or int8 with a scale for each token and head.
     isa: the name of a library of `plugins/cpu`. None: the best one for this CPU.
     """
 
@@ -243,6 +244,7 @@ class Executor:
         num_blocks: int,
         threads: int,
         digits: int = 3,
+        kv_dtype: str = "fp32",
         isa: str | None = None,
     ) -> None:
         self._library, self._program, self._weights = library.load(isa), program, weights
@@ -251,10 +253,11 @@ class Executor:
         self._capacity = -(-max_tokens // _DIGIT_ROWS) * _DIGIT_ROWS
         self._arena = _memory(self._plan.row_bytes * self._capacity + (1 << 16))
         self._base = _address(self._arena)
-        sizes = [size for cache in program.caches for size in _block_floats(cache)]
-        self._block_floats = sum(sizes)
-        self._cache = _memory(num_blocks * self._block_floats * 4 + _LINE)
-        begins = _address(self._cache) + 4 * np.cumsum([0, *sizes])
+        self._digits, self._int8_cache = digits, kv_dtype == "int8"
+        sizes = [size for cache in program.caches for size in _block_bytes(cache, kv_dtype)]
+        self._block_bytes = sum(sizes)
+        self._cache = _memory(num_blocks * self._block_bytes + _LINE)
+        begins = _address(self._cache) + np.cumsum([0, *sizes])
         #: The addresses of each layer's keys and values in block 0.
         self._layers = [
             (int(begins[2 * layer]), int(begins[2 * layer + 1])) for layer in range(len(sizes) // 2)
@@ -365,6 +368,10 @@ class Executor:
         source, n = planned.source, _numbers(self._program, planned)
         bound = library.Instruction(op=planned.op, per_logit=planned.per_logit)
         bound.n[: len(n)] = n
+        if self._int8_cache and planned.op == library.WRITE_KV:
+            bound.n[3] = 1
+        if self._int8_cache and planned.op == library.ATTENTION:
+            bound.n[5] = self._digits
         if source.out is not None and planned.op != library.QUANTIZE:
             bound.out, bound.out_stride = self._find(source.out, source.offset)
         views = () if planned.op == library.LINEAR_INT else source.inputs
@@ -387,7 +394,7 @@ class Executor:
                     setattr(bound, name, address)
         if planned.op in (library.WRITE_KV, library.ATTENTION):
             bound.keys, bound.values = self._layers[source.integers["layer"]]
-            bound.block_stride = self._block_floats
+            bound.block_stride = self._block_bytes
         for name, value in source.floats.items():
             bound.x[1 if name == "softcap" else 0] = value
         return bound
@@ -464,10 +471,13 @@ def _end(workers: Sequence[_Worker]) -> None:
         worker.end()
 
 
-def _block_floats(cache: Cache) -> tuple[int, int]:
-    """Return the fp32 numbers of a block's keys and of its values, which are padded to whole vectors."""
+def _block_bytes(cache: Cache, kv_dtype: str) -> tuple[int, int]:
+    """Return the bytes of a block's keys and of its values, which are padded to whole vectors."""
     per_number = cache.num_kv_heads * BLOCK_SIZE
-    return per_number * cache.head_dim, per_number * (-(-cache.v_head_dim // 16) * 16)
+    value_width = -(-cache.v_head_dim // 16) * 16
+    if kv_dtype == "int8":
+        return per_number * (-(-cache.head_dim // 4) * 4 + 4), per_number * (value_width + 4)
+    return per_number * cache.head_dim * 4, per_number * value_width * 4
 
 
 def _positions(batch: Batch, counts: np.ndarray) -> np.ndarray:

@@ -42,10 +42,13 @@ class Interpreter:
     """A program with its weights and KV cache.
 
     weights: the constants, and the matrices as fp64 [rows, columns]. num_blocks: blocks of the cache.
+    kv_dtype: fp64, or int8: keys and values are rounded with a scale for each token and head.
     """
 
-    def __init__(self, program: Program, weights: Mapping[str, np.ndarray], num_blocks: int) -> None:
-        self._program, self._weights = program, weights
+    def __init__(
+        self, program: Program, weights: Mapping[str, np.ndarray], num_blocks: int, kv_dtype: str = "fp64"
+    ) -> None:
+        self._program, self._weights, self._kv_dtype = program, weights, kv_dtype
         self._caches = [
             (
                 np.zeros((num_blocks, cache.num_kv_heads, BLOCK_SIZE, cache.head_dim)),
@@ -61,6 +64,9 @@ class Interpreter:
         for instruction in self._program.instructions:
             inputs = [_columns(buffers, view) for view in instruction.inputs]
             if instruction.op == "write_kv":  # the reference of attention writes them itself
+                heads = self._program.caches[instruction.integers["layer"]].num_kv_heads
+                if self._kv_dtype == "int8":
+                    inputs = [_rounded(x, heads) for x in inputs]
                 pending[instruction.integers["layer"]] = (inputs[0], inputs[1])
                 continue
             if instruction.op == "attention":
@@ -130,6 +136,13 @@ class Interpreter:
             window=instruction.integers["window"],
             softcap=instruction.floats["softcap"],
         )
+
+
+def _rounded(x: np.ndarray, heads: int) -> np.ndarray:
+    """Return rows of heads as multiples of the 127th part of each head's largest number."""
+    each = x.reshape(len(x), heads, -1)
+    scale = np.maximum(np.abs(each).max(axis=-1, keepdims=True) / 127, 1e-300)
+    return (np.rint(each / scale) * scale).reshape(x.shape)
 
 
 def _columns(buffers: Mapping[int, np.ndarray], view: View) -> np.ndarray:

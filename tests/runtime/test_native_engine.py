@@ -24,10 +24,19 @@ Built = tuple[Program, object, object]
 POSITIVE = ("sqrt", "reciprocal")
 
 
-def run(built: Built, threads: int = 2, digits: int = 3, isa: str | None = None) -> list[np.ndarray]:
+def run(
+    built: Built, threads: int = 2, digits: int = 3, isa: str | None = None, kv_dtype: str = "fp32"
+) -> list[np.ndarray]:
     program, weights, _ = built
     executor = Executor(
-        program, weights, max_tokens=64, num_blocks=12, threads=threads, digits=digits, isa=isa
+        program,
+        weights,
+        max_tokens=64,
+        num_blocks=12,
+        threads=threads,
+        digits=digits,
+        kv_dtype=kv_dtype,
+        isa=isa,
     )  # type: ignore[arg-type]
     results = [executor.run(batch).copy() for batch in steps()]
     executor.close()
@@ -196,6 +205,35 @@ def test_threads_and_instruction_sets_give_the_same_bits(name: str) -> None:
         for threads in (1, 2, 4):
             for got, first in zip(run(built, threads, isa=isa), want, strict=True):
                 assert got.tobytes() == first.tobytes(), (isa, threads)
+
+
+ATTENTION = ("attention", "values of another width", "multi-query", "window", "softcap", "latent heads")
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_a_cache_of_int8_rounds_keys_and_values(name: str) -> None:
+    built = PROGRAMS[name]()
+    program, _, weights = built
+    interpreter = Interpreter(program, weights, 12, "int8")  # type: ignore[arg-type]
+    want = [interpreter.forward(batch) for batch in steps()]
+    for got, reference, exact in zip(run(built, kv_dtype="int8"), want, expected(built), strict=True):
+        # A key or value within 1e-6 of the middle of two codes may get the other one.
+        close = np.abs(got - reference) <= 2e-6 * np.abs(reference).max()
+        assert close.mean() > 0.98
+        assert np.abs(got - reference).max() < 0.5 * np.abs(exact - reference).max()
+    for isa in ISAS:
+        for got, first in zip(
+            run(built, 1, isa=isa, kv_dtype="int8"), run(built, kv_dtype="int8"), strict=True
+        ):
+            assert got.tobytes() == first.tobytes(), isa
+
+
+@pytest.mark.parametrize("name", ["attention", "latent heads"])
+def test_one_digit_rounds_queries_too(name: str) -> None:
+    built = PROGRAMS[name]()
+    exact, fast = run(built, kv_dtype="int8"), run(built, kv_dtype="int8", digits=1)
+    for got, want in zip(fast, exact, strict=True):
+        assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
 
 
 def test_one_digit_rounds_activations_to_eight_bits() -> None:

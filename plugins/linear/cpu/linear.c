@@ -8,8 +8,13 @@
 #include "../../cpu/program.h"
 #include "../../cpu/vec.h"
 
-#define PREFETCH(p) __builtin_prefetch((p), 0, 2)
-enum { TILE = 32, MOST = 6, AHEAD = 8192, FLOAT_BLOCK = 64 };
+enum { TILE = 32, AHEAD = 8192, FLOAT_BLOCK = 64 };
+// Rows at once, as many as the registers can hold.
+#if defined(__AVX512F__)
+enum { MOST = 6, MOST_SUMS = 6, MOST_FLOAT = 12 };
+#else
+enum { MOST = 2, MOST_SUMS = 6, MOST_FLOAT = 2 };
+#endif
 
 typedef struct {
   const int8_t *q;
@@ -38,7 +43,7 @@ INLINE void integer_tile(const int M, const int DIGITS, const int BITS, const in
     vf of_block[MOST][2];
     UNROLL for (int m = 0; m < M; m++) of_block[m][0] = of_block[m][1] = allf(0);
     for (const int end = column + block; column < end; column += group, g++) {
-      vi c[MOST][2];
+      vi c[MOST_SUMS][2];
       UNROLL for (int m = 0; m < M; m++) UNROLL for (int d = 0; d < DIGITS; d++)
           c[m * DIGITS + d][0] = c[m * DIGITS + d][1] = alli(-ZERO * x.sums[m * x.sums_row + d * groups + g]);
       const int8_t *q = x.q + column;
@@ -84,10 +89,10 @@ INLINE vf load_kind(const int KIND, const uint8_t *p) {
 INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int columns, const float *x, int64_t x_stride,
                        float *out, int64_t out_stride) {
   const int SIZE = KIND == F32 ? 64 : 32; // bytes of 16 numbers
-  vf f[MOST][2];
-  UNROLL for (int m = 0; m < M; m++) f[m][0] = f[m][1] = allf(0);
+  _Alignas(64) float f[MOST_FLOAT][TILE];
+  UNROLL for (int m = 0; m < M; m++) storef(f[m], allf(0)), storef(f[m] + 16, allf(0));
   for (int column = 0; column < columns;) {
-    vf c[MOST][2];
+    vf c[MOST_FLOAT][2];
     UNROLL for (int m = 0; m < M; m++) c[m][0] = c[m][1] = allf(0);
     const int end = column + FLOAT_BLOCK < columns ? column + FLOAT_BLOCK : columns;
     for (; column < end; column++, w += 2 * SIZE) {
@@ -99,9 +104,9 @@ INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int column
         c[m][0] = fma(w0, a, c[m][0]), c[m][1] = fma(w1, a, c[m][1]);
       }
     }
-    UNROLL for (int m = 0; m < M; m++) f[m][0] += c[m][0], f[m][1] += c[m][1];
+    UNROLL for (int m = 0; m < M; m++) storef(f[m], loadf(f[m]) + c[m][0]), storef(f[m] + 16, loadf(f[m] + 16) + c[m][1]);
   }
-  UNROLL for (int m = 0; m < M; m++) storef(out + m * out_stride, f[m][0]), storef(out + m * out_stride + 16, f[m][1]);
+  UNROLL for (int m = 0; m < M; m++) storef(out + m * out_stride, loadf(f[m])), storef(out + m * out_stride + 16, loadf(f[m] + 16));
 }
 
 // The kernels below compute one tile for M rows; run_integer and run_float compute tiles first .. last - 1 for all rows.
@@ -111,9 +116,15 @@ INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int column
       int group, const digits_of_rows *x, float *out, int64_t out_stride) {                                       \
     integer_tile(M, D, B, H, w, columns, block, group, *x, out, out_stride);                                      \
   }
-#define INTEGERS(B, H) INTEGER(1, 1, B, H) INTEGER(2, 1, B, H) INTEGER(4, 1, B, H) INTEGER(6, 1, B, H) \
-                       INTEGER(1, 3, B, H) INTEGER(2, 3, B, H)
+#define INTEGERS(B, H) INTEGER(1, 1, B, H) INTEGER(2, 1, B, H) INTEGER(1, 3, B, H) INTEGER(2, 3, B, H)
 INTEGERS(4, 0) INTEGERS(4, 1) INTEGERS(8, 0) INTEGERS(8, 1)
+#if defined(__AVX512F__)
+INTEGER(4, 1, 4, 0) INTEGER(4, 1, 4, 1) INTEGER(4, 1, 8, 0) INTEGER(4, 1, 8, 1)
+INTEGER(6, 1, 4, 0) INTEGER(6, 1, 4, 1) INTEGER(6, 1, 8, 0) INTEGER(6, 1, 8, 1)
+#define MANY(B, H) integer_4_1_##B##_##H, integer_6_1_##B##_##H
+#else
+#define MANY(B, H) 0, 0
+#endif
 typedef void (*integer_kernel)(const uint8_t *, int, int, int, const digits_of_rows *, float *, int64_t);
 typedef void (*amx_kernel)(const uint8_t *, int, int, int, const digits_of_rows *, int, float *, int64_t);
 #include "amx.c"
@@ -165,15 +176,15 @@ INLINE void run_amx(const instruction *i, int first, int last, int rows, amx_ker
 
 static void linear_int(const instruction *i, int first, int last, int rows) {
   const int bits = i->n[2], digits = i->n[5], half = i->n[6];
-#define CASE(D, B, H, FOUR, SIX)                                                                                      \
-  if (digits == D && bits == B && half == H) {                                                                        \
-    RUN_AMX(D, B, H)                                                                                                  \
-    return run_integer(i, first, last, rows, integer_1_##D##_##B##_##H, integer_2_##D##_##B##_##H, FOUR, SIX);        \
+#define CASE(D, B, H, ...)                                                                                     \
+  if (digits == D && bits == B && half == H) {                                                                 \
+    RUN_AMX(D, B, H)                                                                                           \
+    return run_integer(i, first, last, rows, integer_1_##D##_##B##_##H, integer_2_##D##_##B##_##H, __VA_ARGS__); \
   }
-  CASE(1, 4, 0, integer_4_1_4_0, integer_6_1_4_0)
-  CASE(1, 4, 1, integer_4_1_4_1, integer_6_1_4_1)
-  CASE(1, 8, 0, integer_4_1_8_0, integer_6_1_8_0)
-  CASE(1, 8, 1, integer_4_1_8_1, integer_6_1_8_1)
+  CASE(1, 4, 0, MANY(4, 0))
+  CASE(1, 4, 1, MANY(4, 1))
+  CASE(1, 8, 0, MANY(8, 0))
+  CASE(1, 8, 1, MANY(8, 1))
   CASE(3, 4, 0, 0, 0)
   CASE(3, 4, 1, 0, 0)
   CASE(3, 8, 0, 0, 0)
@@ -190,10 +201,16 @@ INLINE void run_float(const int KIND, const instruction *i, int first, int last,
       const float *x = i->a + r * i->a_stride;
       float *out = i->out + r * i->out_stride + t * TILE;
       const int left = rows - r;
-      if (left >= 6) float_tile(6, KIND, w, columns, x, i->a_stride, out, i->out_stride), r += 6;
-      else if (left >= 4) float_tile(4, KIND, w, columns, x, i->a_stride, out, i->out_stride), r += 4;
-      else if (left >= 2) float_tile(2, KIND, w, columns, x, i->a_stride, out, i->out_stride), r += 2;
-      else float_tile(1, KIND, w, columns, x, i->a_stride, out, i->out_stride), r += 1;
+#define ROWS(M) float_tile(M, KIND, w, columns, x, i->a_stride, out, i->out_stride), r += M
+#if defined(__AVX512F__)
+      if (left >= 12) ROWS(12);
+      else if (left >= 8) ROWS(8);
+      else if (left >= 4) ROWS(4);
+      else
+#endif
+      if (left >= 2) ROWS(2);
+      else ROWS(1);
+#undef ROWS
     }
   }
 }
