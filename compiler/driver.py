@@ -363,12 +363,12 @@ def verify(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Cloc
     if not plan.request.verify:
         return Verification(status="skipped", reason="switched off with --no-verify")
     from llmc.compiler.checkpoint.tokenizer import TOKENIZER_FILE
-    from llmc.compiler.verify.prove import prove
+    from llmc.compiler.verify.verify_build import verify_build
 
     target = targets.target(plan.request.target)
-    files = target.proof(plan.resolved, plan.target.engine, inputs.model, work)
+    files = target.verification_files(plan.resolved, plan.target.engine, inputs.model, work)
     tokenizer = work.path(TOKENIZER_FILE) if inputs.tokenizer else None
-    record = prove(plan, files, inputs.matrices, work, tokenizer, clock.progress)
+    record = verify_build(plan, files, inputs.matrices, work, tokenizer, clock.progress)
     for file in files.scratch:
         work.discard(file)
     return record

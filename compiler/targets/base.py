@@ -52,7 +52,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class ProofFiles:
+class VerificationFiles:
     """The graphs that the verification runs, as files of the unfinished bundle."""
 
     #: The engine itself, or the graph that stands in for it.
@@ -113,7 +113,9 @@ class Target(Protocol):
         """Raise BuildError if this machine lacks the memory that `build` needs."""
         ...
 
-    def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
+    def verification_files(
+        self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter
+    ) -> VerificationFiles:
         """Write the graphs that the verification runs. `work` has the graph (GRAPH_FILE) and the weights."""
         ...
 

@@ -15,7 +15,7 @@ from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Clock
 from llmc.compiler.request import BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
-from llmc.compiler.targets.base import GRAPH_FILE, Artifact, ProofFiles, Resolved, Sizes
+from llmc.compiler.targets.base import GRAPH_FILE, Artifact, Resolved, Sizes, VerificationFiles
 from llmc.compiler.targets.native.lower import lower
 from llmc.compiler.targets.native.pack import PACKED_FILE, write_packed
 from llmc.compiler.weights.narrow import narrow_plan
@@ -89,10 +89,12 @@ class CpuTarget:
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:
         del sizes, clock
 
-    def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
+    def verification_files(
+        self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter
+    ) -> VerificationFiles:
         if engine == "native":
             _write_program(model, work)
-            return ProofFiles(PROGRAM_FILE, engine)
+            return VerificationFiles(PROGRAM_FILE, engine)
         graph, quantizing = GRAPH_FILE, ""
         if rounded_to(model):
             exact = model.clone()
@@ -101,12 +103,12 @@ class CpuTarget:
             graph, quantizing = _EXACT_FILE, GRAPH_FILE
         kv_graph = graph if resolved.kv_dtype != resolved.dtype else ""
         scratch = (graph,) if quantizing else ()
-        return ProofFiles(graph, engine, "", kv_graph, quantizing, scratch)
+        return VerificationFiles(graph, engine, "", kv_graph, quantizing, scratch)
 
     def build(
         self, resolved: Resolved, engine: str, model: ir.Model, sizes: Sizes, work: BundleWriter, clock: Clock
     ) -> Artifact:
-        """See `Target`. Writes the native engine's program, unless `proof` did. Others are complete."""
+        """See `Target`. Writes the native program, unless the verification did. Others are complete."""
         del resolved, sizes, clock
         if engine != "native":
             return Artifact(GRAPH_FILE, (WEIGHTS_FILE,), _WEIGHTS_NOTE[engine])

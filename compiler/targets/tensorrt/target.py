@@ -20,7 +20,7 @@ from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Clock, Progress
 from llmc.compiler.request import BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
-from llmc.compiler.targets.base import GRAPH_FILE, Artifact, ProofFiles, Resolved, Sizes
+from llmc.compiler.targets.base import GRAPH_FILE, Artifact, Resolved, Sizes, VerificationFiles
 from llmc.compiler.targets.tensorrt import build as tensorrt_build
 from llmc.compiler.targets.tensorrt import kernels
 from llmc.compiler.targets.tensorrt.build import EngineJob, EngineLimits
@@ -122,7 +122,9 @@ class TensorRTTarget:
                 "build on a larger machine: the bundle does not have to run there",
             )
 
-    def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
+    def verification_files(
+        self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter
+    ) -> VerificationFiles:
         """See `Target`. The loss of a quantized cache is measured separately, with a graph of its own."""
         del engine
         scratch = [ORACLE_FILE]
@@ -133,7 +135,7 @@ class TensorRTTarget:
             rounded = oracle_graph(model, resolved.dtype, round_cache=True)
             work.path(KV_ORACLE_FILE).write_bytes(serialize(rounded))
         kv_graph = KV_ORACLE_FILE if len(scratch) > 1 else ""
-        return ProofFiles(ORACLE_FILE, "onnxruntime", _STAND_IN, kv_graph, scratch=tuple(scratch))
+        return VerificationFiles(ORACLE_FILE, "onnxruntime", _STAND_IN, kv_graph, scratch=tuple(scratch))
 
     def build(
         self, resolved: Resolved, engine: str, model: ir.Model, sizes: Sizes, work: BundleWriter, clock: Clock

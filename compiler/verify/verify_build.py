@@ -16,7 +16,7 @@ from llmc.compiler.checkpoint.safetensors import read_header
 from llmc.compiler.child_process import Child
 from llmc.compiler.plan import BuildPlan
 from llmc.compiler.progress import Progress
-from llmc.compiler.targets.base import ProofFiles
+from llmc.compiler.targets.base import VerificationFiles
 from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
 from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
 from llmc.compiler.weights.write import WEIGHTS_FILE
@@ -29,9 +29,9 @@ MAX_RMS_RATIO = 1.5  # bound of Findings.rms_ratio; 0.9 to 1.0 were measured
 MAX_ACTIVATION_RATIO = 0.5  # bound of Findings.activation_ratio; some values round to a neighbouring code
 
 
-def prove(
+def verify_build(
     plan: BuildPlan,
-    files: ProofFiles,
+    files: VerificationFiles,
     matrices: Sequence[QuantizedMatrix],
     work: BundleWriter,
     tokenizer: Path | None,
@@ -152,7 +152,7 @@ def _round_up(error: float) -> float:
 def compare_in_child(job: Job, progress: Progress) -> Findings:
     """Run the comparison in a child process. Raises BuildError if the process fails."""
     child = Child("llmc.compiler.verify.child", "verification", "--no-verify builds without verification")
-    fields = child.run({"prove": job.to_json()}, progress)
+    fields = child.run({"build": job.to_json()}, progress)
     return Findings(**fields)
 
 
