@@ -114,13 +114,19 @@ class Target(Protocol):
         ...
 
     def verification_files(
-        self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter
+        self, resolved: Resolved, engine: str, model: ir.Model, writer: BundleWriter
     ) -> VerificationFiles:
-        """Write the graphs that the verification runs. `work` has the graph (GRAPH_FILE) and the weights."""
+        """Write the graphs that the verification runs. `writer` has GRAPH_FILE and the weights already."""
         ...
 
     def build(
-        self, resolved: Resolved, engine: str, model: ir.Model, sizes: Sizes, work: BundleWriter, clock: Clock
+        self,
+        resolved: Resolved,
+        engine: str,
+        model: ir.Model,
+        sizes: Sizes,
+        writer: BundleWriter,
+        clock: Clock,
     ) -> Artifact:
-        """Build the engine in `work`. Raises BuildError, and UnsupportedError for an unsupported model."""
+        """Build the engine in `writer`. Raises BuildError, and UnsupportedError for an unsupported model."""
         ...

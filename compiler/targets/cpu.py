@@ -90,32 +90,38 @@ class CpuTarget:
         del sizes, clock
 
     def verification_files(
-        self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter
+        self, resolved: Resolved, engine: str, model: ir.Model, writer: BundleWriter
     ) -> VerificationFiles:
         if engine == "native":
-            _write_program(model, work)
+            _write_program(model, writer)
             return VerificationFiles(PROGRAM_FILE, engine)
         graph, quantizing = GRAPH_FILE, ""
         if rounded_to(model):
             exact = model.clone()
             contract.run(exact, pipeline.exact_activations())
-            work.path(_EXACT_FILE).write_bytes(serialize(exact))
+            writer.path(_EXACT_FILE).write_bytes(serialize(exact))
             graph, quantizing = _EXACT_FILE, GRAPH_FILE
         kv_graph = graph if resolved.kv_dtype != resolved.dtype else ""
         scratch = (graph,) if quantizing else ()
         return VerificationFiles(graph, engine, "", kv_graph, quantizing, scratch)
 
     def build(
-        self, resolved: Resolved, engine: str, model: ir.Model, sizes: Sizes, work: BundleWriter, clock: Clock
+        self,
+        resolved: Resolved,
+        engine: str,
+        model: ir.Model,
+        sizes: Sizes,
+        writer: BundleWriter,
+        clock: Clock,
     ) -> Artifact:
         """See `Target`. Writes the native program, unless the verification did. Others are complete."""
         del resolved, sizes, clock
         if engine != "native":
             return Artifact(GRAPH_FILE, (WEIGHTS_FILE,), _WEIGHTS_NOTE[engine])
-        if not work.path(PROGRAM_FILE).exists():
-            _write_program(model, work)
+        if not writer.path(PROGRAM_FILE).exists():
+            _write_program(model, writer)
         for file in (GRAPH_FILE, WEIGHTS_FILE):
-            work.discard(file)
+            writer.discard(file)
         return Artifact(PROGRAM_FILE, (PACKED_FILE,), _WEIGHTS_NOTE[engine])
 
 
@@ -134,10 +140,10 @@ def native_engine(resolved: Resolved, model: ir.Model) -> EngineTarget:
     return EngineTarget("cpu", "native", "--engine named it", {})
 
 
-def _write_program(model: ir.Model, work: BundleWriter) -> None:
+def _write_program(model: ir.Model, writer: BundleWriter) -> None:
     lowered = lower(model)
-    work.path(PROGRAM_FILE).write_bytes(lowered.program.to_json())
-    write_packed(lowered, work, lambda done: None)
+    writer.path(PROGRAM_FILE).write_bytes(lowered.program.to_json())
+    write_packed(lowered, writer, lambda done: None)
 
 
 def choose_engine(model: ir.Model) -> EngineTarget:

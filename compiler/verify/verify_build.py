@@ -33,14 +33,14 @@ def verify_build(
     plan: BuildPlan,
     files: VerificationFiles,
     matrices: Sequence[QuantizedMatrix],
-    work: BundleWriter,
+    writer: BundleWriter,
     tokenizer: Path | None,
     progress: Progress,
 ) -> Verification:
     """Compare the engine that `files` describe with the checkpoint, and return the record for the manifest.
 
     matrices: the quantized matrices of the graph
-    work: the bundle, which has the graphs and the weights
+    writer: the bundle, which has the graphs and the weights
     tokenizer: the bundle's tokenizer.json, if it has one
 
     Raises VerificationError and BuildError as `run` does.
@@ -48,7 +48,7 @@ def verify_build(
     geometry, resolved = plan.geometry, plan.resolved
     job = Job(
         checkpoint=str(plan.checkpoint.path),
-        engine=str(work.path(files.graph)),
+        engine=str(writer.path(files.graph)),
         backend=files.backend,
         max_seq_len=plan.sizes.max_seq_len,
         vocab_size=geometry.vocab_size,
@@ -58,11 +58,11 @@ def verify_build(
         tokenizer=str(tokenizer or ""),
         dtype=resolved.dtype,
         compared=files.stand_in,
-        quantized=engine_weights(plan, matrices, work.path(WEIGHTS_FILE)),
+        quantized=engine_weights(plan, matrices, writer.path(WEIGHTS_FILE)),
         reference_weights="dequantized" if plan.checkpoint.prequantized else "checkpoint",
-        kv_engine=str(work.path(files.kv_graph)) if files.kv_graph else "",
+        kv_engine=str(writer.path(files.kv_graph)) if files.kv_graph else "",
         kv_dtype=resolved.kv_dtype if files.kv_graph else "",
-        quantizing_engine=str(work.path(files.quantizing_graph)) if files.quantizing_graph else "",
+        quantizing_engine=str(writer.path(files.quantizing_graph)) if files.quantizing_graph else "",
     )
     return run(job, progress)
 
