@@ -21,6 +21,7 @@ from llmc.cli.text import size, table
 if TYPE_CHECKING:
     from llmc.runtime.bundle.manifest import Manifest, Sampling
     from llmc.runtime.bundle.reader import Bundle
+    from llmc.runtime.native.program import Program
 
 
 def inspect(
@@ -44,12 +45,18 @@ def inspect(
 
     from llmc.runtime.backends.kv_cache import block_bytes
     from llmc.runtime.bundle.reader import Bundle
+    from llmc.runtime.bundle.strict_json import plain
+    from llmc.runtime.native.program import describe
 
     opened = Bundle.open(bundle, verify_hashes=False)
     if verify:
         opened.verify()
     if program:
-        print_program(opened)
+        instructions = program_of(opened).instructions
+        if as_json:
+            print_json({"path": str(opened.path), "instructions": plain(instructions)})
+        else:
+            print("\n".join(f"{number:5}  {describe(one)}" for number, one in enumerate(instructions)))
         return
     manifest = opened.manifest
     geometry, source, tokens = manifest.geometry, manifest.source, manifest.tokens
@@ -139,19 +146,17 @@ def describe_sampling(sampling: Sampling | None) -> str:
     return f"{', '.join(facts)} (generation_config.json; `llmc run --greedy` ignores it)"
 
 
-def print_program(bundle: Bundle) -> None:
-    """Print a native engine's program, one instruction per line. Raises RequestError for other engines."""
+def program_of(bundle: Bundle) -> Program:
+    """Return the native engine's program. Raises RequestError for the bundle of another engine."""
     from llmc.runtime.errors import RequestError
-    from llmc.runtime.native.program import Program, describe
+    from llmc.runtime.native.program import Program
 
     if bundle.manifest.target.engine != "native":
         raise RequestError(
             f"{bundle.name} has no program: its engine is {bundle.manifest.target.engine}",
             "build it with --engine native",
         )
-    program = Program.from_json(bundle.engine_path().read_bytes())
-    for number, instruction in enumerate(program.instructions):
-        print(f"{number:5}  {describe(instruction)}")
+    return Program.from_json(bundle.engine_path().read_bytes())
 
 
 def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:

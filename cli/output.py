@@ -1,6 +1,7 @@
 """The output of commands: results on stdout, everything else on stderr, filtered by --log-level.
 
-With --json a command prints one JSON object (`llmc run`: one per prompt). All objects have these fields:
+With --json, which all commands but `llmc help` have, a command prints one JSON object (`llmc run`: one per
+prompt). All objects have these fields:
 
     schema_version  the version of the fields; new fields do not change it
     command         the command, such as "build" or "zoo list"

@@ -93,32 +93,32 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
     target = targets.target(request.target)
     if request.output.is_dir() and (existing := _existing(request, clock)) is not None:
         return existing
-    with BundleWriter(request.output, request.force) as work:
+    with BundleWriter(request.output, request.force) as writer:
         plan, inputs = plan_build(request, progress, clock)
         resolved, engine, model = plan.resolved, plan.target.engine, inputs.model
         if inputs.tokenizer is not None:
-            inputs.tokenizer.write(work)
-        produced = make_weights(plan, inputs, work, clock)
+            inputs.tokenizer.write(writer)
+        produced = make_weights(plan, inputs, writer, clock)
         with clock.phase("write weights"):
             total = plan.sizes.weight_bytes
             tensors = inputs.checkpoint.tensors
             write_weights(
-                model, tensors, work, lambda done: clock.progress.bar(done, total), produced.tensors
+                model, tensors, writer, lambda done: clock.progress.bar(done, total), produced.tensors
             )
-            step.discard(work)
+            step.discard(writer)
         with clock.phase("write graph"):
-            work.path(GRAPH_FILE).write_bytes(serialize(model))
+            writer.path(GRAPH_FILE).write_bytes(serialize(model))
         with clock.phase("hash the checkpoint"):
             files = inputs.checkpoint.file_hashes()
         target.check_machine(plan.sizes, clock)
         with clock.phase("verify"):
-            verification = verify(plan, inputs, work, clock)
-        artifact = target.build(resolved, engine, model, plan.sizes, work, clock)
+            verification = verify(plan, inputs, writer, clock)
+        artifact = target.build(resolved, engine, model, plan.sizes, writer, clock)
         with clock.phase("finish"):
             quantization = step.record(
                 plan.quantization, inputs.matrices, produced, request.calibration_method
             )
-            path = work.finish(
+            path = writer.finish(
                 manifest.manifest(
                     plan,
                     inputs.checkpoint,
@@ -329,7 +329,7 @@ def _quantization_plan(request: BuildRequest, opened: _OpenedInputs, model: ir.M
     return None
 
 
-def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Clock) -> Produced:
+def make_weights(plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Clock) -> Produced:
     """Write the codes and scales of the quantized matrices to scratch files. Set the KV cache's scales."""
     from llmc.compiler.quantize import step
     from llmc.compiler.quantize.produce import Produced
@@ -337,14 +337,14 @@ def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock
 
     if not inputs.matrices and inputs.calibration is None and inputs.prequantized is None:
         return Produced()
-    maker = _maker(plan, inputs, work, clock)
+    maker = _maker(plan, inputs, writer, clock)
     with clock.phase("copy the quantized weights" if inputs.prequantized else "quantize the weights"):
         produced = step.make_weights(
             maker,
             inputs.matrices,
             plan.resolved.dtype,
             plan.request.calibration_method,
-            work,
+            writer,
             lambda done: clock.progress.bar(done, len(inputs.matrices)),
         )
     if quantized_cache(plan.request):
@@ -355,7 +355,7 @@ def make_weights(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock
     return produced
 
 
-def verify(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Clock) -> Verification:
+def verify(plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Clock) -> Verification:
     """Compare the engine, or the graph that stands in for it, with the checkpoint.
 
     Returns the record for the manifest. Raises VerificationError if they differ.
@@ -363,18 +363,18 @@ def verify(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Cloc
     if not plan.request.verify:
         return Verification(status="skipped", reason="switched off with --no-verify")
     from llmc.compiler.checkpoint.tokenizer import TOKENIZER_FILE
-    from llmc.compiler.verify.prove import prove
+    from llmc.compiler.verify.verify_build import verify_build
 
     target = targets.target(plan.request.target)
-    files = target.proof(plan.resolved, plan.target.engine, inputs.model, work)
-    tokenizer = work.path(TOKENIZER_FILE) if inputs.tokenizer else None
-    record = prove(plan, files, inputs.matrices, work, tokenizer, clock.progress)
+    files = target.verification_files(plan.resolved, plan.target.engine, inputs.model, writer)
+    tokenizer = writer.path(TOKENIZER_FILE) if inputs.tokenizer else None
+    record = verify_build(plan, files, inputs.matrices, writer, tokenizer, clock.progress)
     for file in files.scratch:
-        work.discard(file)
+        writer.discard(file)
     return record
 
 
-def _maker(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Clock) -> Maker:
+def _maker(plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Clock) -> Maker:
     from llmc.compiler.quantize import step
 
     if inputs.prequantized:
@@ -391,7 +391,7 @@ def _maker(plan: BuildPlan, inputs: BuildInputs, work: BundleWriter, clock: Cloc
         graph = inputs.unquantized()
     checkpoint, default_text = inputs.checkpoint, plan.request.calibration is None
     vocabulary = plan.geometry.vocab_size
-    tokenizer = work.path(TOKENIZER_FILE) if inputs.tokenizer else None
+    tokenizer = writer.path(TOKENIZER_FILE) if inputs.tokenizer else None
     length = plan.sizes.max_seq_len
     ids = calibration_windows(text, tokenizer, vocabulary, length, all_parts=not default_text)
     source = Source.of(text if tokenizer else "", ids, checkpoint.config)

@@ -52,7 +52,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class ProofFiles:
+class VerificationFiles:
     """The graphs that the verification runs, as files of the unfinished bundle."""
 
     #: The engine itself, or the graph that stands in for it.
@@ -113,12 +113,20 @@ class Target(Protocol):
         """Raise BuildError if this machine lacks the memory that `build` needs."""
         ...
 
-    def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
-        """Write the graphs that the verification runs. `work` has the graph (GRAPH_FILE) and the weights."""
+    def verification_files(
+        self, resolved: Resolved, engine: str, model: ir.Model, writer: BundleWriter
+    ) -> VerificationFiles:
+        """Write the graphs that the verification runs. `writer` has GRAPH_FILE and the weights already."""
         ...
 
     def build(
-        self, resolved: Resolved, engine: str, model: ir.Model, sizes: Sizes, work: BundleWriter, clock: Clock
+        self,
+        resolved: Resolved,
+        engine: str,
+        model: ir.Model,
+        sizes: Sizes,
+        writer: BundleWriter,
+        clock: Clock,
     ) -> Artifact:
-        """Build the engine in `work`. Raises BuildError, and UnsupportedError for an unsupported model."""
+        """Build the engine in `writer`. Raises BuildError, and UnsupportedError for an unsupported model."""
         ...

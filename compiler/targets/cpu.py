@@ -15,7 +15,7 @@ from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Clock
 from llmc.compiler.request import BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
-from llmc.compiler.targets.base import GRAPH_FILE, Artifact, ProofFiles, Resolved, Sizes
+from llmc.compiler.targets.base import GRAPH_FILE, Artifact, Resolved, Sizes, VerificationFiles
 from llmc.compiler.targets.native.lower import lower
 from llmc.compiler.targets.native.pack import PACKED_FILE, write_packed
 from llmc.compiler.weights.narrow import narrow_plan
@@ -89,31 +89,39 @@ class CpuTarget:
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:
         del sizes, clock
 
-    def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
+    def verification_files(
+        self, resolved: Resolved, engine: str, model: ir.Model, writer: BundleWriter
+    ) -> VerificationFiles:
         if engine == "native":
-            _write_program(model, work)
-            return ProofFiles(PROGRAM_FILE, engine)
+            _write_program(model, writer)
+            return VerificationFiles(PROGRAM_FILE, engine)
         graph, quantizing = GRAPH_FILE, ""
         if rounded_to(model):
             exact = model.clone()
             contract.run(exact, pipeline.exact_activations())
-            work.path(_EXACT_FILE).write_bytes(serialize(exact))
+            writer.path(_EXACT_FILE).write_bytes(serialize(exact))
             graph, quantizing = _EXACT_FILE, GRAPH_FILE
         kv_graph = graph if resolved.kv_dtype != resolved.dtype else ""
         scratch = (graph,) if quantizing else ()
-        return ProofFiles(graph, engine, "", kv_graph, quantizing, scratch)
+        return VerificationFiles(graph, engine, "", kv_graph, quantizing, scratch)
 
     def build(
-        self, resolved: Resolved, engine: str, model: ir.Model, sizes: Sizes, work: BundleWriter, clock: Clock
+        self,
+        resolved: Resolved,
+        engine: str,
+        model: ir.Model,
+        sizes: Sizes,
+        writer: BundleWriter,
+        clock: Clock,
     ) -> Artifact:
-        """See `Target`. Writes the native engine's program, unless `proof` did. Others are complete."""
+        """See `Target`. Writes the native program, unless the verification did. Others are complete."""
         del resolved, sizes, clock
         if engine != "native":
             return Artifact(GRAPH_FILE, (WEIGHTS_FILE,), _WEIGHTS_NOTE[engine])
-        if not work.path(PROGRAM_FILE).exists():
-            _write_program(model, work)
+        if not writer.path(PROGRAM_FILE).exists():
+            _write_program(model, writer)
         for file in (GRAPH_FILE, WEIGHTS_FILE):
-            work.discard(file)
+            writer.discard(file)
         return Artifact(PROGRAM_FILE, (PACKED_FILE,), _WEIGHTS_NOTE[engine])
 
 
@@ -132,10 +140,10 @@ def native_engine(resolved: Resolved, model: ir.Model) -> EngineTarget:
     return EngineTarget("cpu", "native", "--engine named it", {})
 
 
-def _write_program(model: ir.Model, work: BundleWriter) -> None:
+def _write_program(model: ir.Model, writer: BundleWriter) -> None:
     lowered = lower(model)
-    work.path(PROGRAM_FILE).write_bytes(lowered.program.to_json())
-    write_packed(lowered, work, lambda done: None)
+    writer.path(PROGRAM_FILE).write_bytes(lowered.program.to_json())
+    write_packed(lowered, writer, lambda done: None)
 
 
 def choose_engine(model: ir.Model) -> EngineTarget:

@@ -1,1 +1,1 @@
-"""Compare an engine with its checkpoint. A build starts at prove.py, `llmc verify` at judge.py."""
+"""Compare an engine with its checkpoint. A build starts at verify_build.py, `llmc verify` at judge.py."""

@@ -1,6 +1,6 @@
 """The verification process of `llmc build` and `llmc verify`: compares an engine with its checkpoint.
 
-The task is {"prove": Job} from a build, or {"measure": Question} from `llmc verify`.
+The task is {"build": Job} from a build, or {"measure": Question} from `llmc verify`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from llmc.compiler.child_process import Messages, serve
 
 def handle(task: dict[str, Any], messages: Messages) -> dict[str, Any]:
     """Carry out the task and return its result. Heavy libraries are imported only here."""
-    if "prove" in task:
+    if "build" in task:
         from llmc.compiler.verify.compare import STEPS, compare
         from llmc.compiler.verify.job import Job
 
-        return asdict(compare(Job.from_json(task["prove"]), lambda done: messages.bar(done, STEPS)))
+        return asdict(compare(Job.from_json(task["build"]), lambda done: messages.bar(done, STEPS)))
     from llmc.compiler.verify.job import Question
     from llmc.compiler.verify.measure import measure
 

@@ -17,8 +17,8 @@ from llmc.compiler.verify.difference import Difference, scaled
 from llmc.compiler.verify.engine_logits import blocks_for, in_chunks, ragged
 from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
 from llmc.compiler.verify.kv_cache_loss import kv_cache_loss, load_quantized
-from llmc.compiler.verify.proof_texts import TEXTS
 from llmc.compiler.verify.reference import Reference
+from llmc.compiler.verify.verification_texts import TEXTS
 from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.engine import Engine

@@ -13,10 +13,10 @@ import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NoReturn
 
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE, QUANTIZED_CACHES
-from llmc.runtime.bundle.strict_json import DAMAGED, bad, decode, no_constants, plain, shown, unique_keys
+from llmc.runtime.bundle.strict_json import DAMAGED, decode, no_constants, plain, shown, unique_keys
 from llmc.runtime.errors import BundleError
 from llmc.runtime.installation import upgrade_hint
 
@@ -346,15 +346,15 @@ class Manifest:
             raise BundleError(f"{MANIFEST_NAME}: nested too deeply", DAMAGED) from error
         _refuse_newer(tree)
         seal = tree.pop(SEAL, None) if isinstance(tree, dict) else None
-        manifest = typing.cast("Manifest", decode(Manifest, _with_later_fields(tree), ""))
+        manifest = typing.cast("Manifest", decode(Manifest, _with_later_fields(tree), MANIFEST_NAME))
         _check_consistent(manifest)
         if seal is None or _sealed(tree) != data:
-            bad(SEAL, "does not fit the rest: the manifest was edited or damaged")
+            _bad(SEAL, "does not fit the rest: the manifest was edited or damaged")
         return manifest
 
     def to_json(self) -> bytes:
         """Return the canonical JSON of the manifest: sorted keys, indent 1, ASCII, a newline at the end."""
-        manifest = typing.cast("Manifest", decode(Manifest, plain(self), ""))
+        manifest = typing.cast("Manifest", decode(Manifest, plain(self), MANIFEST_NAME))
         _check_consistent(manifest)
         tree = plain(manifest)
         for name in _later_fields(manifest.format_version):
@@ -363,6 +363,11 @@ class Manifest:
         if len(data) > MAX_MANIFEST_BYTES:
             raise BundleError(f"{MANIFEST_NAME}: more than {MAX_MANIFEST_BYTES} bytes")
         return data
+
+
+def _bad(path: str, complaint: str) -> NoReturn:
+    """Raise BundleError for the field at `path`."""
+    raise BundleError(f"{MANIFEST_NAME}: {path}: {complaint}", DAMAGED)
 
 
 def _sealed(tree: dict[str, Any]) -> bytes:
@@ -394,7 +399,7 @@ def _with_later_fields(tree: Any) -> Any:
     later = _later_fields(version if type(version) is int else 1)
     for name in later:
         if name in tree:
-            bad(name, "unknown field in this bundle format")
+            _bad(name, "unknown field in this bundle format")
     return {**tree, **dict.fromkeys(later)}
 
 
@@ -417,44 +422,44 @@ def _check_consistent(manifest: Manifest) -> None:
     """Check the rules that involve more than one field."""
     geometry, verification, weights = manifest.geometry, manifest.verification, manifest.weights
     if len(geometry.layers) != geometry.num_layers:
-        bad("geometry.layers", f"has {len(geometry.layers)} layers, num_layers is {geometry.num_layers}")
+        _bad("geometry.layers", f"has {len(geometry.layers)} layers, num_layers is {geometry.num_layers}")
     for i, layer in enumerate(geometry.layers):
         if (layer.kind == "sliding") != (layer.window > 0):
-            bad(f"geometry.layers[{i}].window", f"{layer.window} does not fit a {layer.kind} layer")
+            _bad(f"geometry.layers[{i}].window", f"{layer.window} does not fit a {layer.kind} layer")
     needs_gpu = {"cpu": False, "tensorrt": True, "tensorrt-rtx": True}.get(manifest.target.name)
     if needs_gpu is not None and needs_gpu != (manifest.gpu is not None):
-        bad("gpu", f"{'missing' if manifest.gpu is None else 'given'} for the target {manifest.target.name}")
+        _bad("gpu", f"{'missing' if manifest.gpu is None else 'given'} for the target {manifest.target.name}")
     oldest = oldest_format(**{name: getattr(manifest, name) for name in _ADDED_IN})
     if manifest.format_version != oldest:
-        bad("format_version", f"{manifest.format_version} does not fit: the fields in use need {oldest}")
+        _bad("format_version", f"{manifest.format_version} does not fit: the fields in use need {oldest}")
     kv_dtype, engine = manifest.precision.kv_dtype, manifest.target.engine
     if kv_dtype not in _KV_CACHES:
         raise BundleError(f"the bundle has a KV cache of {kv_dtype}, which this llmc lacks", upgrade_hint())
     if (kv_dtype in QUANTIZED_CACHES and manifest.gpu is None) or (kv_dtype == "u8" and engine != "openvino"):
-        bad("precision.kv_dtype", f"{kv_dtype} is no KV cache of {engine}")
+        _bad("precision.kv_dtype", f"{kv_dtype} is no KV cache of {engine}")
     if len({operator.name for operator in manifest.operators}) != len(manifest.operators):
-        bad("operators", "an operator is listed twice")
+        _bad("operators", "an operator is listed twice")
     if [engine.rank for engine in manifest.engines] != list(range(manifest.parallel.world_size)):
-        bad("engines", f"must list ranks 0 to {manifest.parallel.world_size - 1} in order")
+        _bad("engines", f"must list ranks 0 to {manifest.parallel.world_size - 1} in order")
     if verification.status == "skipped" and not verification.reason:
-        bad("verification.reason", "a skipped verification must say why")
+        _bad("verification.reason", "a skipped verification must say why")
     for name in ("reference", "max_logit_error", "tolerance", "tokens_compared"):
         if verification.status == "passed" and getattr(verification, name) is None:
-            bad(f"verification.{name}", "a passed verification must state it")
+            _bad(f"verification.{name}", "a passed verification must state it")
     if verification.status == "passed" and verification.max_logit_error > verification.tolerance:  # type: ignore[operator]
-        bad("verification", "passed, but max_logit_error is above the tolerance")
+        _bad("verification", "passed, but max_logit_error is above the tolerance")
     kernels = manifest.gpu.kernels if manifest.gpu else ()
     referenced = [engine.file for engine in manifest.engines] + [kernel.file for kernel in kernels]
     for path in [*referenced, *weights.files]:
         if path not in manifest.files:
-            bad("files", f"{path!r} is not listed")
+            _bad("files", f"{path!r} is not listed")
     if len(set(weights.files)) != len(weights.files):
-        bad("weights.files", "a file is listed twice")
+        _bad("weights.files", "a file is listed twice")
     if sum(manifest.files[path].bytes for path in weights.files) != weights.bytes:
-        bad("weights.bytes", "is not the sum of the sizes of weights.files")
+        _bad("weights.bytes", "is not the sum of the sizes of weights.files")
     seen = {MANIFEST_NAME: MANIFEST_NAME}
     for path in manifest.files:
         key = path.lower()  # paths are ASCII
         if key in seen:
-            bad("files", f"{seen[key]!r} and {path!r} are one file on some systems")
+            _bad("files", f"{seen[key]!r} and {path!r} are one file on some systems")
         seen[key] = path

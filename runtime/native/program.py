@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmc.runtime.bundle.strict_json import decode, no_constants, plain, unique_keys
+from llmc.runtime.bundle.strict_json import DAMAGED, decode, no_constants, plain, unique_keys
 from llmc.runtime.errors import BundleError
 
 PROGRAM_VERSION = 1
@@ -201,14 +201,14 @@ class Program:
     def from_json(data: bytes) -> Program:
         """Read and check a program. Raises BundleError, naming the field or the instruction."""
         if len(data) > MAX_PROGRAM_BYTES:
-            raise BundleError(f"the program is larger than {MAX_PROGRAM_BYTES} bytes")
+            raise BundleError(f"the program is larger than {MAX_PROGRAM_BYTES} bytes", DAMAGED)
         try:
             tree = json.loads(
                 data.decode("ascii"), object_pairs_hook=unique_keys, parse_constant=no_constants
             )
         except (ValueError, RecursionError) as error:
-            raise BundleError(f"the program is not JSON: {ascii(str(error))[1:-1]}") from error
-        program: Program = decode(Program, tree, "program")
+            raise BundleError(f"the program is not JSON: {ascii(str(error))[1:-1]}", DAMAGED) from error
+        program: Program = decode(Program, tree, "the program")
         check(program)
         return program
 
@@ -221,13 +221,13 @@ def check(program: Program) -> None:
     written: set[int] = set()
     for number, instruction in enumerate(program.instructions):
         for complaint in _complaints(program, instruction, written):
-            raise BundleError(f"instruction {number} ({instruction.op}) of the program {complaint}")
+            raise BundleError(f"instruction {number} ({instruction.op}) of the program {complaint}", DAMAGED)
         if instruction.out is not None:
             written.add(instruction.out)
     if program.logits not in written or program.buffers[program.logits].rows != "logits":
-        raise BundleError("the program writes no logits")
+        raise BundleError("the program writes no logits", DAMAGED)
     if program.buffers[program.logits].width != program.vocab_size:
-        raise BundleError("the program's logits are not as wide as its vocabulary")
+        raise BundleError("the program's logits are not as wide as its vocabulary", DAMAGED)
 
 
 def _complaints(program: Program, instruction: Instruction, written: set[int]) -> Iterator[str]:

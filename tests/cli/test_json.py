@@ -50,10 +50,11 @@ def test_every_command_prints_the_documented_fields(
     tiny, source = bundle("llama-tiny"), checkpoint("llama-tiny")
     built = tmp_path / "new.llmc"
     commands = {
-        "build": (source, "-o", built, "--no-verify"),
+        "build": (source, "-o", built, "--no-verify", "--engine", "native"),
         "build --dry-run": (source, "-o", built, "--dry-run"),
         "run": (tiny, "Once", "--max-tokens", 2),
         "inspect": (tiny,),
+        "inspect --program": (built, "--program"),
         "report": (tiny, "-o", tmp_path / "page.html"),
         "verify": (tiny,),
         "check": (source,),

@@ -19,7 +19,7 @@ from llmc.compiler.checkpoint.safetensors import read_header
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.progress import Silent
 from llmc.compiler.request import BuildRequest
-from llmc.compiler.verify import prove
+from llmc.compiler.verify import verify_build
 from llmc.compiler.verify.job import Findings, Job
 from llmc.compiler.zoo import list_zoo, make
 from llmc.runtime.bundle.reader import Bundle
@@ -159,14 +159,14 @@ def test_an_engine_with_other_weights_fails_verification(
 ) -> None:
     other = make("llama-tiny", tmp_path / "other", seed=1)
     with pytest.raises(VerificationError, match="does not reproduce the checkpoint"):
-        prove.run(job(other, bundle("llama-tiny")), Silent())
+        verify_build.run(job(other, bundle("llama-tiny")), Silent())
 
 
 def test_a_failed_verification_leaves_no_bundle(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = Findings(1.0, 1e-4, 0.5, 100, False, 48)
-    monkeypatch.setattr(prove, "compare_in_child", lambda job, progress: wrong)
+    monkeypatch.setattr(verify_build, "compare_in_child", lambda job, progress: wrong)
     with pytest.raises(VerificationError, match=r"max logit error 1\.00e\+00"):
         compile_model(BuildRequest(str(checkpoint("llama-tiny")), tmp_path / "x.llmc"))
     assert list(tmp_path.iterdir()) == []
@@ -175,9 +175,9 @@ def test_a_failed_verification_leaves_no_bundle(
 def test_a_model_too_large_to_verify_is_recorded_as_such(
     checkpoint: Callable[[str], Path], bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prove, "available_memory", lambda: 0)
+    monkeypatch.setattr(verify_build, "available_memory", lambda: 0)
     progress = Notes()
-    record = prove.run(job(checkpoint("llama-tiny"), bundle("llama-tiny")), progress)
+    record = verify_build.run(job(checkpoint("llama-tiny"), bundle("llama-tiny")), progress)
     assert record.status == "skipped"
     assert "memory" in str(record.reason)
     assert any("not verified" in note for note in progress.notes)
@@ -194,7 +194,7 @@ def test_a_killed_verification_process_is_a_message(
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(BuildError, match="verification process was killed by signal 9") as caught:
-        prove.run(job(checkpoint("llama-tiny"), bundle("llama-tiny")), Silent())
+        verify_build.run(job(checkpoint("llama-tiny"), bundle("llama-tiny")), Silent())
     assert "memory" in caught.value.hint
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llmc.compiler.checkpoint.recipe import known_families
 from llmc.compiler.driver import compile_model
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.zoo import list_zoo
@@ -121,6 +122,11 @@ def test_the_native_engine_equals_transformers(
 ) -> None:
     request = BuildRequest(str(checkpoint(name)), tmp_path / "x.llmc", engine="native", verify=False)
     check(reference(checkpoint(name)), backend_for(compile_model(request).path, "native"), 256)
+
+
+def test_every_recipe_is_tested_here() -> None:
+    tested = {entry.model_type for entry in list_zoo() if entry.name in FAMILIES} | set(OTHERS)
+    assert set(known_families()) <= tested
 
 
 def test_only_the_softcap_family_needs_onnx_runtime(bundle: Callable[[str], Path]) -> None:

@@ -21,7 +21,7 @@ from llmc.compiler.progress import Progress
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.tensorrt import build as tensorrt_build
 from llmc.compiler.trace import export
-from llmc.compiler.verify import prove
+from llmc.compiler.verify import verify_build
 from llmc.compiler.verify.compare import compare
 from llmc.compiler.verify.job import Findings, Job
 from llmc.passes.quantize.formats import FORMATS
@@ -52,7 +52,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
         return compare(Job.from_json(job.to_json()))
 
     monkeypatch.setattr(export, "trace", trace)
-    monkeypatch.setattr(prove, "compare_in_child", in_this_process)
+    monkeypatch.setattr(verify_build, "compare_in_child", in_this_process)
 
 
 def build(checkpoint: Path, output: Path, fmt: str, **options: Any) -> Manifest:

@@ -24,7 +24,7 @@ from llmc.compiler.quantize.gptq import gptq, hessian, output_error
 from llmc.compiler.quantize.make_plan import plan_weights
 from llmc.compiler.quantize.round_to_nearest import dequantize, quantize
 from llmc.compiler.texts import calibration_windows
-from llmc.compiler.verify.proof_texts import TEXTS
+from llmc.compiler.verify.verification_texts import TEXTS
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.quantize.formats import get_format
 from llmc.runtime.errors import BuildError, UnsupportedError

@@ -24,7 +24,7 @@ from llmc.compiler.checkpoint.context import choose_context
 from llmc.compiler.progress import Silent
 from llmc.compiler.targets.tensorrt.target import ORACLE_FILE
 from llmc.compiler.trace.export import trace
-from llmc.compiler.verify import prove
+from llmc.compiler.verify import verify_build
 from llmc.compiler.verify.compare import compare
 from llmc.compiler.verify.difference import Difference
 from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
@@ -111,7 +111,7 @@ def test_in_fp32_every_family_is_transformers(
     assert findings.top1_agreement == 1
     assert findings.max_logit_error <= 1e-4
     assert findings.greedy_equal
-    assert not prove.faults(findings, "fp32")
+    assert not verify_build.faults(findings, "fp32")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
@@ -120,7 +120,7 @@ def test_in_16_bits_every_family_is_as_exact_as_transformers(
     name: str, dtype: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     findings = compare(prepare(checkpoint(name), dtype, tmp_path))
-    assert not prove.faults(findings, dtype)
+    assert not verify_build.faults(findings, dtype)
     assert findings.rms_ratio is not None
     assert 0.8 < findings.rms_ratio < 1.1
     assert findings.greedy_equal is None
@@ -131,7 +131,7 @@ def test_in_16_bits_every_family_is_as_exact_as_transformers(
 @pytest.mark.parametrize("dtype", sampled(["bf16", "fp16", "fp32"], every=3))
 def test_the_trained_checkpoint(dtype: str, tmp_path: Path) -> None:
     findings = compare(prepare(TALES, dtype, tmp_path))
-    assert not prove.faults(findings, dtype)
+    assert not verify_build.faults(findings, dtype)
     if dtype == "fp32":
         return
     assert findings.positions == 400
@@ -159,7 +159,7 @@ def test_positions_beyond_the_rows_of_a_small_rotary_table(rope: str, tmp_path: 
     assert findings.positions > 600
     assert findings.top1_agreement == 1
     assert findings.greedy_equal
-    assert not prove.faults(findings, "fp32")
+    assert not verify_build.faults(findings, "fp32")
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_families_without_a_zoo_model_are_as_exact_too(family: str, tmp_path: Pa
     checkpoint = write_random(family, tmp_path)
     for dtype in ("fp16", "bf16"):
         findings = compare(prepare(checkpoint, dtype, tmp_path / dtype))
-        assert not prove.faults(findings, dtype), dtype
+        assert not verify_build.faults(findings, dtype), dtype
 
 
 # What it must not let through.
@@ -221,18 +221,18 @@ def test_a_wrong_graph_fails(
     tmp_path: Path,
 ) -> None:
     findings = compare(prepare(checkpoint(name), dtype, tmp_path, change))
-    assert prove.faults(findings, dtype)
+    assert verify_build.faults(findings, dtype)
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [("bf16", 1.05), ("fp16", 1.01)])
 def test_a_slightly_wrong_scale_of_attention_fails(dtype: str, factor: float, tmp_path: Path) -> None:
-    assert prove.faults(compare(prepare(TALES, dtype, tmp_path, scaled_attention(factor))), dtype)
+    assert verify_build.faults(compare(prepare(TALES, dtype, tmp_path, scaled_attention(factor))), dtype)
 
 
 def test_a_coarser_rounding_fails(tmp_path: Path) -> None:
     coarse = prepare(TALES, "bf16", tmp_path)
     findings = compare(replace(coarse, dtype="fp16"))
-    assert prove.faults(findings, "fp16")
+    assert verify_build.faults(findings, "fp16")
     assert findings.rms_ratio is not None
     assert 6 < findings.rms_ratio < 10  # three bits
 
@@ -247,13 +247,13 @@ def test_numbers_that_overflow_fp16_fail(checkpoint: Callable[[str], Path], tmp_
     model.save_pretrained(tmp_path / "large")
     job = prepare(tmp_path / "large", "fp16", tmp_path)
     with pytest.raises(VerificationError, match="does not reproduce the checkpoint") as error:
-        prove.run(job, Silent())
+        verify_build.run(job, Silent())
     assert "--dtype bf16" in error.value.hint
 
 
 def test_the_build_records_what_was_compared(tmp_path: Path) -> None:
     job = replace(prepare(TALES, "bf16", tmp_path), compared="the graph")
-    record = prove.run(job, Silent())
+    record = verify_build.run(job, Silent())
     assert record.status == "passed"
     assert record.greedy_tokens_equal is None
     assert record.max_logit_error is not None
@@ -284,11 +284,11 @@ def test_each_bound_is_one_that_a_build_can_fail(
     change: dict[str, float], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job("", "", "onnxruntime", 256, 384, [], 1e-4, 0, "bf16")
-    monkeypatch.setattr(prove, "compare_in_child", lambda job, progress: FINE)
-    assert prove.run(job, Silent()).status == "passed"
-    monkeypatch.setattr(prove, "compare_in_child", lambda job, progress: replace(FINE, **change))
+    monkeypatch.setattr(verify_build, "compare_in_child", lambda job, progress: FINE)
+    assert verify_build.run(job, Silent()).status == "passed"
+    monkeypatch.setattr(verify_build, "compare_in_child", lambda job, progress: replace(FINE, **change))
     with pytest.raises(VerificationError, match=complaint):
-        prove.run(job, Silent())
+        verify_build.run(job, Silent())
 
 
 @pytest.mark.parametrize(
@@ -298,8 +298,8 @@ def test_the_record_says_once_which_weights_the_reference_has(
     weights: str, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job("", "", "onnxruntime", 256, 384, [], 1e-4, 0, "bf16")
-    monkeypatch.setattr(prove, "compare_in_child", lambda job, progress: FINE)
-    record = prove.run(replace(job, reference_weights=weights), Silent())
+    monkeypatch.setattr(verify_build, "compare_in_child", lambda job, progress: FINE)
+    record = verify_build.run(replace(job, reference_weights=weights), Silent())
     assert record.reference == f"transformers {transformers.__version__}, eager attention, {ending}"
 
 

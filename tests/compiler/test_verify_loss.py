@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from llmc.compiler import texts
 from llmc.compiler.child_process import Child
 from llmc.compiler.progress import Silent
-from llmc.compiler.verify import difference, loss, prove
+from llmc.compiler.verify import difference, loss, verify_build
 from llmc.compiler.verify.difference import DifferenceMeter
 from llmc.compiler.verify.engine_weights import EngineWeight
 from llmc.compiler.verify.job import Findings, Job, Question
@@ -62,7 +62,7 @@ def test_numbers_that_are_not_finite_are_seen() -> None:
     record = loss.record(meter.result(), 0.1, text=True)
     assert not np.isfinite(record["mean_kl"])
     found = Findings(0.1, 0.2, 1.0, 10, None, 0, 1.0, {"quantization_loss": {"engine": record}})
-    assert "logits of the evaluation text that are not finite" in prove.faults(found, "bf16")
+    assert "logits of the evaluation text that are not finite" in verify_build.faults(found, "bf16")
 
 
 def test_the_last_matrix_is_applied_a_few_rows_at_a_time(checkpoint: Callable[[str], Path]) -> None:
@@ -162,7 +162,7 @@ def test_what_an_engine_in_16_bits_loses_is_recorded_apart(tmp_path: Path) -> No
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     save_file(arrays, tmp_path / "w.safetensors")
     findings = compare_oracle(source, stored, tmp_path)
-    assert not prove.faults(findings, "bf16")
+    assert not verify_build.faults(findings, "bf16")
     found = findings.details["quantization_loss"]
     assert (found["max_logit_error"], found["mean_kl"], found["top1_agreement"]) == (0, 0, 1)
     assert found["perplexity"] == found["perplexity_unquantized"]

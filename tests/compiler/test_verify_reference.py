@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmc.compiler.verify import prove
+from llmc.compiler.verify import verify_build
 from llmc.compiler.verify.compare import _sequences, compare
 from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
 from llmc.compiler.verify.job import Job
@@ -201,7 +201,7 @@ def test_a_quantized_checkpoint_that_lacks_a_tensor(
 
 
 @pytest.mark.slow
-def test_an_engine_of_the_dequantized_weights_is_proven(
+def test_an_engine_of_the_dequantized_weights_is_verified(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """The bundle is built from the plain weights; verified against the quantized checkpoint, it passes."""
@@ -223,12 +223,12 @@ def test_an_engine_of_the_dequantized_weights_is_proven(
         reference_weights="dequantized",
     )
     findings = compare(Job.from_json(json.loads(json.dumps(job.to_json()))))
-    assert not prove.faults(findings, "fp32")
+    assert not verify_build.faults(findings, "fp32")
     assert "quantization_loss" not in findings.details
     # With weights that differ from these in one module the verification fails.
     weight = load_file(plain / "model.safetensors")[UP]
     stored, _ = int8(tmp_path / "w.safetensors", {UP: weight})
-    assert prove.faults(compare(replace(job, quantized=stored)), "fp32")
+    assert verify_build.faults(compare(replace(job, quantized=stored)), "fp32")
 
 
 def test_truncation_and_padding_of_the_tokenizer_are_left_out_of_the_texts(tmp_path: Path) -> None:

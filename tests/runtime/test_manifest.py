@@ -311,7 +311,7 @@ def test_no_changed_byte_goes_unseen():
         (b"\xff{}", "not JSON"),
         (b"\xef\xbb\xbf{}", "not JSON"),
         (b'{"a": NaN}', "NaN is not a JSON number"),
-        (b'{"a": 1, "b": 2, "a": 3}', "'a': the key appears twice"),
+        (b'{"a": 1, "b": 2, "a": 3}', "the key 'a' appears twice"),
         (b'{"format_version": ' + b"9" * 5000 + b"}", "not JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),

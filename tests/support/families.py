@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 # fmt: off
 OTHERS = (
     "arcee", "biogpt", "codegen", "cohere", "cohere2", "ctrl", "cwm", "ernie4_5", "exaone4", "falcon",
-    "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "gptj", "granite",
-    "helium", "hunyuan_v1_dense", "ministral", "ministral3", "nemotron", "olmo", "olmo3", "opt",
+    "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj",
+    "granite", "helium", "hunyuan_v1_dense", "ministral", "ministral3", "nemotron", "olmo", "olmo3", "opt",
     "persimmon", "phi", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )
 # fmt: on

@@ -56,7 +56,7 @@ def codes(sms: tuple[int, ...]) -> list[tuple[int, str]]:
 
 
 def compile_into(
-    model: ir.Model, resolved: Resolved, work: BundleWriter, progress: Progress
+    model: ir.Model, resolved: Resolved, writer: BundleWriter, progress: Progress
 ) -> tuple[KernelFile, ...]:
     """Write every kernel that `model` needs to the bundle, compiled or from the cache of earlier builds.
 
@@ -74,7 +74,7 @@ def compile_into(
         files = []
         for done, (variant, sm, kind) in enumerate(jobs):
             progress.bar(done, len(jobs))
-            files.append(_write(compilers[variant](sm, cache_directory()), variant, sm, kind, work))
+            files.append(_write(compilers[variant](sm, cache_directory()), variant, sm, kind, writer))
     except ModuleNotFoundError as error:
         raise BuildError(f"the GPU kernels need {error.name}", install_hint("kernels")) from error
     except CompileError as error:

@@ -20,7 +20,7 @@ from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Clock, Progress
 from llmc.compiler.request import BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
-from llmc.compiler.targets.base import GRAPH_FILE, Artifact, ProofFiles, Resolved, Sizes
+from llmc.compiler.targets.base import GRAPH_FILE, Artifact, Resolved, Sizes, VerificationFiles
 from llmc.compiler.targets.tensorrt import build as tensorrt_build
 from llmc.compiler.targets.tensorrt import kernels
 from llmc.compiler.targets.tensorrt.build import EngineJob, EngineLimits
@@ -122,32 +122,40 @@ class TensorRTTarget:
                 "build on a larger machine: the bundle does not have to run there",
             )
 
-    def proof(self, resolved: Resolved, engine: str, model: ir.Model, work: BundleWriter) -> ProofFiles:
+    def verification_files(
+        self, resolved: Resolved, engine: str, model: ir.Model, writer: BundleWriter
+    ) -> VerificationFiles:
         """See `Target`. The loss of a quantized cache is measured separately, with a graph of its own."""
         del engine
         scratch = [ORACLE_FILE]
         oracle = oracle_graph(model, resolved.dtype, round_cache=False)
-        work.path(ORACLE_FILE).write_bytes(serialize(oracle))
+        writer.path(ORACLE_FILE).write_bytes(serialize(oracle))
         if resolved.kv_dtype != resolved.dtype:
             scratch.append(KV_ORACLE_FILE)
             rounded = oracle_graph(model, resolved.dtype, round_cache=True)
-            work.path(KV_ORACLE_FILE).write_bytes(serialize(rounded))
+            writer.path(KV_ORACLE_FILE).write_bytes(serialize(rounded))
         kv_graph = KV_ORACLE_FILE if len(scratch) > 1 else ""
-        return ProofFiles(ORACLE_FILE, "onnxruntime", _STAND_IN, kv_graph, scratch=tuple(scratch))
+        return VerificationFiles(ORACLE_FILE, "onnxruntime", _STAND_IN, kv_graph, scratch=tuple(scratch))
 
     def build(
-        self, resolved: Resolved, engine: str, model: ir.Model, sizes: Sizes, work: BundleWriter, clock: Clock
+        self,
+        resolved: Resolved,
+        engine: str,
+        model: ir.Model,
+        sizes: Sizes,
+        writer: BundleWriter,
+        clock: Clock,
     ) -> Artifact:
         del engine
         with clock.phase("compile the GPU kernels"):
-            compiled = kernels.compile_into(model, resolved, work, clock.progress)
+            compiled = kernels.compile_into(model, resolved, writer, clock.progress)
         for_parser = to_tensorrt(model).SerializeToString(deterministic=True)
-        work.path(GRAPH_FILE).write_bytes(for_parser)
+        writer.path(GRAPH_FILE).write_bytes(for_parser)
         limits = EngineLimits(sizes.max_seq_len)
         with clock.phase("build the TensorRT engine"):
-            self._build(resolved, model, limits, sizes, work, clock.progress)
-        work.discard(GRAPH_FILE)
-        work.discard(WEIGHTS_FILE)
+            self._build(resolved, model, limits, sizes, writer, clock.progress)
+        writer.discard(GRAPH_FILE)
+        writer.discard(WEIGHTS_FILE)
         gpu = Gpu(resolved.sms, limits.max_tokens, limits.max_sequences, limits.max_logits, compiled)
         return Artifact(PLAN_FILE, (), "in the engine; tied tensors once", gpu)
 
@@ -157,19 +165,19 @@ class TensorRTTarget:
         model: ir.Model,
         limits: EngineLimits,
         sizes: Sizes,
-        work: BundleWriter,
+        writer: BundleWriter,
         progress: Progress,
     ) -> None:
-        work.check_disk_space(sizes.weight_bytes)
+        writer.check_disk_space(sizes.weight_bytes)
         job = EngineJob(
             library=self.flavor.library,
-            onnx=str(work.path(GRAPH_FILE)),
-            plan=str(work.path(PLAN_FILE)),
+            onnx=str(writer.path(GRAPH_FILE)),
+            plan=str(writer.path(PLAN_FILE)),
             profile=tensorrt_build.profile(model, limits),
             compute_capabilities=resolved.sms if self.flavor.builds_without_gpu else (),
         )
         built = tensorrt_build.build(job, progress)
-        work.add_hash(PLAN_FILE, built.plan_sha256, built.plan_bytes)
+        writer.add_hash(PLAN_FILE, built.plan_sha256, built.plan_bytes)
         if built.attention_layers != (expected := len(attention_nodes(model))):
             raise BuildError(
                 f"TensorRT made {built.attention_layers} attention plugins of {expected} layers",

@@ -16,7 +16,7 @@ from llmc.compiler.checkpoint.safetensors import read_header
 from llmc.compiler.child_process import Child
 from llmc.compiler.plan import BuildPlan
 from llmc.compiler.progress import Progress
-from llmc.compiler.targets.base import ProofFiles
+from llmc.compiler.targets.base import VerificationFiles
 from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
 from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
 from llmc.compiler.weights.write import WEIGHTS_FILE
@@ -29,18 +29,18 @@ MAX_RMS_RATIO = 1.5  # bound of Findings.rms_ratio; 0.9 to 1.0 were measured
 MAX_ACTIVATION_RATIO = 0.5  # bound of Findings.activation_ratio; some values round to a neighbouring code
 
 
-def prove(
+def verify_build(
     plan: BuildPlan,
-    files: ProofFiles,
+    files: VerificationFiles,
     matrices: Sequence[QuantizedMatrix],
-    work: BundleWriter,
+    writer: BundleWriter,
     tokenizer: Path | None,
     progress: Progress,
 ) -> Verification:
     """Compare the engine that `files` describe with the checkpoint, and return the record for the manifest.
 
     matrices: the quantized matrices of the graph
-    work: the bundle, which has the graphs and the weights
+    writer: the bundle, which has the graphs and the weights
     tokenizer: the bundle's tokenizer.json, if it has one
 
     Raises VerificationError and BuildError as `run` does.
@@ -48,7 +48,7 @@ def prove(
     geometry, resolved = plan.geometry, plan.resolved
     job = Job(
         checkpoint=str(plan.checkpoint.path),
-        engine=str(work.path(files.graph)),
+        engine=str(writer.path(files.graph)),
         backend=files.backend,
         max_seq_len=plan.sizes.max_seq_len,
         vocab_size=geometry.vocab_size,
@@ -58,11 +58,11 @@ def prove(
         tokenizer=str(tokenizer or ""),
         dtype=resolved.dtype,
         compared=files.stand_in,
-        quantized=engine_weights(plan, matrices, work.path(WEIGHTS_FILE)),
+        quantized=engine_weights(plan, matrices, writer.path(WEIGHTS_FILE)),
         reference_weights="dequantized" if plan.checkpoint.prequantized else "checkpoint",
-        kv_engine=str(work.path(files.kv_graph)) if files.kv_graph else "",
+        kv_engine=str(writer.path(files.kv_graph)) if files.kv_graph else "",
         kv_dtype=resolved.kv_dtype if files.kv_graph else "",
-        quantizing_engine=str(work.path(files.quantizing_graph)) if files.quantizing_graph else "",
+        quantizing_engine=str(writer.path(files.quantizing_graph)) if files.quantizing_graph else "",
     )
     return run(job, progress)
 
@@ -152,7 +152,7 @@ def _round_up(error: float) -> float:
 def compare_in_child(job: Job, progress: Progress) -> Findings:
     """Run the comparison in a child process. Raises BuildError if the process fails."""
     child = Child("llmc.compiler.verify.child", "verification", "--no-verify builds without verification")
-    fields = child.run({"prove": job.to_json()}, progress)
+    fields = child.run({"build": job.to_json()}, progress)
     return Findings(**fields)
 
 
