@@ -51,6 +51,12 @@ def bench(
             "--fast", help="Quantize activations to int8 (int8 and int4 bundles); this changes the output."
         ),
     ] = False,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers", help="Show where the time of a prefill and of a decode step goes (native engine)."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure time to first token, prefill and decode speed.
@@ -58,10 +64,14 @@ def bench(
     The prompts are random, decoding is greedy, and the prefix cache is off. The figures are the median of
     three runs after one to warm up.
 
+    With --layers the instructions of one step are timed instead, and compared with the speed of memory and
+    arithmetic that this machine reaches at most.
+
     \b
     Examples:
       llmc bench tales.llmc
       llmc bench tales.llmc --concurrency 4 --new-tokens 128
+      llmc bench tales.llmc --layers --prompt-tokens 512
     """
     from llmc.runtime.bundle.reader import Bundle
     from llmc.runtime.load import load_engine
@@ -75,6 +85,11 @@ def bench(
             f"lower --prompt-tokens or --new-tokens to {limit} in all",
             "prompt_tokens",
         )
+    if layers:
+        from llmc.cli.bench_layers import bench_layers
+
+        bench_layers(opened, prompt_tokens, concurrency, threads, fast, as_json)
+        return
     started = time.perf_counter()
     with waiting(f"loading {bundle} ..."):
         engine = load_engine(

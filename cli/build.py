@@ -35,6 +35,7 @@ LIBRARIES = (
     "onnxscript",
     "onnx_graphsurgeon",
     "ml_dtypes",
+    "onnxruntime",
     "safetensors",
     "huggingface_hub",
 )

@@ -16,6 +16,8 @@ _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*([^;]*?)\s*(?:;\s*(.*))?")
 _USES = {  # extra of llmc ("": none) -> the command or target that needs its libraries
     "": "llmc run",
     "build": "llmc build",
+    "openvino": "--engine openvino",
+    "onnxruntime": "--engine onnxruntime",
     "kernels": "GPU kernels",
     "tensorrt-rtx": "tensorrt-rtx",
     "tensorrt": "tensorrt",
@@ -55,16 +57,25 @@ def doctor(
 ) -> None:
     """Check whether this machine has what llmc needs.
 
-    The command fails if `llmc run` cannot work on this CPU. Libraries that only `llmc build` or GPU engines
-    need may be missing.
+    The command fails if no engine can run on this CPU. Libraries that only `llmc build`, GPU engines or the
+    other CPU engines need may be missing.
     """
     from llmc.runtime.installation import install_hint
 
     machine = Machine.this()
     required = libraries()
-    attention = attention_fault()
     native, native_fault = native_engine()
-    fault = attention
+    installed = any(library.extra == "openvino" and library.version for library in required)
+    attention = attention_fault() if installed else None
+    openvino = "its attention passed the test" if installed else "not installed"
+    if attention:
+        openvino = attention.message
+    fault: LlmcError | None = None
+    if native_fault and (attention or not installed):
+        fault = BackendError(
+            f"no engine works here: the native engine: {native_fault}; OpenVINO: {openvino}",
+            install_hint("openvino"),
+        )
     if broken := [library for library in required if library.extra == "" and not library.fits]:
         name, version, wanted = broken[0].name, broken[0].version, broken[0].wanted
         problem = f"{name} is missing" if version is None else f"{name} is {version}, not {wanted}"
@@ -76,8 +87,8 @@ def doctor(
                 "machine": asdict(machine),
                 "libraries": [{**asdict(library), "fits": library.fits} for library in required],
                 "openvino_attention": {
-                    "passed": attention is None,
-                    "fault": attention.message if attention else None,
+                    "passed": installed and attention is None,
+                    "fault": None if installed and attention is None else openvino,
                 },
                 "native_engine": {"library": native, "fault": native_fault},
                 "run": fault is None,
@@ -93,8 +104,8 @@ def doctor(
             ("system", machine.system),
             ("processor", f"{machine.cpu}, {machine.cores} cores for this process{_quota(machine)}"),
             ("memory", _memory(machine)),
-            ("attention", attention.message if attention else "OpenVINO's agrees with the reference"),
             ("native engine", native or native_fault or ""),
+            ("OpenVINO", openvino),
         ]
         rows = [("LIBRARY", "FOR", "WANTED", "INSTALLED", "")]
         rows += [(lib.name, _USES[lib.extra], lib.wanted, lib.version or "-", lib.remark) for lib in required]
@@ -149,12 +160,12 @@ def attention_fault() -> LlmcError | None:
 
         tested_core()
     except ImportError as error:
-        return BackendError(f"OpenVINO cannot be imported: {error}", install_hint())
+        return BackendError(f"OpenVINO cannot be imported: {error}", install_hint("openvino"))
     except LlmcError as error:
         return error
     except Exception as error:  # the operator is private: another OpenVINO may refuse it in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return BackendError(f"OpenVINO refuses its own attention: {reason}", install_hint())
+        return BackendError(f"OpenVINO refuses its own attention: {reason}", install_hint("openvino"))
     return None
 
 

@@ -34,7 +34,7 @@ from llmc.runtime.out_of_memory import is_out_of_memory
 
 TRACEBACK = "LLMC_TRACEBACK"  # set to 1: tracebacks for every error
 
-_RUN_LIBRARIES = ("numpy", "openvino", "onnxruntime", "tokenizers", "jinja2", "typer", "rich", "tomli")
+_RUN_LIBRARIES = ("numpy", "tokenizers", "jinja2", "typer", "rich", "tomli")
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -219,7 +219,7 @@ def plan_build(
         matrices = quantization.matrices() if quantization else []
         matches = {"quantize-linears": len(matrices), "quantize-kv-cache": num_layers}
         reports += contract.run(model, pipeline.quantize(quantization, cache), matches)
-        engine = opened.target.choose_engine(resolved, model)
+        resolved, engine = opened.target.choose_engine(resolved, model)
         legalize = opened.target.legalize(resolved, engine.engine, model, checkpoint.tensors)
         reports += contract.run(model, legalize)
 

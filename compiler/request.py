@@ -17,16 +17,16 @@ class TargetOptions:
 
     #: The compute dtypes, the default first.
     dtypes: tuple[str, ...]
-    #: Value of --kv-dtype -> the manifest's name of that KV cache.
+    #: Value of --kv-dtype -> the name of that KV cache. In manifests OpenVINO's int8 cache is called u8.
     caches: Mapping[str, str]
 
 
 TARGETS: Mapping[str, TargetOptions] = {
-    "cpu": TargetOptions(("fp32",), {"int8": "u8"}),
+    "cpu": TargetOptions(("fp32",), {"int8": "int8"}),
     "tensorrt-rtx": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
     "tensorrt": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
 }
-ENGINES = ("openvino", "onnxruntime", "native")  # of the target cpu
+ENGINES = ("native", "openvino", "onnxruntime")  # of the target cpu, in the order of preference
 METHODS = ("max", "percentile", "mse")  # the calibration methods, the default first
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 KV_DTYPES = ("auto", *sorted({name for options in TARGETS.values() for name in options.caches}))

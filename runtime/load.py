@@ -65,7 +65,7 @@ def load_engine(
         max_tokens=max_batch_tokens,
         max_sequences=max_sequences,
         threads=threads,
-        activation_group=_activation_group(opened) if fast else None,
+        activation_group=activation_group(opened) if fast else None,
     )
     backend = load_backend(EngineFile.of(opened), options)
     directory = opened.tokenizer_dir
@@ -93,7 +93,7 @@ def default_params(sampling: Sampling | None) -> SamplingParams:
     return SamplingParams(**values)
 
 
-def _activation_group(opened: Bundle) -> int:
+def activation_group(opened: Bundle) -> int:
     """Return how many activations share a scale with `fast`. Raises RequestError if `fast` has no effect."""
     plan = opened.manifest.quantization
     if plan is None:

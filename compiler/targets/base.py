@@ -95,8 +95,11 @@ class Target(Protocol):
         """
         ...
 
-    def choose_engine(self, resolved: Resolved, model: ir.Model) -> EngineTarget:
-        """Choose the engine that runs a quantized graph. Raises UnsupportedError if none can."""
+    def choose_engine(self, resolved: Resolved, model: ir.Model) -> tuple[Resolved, EngineTarget]:
+        """Choose the engine that runs a quantized graph, and name the KV cache as the engine does.
+
+        Raises UnsupportedError if no engine can run it.
+        """
         ...
 
     def legalize(

@@ -1,19 +1,20 @@
-"""The CPU target: OpenVINO, ONNX Runtime where OpenVINO cannot run a graph, and the native engine on request.
+"""The CPU target: llmc's native engine, and OpenVINO or ONNX Runtime for what it lacks, or on request.
 
 OpenVINO and ONNX Runtime read the same ONNX file. OpenVINO runs `llmc.PagedAttention` with its own paged
-attention, ONNX Runtime with the function body in the file.
+attention, ONNX Runtime with the function body in the file. The native engine reads a program.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Clock
-from llmc.compiler.request import BuildRequest, cache_dtype, compute_dtype
+from llmc.compiler.request import ENGINES, BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import GRAPH_FILE, Artifact, Resolved, Sizes, VerificationFiles
 from llmc.compiler.targets.native.lower import lower
@@ -32,7 +33,13 @@ from llmc.runtime.errors import UnsupportedError
 PROGRAM_FILE = "rank0.program.json"
 # The graph without activation quantization, for the verification. It is removed from the bundle afterwards.
 _EXACT_FILE = "rank0.exact.onnx"
-OPENVINO, ONNXRUNTIME = "2026.4", "1.32"  # the versions that a bundle requires
+_NAMES = {"native": "the native engine", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+# Engine -> the libraries that a bundle requires, with their versions.
+REQUIRES: Mapping[str, Mapping[str, str]] = {
+    "native": {},
+    "openvino": {"openvino": "2026.4"},
+    "onnxruntime": {"onnxruntime": "1.32"},
+}
 _WEIGHTS_NOTE = {
     "openvino": "16-bit matrices as the checkpoint has them (bf16 as fp16 times a power of two, exactly), "
     "widened as they are multiplied; the rest in fp32",
@@ -42,7 +49,7 @@ _WEIGHTS_NOTE = {
 
 
 class CpuTarget:
-    """Computes in fp32, on every CPU that OpenVINO and ONNX Runtime know."""
+    """Computes in fp32."""
 
     def resolve(self, request: BuildRequest, checkpoint_dtype: str) -> Resolved:
         dtype = compute_dtype(request, checkpoint_dtype)
@@ -56,24 +63,26 @@ class CpuTarget:
             request.target, dtype, cache_dtype(request, dtype), head_format=head, engine=request.engine
         )
 
-    def choose_engine(self, resolved: Resolved, model: ir.Model) -> EngineTarget:
-        if resolved.engine == "native":
-            return native_engine(resolved, model)
-        chosen = choose_engine(model)
-        if resolved.engine not in (None, chosen.engine):
-            if chosen.engine == "onnxruntime":
-                raise UnsupportedError(
-                    f"OpenVINO cannot run this model: {chosen.reason}", "leave --engine out, or name another"
-                )
-            chosen = EngineTarget("cpu", "onnxruntime", "--engine named it", {"onnxruntime": ONNXRUNTIME})
-        if resolved.kv_dtype != "fp32" and chosen.engine != "openvino":
-            raise UnsupportedError(
-                f"a KV cache of {resolved.kv_dtype} needs OpenVINO, and ONNX Runtime must run this model: "
-                f"{chosen.reason}",
-                "leave --kv-dtype out",
-                "kv_dtype",
+    def choose_engine(self, resolved: Resolved, model: ir.Model) -> tuple[Resolved, EngineTarget]:
+        faults: dict[str, str] = {}
+        for engine in ENGINES if resolved.engine is None else (resolved.engine,):
+            fault = engine_fault(engine, resolved, model)
+            if fault:
+                faults[engine] = fault
+                continue
+            if engine == "openvino" and resolved.kv_dtype != resolved.dtype:
+                resolved = replace(resolved, kv_dtype="u8")
+            reason = "; ".join(f"{_NAMES[name]} cannot run this model: {faults[name]}" for name in faults)
+            if resolved.engine is not None:
+                reason = "--engine named it"
+            return resolved, EngineTarget(
+                "cpu", engine, reason or "it runs every layer of this model", REQUIRES[engine]
             )
-        return chosen
+        raise UnsupportedError(
+            "; ".join(f"{_NAMES[engine]} cannot run this model: {fault}" for engine, fault in faults.items()),
+            "leave --engine out" if resolved.engine else "leave --kv-dtype out",
+            "engine" if resolved.engine else "kv_dtype",
+        )
 
     def legalize(
         self, resolved: Resolved, engine: str, model: ir.Model, tensors: Mapping[str, TensorRef]
@@ -82,7 +91,7 @@ class CpuTarget:
         del resolved
         if engine == "openvino":
             return pipeline.legalize_openvino(narrow_plan(model, tensors))
-        if engine == "native":
+        if engine == "native":  # the lowering takes the operators that OpenVINO takes, and bf16 as it is
             return pipeline.legalize_openvino(narrow_plan(model, tensors, bf16_as_fp16=False))
         return pipeline.legalize_onnxruntime()
 
@@ -94,7 +103,8 @@ class CpuTarget:
     ) -> VerificationFiles:
         if engine == "native":
             _write_program(model, writer)
-            return VerificationFiles(PROGRAM_FILE, engine)
+            quantized_cache = PROGRAM_FILE if resolved.kv_dtype != resolved.dtype else ""
+            return VerificationFiles(PROGRAM_FILE, engine, kv_graph=quantized_cache)
         graph, quantizing = GRAPH_FILE, ""
         if rounded_to(model):
             exact = model.clone()
@@ -125,47 +135,28 @@ class CpuTarget:
         return Artifact(PROGRAM_FILE, (PACKED_FILE,), _WEIGHTS_NOTE[engine])
 
 
-def native_engine(resolved: Resolved, model: ir.Model) -> EngineTarget:
-    """Return the native engine. Raises UnsupportedError, with the reason, if it cannot run `model`."""
-    if resolved.kv_dtype != "fp32":
-        raise UnsupportedError(
-            f"the native engine has no KV cache of {resolved.kv_dtype}", "leave --kv-dtype out"
-        )
-    if rounded_to(model):
-        raise UnsupportedError(
-            "the native engine does not quantize activations yet",
-            "leave --engine out, or choose another --quant",
-        )
-    lower(model)
-    return EngineTarget("cpu", "native", "--engine named it", {})
+def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
+    """Return why `engine` cannot run a quantized graph; "" if it can."""
+    rounded = rounded_to(model)
+    if engine == "native":
+        if rounded:
+            return f"it does not quantize activations ({', '.join(sorted(dtype.name for dtype in rounded))})"
+        try:
+            lower(model)
+        except UnsupportedError as error:
+            return error.message
+    if engine == "openvino":
+        if rounded - {ir.DataType.INT8}:
+            return "it leaves out the rounding of activations to 8 or 4 bits (FP8, FP4)"
+        for node in attention_nodes(model):
+            if node.attributes["softcap"].as_float():
+                return f"{module_of(node)} has an attention softcap"
+    if engine == "onnxruntime" and resolved.kv_dtype != resolved.dtype:
+        return f"it has no KV cache of {resolved.kv_dtype}"
+    return ""
 
 
 def _write_program(model: ir.Model, writer: BundleWriter) -> None:
     lowered = lower(model)
     writer.path(PROGRAM_FILE).write_bytes(lowered.program.to_json())
     write_packed(lowered, writer, lambda done: None)
-
-
-def choose_engine(model: ir.Model) -> EngineTarget:
-    """Return the engine that runs `model` by default, OpenVINO if it can, and the reason."""
-    if rounded_to(model) - {ir.DataType.INT8}:
-        return EngineTarget(
-            name="cpu",
-            engine="onnxruntime",
-            reason="it rounds activations to 8 or 4 bits (FP8, FP4) as a GPU does, which OpenVINO leaves out",
-            requires={"onnxruntime": ONNXRUNTIME},
-        )
-    for node in attention_nodes(model):
-        if node.attributes["softcap"].as_float():
-            return EngineTarget(
-                name="cpu",
-                engine="onnxruntime",
-                reason=f"{module_of(node)} has an attention softcap, which OpenVINO's attention lacks",
-                requires={"onnxruntime": ONNXRUNTIME},
-            )
-    return EngineTarget(
-        name="cpu",
-        engine="openvino",
-        reason="its paged attention takes every attention layer of this model",
-        requires={"openvino": OPENVINO},
-    )

@@ -23,10 +23,10 @@ def load_quantized(job: Job, blocks: int) -> Backend:
 
     blocks: the number of KV blocks
 
-    OpenVINO quantizes the cache itself. The graph that stands in for TensorRT rounds keys and values before
-    they enter the cache, so its backend keeps the cache in fp32.
+    The CPU engines quantize the cache themselves. The graph that stands in for TensorRT rounds keys and
+    values before they enter the cache, so ONNX Runtime, which runs it, keeps the cache in fp32.
     """
-    kv_dtype = job.kv_dtype if job.backend == "openvino" else "fp32"
+    kv_dtype = job.kv_dtype if job.backend in ("native", "openvino") else "fp32"
     return load_backend(EngineFile(job.backend, Path(job.kv_engine), kv_dtype), LoadOptions(kv_blocks=blocks))
 
 

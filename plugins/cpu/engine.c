@@ -8,6 +8,7 @@
 #include "rows.c"
 #include "../linear/cpu/linear.c"
 #include "../paged_attention/cpu/attention.c"
+#include "measure.c"
 
 #define EXPORT __attribute__((visibility("default")))
 enum { VERSION = 2, COUNTER = 16, SPINS = 2000, PER_THREAD = 6 };
@@ -68,6 +69,11 @@ static int64_t ticks(void) {
   return 0;
 #endif
 }
+
+EXPORT int64_t llmc_ticks(void) { return ticks(); }
+EXPORT int32_t llmc_read(const uint8_t *p, int64_t bytes) { return read_all(p, bytes); }
+EXPORT int64_t llmc_float_products(int64_t turns) { return float_products(turns); }
+EXPORT int64_t llmc_integer_products(int64_t turns) { return integer_products(turns); }
 
 static int rows_of(const instruction *i, const step *s) { return i->per_logit ? s->logits : s->tokens; }
 

@@ -120,6 +120,10 @@ def load(name: str | None = None) -> ctypes.CDLL:
     if error := library.llmc_prepare():
         raise OSError(error, f"the system does not allow what {path.name} needs: {os.strerror(error)}")
     library.llmc_run.argtypes, library.llmc_run.restype = [ctypes.POINTER(Step)], None
+    for measurement in (library.llmc_ticks, library.llmc_float_products, library.llmc_integer_products):
+        measurement.restype = ctypes.c_int64
+    library.llmc_float_products.argtypes = library.llmc_integer_products.argtypes = [ctypes.c_int64]
+    library.llmc_read.argtypes = [_pointer, ctypes.c_int64]
     sizes = library.llmc_version(), library.llmc_instruction_bytes(), library.llmc_step_bytes()
     if sizes != (VERSION, ctypes.sizeof(Instruction), ctypes.sizeof(Step)):
         raise OSError(f"{path.name} is of another version of llmc: install llmc again")

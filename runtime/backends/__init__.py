@@ -7,6 +7,7 @@ from importlib import import_module
 from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
 from llmc.runtime.backends.requirements import check_requirements
 from llmc.runtime.errors import BackendError
+from llmc.runtime.installation import install_hint
 
 # Engine in the manifest -> the module of this package whose `load(engine, options)` loads it.
 _LOADERS = {
@@ -28,5 +29,13 @@ def load_backend(engine: EngineFile, options: LoadOptions) -> Backend:
         raise BackendError(f"there is no backend {engine.engine!r}", f"known backends: {', '.join(_LOADERS)}")
     if engine.bundle is not None and engine.bundle.manifest.gpu is None:
         check_requirements(engine.bundle.manifest.target.requires, engine.bundle.name)
-    backend: Backend = import_module(f"{__name__}.{_LOADERS[engine.engine]}").load(engine, options)
+    try:
+        module = import_module(f"{__name__}.{_LOADERS[engine.engine]}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("openvino", "onnxruntime"):
+            raise
+        raise BackendError(
+            f"the engine {engine.engine} needs {error.name}, which is not installed", install_hint(error.name)
+        ) from error
+    backend: Backend = module.load(engine, options)
     return backend

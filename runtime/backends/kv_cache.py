@@ -16,10 +16,16 @@ _DEFAULT_LIMIT = 4 << 30
 def block_bytes(geometry: Geometry, kv_dtype: str) -> int:
     """Return the bytes of one KV block, keys and values of all layers.
 
-    u8 is OpenVINO's cache, with an fp32 scale and zero point for each channel of a block of keys and for each
-    token of a block of values.
+    int8 is the native engine's cache, with an fp32 scale for each token and head of keys and of values. u8 is
+    OpenVINO's, with an fp32 scale and zero point for each channel of a block of keys and for each token of a
+    block of values.
     """
     size, layers = geometry.block_size, geometry.layers
+    if kv_dtype == "int8":
+        return size * sum(
+            layer.num_kv_heads * (_round_up(layer.head_dim, 4) + 4 + _round_up(layer.v_head_dim, 16) + 4)
+            for layer in layers
+        )
     if kv_dtype == "u8":
         return sum(
             layer.num_kv_heads * ((size + 8) * layer.head_dim + size * (layer.v_head_dim + 8))
@@ -52,6 +58,10 @@ def cpu_blocks(engine: EngineFile, options: LoadOptions) -> int:
             "kv_memory" if options.kv_memory is not None else "",
         )
     return blocks
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _default_memory() -> int:

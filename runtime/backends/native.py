@@ -45,7 +45,7 @@ class NativeBackend:
             raise BundleError(f"cannot read {WEIGHTS}: {error.strerror or error}") from error
         self.num_blocks = num_blocks
         try:
-            self._executor = Executor(
+            self.executor = Executor(
                 program,
                 weights,
                 max_tokens=options.max_tokens,
@@ -62,10 +62,10 @@ class NativeBackend:
     def forward(self, batch: Batch) -> np.ndarray:
         """Return logits, float32 [N, vocab], for `batch.logits_index`. They are valid until the next call."""
         try:
-            return self._executor.run(batch)
+            return self.executor.run(batch)
         except ValueError as error:
             raise BackendError(str(error)) from error
 
     def close(self) -> None:
         """End the engine's threads."""
-        self._executor.close()
+        self.executor.close()

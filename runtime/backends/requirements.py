@@ -29,7 +29,7 @@ def check_requirements(
     openvino must be of the same release: 2026.4 accepts 2026.4.1, not 2026.5. Any other library may be newer.
     Raises BundleError if a version in `requires` is not a number.
     """
-    faults = []
+    faults, extras = [], []  # the extra that installs a library has its name
     for library, wanted in sorted(requires.items()):
         if not _VERSION.fullmatch(wanted):
             raise BundleError(
@@ -39,12 +39,14 @@ def check_requirements(
         need = f"{library} {wanted}" + ("" if library in _SAME_RELEASE else " or newer")
         if version is None:
             faults.append(f"it needs {need}, which is not installed")
+            extras.append(library)
         elif not _fits(_numbers(version), _numbers(wanted), library in _SAME_RELEASE):
             faults.append(f"it needs {need}, and {version} is installed")
+            extras.append(library)
     if faults:
         raise BackendError(
             f"{name} cannot run here: {'; '.join(faults)}",
-            f"{install_hint()}, or build the bundle again with this llmc",
+            f"{install_hint(','.join(extras))}, or build the bundle again with this llmc",
         )
 
 

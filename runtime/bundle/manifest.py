@@ -28,7 +28,8 @@ SEAL = "manifest_sha256"  # the one field that is not in the dataclasses
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 
-_KV_CACHES = ("fp32", "fp16", "bf16", "u8", *QUANTIZED_CACHES)  # u8 is OpenVINO's
+_CPU_CACHES = {"int8": "native", "u8": "openvino"}  # quantized KV cache -> the engine that has it
+_KV_CACHES = ("fp32", "fp16", "bf16", *_CPU_CACHES, *QUANTIZED_CACHES)
 _PART = r"[A-Za-z0-9_+@=-](?:[A-Za-z0-9_.+@=-]{0,126}[A-Za-z0-9_+@=-])?"
 _PATH = re.compile(rf"{_PART}(?:/{_PART})*")
 
@@ -435,7 +436,9 @@ def _check_consistent(manifest: Manifest) -> None:
     kv_dtype, engine = manifest.precision.kv_dtype, manifest.target.engine
     if kv_dtype not in _KV_CACHES:
         raise BundleError(f"the bundle has a KV cache of {kv_dtype}, which this llmc lacks", upgrade_hint())
-    if (kv_dtype in QUANTIZED_CACHES and manifest.gpu is None) or (kv_dtype == "u8" and engine != "openvino"):
+    if (kv_dtype in QUANTIZED_CACHES and manifest.gpu is None) or (
+        _CPU_CACHES.get(kv_dtype, engine) != engine
+    ):
         _bad("precision.kv_dtype", f"{kv_dtype} is no KV cache of {engine}")
     if len({operator.name for operator in manifest.operators}) != len(manifest.operators):
         _bad("operators", "an operator is listed twice")

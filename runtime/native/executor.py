@@ -92,6 +92,22 @@ class Plan:
     row_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Group:
+    """Instructions that run together, for a profile."""
+
+    #: The operations; for a linear layer with its shape and dtype.
+    name: str
+    #: Whether its rows are those of logits, not those of tokens.
+    per_logit: bool
+    #: Bytes of a linear layer's weights.
+    weight_bytes: int = 0
+    #: Multiply-adds of a linear layer for one row: of fp32 numbers, or of int8 digits.
+    products: int = 0
+    #: Whether `products` are of integers.
+    integer: bool = False
+
+
 def group_of(matrix: Matrix) -> int:
     """Return how many activations share a scale: a multiple of 16, up to 128, that divides a block."""
     return next(size for size in range(min(matrix.block, _LARGEST_GROUP), 0, -16) if matrix.block % size == 0)
@@ -247,7 +263,9 @@ class Executor:
         kv_dtype: str = "fp32",
         isa: str | None = None,
     ) -> None:
-        self._library, self._program, self._weights = library.load(isa), program, weights
+        #: The engine's library.
+        self.library = library.load(isa)
+        self._program, self._weights = program, weights
         self._plan = plan(program, digits)
         self._max_tokens, self._num_blocks, self._threads = max_tokens, num_blocks, threads
         self._capacity = -(-max_tokens // _DIGIT_ROWS) * _DIGIT_ROWS
@@ -273,7 +291,7 @@ class Executor:
         self._next = np.zeros((_SETS, counters), np.int32)
         self._done = np.zeros((_SETS, counters), np.int32)
         self._turn = 0
-        self._workers = [_Worker(self._library) for _ in range(threads - 1)]
+        self._workers = [_Worker(self.library) for _ in range(threads - 1)]
         self.close = weakref.finalize(self, _end, self._workers)
 
     def run(self, batch: Batch, times: np.ndarray | None = None) -> np.ndarray:
@@ -321,12 +339,31 @@ class Executor:
         )
         for worker in self._workers:
             worker.start(step, kept_alive)
-        self._library.llmc_run(ctypes.byref(step))
+        self.library.llmc_run(ctypes.byref(step))
         address, stride = self._find(self._program.logits, 0)
         rows = np.frombuffer(
             self._arena, np.float32, len(batch.logits_index) * stride, address - self._base
         ).reshape(-1, stride)
         return rows[:, : self._program.vocab_size]
+
+    def groups(self) -> list[Group]:
+        """Return the groups of instructions that run together, in their order."""
+        return [self._describe(*group) for group in self._plan.groups]
+
+    def _describe(self, first: int, last: int) -> Group:
+        planned = self._plan.instructions[first:last]
+        names = " + ".join(
+            "quantize" if item.op == library.QUANTIZE else item.source.function or item.source.op
+            for item in planned
+        )
+        head = planned[0]
+        if head.op not in (library.LINEAR_INT, library.LINEAR_FLOAT):
+            return Group(names, head.per_logit)
+        matrix = self._program.matrices[head.source.weights[0]]
+        name = f"linear {matrix.rows} x {matrix.columns} {matrix.element}"
+        digits = head.digits.digits if head.digits else 1
+        products = matrix.rows * matrix.columns * digits
+        return Group(name, head.per_logit, matrix.nbytes, products, head.digits is not None)
 
     def _check(self, batch: Batch) -> None:
         tokens = len(batch.input_ids)

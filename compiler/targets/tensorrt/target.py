@@ -97,9 +97,9 @@ class TensorRTTarget:
         if request.quant:
             capability.check(request.quant, request.target, sms)
 
-    def choose_engine(self, resolved: Resolved, model: ir.Model) -> EngineTarget:
+    def choose_engine(self, resolved: Resolved, model: ir.Model) -> tuple[Resolved, EngineTarget]:
         del model
-        return EngineTarget(
+        return resolved, EngineTarget(
             name=self.flavor.name,
             engine=self.flavor.name,
             reason=f"for {describe_sms(resolved.sms)}",

@@ -1,0 +1,49 @@
+// What the machine can do at most, for `llmc bench --layers`: bytes read, products of floats, products of integers.
+#include "vec.h"
+
+// Reads bytes (a multiple of 256) and returns their sum, so that no read is left out.
+static int32_t read_all(const uint8_t *p, int64_t bytes) {
+  vi s[4] = {alli(0), alli(0), alli(0), alli(0)};
+  for (int64_t at = 0; at < bytes; at += 256) {
+    for (int k = 0; k < 4; k++) {
+      PREFETCH(p + at + 8192 + 64 * k);
+      s[k] += (vi) * (const bytes64 *)(p + at + 64 * k);
+    }
+  }
+  return sumi(s[0] + s[1] + s[2] + s[3]);
+}
+
+enum { CHAINS = 10 }; // independent sums, which hide the latency of an operation
+
+#define KEEP(x) __asm__ volatile("" : "+m"(x))
+
+// Computes turns x 10 x 16 multiply-adds of floats and returns how many these are.
+static int64_t float_products(int64_t turns) {
+  vf s[CHAINS], a = allf(0.5f), b = allf(0.25f);
+  UNROLL for (int k = 0; k < CHAINS; k++) s[k] = allf((float)k);
+  KEEP(a);
+  KEEP(b);
+  for (int64_t t = 0; t < turns; t++) UNROLL for (int k = 0; k < CHAINS; k++) s[k] = fma(s[k], a, b);
+  UNROLL for (int k = 0; k < CHAINS; k++) KEEP(s[k]);
+  return turns * CHAINS * LANES;
+}
+
+// Computes turns x 10 dot products of bytes, in vectors or in tiles of AMX, and returns how many products these are.
+static int64_t integer_products(int64_t turns) {
+#if defined(__AMX_INT8__)
+  configure(DIGIT_ROWS, 64);
+  _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3), _tile_zero(4), _tile_zero(6), _tile_zero(7);
+  for (int64_t t = 0; t < 2 * turns; t++)
+    _tile_dpbssd(0, 6, 7), _tile_dpbssd(1, 6, 7), _tile_dpbssd(2, 6, 7), _tile_dpbssd(3, 6, 7), _tile_dpbssd(4, 6, 7);
+  _tile_release();
+  return turns * CHAINS * 16 * 16 * 64;
+#else
+  vi s[CHAINS], u = alli(0x01010101), x = alli(0x02020202);
+  UNROLL for (int k = 0; k < CHAINS; k++) s[k] = alli(k);
+  KEEP(u);
+  KEEP(x);
+  for (int64_t t = 0; t < turns; t++) UNROLL for (int k = 0; k < CHAINS; k++) s[k] = dot4(s[k], u, x, 0);
+  UNROLL for (int k = 0; k < CHAINS; k++) KEEP(s[k]);
+  return turns * CHAINS * LANES * 4;
+#endif
+}
