@@ -86,7 +86,9 @@ def bench_layers(
     for phase, (seconds, layers) in results.items():
         tokens = prompt_tokens if phase == "prefill" else 1
         print(f"\n{phase} of {each}{tokens} {'tokens' if tokens > 1 else 'token'}: {seconds * 1e3:.2f} ms")
-        rows = [("INSTRUCTIONS", "COUNT", "MS", "SHARE", "WEIGHTS", "OF READ", "OF ARITHMETIC")]
+        rows: list[tuple[str, ...]] = [
+            ("INSTRUCTIONS", "COUNT", "MS", "SHARE", "WEIGHTS", "OF READ", "OF ARITHMETIC")
+        ]
         rows += [_row(layer, seconds, machine) for layer in layers]
         print(table(rows))
 

@@ -77,6 +77,18 @@ def quantize(plan: QuantPlan | None, cache: QuantizedCache | None) -> list[Pass]
     return [*linears, *([QuantizeKVCache(cache)] if cache else [])]
 
 
+def legalize_native(narrow: NarrowPlan) -> list[Pass]:
+    """Return the passes from a quantized fp32 graph to the one that is lowered to a native program.
+
+    narrow: the matrices that stay 16-bit
+    """
+    return [
+        DoubleFP4Weights(),  # MXFP4 as int8
+        Keep16BitWeights(narrow),
+        Finalize(Stage.FOR_NATIVE),
+    ]
+
+
 def legalize_openvino(narrow: NarrowPlan) -> list[Pass]:
     """Return the passes from a quantized fp32 graph to OpenVINO's. narrow: the matrices that stay 16-bit."""
     return [

@@ -5,6 +5,7 @@ PAGED            attention reads and writes a paged KV cache: no `llmc.TracedAtt
 PACKED           no batch axis: every activation is [T, ...] and T is the tokens of all sequences end to end.
 CANONICAL        standard ONNX operators and `llmc.PagedAttention` only; logits for the wanted rows only.
 QUANTIZED        also QuantizeLinear, DequantizeLinear, `llmc.RoundFP4`; quantized caches have scales.
+FOR_NATIVE       for the native engine: what `compiler/targets/native/lower.py` takes; no function bodies.
 FOR_OPENVINO     for OpenVINO: `llmc.PagedAttention` has its body; activations are quantized to INT8 only.
 FOR_ONNXRUNTIME  for ONNX Runtime: every llmc operator has its body; no 4-bit floats, no quantized caches.
 FOR_TENSORRT     for TensorRT: no function bodies; logits in fp32.
@@ -37,6 +38,7 @@ class Stage(enum.Enum):
     PACKED = "packed"
     CANONICAL = "canonical"
     QUANTIZED = "quantized"
+    FOR_NATIVE = "for-native"
     FOR_OPENVINO = "for-openvino"
     FOR_ONNXRUNTIME = "for-onnxruntime"
     FOR_TENSORRT = "for-tensorrt"
@@ -65,6 +67,7 @@ _ONNX_OPERATORS = {
     Stage.TRACED: _CANONICAL | TRACED_ONLY,
     Stage.CANONICAL: _CANONICAL,
     Stage.QUANTIZED: _UNPACKED,
+    Stage.FOR_NATIVE: _QUANTIZED,
     Stage.FOR_OPENVINO: _QUANTIZED,
     Stage.FOR_ONNXRUNTIME: _UNPACKED,
     Stage.FOR_TENSORRT: _QUANTIZED,
@@ -79,7 +82,7 @@ _LLMC_OPERATORS = {
     Stage.FOR_OPENVINO: {ATTENTION},
 }
 _BEFORE_PACKED = (Stage.TRACED, Stage.PAGED)
-_FINAL = (Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.FOR_TENSORRT, Stage.ORACLE)
+_FINAL = (Stage.FOR_NATIVE, Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.FOR_TENSORRT, Stage.ORACLE)
 _WITH_BODIES = (Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.ORACLE)
 _PACKED_INPUTS = ("input_ids", "position_ids", *STEP_INPUTS)
 _FP4, _INT8 = ir.DataType.FLOAT4E2M1, ir.DataType.INT8

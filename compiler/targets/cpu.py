@@ -31,8 +31,8 @@ from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import UnsupportedError
 
 PROGRAM_FILE = "rank0.program.json"
-# The graph without activation quantization, for the verification. It is removed from the bundle afterwards.
-_EXACT_FILE = "rank0.exact.onnx"
+# The engine without activation quantization, for the verification. It is removed from the bundle afterwards.
+_EXACT_FILE = "rank0.exact"
 _NAMES = {"native": "the native engine", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 # Engine -> the libraries that a bundle requires, with their versions.
 REQUIRES: Mapping[str, Mapping[str, str]] = {
@@ -91,8 +91,8 @@ class CpuTarget:
         del resolved
         if engine == "openvino":
             return pipeline.legalize_openvino(narrow_plan(model, tensors))
-        if engine == "native":  # the lowering takes the operators that OpenVINO takes, and bf16 as it is
-            return pipeline.legalize_openvino(narrow_plan(model, tensors, bf16_as_fp16=False))
+        if engine == "native":
+            return pipeline.legalize_native(narrow_plan(model, tensors, bf16_as_fp16=False))
         return pipeline.legalize_onnxruntime()
 
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:
@@ -101,16 +101,17 @@ class CpuTarget:
     def verification_files(
         self, resolved: Resolved, engine: str, model: ir.Model, writer: BundleWriter
     ) -> VerificationFiles:
+        graph = PROGRAM_FILE if engine == "native" else GRAPH_FILE
         if engine == "native":
             _write_program(model, writer)
-            quantized_cache = PROGRAM_FILE if resolved.kv_dtype != resolved.dtype else ""
-            return VerificationFiles(PROGRAM_FILE, engine, kv_graph=quantized_cache)
-        graph, quantizing = GRAPH_FILE, ""
+        quantizing = ""
         if rounded_to(model):
             exact = model.clone()
             contract.run(exact, pipeline.exact_activations())
-            writer.path(_EXACT_FILE).write_bytes(serialize(exact))
-            graph, quantizing = _EXACT_FILE, GRAPH_FILE
+            quantizing, graph = graph, _EXACT_FILE
+            writer.path(graph).write_bytes(
+                lower(exact).program.to_json() if engine == "native" else serialize(exact)
+            )
         kv_graph = graph if resolved.kv_dtype != resolved.dtype else ""
         scratch = (graph,) if quantizing else ()
         return VerificationFiles(graph, engine, "", kv_graph, quantizing, scratch)
@@ -137,16 +138,13 @@ class CpuTarget:
 
 def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
     """Return why `engine` cannot run a quantized graph; "" if it can."""
-    rounded = rounded_to(model)
     if engine == "native":
-        if rounded:
-            return f"it does not quantize activations ({', '.join(sorted(dtype.name for dtype in rounded))})"
         try:
             lower(model)
         except UnsupportedError as error:
             return error.message
     if engine == "openvino":
-        if rounded - {ir.DataType.INT8}:
+        if rounded_to(model) - {ir.DataType.INT8}:
             return "it leaves out the rounding of activations to 8 or 4 bits (FP8, FP4)"
         for node in attention_nodes(model):
             if node.attributes["softcap"].as_float():

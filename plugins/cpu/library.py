@@ -8,7 +8,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-VERSION = 2
+VERSION = 3
 LIBRARIES = Path(__file__).parent / "lib"
 COUNTER = 16  # int32 elements per counter: each group's counter has a cache line
 
@@ -23,11 +23,9 @@ _NEEDS = {
     "aarch64-dotprod": {"asimddp", "fphp", "asimdhp"},
 }
 
-EMBED, GATHER, COPY, UNARY, BINARY, VECTOR, SCALAR, RMSNORM, LAYERNORM, ROPE, WRITE_KV, GLU, QUANTIZE = range(
-    13
-)
-LINEAR_INT, LINEAR_FLOAT, ATTENTION = range(13, 16)
-KINDS = {"fp32": 0, "fp16": 1, "bf16": 2}
+EMBED, GATHER, COPY, UNARY, BINARY, VECTOR, SCALAR, RMSNORM, LAYERNORM, ROPE, WRITE_KV = range(11)
+GLU, ROUND, QUANTIZE, LINEAR_INT, LINEAR_FLOAT, ATTENTION = range(11, 17)
+KINDS = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3}
 
 _pointer = ctypes.c_void_p
 

@@ -17,14 +17,15 @@ enum op {
   OP_ROPE = 9,     // out = a rotated; v, v2: cos and sin tables; n: heads, head width, rotated width, interleaved
   OP_WRITE_KV = 10, // a: keys, b: values, into the cache; n: kv heads, key width, value width, 8 bits
   OP_GLU = 11,     // out = f(a) x b; n: width, function
-  OP_QUANTIZE = 12, // q, scales, sums = a in int8 digits; n: width, group, digits
+  OP_ROUND = 12,   // out = a rounded to a format times the scale v[0]; n: width, format
+  OP_QUANTIZE = 13, // q, scales, sums = a in int8 digits; n: width, group, digits
   // Operations on many rows at once.
-  OP_LINEAR_INT = 13,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
-  OP_LINEAR_FLOAT = 14, // out = a x w; n: rows of w, columns, element type
-  OP_ATTENTION = 15,    // out = attention of a (queries); n: heads, kv heads, key width, value width, window,
+  OP_LINEAR_INT = 14,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
+  OP_LINEAR_FLOAT = 15, // out = a x w; n: rows of w, columns, element type
+  OP_ATTENTION = 16,    // out = attention of a (queries); n: heads, kv heads, key width, value width, window,
                         // digits of queries (0: the cache is fp32); x: scale, softcap
 };
-enum kind { F32 = 0, F16 = 1, BF16 = 2 }; // element types
+enum kind { F32 = 0, F16 = 1, BF16 = 2, E4M3 = 3 }; // element types
 
 typedef struct {
   int32_t op, per_logit; // per_logit: the rows are those of logits_index, not those of the tokens

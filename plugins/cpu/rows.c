@@ -160,6 +160,30 @@ static void rope(const int32_t *n, const float *cosine, const float *sine, const
   }
 }
 
+enum format { FP8, FP4, INT8 };
+
+// The nearest E4M3 number, ties to even, at most 448: multiples of an eighth of the power of two below, at least 2^-9.
+INLINE vf to_e4m3(vf x) {
+  const vf size = minf(absf(x), allf(448));
+  const vf power = maxf((vf)((vi)size & 0x7f800000), allf(0x1p-6f)), step = power * 0.125f;
+  const vf rounded = roundf_even(size / step) * step;
+  return (vf)((vi)rounded | ((vi)x & (vi)allf(-0.0f)));
+}
+static void round_to(int format, int width, float scale, const float *a, float *out) {
+  if (format == FP8) LOOP(width) storef(out + k, to_e4m3(loadf(a + k) / scale) * scale);
+  if (format == INT8)
+    LOOP(width) storef(out + k, minf(maxf(roundf_even(loadf(a + k) / scale), allf(-128)), allf(127)) * scale);
+  if (format != FP4) return;
+  LOOP(width) { // blocks of 16, as llmc.RoundFP4
+    const vf x = loadf(a + k);
+    const float of_block = to_e4m3(allf(largest(absf(x)) / 6.0f / scale))[0] * scale;
+    const vf value = x / (of_block == 0 ? 1.0f : of_block), size = minf(absf(value), allf(6));
+    const vf small = roundf_even(size * 2.0f) * 0.5f, middle = roundf_even(size), large = roundf_even(size * 0.5f) * 2.0f;
+    const vf rounded = select(size < 2.0f, small, select(size < 4.0f, middle, large));
+    storef(out + k, (vf)((vi)rounded | ((vi)value & (vi)allf(-0.0f))) * of_block);
+  }
+}
+
 INLINE float largest_of(int width, const float *a) {
   vf m = allf(0);
   LOOP(width) m = maxf(m, absf(load_tail(a, k, width)));
@@ -256,6 +280,7 @@ static void run_row(const instruction *i, const step *s, int row) {
     case OP_UNARY: unary(i->n[1], i->n[0], a, out); break;
     case OP_BINARY: binary(i->n[1], i->n[0], a, i->b + row * i->b_stride, out); break;
     case OP_GLU: glu(i->n[1], i->n[0], a, i->b + row * i->b_stride, out); break;
+    case OP_ROUND: round_to(i->n[1], i->n[0], i->v[0], a, out); break;
     case OP_VECTOR: binary(i->n[1], i->n[0], a, i->v, out); break;
     case OP_SCALAR: scalar(i->n[1], i->n[0], a, i->x[0], out); break;
     case OP_RMSNORM: rmsnorm(i->n[0], i->n[1], i->x[0], a, i->v, out); break;

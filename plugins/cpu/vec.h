@@ -25,6 +25,7 @@ typedef float vf_loose __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t vh __attribute__((vector_size(32), aligned(2)));
 typedef _Float16 vhf __attribute__((vector_size(32), aligned(2)));
 typedef int8_t vb __attribute__((vector_size(16), aligned(1)));
+typedef uint8_t vub __attribute__((vector_size(16), aligned(1)));
 typedef uint8_t bytes64 __attribute__((vector_size(64), aligned(1)));
 
 INLINE vf loadf(const float *p) { return *(const vf_loose *)p; }
@@ -40,6 +41,11 @@ INLINE vf tofloat(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vi toint(vf x) { return __builtin_convertvector(x, vi); } // x is a whole number
 INLINE vf load_fp16(const uint16_t *p) { return __builtin_convertvector(*(const vhf *)p, vf); }
 INLINE vf load_bf16(const uint16_t *p) { return (vf)(__builtin_convertvector(*(const vh *)p, vu) << 16); }
+// E4M3 as fp16 has another exponent bias, which is a factor of 256; NaN does not occur.
+INLINE vf load_e4m3(const uint8_t *p) {
+  const vh x = __builtin_convertvector(*(const vub *)p, vh);
+  return __builtin_convertvector((vhf)((x & 0x80) << 8 | (x & 0x7f) << 7), vf) * 256.0f;
+}
 INLINE void store_bytes(int8_t *p, vi x) { *(vb *)p = __builtin_convertvector(x, vb); }
 INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 

@@ -15,14 +15,14 @@ import numpy as np
 from llmc.plugins.cpu import library
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.batch import STEP_INPUTS, Batch
-from llmc.runtime.native.program import BINARY, UNARY, Cache, Instruction, Matrix, Program, View
+from llmc.runtime.native.program import BINARY, ROUND, UNARY, Cache, Instruction, Matrix, Program, View
 
 _LINE = 64  # bytes of a cache line
 _SETS = 8  # sets of counters: a late thread may still read those of earlier steps
 _DIGIT_ROWS = 16  # rows of a tile of digits
 _LARGEST_GROUP = 128  # activations that share a scale
 _ROWWISE = library.QUANTIZE  # operations up to this number work on one row at a time
-_IN_PLACE = ("unary", "binary", "glu", "vector", "scalar", "rms_norm", "layer_norm", "rope")
+_IN_PLACE = ("unary", "binary", "glu", "round", "vector", "scalar", "rms_norm", "layer_norm", "rope")
 
 
 @dataclass
@@ -151,6 +151,7 @@ def _code(instruction: Instruction) -> int:
         "unary": library.UNARY,
         "binary": library.BINARY,
         "glu": library.GLU,
+        "round": library.ROUND,
         "vector": library.VECTOR,
         "scalar": library.SCALAR,
         "rms_norm": library.RMSNORM,
@@ -445,6 +446,8 @@ def _numbers(program: Program, planned: _Planned) -> Sequence[int]:
         return width, library.KINDS[program.matrices[source.weights[0]].element]
     if planned.op in (library.UNARY, library.GLU):
         return width, UNARY.index(source.function)
+    if planned.op == library.ROUND:
+        return width, ROUND.index(source.function)
     if planned.op in (library.BINARY, library.VECTOR, library.SCALAR):
         return width, BINARY.index(source.function)
     if planned.op == library.RMSNORM:

@@ -97,6 +97,8 @@ class Interpreter:
             return _BINARY[instruction.function](x, inputs[1])
         if instruction.op == "glu":
             return _UNARY[instruction.function](x) * inputs[1]
+        if instruction.op == "round":
+            return _ROUND[instruction.function](x.astype(np.float32), np.float32(weights[0].reshape(())))
         if instruction.op == "vector":
             return _BINARY[instruction.function](x, weights[0])
         if instruction.op == "scalar":
@@ -136,6 +138,35 @@ class Interpreter:
             window=instruction.integers["window"],
             softcap=instruction.floats["softcap"],
         )
+
+
+def _to_e4m3(x: np.ndarray) -> np.ndarray:
+    """Return the nearest E4M3 number, ties to even, saturated. float32."""
+    size = np.minimum(np.abs(x), np.float32(448))
+    _, exponent = np.frexp(size)  # size = fraction x 2^exponent, with a fraction from 1/2
+    step = np.ldexp(np.float32(1), np.maximum(exponent - 1, -6) - 3)
+    return np.copysign(np.rint(size / step) * step, x).astype(np.float32)
+
+
+def _to_fp4(x: np.ndarray, scale: np.float32) -> np.ndarray:
+    """Return x as `llmc.RoundFP4` rounds it. float32."""
+    codes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    blocks = x.reshape(len(x), -1, 16)
+    largest = np.abs(blocks).max(axis=-1, keepdims=True)
+    of_block = _to_e4m3(largest / np.float32(6) / scale) * scale
+    value = blocks / np.where(of_block == 0, np.float32(1), of_block)
+    size = np.minimum(np.abs(value), np.float32(6))
+    below = np.clip(np.searchsorted(codes, size, side="right") - 1, 0, 6)
+    distance = 2 * size - codes[below] - codes[below + 1]  # above 0: the upper code is nearer
+    upper = (distance > 0) | ((distance == 0) & (below % 2 == 1))  # a tie goes to the even code
+    return np.asarray(np.copysign(codes[below + upper], value) * of_block).reshape(x.shape)
+
+
+_ROUND = {
+    "fp8": lambda x, scale: _to_e4m3(x / scale) * scale,
+    "fp4": _to_fp4,
+    "int8": lambda x, scale: np.clip(np.rint(x / scale), -128, 127) * scale,
+}
 
 
 def _rounded(x: np.ndarray, heads: int) -> np.ndarray:

@@ -36,7 +36,7 @@ UNARY = (
     "square",
 )
 BINARY = ("add", "sub", "mul", "div", "min", "max")
-ELEMENTS = ("fp32", "fp16", "bf16", "int8", "int4")
+ROUND = ("fp8", "fp4", "int8")
 
 
 def _size(value: int) -> str:
@@ -76,10 +76,10 @@ class Matrix:
 
     rows: Size
     columns: Size
-    element: Literal["fp32", "fp16", "bf16", "int8", "int4"]
-    #: Columns that share a scale; 0 for floats.
+    element: Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
+    #: Columns that share a scale, for fp8 all; 0 without scales.
     block: Index = 0
-    #: The dtype of the scales; "" for floats.
+    #: The dtype of the scales of fp8, int8 and int4; otherwise "".
     scales: Literal["", "fp16", "fp32"] = ""
 
     @property
@@ -90,6 +90,8 @@ class Matrix:
             scale = TILE * (2 if self.scales == "fp16" else 4)
             codes = self.columns * TILE // (2 if self.element == "int4" else 1)
             return tiles * (self.columns // self.block * scale + codes)
+        if self.element == "fp8":
+            return tiles * TILE * (4 + self.columns)
         return tiles * TILE * self.columns * (4 if self.element == "fp32" else 2)
 
 
@@ -151,6 +153,8 @@ OPERATIONS: Mapping[str, Operation] = {
     "binary": Operation(inputs=2, functions=BINARY),
     # out = f(first input) x second input, f as of "unary"
     "glu": Operation(inputs=2, functions=UNARY),
+    # out = the input rounded to a format, with a scale of the weights: see docs/reference/program.md
+    "round": Operation(weights=(1, 1), functions=ROUND),
     # out = f(input, a vector of the weights)
     "vector": Operation(weights=(1, 1), functions=BINARY),
     # out = f(input, value)
@@ -267,6 +271,7 @@ _SAME_WIDTH = (
     "unary",
     "binary",
     "glu",
+    "round",
     "vector",
     "scalar",
     "rms_norm",
@@ -307,6 +312,11 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
         program.constants.get(name) != width for name in instruction.weights
     ):
         yield "has a constant of another width"
+    if instruction.op == "round":
+        if program.constants.get(instruction.weights[0]) != 1:
+            yield "has a scale that is no single number"
+        if instruction.function == "fp4" and width % 16:
+            yield "has blocks that do not fit"
     if instruction.op == "rms_norm":
         groups = integers["groups"]
         if groups < 1 or width % groups or program.constants.get(instruction.weights[0]) != width // groups:
@@ -324,8 +334,8 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
         matrix = program.matrices.get(instruction.weights[0])
         if matrix is None or matrix.columns != width or matrix.rows != program.vocab_size:
             yield "has a table of another shape"
-        elif matrix.element in ("int8", "int4"):
-            yield "has a table of integers"
+        elif matrix.scales or matrix.element in ("fp8", "int8", "int4"):
+            yield "has a table of quantized numbers"
     if instruction.op == "linear":
         matrix = program.matrices.get(instruction.weights[0])
         if matrix is None or first is None or matrix.columns != first.width or matrix.rows != width:
@@ -333,6 +343,9 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
         elif matrix.element in ("int8", "int4"):
             if not matrix.scales or matrix.block < 16 or matrix.columns % matrix.block or matrix.block % 16:
                 yield "has a matrix with blocks that do not fit"
+        elif matrix.element == "fp8":
+            if matrix.scales != "fp32" or matrix.block != matrix.columns:
+                yield "has a matrix of fp8 without a scale for each row"
         elif matrix.block or matrix.scales:
             yield "has a matrix of floats with scales"
     if instruction.op in ("write_kv", "attention"):

@@ -8,8 +8,10 @@ import onnx_ir as ir
 import pytest
 
 from llmc.compiler.quantize.make_plan import plan_weights
+from llmc.compiler.targets.native.lower import lower
 from llmc.passes import contract, pipeline, spec
 from llmc.passes.contract import Pass
+from llmc.passes.legalize.drop_activation_quantization import rounded_to
 from llmc.passes.legalize.keep_16bit_weights import Narrow, NarrowPlan
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.passes.parameter import META, parameter, parameters
@@ -39,6 +41,16 @@ def check(model: ir.Model, passes: list[Pass], stage: Stage, matches: dict[str, 
     once = contract.as_text(model)
     assert [one(model).count for one in passes] == [0] * len(passes)
     assert contract.as_text(model) == once
+
+
+@pytest.mark.parametrize("fmt", [None, *FORMATS])
+def test_graphs_for_the_native_engine_can_be_lowered(fmt: str | None) -> None:
+    model = quantized(fmt)
+    doubled = {"double-fp4-weights": 3} if fmt == "mxfp4" else {}
+    check(model, pipeline.legalize_native(NarrowPlan()), Stage.FOR_NATIVE, doubled)
+    program = lower(model).program
+    rounds = {instruction.function for instruction in program.instructions if instruction.op == "round"}
+    assert len(rounds) == len(rounded_to(model))
 
 
 def test_graphs_for_openvino_and_their_exact_halves() -> None:

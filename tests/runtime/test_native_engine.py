@@ -72,6 +72,15 @@ def binary(function: str) -> Built:
     return build.finish(y)
 
 
+def rounding(function: str, scale: float) -> Built:
+    build = Builder(48)
+    return build.finish(
+        build.emit(
+            "round", 48, View(0, 0, 48), weights=(build.vector("s", 1, np.array([scale])),), function=function
+        )
+    )
+
+
 def norms(groups: int) -> Built:
     build = Builder(72)
     y = build.emit(
@@ -150,6 +159,12 @@ PROGRAMS: dict[str, Callable[[], Built]] = {
     **{name: lambda name=name: unary(name) for name in UNARY},  # type: ignore[misc]
     **{f"glu {name}": lambda name=name: glu(name) for name in ("silu", "gelu", "gelu_tanh")},  # type: ignore[misc]
     **{name: lambda name=name: binary(name) for name in BINARY},  # type: ignore[misc]
+    "round to fp8": lambda: rounding("fp8", 0.03),
+    "round to small fp8": lambda: rounding("fp8", 100.0),
+    "round to large fp8": lambda: rounding("fp8", 1e-3),
+    "round to fp4": lambda: rounding("fp4", 1e-3),
+    "round to fp4, blocks of 0": lambda: rounding("fp4", 1e6),
+    "round to int8": lambda: rounding("int8", 0.01),
     "norms": lambda: norms(1),
     "norms of heads": lambda: norms(3),
     "rotation": lambda: rotations(40, 0),
@@ -167,6 +182,7 @@ PROGRAMS: dict[str, Callable[[], Built]] = {
     "fp32": lambda: linear("fp32"),
     "fp16": lambda: linear("fp16"),
     "bf16": lambda: linear("bf16", columns=100),
+    "fp8": lambda: linear("fp8", 256, "fp32"),
     "int4 block 32": lambda: linear("int4", 32, "fp16"),
     "int4 block 128": lambda: linear("int4", 128, "fp16", rows=77),
     "int4 fp32 scales": lambda: linear("int4", 64, "fp32"),

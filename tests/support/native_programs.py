@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import ml_dtypes
 import numpy as np
 
-from llmc.compiler.targets.native.pack import pack_floats, pack_integers
+from llmc.compiler.targets.native.pack import pack_floats, pack_fp8, pack_integers
 from llmc.runtime.batch import Batch
 from llmc.runtime.native.program import Buffer, Cache, Instruction, Matrix, Program, View, check
 
@@ -70,6 +71,12 @@ class Builder:
             self.exact[name] = codes * np.repeat(factors.astype(np.float64), block, axis=1)
             return name
         data = self.rng.standard_normal((rows, columns)).astype(np.float32)
+        if element == "fp8":
+            codes = data.astype(ml_dtypes.float8_e4m3fn)
+            factors = self.rng.uniform(0.001, 0.01, (rows, 1)).astype(np.float32)
+            self.packed[name] = pack_fp8(codes, factors)
+            self.exact[name] = codes.astype(np.float64) * factors
+            return name
         if element == "bf16":
             bits = data.view(np.uint32) & 0xFFFF0000
             self.packed[name] = pack_floats((bits >> 16).astype(np.uint16))

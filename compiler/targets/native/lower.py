@@ -18,6 +18,7 @@ from llmc.compiler.targets.native.fuse import fuse
 from llmc.passes import edit
 from llmc.passes.spec import module_of
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
+from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
 from llmc.runtime.errors import UnsupportedError
 from llmc.runtime.native.program import Buffer, Cache, Instruction, Matrix, Program, View, check
 
@@ -34,13 +35,16 @@ _UNARY = {
 }
 _BINARY = {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "Min": "min", "Max": "max"}
 _COMMUTATIVE = ("add", "mul", "min", "max")
-_ELEMENTS: Mapping[ir.DataType, Literal["fp32", "fp16", "bf16", "int8", "int4"]] = {
+_ELEMENTS: Mapping[ir.DataType, Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]] = {
     ir.DataType.FLOAT: "fp32",
     ir.DataType.FLOAT16: "fp16",
     ir.DataType.BFLOAT16: "bf16",
     ir.DataType.INT8: "int8",
     ir.DataType.INT4: "int4",
+    ir.DataType.FLOAT8E4M3FN: "fp8",
+    ir.DataType.FLOAT4E2M1: "int8",  # twice the value, with half the scale
 }
+_ROUND = {ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT8: "int8"}
 _EMPTY: Mapping[str, int] = MappingProxyType({})
 
 
@@ -68,7 +72,7 @@ class Lowered:
 
 
 def lower(model: ir.Model) -> Lowered:
-    """Lower a quantized graph with fp32 activations.
+    """Lower a legalized graph in fp32, or a quantized one to see whether it can be lowered.
 
     Raises UnsupportedError, with the module and the reason, for a node that the native engine cannot run.
     """
@@ -174,7 +178,7 @@ class _Lowering:
 
     def _gather(self, node: ir.Node) -> None:
         table, indices = edit.operand(node, 0), edit.operand(node, 1)
-        if edit.attribute(node, "axis") != 0:
+        if node.attributes.get_int("axis", 0) != 0:
             raise _refusal(node, "it gathers columns")
         if indices.name == "input_ids" and self._is_constant(table):
             name = self._matrix(table, node)
@@ -200,7 +204,7 @@ class _Lowering:
     def _split(self, node: ir.Node) -> None:
         view, offset = self._view(node, 0), 0
         shape = edit.dims(edit.operand(node, 0))
-        if len(shape) != 2 or edit.attribute(node, "axis") not in (1, -1):
+        if len(shape) != 2 or node.attributes.get_int("axis", 0) not in (1, -1):
             raise _refusal(node, "it splits something else than features")
         for output in node.outputs:
             width = edit.dims(output)[1]
@@ -231,6 +235,22 @@ class _Lowering:
         if node.outputs[0].dtype != ir.DataType.FLOAT:
             raise _refusal(node, f"it converts to {node.outputs[0].dtype}")
         self.views[node.outputs[0]] = self._view(node, 0)
+
+    def _quantize(self, node: ir.Node) -> None:
+        """Lower QuantizeLinear. The DequantizeLinear behind it has nothing left to do."""
+        codes = node.outputs[0]
+        function = _ROUND.get(codes.dtype) if codes.dtype is not None else None
+        readers = [use.node for use in codes.uses()]
+        scale = edit.operand(node, 1)
+        if function is None or len(node.inputs) > 2 or int(np.prod(edit.dims(scale))) != 1:
+            raise _refusal(node, f"it quantizes activations to {codes.dtype} in another way than per tensor")
+        if any(reader.op_type != "DequantizeLinear" or reader.inputs[1] is not scale for reader in readers):
+            raise _refusal(node, "its codes are read by something else than DequantizeLinear")
+        self._emit(node, "round", (self._view(node, 0),), function=function, weights=(self._constant(scale),))
+
+    def _round_fp4(self, node: ir.Node) -> None:
+        scale = self._constant(edit.operand(node, 1))
+        self._emit(node, "round", (self._view(node, 0),), function="fp4", weights=(scale,))
 
     def _identity(self, node: ir.Node) -> None:
         self.views[node.outputs[0]] = self._view(node, 0)
@@ -294,7 +314,7 @@ class _Lowering:
     def _rms_norm(self, node: ir.Node) -> None:
         view, weight = self._view(node, 0), edit.operand(node, 1)
         width = edit.dims(edit.operand(node, 0))[-1]
-        if edit.attribute(node, "axis") not in (-1, len(edit.dims(edit.operand(node, 0))) - 1):
+        if node.attributes.get_int("axis", -1) not in (-1, len(edit.dims(edit.operand(node, 0))) - 1):
             raise _refusal(node, "it normalizes over more than the last axis")
         self._emit(
             node,
@@ -302,12 +322,12 @@ class _Lowering:
             (view,),
             weights=(self._constant(weight),),
             integers={"groups": view.width // width},
-            floats={"epsilon": float(edit.attribute(node, "epsilon"))},
+            floats={"epsilon": node.attributes.get_float("epsilon", 1e-5)},
         )
 
     def _layer_norm(self, node: ir.Node) -> None:
         view = self._view(node, 0)
-        if len(edit.dims(edit.operand(node, 0))) != 2 or edit.attribute(node, "axis") not in (-1, 1):
+        if len(edit.dims(edit.operand(node, 0))) != 2 or node.attributes.get_int("axis", -1) not in (-1, 1):
             raise _refusal(node, "it normalizes over something else than features")
         weights = tuple(self._constant(value) for value in node.inputs[1:] if value is not None)
         epsilon = node.attributes.get_float("epsilon", 1e-5)
@@ -329,7 +349,7 @@ class _Lowering:
             integers={
                 "heads": heads,
                 "rotated": rotated,
-                "interleaved": int(edit.attribute(node, "interleaved")),
+                "interleaved": node.attributes.get_int("interleaved", 0),
             },
         )
 
@@ -375,13 +395,9 @@ class _Lowering:
         if producer is not None and producer.op_type == "DequantizeLinear":
             codes, scales = edit.operand(producer, 0), edit.operand(producer, 1)
             name, block = str(codes.name), _block(producer, columns)
-            if (
-                codes.dtype not in _ELEMENTS
-                or codes.producer() is not None
-                or block % 16
-                or columns % max(block, 1)
-            ):
-                dequantized = weight  # FP8, FP4 and odd blocks: as fp32
+            odd = block % 16 or columns % block or (_ELEMENTS.get(codes.dtype) == "fp8" and block != columns)  # type: ignore[arg-type]
+            if codes.dtype not in _ELEMENTS or codes.producer() is not None or odd:
+                dequantized = weight  # as fp32
             else:
                 source = codes
         elif producer is not None:
@@ -410,6 +426,9 @@ _NODES: Mapping[str, Callable[[_Lowering, ir.Node], None]] = {
     "Concat": _Lowering._concat,
     "Cast": _Lowering._cast,
     "Identity": _Lowering._identity,
+    "QuantizeLinear": _Lowering._quantize,
+    "DequantizeLinear": _Lowering._identity,
+    ROUND_FP4: _Lowering._round_fp4,
     "Gelu": _Lowering._gelu,
     "Swish": _Lowering._swish,
     "Pow": _Lowering._pow,

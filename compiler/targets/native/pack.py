@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import onnx_ir as ir
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.targets.native.lower import Lowered, MatrixSource, evaluate
@@ -57,6 +58,10 @@ def pack(matrix: Matrix, source: MatrixSource) -> np.ndarray:
     scales = np.broadcast_to(
         scales.reshape(-1, 1) if scales.ndim < 2 else scales, (matrix.rows, _blocks(matrix))
     )
+    if matrix.element == "fp8":
+        return pack_fp8(data, scales.astype(np.float32))
+    if data.dtype == ir.DataType.FLOAT4E2M1.numpy():
+        data, scales = data.astype(np.float32) * 2, scales.astype(np.float32) / 2
     dtype = np.float16 if matrix.scales == "fp16" else np.float32
     return pack_integers(data.astype(np.int8), scales.astype(dtype), matrix)
 
@@ -70,6 +75,19 @@ def pack_floats(data: np.ndarray) -> np.ndarray:
     bits = data.view({2: np.uint16, 4: np.uint32}[data.dtype.itemsize])
     tiles = _whole_tiles(bits)
     return np.ascontiguousarray(tiles.transpose(0, 2, 1)).reshape(-1).view(np.uint8)
+
+
+def pack_fp8(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Return the tiles of a matrix of E4M3 as bytes, uint8 and flat: 32 scales, then [columns, 32 rows].
+
+    codes: float8_e4m3fn [rows, columns]
+    scales: float32 [rows, 1]
+    """
+    tiles = _whole_tiles(np.ascontiguousarray(codes).view(np.uint8)).transpose(0, 2, 1)
+    factors = np.ascontiguousarray(_whole_tiles(np.ascontiguousarray(scales))).view(np.uint8)
+    return np.concatenate([factors.reshape(len(tiles), -1), tiles.reshape(len(tiles), -1)], axis=1).reshape(
+        -1
+    )
 
 
 def pack_integers(codes: np.ndarray, scales: np.ndarray, matrix: Matrix) -> np.ndarray:

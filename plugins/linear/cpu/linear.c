@@ -82,13 +82,16 @@ INLINE void integer_tile(const int M, const int DIGITS, const int BITS, const in
 }
 
 INLINE vf load_kind(const int KIND, const uint8_t *p) {
+  if (KIND == E4M3) return load_e4m3(p);
   return KIND == F32 ? loadf((const float *)p) : KIND == F16 ? load_fp16((const uint16_t *)p) : load_bf16((const uint16_t *)p);
 }
 
 // Partial sums of 64 columns are added up, which is more accurate than one long sum.
 INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int columns, const float *x, int64_t x_stride,
                        float *out, int64_t out_stride) {
-  const int SIZE = KIND == F32 ? 64 : 32; // bytes of 16 numbers
+  const int SIZE = KIND == F32 ? 64 : KIND == E4M3 ? 16 : 32; // bytes of 16 numbers
+  const vf one = allf(1), scale0 = KIND == E4M3 ? loadf((const float *)w) : one, scale1 = KIND == E4M3 ? loadf((const float *)w + 16) : one;
+  if (KIND == E4M3) w += 128;
   _Alignas(64) float f[MOST_FLOAT][TILE];
   UNROLL for (int m = 0; m < M; m++) storef(f[m], allf(0)), storef(f[m] + 16, allf(0));
   for (int column = 0; column < columns;) {
@@ -106,7 +109,8 @@ INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int column
     }
     UNROLL for (int m = 0; m < M; m++) storef(f[m], loadf(f[m]) + c[m][0]), storef(f[m] + 16, loadf(f[m] + 16) + c[m][1]);
   }
-  UNROLL for (int m = 0; m < M; m++) storef(out + m * out_stride, loadf(f[m])), storef(out + m * out_stride + 16, loadf(f[m] + 16));
+  UNROLL for (int m = 0; m < M; m++)
+    storef(out + m * out_stride, loadf(f[m]) * scale0), storef(out + m * out_stride + 16, loadf(f[m] + 16) * scale1);
 }
 
 // The kernels below compute one tile for M rows; run_integer and run_float compute tiles first .. last - 1 for all rows.
@@ -194,7 +198,7 @@ static void linear_int(const instruction *i, int first, int last, int rows) {
 
 INLINE void run_float(const int KIND, const instruction *i, int first, int last, int rows) {
   const int columns = i->n[1];
-  const int64_t tile = (int64_t)columns * (KIND == F32 ? 128 : 64);
+  const int64_t tile = KIND == E4M3 ? 128 + (int64_t)columns * 32 : (int64_t)columns * (KIND == F32 ? 128 : 64);
   for (int t = first; t < last; t++) {
     const uint8_t *w = i->w + t * tile;
     for (int r = 0; r < rows;) {
@@ -218,5 +222,6 @@ INLINE void run_float(const int KIND, const instruction *i, int first, int last,
 static void linear_float(const instruction *i, int first, int last, int rows) {
   if (i->n[2] == F32) run_float(F32, i, first, last, rows);
   else if (i->n[2] == F16) run_float(F16, i, first, last, rows);
-  else run_float(BF16, i, first, last, rows);
+  else if (i->n[2] == BF16) run_float(BF16, i, first, last, rows);
+  else run_float(E4M3, i, first, last, rows);
 }
