@@ -18,7 +18,7 @@ enum op {
   OP_WRITE_KV = 10, // a: keys, b: values, into the cache; n: kv heads, key width, value width, 8 bits
   OP_GLU = 11,     // out = f(a) x b; n: width, function
   OP_ROUND = 12,   // out = a rounded to a format times the scale v[0]; n: width, format
-  OP_QUANTIZE = 13, // q, scales, sums = a in int8 digits; n: width, group, digits
+  OP_QUANTIZE = 13, // q, scales, sums = a in int8 digits; n: width, group, digits; v: null or their scale
   // Operations on many rows at once.
   OP_LINEAR_INT = 14,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
   OP_LINEAR_FLOAT = 15, // out = a x w; n: rows of w, columns, element type

@@ -192,10 +192,10 @@ INLINE float largest_of(int width, const float *a) {
 
 // The numbers become integer multiples of the result, of 8 bits in one digit or 24 bits in three, the highest digit first.
 // The numbers of a step are `step` bytes in q, which lie `spread` times as far apart as in a row. digit: bytes between
-// digits. at: of the first number. sums: of each digit, `sums_row` apart.
-INLINE float digits_of(const int DIGITS, int width, const float *a, int8_t *q, int64_t digit, int at, int step, int spread,
+// digits. at: of the first number. sums: of each digit, `sums_row` apart. most: the largest magnitude.
+INLINE float digits_of(const int DIGITS, float most, int width, const float *a, int8_t *q, int64_t digit, int at, int step, int spread,
                        int32_t *sums, int sums_row) {
-  const float top = DIGITS == 1 ? 127.0f : 127.0f * 65536.0f, most = largest_of(width, a), inverse = most > 0 ? top / most : 0;
+  const float top = DIGITS == 1 ? 127.0f : 127.0f * 65536.0f, inverse = most > 0 ? top / most : 0;
   vi total[3] = {alli(0), alli(0), alli(0)};
   LOOP(width) {
     vi x = toint(roundf_even(load_tail(a, k, width) * inverse));
@@ -211,17 +211,20 @@ INLINE float digits_of(const int DIGITS, int width, const float *a, int8_t *q, i
   return most / top;
 }
 INLINE float to_digits(const int DIGITS, int width, const float *a, int8_t *q, int64_t digit, int32_t *sums) {
-  return digits_of(DIGITS, width, a, q, digit, 0, 1 << 30, 1, sums, 1);
+  return digits_of(DIGITS, largest_of(width, a), width, a, q, digit, 0, 1 << 30, 1, sums, 1);
 }
 
-static void quantize(int width, int group, int digits, const float *a, int8_t *q, int step, int spread, float *scales,
-                     int32_t *sums) {
+// fixed: null, or the scale of all groups, whose numbers are multiples of it.
+static void quantize(int width, int group, int digits, const float *a, const float *fixed, int8_t *q, int step, int spread,
+                     float *scales, int32_t *sums) {
   const int groups = width / group;
   const int64_t digit = (int64_t)width * spread;
   for (int g = 0; g < groups; g++) {
     const float *of_group = a + g * group;
-    scales[g] = digits == 1 ? digits_of(1, group, of_group, q, digit, g * group, step, spread, sums + g, groups)
-                            : digits_of(3, group, of_group, q, digit, g * group, step, spread, sums + g, groups);
+    const float most = fixed ? *fixed * 127.0f : largest_of(group, of_group);
+    scales[g] = digits == 1 ? digits_of(1, most, group, of_group, q, digit, g * group, step, spread, sums + g, groups)
+                            : digits_of(3, most, group, of_group, q, digit, g * group, step, spread, sums + g, groups);
+    if (fixed) scales[g] = *fixed;
   }
 }
 
@@ -296,7 +299,7 @@ static void run_row(const instruction *i, const step *s, int row) {
       const int tiled = tiled_digits(i->per_logit ? s->logits : s->tokens), step = tiled ? digit_step(group) : width;
       int8_t *q = i->q + (tiled ? (int64_t)(row / DIGIT_ROWS) * DIGIT_ROWS * digits * width + row % DIGIT_ROWS * step
                                 : (int64_t)row * digits * width);
-      quantize(width, group, digits, a, q, step, tiled ? DIGIT_ROWS : 1, i->scales + (int64_t)row * groups,
+      quantize(width, group, digits, a, i->v, q, step, tiled ? DIGIT_ROWS : 1, i->scales + (int64_t)row * groups,
                i->sums + (int64_t)row * digits * groups);
       break;
     }

@@ -49,6 +49,8 @@ class _Digits:
     group: int
     #: Digits of a number.
     digits: int
+    #: The scale of all groups, a constant of the weights file; "": each group has its own.
+    scale: str = ""
 
     @property
     def row_bytes(self) -> int:
@@ -116,11 +118,17 @@ def group_of(matrix: Matrix) -> int:
 def plan(program: Program, digits: int) -> Plan:
     """Insert the quantization of inputs, group the instructions that run row by row, and place the buffers.
 
-    digits: int8 digits of an activation that a matrix of integers reads: 3 (24 bits) or 1 (8 bits).
+    digits: int8 digits of an activation that a matrix of integers reads: 3 (24 bits) or 1 (8 bits). Activations
+        that were rounded to int8 need only one.
     """
     result = Plan()
     known: dict[tuple[View, int], _Digits] = {}
+    rounded: dict[int, str] = {}  # a buffer that was rounded to int8 -> its scale
     for instruction in program.instructions:
+        if instruction.out is not None:
+            rounded.pop(instruction.out, None)
+        if (instruction.op, instruction.function) == ("round", "int8"):
+            rounded[instruction.out] = instruction.weights[0]  # type: ignore[index]
         rows = program.buffers[
             instruction.out if instruction.out is not None else instruction.inputs[0].buffer
         ].rows
@@ -135,7 +143,8 @@ def plan(program: Program, digits: int) -> Plan:
             continue
         view, group = instruction.inputs[0], group_of(matrix)
         if (view, group) not in known:
-            known[view, group] = _Digits(view.width, group, digits)
+            scale = rounded.get(view.buffer, "")
+            known[view, group] = _Digits(view.width, group, 1 if scale else digits, scale)
             result.instructions.append(_Planned(library.QUANTIZE, per_logit, instruction, known[view, group]))
         result.instructions.append(_Planned(library.LINEAR_INT, per_logit, instruction, known[view, group]))
     _make_groups(result)
@@ -423,6 +432,8 @@ class Executor:
             bound.q = self._base + self._offset(place)
             bound.scales = bound.q + _round_to_lines(digits.digits * digits.width) * self._capacity
             bound.sums = bound.scales + _round_to_lines(4 * groups) * self._capacity
+            if planned.op == library.QUANTIZE and digits.scale:
+                bound.v = self._weights[digits.scale].ctypes.data
         if planned.op != library.QUANTIZE:
             addresses = [self._weights[name].ctypes.data for name in source.weights]
             if planned.op in (library.EMBED, library.LINEAR_INT, library.LINEAR_FLOAT):

@@ -252,6 +252,17 @@ def test_one_digit_rounds_queries_too(name: str) -> None:
         assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
 
 
+def test_activations_that_were_rounded_to_int8_need_one_digit() -> None:
+    build = Builder(256)
+    scale = build.vector("s", 1, np.array([0.02]))
+    y = build.emit("round", 256, View(0, 0, 256), weights=(scale,), function="int8")
+    y = build.emit("linear", 50, y, weights=(build.matrix("w", 50, 256, "int8", 64, "fp32"),))
+    built = build.finish(y)
+    for digits in (1, 3):
+        for got, want in zip(run(built, digits=digits), expected(built), strict=True):
+            np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
 def test_one_digit_rounds_activations_to_eight_bits() -> None:
     built = PROGRAMS["int4 block 32"]()
     exact = built[2]
