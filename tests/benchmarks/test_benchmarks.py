@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from support.waiting import wait_until
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
 
 import driver  # noqa: E402
+import llmc_worker  # noqa: E402
 import peers  # noqa: E402
 import rounds  # noqa: E402
 import workload  # noqa: E402
@@ -138,13 +140,64 @@ def test_of_several_references_the_best_of_each_round_counts() -> None:
 def test_a_variant_is_weights_and_switches() -> None:
     assert peers.variant("llmc") == ("llmc", "", [])
     assert peers.variant("llmc+int4-block128+fast") == ("llmc", "int4-block128", ["fast"])
+    assert peers.variant("llmc+int4+native+fast") == ("llmc", "int4", ["native", "fast"])
     assert peers.variant("openvino-genai+int8+f32+kv32") == ("openvino-genai", "int8", ["f32", "kv32"])
 
 
-@pytest.mark.parametrize("tool", ["llmc+q4_0", "llama-cpp+fast", "llmc+int4+int8", "transformers+int8"])
+NO_SUCH = ["llmc+q4_0", "llama-cpp+fast", "llmc+int4+int8", "transformers+int8", "openvino-genai+native"]
+
+
+@pytest.mark.parametrize("tool", NO_SUCH)
 def test_a_variant_that_a_tool_does_not_have(tool: str) -> None:
     with pytest.raises(driver.PeerError, match="no such variant"):
         peers.variant(tool)
+
+
+def test_variants_share_a_bundle_if_they_are_built_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+
+    def build(command: list[str], environ: dict[str, str], log: Path) -> dict[str, float]:
+        Path(command[-1]).mkdir()
+        built.append({key: environ.get(key) for key in ("WEIGHT_FORMAT", "ENGINE", "KV_CACHE")})
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(peers, "run_to_end", build)
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    options = SimpleNamespace(checkpoint=checkpoint, work=tmp_path, logs=tmp_path, threads=1, bundle=None)
+    bundles = {
+        "llmc": "llmc.llmc",
+        "llmc+native": "llmc+native.llmc",
+        "llmc+int4+native": "llmc+int4+native.llmc",
+        "llmc+int4+fast+native": "llmc+int4+native.llmc",
+        "llmc+native+kv8": "llmc+kv8+native.llmc",
+        "llmc+kv8": "llmc+kv8.llmc",
+    }
+    assert {tool: peers.find_peer(tool, options).model.name for tool in bundles} == bundles
+    assert built == [
+        {"WEIGHT_FORMAT": weights, "ENGINE": engine, "KV_CACHE": cache}
+        for weights, engine, cache in (
+            (None, None, None),
+            (None, "native", None),
+            ("int4", "native", None),
+            (None, "native", "int8"),
+            (None, None, "int8"),
+        )
+    ]
+
+
+def test_llmc_is_built_with_the_options_of_its_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+    monkeypatch.setattr(llmc_worker.subprocess, "run", lambda command, **_: commands.append(command))
+    for key, value in {"WEIGHT_FORMAT": "int4", "KV_CACHE": "int8", "ENGINE": "native"}.items():
+        monkeypatch.setenv(key, value)
+    llmc_worker.convert(tmp_path / "checkpoint", tmp_path / "model.llmc")
+    options = ["--quant", "int4", "--kv-dtype", "int8", "--engine", "native"]
+    assert commands[0][-len(options) :] == options
 
 
 def test_a_worker_is_stopped_except_while_it_answers(peer: driver.Peer, tmp_path: Path) -> None:
