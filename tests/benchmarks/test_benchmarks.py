@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from support.waiting import wait_until
@@ -15,6 +16,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
 
 import driver  # noqa: E402
+import llama_rope  # noqa: E402
 import llmc_worker  # noqa: E402
 import peers  # noqa: E402
 import rounds  # noqa: E402
@@ -198,6 +200,44 @@ def test_llmc_is_built_with_the_options_of_its_variant(
     llmc_worker.convert(tmp_path / "checkpoint", tmp_path / "model.llmc")
     options = ["--quant", "int4", "--kv-dtype", "int8", "--engine", "native"]
     assert commands[0][-len(options) :] == options
+
+
+@pytest.mark.parametrize("rope_type", ["default", "llama3"])
+def test_llama_rope_is_that_of_transformers(rope_type: str) -> None:
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0}
+    if rope_type == "llama3":
+        original = {"original_max_position_embeddings": 64}
+        rope |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **original}
+    heads, dim, tokens = 3, 16, 40
+    config = LlamaConfig(hidden_size=heads * dim, num_attention_heads=heads, rope_parameters=dict(rope))
+    weight = np.random.default_rng(0).standard_normal((heads * dim, heads * dim), dtype=np.float32)
+    inputs = np.random.default_rng(1).standard_normal((tokens, heads * dim), dtype=np.float32)
+
+    rows = torch.from_numpy(inputs @ weight.T).reshape(1, tokens, heads, dim).transpose(1, 2)
+    cos, sin = LlamaRotaryEmbedding(config)(rows, torch.arange(tokens)[None])
+    expected = apply_rotary_pos_emb(rows, rows, cos, sin)[0][0].transpose(0, 1).numpy()
+
+    # llama.cpp: consecutive pairs, with angles position * theta**(-2j / dim) / divisor[j].
+    pairs = (inputs @ llama_rope.interleave_pairs(weight, heads).T).reshape(tokens, heads, dim // 2, 2)
+    angles = np.arange(tokens)[:, None] * 10000.0 ** (-np.arange(0, dim, 2) / dim)
+    if rope_type == "llama3":
+        angles = angles / llama_rope.frequency_divisors(llama_rope.rope_parameters(config.to_dict()), dim)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)[:, None]
+    np.testing.assert_allclose(turned.real, expected[..., : dim // 2], atol=1e-4)
+    np.testing.assert_allclose(turned.imag, expected[..., dim // 2 :], atol=1e-4)
+
+
+def test_both_forms_of_rope_in_a_config() -> None:
+    expected = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    scaling = {"rope_type": "llama3", "factor": 8.0}
+    assert llama_rope.rope_parameters({"rope_parameters": expected}) == expected
+    assert llama_rope.rope_parameters({"rope_theta": 5e5, "rope_scaling": scaling}) == expected
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    assert llama_rope.rope_parameters({"rope_theta": 5e5, "rope_scaling": None}) == plain
 
 
 def test_a_worker_is_stopped_except_while_it_answers(peer: driver.Peer, tmp_path: Path) -> None:
