@@ -64,11 +64,9 @@ def convert(checkpoint: Path, model: Path) -> None:
         options += ["--kv-dtype", kv_cache]
     if engine := os.environ.get("ENGINE"):
         options += ["--engine", engine]
-    subprocess.run(
-        [sys.executable, "-m", "llmc.cli.main", "build", checkpoint, "-o", model, *options],
-        check=True,
-        stdout=sys.stderr,
-    )
+    build = [sys.executable, "-m", "llmc.cli.main", "build", checkpoint, "-o", model, *options]
+    if status := subprocess.run(build, stdout=sys.stderr).returncode:
+        raise SystemExit(status)  # without a traceback, so that llmc's own message is the last of the log
 
 
 if __name__ == "__main__":

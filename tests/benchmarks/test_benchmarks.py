@@ -194,12 +194,19 @@ def test_llmc_is_built_with_the_options_of_its_variant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = []
-    monkeypatch.setattr(llmc_worker.subprocess, "run", lambda command, **_: commands.append(command))
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=len(commands) - 1)
+
+    monkeypatch.setattr(llmc_worker.subprocess, "run", run)
     for key, value in {"WEIGHT_FORMAT": "int4", "KV_CACHE": "int8", "ENGINE": "native"}.items():
         monkeypatch.setenv(key, value)
     llmc_worker.convert(tmp_path / "checkpoint", tmp_path / "model.llmc")
     options = ["--quant", "int4", "--kv-dtype", "int8", "--engine", "native"]
     assert commands[0][-len(options) :] == options
+    with pytest.raises(SystemExit):  # the second build fails
+        llmc_worker.convert(tmp_path / "checkpoint", tmp_path / "model.llmc")
 
 
 @pytest.mark.parametrize("rope_type", ["default", "llama3"])
