@@ -34,6 +34,8 @@ RUNTIME = {
     "kv32": ("KV_CACHE", "f32"),
     "f32": ("ARITHMETIC", "f32"),
     "native": ("ENGINE", "native"),
+    "openvino": ("ENGINE", "openvino"),
+    "onnxruntime": ("ENGINE", "onnxruntime"),
 }
 WEIGHTS = {
     "llmc": ("int8", "int8-smoothquant", "int4", "int4-block128", "nvfp4-weight-only"),
@@ -41,8 +43,9 @@ WEIGHTS = {
     "onnxruntime-genai": ("int4",),
     "llama-cpp": ("q8_0", "q4_0"),
 }
-SWITCHES = {"llmc": ("fast", "kv8", "native"), "openvino-genai": ("f32", "kv32")}
-BUILD_SWITCHES = {"llmc": ("kv8", "native")}  # the switches that the converted model depends on
+ENGINES = ("native", "openvino", "onnxruntime")
+SWITCHES = {"llmc": ("fast", "kv8", *ENGINES), "openvino-genai": ("f32", "kv32")}
+BUILD_SWITCHES = {"llmc": ("kv8", *ENGINES)}  # the switches that the converted model depends on
 TEXT = "Once upon a time there was a king who had three daughters, and the youngest of them"
 
 
@@ -55,7 +58,8 @@ def variant(tool: str) -> tuple[str, str, list[str]]:
     weights = [part for part in parts if part not in RUNTIME]
     switches = [part for part in parts if part in RUNTIME]
     known = [*WEIGHTS.get(name, ()), *SWITCHES.get(name, ())]
-    if len(weights) > 1 or set(parts) - set(known):
+    variables = [RUNTIME[switch][0] for switch in switches]
+    if len(weights) > 1 or len(set(variables)) < len(variables) or set(parts) - set(known):
         raise PeerError(f"no such variant; {name} knows {', '.join(known) or 'none'}")
     return name, "".join(weights), switches
 

@@ -70,7 +70,7 @@ def convert(checkpoint: Path, model: Path) -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("ENGINE") != "native":
+    if os.environ.get("ENGINE") == "openvino":
         import openvino as ov
 
         ov.Core().get_versions("CPU")  # loads the CPU plugin, so that its memory counts as the libraries'

@@ -146,10 +146,17 @@ def test_a_variant_is_weights_and_switches() -> None:
     assert peers.variant("openvino-genai+int8+f32+kv32") == ("openvino-genai", "int8", ["f32", "kv32"])
 
 
-NO_SUCH = ["llmc+q4_0", "llama-cpp+fast", "llmc+int4+int8", "transformers+int8", "openvino-genai+native"]
+NO_SUCH_VARIANTS = [
+    "llmc+q4_0",
+    "llama-cpp+fast",
+    "llmc+int4+int8",
+    "llmc+native+openvino",
+    "transformers+int8",
+    "openvino-genai+native",
+]
 
 
-@pytest.mark.parametrize("tool", NO_SUCH)
+@pytest.mark.parametrize("tool", NO_SUCH_VARIANTS)
 def test_a_variant_that_a_tool_does_not_have(tool: str) -> None:
     with pytest.raises(driver.PeerError, match="no such variant"):
         peers.variant(tool)
@@ -172,6 +179,7 @@ def test_variants_share_a_bundle_if_they_are_built_alike(
     bundles = {
         "llmc": "llmc.llmc",
         "llmc+native": "llmc+native.llmc",
+        "llmc+openvino": "llmc+openvino.llmc",
         "llmc+int4+native": "llmc+int4+native.llmc",
         "llmc+int4+fast+native": "llmc+int4+native.llmc",
         "llmc+native+kv8": "llmc+kv8+native.llmc",
@@ -183,6 +191,7 @@ def test_variants_share_a_bundle_if_they_are_built_alike(
         for weights, engine, cache in (
             (None, None, None),
             (None, "native", None),
+            (None, "openvino", None),
             ("int4", "native", None),
             (None, "native", "int8"),
             (None, None, "int8"),
