@@ -33,6 +33,9 @@ RUNTIME = {
     "kv8": ("KV_CACHE", "int8"),
     "kv32": ("KV_CACHE", "f32"),
     "f32": ("ARITHMETIC", "f32"),
+    "native": ("ENGINE", "native"),
+    "openvino": ("ENGINE", "openvino"),
+    "onnxruntime": ("ENGINE", "onnxruntime"),
 }
 WEIGHTS = {
     "llmc": ("int8", "int8-smoothquant", "int4", "int4-block128", "nvfp4-weight-only"),
@@ -40,7 +43,9 @@ WEIGHTS = {
     "onnxruntime-genai": ("int4",),
     "llama-cpp": ("q8_0", "q4_0"),
 }
-SWITCHES = {"llmc": ("fast", "kv8"), "openvino-genai": ("f32", "kv32")}
+ENGINES = ("native", "openvino", "onnxruntime")
+SWITCHES = {"llmc": ("fast", "kv8", *ENGINES), "openvino-genai": ("f32", "kv32")}
+BUILD_SWITCHES = {"llmc": ("kv8", *ENGINES)}  # the switches that the converted model depends on
 TEXT = "Once upon a time there was a king who had three daughters, and the youngest of them"
 
 
@@ -53,7 +58,8 @@ def variant(tool: str) -> tuple[str, str, list[str]]:
     weights = [part for part in parts if part not in RUNTIME]
     switches = [part for part in parts if part in RUNTIME]
     known = [*WEIGHTS.get(name, ()), *SWITCHES.get(name, ())]
-    if len(weights) > 1 or set(parts) - set(known):
+    variables = [RUNTIME[switch][0] for switch in switches]
+    if len(weights) > 1 or len(set(variables)) < len(variables) or set(parts) - set(known):
         raise PeerError(f"no such variant; {name} knows {', '.join(known) or 'none'}")
     return name, "".join(weights), switches
 
@@ -82,9 +88,8 @@ def find_peer(tool: str, options: argparse.Namespace) -> Peer:
         environment.append(("WEIGHT_FORMAT", weights))
     if name in READS_CHECKPOINT:
         return Peer(tool, python, worker, options.checkpoint, options.threads, tuple(environment))
-    # The converted model depends on the weights, and for llmc also on the cache, which its bundles fix.
-    parts = [name, weights, "kv8" if name == "llmc" and "kv8" in switches else ""]
-    built_as = "+".join(part for part in parts if part)
+    fixed = [switch for switch in BUILD_SWITCHES.get(name, ()) if switch in switches]
+    built_as = "+".join(part for part in (name, weights, *fixed) if part)
     model = options.work / f"{options.checkpoint.name}-{fingerprint(options.checkpoint)}" / built_as
     if name == "llmc":
         model = model.with_name(built_as + ".llmc")

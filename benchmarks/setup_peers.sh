@@ -20,7 +20,8 @@ packages() {
       transformers==5.5.* optimum==2.3.* nncf>=3.3 onnx requests" ;;
     onnxruntime-genai) echo "$TORCH onnxruntime-genai==0.18.0 onnxruntime==1.32.0 transformers==5.5.* onnx onnx-ir" ;;
     # No wheels: compiled for this CPU, which takes a C++ compiler and 10 to 40 minutes. Its quantizer wants GGUF.
-    llama-cpp) echo "llama-cpp-python==0.3.36 gguf==0.19.0 numpy" ;;
+    # pip would keep the compiled wheel and take it again after a change of CPU or compiler, hence --no-cache-dir.
+    llama-cpp) echo "--no-cache-dir llama-cpp-python==0.3.36 gguf==0.19.0 numpy" ;;
     *) echo "unknown peer: $1" >&2; return 2 ;;
   esac
 }
@@ -30,7 +31,8 @@ install() {
   wanted=$(packages "$peer") || return
   "$PYTHON" -m venv "$venv" || return
   # shellcheck disable=SC2086
-  CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" "$venv/bin/python" -m pip install --quiet $wanted || return
+  CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" CXXFLAGS="-include $PWD/peers/amx_tile_config.h" \
+    "$venv/bin/python" -m pip install --quiet $wanted || return
   if [ "$peer" = openvino-genai ]; then
     "$venv/bin/python" -m pip install --quiet --no-deps optimum-intel==2.2.0 || return
   fi

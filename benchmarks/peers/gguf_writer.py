@@ -1,7 +1,7 @@
-"""Write a Qwen3 checkpoint as GGUF in bf16, without a vocabulary: the benchmark uses token ids.
+"""Write a Qwen3 or Llama checkpoint as GGUF in bf16, without a vocabulary: the benchmark uses token ids.
 
 The file is that of llama.cpp's convert_hf_to_gguf.py, which is not on PyPI, without the vocabulary. The names
-of tensors and keys come from the `gguf` package. Qwen3 needs no permutation of q and k.
+of tensors and keys come from the `gguf` package.
 """
 
 from __future__ import annotations
@@ -12,36 +12,55 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from llama_rope import frequency_divisors, interleave_pairs, rope_parameters
+
+ARCHITECTURES = {"qwen3": gguf.MODEL_ARCH.QWEN3, "llama": gguf.MODEL_ARCH.LLAMA}
 
 
 def write_gguf(checkpoint: Path, target: Path) -> None:
-    """Write the file `target`. Raises SystemExit for a checkpoint that is not Qwen3 in bf16."""
+    """Write the file `target`. Raises SystemExit for a checkpoint that is not Qwen3 or Llama in bf16."""
     config = json.loads((checkpoint / "config.json").read_text())
-    if config["model_type"] != "qwen3":
-        raise SystemExit(f"only qwen3 checkpoints become GGUF here, not {config['model_type']}")
-    writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN3])
+    model_type = config["model_type"]
+    if model_type not in ARCHITECTURES:
+        known = " and ".join(ARCHITECTURES)
+        raise SystemExit(f"only {known} checkpoints become GGUF here, not {model_type}")
+    architecture = ARCHITECTURES[model_type]
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rope = rope_parameters(config)
+    writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if (model_type, rope["rope_type"]) == ("llama", "llama3"):
+        name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]
+        writer.add_tensor(f"{name}.weight", frequency_divisors(rope, head_dim))
+    elif rope["rope_type"] != "default":
+        raise SystemExit(f"{model_type} with rope of type {rope['rope_type']} does not become GGUF here")
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
+    interleaved = {"q_proj": heads, "k_proj": kv_heads} if model_type == "llama" else {}
+    names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
     for path in sorted(checkpoint.glob("*.safetensors")):
         for name, array in _tensors(path):
-            if name == "lm_head.weight" and config["tie_word_embeddings"]:
+            if name == "lm_head.weight" and config.get("tie_word_embeddings", False):
                 continue
             wanted = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if wanted is None:
                 raise SystemExit(f"llama.cpp has no name for {name}")
-            if array.ndim == 1:  # norms are fp32 in GGUF
+            if rotated_heads := interleaved.get(name.split(".")[-2]):
+                array = interleave_pairs(array, rotated_heads)
+            if array.ndim == 1:  # norms and biases are fp32 in GGUF
                 widened = (array.astype(np.uint32) << 16).view(np.float32)
                 writer.add_tensor(wanted, widened)
             else:

@@ -1,7 +1,7 @@
 """llmc's engine, driven step by step on a bundle. The interpreter must have llmc.
 
-Environment: WEIGHT_FORMAT is `--quant` and KV_CACHE is `--kv-dtype` when the bundle is built. FAST=1 is
-`--fast`, which quantizes activations to int8.
+Environment: WEIGHT_FORMAT is `--quant`, KV_CACHE is `--kv-dtype` and ENGINE is `--engine` when the bundle is
+built. FAST=1 is `--fast`, which quantizes activations to int8.
 
 The time to the first token is not measured here but with `llmc run` as a whole process (see ../peers.py).
 """
@@ -13,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import openvino as ov
 from protocol import Generation, main
 
 from llmc.runtime.bundle.reader import Bundle
@@ -63,13 +62,16 @@ def convert(checkpoint: Path, model: Path) -> None:
         options += ["--quant", weights]
     if kv_cache := os.environ.get("KV_CACHE"):
         options += ["--kv-dtype", kv_cache]
-    subprocess.run(
-        [sys.executable, "-m", "llmc.cli.main", "build", checkpoint, "-o", model, *options],
-        check=True,
-        stdout=sys.stderr,
-    )
+    if engine := os.environ.get("ENGINE"):
+        options += ["--engine", engine]
+    build = [sys.executable, "-m", "llmc.cli.main", "build", checkpoint, "-o", model, *options]
+    if status := subprocess.run(build, stdout=sys.stderr).returncode:
+        raise SystemExit(status)  # without a traceback, so that llmc's own message is the last of the log
 
 
 if __name__ == "__main__":
-    ov.Core().get_versions("CPU")  # loads the CPU plugin, so that its memory counts as the libraries'
+    if os.environ.get("ENGINE") == "openvino":
+        import openvino as ov
+
+        ov.Core().get_versions("CPU")  # loads the CPU plugin, so that its memory counts as the libraries'
     main(Llmc, convert=convert, packages=("llmc", "openvino", "onnxruntime", "numpy"))

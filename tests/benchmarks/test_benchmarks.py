@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from support.waiting import wait_until
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
 
 import driver  # noqa: E402
+import llama_rope  # noqa: E402
+import llmc_worker  # noqa: E402
 import peers  # noqa: E402
 import rounds  # noqa: E402
 import workload  # noqa: E402
@@ -138,13 +142,118 @@ def test_of_several_references_the_best_of_each_round_counts() -> None:
 def test_a_variant_is_weights_and_switches() -> None:
     assert peers.variant("llmc") == ("llmc", "", [])
     assert peers.variant("llmc+int4-block128+fast") == ("llmc", "int4-block128", ["fast"])
+    assert peers.variant("llmc+int4+native+fast") == ("llmc", "int4", ["native", "fast"])
     assert peers.variant("openvino-genai+int8+f32+kv32") == ("openvino-genai", "int8", ["f32", "kv32"])
 
 
-@pytest.mark.parametrize("tool", ["llmc+q4_0", "llama-cpp+fast", "llmc+int4+int8", "transformers+int8"])
+NO_SUCH_VARIANTS = [
+    "llmc+q4_0",
+    "llama-cpp+fast",
+    "llmc+int4+int8",
+    "llmc+native+openvino",
+    "transformers+int8",
+    "openvino-genai+native",
+]
+
+
+@pytest.mark.parametrize("tool", NO_SUCH_VARIANTS)
 def test_a_variant_that_a_tool_does_not_have(tool: str) -> None:
     with pytest.raises(driver.PeerError, match="no such variant"):
         peers.variant(tool)
+
+
+def test_variants_share_a_bundle_if_they_are_built_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+
+    def build(command: list[str], environ: dict[str, str], log: Path) -> dict[str, float]:
+        Path(command[-1]).mkdir()
+        built.append({key: environ.get(key) for key in ("WEIGHT_FORMAT", "ENGINE", "KV_CACHE")})
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(peers, "run_to_end", build)
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    options = SimpleNamespace(checkpoint=checkpoint, work=tmp_path, logs=tmp_path, threads=1, bundle=None)
+    bundles = {
+        "llmc": "llmc.llmc",
+        "llmc+native": "llmc+native.llmc",
+        "llmc+openvino": "llmc+openvino.llmc",
+        "llmc+int4+native": "llmc+int4+native.llmc",
+        "llmc+int4+fast+native": "llmc+int4+native.llmc",
+        "llmc+native+kv8": "llmc+kv8+native.llmc",
+        "llmc+kv8": "llmc+kv8.llmc",
+    }
+    assert {tool: peers.find_peer(tool, options).model.name for tool in bundles} == bundles
+    assert built == [
+        {"WEIGHT_FORMAT": weights, "ENGINE": engine, "KV_CACHE": cache}
+        for weights, engine, cache in (
+            (None, None, None),
+            (None, "native", None),
+            (None, "openvino", None),
+            ("int4", "native", None),
+            (None, "native", "int8"),
+            (None, None, "int8"),
+        )
+    ]
+
+
+def test_llmc_is_built_with_the_options_of_its_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=len(commands) - 1)
+
+    monkeypatch.setattr(llmc_worker.subprocess, "run", run)
+    for key, value in {"WEIGHT_FORMAT": "int4", "KV_CACHE": "int8", "ENGINE": "native"}.items():
+        monkeypatch.setenv(key, value)
+    llmc_worker.convert(tmp_path / "checkpoint", tmp_path / "model.llmc")
+    options = ["--quant", "int4", "--kv-dtype", "int8", "--engine", "native"]
+    assert commands[0][-len(options) :] == options
+    with pytest.raises(SystemExit):  # the second build fails
+        llmc_worker.convert(tmp_path / "checkpoint", tmp_path / "model.llmc")
+
+
+@pytest.mark.parametrize("rope_type", ["default", "llama3"])
+def test_llama_rope_is_that_of_transformers(rope_type: str) -> None:
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0}
+    if rope_type == "llama3":
+        original = {"original_max_position_embeddings": 64}
+        rope |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **original}
+    heads, dim, tokens = 3, 16, 40
+    config = LlamaConfig(hidden_size=heads * dim, num_attention_heads=heads, rope_parameters=dict(rope))
+    weight = np.random.default_rng(0).standard_normal((heads * dim, heads * dim), dtype=np.float32)
+    inputs = np.random.default_rng(1).standard_normal((tokens, heads * dim), dtype=np.float32)
+
+    rows = torch.from_numpy(inputs @ weight.T).reshape(1, tokens, heads, dim).transpose(1, 2)
+    cos, sin = LlamaRotaryEmbedding(config)(rows, torch.arange(tokens)[None])
+    expected = apply_rotary_pos_emb(rows, rows, cos, sin)[0][0].transpose(0, 1).numpy()
+
+    # llama.cpp: consecutive pairs, with angles position * theta**(-2j / dim) / divisor[j].
+    pairs = (inputs @ llama_rope.interleave_pairs(weight, heads).T).reshape(tokens, heads, dim // 2, 2)
+    angles = np.arange(tokens)[:, None] * 10000.0 ** (-np.arange(0, dim, 2) / dim)
+    if rope_type == "llama3":
+        angles = angles / llama_rope.frequency_divisors(llama_rope.rope_parameters(config.to_dict()), dim)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)[:, None]
+    np.testing.assert_allclose(turned.real, expected[..., : dim // 2], atol=1e-4)
+    np.testing.assert_allclose(turned.imag, expected[..., dim // 2 :], atol=1e-4)
+
+
+def test_both_forms_of_rope_in_a_config() -> None:
+    expected = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    scaling = {"rope_type": "llama3", "factor": 8.0}
+    assert llama_rope.rope_parameters({"rope_parameters": expected}) == expected
+    assert llama_rope.rope_parameters({"rope_theta": 5e5, "rope_scaling": scaling}) == expected
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    assert llama_rope.rope_parameters({"rope_theta": 5e5, "rope_scaling": None}) == plain
 
 
 def test_a_worker_is_stopped_except_while_it_answers(peer: driver.Peer, tmp_path: Path) -> None:
