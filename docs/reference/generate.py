@@ -107,7 +107,11 @@ def _default(option: OptionInfo) -> str:
     """Return the limits of a number, and the default where the help text names none."""
     limits = [f"at least {option.min:g}"] if option.min is not None else []
     limits += [f"at most {option.max:g}"] if option.max is not None else []
-    if option.default not in (None, "", True, False) and "(default" not in str(option.help):
+    if (
+        option.default not in (None, "")
+        and not isinstance(option.default, bool)
+        and "(default" not in str(option.help)
+    ):
         limits.append(f"default: {option.default}")
     return f" ({'; '.join(limits)})" if limits else ""
 
@@ -156,7 +160,7 @@ def _families() -> str:
         softcap = any(zoo_config(name).get("attn_logit_softcapping") for name in models)
         engine = "ONNX Runtime" if softcap else "OpenVINO"
         rows.append((f"`{family}`", engine, _names(models), note))
-    header = ("family", "`cpu` engine", "zoo models", "")
+    header = ("family", "default engine on the CPU", "zoo models", "")
     others = [name for name in _tests("test_families").OTHERS if name not in recipe.known_families()]
     return (
         "A recipe states what every pass must find in a family ([recipe format](recipe-format.md)).\n\n"
@@ -175,17 +179,26 @@ def _formats() -> str:
     for name, fmt in FORMATS.items():
         capability.check(name, "cpu", ())
         scales = shared.get(fmt.block, f"one for {fmt.block} columns of a row")
-        scales += ", one for the matrix" if fmt.element == "e2m1" else ""
+        scales += ", one for the matrix" if fmt.double_scaled else ""
         activations = fmt.activations or "not quantized"
         cpu = "OpenVINO" if fmt.activations in ("", "int8") else "ONNX Runtime"
         oldest = f"SM{min(sm for sm in _sms() if _takes(name, (sm,)))}"
         bits = f"{fmt.bits_per_parameter((1024, 1024)):.4g}"
         rows.append((f"`{name}`", fmt.element, scales, bits, activations, cpu, oldest))
-    header = ("format", "element", "weight scales", "bits", "activations", "`cpu` engine", "TensorRT from")
+    header = (
+        "format",
+        "element",
+        "weight scales",
+        "bits",
+        "activations",
+        "default engine on the CPU",
+        "TensorRT from",
+    )
     return (
         f"{_table(header, rows)}\n\n"
         "*Bits* is the storage of one weight of a 1,024 x 1,024 matrix, its share of the scales included.\n"
-        "Models with an attention softcap always run in ONNX Runtime on the CPU."
+        "By default, models with an attention softcap run in ONNX Runtime on the CPU.\n"
+        "`--engine native` runs every family and the formats whose activations are not quantized."
     )
 
 
