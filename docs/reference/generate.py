@@ -198,7 +198,8 @@ def _formats() -> str:
         f"{_table(header, rows)}\n\n"
         "*Bits* is the storage of one weight of a 1,024 x 1,024 matrix, its share of the scales included.\n"
         "By default, models with an attention softcap run in ONNX Runtime on the CPU.\n"
-        "`--engine native` runs every family and the formats whose activations are not quantized."
+        "`--engine native` runs the families that have a zoo model, and some others, with every format whose\n"
+        "activations are not quantized. The build refuses what it cannot run."
     )
 
 
