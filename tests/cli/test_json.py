@@ -59,6 +59,7 @@ def test_every_command_prints_the_documented_fields(
         "verify": (tiny,),
         "check": (source,),
         "bench": (tiny, "--prompt-tokens", 8, "--new-tokens", 2),
+        "bench --layers": (built, "--prompt-tokens", 8, "--layers"),
         "doctor": (),
         "zoo list": (),
         "zoo make": ("llama-tiny", tmp_path / "made"),
