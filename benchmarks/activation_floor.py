@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Measure the quantization loss of activations alone: a lower bound for every choice of scales.
+"""Measure the quantization loss of activations alone.
 
     python benchmarks/activation_floor.py model_zoo/llama/tales TEXT
 
 transformers runs the checkpoint in fp32 with unquantized weights. Only the inputs of linear layers, except
-lm_head, are fake-quantized. "k-bit significand" has no limit of range: no scale, calibration or smoothing has
-a smaller error with as many bits. E4M3 has 4 bits, bf16 8. Needs torch and transformers (`llmc-aot[build]`).
+lm_head, are fake-quantized. "k-bit significand" has no limit of range, so it approximates the least loss of
+a float format with k bits (E4M3 has 4, bf16 8). The other rows have one choice of scales. Needs torch and
+transformers (`llmc-aot[build]`).
 """
 
 from __future__ import annotations
@@ -69,18 +70,20 @@ def main() -> None:
         largest[name] = max(largest[name], float(x.abs().max()))
         return x
 
-    exact = logits(model, linears, sequences, note)
+    exact = log_probabilities(model, linears, sequences, note)
     print(f"{sequences.numel()} positions of {options.checkpoint.name}")
     print(f"{'activations':30} {'top-1':>8} {'mean KL':>10}")
     for title, rounding in ROUNDINGS.items():
-        quantized = logits(model, linears, sequences, lambda name, x, to=rounding: to(x, largest[name]))
+        quantized = log_probabilities(
+            model, linears, sequences, lambda name, x, to=rounding: to(x, largest[name])
+        )
         agreement = (quantized.argmax(-1) == exact.argmax(-1)).double().mean()
         divergence = torch.nn.functional.kl_div(quantized, exact, reduction="batchmean", log_target=True)
         print(f"{title:30} {agreement:8.2%} {divergence:10.5f}")
 
 
 @torch.no_grad()
-def logits(
+def log_probabilities(
     model: torch.nn.Module,
     linears: Mapping[str, torch.nn.Module],
     sequences: torch.Tensor,

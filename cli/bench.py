@@ -43,7 +43,8 @@ def bench(
     new_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to generate for each.")] = 64,
     concurrency: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts served at once.")] = 1,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="CPU threads (default: one for each core).")
+        int | None,
+        typer.Option(metavar="N", min=1, help="CPU threads (default: one for each physical core)."),
     ] = None,
     fast: Annotated[
         bool,

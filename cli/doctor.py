@@ -13,7 +13,7 @@ from llmc.cli.text import size, table
 from llmc.runtime.errors import BackendError, LlmcError
 
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*([^;]*?)\s*(?:;\s*(.*))?")
-_USES = {  # extra of llmc ("": none) -> the command or target that needs its libraries
+_USES = {  # extra of llmc, "" for the installation without extras -> what needs its libraries
     "": "llmc run",
     "build": "llmc build",
     "openvino": "--engine openvino",

@@ -155,6 +155,7 @@ def program_of(bundle: Bundle) -> Program:
         raise RequestError(
             f"{bundle.name} has no program: its engine is {bundle.manifest.target.engine}",
             "build it with --engine native",
+            "program",
         )
     return Program.from_json(bundle.engine_path().read_bytes())
 

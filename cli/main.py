@@ -89,7 +89,7 @@ def report(
     argument: the refused argument, by its Python name; "" if there is none
     """
     message, hint = one_line(message), one_line(hint or f"{TRACEBACK}=1 shows where it happened")
-    output.print_error(output.error_record(kind or type(error).__name__, message, hint, code, argument))
+    output.print_json_error(output.error_record(kind or type(error).__name__, message, hint, code, argument))
     if _tracebacks():
         import traceback
 

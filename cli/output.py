@@ -102,7 +102,7 @@ def error_record(kind: str, message: str, hint: str, exit_code: int, argument: s
     }
 
 
-def print_error(error: Mapping[str, Any]) -> None:
+def print_json_error(error: Mapping[str, Any]) -> None:
     """Print the JSON object of a failed command if --json was given and no object with its error was printed.
 
     error: the result of `error_record`

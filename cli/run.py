@@ -94,7 +94,8 @@ def run(
         typer.Option("--stream/--no-stream", help="Print text as it comes (default: on a terminal)."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="CPU threads (default: one for each core).")
+        int | None,
+        typer.Option(metavar="N", min=1, help="CPU threads (default: one for each physical core)."),
     ] = None,
     kv_memory: Annotated[
         str | None,

@@ -90,7 +90,10 @@ def legalize_native(narrow: NarrowPlan) -> list[Pass]:
 
 
 def legalize_openvino(narrow: NarrowPlan) -> list[Pass]:
-    """Return the passes from a quantized fp32 graph to OpenVINO's. narrow: the matrices that stay 16-bit."""
+    """Return the passes from a quantized fp32 graph to OpenVINO's, which the native program is made from too.
+
+    narrow: the matrices that stay 16-bit
+    """
     return [
         DoubleFP4Weights(),  # MXFP4 as int8, which OpenVINO keeps compressed
         Keep16BitWeights(narrow),  # OpenVINO widens them in registers

@@ -63,7 +63,7 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Number of known tokens that are not computed yet: 1 in decode, more in prefill."""
+        """Number of tokens that the engine has not computed yet: 1 in decode, more in prefill."""
         return len(self.token_ids) - self.num_computed
 
     @property

@@ -1,4 +1,4 @@
-"""Prints a sha256 for every file of 30 small builds: an edit that should change nothing prints the same.
+"""Prints a sha256 for every file of 32 small builds: an edit that should change nothing prints the same.
 
     make replay                                       # prints `sha256  case/file` lines
     make replay > before.txt; ...edit...; make replay COMPARE=before.txt
@@ -6,9 +6,9 @@
 With COMPARE the lines that differ go to stderr, and the exit code is 1 if there are any. The hashes hold for
 one machine and one set of library versions, so none are kept in the repository.
 
-The cases cover the families, the formats, the targets, pre-quantized checkpoints and quantized KV caches. CPU
-bundles are built whole, without the verification. For TensorRT the graphs are hashed: the one for the parser,
-and the ones that stand in for the engine in the verification.
+The cases cover the formats, the engines of the CPU, TensorRT-RTX, quantized KV caches, and a sample of the
+families and of pre-quantized checkpoints. CPU bundles are built whole, without the verification. For TensorRT
+the graphs are hashed: the one for the parser, and the ones that stand in for the engine in the verification.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ CPU = (
     ("gemma2-tiny", {}),
     ("gemma2-tiny", {"quant": "int8"}),
     ("gemma3-tiny", {"quant": "nvfp4-weight-only"}),
+    ("qwen2-tiny", {"quant": "mxfp4"}),
+    ("llama-tiny", {"engine": "native", "quant": "int4"}),
     ("llama-tiny", {"quant": "fp8-per-channel", "calibration_method": "mse"}),
     ("tales", {"quant": "int4-block128"}),
     ("modelopt-fp8", {}),

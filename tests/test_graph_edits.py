@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("cli", "compiler", "passes", "plugins", "runtime")
+PACKAGE_FOLDERS = ("cli", "compiler", "passes", "plugins", "runtime")
 # Methods of graphs, nodes and values that change them, whatever they are called on.
 EDITS = {
     "insert_before",
@@ -86,7 +86,9 @@ def _is_edit(target: ast.expr, statement: ast.stmt) -> bool:
 
 
 def test_only_passes_edit_graphs() -> None:
-    files = [file for room in ROOMS for file in (ROOT / room).rglob("*.py") if not may_edit(file)]
+    files = [
+        file for folder in PACKAGE_FOLDERS for file in (ROOT / folder).rglob("*.py") if not may_edit(file)
+    ]
     assert len(files) > 100
     found = {
         file.relative_to(ROOT).as_posix(): places
@@ -99,8 +101,8 @@ def test_only_passes_edit_graphs() -> None:
 def test_weights_point_at_their_file_in_one_place() -> None:
     holders = [
         file.relative_to(ROOT).as_posix()
-        for room in ROOMS
-        for file in (ROOT / room).rglob("*.py")
+        for folder in PACKAGE_FOLDERS
+        for file in (ROOT / folder).rglob("*.py")
         if not may_edit(file) and ".const_value = " in file.read_text("utf-8")
     ]
     assert holders == ["compiler/weights/write.py"]

@@ -2,7 +2,8 @@
 
 Environment: WEIGHT_FORMAT is fp32 (default), fp16, int8 or int4. With fp32 and fp16, arithmetic and KV cache
 are fp32. With int8 and int4 they are the tool's defaults: int8 activations, an 8-bit KV cache, and bf16
-arithmetic if the CPU supports it. ARITHMETIC=f32 and KV_CACHE=f32 change these.
+arithmetic if the CPU supports it. ARITHMETIC=f32 and KV_CACHE=f32 set arithmetic and KV cache to fp32;
+activations stay int8.
 """
 
 from __future__ import annotations

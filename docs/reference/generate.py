@@ -107,7 +107,11 @@ def _default(option: OptionInfo) -> str:
     """Return the limits of a number, and the default where the help text names none."""
     limits = [f"at least {option.min:g}"] if option.min is not None else []
     limits += [f"at most {option.max:g}"] if option.max is not None else []
-    if option.default not in (None, "", True, False) and "(default" not in str(option.help):
+    if (
+        option.default not in (None, "")
+        and not isinstance(option.default, bool)
+        and "(default" not in str(option.help)
+    ):
         limits.append(f"default: {option.default}")
     return f" ({'; '.join(limits)})" if limits else ""
 
@@ -128,6 +132,8 @@ def capabilities_page() -> str:
                 NOTE,
                 "Which model families, quantization formats, KV caches and targets go together.\n"
                 "The compiler refuses other combinations, and names the nearest choice that works.",
+                "## Engines on the CPU",
+                _engines(),
                 "## Model families",
                 _families(),
                 "## Quantization formats (`--quant`)",
@@ -145,18 +151,34 @@ def capabilities_page() -> str:
     )
 
 
+def _engines() -> str:
+    from llmc.compiler.request import ENGINES
+
+    about = {
+        "native": ("none", "families with a zoo model, and some others"),
+        "openvino": ("`openvino`", "every family but those with an attention softcap; int8 activations"),
+        "onnxruntime": ("`onnxruntime`", "every family and format, slowly; no quantized KV cache"),
+    }
+    rows = [(f"`{name}`", *about[name]) for name in ENGINES]
+    return (
+        "`llmc build` takes the first engine of this table that can run the model. `--engine` names\n"
+        "another. `llmc build --dry-run` shows the engine and the reason.\n\n"
+        f"{_table(('engine', 'extra to install', 'runs'), rows)}\n\n"
+        "The native engine is part of llmc, for Linux on x86-64 with AVX2 or on ARM with dot products. It\n"
+        "quantizes no activations unless `llmc run --fast` asks for it."
+    )
+
+
 def _families() -> str:
     from llmc.compiler.checkpoint import recipe
-    from llmc.compiler.zoo import list_zoo, zoo_config
+    from llmc.compiler.zoo import list_zoo
 
     rows = []
     for family in recipe.known_families():
         note = (ROOT / "model_zoo" / family / "recipe.toml").read_text("utf-8").splitlines()[0].lstrip("# ")
         models = [entry.name for entry in list_zoo() if entry.model_type == family]
-        softcap = any(zoo_config(name).get("attn_logit_softcapping") for name in models)
-        engine = "ONNX Runtime" if softcap else "OpenVINO"
-        rows.append((f"`{family}`", engine, _names(models), note))
-    header = ("family", "`cpu` engine", "zoo models", "")
+        rows.append((f"`{family}`", _names(models), note))
+    header = ("family", "zoo models", "")
     others = [name for name in _tests("test_families").OTHERS if name not in recipe.known_families()]
     return (
         "A recipe states what every pass must find in a family ([recipe format](recipe-format.md)).\n\n"
@@ -175,17 +197,25 @@ def _formats() -> str:
     for name, fmt in FORMATS.items():
         capability.check(name, "cpu", ())
         scales = shared.get(fmt.block, f"one for {fmt.block} columns of a row")
-        scales += ", one for the matrix" if fmt.element == "e2m1" else ""
+        scales += ", one for the matrix" if fmt.double_scaled else ""
         activations = fmt.activations or "not quantized"
-        cpu = "OpenVINO" if fmt.activations in ("", "int8") else "ONNX Runtime"
+        cpu = {"": "native", "int8": "OpenVINO"}.get(fmt.activations, "ONNX Runtime")
         oldest = f"SM{min(sm for sm in _sms() if _takes(name, (sm,)))}"
         bits = f"{fmt.bits_per_parameter((1024, 1024)):.4g}"
         rows.append((f"`{name}`", fmt.element, scales, bits, activations, cpu, oldest))
-    header = ("format", "element", "weight scales", "bits", "activations", "`cpu` engine", "TensorRT from")
+    header = (
+        "format",
+        "element",
+        "weight scales",
+        "bits",
+        "activations",
+        "engine on the CPU",
+        "TensorRT from",
+    )
     return (
         f"{_table(header, rows)}\n\n"
         "*Bits* is the storage of one weight of a 1,024 x 1,024 matrix, its share of the scales included.\n"
-        "Models with an attention softcap always run in ONNX Runtime on the CPU."
+        "The native engine stores `nvfp4-weight-only` in fp32; `--engine openvino` keeps it in 4 bits."
     )
 
 
@@ -224,7 +254,10 @@ def _caches() -> str:
         for kv_dtype in KV_DTYPES
         if kv_dtype != "auto"
     ]
-    return _table(("`--kv-dtype`", *(f"`{target}` holds" for target in TARGETS)), rows)
+    table = _table(("`--kv-dtype`", *(f"`{target}` holds" for target in TARGETS)), rows)
+    return (
+        f"{table}\n\nOn the CPU, `int8` is for the native engine and OpenVINO, each with scales of its own."
+    )
 
 
 def _tested() -> str:

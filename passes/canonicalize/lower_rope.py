@@ -3,8 +3,8 @@
 before  x [1,T,H,D] -> Transpose -> TracedRope(cos, sin [1,T,R]) -> [1,H,T,D]
 after   x -> Reshape [T,H,1,D] -> RotaryEmbedding(cos, sin [T,1,R]) -> Reshape [1,T,H,D] -> Transpose
 
-The operator (ONNX RotaryEmbedding-23) sees every token as a batch entry, so the tokens stay the first axis
-and nothing is moved in memory.
+R = half the rotated width. The operator (ONNX RotaryEmbedding-23) sees every token as a batch entry, so the
+tokens stay the first axis. SinkTransposes and PageAttention remove the Transpose that is left.
 """
 
 from __future__ import annotations

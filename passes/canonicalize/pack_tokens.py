@@ -50,6 +50,9 @@ class PackTokens:
 def _pack(graph: ir.Graph, node: ir.Node, batched: set[ir.Value]) -> None:
     outputs = [value for value in node.outputs if value in batched]
     if not outputs:
+        data = node.inputs[0] if node.inputs else None
+        removes = node.op_type in {"Gather", *_AXIS, *_AXES_INPUT} and data is not None and data in batched
+        _require(not removes, node, "removes the batch axis or the tokens")
         return
     shape = edit.dims(outputs[0])
     if node.op_type == "Reshape":
@@ -57,12 +60,13 @@ def _pack(graph: ir.Graph, node: ir.Node, batched: set[ir.Value]) -> None:
     elif node.op_type in ELEMENTWISE:
         _squeeze_constants(graph, node, len(shape))
     elif node.op_type in _AXIS:
-        _shift_axis(node)
+        _shift_axis(node, len(shape))
     elif node.op_type in _AXES_INPUT:
-        _shift_axes(graph, node, _AXES_INPUT[node.op_type])
+        _shift_axes(graph, node, _AXES_INPUT[node.op_type], len(shape))
     elif node.op_type == "Gather":
-        if node.inputs[0] in batched:  # else the rows of a table
-            _shift_axis(node)
+        data = node.inputs[0]
+        if data is not None and data in batched:  # else the rows of a table
+            _shift_axis(node, len(edit.dims(data)) + 1)  # its batch axis is removed already
     elif node.op_type == "Transpose":
         perm = list(node.attributes["perm"].as_ints())
         _require(perm[0] == 0, node, f"moves the batch axis (perm={perm})")
@@ -117,24 +121,28 @@ def _narrow_integers(graph: ir.Graph, node: ir.Node) -> None:
             output.type = ir.TensorType(ir.DataType.INT32)
 
 
-def _shift_axis(node: ir.Node) -> None:
-    """Renumber the attribute `axis` for shapes without the batch axis.
+def _shift_axis(node: ir.Node, rank: int) -> None:
+    """Renumber the attribute `axis` of shapes of `rank` axes for shapes without the batch axis.
 
     Its default is -1 for LayerNormalization and Softmax, and 0 for the other operators.
     """
     default = -1 if node.op_type in ("LayerNormalization", "Softmax") else 0
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else default
-    _require(axis != 0, node, f"works along the batch axis (axis={axis})")
+    _require(axis not in (0, -rank), node, f"works along the batch axis (axis={axis})")
     if axis > 0:
         node.attributes["axis"] = ir.AttrInt64("axis", axis - 1)
 
 
-def _shift_axes(graph: ir.Graph, node: ir.Node, index: int) -> None:
-    """Renumber the axes that input `index` names for shapes without the batch axis."""
+def _shift_axes(graph: ir.Graph, node: ir.Node, index: int, rank: int) -> None:
+    """Renumber the axes that input `index` names for shapes without the batch axis.
+
+    rank: the number of axes of the output
+    """
     values = edit.numbers(node.inputs[index]) if len(node.inputs) > index else None
     _require(values is not None, node, "has axes that are not constant")
     assert values is not None
-    _require(0 not in values, node, "changes the batch axis")
+    rank += len(values) if node.op_type == "Squeeze" else 0  # its axes are those of the input
+    _require(not {0, -rank} & set(values), node, "changes the batch axis")
     shifted = np.array([axis - 1 if axis > 0 else axis for axis in values], np.int64)
     name = "axes_" + "_".join(str(value) for value in shifted)
     node.replace_input_with(index, edit.constant(graph, shifted, name))

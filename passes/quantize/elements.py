@@ -1,8 +1,9 @@
 """Element types: rounding and saturation of scaled values, and packing of 4-bit codes.
 
-All round to nearest, ties to even, and saturate, as ONNX's QuantizeLinear does.
+All round to nearest, ties to even, and saturate, as ONNX's QuantizeLinear does (int8 there at -128).
 INT8: -127..127. The code -128 is not used, so that a scale of amax / 127 is exact at both ends.
-INT4: -8..7. All sixteen codes are used, because one code is 1/16 of the range (see `scales.first_scales`).
+INT4: -8..7. All sixteen codes are used, because one code is 1/16 of the range (see `first_scales` in
+`compiler/quantize/scales.py`).
 E4M3: OCP 8-bit Floating Point Specification (OFP8) 1.0: bias 7, no infinity, largest 448 (saturating mode).
 E2M1: OCP Microscaling Formats (MX) Specification 1.0, FP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6, sign in bit 3.
 """

@@ -142,7 +142,7 @@ class Precision:
     """The element types of arithmetic and of the KV cache."""
 
     dtype: Literal["fp32", "fp16", "bf16"]
-    #: A dtype, "u8" (OpenVINO), or the name of a quantized cache in `paged_attention/spec.py` (GPUs).
+    #: A dtype, "int8" (native), "u8" (OpenVINO), or a quantized cache of `paged_attention/spec.py` (GPUs).
     kv_dtype: Slug
 
 

@@ -15,6 +15,7 @@ import pytest
 from llmc.cli import errors, main, output
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "json.md"
+GOLDEN = Path(__file__).parents[1] / "golden" / "format-1.llmc"
 OPTIONAL = {"id"}  # of a line of --prompts
 HEAD = {"schema_version", "command", "ok"}
 
@@ -59,6 +60,7 @@ def test_every_command_prints_the_documented_fields(
         "verify": (tiny,),
         "check": (source,),
         "bench": (tiny, "--prompt-tokens", 8, "--new-tokens", 2),
+        "bench --layers": (built, "--prompt-tokens", 8, "--layers"),
         "doctor": (),
         "zoo list": (),
         "zoo make": ("llama-tiny", tmp_path / "made"),
@@ -82,6 +84,7 @@ def test_every_command_prints_the_documented_fields(
         (("run", "x", "Once", "--kv-memory", "lots"), errors.USAGE, "UsageError", "kv_memory"),
         (("build", "x", "--target", "abacus"), errors.USAGE, "BuildError", "target"),
         (("check", "nowhere"), errors.ERROR, "CheckpointError", None),
+        (("inspect", str(GOLDEN), "--program"), errors.USAGE, "RequestError", "program"),
         (("nonsense",), errors.USAGE, "UsageError", None),
     ],
 )

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 from llmc.cli import main
 from llmc.compiler.targets import capability
+from llmc.compiler.targets.base import Resolved
+from llmc.compiler.targets.cpu import CpuTarget
 from llmc.passes.quantize.formats import FORMATS
 from llmc.runtime.errors import RequestError, UnsupportedError
 
@@ -66,3 +69,28 @@ def test_unsupported_format_is_refused_before_the_trace(
     assert error == "error: nvfp4 needs SM100 or newer, but the engine is for SM89"
     assert hint == "hint: use --quant int4, which runs there; or name newer GPUs only, as in --sm 120"
     assert list(tmp_path.iterdir()) == []
+
+
+SOFTCAP = "llmc.PagedAttention <softcap = 30.0> (x, x, x, keys)"
+
+
+@pytest.mark.parametrize(
+    ("engine", "kv_dtype", "node", "argument", "message"),
+    [
+        ("openvino", "fp32", SOFTCAP, "engine", "OpenVINO cannot run this model: .* attention softcap"),
+        ("native", "fp32", "Cos (x)", "engine", "the native engine cannot run this model: .*Cos"),
+        ("onnxruntime", "int8", "Neg (x)", "engine", "no KV cache of int8"),
+    ],
+)
+def test_an_engine_that_cannot_run_the_model_is_a_refused_option(
+    engine: str, kv_dtype: str, node: str, argument: str, message: str
+) -> None:
+    model = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 23, "llmc" : 1]>
+        g (float[T,4] x, float[1,1,32,4] keys) => (float[T,4] y) {{ y = {node} }}"""
+    )
+    model.graph.inputs[1].name = "key_cache.0"
+    with pytest.raises(UnsupportedError, match=message) as error:
+        CpuTarget().choose_engine(Resolved("cpu", "fp32", kv_dtype, engine=engine), model)
+    assert error.value.argument == argument
+    assert error.value.hint

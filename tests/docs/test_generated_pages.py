@@ -68,8 +68,8 @@ def test_every_kind_of_finding_is_explained() -> None:
 def test_every_variable_that_the_code_reads_is_listed() -> None:
     page = (REFERENCE / "environment.md").read_text("utf-8")
     read: set[str] = set()
-    for room in ("cli", "compiler", "passes", "plugins", "runtime"):
-        for path in (ROOT / room).rglob("*.py"):
+    for folder in ("cli", "compiler", "passes", "plugins", "runtime"):
+        for path in (ROOT / folder).rglob("*.py"):
             text = path.read_text("utf-8")
             read |= set(re.findall(r"environ(?:\.get|\.setdefault)?[(\[]\"([A-Z_]+)\"", text))
             read |= set(re.findall(r"\"(LLMC_[A-Z_]+)\"", text))

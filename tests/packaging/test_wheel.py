@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llmc import __version__
-from support.package_tree import COMPILED, ROOMS, ROOT, files, module, package
+from support.package_tree import COMPILED, PACKAGE_FOLDERS, ROOT, files, module, package
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +38,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("sdist")
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "README.pypi.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    for room in ROOMS:
-        shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in PACKAGE_FOLDERS:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.rmtree(copy / "plugins/cpu/lib", ignore_errors=True)
     run(
         sys.executable, "-c", f"from setuptools import build_meta as b; b.build_sdist({str(out)!r})", cwd=copy

@@ -193,6 +193,31 @@ def test_a_stage_allows_one_element_type_an_operator() -> None:
 
 
 @pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ("Gather <axis = -3> (x, zero)", "along the batch axis"),
+        ("LayerNormalization <axis = -3> (x, x)", "along the batch axis"),
+        ("Softmax <axis = -3> (x)", "along the batch axis"),
+        ("Concat <axis = -3> (x, x)", "along the batch axis"),
+        ("Slice (x, zero, one, axes)", "changes the batch axis"),
+        ("Unsqueeze (x, four)", "changes the batch axis"),
+        ("Squeeze (x, axes)", "removes the batch axis"),
+        ("Gather <axis = 1> (x, last)", "removes the batch axis or the tokens"),
+    ],
+)
+def test_a_batch_axis_is_refused_by_any_number(node: str, message: str) -> None:
+    shape = {"Unsqueeze": "[1,1,T,4]", "Squeeze": "[T,4]"}.get(node.split()[0], "[1,T,4]")
+    shape = "[1,4]" if "last" in node else shape
+    model = graph(f"""g (int64[1,T] input_ids, int64[1,T] position_ids) => (float{shape} y)
+      <float[9,4] table, int64[1] zero = {{0}}, int64[1] one = {{1}}, int64 last = {{-1}},
+       int64[1] axes = {{-3}}, int64[1] four = {{-4}}, float[1,T,4] x> {{
+      x = Gather <axis = 0> (table, input_ids)
+      y = {node} }}""")
+    with pytest.raises(UnsupportedError, match=message):
+        PackTokens()(model)
+
+
+@pytest.mark.parametrize(
     ("node", "after"), [("Gather <axis = 2> (x, i)", 1), ("LayerNormalization <axis = 2> (x, w)", 1)]
 )
 def test_axes_follow_the_packed_layout(node: str, after: int) -> None:

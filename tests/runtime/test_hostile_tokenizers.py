@@ -63,7 +63,10 @@ ODD: dict[type, tuple[Any, ...]] = {
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of all values in nested JSON, without the many of a vocabulary."""
+    """Return the paths of values in nested JSON, of the first 12 entries of each object or list.
+
+    That skips most of a vocabulary.
+    """
     found = [path] if path else []
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in list(items)[:12]:

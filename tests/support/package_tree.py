@@ -4,7 +4,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("cli", "compiler", "passes", "plugins", "runtime", "model_zoo")
+PACKAGE_FOLDERS = ("cli", "compiler", "passes", "plugins", "runtime", "model_zoo")
 COMPILED = ".so"  # libraries that the build of the package makes, if there is a compiler
 # The checkpoint of `make demo`, the script that trained it, and the C sources stay in the clone.
 CLONE_ONLY = ("model_zoo/llama/tales/*", "model_zoo/llama/train_tales.py", "plugins/*.c", "plugins/*.h")
@@ -12,7 +12,12 @@ CLONE_ONLY = ("model_zoo/llama/tales/*", "model_zoo/llama/train_tales.py", "plug
 
 def files() -> list[Path]:
     """Return every file that can be installed, relative to the root."""
-    found = [path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file()]
+    found = [
+        path.relative_to(ROOT)
+        for folder in PACKAGE_FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    ]
     kept = [path for path in found if not any(fnmatch(path.as_posix(), pattern) for pattern in CLONE_ONLY)]
     return [path for path in kept if path.suffix not in (".pyc", COMPILED)]
 

@@ -1,4 +1,4 @@
-"""Tokenizers of a few hundred tokens, one of each kind that checkpoints have."""
+"""Tokenizers of at most a few hundred tokens, one of each kind that checkpoints have."""
 
 from __future__ import annotations
 

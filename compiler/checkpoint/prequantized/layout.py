@@ -81,7 +81,7 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
             parts[module][role] = ref
     modules: dict[str, QuantizedModule] = {}
     plain: dict[str, TensorRef] = {}
-    broken: set[str] = set()
+    unread: set[str] = set()
     for name, tensors in parts.items():
         if not is_quantized(tensors):
             for role, ref in tensors.items():
@@ -92,7 +92,7 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
         if recognized is not None:
             modules[name] = recognized
         else:
-            broken.add(name)
+            unread.add(name)
     for name, ref in others.items():
         if ref.dtype in FLOATS and name.rpartition(".")[0] not in modules and not is_auxiliary(name):
             plain[name] = ref
@@ -100,14 +100,15 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
             buffer = ref.dtype in ("BOOL", "I64") and not is_auxiliary(name)
             what = f"{ref.dtype} {list(ref.shape)} belongs to no weight"
             findings.append(Finding("unclaimed", name, what, warning=buffer))
-    findings += _against_config(schemes, modules, plain, broken)
+    findings += _against_config(schemes, modules, plain, unread)
     findings += _hidden_size(checkpoint, modules) + _fused(modules)
     if schemes and schemes.kv_cache and not kv_scales:
         what = f"says that the KV cache is {schemes.kv_cache}, but no tensor has its scales: 1.0 is used"
         findings.append(Finding("missing", CONFIG, what, warning=True))
     excluded = [name for name in _matrices(plain) if schemes and schemes.excludes(name)]
-    unread = tuple(sorted(broken))
-    return QuantizedCheckpoint(schemes, modules, unread, plain, kv_scales, tuple(excluded), tuple(findings))
+    return QuantizedCheckpoint(
+        schemes, modules, tuple(sorted(unread)), plain, kv_scales, tuple(excluded), tuple(findings)
+    )
 
 
 def _matrices(plain: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
@@ -125,7 +126,7 @@ def _against_config(
     schemes: DeclaredSchemes | None,
     modules: Mapping[str, QuantizedModule],
     plain: Mapping[str, TensorRef],
-    broken: set[str],
+    unread: set[str],
 ) -> list[Finding]:
     """Compare the declared quantization with that of the tensors, in both directions."""
     if schemes is None:
@@ -134,7 +135,7 @@ def _against_config(
         name, module = next(iter(modules.items()))
         what = f"does not declare quantization, but {name} is {module.format} ({len(modules)} such modules)"
         return [Finding("config", CONFIG, what)]
-    if schemes.groups and not modules and not broken:
+    if schemes.groups and not modules and not unread:
         return [Finding("config", CONFIG, f"declares {schemes.label}, but no tensor is quantized")]
     findings = []
     for name, module in modules.items():
@@ -147,7 +148,7 @@ def _against_config(
             findings.append(
                 Finding("exclude", weight, f"is {module.format}, but the configuration does not name it")
             )
-    ends = {name.rpartition(".")[2] for name in (*modules, *broken)}
+    ends = {name.rpartition(".")[2] for name in (*modules, *unread)}
     for name, ref in _matrices(plain).items():
         if schemes.excludes(name) or schemes.of(name) is None:
             continue

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.progress import Progress
@@ -45,14 +45,17 @@ def check(sms: Iterable[int]) -> None:
             )
 
 
-def codes(sms: tuple[int, ...]) -> list[tuple[int, str]]:
+def codes(sms: tuple[int, ...]) -> list[tuple[int, Literal["cubin", "ptx"]]]:
     """Return the codes to compile: pairs of a compute capability and "cubin" or "ptx".
 
     sms: the compute capabilities of the target; empty for a portable engine
     """
-    cubins = [sm for sm in (sms or _PORTABLE) if sm in SMS]
-    needs_ptx = not sms or any(sm not in SMS for sm in sms)
-    return [(sm, "cubin") for sm in cubins] + ([(_PTX, "ptx")] if needs_ptx else [])
+    found: list[tuple[int, Literal["cubin", "ptx"]]] = [
+        (sm, "cubin") for sm in (sms or _PORTABLE) if sm in SMS
+    ]
+    if not sms or any(sm not in SMS for sm in sms):
+        found.append((_PTX, "ptx"))
+    return found
 
 
 def compile_into(
@@ -112,13 +115,15 @@ def cache_directory() -> Path:
     return root / "llmc" / "kernels"
 
 
-def _write(kernel: Kernel, variant: str, sm: int, kind: str, writer: BundleWriter) -> KernelFile:
+def _write(
+    kernel: Kernel, variant: str, sm: int, kind: Literal["cubin", "ptx"], writer: BundleWriter
+) -> KernelFile:
     file = f"kernels/sm{sm}/{variant}.{kind}"
     writer.path(file).write_bytes(kernel.cubin if kind == "cubin" else kernel.ptx)
     return KernelFile(
         variant=variant,
         sm=sm,
-        kind="cubin" if kind == "cubin" else "ptx",
+        kind=kind,
         file=file,
         entry=kernel.name,
         shared_memory=kernel.shared_memory,
