@@ -49,6 +49,11 @@ svg { display: block; width: 100%; height: .8rem; border-radius: .2rem; }
 rect { fill: var(--line); }
 .bar { fill: var(--bar); }
 .more { fill: var(--more); }
+.columns { height: 4.5rem; border-bottom: 1px solid var(--line); border-radius: 0; }
+.columns .back { fill: var(--panel); }
+figure { margin: 1.25rem 0; }
+figcaption { margin-bottom: .25rem; }
+.ends { display: flex; justify-content: space-between; font-size: .9rem; }
 .legend span { margin-right: 1.5rem; white-space: nowrap; }
 .legend svg { display: inline-block; width: .8rem; margin-right: .4rem; vertical-align: middle; }
 summary { cursor: pointer; margin-top: 1rem; }
@@ -128,7 +133,7 @@ def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
         for first, *cells in rows
     )
     table = element("table", element("thead", head), element("tbody", *_lines(lines)), class_="grid")
-    return element("div", table, class_="wide")
+    return element("div", table, class_="wide", tabindex="0")  # the arrow keys scroll it
 
 
 def bars(rows: Iterable[tuple[str, Sequence[float], str]], full: float) -> Html:
@@ -142,6 +147,45 @@ def bars(rows: Iterable[tuple[str, Sequence[float], str]], full: float) -> Html:
         for name, parts, text in rows
     )
     return element("table", *_lines(lines), class_="bars")
+
+
+def columns(
+    name: str, about: str, heights: Sequence[tuple[str, float]], full: float, ends: tuple[str, str]
+) -> Html:
+    """Return a chart with a column for each value, as wide as the page allows.
+
+    name: what is shown
+    about: the chart in words, for readers who do not see it
+    heights: (the value in words, shown at the column; its height)
+    full: the height that fills the chart
+    ends: the names of the first and the last column
+    """
+    drawn = [element("rect", width=f"{len(heights)}", height="100", class_="back")]
+    for place, (text, value) in enumerate(heights):
+        height = max(0.5, 100 * min(1.0, value / full)) if full > 0 else 0.5
+        drawn.append(
+            element(
+                "rect",
+                element("title", text),
+                x=f"{place + 0.1:g}",
+                y=f"{100 - height:.1f}",
+                width="0.8",
+                height=f"{height:.1f}",
+                class_="bar",
+            )
+        )
+    chart = element(
+        "svg",
+        element("title", f"{name}: {about}"),
+        *_lines(drawn),
+        role="img",
+        viewBox=f"0 0 {len(heights)} 100",
+        preserveAspectRatio="none",
+        class_="columns",
+    )
+    caption = element("figcaption", element("b", name), f" {about}")
+    between = element("div", *(element("span", end) for end in ends), class_="ends quiet", aria_hidden="true")
+    return element("figure", caption, chart, between)
 
 
 def legend(first: str, second: str) -> Html:

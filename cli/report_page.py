@@ -21,7 +21,8 @@ from llmc.cli.html_elements import (
     section,
     tiles,
 )
-from llmc.cli.inspect import describe_gpu, describe_sampling, describe_weights, module_errors, total_bytes
+from llmc.cli.inspect import describe_gpu, describe_sampling, describe_weights, total_bytes
+from llmc.cli.report_layers import layer_charts
 from llmc.cli.text import size
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def report_page(bundle: Bundle, benchmarks: Sequence[Benchmark]) -> str:
         _inside(manifest),
         _hardware(manifest),
         _verification(manifest),
-        *_quantization(manifest),
+        *_quantization(bundle),
         _memory(manifest),
         *_speed(benchmarks),
         _files(bundle),
@@ -120,10 +121,11 @@ def _verification(manifest: Manifest) -> Html:
     return section("Verification", paragraph(text), fact_table(facts), *charts)
 
 
-def _quantization(manifest: Manifest) -> Iterator[Html]:
+def _quantization(bundle: Bundle) -> Iterator[Html]:
     """Yield the section about quantization loss; nothing if neither weights nor KV cache are quantized."""
     from llmc.compiler.verify.figures import recorded
 
+    manifest = bundle.manifest
     figures, cache = recorded(manifest), describe_kv_cache_loss(manifest)
     facts, charts = [], []
     if manifest.quantization is not None:
@@ -150,18 +152,7 @@ def _quantization(manifest: Manifest) -> Iterator[Html]:
     if cache:
         facts.append(("KV cache", cache))
     if facts:
-        yield section("Quantization loss", fact_table(facts), *charts, *_layers(manifest))
-
-
-def _layers(manifest: Manifest) -> Iterator[Html]:
-    """Yield the chart of the layers with the largest errors that the manifest records."""
-    what, errors = module_errors(manifest)
-    if errors:
-        yield element("h3", "Layers with the largest error")
-        count = (manifest.quantization or {}).get("modules")
-        layers = f"the {len(errors)} largest of {count}" if isinstance(count, int) else "the largest"
-        yield paragraph(f"Relative error of the {what} of linear layers. The manifest records {layers}.")
-        yield bars([(name, [error], f"{error:g}") for name, error in errors], errors[0][1])
+        yield section("Quantization loss", fact_table(facts), *charts, *layer_charts(bundle))
 
 
 def _memory(manifest: Manifest) -> Html:

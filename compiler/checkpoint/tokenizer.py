@@ -2,8 +2,8 @@
 
 transformers rebuilds some tokenizers from their class and overrides parts of tokenizer.json. So the bundle
 gets the files that transformers saves, not a copy of the checkpoint's. The runtime then needs only
-tokenizer.json. If the class encodes text differently from the checkpoint's tokenizer.json, the bundle follows
-the file.
+tokenizer.json. If the class encodes text differently from the checkpoint's tokenizer.json or SentencePiece
+model, the bundle follows the file.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ from typing import Any
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.checkpoint import CONFIG, Checkpoint, read_json
+from llmc.compiler.child_process import Child
+from llmc.compiler.progress import Silent
 from llmc.compiler.texts import EVALUATION_TEXT, read_text
-from llmc.runtime.errors import CheckpointError, LlmcError, RequestError
+from llmc.runtime.errors import BuildError, CheckpointError, LlmcError, RequestError
 from llmc.runtime.text_encoder import TextEncoder, errors_as_values, quiet_stderr, read_tokenizer
 from llmc.runtime.tokenizer import Tokenizer
 
 TOKENIZER_FILE = "tokenizer/tokenizer.json"  # in a bundle
+#: Files that hold a SentencePiece model or, as some `tokenizer.model` do, a vocabulary of tiktoken.
+MODELS = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tiktoken.model")
 #: Files that hold a vocabulary. A checkpoint without any of them has no tokenizer.
 VOCABULARIES = (
-    *("tokenizer.json", "tekken.json", "vocab.json", "vocab.txt", "tokenizer.model", "tiktoken.model"),
-    *("spiece.model", "spm.model", "sentencepiece.bpe.model"),
+    *("tokenizer.json", "tekken.json", "vocab.json", "vocab.txt"),
+    *MODELS,
 )
 _BUNDLED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _SETTINGS = "tokenizer_config.json"
@@ -44,6 +48,12 @@ _MOST_OUTSIDE = 0.01  # the largest share of a text's tokens that may have no em
 _LARGEST_ID = 1 << 24  # the largest vocabularies have 2**18 tokens
 _MAX_FAILURES = 2  # texts that a tokenizer may fail to encode; after more, no more texts are compared
 _PACKAGES = ("sentencepiece", "tiktoken", "protobuf", "mistral-common")
+_CONVERSION = Child(
+    "llmc.compiler.checkpoint.convert_sentencepiece",
+    "tokenizer conversion",
+    "its file may be damaged; download it again",
+    "the file may be damaged; download it again, or remove it to build without a tokenizer",
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ def read_bundle_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> BundleToke
     """
     names = {file.name for file in checkpoint.tokenizer_files}
     if not names & set(VOCABULARIES):
+        _refuse_tiktoken(checkpoint)
         return None
     settings = read_json(checkpoint.path / _SETTINGS) if _SETTINGS in names else {}
     _check_class(checkpoint, settings)
@@ -80,6 +91,9 @@ def read_bundle_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> BundleToke
         directory = Path(name)
         if "tokenizer.json" in names:
             tokenizer, notes = _follow_file(checkpoint, stage, directory)
+        elif model := _model_file(names):
+            notes = _convert_model(checkpoint, stage, directory, model, settings)
+            tokenizer = _open(checkpoint, directory)
         else:
             _convert(checkpoint, stage, directory)
             tokenizer, notes = _open(checkpoint, directory), []
@@ -117,6 +131,15 @@ def end_of_sequence(
         sources = "; ".join(f"{', '.join(map(str, ids))} by {file}" for file, ids in named.items())
         notes.append(f"end-of-sequence tokens differ ({sources}): each of them ends a generation")
     return union, tuple(notes)
+
+
+def _refuse_tiktoken(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a vocabulary that only the checkpoint's own code reads, as Qwen 1 has."""
+    if found := sorted(checkpoint.path.glob("*.tiktoken")):
+        raise CheckpointError(
+            f"only code that comes with the checkpoint reads {found[0]}, which llmc never runs",
+            "add a tokenizer.json, if its authors offer one, or remove the file to build without a tokenizer",
+        )
 
 
 def _check_class(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
@@ -225,6 +248,34 @@ def _convert(checkpoint: Checkpoint, stage: Path, directory: Path, generic: bool
     return type(tokenizer).__name__
 
 
+def _model_file(names: set[str]) -> str | None:
+    """Return the file of MODELS that transformers reads; none if there is a tekken.json."""
+    return None if "tekken.json" in names else next((name for name in MODELS if name in names), None)
+
+
+def _convert_model(
+    checkpoint: Checkpoint, stage: Path, directory: Path, model: str, settings: dict[str, Any]
+) -> list[str]:
+    """Save the tokenizer of a file of MODELS to `directory`, and return notes.
+
+    The bundle encodes text as SentencePiece does. Raises CheckpointError if the file cannot be converted.
+    """
+    task = {"stage": str(stage), "directory": str(directory), "model": model, "settings": settings}
+    try:
+        done = _CONVERSION.run(task | {"texts": [*_PROBES, read_text(EVALUATION_TEXT)]}, Silent())
+    except BuildError as error:  # the process died
+        raise CheckpointError(f"{checkpoint.path / model}: {error.message}", error.hint) from error
+    except CheckpointError as error:
+        message = error.message.replace(str(stage), str(checkpoint.path))
+        if error.hint:
+            raise CheckpointError(f"{checkpoint.path / model}: {message}", error.hint) from error
+        raise _unreadable(checkpoint, message) from error
+    if not done["text"]:
+        return []
+    note = _explain(done["chosen"], done["text"], "", model)
+    return [f"{note}, but not for {_short(done['left'])}" if done["left"] else note]
+
+
 def _unreadable(checkpoint: Checkpoint, reason: str) -> CheckpointError:
     package = next((name for name in _PACKAGES if name in reason.lower()), None)
     return CheckpointError(
@@ -283,16 +334,17 @@ def _round_trip(encoder: TextEncoder, text: str) -> tuple[list[int], str] | None
         return None
 
 
-def _explain(chosen: str, text: str, left: str) -> str:
-    """Return the note that the bundle follows tokenizer.json.
+def _explain(chosen: str, text: str, left: str, file: str = "tokenizer.json") -> str:
+    """Return the note that the bundle follows a file, not the class of transformers.
 
     chosen: the class of transformers, or the reason why it fails
     text: the text that the class encodes differently; "" if it fails
     left: a text that the bundle still encodes differently; "" if there is none
+    file: the file with the vocabulary
     """
-    note = f"the class {chosen} of transformers and tokenizer.json encode {_short(text)} in different ways"
-    note = f"{note if text else chosen}: the bundle follows tokenizer.json"
-    return f"{note}, and tokenizer_config.json for {_short(left)}" if left else note
+    note = f"the class {chosen} of transformers and {file} encode {_short(text)} in different ways"
+    note = f"{note if text else chosen}: the bundle follows {file}"
+    return f"{note}, and {_SETTINGS} for {_short(left)}" if left else note
 
 
 def _short(text: str) -> str:

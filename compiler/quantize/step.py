@@ -12,6 +12,8 @@ from llmc.compiler.quantize import produce
 from llmc.compiler.quantize.prequantized_arrays import produce_prequantized
 from llmc.compiler.quantize.produce import Produced
 from llmc.passes.quantize.qdq import SCALES_OF
+from llmc.runtime.bundle import quantization_errors
+from llmc.runtime.bundle.quantization_errors import QuantizationErrors
 
 if TYPE_CHECKING:
     from llmc.compiler.bundle_writer import BundleWriter
@@ -92,13 +94,21 @@ def make_weights(
     method: the calibration method, "max", "percentile" or "mse"
     on_matrix: called with the number of matrices that are done
 
-    If activations were measured, the table of their clip ranges is kept in the bundle (TABLE_FILE).
+    The bundle keeps the errors of all matrices, and TABLE_FILE if activations were measured.
     """
     directory = work.path(f"{_SCRATCH}/x").parent
     produced = maker.make(matrices, directory, on_matrix)
     if produced.table is not None:
         work.path(TABLE_FILE).write_text(produced.table.to_json(), "utf-8")
         produce.add_input_scales(produced, matrices, method, SCALES_OF.get(dtype, "F32"), directory)
+    if produced.errors or produced.weight_errors:
+        modules = [module for matrix in matrices for module in matrix.modules]
+        output, weight = (
+            {module: errors[module] for module in modules if module in errors}
+            for errors in (produced.errors, produced.weight_errors)
+        )
+        text = QuantizationErrors(output, weight).to_json()
+        work.path(quantization_errors.FILE).write_text(text, "utf-8")
     return produced
 
 

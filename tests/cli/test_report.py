@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,8 +20,11 @@ from llmc.cli.html_elements import element
 from llmc.cli.inspect import describe_loss, describe_worst
 from llmc.cli.report_page import report_page
 from llmc.cli.text import size
-from llmc.runtime.bundle.manifest import Manifest
+from llmc.runtime.bundle import quantization_errors
+from llmc.runtime.bundle.manifest import FileRecord, Manifest
+from llmc.runtime.bundle.quantization_errors import QuantizationErrors
 from llmc.runtime.bundle.reader import Bundle
+from llmc.runtime.errors import BundleError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOID = {"meta"}
@@ -168,6 +172,86 @@ def test_the_loss_and_the_error_of_layers(tiny: Path) -> None:
     lengths = bar_lengths(page)
     assert lengths[:6] == ["10.00%", "100.00%", "91.05%", "90.91%", "100.00%", "100.00%"]
     assert lengths[6] == "25.00%"
+
+
+def with_errors(bundle: Bundle, directory: Path, content: str) -> Bundle:
+    """Return the bundle with a file of the errors of its matrices."""
+    directory.mkdir()
+    (directory / "manifest.json").touch()  # for its size
+    (directory / quantization_errors.FILE).write_text(content, "utf-8")
+    data = content.encode()
+    record = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    files = {**bundle.manifest.files, quantization_errors.FILE: record}
+    return Bundle(directory, replace(bundle.manifest, files=files))
+
+
+def shapes(page: Page, name: str) -> list[list[tuple[str, dict[str, str | None]]]]:
+    """Return the elements of each chart of the class `name`."""
+    starts = [
+        i for i, (tag, given) in enumerate(page.elements) if tag == "svg" and given.get("class") == name
+    ]
+    rest = [page.elements[start:] for start in starts]
+    return [chart[: next(i for i, (tag, _) in enumerate(chart) if tag == "div")] for chart in rest]
+
+
+@pytest.mark.parametrize("layers", [28, 126])
+def test_every_layer_is_charted_in_the_order_of_depth(tiny: Path, tmp_path: Path, layers: int) -> None:
+    kinds = ("self_attn.q_proj", "self_attn.o_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj")
+    output = {
+        f"model.layers.{layer}.{kind}": (layer + 1) / 1000
+        for layer in sorted(range(layers), key=str)  # another order: 0, 1, 10, 11, ..., 2
+        for kind in kinds
+    }
+    content = QuantizationErrors(output, {"lm_head": 0.09}).to_json()
+    written = report_page(with_errors(quantized(tiny), tmp_path / "x", content), ())
+    page = Page(written)
+    charts = shapes(page, "columns")
+    assert len(charts) == 3
+    for chart, count in zip(charts, (layers, layers, 2 * layers), strict=True):
+        assert chart[0][1]["role"] == "img"
+        assert chart[0][1]["viewbox"] == f"0 0 {count} 100"
+        assert chart[1][0] == "title"  # what a screen reader says
+        heights = [float(given["height"] or 0) for tag, given in chart if given.get("class") == "bar"]
+        assert len(heights) == count
+        assert heights == sorted(heights)
+        assert heights[-1] == 100
+    assert "mlp.experts.*.up_proj" in page.text
+    assert f"largest {layers / 1000:g} in model.layers.{layers - 1}" in page.text
+    table = [row for row in page.rows if row[0] in output]
+    assert [row[0] for row in table] == sorted(output, key=lambda name: int(name.split(".")[2]))
+    assert all(float(row[1]) == pytest.approx(output[row[0]], rel=1e-2) for row in table)
+    assert page.facts["lm_head"] == ["", "0.09"]
+    assert not re.search(r"https?:|//|url\(|<script|style=", written)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[" * 100_000, "[]", "{}", '{"format": 2, "output": {}, "weight": {}}',
+        '{"format": 1, "output": [], "weight": {}}', '{"format": 1, "output": {"x": "1"}, "weight": {}}',
+        '{"format": 1, "output": {"x": NaN}, "weight": {}}',
+        '{"format": 1, "output": {"x": -1}, "weight": {}}',
+        '{"format": 1, "output": {"x": 1e400}, "weight": {}}',
+        '{"format": 1, "output": {"x": true}, "weight": {}}',
+        '{"format": 1, "output": {"\\n": 1}, "weight": {}}',
+        '{"format": 1, "output": {}, "weight": {}, "more": {}}',
+    ],
+)  # fmt: skip
+def test_damaged_errors_are_one_error(tiny: Path, tmp_path: Path, content: str) -> None:
+    with pytest.raises(BundleError, match=r"quantization_errors\.json: ") as caught:
+        report_page(with_errors(quantized(tiny), tmp_path / "x", content), ())
+    assert "\n" not in caught.value.message
+    good = QuantizationErrors({"a": 0.1}, {}).to_json()
+    other = with_errors(quantized(tiny), tmp_path / "y", good)
+    (other.path / quantization_errors.FILE).write_text(good.replace("0.1", "0.2"))
+    with pytest.raises(BundleError, match="does not fit its sha256"):
+        report_page(other, ())
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "1.2", "1", "", "9" * 4000, "a..1.", "x.0.y.1"])
+def test_names_of_modules_are_text(tiny: Path, tmp_path: Path, name: str) -> None:
+    content = QuantizationErrors({name: 0.0, f"{name}.0.z": 0.0, f"{name}.1.z": 0.0}, {}).to_json()
+    assert name in Page(report_page(with_errors(quantized(tiny), tmp_path / "x", content), ())).text
 
 
 def test_a_bundle_for_gpus_names_them() -> None:

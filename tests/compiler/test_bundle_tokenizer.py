@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import os
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
 
+from llmc.compiler.checkpoint import tokenizer as tokenizer_module
 from llmc.compiler.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint
+from llmc.compiler.checkpoint.convert_sentencepiece import convert
 from llmc.compiler.checkpoint.tokenizer import BundleTokenizer, end_of_sequence, read_bundle_tokenizer
+from llmc.compiler.texts import EVALUATION_TEXT, read_text
 from llmc.runtime.errors import CheckpointError
 from llmc.runtime.tokenizer import Tokenizer
 from support import tiny_tokenizers
@@ -159,15 +167,6 @@ def test_tekken_is_converted_as_transformers_does(tmp_path: Path) -> None:
         assert ours.encode(text) == theirs(text)["input_ids"]
 
 
-def test_sentencepiece_model_without_its_package_is_a_hint(tmp_path: Path) -> None:
-    if pytest.importorskip("transformers").utils.is_sentencepiece_available():
-        pytest.skip("sentencepiece is installed")
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    with pytest.raises(CheckpointError, match="cannot read the tokenizer") as caught:
-        read_bundle_tokenizer(checkpoint(tmp_path, "llama", {"tokenizer_class": "LlamaTokenizer"}), 300)
-    assert "pip install" in caught.value.hint
-
-
 def test_checkpoint_without_a_vocabulary_has_no_tokenizer_and_a_note(tmp_path: Path) -> None:
     source = checkpoint(tmp_path, settings={"eos_token": "</s>"}, eos_token_id=3)
     assert read_bundle_tokenizer(source, 300) is None
@@ -255,3 +254,157 @@ def test_unreadable_tokenizer_is_one_error(
     assert "\n" not in caught.value.message
     assert caught.value.hint
     assert capfd.readouterr().err == ""
+
+
+def sentencepiece_model(kind: str = "bpe", rule: str = "identity", **options: Any) -> bytes:
+    """A small SentencePiece model as Llama 2 and Mistral have, or with other options of the trainer."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    written = io.BytesIO()
+    options = {
+        "byte_fallback": True, "remove_extra_whitespaces": False, "split_digits": True, "vocab_size": 500
+    } | options  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(read_text(EVALUATION_TEXT).splitlines()), model_writer=written,
+        model_type=kind, normalization_rule_name=rule, minloglevel=2, **options,
+    )  # fmt: skip
+    return written.getvalue()
+
+
+SPACED = (
+    *TEXTS[:4],
+    " a leading space",
+    "a",
+    " ",
+    "\u2581",
+    "x<tool>y <tool> z",
+    "tab\tand\x00zero",
+    "na\u00efve",
+)
+SENTENCEPIECE_CLASSES = (None, {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "GemmaTokenizer"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "options"),
+    [
+        ("bpe", "identity", {}),
+        ("bpe", "identity", {"add_dummy_prefix": False}),
+        ("bpe", "identity", {"byte_fallback": False}),
+        ("unigram", "identity", {}),
+        (
+            "unigram",
+            "nmt_nfkc",
+            {"remove_extra_whitespaces": True, "byte_fallback": False, "vocab_size": 300},
+        ),
+    ],
+)
+def test_sentencepiece_model_encodes_as_sentencepiece(
+    kind: str, rule: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Spaces before a text, runs of spaces, bytes of unknown characters, user-defined symbols."""
+    data = sentencepiece_model(kind, rule, user_defined_symbols=["<tool>"], **options)
+    reference = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_proto=data)
+    kept = SPACED if rule == "identity" else [text for text in SPACED if "<tool>" not in text]
+    for number, settings in enumerate(SENTENCEPIECE_CLASSES):
+        stage, directory = tmp_path / f"{number}", tmp_path / f"{number}-saved"
+        stage.mkdir()
+        directory.mkdir()
+        (stage / "tokenizer.model").write_bytes(data)
+        (stage / "config.json").write_text('{"model_type": "llama"}')
+        (stage / "tokenizer_config.json").write_text(json.dumps(settings or {}))
+        convert(
+            {
+                "stage": stage,
+                "directory": directory,
+                "model": "tokenizer.model",
+                "settings": settings or {},
+                "texts": kept,
+            }
+        )
+        ours = Tokenizer.load(directory)
+        for text in kept:
+            ids = reference.encode(text)
+            assert ours.encode(text, add_special_tokens=False) == ids, (settings, text)
+            if reference.unk_id() not in ids:
+                assert ours.decode(ids) == reference.decode(ids), (settings, text)
+
+
+def test_sentencepiece_model_keeps_the_added_and_special_tokens_of_transformers(tmp_path: Path) -> None:
+    data = sentencepiece_model()
+    reference = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_proto=data)
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    settings = {
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "chat_template": "{{ bos_token }}",
+        "added_tokens_decoder": {"500": {"content": "<extra>", "special": True}},
+    }  # fmt: skip
+    found = read_bundle_tokenizer(checkpoint(tmp_path, settings=settings), 501)
+    ours = opened(found, tmp_path / "bundle")
+    assert found is not None
+    assert found.notes == (
+        "the class LlamaTokenizer of transformers and tokenizer.model encode '  Two spaces,\\n\\n\\ttabs "
+        "\\r\\n and a line  ' in different ways: the bundle follows tokenizer.model",
+    )
+    assert found.eos_token_id == 2
+    assert ours.encode(" the 日") == [1, *reference.encode(" the 日")]
+    assert ours.encode("<s>a<extra>b</s>", add_special_tokens=False) == [
+        *(1, reference.piece_to_id("a"), 500, reference.piece_to_id("b"), 2)
+    ]
+    assert ours.apply_chat_template([{"role": "user", "content": ""}]) == "<s>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message", "hint"),
+    [
+        ("tokenizer.model", b"", "no SentencePiece model", "download it again"),
+        ("tokenizer.model", b"junk\xff" * 99, "no SentencePiece model", "download it again"),
+        ("spiece.model", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "no SentencePiece model", "again"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "needs the package tiktoken", "pip install tiktoken"),
+        ("tiktoken.model", b"IQ== 0\nIg== 1\n", "needs the package tiktoken", "pip install tiktoken"),
+        ("qwen.tiktoken", b"IQ== 0\nIg== 1\n", "llmc never runs", "remove the file"),
+    ],
+)
+def test_file_that_cannot_be_converted_is_named(
+    name: str, content: bytes, message: str, hint: str, tmp_path: Path
+) -> None:
+    if "tiktoken" in message and find_spec("tiktoken"):
+        pytest.skip("tiktoken is installed")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_bundle_tokenizer(checkpoint(tmp_path, settings={}), 300)
+    assert str(tmp_path / name) in caught.value.message
+    assert "\n" not in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_sentencepiece_that_is_not_installed_is_a_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(CheckpointError, match="needs the package sentencepiece") as caught:
+        convert(
+            {
+                "stage": tmp_path,
+                "directory": tmp_path,
+                "model": "tokenizer.model",
+                "settings": {},
+                "texts": [],
+            }
+        )
+    assert caught.value.hint.startswith("pip install sentencepiece")
+
+
+def test_conversion_that_takes_too_long_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that converts limits its computing time; here it ends as the kernel would end it."""
+    (tmp_path / "hostile.py").write_text(
+        "import os, signal\n"
+        "from llmc.compiler.child_process import serve\n"
+        "serve(lambda task, messages: os.kill(os.getpid(), signal.SIGXCPU))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(
+        tokenizer_module, "_CONVERSION", replace(tokenizer_module._CONVERSION, module="hostile")
+    )
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="CPU time limit exceeded") as caught:
+        read_bundle_tokenizer(checkpoint(tmp_path, settings={}), 300)
+    assert "remove it to build without a tokenizer" in caught.value.hint

@@ -20,6 +20,8 @@ from llmc.compiler.request import BuildRequest
 from llmc.compiler.texts import EVALUATION_TEXT
 from llmc.passes.quantize.formats import get_format
 from llmc.runtime.backends.openvino.backend import OpenVinoBackend
+from llmc.runtime.bundle.quantization_errors import QuantizationErrors
+from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, RequestError
 
 TINY = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
@@ -73,6 +75,14 @@ def test_manifest_names_the_least_accurate_layers(
         assert shared
         assert all(worst[name] == pytest.approx(errors[name], rel=0.05) for name in shared)
         assert max(errors.values()) <= max(worst.values()) * 1.05
+    stored = QuantizationErrors.read(Bundle.open(bundle))
+    assert stored is not None
+    found = {"int8": stored.weight, "int4": stored.output}[fmt]
+    layers = {name for name in found if name.startswith("model.layers.")}
+    assert len(layers) == 5 * 7  # every matrix
+    assert found.keys() >= worst.keys()
+    assert all(found[name] == pytest.approx(worst[name], rel=0.05) for name in worst)
+    assert max(found.values()) == pytest.approx(max(worst.values()), rel=0.05)
     assert main.main(["inspect", str(bundle)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     listed = ", ".join(f"{name} {worst[name]}" for name in sorted(worst, key=lambda one: (-worst[one], one)))
