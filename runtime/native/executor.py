@@ -118,8 +118,8 @@ def group_of(matrix: Matrix) -> int:
 def plan(program: Program, digits: int) -> Plan:
     """Insert the quantization of inputs, group the instructions that run row by row, and place the buffers.
 
-    digits: int8 digits of an activation that a matrix of integers reads: 3 (24 bits) or 1 (8 bits). Activations
-        that were rounded to int8 need only one.
+    digits: int8 digits of an activation that a matrix of integers reads: 3 (24 bits) or 1 (8 bits).
+        Activations that were rounded to int8 need only one.
     """
     result = Plan()
     known: dict[tuple[View, int], _Digits] = {}
