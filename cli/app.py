@@ -37,7 +37,7 @@ Examples:
 _PANELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "build": {
         "Engine": ("target", "engine", "dtype", "kv_dtype", "sm", "max_seq_len"),
-        "Quantization": ("quant", "exclude", "calibration", "calibration_method"),
+        "Quantization": ("quant", "exclude", "calibration", "calibration_method", "rounding"),
     },
     "run": {
         "Sampling": (

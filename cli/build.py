@@ -14,7 +14,7 @@ from llmc.cli import output
 from llmc.cli.output import Json, print_json
 from llmc.cli.plan_table import plan_lines, prequantized_plan_lines
 from llmc.cli.text import size, table
-from llmc.compiler.request import DTYPES, ENGINES, KV_DTYPES, METHODS, TARGETS
+from llmc.compiler.request import DTYPES, ENGINES, KV_DTYPES, METHODS, ROUNDINGS, TARGETS
 from llmc.passes.quantize.formats import FORMATS, get_format
 from llmc.runtime.cpus import limit_library_threads
 from llmc.runtime.errors import BuildError
@@ -108,6 +108,15 @@ def build(
             help="How the range of static activations is chosen.",
         ),
     ] = "max",
+    rounding: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(ROUNDINGS),
+            autocompletion=lambda: list(ROUNDINGS),
+            help="How weights are rounded. nearest is fast and loses more; auto is gptq where the build "
+            "calibrates on a text.",
+        ),
+    ] = "auto",
     kv_dtype: Annotated[
         str,
         typer.Option(
@@ -164,6 +173,7 @@ def build(
         exclude=tuple(exclude or ()),
         calibration=calibration,
         calibration_method=calibration_method,  # type: ignore[arg-type]
+        rounding=rounding,  # type: ignore[arg-type]
         kv_dtype=kv_dtype,
         sms=parse_sms(sm),
         max_seq_len=max_seq_len,

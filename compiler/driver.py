@@ -395,8 +395,8 @@ def _maker(plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Cl
     length = plan.sizes.max_seq_len
     ids = calibration_windows(text, tokenizer, vocabulary, length, all_parts=not default_text)
     source = Source.of(text if tokenizer else "", ids, checkpoint.config)
-    method = plan.request.calibration_method
-    return step.Calibrated(inputs.tensors, layers(graph, inputs.tensors, ids), source, method)
+    method, gptq = plan.request.calibration_method, plan.request.rounding != "nearest"
+    return step.Calibrated(inputs.tensors, layers(graph, inputs.tensors, ids), source, method, gptq)
 
 
 def _read_prequantized(
@@ -420,4 +420,5 @@ def _read_calibration(request: BuildRequest) -> Calibration:
     from llmc.passes.quantize.formats import get_format
 
     fmt = get_format(request.quant) if request.quant else None
-    return read_calibration(request.calibration, fmt, cache is not None, request.calibration_method)
+    method, rounding = request.calibration_method, request.rounding
+    return read_calibration(request.calibration, fmt, cache is not None, method, rounding)

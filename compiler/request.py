@@ -28,6 +28,7 @@ TARGETS: Mapping[str, TargetOptions] = {
 }
 ENGINES = ("native", "openvino", "onnxruntime")  # of the target cpu, in the order of preference
 METHODS = ("max", "percentile", "mse")  # the calibration methods, the default first
+ROUNDINGS = ("auto", "gptq", "nearest")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 KV_DTYPES = ("auto", *sorted({name for options in TARGETS.values() for name in options.caches}))
 
@@ -55,6 +56,8 @@ class BuildRequest:
     calibration: Path | None = None
     #: The clip range of static activations: the largest magnitude, a percentile, or the least squared error.
     calibration_method: Literal["max", "percentile", "mse"] = "max"
+    #: How weights are rounded. `auto`: by GPTQ if the build calibrates on a text, else to nearest.
+    rounding: Literal["auto", "gptq", "nearest"] = "auto"
     #: The dtype of the KV cache. `auto`: the compute dtype. TARGETS lists the others.
     kv_dtype: str = "auto"
     #: The compute capabilities of the GPUs, 89 for 8.9. Empty: portable.
@@ -119,6 +122,12 @@ class BuildRequest:
                 "leave it out, or add --quant with a format that quantizes activations, such as fp8",
                 "calibration_method",
             )
+        if self.rounding not in ROUNDINGS:
+            raise BuildError(
+                f"there is no rounding {self.rounding!r}", f"known: {', '.join(ROUNDINGS)}", "rounding"
+            )
+        if self.rounding != "auto" and self.quant is None:
+            raise BuildError("--rounding needs quantization", "add --quant FORMAT", "rounding")
         if self.calibration is not None and self.quant is None and not quantized_cache(self):
             raise BuildError("--calibration needs quantization", "add --quant FORMAT", "calibration")
         if self.sms and self.target == "cpu":

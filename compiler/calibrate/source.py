@@ -23,18 +23,21 @@ def default_text() -> str:
     return "\n\n".join(text.strip() for text in texts) + "\n"
 
 
-def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, method: str) -> Calibration:
+def read_calibration(
+    path: Path | None, fmt: Format | None, kv_cache: bool, method: str, rounding: str = "auto"
+) -> Calibration:
     """Read the file given with `--calibration`, or return llmc's text if the build needs calibration.
 
     path: a table (`.json`) or a text (any other name); None for llmc's text
     fmt: the format of quantized weights, None for unquantized ones
     kv_cache: whether the KV cache needs scales
     method: the calibration method
+    rounding: how weights are rounded, one of ROUNDINGS
 
     Returns None if nothing needs calibration.
-    Raises RequestError for a file that cannot be read, for a table if the format needs a text, and for a
-    `method` other than the default if the format does not quantize activations; CheckpointError for a
-    damaged table.
+    Raises RequestError for a file that cannot be read or has no use, for a table if the format or the
+    rounding needs a text, and for a `method` other than the default if the format does not quantize
+    activations; CheckpointError for a damaged table.
     """
     activations = kv_cache or bool(fmt and fmt.activations)
     if fmt and not fmt.activations and method != METHODS[0]:
@@ -43,8 +46,15 @@ def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, meth
             "leave it out, or choose a format that quantizes activations, such as fp8",
             "calibration_method",
         )
+    needs_text = rounding == "gptq" or bool(fmt and fmt.packed and rounding == "auto")
     if path is None:
-        return default_text() if activations or (fmt and fmt.packed) else None
+        return default_text() if activations or needs_text else None
+    if fmt and not activations and rounding == "nearest":
+        raise RequestError(
+            f"{fmt.name} with --rounding nearest has nothing to calibrate",
+            "leave --calibration out, or --rounding",
+            "calibration",
+        )
     if path.suffix != ".json":
         return read_text(path)
     try:
@@ -54,6 +64,12 @@ def read_calibration(path: Path | None, fmt: Format | None, kv_cache: bool, meth
     if fmt and fmt.smoothed:
         raise RequestError(
             f"{fmt.name} cannot use a calibration table: smoothing needs the range of every channel",
+            "give a text to calibrate on, or leave --calibration out for llmc's text",
+            "calibration",
+        )
+    if rounding == "gptq":
+        raise RequestError(
+            "--rounding gptq cannot use a calibration table: it needs the inputs of every layer",
             "give a text to calibrate on, or leave --calibration out for llmc's text",
             "calibration",
         )

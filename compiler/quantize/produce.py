@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from llmc.compiler.quantize import scales
 from llmc.compiler.quantize.round_to_nearest import absmax, dequantize, quantize
 from llmc.compiler.weights.safetensors_writer import write_safetensors
 from llmc.passes.quantize.matrix import QuantizedMatrix
+from llmc.runtime.cpus import available_cpus
 from llmc.runtime.dtypes import BY_NUMPY
 
 
@@ -48,11 +50,18 @@ def produce(
     on_matrix: called with the number of matrices that are done
     """
     produced = Produced()
-    for index, matrix in enumerate(matrices):
-        on_matrix(index)
-        keep(
-            produced, matrix, round_to_nearest(produced, matrix, tensors), directory / f"{index}.safetensors"
-        )
+
+    def make(index: int) -> Produced:
+        part = Produced()
+        arrays = round_to_nearest(part, matrices[index], tensors)
+        keep(part, matrices[index], arrays, directory / f"{index}.safetensors")
+        return part
+
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        for index, part in enumerate(pool.map(make, range(len(matrices)))):
+            produced.tensors |= part.tensors
+            produced.weight_errors |= part.weight_errors
+            on_matrix(index + 1)
     return produced
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-from llmc.passes.quantize.elements import decode, encode
+from llmc.passes.quantize.elements import nearest
 from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, INT8_MAX, Format
 from llmc.runtime.dtypes import numpy_dtype
 
@@ -21,6 +21,7 @@ _RATIOS = tuple(1 - 0.04 * step for step in range(1, 11))
 # clip. Scales up to 1.5 times as large map the largest weight of the block to 4 instead of 6, which makes the
 # codes finer for weights between 2/3 of the largest and the largest ("Four Over Six").
 _E4M3_STEPS = (1, -1, 2, -2, 3, -3, 4, -4, 5)
+_SEARCHED = 1 << 17  # weights that a search works on at a time: arrays that the caches hold
 _SMALLEST_NORMAL = np.float32(2.0**-126)  # the least divisor: fp32's smallest normal number
 _LARGEST = {"int8": INT8_MAX, "e4m3": E4M3_MAX, "e2m1": E2M1_MAX * E4M3_MAX}
 
@@ -69,14 +70,18 @@ def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32) -> n
 
 def search_scales(blocks: np.ndarray, first: np.ndarray, fmt: Format, global_scale: np.float32) -> np.ndarray:
     """Return the scales around `first` with the least squared error in each block; the first on ties."""
-    best = first.copy()
-    error = _squared_error(blocks, best, fmt, global_scale)
-    for scales in candidates(first, fmt):
-        other = _squared_error(blocks, scales, fmt, global_scale)
-        better = other < error
-        best[better] = scales[better]
-        error[better] = other[better]
-    return best
+    flat, chosen = blocks.reshape(-1, blocks.shape[-1]), np.empty_like(first.reshape(-1))
+    count = max(1, _SEARCHED // flat.shape[1])
+    for start in range(0, len(flat), count):
+        part = slice(start, start + count)
+        columns = np.ascontiguousarray(flat[part].T)  # operations on long rows are faster
+        tried = first.reshape(-1)[part]
+        tried = np.stack([tried, *candidates(tried, fmt)])
+        errors = np.stack(
+            [_squared_error(columns, factors, fmt) for factors in effective(tried, global_scale)]
+        )
+        chosen[part] = np.take_along_axis(tried, errors.argmin(0)[None], 0)[0]
+    return chosen.reshape(first.shape)
 
 
 def candidates(first: np.ndarray, fmt: Format) -> Iterator[np.ndarray]:
@@ -119,9 +124,9 @@ def _power_of_two(scales: np.ndarray) -> np.ndarray:
         return np.ldexp(np.float32(1), power).astype(ml_dtypes.float8_e8m0fnu)
 
 
-def _squared_error(
-    blocks: np.ndarray, scales: np.ndarray, fmt: Format, global_scale: np.float32
-) -> np.ndarray:
-    factors = effective(scales, global_scale)[..., None]
-    difference = decode(encode(blocks / factors, fmt.element), fmt.element) * factors - blocks
-    return np.einsum("...i,...i->...", difference, difference)
+def _squared_error(columns: np.ndarray, factors: np.ndarray, fmt: Format) -> np.ndarray:
+    """Return the squared error of blocks [size, n] whose codes are multiplied by `factors` [n]."""
+    scaled = columns * (1 / factors)
+    scaled -= nearest(scaled, fmt.element)
+    scaled *= scaled
+    return scaled.sum(0) * np.square(factors)

@@ -54,19 +54,26 @@ class RoundToNearest:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Quantizes the weights with the inputs of their layers on a calibration text (GPTQ)."""
+    """Quantizes the weights and activations with the inputs of the layers on a calibration text."""
 
     tensors: Mapping[str, TensorRef]
     layer_inputs: Iterable[LayerInputs]
     source: Source
     #: The calibration method, "max", "percentile" or "mse".
     method: str
+    #: Whether weights are rounded by GPTQ; if not, to nearest.
+    gptq: bool = True
 
     def make(self, matrices: Sequence[QuantizedMatrix], directory: Path, on_matrix: OnMatrix) -> Produced:
-        from llmc.compiler.quantize.produce_calibrated import produce_calibrated
+        from llmc.compiler.calibrate.statistics import ahead, measure
+        from llmc.compiler.quantize.produce_calibrated import MOST_COLUMNS, produce_calibrated
 
+        most_columns = MOST_COLUMNS if self.gptq else 0
+        smoothed = {matrix.modules for matrix in matrices if matrix.format.smoothed}
+        rounded = {matrix.modules for matrix in matrices if matrix.columns <= most_columns} - smoothed
+        statistics = ahead(measure(self.layer_inputs, rounded.__contains__, smoothed.__contains__))
         return produce_calibrated(
-            matrices, self.tensors, self.layer_inputs, self.source, directory, self.method, on_matrix
+            matrices, self.tensors, statistics, self.source, directory, self.method, most_columns, on_matrix
         )
 
 

@@ -34,6 +34,14 @@ def decode(array: np.ndarray, element: str) -> np.ndarray:
     return E2M1_VALUES[array] if element == "e2m1" else array.astype(np.float32)
 
 
+def nearest(values: np.ndarray, element: str) -> np.ndarray:
+    """Round float32 values to those of the nearest codes: `decode(encode(values))`."""
+    if element in _INT_RANGES:
+        rounded = np.rint(values)
+        return np.clip(rounded, *_INT_RANGES[element], out=rounded)
+    return decode(encode(values, element), element)
+
+
 def pack(array: np.ndarray) -> np.ndarray:
     """Pack 4-bit codes [..., n], n even, to uint8 [..., n / 2]. The first of each pair is the low nibble."""
     nibbles = array.view(np.uint8) & 0xF

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from llmc.compiler.calibrate.statistics import second_moment
 from llmc.compiler.quantize import scales
-from llmc.compiler.quantize.gptq import gptq, hessian, output_error
+from llmc.compiler.quantize.gptq import gptq
 from llmc.compiler.quantize.round_to_nearest import dequantize, quantize
+from llmc.compiler.quantize.second_moment import factorize, output_error
 from llmc.passes.quantize import elements
 from llmc.passes.quantize.formats import FORMATS, Format, get_format
 from llmc.runtime.errors import BuildError, CheckpointError, UnsupportedError
@@ -56,8 +58,8 @@ def reference_gptq(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_equal_the_papers_algorithm(name: str) -> None:
-    fmt, rows, second = get_format(name), weights(), hessian(inputs())
-    arrays = gptq(rows, second, fmt, "w")
+    fmt, rows, second = get_format(name), weights(), second_moment(inputs())
+    arrays = gptq(rows, factorize(second, "w"), fmt, "w")
     stored = arrays["weight_scale"]
     if fmt.block <= 0:  # one scale for each row, or for all rows
         stored = np.broadcast_to(stored.reshape(-1, 1), (OUT, 1))
@@ -73,8 +75,8 @@ def test_codes_equal_the_papers_algorithm(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_output_error_is_below_round_to_nearest(name: str) -> None:
     fmt, rows, x = get_format(name), weights(), inputs()
-    second = hessian(x)
-    plain, better = nearest(rows, fmt), gptq(rows, second, fmt, "w")
+    second = second_moment(x)
+    plain, better = nearest(rows, fmt), gptq(rows, factorize(second, "w"), fmt, "w")
     for array, (dtype, shape) in fmt.layout((OUT, IN)).items():
         assert better[array].dtype == plain[array].dtype, dtype
         assert better[array].shape == plain[array].shape == shape
@@ -90,7 +92,7 @@ def test_output_error_is_below_round_to_nearest(name: str) -> None:
 @pytest.mark.parametrize("second", [np.eye(IN), np.zeros((IN, IN))], ids=["identity", "zero"])
 def test_independent_inputs_are_rounded_to_nearest(name: str, second: np.ndarray) -> None:
     fmt, rows = get_format(name), weights()
-    found = gptq(rows, second.astype(np.float32), fmt, "w")
+    found = gptq(rows, factorize(second.astype(np.float32), "w"), fmt, "w")
     for array, expected in nearest(rows, fmt).items():
         assert np.array_equal(found[array], expected), array
 
@@ -99,7 +101,7 @@ def test_global_scale_of_fused_layers() -> None:
     rows = weights()
     for name in ("fp8", "nvfp4"):
         fmt = get_format(name)
-        found = gptq(rows, hessian(inputs()), fmt, "w", amax=3.0)
+        found = gptq(rows, factorize(second_moment(inputs()), "w"), fmt, "w", amax=3.0)
         key = "weight_scale" if name == "fp8" else "weight_scale_2"
         assert found[key] == scales.global_scale(3.0, fmt)
 
@@ -108,27 +110,29 @@ def test_unseen_inputs_are_rounded_to_nearest() -> None:
     x, fmt = inputs(), get_format("fp8")
     x[:, [3, 200]] = 0
     rows = weights()
-    found, expected = gptq(rows, hessian(x), fmt, "w"), nearest(rows, fmt)
+    found, expected = gptq(rows, factorize(second_moment(x), "w"), fmt, "w"), nearest(rows, fmt)
     assert np.array_equal(found["weight"][:, [3, 200]], expected["weight"][:, [3, 200]])
 
 
 def test_fewer_tokens_than_inputs_are_enough() -> None:
     x, rows, fmt = inputs(tokens=40), weights(), get_format("int4")
-    second = hessian(x)
-    error = output_error(rows, dequantize(gptq(rows, second, fmt, "w"), fmt), second)
+    second = second_moment(x)
+    error = output_error(rows, dequantize(gptq(rows, factorize(second, "w"), fmt, "w"), fmt), second)
     assert error < 0.5 * output_error(rows, dequantize(nearest(rows, fmt), fmt), second)
 
 
-def test_invalid_hessians_and_weights_are_refused() -> None:
-    rows, second = weights(), hessian(inputs())
+def test_invalid_moments_and_weights_are_refused() -> None:
+    rows, second = weights(), second_moment(inputs())
     with pytest.raises(UnsupportedError, match=r"tensor a\.b cannot be stored as int4-block128: 96 columns"):
-        gptq(rows[:, :96], second[:96, :96], get_format("int4-block128"), "a.b")
+        gptq(rows[:, :96], factorize(second[:96, :96], "a.b"), get_format("int4-block128"), "a.b")
     with pytest.raises(CheckpointError, match=r"tensor a\.b has NaN"):
-        gptq(np.where(rows == rows[0, 0], np.nan, rows), second, get_format("int8"), "a.b")
+        gptq(
+            np.where(rows == rows[0, 0], np.nan, rows), factorize(second, "a.b"), get_format("int8"), "a.b"
+        )
     with pytest.raises(CheckpointError, match=r"inputs of a\.b are infinite or NaN"):
-        gptq(rows, np.where(second == second[0, 0], np.inf, second), get_format("int8"), "a.b")
+        factorize(np.where(second == second[0, 0], np.inf, second), "a.b")
     with pytest.raises(BuildError, match=r"inputs of a\.b are linearly dependent"):
-        gptq(rows, np.ones((IN, IN), np.float32), get_format("int8"), "a.b", damping=0)
+        factorize(np.ones((IN, IN), np.float32), "a.b", damping=0)
 
 
 def test_output_error_by_hand() -> None:
