@@ -389,11 +389,11 @@ def _maker(plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Cl
 
     with clock.phase("trace for calibration"):
         graph = inputs.unquantized()
-    checkpoint, default_text = inputs.checkpoint, plan.request.calibration is None
+    checkpoint = inputs.checkpoint
     vocabulary = plan.geometry.vocab_size
     tokenizer = writer.path(TOKENIZER_FILE) if inputs.tokenizer else None
     length = plan.sizes.max_seq_len
-    ids = calibration_windows(text, tokenizer, vocabulary, length, all_parts=not default_text)
+    ids = calibration_windows(text, tokenizer, vocabulary, length)
     source = Source.of(text if tokenizer else "", ids, checkpoint.config)
     method, gptq = plan.request.calibration_method, plan.request.rounding != "nearest"
     return step.Calibrated(inputs.tensors, layers(graph, inputs.tensors, ids), source, method, gptq)

@@ -15,7 +15,7 @@ EVALUATION_TEXT = Path(__file__).with_name("evaluation.txt")
 WINDOW = 256  # tokens: long enough for sentences to depend on each other, short enough for every model
 MAX_WINDOWS = 6  # that a build evaluates
 MAX_WINDOWS_OF_FILE = 64  # of the file given with `llmc verify --text`: 16,384 tokens
-CALIBRATION_TOKENS = 8192
+CALIBRATION_TOKENS = 4096
 
 
 def read_text(path: Path) -> str:
@@ -117,12 +117,12 @@ def calibration_windows(
     vocab_size: int,
     max_seq_len: int,
     max_tokens: int = CALIBRATION_TOKENS,
-    all_parts: bool = False,
 ) -> list[list[int]]:
     """Return windows of token ids for calibration, with at most `max_tokens` tokens in total.
 
+    The windows are from all parts of the text.
+
     tokenizer: the checkpoint's tokenizer.json; without one the ids are random, but the same each time
-    all_parts: if the text is longer, take windows from all its parts instead of its beginning
 
     Raises CheckpointError if the tokenizer cannot be used, or has no token of `text` below `vocab_size`.
     """
@@ -137,7 +137,7 @@ def calibration_windows(
     all_windows = windows(prefix, body, max_seq_len)
     max_windows = -(-max_tokens // min(WINDOW, max_seq_len))
     chosen, remaining = [], max_tokens
-    for window in spread(all_windows, max_windows) if all_parts else all_windows[:max_windows]:
+    for window in spread(all_windows, max_windows):
         if remaining <= len(prefix):  # nothing of the text would follow the prefix
             break
         chosen.append(window[:remaining])

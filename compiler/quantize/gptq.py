@@ -119,27 +119,28 @@ def _losses(
 ) -> np.ndarray:
     """Return the loss of rounding a block of columns with each candidate's scales, [candidates, n].
 
+    The loss is relative to the square of the first candidate.
+
     pivots: the part of d for these columns, [width]
     multipliers: the multipliers of the codes, float32 [candidates, n]
 
     The other arguments are those of `_round`. Weights and errors are in units of the multipliers.
     """
-    inverse = 1 / multipliers
     errors = np.empty((len(columns), *multipliers.shape), np.float32)
     losses = np.zeros_like(multipliers)
     target, moved = np.empty_like(losses), np.empty_like(losses)
     for j, wanted in enumerate(columns + feedback):
-        np.multiply(wanted, inverse, out=target)
+        np.divide(wanted, multipliers, out=target)
         if j:
             target += np.einsum("k,kcn->cn", inner[:j, j], errors[:j], out=moved)
         code = elements.nearest(target, element)
-        np.multiply(columns[j], inverse, out=errors[j])
+        np.divide(columns[j], multipliers, out=errors[j])
         errors[j] -= code
         target -= code
         target *= target
         target *= pivots[j]
         losses += target
-    losses *= np.square(multipliers)
+    losses *= np.square(multipliers / multipliers[0])
     return losses
 
 

@@ -31,7 +31,7 @@ from llmc.runtime.errors import UnsupportedError
 
 _ONE = np.float32(1)
 _LEAST_DAMPING = 0.01
-_DAMPING_OF_FEW_TOKENS = 0.0  # times columns / tokens
+_DAMPING_OF_FEW_TOKENS = 0.15  # times columns / tokens
 MOST_COLUMNS = 16384  # GPTQ factorizes [columns, columns] in fp64: 2 GiB; wider layers are rounded to nearest
 
 

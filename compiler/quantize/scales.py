@@ -77,9 +77,9 @@ def search_scales(blocks: np.ndarray, first: np.ndarray, fmt: Format, global_sca
         columns = np.ascontiguousarray(flat[part].T)  # operations on long rows are faster
         tried = first.reshape(-1)[part]
         tried = np.stack([tried, *candidates(tried, fmt)])
-        errors = np.stack(
-            [_squared_error(columns, factors, fmt) for factors in effective(tried, global_scale)]
-        )
+        factors = effective(tried, global_scale)
+        errors = np.stack([_squared_error(columns, each, fmt) for each in factors])
+        errors *= np.square(factors / factors[0])
         chosen[part] = np.take_along_axis(tried, errors.argmin(0)[None], 0)[0]
     return chosen.reshape(first.shape)
 
@@ -125,8 +125,8 @@ def _power_of_two(scales: np.ndarray) -> np.ndarray:
 
 
 def _squared_error(columns: np.ndarray, factors: np.ndarray, fmt: Format) -> np.ndarray:
-    """Return the squared error of blocks [size, n] whose codes are multiplied by `factors` [n]."""
-    scaled = columns * (1 / factors)
+    """Return the squared error of blocks [size, n], in units of the multipliers of the codes, `factors` [n]."""
+    scaled = columns / factors
     scaled -= nearest(scaled, fmt.element)
     scaled *= scaled
-    return scaled.sum(0) * np.square(factors)
+    return scaled.sum(0)

@@ -77,7 +77,7 @@ def test_custom_calibration_text(first: Path, checkpoint: Callable[[str], Path],
 
 
 def test_windows_are_sampled_from_the_whole_text(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """Texts that differ only at their end give different ranges. At most 8,192 tokens of each run."""
+    """Texts that differ only at their end give different ranges. At most 4,096 tokens of each run."""
     tables = []
     for name, end in (("a", "the sea was calm. "), ("b", "QUIT; NOTHING! 0123456789 ")):
         text = tmp_path / f"{name}.txt"
@@ -85,7 +85,7 @@ def test_windows_are_sampled_from_the_whole_text(checkpoint: Callable[[str], Pat
         bundle = build(checkpoint("llama-tiny"), tmp_path / f"{name}.llmc", calibration=text)
         tables.append(CalibrationTable.from_json((bundle / "calibration.json").read_bytes()))
     assert tables[0].entries != tables[1].entries
-    assert max(table.source.tokens for table in tables) <= 8192
+    assert max(table.source.tokens for table in tables) <= 4096
 
 
 def test_invalid_calibration_files_are_refused(

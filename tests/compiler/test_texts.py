@@ -19,8 +19,8 @@ def test_default_text() -> None:
     text = default_text()
     assert 2500 < len(text.split()) < 4000
     assert {"FOX", "DUKE:", "def", "litres"} <= set(text.split())  # tale, verse, code, figures
-    windows = calibration_windows(text, TALES, 4096, 1024)
-    assert sum(map(len, windows)) > 4000
+    assert sum(map(len, calibration_windows(text, TALES, 4096, 1024))) > CALIBRATION_TOKENS - 256
+    windows = calibration_windows(text, TALES, 4096, 1024, max_tokens=8192)
     encoder = Tokenizer.from_file(str(TALES))
     assert encoder.decode([token for ids in windows for token in ids]) == text  # all of it, in order
 
@@ -28,29 +28,25 @@ def test_default_text() -> None:
 def test_windows_begin_like_prompts(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = checkpoint("llama-tiny") / "tokenizer.json"  # it puts 256 first
     windows = calibration_windows("the king and the queen " * 400, tokenizer, 320, 100, max_tokens=450)
-    assert [len(ids) for ids in windows] == [100, 100, 100, 100, 50]
+    assert [len(ids) for ids in windows[:-1]] == [100, 100, 100, 100]
+    assert 1 < len(windows[-1]) <= 50
     assert all(ids.count(256) == 1 and ids[0] == 256 for ids in windows)
     encoder = Tokenizer.from_file(str(tokenizer))
     expected = encoder.encode("the king and the queen " * 400, add_special_tokens=False).ids
-    body = [token for ids in windows for token in ids[1:]]
-    assert body == expected[: len(body)]
+    cut = [expected[first : first + 99] for first in range(0, len(expected), 99)]
+    places = [cut.index(ids[1:]) for ids in windows[:-1]]
+    assert places == sorted(places)
 
 
 def test_windows_are_sampled_from_the_whole_text(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = checkpoint("llama-tiny") / "tokenizer.json"  # it puts 256 first
     parts = [f"{letter} " * 10_000 for letter in "abcd"]
-    first = calibration_windows("".join(parts), tokenizer, 320, 1024)
-    windows = calibration_windows("".join(parts), tokenizer, 320, 1024, all_parts=True)
-    assert len(windows) == len(first) == 32
+    windows = calibration_windows("".join(parts), tokenizer, 320, 1024)
+    assert len(windows) == 16
     assert CALIBRATION_TOKENS - 256 < sum(map(len, windows)) <= CALIBRATION_TOKENS
     assert all(ids[0] == 256 for ids in windows)
     encoder = Tokenizer.from_file(str(tokenizer))
-    assert [encoder.decode(ids).split()[1] for ids in windows[::8]] == ["a", "b", "c", "d"]
-    assert {encoder.decode(ids).split()[1] for ids in first} == {"a"}
-    short = parts[0][:8000]
-    assert calibration_windows(short, tokenizer, 320, 1024, all_parts=True) == calibration_windows(
-        short, tokenizer, 320, 1024
-    )
+    assert [encoder.decode(ids).split()[1] for ids in windows[::4]] == ["a", "b", "c", "d"]
 
 
 def test_tokenizer_truncation_and_padding_are_ignored(tmp_path: Path) -> None:
@@ -68,7 +64,8 @@ def test_no_window_is_longer_than_the_context_or_256(checkpoint: Callable[[str],
     tokenizer = checkpoint("qwen3-tiny") / "tokenizer.json"
     assert max(map(len, calibration_windows(default_text(), tokenizer, 320, 4096))) == 256
     assert max(map(len, calibration_windows(default_text(), tokenizer, 320, 7))) == 7
-    assert sum(map(len, calibration_windows(default_text(), tokenizer, 320, 4096))) == CALIBRATION_TOKENS
+    tokens = sum(map(len, calibration_windows(default_text(), tokenizer, 320, 4096)))
+    assert CALIBRATION_TOKENS - 256 < tokens <= CALIBRATION_TOKENS
 
 
 def test_ids_beyond_the_vocabulary_are_dropped() -> None:
