@@ -42,16 +42,21 @@ def build_key(request: BuildRequest, name: str, files: Mapping[str, str]) -> str
     files: sha256 of the checkpoint's files, by name
     """
     options = {field.name: getattr(request, field.name) for field in fields(request)}
-    libraries = _LIBRARIES + (() if request.target == "cpu" else _GPU_LIBRARIES)
     calibration = request.calibration
     hashed: dict[str, Any] = {
         "options": {key: value for key, value in options.items() if key not in _NO_OPTIONS},
         "calibration": hashlib.sha256(calibration.read_bytes()).hexdigest() if calibration else None,
         "checkpoint": {"name": name, "files": dict(files)},
-        "versions": {"llmc": __version__, **{library: _version(library) for library in libraries}},
-        "code": _code(),
+        **software(request.target),
     }
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+
+
+def software(target: str) -> dict[str, Any]:
+    """Return the versions and the hash of the code that a build for `target` depends on."""
+    libraries = _LIBRARIES + (() if target == "cpu" else _GPU_LIBRARIES)
+    versions = {"llmc": __version__, **{library: _version(library) for library in libraries}}
+    return {"versions": versions, "code": _code()}
 
 
 def recorded_key(manifest: Manifest) -> str | None:

@@ -98,7 +98,9 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
         resolved, engine, model = plan.resolved, plan.target.engine, inputs.model
         if inputs.tokenizer is not None:
             inputs.tokenizer.write(writer)
-        produced = make_weights(plan, inputs, writer, clock)
+        with clock.phase("hash the checkpoint"):
+            files = inputs.checkpoint.file_hashes()
+        produced = make_weights(plan, inputs, writer, clock, files)
         with clock.phase("write weights"):
             total = plan.sizes.weight_bytes
             tensors = inputs.checkpoint.tensors
@@ -108,8 +110,6 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
             step.discard(writer)
         with clock.phase("write graph"):
             writer.path(GRAPH_FILE).write_bytes(serialize(model))
-        with clock.phase("hash the checkpoint"):
-            files = inputs.checkpoint.file_hashes()
         target.check_machine(plan.sizes, clock)
         with clock.phase("verify"):
             verification = verify(plan, inputs, writer, clock)
@@ -329,15 +329,20 @@ def _quantization_plan(request: BuildRequest, opened: _OpenedInputs, model: ir.M
     return None
 
 
-def make_weights(plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Clock) -> Produced:
-    """Write the codes and scales of the quantized matrices to scratch files. Set the KV cache's scales."""
+def make_weights(
+    plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Clock, files: Mapping[str, str]
+) -> Produced:
+    """Write the codes and scales of the quantized matrices to scratch files. Set the KV cache's scales.
+
+    files: sha256 of the checkpoint's files, by name
+    """
     from llmc.compiler.quantize import step
     from llmc.compiler.quantize.produce import Produced
     from llmc.passes.quantize import quantize_kv_cache
 
     if not inputs.matrices and inputs.calibration is None and inputs.prequantized is None:
         return Produced()
-    maker = _maker(plan, inputs, writer, clock)
+    maker = _maker(plan, inputs, writer, clock, files)
     with clock.phase("copy the quantized weights" if inputs.prequantized else "quantize the weights"):
         produced = step.make_weights(
             maker,
@@ -374,7 +379,9 @@ def verify(plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Cl
     return record
 
 
-def _maker(plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Clock) -> Maker:
+def _maker(
+    plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Clock, files: Mapping[str, str]
+) -> Maker:
     from llmc.compiler.quantize import step
 
     if inputs.prequantized:
@@ -382,10 +389,12 @@ def _maker(plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Cl
     text = inputs.calibration
     if not isinstance(text, str):
         return step.RoundToNearest(inputs.tensors, text)
+    from llmc.compiler.calibrate.cache import CalibrationCache, calibration_key
     from llmc.compiler.calibrate.run_layers import layers
     from llmc.compiler.calibrate.table import Source
     from llmc.compiler.checkpoint.tokenizer import TOKENIZER_FILE
     from llmc.compiler.texts import calibration_windows
+    from llmc.passes.legalize.finalize import serialize
 
     with clock.phase("trace for calibration"):
         graph = inputs.unquantized()
@@ -396,7 +405,9 @@ def _maker(plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Cl
     ids = calibration_windows(text, tokenizer, vocabulary, length)
     source = Source.of(text if tokenizer else "", ids, checkpoint.config)
     method, gptq = plan.request.calibration_method, plan.request.rounding != "nearest"
-    return step.Calibrated(inputs.tensors, layers(graph, inputs.tensors, ids), source, method, gptq)
+    cache = CalibrationCache(calibration_key(serialize(graph), files, ids))
+    layer_inputs = layers(graph, inputs.tensors, ids)
+    return step.Calibrated(inputs.tensors, layer_inputs, source, method, gptq, cache, clock.progress.note)
 
 
 def _read_prequantized(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,14 @@ settings.load_profile("fixed")  # `pytest --hypothesis-profile=...` comes later 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_calibration_cache() -> Iterator[None]:
+    """Let every build calibrate: a test of two builds would compare one calibration with itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmc.compiler.calibrate.cache.cache_directory", lambda name: None)
+        yield
 
 
 @pytest.fixture(scope="session")

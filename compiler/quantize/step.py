@@ -17,6 +17,7 @@ from llmc.runtime.bundle.quantization_errors import QuantizationErrors
 
 if TYPE_CHECKING:
     from llmc.compiler.bundle_writer import BundleWriter
+    from llmc.compiler.calibrate.cache import CalibrationCache
     from llmc.compiler.calibrate.run_layers import LayerInputs
     from llmc.compiler.calibrate.table import CalibrationTable, Source
     from llmc.compiler.quantize.prequantized_form import PrequantizedModule
@@ -62,7 +63,10 @@ class Calibrated:
     #: The calibration method, "max", "percentile" or "mse".
     method: str
     #: Whether weights are rounded by GPTQ; if not, to nearest.
-    gptq: bool = True
+    gptq: bool
+    cache: CalibrationCache
+    #: Tells the user something.
+    note: Callable[[str], None]
 
     def make(self, matrices: Sequence[QuantizedMatrix], directory: Path, on_matrix: OnMatrix) -> Produced:
         from llmc.compiler.calibrate.statistics import ahead, measure
@@ -70,8 +74,17 @@ class Calibrated:
 
         most_columns = MOST_COLUMNS if self.gptq else 0
         smoothed = {matrix.modules for matrix in matrices if matrix.format.smoothed}
-        rounded = {matrix.modules for matrix in matrices if matrix.columns <= most_columns} - smoothed
-        statistics = ahead(measure(self.layer_inputs, rounded.__contains__, smoothed.__contains__))
+        rounded = {
+            matrix.modules: matrix.columns
+            for matrix in matrices
+            if matrix.columns <= most_columns and not matrix.format.smoothed
+        }
+        statistics = None if smoothed else self.cache.load(rounded)
+        if statistics is not None:
+            self.note("calibrated by an earlier build of this checkpoint")
+        else:
+            measured = measure(self.layer_inputs, rounded.__contains__, smoothed.__contains__)
+            statistics = ahead(measured if smoothed else self.cache.keep(measured))
         return produce_calibrated(
             matrices, self.tensors, statistics, self.source, directory, self.method, most_columns, on_matrix
         )
