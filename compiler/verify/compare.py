@@ -36,6 +36,7 @@ _LENGTHS = (70, 45, 33)
 # passes position 256, from which on rotary rows are products of two others.
 _LENGTHS_16BIT = (300, 60, 40)
 STEPS = 6  # steps of `compare`, for the progress bar
+_NEW_TOKENS = 24  # of a greedy continuation
 _BLOCKS = 64  # KV blocks for the greedy continuations
 # A near tie is a difference of two logits of at most this times transformers' rms error in 16 bits. That is
 # 2.8 standard deviations of such a difference.
@@ -82,12 +83,15 @@ class _Expected:
     logits: list[np.ndarray]
     #: The logits with activation quantization, if `logits` are without it; else empty.
     quantized_logits: list[np.ndarray]
-    #: Greedy continuations of the prompts, for fp32 engines; else empty.
-    continuations: list[list[int]]
+    #: Whether the engine's greedy continuations are those of the reference.
+    greedy_equal: bool
     #: The evaluation to repeat on the engine; None for fp32 engines and unquantized models.
     evaluation: _Evaluation | None
     #: Fields of `Findings.details`.
     details: dict[str, Any]
+
+
+Continuation = tuple[list[int], list[int]]  # a prompt and the greedy tokens after it
 
 
 def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Findings:
@@ -95,21 +99,27 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
 
     on_step: called with the number of steps that are done, of STEPS
 
-    The reference in fp32, the reference in 16 bits and the engine run one after the other, so that only one
-    of them is in memory at a time.
+    The engine, the reference in fp32 and the reference in 16 bits run one after the other, so that only one
+    of them is in memory at a time. An engine in fp32 runs first: one step of the reference tells whether
+    whole greedy continuations are its own.
     """
     sequences = _sequences(job)
-    prompts = [ids[:count] for ids, count in zip(sequences, (12, 7), strict=False)]
-    if job.dtype != "fp32":
-        prompts = []
-    expected = _run_reference(job, sequences, prompts, on_step)
-    on_step(3)
-    reference_error = None
-    if job.dtype != "fp32":
+    on_step(0)
+    if job.dtype == "fp32":
+        logits, continuations = _run_fp32_engine(job, sequences)
+        on_step(1)
+        expected = _run_reference(job, sequences, continuations, on_step)
+        difference = Difference.between(expected.logits, logits)
+        findings = _findings_fp32(job, difference) | {"greedy_equal": expected.greedy_equal}
+    else:
+        continuations = []
+        expected = _run_reference(job, sequences, [], on_step)
         reference_error = Difference.between(expected.logits, _in_16_bits(job, sequences))
-        gc.collect()
-    on_step(4)
-    logits, findings = _run_engine(job, sequences, prompts, expected, reference_error, on_step)
+        on_step(4)
+        logits = _run_16bit_engine(job, sequences, expected, reference_error)
+        difference = Difference.between(expected.logits, logits)
+        findings = _findings_16bit(job, difference, reference_error) | {"greedy_equal": None}
+    on_step(5)
     details = expected.details | findings.pop("details", {})
     blocks = blocks_for(sequences)
     if job.quantizing_engine:
@@ -125,72 +135,74 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
         longest = max(len(ids) for ids in sequences)
         details["window_crossed"] = all(window < longest for window in job.windows)
     return Findings(
+        max_logit_error=difference.largest,
         positions=sum(len(ids) for ids in sequences),
-        greedy_tokens=sum(len(new) for new in expected.continuations),
+        greedy_tokens=sum(len(new) for _, new in continuations),
         details=details,
-        **({"greedy_equal": None} | findings),
+        **findings,
     )
 
 
 def _run_reference(
     job: Job,
     sequences: Sequence[Sequence[int]],
-    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Continuation],
     on_step: Callable[[int], None],
 ) -> _Expected:
-    on_step(0)
     model = Reference(job.checkpoint, "fp32", job.reference_weights, job.max_seq_len)
     evaluation = _Evaluation(job, model) if job.quantized else None
-    on_step(1)
+    on_step(2)
     model.use_weights(job.quantized)
     if not job.quantizing_engine:
         model.quantize_activations(job.quantized)
     logits = [model.logits(ids) for ids in sequences]
-    continuations = [model.continuation(ids, job.max_seq_len) for ids in prompts]
-    on_step(2)
+    greedy_equal = all(model.continues_with(prompt, new) for prompt, new in continuations)
+    on_step(3)
     quantized_logits = []
     if job.quantizing_engine:
         model.quantize_activations(job.quantized)
         quantized_logits = [model.logits(ids) for ids in sequences]
     details = {"quantization_loss": evaluation.of_quantization(job, model)} if evaluation else {}
+    on_step(4)
     model.drop_decoder()
     kept = evaluation if job.dtype != "fp32" else None
-    return _Expected(logits, quantized_logits, continuations, kept, details)
+    return _Expected(logits, quantized_logits, greedy_equal, kept, details)
 
 
-def _run_engine(
-    job: Job,
-    sequences: Sequence[Sequence[int]],
-    prompts: Sequence[list[int]],
-    expected: _Expected,
-    reference_error: Difference | None,
-    on_step: Callable[[int], None],
-) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """Return the engine's logits of each sequence, and fields of Findings.
+def _run_fp32_engine(
+    job: Job, sequences: Sequence[list[int]]
+) -> tuple[list[np.ndarray], list[Continuation]]:
+    """Return the engine's logits of each sequence, and its greedy continuations of the first two."""
+    backend = _load_engine(job, _BLOCKS + blocks_for(sequences))
+    logits = ragged(backend, sequences)
+    prompts = [ids[:count] for ids, count in zip(sequences, (12, 7), strict=False)]
+    prompts = [ids for ids in prompts if len(ids) < job.max_seq_len]
+    params = [
+        SamplingParams(max_tokens=min(_NEW_TOKENS, job.max_seq_len - len(ids)), ignore_eos=True)
+        for ids in prompts
+    ]
+    engine = Engine(backend, None, (), job.max_seq_len, max_batch_tokens=16, max_sequences=4)
+    outputs = engine.generate(prompts, params)
+    return logits, [(ids, list(output.token_ids)) for ids, output in zip(prompts, outputs, strict=True)]
 
-    reference_error: the error of transformers in the engine's 16-bit dtype; None for an fp32 engine
+
+def _run_16bit_engine(
+    job: Job, sequences: Sequence[list[int]], expected: _Expected, reference_error: Difference
+) -> list[np.ndarray]:
+    """Return the engine's logits of each sequence. Add its quantization loss to `expected.details`.
+
+    reference_error: the error of transformers in the engine's dtype
     """
     gc.collect()
-    blocks = (_BLOCKS if prompts else 0) + blocks_for(sequences)
-    backend = load_backend(EngineFile(job.backend, Path(job.engine)), LoadOptions(kv_blocks=blocks))
-    on_step(5)
-    logits = ragged(backend, sequences)
-    difference = Difference.between(expected.logits, logits)
-    findings = (
-        _findings_16bit(job, difference, reference_error)
-        if reference_error
-        else _findings_fp32(job, difference)
-    )
-    if reference_error is None:
-        engine = Engine(backend, None, (), job.max_seq_len, max_batch_tokens=16, max_sequences=4)
-        counts = [max(1, len(continuation)) for continuation in expected.continuations]
-        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in counts]
-        greedy = [list(output.token_ids) for output in engine.generate(prompts, params)]
-        findings["greedy_equal"] = greedy == expected.continuations
-    elif expected.evaluation:
+    backend = _load_engine(job, blocks_for(sequences))
+    if expected.evaluation:
         loss_of_engine = expected.evaluation.of_engine(backend, _near_tie(reference_error))
         expected.details["quantization_loss"]["engine"] = loss_of_engine
-    return logits, findings | {"max_logit_error": difference.largest}
+    return ragged(backend, sequences)
+
+
+def _load_engine(job: Job, blocks: int) -> Backend:
+    return load_backend(EngineFile(job.backend, Path(job.engine)), LoadOptions(kv_blocks=blocks))
 
 
 def _compare_quantizing_engine(

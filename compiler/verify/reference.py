@@ -29,7 +29,6 @@ from llmc.compiler.verify.job import ReferenceWeights
 from llmc.runtime.dtypes import BY_NAME
 from llmc.runtime.errors import BuildError, CheckpointError
 
-_NEW_TOKENS = 24  # of a greedy continuation
 # Tolerance, relative to the largest logit, between lm_head applied to one row and to many.
 _HEAD_TOLERANCE = 1e-4
 
@@ -104,17 +103,13 @@ class Reference:
         """Return the logits of every position, float32 [len, vocabulary]."""
         return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
 
-    @torch.no_grad()
-    def continuation(self, prompt: Sequence[int], max_seq_len: int) -> list[int]:
-        """Return the greedy continuation, at most _NEW_TOKENS tokens."""
-        tokens, cache = torch.tensor([prompt]), None
-        new: list[int] = []
-        for _ in range(min(_NEW_TOKENS, max_seq_len - len(prompt))):
-            output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            new.append(int(output.logits[0, -1].argmax()))
-            tokens = torch.tensor([new[-1:]])
-        return new
+    def continues_with(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+        """Return whether `tokens` are the greedy continuation of `prompt`.
+
+        They are, if each of them is the best one after `prompt` and those before it.
+        """
+        best = self.logits([*prompt, *tokens[:-1]])[len(prompt) - 1 :].argmax(-1)
+        return best.tolist() == list(tokens)
 
     @torch.no_grad()
     def states(self, ids: Sequence[int]) -> torch.Tensor:

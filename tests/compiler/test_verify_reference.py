@@ -48,6 +48,19 @@ def int8(
     return stored, exact
 
 
+def test_greedy_continuations_are_those_of_transformers(checkpoint: Callable[[str], Path]) -> None:
+    source = checkpoint("llama-tiny")
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    generated = model.generate(torch.tensor([IDS]), do_sample=False, max_new_tokens=9, eos_token_id=-1)
+    tokens = generated[0, len(IDS) :].tolist()
+    reference = Reference(str(source), "fp32")
+    assert len(tokens) == 9
+    assert reference.continues_with(IDS, tokens)
+    assert reference.continues_with(IDS, tokens[:1])
+    for place in range(len(tokens)):
+        assert not reference.continues_with(IDS, [*tokens[:place], tokens[place] + 1, *tokens[place + 1 :]])
+
+
 def test_weights_are_replaced_and_inputs_rounded(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     source = checkpoint("llama-tiny")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
