@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler import targets
-from llmc.compiler.build_key import FIELD, build_key, recorded_key, source_name
+from llmc.compiler.build_key import FIELD, build_key, recorded_key, software, source_name
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint import hub, recipe
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
@@ -405,7 +405,7 @@ def _maker(
     ids = calibration_windows(text, tokenizer, vocabulary, length)
     source = Source.of(text if tokenizer else "", ids, checkpoint.config)
     method, gptq = plan.request.calibration_method, plan.request.rounding != "nearest"
-    cache = CalibrationCache(calibration_key(serialize(graph), files, ids))
+    cache = CalibrationCache(calibration_key(serialize(graph), files, ids, software("cpu")))
     layer_inputs = layers(graph, inputs.tensors, ids)
     return step.Calibrated(inputs.tensors, layer_inputs, source, method, gptq, cache, clock.progress.note)
 

@@ -25,7 +25,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from llmc.compiler.build_key import software
 from llmc.compiler.calibrate.ranges import ClipRanges
 from llmc.compiler.calibrate.statistics import Group, LayerStatistics
 from llmc.runtime.cache_directory import cache_directory
@@ -38,18 +37,21 @@ _BLOCK = 1 << 20
 _OLD_SECONDS = 24 * 3600
 
 
-def calibration_key(graph: bytes, files: Mapping[str, str], sequences: Sequence[Sequence[int]]) -> str:
+def calibration_key(
+    graph: bytes, files: Mapping[str, str], sequences: Sequence[Sequence[int]], software: Mapping[str, Any]
+) -> str:
     """Return the sha256 of what the statistics follow from.
 
     graph: the graph that runs, serialized
     files: sha256 of the checkpoint's files, by name
     sequences: the token ids
+    software: the versions of llmc and its libraries
     """
     hashed = {
         "graph": hashlib.sha256(graph).hexdigest(),
         "files": dict(files),
         "tokens": [list(ids) for ids in sequences],
-        "software": software("cpu"),
+        "software": dict(software),
     }
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
@@ -231,7 +233,8 @@ class _Layer:
 def _parse(index: Any) -> tuple[list[_Layer], str]:
     """Return the layers and the checksum. Raises ValueError for anything that `_Draft` does not write."""
     record = _object(index, "layers", "sha256")
-    layers, end = [], 0
+    layers: list[_Layer] = []
+    end = 0
     for entry in _list(record["layers"]):
         fields = _object(entry, "layer", "ranges", "kv", "moments")
         if fields["layer"] != len(layers) or not isinstance(fields["ranges"], dict):

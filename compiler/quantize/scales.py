@@ -125,7 +125,7 @@ def _power_of_two(scales: np.ndarray) -> np.ndarray:
 
 
 def _squared_error(columns: np.ndarray, factors: np.ndarray, fmt: Format) -> np.ndarray:
-    """Return the squared error of blocks [size, n], in units of the multipliers of the codes, `factors` [n]."""
+    """Return the squared error of blocks [size, n] in units of the multipliers `factors` [n]."""
     scaled = columns / factors
     scaled -= nearest(scaled, fmt.element)
     scaled *= scaled

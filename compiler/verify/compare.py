@@ -169,9 +169,7 @@ def _run_reference(
     return _Expected(logits, quantized_logits, greedy_equal, kept, details)
 
 
-def _run_fp32_engine(
-    job: Job, sequences: Sequence[list[int]]
-) -> tuple[list[np.ndarray], list[Continuation]]:
+def _run_fp32_engine(job: Job, sequences: Sequence[list[int]]) -> tuple[list[np.ndarray], list[Continuation]]:
     """Return the engine's logits of each sequence, and its greedy continuations of the first two."""
     backend = _load_engine(job, _BLOCKS + blocks_for(sequences))
     logits = ragged(backend, sequences)

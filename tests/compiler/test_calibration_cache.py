@@ -77,7 +77,14 @@ def damaged(index: dict[str, object]) -> Iterator[object]:
         "layer": (1, "0", None),
         "ranges": ([], {"0.a": [1.0, 2.0]}, {"0.a": [1.0, 2.0, -1.0]}, {"0.a": [1.0, 2.0, "1"]}),
         "kv": ([1.0], [1.0, float("nan")], None),
-        "moments": ([[["0.a", "0.b"], 2**40]], [[["0.a", "0.b"], -4]], [["0.a", 4]], [[[1], 4]], [[["0.a"]]], 5),
+        "moments": (
+            [[["0.a", "0.b"], 2**40]],
+            [[["0.a", "0.b"], -4]],
+            [["0.a", 4]],
+            [[[1], 4]],
+            [[["0.a"]]],
+            5,
+        ),
     }.items():
         for value in values:
             yield {**index, "layers": [{**layer, name: value}, *index["layers"][1:]]}  # type: ignore[index]
@@ -143,9 +150,10 @@ def test_a_second_build_runs_no_layer_and_has_the_same_bytes(
 
 def test_the_key_follows_from_graph_checkpoint_and_tokens() -> None:
     keys = {
-        calibration_key(graph, {"model.safetensors": sha256}, [ids, [7]])
+        calibration_key(graph, {"model.safetensors": sha256}, [ids, [7]], {"llmc": version})
         for graph in (b"a", b"b")
         for sha256 in ("0", "1")
         for ids in ([1, 2], [1, 3])
+        for version in ("1", "2")
     }
-    assert len(keys) == 8
+    assert len(keys) == 16

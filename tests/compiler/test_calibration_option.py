@@ -12,9 +12,12 @@ import pytest
 
 from llmc.cli import main
 from llmc.compiler.calibrate.table import CalibrationTable
+from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.safetensors import read_header
 from llmc.compiler.driver import compile_model, plan_build
+from llmc.compiler.quantize.round_to_nearest import quantize
 from llmc.compiler.request import BuildRequest
+from llmc.passes.quantize.formats import get_format
 from llmc.runtime.errors import BuildError, CheckpointError, RequestError
 
 MODULES = "model.layers.0.self_attn.{}_proj"
@@ -131,6 +134,44 @@ def test_method_without_activation_quantization_is_refused(
             BuildRequest(*where, calibration_method=method, **options)  # type: ignore[arg-type]
         assert "--quant" in caught.value.hint
     BuildRequest(*where, quant="nvfp4", calibration_method=method)  # type: ignore[arg-type]
+
+
+def test_rounding_to_nearest(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Weight-only formats need no calibration then; the inputs of others are still calibrated."""
+    source = checkpoint("llama-tiny")
+    int4 = build(source, tmp_path / "int4.llmc", "int4", rounding="nearest")
+    fp8 = build(source, tmp_path / "fp8.llmc", "fp8", rounding="nearest")
+    assert not (int4 / "calibration.json").exists()
+    assert (fp8 / "calibration.json").exists()
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = Checkpoint.open(source).tensors[name].read()
+    for bundle, fmt, search in ((int4, "int4", "mse"), (fp8, "fp8", "amax")):
+        written = read_header(bundle / "weights/model.safetensors")
+        expected = quantize(weight, get_format(fmt), name, search=search)
+        assert np.array_equal(written[name].read(), expected["weight"])
+        assert np.array_equal(written[f"{name}_scale"].read(), expected["weight_scale"])
+        quantization = json.loads((bundle / "manifest.json").read_text())["quantization"]
+        assert "largest_weight_errors" in quantization
+        assert "largest_output_errors" not in quantization
+
+
+def test_rounding_and_calibration_that_do_not_fit_are_refused(
+    first: Path, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, text = str(checkpoint("llama-tiny")), tmp_path / "text.txt"
+    text.write_text("The sea was calm.")
+    request = BuildRequest(source, tmp_path / "x.llmc", quant="int4", rounding="nearest", calibration=text)
+    with pytest.raises(RequestError, match="int4 with --rounding nearest has nothing to calibrate"):
+        plan_build(request)
+    table = first / "calibration.json"
+    with pytest.raises(RequestError, match="--rounding gptq cannot use a calibration table"):
+        plan_build(replace(request, quant="fp8", rounding="gptq", calibration=table))
+    with pytest.raises(BuildError, match="no rounding 'up'"):
+        replace(request, rounding="up")  # type: ignore[arg-type]
+    with pytest.raises(BuildError, match="--rounding needs quantization"):
+        BuildRequest(source, tmp_path / "x.llmc", rounding="nearest")
+    _, inputs = plan_build(replace(request, quant="int8", rounding="gptq", calibration=None))
+    assert isinstance(inputs.calibration, str)  # llmc's text
 
 
 def test_table_of_another_model_is_refused_before_the_trace(

@@ -126,9 +126,7 @@ def test_invalid_moments_and_weights_are_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"tensor a\.b cannot be stored as int4-block128: 96 columns"):
         gptq(rows[:, :96], factorize(second[:96, :96], "a.b"), get_format("int4-block128"), "a.b")
     with pytest.raises(CheckpointError, match=r"tensor a\.b has NaN"):
-        gptq(
-            np.where(rows == rows[0, 0], np.nan, rows), factorize(second, "a.b"), get_format("int8"), "a.b"
-        )
+        gptq(np.where(rows == rows[0, 0], np.nan, rows), factorize(second, "a.b"), get_format("int8"), "a.b")
     with pytest.raises(CheckpointError, match=r"inputs of a\.b are infinite or NaN"):
         factorize(np.where(second == second[0, 0], np.inf, second), "a.b")
     with pytest.raises(BuildError, match=r"inputs of a\.b are linearly dependent"):
