@@ -633,3 +633,35 @@ def test_a_full_output_is_an_error():
 )
 def test_sizes_in_words(nbytes, shown):
     assert text.size(nbytes) == shown
+
+
+_HEAVY = ("torch", "transformers", "onnx", "openvino", "onnxruntime", "tokenizers")
+_STOP_AT_HEAVY = f"""import os, sys
+def stop(event, values):
+    if event == "import" and values[0] in {_HEAVY}:
+        os.write(1, f"<{{values[0]}}>".encode())
+        os._exit(0)
+sys.addaudithook(stop)
+from llmc.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_build_says_what_it_does_before_it_imports_anything_heavy(checkpoint, tmp_path):
+    """In a pipe too: CI has no terminal."""
+    model, output = checkpoint("llama-tiny"), tmp_path / "x.llmc"
+    command = [sys.executable, "-c", _STOP_AT_HEAVY, "build", str(model), "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG)
+    assert re.fullmatch("<.*>", done.stdout)
+    assert f"building {output} from {model}" in done.stderr.splitlines()[0]
+
+
+def test_run_says_what_it_does_before_it_imports_anything_heavy(tiny):
+    """On a terminal. Elsewhere there is nothing but the text of the model."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", _STOP_AT_HEAVY, "run", str(tiny), "Once"]
+    subprocess.run(command, stdin=theirs, stdout=theirs, stderr=theirs, timeout=LONG, check=True)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(theirs)
+    os.close(ours)
+    assert re.fullmatch(rf"loading {re.escape(str(tiny))} \.\.\.\r<.*>", shown)
