@@ -2,17 +2,16 @@
 
     format                          cpu                SM, of tensorrt-rtx and tensorrt
     int8, int4, int4-block128       native, OpenVINO   SM80 and newer, portable engines too
-    int8-smoothquant                OpenVINO           SM80 and newer, portable engines too
+    int8-smoothquant                native, OpenVINO   SM80 and newer, portable engines too
     nvfp4-weight-only               native, OpenVINO   SM100 and newer
-    fp8, fp8-per-channel            ONNX Runtime       SM89 and newer
-    nvfp4                           ONNX Runtime       SM100 and newer
+    fp8, fp8-per-channel            native             SM89 and newer
+    nvfp4                           native             SM100 and newer
     quantized KV caches             native, OpenVINO   SM80 and newer, portable engines too
 
-ONNX Runtime runs all formats. The native engine dequantizes nvfp4-weight-only to fp32. OpenVINO quantizes
-activations to int8, but not to E4M3 or E2M1. ONNX Runtime computes with them exactly, but slowly, and holds
-all weights in fp32. The CPU target supports them so that the results of a GPU engine can be computed without
-a GPU. The compute capabilities are those that TensorRT-RTX 1.7.1 builds for (it refuses FP8 for SM86 and FP4
-for SM89). mxfp4 needs the same as nvfp4-weight-only.
+ONNX Runtime runs all formats, but slowly, and holds all weights in fp32. OpenVINO quantizes activations to
+int8, but not to E4M3 or E2M1. The CPU target has FP8 and NVFP4 so that the results of a GPU engine can be
+computed without a GPU. The compute capabilities are those that TensorRT-RTX 1.7.1 builds for (it refuses FP8
+for SM86 and FP4 for SM89). mxfp4 needs the same as nvfp4-weight-only.
 
 `request.TARGETS` lists the KV caches of each target. Engines with FP8 caches can be built for every GPU
 (2026-11-26): TensorRT passes the cache to llmc's plugin, whose kernels decode E4M3 with shifts if the GPU has

@@ -155,8 +155,11 @@ def _engines() -> str:
     from llmc.compiler.request import ENGINES
 
     about = {
-        "native": ("none", "families with a zoo model, and some others"),
-        "openvino": ("`openvino`", "every family but those with an attention softcap; int8 activations"),
+        "native": ("none", "every format; families with a zoo model, and some others"),
+        "openvino": (
+            "`openvino`",
+            "every family but those with an attention softcap; no activations in FP8 or FP4",
+        ),
         "onnxruntime": ("`onnxruntime`", "every family and format, slowly; no quantized KV cache"),
     }
     rows = [(f"`{name}`", *about[name]) for name in ENGINES]
@@ -164,8 +167,7 @@ def _engines() -> str:
         "`llmc build` takes the first engine of this table that can run the model. `--engine` names\n"
         "another. `llmc build --dry-run` shows the engine and the reason.\n\n"
         f"{_table(('engine', 'extra to install', 'runs'), rows)}\n\n"
-        "The native engine is part of llmc, for Linux on x86-64 with AVX2 or on ARM with dot products. It\n"
-        "quantizes no activations unless `llmc run --fast` asks for it."
+        "The native engine is part of llmc, for Linux on x86-64 with AVX2 or on ARM with dot products."
     )
 
 
@@ -199,23 +201,21 @@ def _formats() -> str:
         scales = shared.get(fmt.block, f"one for {fmt.block} columns of a row")
         scales += ", one for the matrix" if fmt.double_scaled else ""
         activations = fmt.activations or "not quantized"
-        cpu = {"": "native", "int8": "OpenVINO"}.get(fmt.activations, "ONNX Runtime")
         oldest = f"SM{min(sm for sm in _sms() if _takes(name, (sm,)))}"
         bits = f"{fmt.bits_per_parameter((1024, 1024)):.4g}"
-        rows.append((f"`{name}`", fmt.element, scales, bits, activations, cpu, oldest))
+        rows.append((f"`{name}`", fmt.element, scales, bits, activations, oldest))
     header = (
         "format",
         "element",
         "weight scales",
         "bits",
         "activations",
-        "engine on the CPU",
         "TensorRT from",
     )
     return (
         f"{_table(header, rows)}\n\n"
         "*Bits* is the storage of one weight of a 1,024 x 1,024 matrix, its share of the scales included.\n"
-        "The native engine stores `nvfp4-weight-only` in fp32; `--engine openvino` keeps it in 4 bits."
+        "On the CPU the native engine runs every format, and stores E2M1 in 8 bits (int8 of twice the value)."
     )
 
 
