@@ -5,7 +5,7 @@
 
 enum op {
   // Row-wise operations. Consecutive ones run row by row, without waiting for other rows.
-  OP_EMBED = 0,    // out = row input_ids[row] of w; n: width, element type
+  OP_EMBED = 0,    // out = row input_ids[row] of w; n: width, element type, by position_ids instead
   OP_GATHER = 1,   // out (a row of logits) = row logits_index[row] of a; n: width
   OP_COPY = 2,     // out = a; n: width
   OP_UNARY = 3,    // out = f(a); n: width, function; x: its parameter
@@ -13,16 +13,18 @@ enum op {
   OP_VECTOR = 5,   // out = f(a, v), v a vector of weights; n: width, function
   OP_SCALAR = 6,   // out = f(a, x); n: width, function
   OP_RMSNORM = 7,  // out = a / rms(a) * v, in groups; n: groups, width of a group; x: epsilon
-  OP_LAYERNORM = 8, // out = (a - mean) / std * v + v2; n: width, has v2; x: epsilon
+  OP_LAYERNORM = 8, // out = (a - mean) / std * v + v2, in groups; n: width of a group, has v2, groups, weights
+                    // from one group to the next; x: epsilon
   OP_ROPE = 9,     // out = a rotated; v, v2: cos and sin tables; n: heads, head width, rotated width, interleaved
   OP_WRITE_KV = 10, // a: keys, b: values, into the cache; n: kv heads, key width, value width, 8 bits
   OP_GLU = 11,     // out = f(a) x b; n: width, function
   OP_ROUND = 12,   // out = a rounded to a format times the scale v[0]; n: width, format
-  OP_QUANTIZE = 13, // q, scales, sums = a in int8 digits; n: width, group, digits; v: null or their scale
+  OP_SLICE = 13,   // out = columns of every group of a; n: groups, width of a group of a, first column, width
+  OP_QUANTIZE = 14, // q, scales, sums = a in int8 digits; n: width, group, digits; v: null or their scale
   // Operations on many rows at once.
-  OP_LINEAR_INT = 14,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
-  OP_LINEAR_FLOAT = 15, // out = a x w; n: rows of w, columns, element type
-  OP_ATTENTION = 16,    // out = attention of a (queries); n: heads, kv heads, key width, value width, window,
+  OP_LINEAR_INT = 15,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
+  OP_LINEAR_FLOAT = 16, // out = a x w; n: rows of w, columns, element type
+  OP_ATTENTION = 17,    // out = attention of a (queries); n: heads, kv heads, key width, value width, window,
                         // digits of queries (0: the cache is fp32); x: scale, softcap
 };
 enum kind { F32 = 0, F16 = 1, BF16 = 2, E4M3 = 3 }; // element types

@@ -120,19 +120,27 @@ static void rmsnorm(int groups, int width, float epsilon, const float *a, const 
     for (; k < width; k++) out[k] = a[k] * factor * v[k];
   }
 }
-static void layernorm(int width, float epsilon, const float *a, const float *v, const float *v2, float *out) {
-  vf s = allf(0);
-  LOOP(width) s += load_tail(a, k, width);
-  const float mean = sum(s) / (float)width;
-  s = allf(0);
-  LOOP(width) {
-    const vf x = loadf(a + k) - mean, y = width - k >= LANES ? x : head_of(x, width - k);
-    s = fma(y, y, s);
-  }
-  const float factor = 1.0f / __builtin_sqrtf(sum(s) / (float)width + epsilon);
-  LOOP(width) {
-    const vf x = (loadf(a + k) - mean) * factor * loadf(v + k);
-    storef(out + k, v2 ? x + loadf(v2 + k) : x);
+// step: the number of weights from one group to the next, 0 if all groups have the same.
+static void layernorm(int groups, int width, int step, float epsilon, const float *a, const float *v, const float *v2, float *out) {
+  for (int g = 0; g < groups; g++, a += width, out += width, v += step, v2 = v2 ? v2 + step : 0) {
+    vf s = allf(0);
+    LOOP(width) s += load_tail(a, k, width);
+    const float mean = sum(s) / (float)width;
+    s = allf(0);
+    LOOP(width) {
+      const vf x = loadf(a + k) - mean, y = width - k >= LANES ? x : head_of(x, width - k);
+      s = fma(y, y, s);
+    }
+    const float factor = 1.0f / __builtin_sqrtf(sum(s) / (float)width + epsilon);
+    int k = 0;
+    for (; k + LANES <= width; k += LANES) {
+      const vf x = (loadf(a + k) - mean) * factor * loadf(v + k);
+      storef(out + k, v2 ? x + loadf(v2 + k) : x);
+    }
+    for (; k < width; k++) {
+      const float x = (a[k] - mean) * factor * v[k];
+      out[k] = v2 ? x + v2[k] : x;
+    }
   }
 }
 static void rope(const int32_t *n, const float *cosine, const float *sine, const float *a, float *out) {
@@ -273,7 +281,7 @@ static void run_row(const instruction *i, const step *s, int row) {
   float *out = i->out + row * i->out_stride;
   const float *a = i->a + row * i->a_stride;
   switch (i->op) {
-    case OP_EMBED: embed(i, s->input_ids[row], out); break;
+    case OP_EMBED: embed(i, (i->n[2] ? s->position_ids : s->input_ids)[row], out); break;
     case OP_GATHER: {
       const float *from = i->a + s->logits_index[row] * i->a_stride;
       LOOP(i->n[0]) storef(out + k, loadf(from + k));
@@ -283,11 +291,15 @@ static void run_row(const instruction *i, const step *s, int row) {
     case OP_UNARY: unary(i->n[1], i->n[0], a, out); break;
     case OP_BINARY: binary(i->n[1], i->n[0], a, i->b + row * i->b_stride, out); break;
     case OP_GLU: glu(i->n[1], i->n[0], a, i->b + row * i->b_stride, out); break;
+    case OP_SLICE:
+      for (int g = 0; g < i->n[0]; g++, out += i->n[3])
+        for (int k = 0; k < i->n[3]; k++) out[k] = a[g * i->n[1] + i->n[2] + k];
+      break;
     case OP_ROUND: round_to(i->n[1], i->n[0], i->v[0], a, out); break;
     case OP_VECTOR: binary(i->n[1], i->n[0], a, i->v, out); break;
     case OP_SCALAR: scalar(i->n[1], i->n[0], a, i->x[0], out); break;
     case OP_RMSNORM: rmsnorm(i->n[0], i->n[1], i->x[0], a, i->v, out); break;
-    case OP_LAYERNORM: layernorm(i->n[0], i->x[0], a, i->v, i->n[1] ? i->v2 : 0, out); break;
+    case OP_LAYERNORM: layernorm(i->n[2], i->n[0], i->n[3], i->x[0], a, i->v, i->n[1] ? i->v2 : 0, out); break;
     case OP_ROPE: {
       const int64_t at = (int64_t)s->position_ids[row] * (i->n[2] / 2);
       rope(i->n, i->v + at, i->v2 + at, a, out);

@@ -155,6 +155,8 @@ def plan(program: Program, digits: int) -> Plan:
 def _code(instruction: Instruction) -> int:
     return {
         "embed": library.EMBED,
+        "embed_positions": library.EMBED,
+        "slice": library.SLICE,
         "gather_rows": library.GATHER,
         "copy": library.COPY,
         "unary": library.UNARY,
@@ -454,7 +456,11 @@ def _numbers(program: Program, planned: _Planned) -> Sequence[int]:
     source, integers = planned.source, planned.source.integers
     width = source.inputs[0].width if source.inputs else program.buffers[source.out or 0].width
     if planned.op == library.EMBED:
-        return width, library.KINDS[program.matrices[source.weights[0]].element]
+        by_position = source.op == "embed_positions"
+        return width, library.KINDS[program.matrices[source.weights[0]].element], by_position
+    if planned.op == library.SLICE:
+        groups, out = integers["groups"], program.buffers[source.out or 0].width
+        return groups, width // groups, integers["begin"], out // groups
     if planned.op in (library.UNARY, library.GLU):
         return width, UNARY.index(source.function)
     if planned.op == library.ROUND:
@@ -464,7 +470,9 @@ def _numbers(program: Program, planned: _Planned) -> Sequence[int]:
     if planned.op == library.RMSNORM:
         return integers["groups"], width // integers["groups"]
     if planned.op == library.LAYERNORM:
-        return width, len(source.weights) > 1
+        group = width // integers["groups"]
+        step = group if program.constants[source.weights[0]] == width else 0
+        return group, len(source.weights) > 1, integers["groups"], step
     if planned.op == library.ROPE:
         return integers["heads"], width // integers["heads"], integers["rotated"], integers["interleaved"]
     if planned.op in (library.WRITE_KV, library.ATTENTION):

@@ -86,7 +86,14 @@ class Interpreter:
         weights = [self._weights[name] for name in instruction.weights]
         if instruction.op == "embed":
             return weights[0][batch.input_ids]
+        if instruction.op == "embed_positions":
+            return weights[0][batch.position_ids]
         x = inputs[0]
+        if instruction.op == "slice":
+            assert instruction.out is not None
+            groups, begin = instruction.integers["groups"], instruction.integers["begin"]
+            width = self._program.buffers[instruction.out].width // groups
+            return x.reshape(len(x), groups, -1)[..., begin : begin + width].reshape(len(x), -1)
         if instruction.op == "gather_rows":
             return x[batch.logits_index]
         if instruction.op == "copy":
@@ -110,11 +117,12 @@ class Interpreter:
             square = np.mean(groups**2, axis=-1, keepdims=True)
             return (groups / np.sqrt(square + instruction.floats["epsilon"]) * weights[0]).reshape(x.shape)
         if instruction.op == "layer_norm":
-            centred = x - x.mean(axis=-1, keepdims=True)
-            scaled = centred / np.sqrt(
-                np.mean(centred**2, axis=-1, keepdims=True) + instruction.floats["epsilon"]
-            )
-            return scaled * weights[0] + (weights[1] if len(weights) > 1 else 0)
+            groups = x.reshape(len(x), instruction.integers["groups"], -1)
+            centred = groups - groups.mean(axis=-1, keepdims=True)
+            variance = np.mean(centred**2, axis=-1, keepdims=True)
+            scale, *bias = (weight.reshape(-1, groups.shape[-1]) for weight in weights)
+            scaled = centred / np.sqrt(variance + instruction.floats["epsilon"]) * scale
+            return (scaled + (bias[0] if bias else 0)).reshape(x.shape)
         if instruction.op == "rope":
             return _rope(instruction, x, weights, batch.position_ids)
         raise ValueError(f"no operation {instruction.op}")

@@ -144,10 +144,14 @@ class Operation:
 OPERATIONS: Mapping[str, Operation] = {
     # out = table[input_ids]
     "embed": Operation(inputs=0, weights=(1, 1)),
+    # out = table[position_ids]
+    "embed_positions": Operation(inputs=0, weights=(1, 1)),
     # out = the rows of the input whose logits are wanted
     "gather_rows": Operation(),
     # columns offset .. of out = the input
     "copy": Operation(),
+    # out = columns begin .. begin + width - 1 of each of `groups` groups of columns
+    "slice": Operation(integers=("groups", "begin")),
     "unary": Operation(functions=UNARY),
     # out = f(first input, second input)
     "binary": Operation(inputs=2, functions=BINARY),
@@ -161,8 +165,9 @@ OPERATIONS: Mapping[str, Operation] = {
     "scalar": Operation(functions=BINARY, floats=("value",)),
     # out = input / sqrt(mean(input^2) + epsilon) * weight, in `groups` groups of columns
     "rms_norm": Operation(weights=(1, 1), integers=("groups",), floats=("epsilon",)),
-    # out = (input - mean) / sqrt(variance + epsilon) * weight (+ bias)
-    "layer_norm": Operation(weights=(1, 2), floats=("epsilon",)),
+    # out = (input - mean) / sqrt(variance + epsilon) * weight (+ bias), in `groups` groups of columns,
+    # which have the same weights or each its own
+    "layer_norm": Operation(weights=(1, 2), integers=("groups",), floats=("epsilon",)),
     # rotary embedding of `heads` heads; weights: cosines and sines [positions, rotated / 2]
     "rope": Operation(weights=(2, 2), integers=("heads", "rotated", "interleaved")),
     # keys and values of the step's tokens go to the cache of `layer`
@@ -188,7 +193,7 @@ class Program:
     #: The buffer of the logits.
     logits: Index
     vocab_size: Size
-    #: Positions of the rotary tables; a step has smaller ones. 0: the model has no tables.
+    #: Rows of the tables of positions; a step has smaller positions. 0: the model has no tables.
     max_positions: Index
 
     def to_json(self) -> bytes:
@@ -290,7 +295,7 @@ def _shape_complaints(program: Program, instruction: Instruction) -> Iterator[st
             yield "must go from tokens to rows of logits"
     elif out is not None and rows - {out.rows}:
         yield "mixes rows of tokens and of logits"
-    if instruction.op in ("embed", "rope", "write_kv", "attention") and (
+    if instruction.op in ("embed", "embed_positions", "rope", "write_kv", "attention") and (
         rows | ({out.rows} if out else set())
     ) != {"tokens"}:
         yield "works on tokens only"
@@ -308,19 +313,24 @@ def _shape_complaints(program: Program, instruction: Instruction) -> Iterator[st
 
 def _operand_complaints(program: Program, instruction: Instruction, width: int) -> Iterator[str]:
     integers, first = instruction.integers, instruction.inputs[0] if instruction.inputs else None
-    if instruction.op in ("vector", "layer_norm") and any(
-        program.constants.get(name) != width for name in instruction.weights
-    ):
+    if instruction.op == "vector" and program.constants.get(instruction.weights[0]) != width:
         yield "has a constant of another width"
     if instruction.op == "round":
         if program.constants.get(instruction.weights[0]) != 1:
             yield "has a scale that is no single number"
         if instruction.function == "fp4" and width % 16:
             yield "has blocks that do not fit"
-    if instruction.op == "rms_norm":
-        groups = integers["groups"]
-        if groups < 1 or width % groups or program.constants.get(instruction.weights[0]) != width // groups:
-            yield "has groups that do not fit its weight"
+    if instruction.op in ("rms_norm", "layer_norm"):
+        groups, sizes = integers["groups"], {program.constants.get(name) for name in instruction.weights}
+        each = instruction.op == "layer_norm" and sizes == {width}  # weights for each group
+        if groups < 1 or width % groups or (sizes != {width // groups} and not each):
+            yield "has groups that do not fit its weights"
+    if instruction.op == "slice":
+        groups, begin = integers["groups"], integers["begin"]
+        if groups < 1 or width % groups or first is None or first.width % groups:
+            yield "has groups that do not fit"
+        elif begin < 0 or begin + width // groups > first.width // groups:
+            yield "reads past the columns of a group"
     if instruction.op == "rope":
         heads, rotated = integers["heads"], integers["rotated"]
         if heads < 1 or width % heads or rotated < 2 or rotated % 2 or rotated > width // heads:
@@ -330,9 +340,10 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
             for name in instruction.weights
         ):
             yield "has tables of another size"
-    if instruction.op == "embed":
+    if instruction.op in ("embed", "embed_positions"):
         matrix = program.matrices.get(instruction.weights[0])
-        if matrix is None or matrix.columns != width or matrix.rows != program.vocab_size:
+        rows = program.vocab_size if instruction.op == "embed" else program.max_positions
+        if matrix is None or matrix.columns != width or matrix.rows < max(rows, 1):
             yield "has a table of another shape"
         elif matrix.scales or matrix.element in ("fp8", "int8", "int4"):
             yield "has a table of quantized numbers"

@@ -91,8 +91,19 @@ def norms(groups: int) -> Built:
         groups=groups,
         epsilon=1e-5,
     )
-    y = build.emit("layer_norm", 72, y, weights=(build.vector("g", 72), build.vector("b", 72)), epsilon=1e-5)
-    return build.finish(build.emit("layer_norm", 72, y, weights=("g",), epsilon=1e-5))
+    scale, bias = build.vector("g", 72 // groups), build.vector("b", 72 // groups)
+    y = build.emit("layer_norm", 72, y, weights=(scale, bias), groups=groups, epsilon=1e-5)
+    y = build.emit("layer_norm", 72, y, weights=(scale,), groups=groups, epsilon=1e-5)
+    each = build.vector("each", 72)
+    return build.finish(build.emit("layer_norm", 72, y, weights=(each, each), groups=groups, epsilon=1e-5))
+
+
+def slices() -> Built:
+    build = Builder(60)
+    y = build.emit("slice", 36, View(0, 0, 60), groups=3, begin=5)
+    build.matrix("positions", POSITIONS, 36, "fp32")
+    z = build.emit("embed_positions", 36, weights=("positions",))
+    return build.finish(build.emit("binary", 36, y, z, function="add"))
 
 
 def rotations(rotated: int, interleaved: int) -> Built:
@@ -167,6 +178,7 @@ PROGRAMS: dict[str, Callable[[], Built]] = {
     "round to int8": lambda: rounding("int8", 0.01),
     "norms": lambda: norms(1),
     "norms of heads": lambda: norms(3),
+    "slices and positions": slices,
     "rotation": lambda: rotations(40, 0),
     "part of a head": lambda: rotations(12, 0),
     "interleaved": lambda: rotations(40, 1),

@@ -58,6 +58,10 @@ class MatrixSource:
     scales: ir.Value | None = None
     #: The dequantized matrix, if it is stored in fp32 because the engine has no kernel for its codes.
     dequantized: ir.Value | None = None
+    #: Whether the graph has the columns of the matrix as rows.
+    transposed: bool = False
+    #: Rows of the graph's matrix that the program's leaves out.
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,12 @@ class _Lowering:
     sources: dict[str, MatrixSource] = field(default_factory=dict)
     constants: dict[str, ir.Value] = field(default_factory=dict)
     tables: dict[ir.Value, ir.Value] = field(default_factory=dict)  # rows of a rotary table -> the table
+    offsets: dict[ir.Value, int] = field(default_factory=dict)  # position_ids plus a constant -> the constant
     positions: int = 0
 
     def run(self) -> Lowered:
         graph = self.model.graph
+        self.offsets = {value: 0 for value in graph.inputs if value.name == "position_ids"}
         for node in graph:
             if not self._is_constant(node.outputs[0]):
                 self._lower(node)
@@ -159,9 +165,11 @@ class _Lowering:
         floats: Mapping[str, float] = MappingProxyType({}),
         width: int | None = None,
         rows: str | None = None,
+        output: ir.Value | None = None,
     ) -> None:
-        """Append an instruction that writes a new buffer, which becomes the node's first output.
+        """Append an instruction that writes a new buffer, which becomes `output`.
 
+        output: by default the node's first
         width: columns of the buffer, by default those of the first input
         rows: "tokens" or "logits", by default that of the first input's buffer
         """
@@ -172,19 +180,26 @@ class _Lowering:
         self.instructions.append(
             Instruction(op, out, 0, inputs, weights, function, dict(integers), dict(floats))
         )
-        self.views[node.outputs[0]] = View(out, 0, width)
+        self.views[output or node.outputs[0]] = View(out, 0, width)
 
     # Operators
 
     def _gather(self, node: ir.Node) -> None:
         table, indices = edit.operand(node, 0), edit.operand(node, 1)
-        if node.attributes.get_int("axis", 0) != 0:
-            raise _refusal(node, "it gathers columns")
+        axis = node.attributes.get_int("axis", 0)
+        if axis != 0:
+            self._gather_columns(node, axis)
+            return
         if indices.name == "input_ids" and self._is_constant(table):
             name = self._matrix(table, node)
             self._emit(node, "embed", weights=(name,), width=edit.dims(table)[1])
-        elif indices.name == "position_ids" and self._is_constant(table):
+        elif self.offsets.get(indices) == 0 and self._is_rotary(node):
             self.tables[node.outputs[0]] = table
+        elif indices in self.offsets and self._is_constant(table):
+            skip = self.offsets[indices]
+            name = self._matrix(table, node, skip)
+            self._limit_positions(node, self.matrices[name].rows)
+            self._emit(node, "embed_positions", weights=(name,), width=edit.dims(table)[1])
         elif indices.name == "logits_index":
             self._emit(node, "gather_rows", (self._view(node, 0),), rows="logits")
         else:
@@ -201,24 +216,61 @@ class _Lowering:
             raise _refusal(node, "it mixes tokens and features")
         self.views[node.outputs[0]] = view
 
+    def _is_rotary(self, node: ir.Node) -> bool:
+        """Return whether only rotary embeddings read the rows of a table."""
+        readers = [use.node for use in node.outputs[0].uses()]
+        return self._is_constant(edit.operand(node, 0)) and all(
+            reader.op_type == "RotaryEmbedding"
+            or (reader.op_type == "Reshape" and self._is_rotary_rows(reader))
+            for reader in readers
+        )
+
+    def _is_rotary_rows(self, node: ir.Node) -> bool:
+        return all(use.node.op_type == "RotaryEmbedding" for use in node.outputs[0].uses())
+
+    def _limit_positions(self, node: ir.Node, rows: int) -> None:
+        if self.positions not in (0, rows):
+            raise _refusal(node, f"its table has {rows} positions, another one {self.positions}")
+        self.positions = rows
+
+    def _gather_columns(self, node: ir.Node, axis: int) -> None:
+        indices = edit.operand(node, 1)
+        if not self._is_constant(indices):
+            raise _refusal(node, "it gathers columns by values of the step")
+        size = edit.dims(edit.operand(node, 0))[axis]
+        numbers = [int(index) % size for index in evaluate(indices).reshape(-1)]
+        if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+            raise _refusal(node, "it gathers columns that are not neighbours")
+        self._columns(node, node.outputs[0], axis, numbers[0], len(numbers))
+
     def _split(self, node: ir.Node) -> None:
-        view, offset = self._view(node, 0), 0
-        shape = edit.dims(edit.operand(node, 0))
-        if len(shape) != 2 or node.attributes.get_int("axis", 0) not in (1, -1):
-            raise _refusal(node, "it splits something else than features")
+        axis, shape = node.attributes.get_int("axis", 0), edit.dims(edit.operand(node, 0))
+        begin = 0
         for output in node.outputs:
-            width = edit.dims(output)[1]
-            self.views[output] = View(view.buffer, view.offset + offset, width)
-            offset += width
+            count = edit.dims(output)[axis % len(shape)]
+            self._columns(node, output, axis, begin, count)
+            begin += count
 
     def _slice(self, node: ir.Node) -> None:
-        view = self._view(node, 0)
         shape = edit.dims(edit.operand(node, 0))
         starts, ends, axes, *steps = (_integers(value) for value in node.inputs[1:])
-        if len(shape) != 2 or axes not in ([1], [-1]) or (steps and steps[0] != [1]):
-            raise _refusal(node, "it slices something else than columns")
-        start, end, _ = slice(starts[0], ends[0]).indices(shape[1])
-        self.views[node.outputs[0]] = View(view.buffer, view.offset + start, end - start)
+        if len(axes) != 1 or (steps and steps[0] != [1]):
+            raise _refusal(node, "it slices several axes, or with steps")
+        start, end, _ = slice(starts[0], ends[0]).indices(shape[axes[0] % len(shape)])
+        self._columns(node, node.outputs[0], axes[0], start, end - start)
+
+    def _columns(self, node: ir.Node, output: ir.Value, axis: int, begin: int, count: int) -> None:
+        """Lower some elements of an axis: to a view, or to a copy if they are no range of columns."""
+        view, shape = self._view(node, 0), edit.dims(edit.operand(node, 0))
+        axis %= len(shape)
+        if axis == 0 or begin < 0 or begin + count > shape[axis]:
+            raise _refusal(node, "it takes some of the tokens")
+        groups, inner = int(np.prod(shape[1:axis])), int(np.prod(shape[axis + 1 :]))
+        if groups == 1:
+            self.views[output] = View(view.buffer, view.offset + begin * inner, count * inner)
+            return
+        integers = {"groups": groups, "begin": begin * inner}
+        self._emit(node, "slice", (view,), integers=integers, width=groups * count * inner, output=output)
 
     def _concat(self, node: ir.Node) -> None:
         parts = [self._view(node, index) for index in range(len(node.inputs))]
@@ -270,12 +322,18 @@ class _Lowering:
     def _pow(self, node: ir.Node) -> None:
         exponent = edit.operand(node, 1)
         power = float(evaluate(exponent)) if self._is_constant(exponent) and not edit.dims(exponent) else 0.0
-        if power not in (0.5, 2.0):
-            raise _refusal(node, "its exponent is neither 2 nor 0.5")
-        self._unary(node, "square" if power == 2.0 else "sqrt")
+        if power not in (0.5, 2.0, 3.0):
+            raise _refusal(node, "its exponent is none of 0.5, 2 and 3")
+        self._unary(node, "sqrt" if power == 0.5 else "square")
+        if power == 3.0:
+            square = self.views[node.outputs[0]]
+            self._emit(node, "binary", (square, self._view(node, 0)), function="mul")
 
     def _binary(self, node: ir.Node, function: str) -> None:
         left, right = edit.operand(node, 0), edit.operand(node, 1)
+        if left in self.offsets and function == "add" and self._is_constant(right) and not edit.dims(right):
+            self.offsets[node.outputs[0]] = self.offsets[left] + int(evaluate(right))
+            return
         if self._is_constant(left):
             if function not in _COMMUTATIVE:
                 raise _refusal(node, "its first operand is a constant")
@@ -293,7 +351,7 @@ class _Lowering:
         if elements == 1:
             value = float(evaluate(right).reshape(()))
             self._emit(node, "scalar", (view,), function=function, floats={"value": value})
-        elif elements == view.width and edit.dims(right)[-1] == elements:
+        elif elements == view.width and edit.dims(right) == edit.dims(left)[-len(edit.dims(right)) :]:
             self._emit(node, "vector", (view,), function=function, weights=(self._constant(right),))
         else:
             raise _refusal(
@@ -326,12 +384,17 @@ class _Lowering:
         )
 
     def _layer_norm(self, node: ir.Node) -> None:
-        view = self._view(node, 0)
-        if len(edit.dims(edit.operand(node, 0))) != 2 or node.attributes.get_int("axis", -1) not in (-1, 1):
-            raise _refusal(node, "it normalizes over something else than features")
-        weights = tuple(self._constant(value) for value in node.inputs[1:] if value is not None)
-        epsilon = node.attributes.get_float("epsilon", 1e-5)
-        self._emit(node, "layer_norm", (view,), weights=weights, floats={"epsilon": float(epsilon)})
+        view, shape = self._view(node, 0), edit.dims(edit.operand(node, 0))
+        if node.attributes.get_int("axis", -1) not in (-1, len(shape) - 1):
+            raise _refusal(node, "it normalizes over more than the last axis")
+        self._emit(
+            node,
+            "layer_norm",
+            (view,),
+            weights=tuple(self._constant(value) for value in node.inputs[1:] if value is not None),
+            integers={"groups": view.width // shape[-1]},
+            floats={"epsilon": node.attributes.get_float("epsilon", 1e-5)},
+        )
 
     def _rope(self, node: ir.Node) -> None:
         view, shape = self._view(node, 0), edit.dims(edit.operand(node, 0))
@@ -340,7 +403,7 @@ class _Lowering:
             raise _refusal(node, "its angles do not come from tables")
         heads, width = shape[1] * shape[2], shape[3]
         rotated = node.attributes.get_int("rotary_embedding_dim", 0) or width
-        self.positions = edit.dims(cosine)[0]
+        self._limit_positions(node, edit.dims(cosine)[0])
         self._emit(
             node,
             "rope",
@@ -373,20 +436,21 @@ class _Lowering:
         )
 
     def _gemm(self, node: ir.Node) -> None:
-        transposed = {name: node.attributes.get_int(name, 0) for name in ("transA", "transB")}
-        if transposed != {"transA": 0, "transB": 1}:
-            raise _refusal(node, "its matrix is not transposed")
+        if node.attributes.get_int("transA", 0):
+            raise _refusal(node, "its activations are transposed")
         view, weight = self._view(node, 0), edit.operand(node, 1)
-        name, rows = self._matrix(weight, node), edit.dims(weight)[0]
+        transposed = not node.attributes.get_int("transB", 0)
+        name, rows = self._matrix(weight, node, transposed=transposed), edit.dims(weight)[int(transposed)]
         self._emit(node, "linear", (view,), weights=(name,), width=rows)
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None:
             out = self.views[node.outputs[0]]
             self._emit(node, "vector", (out,), function="add", weights=(self._constant(bias),))
 
-    def _matrix(self, weight: ir.Value, node: ir.Node) -> str:
-        """Record a matrix of the program and return its name."""
-        rows, columns = edit.dims(weight)
+    def _matrix(self, weight: ir.Value, node: ir.Node, skip: int = 0, *, transposed: bool = False) -> str:
+        """Record a matrix of the program, see `MatrixSource`, and return its name."""
+        rows, columns = edit.dims(weight)[::-1] if transposed else edit.dims(weight)
+        rows -= skip
         source = weight
         while (producer := source.producer()) is not None and producer.op_type == "Cast":
             source = edit.operand(producer, 0)
@@ -403,7 +467,12 @@ class _Lowering:
         elif producer is not None:
             dequantized = weight
         if name in self.matrices:
+            same = (self.matrices[name].rows, self.sources[name].skip, self.sources[name].transposed)
+            if same != (rows, skip, transposed):
+                raise _refusal(node, "its matrix is used in another way elsewhere")
             return name
+        if (skip or transposed) and producer is not None:
+            raise _refusal(node, "its matrix is quantized and not in rows of outputs")
         if dequantized is not None:
             self.matrices[name] = Matrix(rows, columns, "fp32")
             self.sources[name] = MatrixSource(source, None, dequantized)
@@ -414,7 +483,7 @@ class _Lowering:
         half = scales is not None and _scale_dtype(scales) == ir.DataType.FLOAT16
         scale_dtype: Literal["", "fp16", "fp32"] = "" if scales is None else "fp16" if half else "fp32"
         self.matrices[name] = Matrix(rows, columns, element, block, scale_dtype)
-        self.sources[name] = MatrixSource(source, scales)
+        self.sources[name] = MatrixSource(source, scales, transposed=transposed, skip=skip)
         return name
 
 

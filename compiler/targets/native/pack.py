@@ -53,7 +53,7 @@ def pack(matrix: Matrix, source: MatrixSource) -> np.ndarray:
         return pack_floats(evaluate(source.dequantized).astype(np.float32))
     data = evaluate(source.codes)
     if source.scales is None:
-        return pack_floats(data)
+        return pack_floats((data.T if source.transposed else data)[source.skip :])
     scales = evaluate(source.scales)
     scales = np.broadcast_to(
         scales.reshape(-1, 1) if scales.ndim < 2 else scales, (matrix.rows, _blocks(matrix))
