@@ -34,8 +34,8 @@ def first(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 
 def scales(bundle: Path) -> dict[str, float]:
-    tensors = read_header(bundle / "weights/model.safetensors")
-    return {name: float(ref.read()) for name, ref in tensors.items() if name.endswith(".input_scale")}
+    tensors = read_header(bundle / "weights/packed.safetensors")
+    return {name: float(ref.read()[0]) for name, ref in tensors.items() if name.endswith(".input_scale")}
 
 
 def test_fp8_scale_is_the_amax_of_the_table_over_448(first: Path) -> None:
