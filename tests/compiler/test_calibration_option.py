@@ -19,6 +19,7 @@ from llmc.compiler.quantize.round_to_nearest import quantize
 from llmc.compiler.request import BuildRequest
 from llmc.passes.quantize.formats import get_format
 from llmc.runtime.errors import BuildError, CheckpointError, RequestError
+from support.packed_weights import read_packed
 
 MODULES = "model.layers.0.self_attn.{}_proj"
 
@@ -146,10 +147,12 @@ def test_rounding_to_nearest(checkpoint: Callable[[str], Path], tmp_path: Path) 
     name = "model.layers.1.mlp.down_proj.weight"
     weight = Checkpoint.open(source).tensors[name].read()
     for bundle, fmt, search in ((int4, "int4", "mse"), (fp8, "fp8", "amax")):
-        written = read_header(bundle / "weights/model.safetensors")
+        written = read_packed(bundle)[0][name]
+        assert written.scales is not None
         expected = quantize(weight, get_format(fmt), name, search=search)
-        assert np.array_equal(written[name].read(), expected["weight"])
-        assert np.array_equal(written[f"{name}_scale"].read(), expected["weight_scale"])
+        assert np.array_equal(written.values, expected["weight"])
+        scales = np.broadcast_to(expected["weight_scale"], written.scales.shape)  # fp8 has one scale
+        assert np.array_equal(written.scales, scales)
         quantization = json.loads((bundle / "manifest.json").read_text())["quantization"]
         assert "largest_weight_errors" in quantization
         assert "largest_output_errors" not in quantization
