@@ -40,7 +40,7 @@ check: $(STAMP)  ## what CI runs: format, lint, types, import layers, all tests
 	.ci/checks $(BIN)
 	$(PYTEST)
 
-replay: $(STAMP)  ## a sha256 for every file of 32 small builds; COMPARE=FILE shows what an edit changed
+replay: $(STAMP)  ## a sha256 for every file of 45 small builds; COMPARE=FILE shows what an edit changed
 	@$(BIN)/python tests/replay.py $(if $(COMPARE),--compare $(COMPARE))
 
 docs: $(STAMP)  ## writes the reference pages that follow from the code

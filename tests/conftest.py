@@ -46,17 +46,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def bundle(
     checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """zoo name -> its bundle for the CPU, built once, without the verification step."""
+) -> Callable[..., Path]:
+    """zoo name and engine (None: the default) -> its bundle for the CPU, built once and not verified."""
     root = tmp_path_factory.mktemp("bundles")
 
-    def get(name: str) -> Path:
+    def get(name: str, engine: str | None = None) -> Path:
         from llmc.compiler.driver import compile_model
         from llmc.compiler.request import BuildRequest
+        from support.traces import share_traces
 
-        path = root / f"{name}.llmc"
+        path = root / (engine or "default") / f"{name}.llmc"
         if not path.exists():
-            compile_model(BuildRequest(str(checkpoint(name)), path, verify=False))
+            path.parent.mkdir(exist_ok=True)
+            with pytest.MonkeyPatch.context() as patch:
+                share_traces(patch)
+                compile_model(BuildRequest(str(checkpoint(name)), path, engine=engine, verify=False))
         return path
 
     return get
@@ -69,12 +73,3 @@ def stories() -> Path:
     if not path.is_dir():
         pytest.skip("the trained checkpoint stories260K is not on this machine")
     return path
-
-
-@pytest.fixture(scope="session")
-def stories_bundle(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from llmc.compiler.driver import compile_model
-    from llmc.compiler.request import BuildRequest
-
-    path = tmp_path_factory.mktemp("bundles") / "stories.llmc"
-    return compile_model(BuildRequest(str(stories), path, verify=False)).path

@@ -1,4 +1,4 @@
-"""Prints a sha256 for every file of 32 small builds: an edit that should change nothing prints the same.
+"""Prints a sha256 for every file of 45 small builds: an edit that should change nothing prints the same.
 
     make replay                                       # prints `sha256  case/file` lines
     make replay > before.txt; ...edit...; make replay COMPARE=before.txt
@@ -6,9 +6,10 @@
 With COMPARE the lines that differ go to stderr, and the exit code is 1 if there are any. The hashes hold for
 one machine and one set of library versions, so none are kept in the repository.
 
-The cases cover the formats, the engines of the CPU, TensorRT-RTX, quantized KV caches, and a sample of the
-families and of pre-quantized checkpoints. CPU bundles are built whole, without the verification. For TensorRT
-the graphs are hashed: the one for the parser, and the ones that stand in for the engine in the verification.
+The cases cover the formats, TensorRT-RTX, quantized KV caches, and a sample of the families and of
+pre-quantized checkpoints. On the CPU they are for the native engine, which is the default; some are also for
+the other engines. CPU bundles are built whole, without the verification. For TensorRT the graphs are
+hashed: the one for the parser, and the ones that stand in for the engine in the verification.
 """
 
 from __future__ import annotations
@@ -51,7 +52,6 @@ CPU = (
     ("gemma2-tiny", {"quant": "int8"}),
     ("gemma3-tiny", {"quant": "nvfp4-weight-only"}),
     ("qwen2-tiny", {"quant": "mxfp4"}),
-    ("llama-tiny", {"engine": "native", "quant": "int4"}),
     ("llama-tiny", {"quant": "fp8-per-channel", "calibration_method": "mse"}),
     ("tales", {"quant": "int4-block128"}),
     ("modelopt-fp8", {}),
@@ -62,6 +62,20 @@ CPU = (
     ("ct-int4-asymmetric", {}),
     ("ct-w8a8", {}),
     ("deepseek", {}),
+    ("llama-tiny", {"engine": "openvino"}),
+    ("llama-tiny-plain", {"engine": "openvino", "quant": "int8-smoothquant"}),
+    ("mistral-tiny", {"engine": "openvino", "quant": "int8"}),
+    ("qwen2-tiny", {"engine": "openvino", "quant": "int4"}),
+    ("qwen3-tiny", {"engine": "openvino", "kv_dtype": "int8"}),
+    ("gemma3-tiny", {"engine": "openvino", "quant": "nvfp4-weight-only"}),
+    ("qwen2-tiny", {"engine": "openvino", "quant": "mxfp4"}),
+    ("modelopt-fp8-block", {"engine": "openvino"}),
+    ("ct-int4-asymmetric", {"engine": "openvino"}),
+    ("ct-w8a8", {"engine": "openvino"}),
+    ("gemma2-tiny", {"engine": "onnxruntime"}),
+    ("qwen3-tiny", {"engine": "onnxruntime", "quant": "fp8"}),
+    ("phi3-tiny", {"engine": "onnxruntime", "quant": "nvfp4"}),
+    ("ct-nvfp4", {"engine": "onnxruntime"}),
 )
 TENSORRT = (
     ("llama-tiny", {"dtype": "bf16"}),

@@ -15,6 +15,7 @@ import pytest
 from llmc.cli import bench, doctor, errors, main, output, progress, run, text
 from llmc.compiler.request import TARGETS
 from llmc.passes.quantize.formats import FORMATS
+from llmc.plugins.cpu import library
 from llmc.runtime.sampling import SamplingParams
 from support.waiting import LONG, wait_until
 
@@ -204,8 +205,14 @@ def test_help_imports_nothing_heavy():
 
 def test_run_does_not_import_what_only_a_build_needs(tiny):
     modules = imported_by("run", tiny, "Once", "--chat", "--max-tokens", "2")
-    assert "openvino" in modules
-    assert not modules & (NEVER_TO_RUN | {"onnxruntime"})
+    assert not modules & (NEVER_TO_RUN | {"openvino", "onnxruntime"})
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_run_imports_the_library_of_its_engine_alone(bundle, name):
+    modules = imported_by("run", bundle("llama-tiny", name), "Once", "--max-tokens", "2")
+    assert modules & {"openvino", "onnxruntime"} == {name}
+    assert not modules & NEVER_TO_RUN
 
 
 # zoo
@@ -244,7 +251,7 @@ def test_inspect(llmc, tiny):
     lines = dict(line.split(maxsplit=1) for line in facts.splitlines())
     assert lines["name"] == "llama-tiny"
     assert lines["source"] == "llama-tiny (llama, LlamaForCausalLM, float32)"
-    assert lines["engine"].startswith("openvino on cpu: ")
+    assert lines["engine"] == "native on cpu: it runs every layer of this model"
     assert lines["model"] == ("2 layers, hidden size 64, 4 heads, 2 KV heads of 16, vocabulary 384")
     assert lines["attention"] == "2 full"
     assert lines["context"].startswith("256 tokens")
@@ -443,16 +450,20 @@ def test_bench_as_json(llmc, tiny):
 def test_doctor(llmc):
     out = llmc("doctor")
     assert re.search(r"^OpenVINO +its attention passed the test$", out, re.MULTILINE)
-    assert re.search(r"^openvino +llmc run +==2026\.4\.\* +2026\.4\.\d+$", out, re.MULTILINE)
+    assert re.search(r"^openvino +--engine openvino +==2026\.4\.\* +2026\.4\.\d+$", out, re.MULTILINE)
+    assert re.search(r"^onnxruntime +--engine onnxruntime +>=[\d.]+ +[\d.]+$", out, re.MULTILINE)
+    assert re.search(rf"^native engine +{library.choose()}$", out, re.MULTILINE)
     record = json.loads(llmc("doctor", "--json"))
     assert record["run"] is record["build"] is True
-    gpu = {library["name"] for library in record["libraries"] if library["extra"] == "tensorrt"}
+    gpu = {one["name"] for one in record["libraries"] if one["extra"] == "tensorrt"}
     assert gpu == {"tensorrt", "cuda-python"}
-    missing = {library["name"] for library in record["libraries"] if not library["fits"]}
+    missing = {one["name"] for one in record["libraries"] if not one["fits"]}
     assert record["tensorrt"] == (not missing & {"triton", *gpu})
     assert record["tensorrt-rtx"] == (not missing & {"triton", "tensorrt-rtx", "cuda-python"})
     assert record["openvino_attention"] == {"passed": True, "fault": None}
-    assert {"torch", "numpy"} <= {library["name"] for library in record["libraries"]}
+    assert record["native_engine"]["fault"] is None
+    assert not {"openvino", "onnxruntime"} & {one["name"] for one in record["libraries"] if not one["extra"]}
+    assert {"torch", "numpy"} <= {one["name"] for one in record["libraries"]}
 
 
 @pytest.mark.parametrize(
@@ -482,7 +493,7 @@ def test_build_dry_run(llmc, checkpoint, tmp_path):
     facts, passes = out.split("\n\n")
     assert "family        llama: a family with a recipe\n" in facts
     assert "context       64 tokens\n" in facts
-    assert "engine        openvino on cpu, fp32: its paged attention takes" in facts
+    assert "engine        native on cpu, fp32: it runs every layer of this model\n" in facts
     assert re.search(r"^weights +\d+ KiB to write \([\d,]+ bytes\)$", facts, re.MULTILINE)
     assert re.search(r"^verification +needs about \d+ MiB of memory, ", facts, re.MULTILINE)
     header, *rows = [line.split() for line in passes.splitlines()]
@@ -509,7 +520,7 @@ def test_build_names_the_bundle_after_the_checkpoint(llmc, checkpoint, tmp_path,
     out = llmc("build", checkpoint("llama-tiny"), "--no-verify")
     first, second = out.splitlines()
     assert re.fullmatch(
-        r"llama-tiny.llmc: \d+ KiB, openvino on cpu, fp32, 256 tokens of context, built in [\d.]+ s", first
+        r"llama-tiny.llmc: \d+ KiB, native on cpu, fp32, 256 tokens of context, built in [\d.]+ s", first
     )
     assert second == "not verified: switched off with --no-verify"
     assert os.listdir(tmp_path) == ["llama-tiny.llmc"]

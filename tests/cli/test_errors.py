@@ -217,7 +217,7 @@ def test_output_exists(fails, model, tiny):
 
 
 def test_force_replaces_a_bundle(capsys, model, tiny):
-    (tiny / "rank0.onnx").write_bytes(b"damaged")
+    (tiny / "rank0.program.json").write_bytes(b"damaged")
     assert main.main(["build", str(model), "-o", str(tiny), "--no-verify", "--force"]) == 0
     assert main.main(["inspect", str(tiny), "--verify"]) == 0
     assert without_phases(capsys.readouterr().err) == []
@@ -321,8 +321,8 @@ def test_interrupted_build_leaves_nothing(model, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     with child:
-        graph = ".new.llmc.tmp-*/rank0.onnx"  # written: the child is hashing or verifying now
-        wait_until(lambda: list((tmp_path / "out").glob(graph)) or child.poll() is not None)
+        program = ".new.llmc.tmp-*/rank0.program.json"  # written: the child is hashing or verifying now
+        wait_until(lambda: list((tmp_path / "out").glob(program)) or child.poll() is not None)
         assert child.poll() is None, child.stderr.read()
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=LONG)
@@ -361,13 +361,13 @@ def test_not_a_bundle(fails, model, tmp_path):
 
 @pytest.mark.parametrize("command", [["run", "Once"], ["inspect", "--verify"], ["verify"], ["bench"]])
 def test_changed_byte(fails, tiny, command):
-    with open(tiny / "weights" / "model.safetensors", "r+b") as file:
+    with open(tiny / "weights" / "packed.safetensors", "r+b") as file:
         file.seek(-1000, os.SEEK_END)
         byte = file.read(1)[0]
         file.seek(-1000, os.SEEK_END)
         file.write(bytes([byte ^ 1]))
     error, hint = fails(command[0], tiny, *command[1:])
-    assert "'weights/model.safetensors' is damaged" in error
+    assert "'weights/packed.safetensors' is damaged" in error
     assert "copy the bundle again" in hint
 
 

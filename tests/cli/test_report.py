@@ -135,9 +135,7 @@ def test_the_figures_are_those_of_inspect(tiny: Path, capsys: pytest.CaptureFixt
     assert f"{size(record['bytes'])}on disk" in page.text
     assert f"{size(token)} a token" in page.text
     assert manifest["verification"]["reason"] in page.text
-    assert page.facts["requires"] == [
-        ", ".join(f"{name} {version}" for name, version in manifest["target"]["requires"].items())
-    ]
+    assert (page.facts["requires"], manifest["target"]["requires"]) == (["nothing besides llmc"], {})
     assert page.facts["context"] == ["1 sequence", "4 sequences", "16 sequences", "64 sequences"]
     for tokens in (32, 64, 128, 256):
         assert page.facts[f"{tokens}"] == [size(count * tokens * token) for count in (1, 4, 16, 64)]
@@ -303,7 +301,7 @@ def test_open_fields_may_hold_anything(tiny: Path, odd: Any) -> None:
     ):
         manifest = replace(
             sound,
-            precision=replace(sound.precision, kv_dtype="u8"),
+            precision=replace(sound.precision, kv_dtype="int8"),
             quantization={"format": odd, "modules": odd, "largest_output_errors": odd}
             | {"largest_weight_errors": {"x": odd}},
             verification=replace(sound.verification, details=details),
@@ -383,7 +381,7 @@ def measured(bundle: Bundle, **changed: Any) -> dict[str, Any]:
         "prefill_tokens_per_second": 12345.6,
         "decode_tokens_per_second": 210.4,
     }
-    record = {"command": "bench", "ok": True, "source": "llama-tiny", "engine": "openvino"}
+    record = {"command": "bench", "ok": True, "source": "llama-tiny", "engine": "native"}
     record |= {"precision": precision, "weights": "float32", "prompt_tokens": 128, "new_tokens": 64}
     record |= {"concurrency": 1, "median": median, "machine": {"cpu": "A <fast> CPU", "cores": 2}}
     return record | changed
@@ -408,6 +406,7 @@ def test_measurements(tiny: Path) -> None:
     [
         ({"source": "other"}, "measured on another bundle than llama-tiny"),
         ({"weights": "int4"}, "measured on another bundle than llama-tiny"),
+        ({"engine": "openvino"}, "measured on another bundle than llama-tiny"),
         ({"command": "run"}, "not an object that `llmc bench --json` prints"),
         ({"ok": False}, "not an object that `llmc bench --json` prints"),
         ({"median": None}, "not an object that `llmc bench --json` prints"),

@@ -123,15 +123,15 @@ def test_the_recorded_figures(llmc: Any, quantized: Path) -> None:
 
 def test_a_quantized_cache_must_meet_the_thresholds_too(llmc: Any, quantized: Path) -> None:
     """The losses of the weights and of the cache are measured apart, and an engine has both."""
-    cache = {"kv_dtype": "u8", "mean_kl": 0.0037, "positions": 148, "top1_agreement_without_ties": 0.88}
+    cache = {"kv_dtype": "int8", "mean_kl": 0.0037, "positions": 148, "top1_agreement_without_ties": 0.88}
     rewrite(
         quantized,
         verification=replace(PASSED, details={"quantization_loss": LOSS, "kv_cache_loss": cache}),
-        precision=Precision("fp32", "u8"),
+        precision=Precision("fp32", "int8"),
     )
     code, out, errors = llmc("verify", quantized, "--min-top1", "0.89", "--max-kl", "0.05")
     assert code == 3
-    assert "KV cache u8" in out
+    assert "KV cache int8" in out
     assert "apart from these: mean KL 0.0037, top-1 agreement 0.8800" in out
     assert "top-1 agreement 0.8962 (at least 0.89)" in out
     assert "mean KL of the KV cache 0.0037 (at most 0.05)" in out
@@ -238,7 +238,7 @@ def test_an_unquantized_bundle_that_was_verified_has_lost_nothing(llmc: Any, tin
     code, out, errors = llmc("verify", tiny, *options)
     assert (code, errors) == (0, [])
     assert "ok               mean KL not lost: unquantized and verified (at most 0)" in out
-    rewrite(tiny, precision=Precision("fp32", "u8"))  # its cache may lose something
+    rewrite(tiny, precision=Precision("fp32", "int8"))  # its cache may lose something
     assert llmc("verify", tiny, *options)[0] == 3
 
 
@@ -366,14 +366,15 @@ def test_too_little_memory(llmc: Any, tiny: Path, tmp_path: Path, monkeypatch: p
 def test_perplexity_of_the_engine_alone(llmc: Any, tiny: Path, tmp_path: Path) -> None:
     """It equals the definition, computed from the logits of whole windows."""
     from llmc.compiler.verify.engine_logits import ragged
-    from llmc.runtime.backends.openvino.backend import OpenVinoBackend
+    from llmc.runtime.backends import load_backend
+    from llmc.runtime.backends.base import EngineFile, LoadOptions
 
     text = "The king said: 'Go home.' " * 30
     (tmp_path / "t.txt").write_text(text)
     record = json.loads(llmc("verify", tiny, "--text", tmp_path / "t.txt", "--json")[1])
     bundle = Bundle.open(tiny)
     windows = texts.windows_of(text, bundle.path / "tokenizer/tokenizer.json", 384, 256, most=64)
-    logits = ragged(OpenVinoBackend(bundle.engine_path(), 64), windows)
+    logits = ragged(load_backend(EngineFile.of(bundle), LoadOptions(kv_blocks=64)), windows)
     losses = []
     for ids, rows in zip(windows, logits, strict=True):
         exact = rows.astype(np.float64)

@@ -26,6 +26,7 @@ from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, CheckpointError, VerificationError
 from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
+from support.packed_weights import read_packed
 
 
 class Notes(Silent):
@@ -86,8 +87,8 @@ def test_two_verified_builds_are_byte_identical(checkpoint: Callable[[str], Path
     assert not any(str(tmp_path).encode() in file.read_bytes() for file in first.path.rglob("*.onnx"))
 
 
-def test_the_engine_file_is_valid_onnx_with_weights_outside(bundle: Callable[[str], Path]) -> None:
-    path = Bundle.open(bundle("qwen3-tiny")).engine_path()
+def test_the_file_for_openvino_is_valid_onnx_with_weights_outside(bundle: Callable[..., Path]) -> None:
+    path = Bundle.open(bundle("qwen3-tiny", "openvino")).engine_path()
     onnx.checker.check_model(str(path))
     model = onnx.load(str(path), load_external_data=False)
     assert [function.name for function in model.functions] == ["PagedAttention"]
@@ -96,44 +97,21 @@ def test_the_engine_file_is_valid_onnx_with_weights_outside(bundle: Callable[[st
 
 
 def test_tied_weights_are_stored_once_and_values_are_the_checkpoints(
-    checkpoint: Callable[[str], Path], bundle: Callable[[str], Path]
+    checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
-    check_weights(bundle("qwen3-tiny"), checkpoint("qwen3-tiny"))
-
-
-def check_weights(bundle: Path, checkpoint: Path) -> None:
-    """Every tensor of the checkpoint stands in the bundle once, in fp32; fused ones one after the other.
-    bf16 matrices are there as fp16 times a power of two."""
-    source = Checkpoint.open(checkpoint).tensors
-    written = read_header(bundle / "weights" / "model.safetensors")
-    names = [part for name in written for part in name.split("|") if part in source]
-    assert sorted(names) == sorted(source)
-    for name, ref in written.items():
-        parts = [source[part].read().astype(np.float32) for part in name.split("|") if part in source]
-        if not parts:
-            continue
-        expected, found = np.concatenate(parts), ref.read().astype(np.float32)
-        if ref.dtype == "F16":
-            power = np.log2(np.abs(found).max() / np.abs(expected).max())
-            assert power == int(power)
-            expected *= np.float32(2.0**power)
-        assert np.array_equal(found, expected)
-
-
-def test_16_bit_weights_become_fp32_exactly(tmp_path: Path) -> None:
-    source = make("llama-tiny", tmp_path / "fp32")
-    half = tmp_path / "bf16"
-    shutil.copytree(source, half)
-    config = json.loads((half / "config.json").read_text())
-    from llmc.compiler import zoo
-
-    (half / "model.safetensors").unlink()
-    zoo.write_weights(half, zoo._weights(half), "bfloat16", 3)
-    (half / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    result = compile_model(BuildRequest(str(half), tmp_path / "bf16.llmc"))
-    assert result.manifest.source.dtype == "bfloat16"
-    assert result.manifest.verification.status == "passed"
-    check_weights(result.path, half)
+    """Of 16-bit checkpoints tests/passes/test_keep_16bit_weights.py checks it."""
+    source = Checkpoint.open(checkpoint("qwen3-tiny")).tensors
+    packed, vectors = read_packed(bundle("qwen3-tiny"))
+    native = {**{name: matrix.values for name, matrix in packed.items()}, **vectors}
+    header = read_header(bundle("qwen3-tiny", "openvino") / "weights" / "model.safetensors")
+    for written in (native, {name: ref.read() for name, ref in header.items()}):
+        names = [part for name in written for part in name.split("|") if part in source]
+        assert sorted(names) == sorted(source)  # each once
+        for name, found in written.items():
+            parts = [source[part].read() for part in name.split("|") if part in source]
+            if parts:  # no rotary table
+                assert found.dtype == np.float32
+                assert np.array_equal(found, np.concatenate(parts))
 
 
 def test_a_plan_writes_nothing(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

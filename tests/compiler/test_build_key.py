@@ -69,7 +69,7 @@ def test_a_damaged_bundle_and_one_of_an_older_llmc_are_not(
     old = Path(shutil.copytree(request_again.output, tmp_path / "old.llmc"))
     edit(old)
     damaged = Path(shutil.copytree(request_again.output, tmp_path / "damaged.llmc"))
-    with open(damaged / "rank0.onnx", "r+b") as file:
+    with open(damaged / "rank0.program.json", "r+b") as file:
         file.write(b"damaged")
     for output in (old, damaged):
         with pytest.raises(BuildError, match="exists"):

@@ -142,7 +142,7 @@ def test_a_second_build_runs_no_layer_and_has_the_same_bytes(
     run = run_layers.Piece.__call__
     monkeypatch.setattr(run_layers.Piece, "__call__", lambda *args: (runs.append(1), run(*args))[1])
     again = compile_model(replace(request, output=tmp_path / "b.llmc")).path
-    for file in ("weights/model.safetensors", "calibration.json", "rank0.onnx"):
+    for file in ("weights/packed.safetensors", "calibration.json", "rank0.program.json"):
         assert (first / file).read_bytes() == (again / file).read_bytes()
     compile_model(replace(request, output=tmp_path / "c.llmc", quant="fp8"))
     assert not runs

@@ -19,6 +19,7 @@ from llmc.compiler.quantize.round_to_nearest import quantize
 from llmc.compiler.request import BuildRequest
 from llmc.passes.quantize.formats import get_format
 from llmc.runtime.errors import BuildError, CheckpointError, RequestError
+from support.packed_weights import read_packed
 
 MODULES = "model.layers.0.self_attn.{}_proj"
 
@@ -34,8 +35,8 @@ def first(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 
 def scales(bundle: Path) -> dict[str, float]:
-    tensors = read_header(bundle / "weights/model.safetensors")
-    return {name: float(ref.read()) for name, ref in tensors.items() if name.endswith(".input_scale")}
+    tensors = read_header(bundle / "weights/packed.safetensors")
+    return {name: float(ref.read()[0]) for name, ref in tensors.items() if name.endswith(".input_scale")}
 
 
 def test_fp8_scale_is_the_amax_of_the_table_over_448(first: Path) -> None:
@@ -146,10 +147,12 @@ def test_rounding_to_nearest(checkpoint: Callable[[str], Path], tmp_path: Path) 
     name = "model.layers.1.mlp.down_proj.weight"
     weight = Checkpoint.open(source).tensors[name].read()
     for bundle, fmt, search in ((int4, "int4", "mse"), (fp8, "fp8", "amax")):
-        written = read_header(bundle / "weights/model.safetensors")
+        written = read_packed(bundle)[0][name]
+        assert written.scales is not None
         expected = quantize(weight, get_format(fmt), name, search=search)
-        assert np.array_equal(written[name].read(), expected["weight"])
-        assert np.array_equal(written[f"{name}_scale"].read(), expected["weight_scale"])
+        assert np.array_equal(written.values, expected["weight"])
+        scales = np.broadcast_to(expected["weight_scale"], written.scales.shape)  # fp8 has one scale
+        assert np.array_equal(written.scales, scales)
         quantization = json.loads((bundle / "manifest.json").read_text())["quantization"]
         assert "largest_weight_errors" in quantization
         assert "largest_output_errors" not in quantization

@@ -45,6 +45,7 @@ from llmc.runtime.installation import upgrade_hint
 from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
 from support.passes import lower_for_tensorrt, oracle_graph, set_kv_scales
+from support.traces import share_traces
 
 needs_tensorrt = pytest.mark.skipif(
     not build.is_installed("tensorrt_rtx"), reason="the package tensorrt-rtx is not installed"
@@ -336,14 +337,18 @@ def test_a_bundle_with_an_fp8_cache(built: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
-def test_an_int8_cache_on_the_cpu(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    result = compile_model(BuildRequest(str(checkpoint("llama-tiny")), tmp_path / "x.llmc", kv_dtype="int8"))
+@pytest.mark.parametrize(("engine", "held"), [("native", "int8"), ("openvino", "u8")])
+def test_an_int8_cache_on_the_cpu(
+    engine: str, held: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    request = BuildRequest(str(checkpoint("llama-tiny")), tmp_path / "x.llmc", engine=engine, kv_dtype="int8")
+    result = compile_model(request)
     manifest = result.manifest
-    assert (manifest.precision.dtype, manifest.precision.kv_dtype) == ("fp32", "u8")
+    assert (manifest.precision.dtype, manifest.precision.kv_dtype) == ("fp32", held)
     assert manifest.verification.status == "passed"
     assert manifest.verification.max_logit_error is not None
     loss = manifest.verification.details["kv_cache_loss"]
-    assert (loss["kv_dtype"], loss["positions"]) == ("u8", manifest.verification.tokens_compared)
+    assert (loss["kv_dtype"], loss["positions"]) == (held, manifest.verification.tokens_compared)
     # Verification is in fp32; 8 bits lose more than its bound allows, and not much.
     assert manifest.verification.max_logit_error < 1e-4 < loss["max_logit_error"] < 1
     assert 0 < loss["mean_kl"] < 0.01
@@ -355,12 +360,19 @@ def test_an_int8_cache_on_the_cpu(checkpoint: Callable[[str], Path], tmp_path: P
 
 
 def test_the_dry_run_shows_the_cache(
-    checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """OpenVINO's cache of int8 is called u8."""
+    share_traces(monkeypatch)
     command = ["build", str(checkpoint("llama-tiny")), "-o", str(tmp_path / "x.llmc"), "--dry-run"]
     assert main.main([*command, "--kv-dtype", "int8", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["precision"] == {"dtype": "fp32", "kv_dtype": "u8"}
+    assert json.loads(capsys.readouterr().out)["precision"] == {"dtype": "fp32", "kv_dtype": "int8"}
     assert main.main([*command, "--kv-dtype", "int8"]) == 0
+    assert "KV cache      int8, " in capsys.readouterr().out
+    assert main.main([*command, "--kv-dtype", "int8", "--engine", "openvino"]) == 0
     assert "KV cache      u8, " in capsys.readouterr().out
     assert main.main(command) == 0
     assert "KV cache      fp32, " in capsys.readouterr().out
@@ -370,7 +382,7 @@ def test_the_dry_run_shows_the_cache(
     ("target", "dtype", "kv_dtype", "held"),
     [
         ("cpu", "fp32", "auto", "fp32"),
-        ("cpu", "fp32", "int8", "u8"),
+        ("cpu", "fp32", "int8", "int8"),
         ("tensorrt-rtx", "bf16", "auto", "bf16"),
         ("tensorrt-rtx", "fp16", "fp8", "fp8"),
         ("tensorrt", "bf16", "fp8", "fp8"),
@@ -399,17 +411,31 @@ def test_caches_that_a_target_has_not(target: str, kv_dtype: Any, message: str, 
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("gemma2-tiny", {}, "has an attention softcap"),
-        ("llama-tiny", {"quant": "fp8"}, "rounds activations to 8 or 4 bits"),
+        ("llama-tiny", {"engine": "onnxruntime"}, "ONNX Runtime cannot .*: it has no KV cache of int8"),
+        ("gemma2-tiny", {"engine": "openvino"}, "OpenVINO cannot .* has an attention softcap"),
+        (
+            "llama-tiny",
+            {"engine": "openvino", "quant": "fp8"},
+            "OpenVINO cannot .* it leaves out the rounding",
+        ),
     ],
 )
-def test_onnx_runtime_has_no_int8_cache(
-    name: str, options: dict[str, Any], reason: str, checkpoint: Callable[[str], Path], tmp_path: Path
+def test_engines_that_cannot_run_a_model_with_an_int8_cache(
+    name: str,
+    options: dict[str, Any],
+    reason: str,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The native engine runs each of them."""
+    share_traces(monkeypatch)
     request = BuildRequest(str(checkpoint(name)), tmp_path / "x.llmc", kv_dtype="int8", **options)
-    with pytest.raises(UnsupportedError, match=f"ONNX Runtime must run this model: .*{reason}") as error:
+    with pytest.raises(UnsupportedError, match=reason) as error:
         plan_build(request)
-    assert error.value.hint == "leave --kv-dtype out"
+    assert error.value.hint == "leave --engine out"
+    plan, _ = plan_build(replace(request, engine=None))
+    assert (plan.target.engine, plan.resolved.kv_dtype) == ("native", "int8")
 
 
 # Bundles.
@@ -419,13 +445,24 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.mark.parametrize(
-    ("version", "kv_dtype", "engine"), [(1, "fp8", "openvino"), (2, "u8", "tensorrt-rtx")]
+    ("version", "kv_dtype", "engine"),
+    [
+        (1, "fp8", "openvino"),
+        (1, "int8", "openvino"),
+        (1, "u8", "native"),
+        (2, "u8", "tensorrt-rtx"),
+        (2, "int8", "tensorrt-rtx"),
+    ],
 )
 def test_a_manifest_whose_engine_cannot_hold_its_cache_is_refused(
     version: int, kv_dtype: Any, engine: str
 ) -> None:
     manifest = Manifest.from_json((GOLDEN / f"format-{version}.llmc/manifest.json").read_bytes())
-    other = replace(manifest, precision=replace(manifest.precision, kv_dtype=kv_dtype))
+    other = replace(
+        manifest,
+        precision=replace(manifest.precision, kv_dtype=kv_dtype),
+        target=replace(manifest.target, engine=engine),
+    )
     with pytest.raises(BundleError, match=rf"precision\.kv_dtype.*{kv_dtype} is no KV cache of {engine}"):
         other.to_json()
 

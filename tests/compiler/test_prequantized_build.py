@@ -39,8 +39,10 @@ from llmc.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from llmc.runtime.backends.openvino.backend import OpenVinoBackend
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import Manifest
+from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import UnsupportedError
 from llmc.runtime.load import load_engine
+from support.packed_weights import read_packed
 from support.passes import oracle_graph
 from support.quantized_layouts import (
     BF16,
@@ -168,9 +170,9 @@ def logits(backend: Backend, ids: np.ndarray) -> np.ndarray:
     return backend.forward(step).copy()
 
 
-def errors(made: Written, bundle: Path, engine: str, sequences: Sequences) -> list[float]:
+def errors(made: Written, bundle: Path, sequences: Sequences) -> list[float]:
     """Return the largest error of each sequence's logits, relative to the largest logit, or to 10."""
-    backend = load_backend(EngineFile(engine, bundle / "rank0.onnx"), LoadOptions(kv_blocks=4))
+    backend = load_backend(EngineFile.of(Bundle.open(bundle)), LoadOptions(kv_blocks=4))
     return [
         float(np.abs(logits(backend, ids) - expected).max() / max(1, np.abs(expected).max() / 10))
         for ids, expected in zip(sequences, reference(made, sequences), strict=True)
@@ -183,8 +185,7 @@ def assert_equal(made: Written, bundle: Path, rounds_inputs: bool) -> None:
     With activation quantization, about one input in 100,000 lies so near a tie that it is rounded to the
     other side, and the rest of its sequence differs.
     """
-    engine = "onnxruntime" if rounds_inputs else "openvino"
-    found = errors(made, bundle, engine, SHORT if rounds_inputs else LONG)
+    found = errors(made, bundle, SHORT if rounds_inputs else LONG)
     assert sum(one < 1e-4 for one in found) > len(found) / 2, found
 
 
@@ -195,13 +196,15 @@ def test_every_layout_equals_the_dequantized_model(layout: str, model_type: str,
     made = checkpoint(tmp_path, layout, model_type=model_type)
     manifest = build(made, tmp_path / "x.llmc")
     static = layout in ("modelopt-fp8", "ct-fp8") or "nvfp4" in layout
-    assert manifest.target.engine == ("onnxruntime" if static else "openvino")
+    assert manifest.target.engine == "native"
     assert manifest.quantization is not None
     assert manifest.quantization["modules"] == 14
     listed = " (in its list of exceptions)" if layout != "deepseek" else ""
     assert manifest.quantization["kept"] == {"lm_head": f"not quantized in the checkpoint{listed}"}
     assert {one.name: one.matches for one in manifest.passes}["fuse-linears"] == 4
     assert_equal(made, tmp_path / "x.llmc", static)
+    build(made, tmp_path / "onnx.llmc", engine="onnxruntime" if static else "openvino")
+    assert_equal(made, tmp_path / "onnx.llmc", static)
 
 
 @pytest.mark.slow
@@ -210,7 +213,7 @@ def test_layers_with_different_global_scales_are_not_fused(tmp_path: Path) -> No
     manifest = build(made, tmp_path / "x.llmc")
     [fuse] = [one for one in manifest.passes if one.name == "fuse-linears"]
     assert (fuse.matches, fuse.near_misses) == (0, 4)
-    names = read_header(tmp_path / "x.llmc/weights/model.safetensors").keys()
+    names = read_header(tmp_path / "x.llmc/weights/packed.safetensors").keys()
     assert f"{Q0}.weight" in names
     assert not any("|" in name for name in names)
     assert_equal(made, tmp_path / "x.llmc", True)
@@ -250,13 +253,25 @@ def test_mixed_formats_and_unquantized_layers(tmp_path: Path) -> None:
 
 def test_weights_file_has_the_checkpoints_codes(tmp_path: Path) -> None:
     made = checkpoint(tmp_path, "ct-fp8-dynamic")
-    build(made, tmp_path / "x.llmc")
-    written = read_header(tmp_path / "x.llmc/weights/model.safetensors")
     parts = [f"model.layers.0.self_attn.{one}_proj" for one in "qkv"]
-    for last in ("weight", "weight_scale"):
+    expected = {
+        last: np.concatenate([made.tensors[f"{part}.{last}"].reshape(-1) for part in parts])
+        for last in ("weight", "weight_scale")
+    }
+    build(made, tmp_path / "native.llmc")
+    packed, _ = read_packed(tmp_path / "native.llmc")
+    fused = packed["|".join(f"{part}.weight" for part in parts)]
+    assert fused.scales is not None
+    assert fused.values.tobytes() == expected["weight"].tobytes()
+    assert np.array_equal(fused.scales.reshape(-1), expected["weight_scale"].astype(np.float32))
+    assert packed["lm_head.weight"].element == "bf16"
+    assert np.array_equal(packed["lm_head.weight"].values, made.tensors["lm_head.weight"])
+
+    build(made, tmp_path / "x.llmc", engine="openvino")
+    written = read_header(tmp_path / "x.llmc/weights/model.safetensors")
+    for last, array in expected.items():
         stored = written["|".join(f"{part}.{last}" for part in parts)]
-        expected = np.concatenate([made.tensors[f"{part}.{last}"].reshape(-1) for part in parts])
-        assert stored.read().tobytes() == expected.tobytes()
+        assert stored.read().tobytes() == array.tobytes()
     assert written["lm_head.weight"].dtype == "F16"  # bf16 times a power of two
     backend = OpenVinoBackend(tmp_path / "x.llmc/rank0.onnx", 4)
     inside = backend._request.get_compiled_model().get_runtime_model().get_ops()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -23,9 +24,18 @@ from llmc.runtime.backends.openvino.backend import OpenVinoBackend
 from llmc.runtime.bundle.quantization_errors import QuantizationErrors
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, RequestError
+from support.packed_weights import read_packed
+from support.traces import share_traces
 
 TINY = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 TALES = Path(__file__).parents[2] / "model_zoo/llama/tales"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_trace() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        share_traces(patch)
+        yield
 
 
 def build(checkpoint: Path, output: Path, fmt: str, **options: object) -> dict[str, object]:
@@ -63,13 +73,13 @@ def test_manifest_names_the_least_accurate_layers(
     worst = quantization[f"largest_{what}_errors"]
     assert len(worst) == 5
     if fmt == "int8":
-        tensors, written = Checkpoint.open(TALES).tensors, read_header(bundle / "weights/model.safetensors")
+        tensors, (written, _) = Checkpoint.open(TALES).tensors, read_packed(bundle)
         errors = {}
         for layer in range(5):
             for projection in ("self_attn.o_proj", "mlp.down_proj"):  # (the others lie joined in the file)
                 name = f"model.layers.{layer}.{projection}.weight"
-                wide, codes = tensors[name].read().astype(np.float64), written[name].read().astype(np.float64)
-                lost = wide - codes * written[f"{name}_scale"].read()[:, None]
+                wide = tensors[name].read().astype(np.float64)
+                lost = wide - written[name].exact
                 errors[name.removesuffix(".weight")] = np.linalg.norm(lost) / np.linalg.norm(wide)
         shared = worst.keys() & errors.keys()
         assert shared
@@ -89,13 +99,41 @@ def test_manifest_names_the_least_accurate_layers(
     assert f"worst layers relative error of the {what}: {listed}" in shown
 
 
+@pytest.fixture(scope="module")
+def for_openvino(built: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The same for OpenVINO, not verified."""
+    output = tmp_path_factory.mktemp("openvino") / "tales.llmc"
+    build(TALES, output, built[1], engine="openvino", verify=False)
+    return output, built[1]
+
+
+FUSED = [f"model.layers.0.self_attn.{one}_proj.weight" for one in "qkv"]
+
+
 def test_weights_file_has_the_codes_and_scales(built: tuple[Path, str]) -> None:
     bundle, fmt = built
-    source = Checkpoint.open(TALES).tensors
+    written, _ = read_packed(bundle)
+    fused = written["|".join(FUSED)]
+    assert fused.scales is not None
+    scales = fused.scales if fmt == "int4" else fused.scales[:, 0]
+    check_codes({"weight": fused.values, "weight_scale": scales}, fmt)
+    assert fused.element == fmt
+    assert written["model.embed_tokens.weight"].element == "bf16"
+    assert written["lm_head.weight"].element == "int8"  # tied, and yet of its own
+
+
+def test_weights_file_for_openvino_has_the_codes_and_scales(for_openvino: tuple[Path, str]) -> None:
+    bundle, fmt = for_openvino
     written = read_header(bundle / "weights" / "model.safetensors")
-    fused = [f"model.layers.0.self_attn.{one}_proj.weight" for one in "qkv"]
-    names = {"weight": "|".join(fused), "weight_scale": "|".join(f"{name}_scale" for name in fused)}
-    arrays = {array: written[name].read() for array, name in names.items()}
+    names = {"weight": "|".join(FUSED), "weight_scale": "|".join(f"{name}_scale" for name in FUSED)}
+    check_codes({array: written[name].read() for array, name in names.items()}, fmt)
+    assert written["model.embed_tokens.weight"].dtype == "BF16"
+    assert written["lm_head.weight"].dtype == "I8"
+
+
+def check_codes(arrays: dict[str, np.ndarray], fmt: str) -> None:
+    """Check the codes and scales of the first q, k and v projections."""
+    source, fused = Checkpoint.open(TALES).tensors, FUSED
     if fmt == "int8":  # rounded to nearest
         expected = [quantize(source[name].read(), get_format(fmt), name) for name in fused]
         for array, stored in arrays.items():
@@ -106,12 +144,10 @@ def test_weights_file_has_the_codes_and_scales(built: tuple[Path, str]) -> None:
         away = np.abs(dequantize(arrays, get_format(fmt)) - whole) / steps
         assert np.mean(away > 0.5) > 0.01
         assert np.mean(away > 1.5) < 0.01
-    assert written["model.embed_tokens.weight"].dtype == "BF16"
-    assert written["lm_head.weight"].dtype == "I8"  # tied, and yet of its own
 
 
-def test_openvino_keeps_the_codes_in_memory(built: tuple[Path, str]) -> None:
-    bundle, fmt = built
+def test_openvino_keeps_the_codes_in_memory(for_openvino: tuple[Path, str]) -> None:
+    bundle, fmt = for_openvino
     backend = OpenVinoBackend(bundle / "rank0.onnx", num_blocks=4)
     inside = backend._request.get_compiled_model().get_runtime_model().get_ops()
     constants = [
@@ -176,6 +212,14 @@ def test_verify_against_reproduces_the_recorded_loss(
 def test_builds_are_byte_identical(built: tuple[Path, str], tmp_path: Path) -> None:
     bundle, fmt = built
     build(TALES, tmp_path / "again.llmc", fmt, verify=False)
+    for name in ("rank0.program.json", "weights/packed.safetensors"):
+        assert (bundle / name).read_bytes() == (tmp_path / "again.llmc" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_builds_for_openvino_are_byte_identical(for_openvino: tuple[Path, str], tmp_path: Path) -> None:
+    bundle, fmt = for_openvino
+    build(TALES, tmp_path / "again.llmc", fmt, engine="openvino")  # verified, which must change nothing
     for name in ("rank0.onnx", "weights/model.safetensors"):
         assert (bundle / name).read_bytes() == (tmp_path / "again.llmc" / name).read_bytes()
 
@@ -199,8 +243,10 @@ def test_excluded_modules_are_not_quantized(tmp_path: Path) -> None:
     assert kept["model.layers.3.mlp.gate_proj"] == "--exclude *.mlp.*"
     assert "model.layers.0.self_attn.q_proj" in kept  # multiplied with k_proj as one
     assert manifest["quantization"]["modules"] == 5 * 4 - 3 + 1  # type: ignore[index]  # lm_head is int8
-    written = read_header(tmp_path / "x.llmc/weights/model.safetensors")
-    assert written["model.layers.3.mlp.down_proj.weight"].dtype == "F16"  # bf16 times a power of two
+    kept_matrix = read_packed(tmp_path / "x.llmc")[0]["model.layers.3.mlp.down_proj.weight"]
+    source = Checkpoint.open(TALES).tensors["model.layers.3.mlp.down_proj.weight"].read()
+    assert (kept_matrix.element, source.dtype) == ("bf16", ml_dtypes.bfloat16)
+    assert np.array_equal(kept_matrix.values, source)
 
 
 @pytest.mark.slow
@@ -209,11 +255,15 @@ def test_excluded_tied_head_stays_the_embedding(fmt: str, pattern: str, tmp_path
     manifest = build(TALES, tmp_path / "x.llmc", fmt, exclude=(pattern,))
     assert manifest["verification"]["status"] == "passed"  # type: ignore[index]
     assert manifest["quantization"]["kept"] == {"lm_head": f"--exclude {pattern}"}  # type: ignore[index]
-    written = read_header(tmp_path / "x.llmc/weights/model.safetensors")
-    assert (
-        written["model.embed_tokens.weight"].dtype == "F16"
-    )  # bf16 times a power of two: it is multiplied with
+    written, _ = read_packed(tmp_path / "x.llmc")
+    assert written["model.embed_tokens.weight"].element == "bf16"
     assert not [name for name in written if name.startswith("lm_head")]
+    build(TALES, tmp_path / "o.llmc", fmt, exclude=(pattern,), engine="openvino", verify=False)
+    stored = read_header(tmp_path / "o.llmc/weights/model.safetensors")
+    assert (
+        stored["model.embed_tokens.weight"].dtype == "F16"
+    )  # bf16 times a power of two: it is multiplied with
+    assert not [name for name in stored if name.startswith("lm_head")]
 
 
 def test_everything_excluded_with_a_tied_head_is_refused(tmp_path: Path) -> None:

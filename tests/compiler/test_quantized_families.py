@@ -20,14 +20,13 @@ from llmc.compiler.driver import compile_model
 from llmc.compiler.progress import Progress
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.tensorrt import build as tensorrt_build
-from llmc.compiler.trace import export
 from llmc.compiler.verify import verify_build
 from llmc.compiler.verify.compare import compare
 from llmc.compiler.verify.job import Findings, Job
 from llmc.passes.quantize.formats import FORMATS
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.errors import RequestError
-from support.traces import copy_of
+from support.traces import share_traces
 
 FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 NARROW = ("llama-tiny", "mistral-tiny", "olmo2-tiny")  # no block of 128 divides their 64 columns
@@ -36,22 +35,14 @@ PAIRS = [(n, f) for n in FAMILIES for f in FORMATS if f != "int4-block128" or n 
 needs_tensorrt = pytest.mark.skipif(
     not tensorrt_build.is_installed("tensorrt_rtx"), reason="the package tensorrt-rtx is not installed"
 )
-_traces: dict[tuple[str, str, int], export.Trace] = {}
-_trace = export.trace
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    def trace(config: Any, dtype: str, max_seq_len: int) -> export.Trace:
-        key = (config.to_json_string(), dtype, max_seq_len)
-        if key not in _traces:
-            _traces[key] = _trace(config, dtype, max_seq_len)
-        return copy_of(_traces[key])
-
     def in_this_process(job: Job, progress: Progress) -> Findings:
         return compare(Job.from_json(job.to_json()))
 
-    monkeypatch.setattr(export, "trace", trace)
+    share_traces(monkeypatch)
     monkeypatch.setattr(verify_build, "compare_in_child", in_this_process)
 
 
@@ -68,15 +59,16 @@ def build(checkpoint: Path, output: Path, fmt: str, **options: Any) -> Manifest:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "fmt"), PAIRS)
 def test_on_the_cpu(name: str, fmt: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    manifest = build(checkpoint(name), tmp_path / "x.llmc", fmt)
+    """On the native engine, which is the default, and on the first of the others that runs the model."""
     softcap = "gemma2" in name
-    exact = not FORMATS[fmt].activations
-    in_openvino = FORMATS[fmt].activations in ("", "int8")
-    assert manifest.target.engine == ("openvino" if in_openvino and not softcap else "onnxruntime")
-    assert ("calibration.json" in manifest.files) == (fmt != "int8")
-    if not exact:
-        inputs = manifest.verification.details["activation_quantization"]
-        assert inputs["engine"]["rms_logit_error"] <= 0.5 * inputs["changes"]["rms_logit_error"]
+    in_openvino = FORMATS[fmt].activations in ("", "int8") and not softcap
+    for engine in (None, "openvino" if in_openvino else "onnxruntime"):
+        manifest = build(checkpoint(name), tmp_path / f"{engine}.llmc", fmt, engine=engine)
+        assert manifest.target.engine == (engine or "native")
+        assert ("calibration.json" in manifest.files) == (fmt != "int8")
+        if FORMATS[fmt].activations:
+            inputs = manifest.verification.details["activation_quantization"]
+            assert inputs["engine"]["rms_logit_error"] <= 0.5 * inputs["changes"]["rms_logit_error"]
 
 
 @pytest.mark.slow

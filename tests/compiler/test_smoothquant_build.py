@@ -1,4 +1,4 @@
-"""`llmc build --quant int8-smoothquant` on the trained checkpoint: the bundle, and how OpenVINO runs it."""
+"""`llmc build --quant int8-smoothquant` on the trained checkpoint: bundles, and how OpenVINO runs them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from llmc.runtime.backends.openvino import int8
 from llmc.runtime.errors import RequestError
 from llmc.runtime.load import load_engine
 from support.openvino_layers import layers_of
+from support.packed_weights import read_packed
+from support.traces import share_traces
 
 TALES = Path(__file__).parents[2] / "model_zoo/llama/tales"
 FORM = "int8-smoothquant"
@@ -29,16 +32,42 @@ def build(output: Path, **options: object) -> Path:
     return compile_model(BuildRequest(str(TALES), output, quant=FORM, **options)).path  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_trace() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        share_traces(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("built") / "tales.llmc")
 
 
+@pytest.fixture(scope="module")
+def for_openvino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("built") / "tales.llmc", engine="openvino", verify=False)
+
+
 def test_build_is_verified_and_its_loss_recorded(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_verified(built, "native", capsys)
+
+
+@pytest.mark.slow
+def test_builds_for_openvino_are_verified_and_byte_identical(
+    for_openvino: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = build(tmp_path / "again.llmc", engine="openvino")
+    for name in ("rank0.onnx", "weights/model.safetensors", "calibration.json"):
+        assert (for_openvino / name).read_bytes() == (again / name).read_bytes()
+    check_verified(again, "openvino", capsys)
+
+
+def check_verified(built: Path, engine: str, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((built / "manifest.json").read_text())
     verification = manifest["verification"]
     assert (verification["status"], verification["top1_agreement"]) == ("passed", 1)
-    assert manifest["target"]["engine"] == "openvino"
+    assert manifest["target"]["engine"] == engine
     assert manifest["quantization"]["format"] == FORM
     assert manifest["quantization"]["calibration"]["method"] == "max"
     inputs = verification["details"]["activation_quantization"]
@@ -53,26 +82,38 @@ def test_build_is_verified_and_its_loss_recorded(built: Path, capsys: pytest.Cap
     assert main.main(["verify", str(built), "--min-top1", "0.94", "--max-kl", "0.005"]) == 0
 
 
+def name(last: str) -> str:
+    """Return the name of a tensor of the first q, k and v projections."""
+    return "|".join(f"model.layers.0.self_attn.{one}_proj.{last}" for one in "qkv")
+
+
 def test_fused_layers_share_their_factors(built: Path) -> None:
-    tensors = read_header(built / "weights/model.safetensors")
-    fused = "|".join(f"model.layers.0.self_attn.{one}_proj.{{}}" for one in "qkv")
+    matrices, constants = read_packed(built)
+    assert constants[name("pre_quant_scale")].shape == (256,)
+    assert constants[name("input_scale")].shape == (1,)
+    assert sum(one.endswith(".input_scale") for one in constants) == 5 * 4  # lm_head has none
+    assert matrices[name("weight")].element == matrices["lm_head.weight"].element == "int8"
 
-    def name(last: str) -> str:
-        return fused.replace("{}", last)
 
+def test_fused_layers_share_their_factors_in_openvino(for_openvino: Path, built: Path) -> None:
+    tensors = read_header(for_openvino / "weights/model.safetensors")
+    matrices, constants = read_packed(built)
     assert (tensors[name("pre_quant_scale")].dtype, tensors[name("pre_quant_scale")].shape) == ("F32", (256,))
     assert (tensors[name("input_scale")].dtype, tensors[name("input_scale")].shape) == ("F32", ())
     assert tensors[name("weight")].dtype == "I8"
     assert sum(one.endswith(".input_scale") for one in tensors) == 5 * 4  # lm_head has none
     assert tensors["lm_head.weight"].dtype == "I8"
+    for one in ("pre_quant_scale", "input_scale"):  # the native engine's are the same
+        assert np.array_equal(constants[name(one)], tensors[name(one)].read().reshape(-1))
+    assert np.array_equal(matrices[name("weight")].values, tensors[name("weight")].read())
 
 
-def test_openvino_multiplies_in_int8_and_keeps_the_codes(built: Path) -> None:
+def test_openvino_multiplies_in_int8_and_keeps_the_codes(for_openvino: Path) -> None:
     """lm_head is an exception, because its inputs are not quantized. The test below runs without VNNI."""
     core, config = openvino.tested_core()
     if not int8.is_exact(core, config):
         pytest.skip("no VNNI here")
-    backend = openvino.OpenVinoBackend(built / "rank0.onnx", num_blocks=4)
+    backend = openvino.OpenVinoBackend(for_openvino / "rank0.onnx", num_blocks=4)
     kinds, constants = layers_of(backend)
     assert kinds == {"i8": 20, "f32": 1}
     assert constants.count("i8") == 21
@@ -80,7 +121,7 @@ def test_openvino_multiplies_in_int8_and_keeps_the_codes(built: Path) -> None:
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
-def test_without_vnni_products_are_fp32(built: Path, isa: str) -> None:
+def test_without_vnni_products_are_fp32(for_openvino: Path, isa: str) -> None:
     """oneDNN is limited to instructions without VNNI; the engine must compute nearly the same logits."""
     script = """
 import sys
@@ -98,13 +139,13 @@ np.save(sys.argv[3], backend.forward(prompt()))
 """
     found = []
     for name in (isa, "DEFAULT"):
-        file = built.parent / f"{name}.npy"
+        file = for_openvino.parent / f"{name}.npy"
         command = [
             sys.executable,
             "-c",
             script,
             str(Path(__file__).parents[1]),
-            str(built / "rank0.onnx"),
+            str(for_openvino / "rank0.onnx"),
             str(file),
         ]
         environment = os.environ | {"ONEDNN_MAX_CPU_ISA": name}
@@ -129,7 +170,7 @@ def test_fast_is_refused(built: Path) -> None:
 @pytest.mark.slow
 def test_builds_are_byte_identical(built: Path, tmp_path: Path) -> None:
     again = build(tmp_path / "again.llmc", verify=False)
-    for name in ("rank0.onnx", "weights/model.safetensors", "calibration.json"):
+    for name in ("rank0.program.json", "weights/packed.safetensors", "calibration.json"):
         assert (built / name).read_bytes() == (again / name).read_bytes()
 
 
@@ -143,8 +184,9 @@ def test_excluded_modules_are_not_quantized(tmp_path: Path) -> None:
     assert details["kv_cache_loss"]["mean_kl"] < 0.0005
     assert details["quantization_loss"]["mean_kl"] < 0.001  # down_proj's inputs are the hardest to round
     assert manifest["quantization"]["kept"]["model.layers.3.mlp.down_proj"] == "--exclude *.down_proj"
-    tensors = read_header(bundle / "weights/model.safetensors")
-    assert "model.layers.3.mlp.down_proj.pre_quant_scale" not in tensors
+    _, constants = read_packed(bundle)
+    assert "model.layers.3.mlp.up_proj.input_scale" in "|".join(constants)
+    assert "model.layers.3.mlp.down_proj.pre_quant_scale" not in constants
 
 
 def test_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

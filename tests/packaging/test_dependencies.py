@@ -13,7 +13,7 @@ else:
     import tomli as tomllib
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = ("build", "kernels", "tensorrt-rtx", "tensorrt")
+EXTRAS = ("build", "openvino", "onnxruntime", "kernels", "tensorrt-rtx", "tensorrt")
 # Not installed where the tests run, or imported by a name that no metadata gives.
 BY_HAND = {"tomli": "tomli", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "cuda": "cuda-python"}
 

@@ -1,4 +1,4 @@
-"""16-bit checkpoints: their matrices stay 16-bit in the file and in OpenVINO's memory; no value changes."""
+"""16-bit checkpoints: their matrices stay 16-bit in the file and in the engine's memory; no value changes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from llmc.runtime.backends.openvino.backend import OpenVinoBackend
 from llmc.runtime.batch import Batch
 from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
+from support.packed_weights import read_packed
 from support.sampled import sampled
 
 MODELS = [("qwen3-tiny", "bfloat16"), ("phi3-tiny", "bfloat16"), ("qwen3-tiny", "float16")]
@@ -34,18 +35,32 @@ def narrow_checkpoint(name: str, dtype: str, path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=sampled(MODELS, every=3))
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+def verified(model: tuple[str, str], engine: str, factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """The checkpoint, its verified bundle, and the safetensors name of its dtype."""
-    name, dtype = request.param
-    directory = tmp_path_factory.mktemp(f"{name}-{dtype}")
+    name, dtype = model
+    directory = factory.mktemp(f"{name}-{dtype}-{engine}")
     checkpoint = narrow_checkpoint(name, dtype, directory / "checkpoint")
-    result = compile_model(BuildRequest(str(checkpoint), directory / "x.llmc"))
+    result = compile_model(BuildRequest(str(checkpoint), directory / "x.llmc", engine=engine))
+    assert result.manifest.source.dtype == dtype
     assert result.manifest.verification.status == "passed"
     return checkpoint, result.path, {"bfloat16": "BF16", "float16": "F16"}[dtype]
 
 
-def test_matrices_stay_16_bit_and_vectors_are_widened(built: tuple[Path, Path, str]) -> None:
+@pytest.fixture(scope="module", params=sampled(MODELS, every=3))
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A model for OpenVINO."""
+    return verified(request.param, "openvino", tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=sampled(MODELS, every=3))
+def native(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, str]:
+    """A model for the native engine."""
+    return verified(request.param, "native", tmp_path_factory)
+
+
+def test_openvino_has_16_bit_matrices_and_wide_vectors(built: tuple[Path, Path, str]) -> None:
     """bf16 ones that are multiplied with become fp16 times a power of two, which is every bit of them."""
     checkpoint, bundle, dtype = built
     source = Checkpoint.open(checkpoint).tensors
@@ -98,9 +113,34 @@ def test_openvino_multiplies_with_the_weights_as_they_are(built: tuple[Path, Pat
     assert len(used) >= 2 * 4 + 1  # two layers of four or more matrices, and the head
 
 
-@pytest.mark.parametrize("count", [4, 5, 9, 16, 17])
+def test_the_native_engine_has_the_matrices_of_the_checkpoint(native: tuple[Path, Path, str]) -> None:
+    checkpoint, bundle, dtype = native
+    source = Checkpoint.open(checkpoint).tensors
+    matrices, vectors = read_packed(bundle)
+    assert {matrix.element for matrix in matrices.values()} == {{"BF16": "bf16", "F16": "fp16"}[dtype]}
+    stored = {**{name: matrix.exact for name, matrix in matrices.items()}, **vectors}
+    parts = [part for name in stored for part in name.split("|") if part in source]
+    assert sorted(parts) == sorted(source)  # each once
+    for name, values in stored.items():
+        expected = [source[part].read().astype(np.float64) for part in name.split("|") if part in source]
+        if expected:  # no rotary table
+            assert np.array_equal(values, np.concatenate(expected))
+
+
+COUNTS = [4, 5, 9, 16, 17]
+
+
+@pytest.mark.parametrize("count", COUNTS)
 def test_requests_together_get_what_each_gets_alone(built: tuple[Path, Path, str], count: int) -> None:
-    _, bundle, _ = built
+    check_together(built[1], count)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_native_engine_does_too(native: tuple[Path, Path, str], count: int) -> None:
+    check_together(native[1], count)
+
+
+def check_together(bundle: Path, count: int) -> None:
     engine = load_engine(bundle, prefix_cache=False)
     rng = np.random.default_rng(count)
     prompts = [rng.integers(3, 200, rng.integers(1, 40)).tolist() for _ in range(count)]

@@ -21,13 +21,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["native", "openvino"])
 @settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_a_mutated_bundle_runs_or_is_refused(
-    seed: int, server: tuple[Server, Path], bundle: Callable[[str], Path]
+    seed: int, engine: str, server: tuple[Server, Path], bundle: Callable[..., Path]
 ) -> None:
     run, home = server[0].run, server[1]
-    path = copy(bundle("llama-tiny"), home / "mutated.llmc")
+    path = copy(bundle("llama-tiny", engine), home / "mutated.llmc")
     what = mutate(path, seed)
     answer = run("run", str(path), "Once", "--max-tokens", "2", "--kv-memory", "8MB", writable=home)
     assert answer["code"] in (0, 1, 2), (what, signal_name(answer["code"]), answer["err"])

@@ -160,6 +160,7 @@ class Server:
 def _serve() -> None:
     from llmc.cli import main, run  # noqa: F401  (imported once, before the forks)
     from llmc.runtime import load  # noqa: F401
+    from llmc.runtime.backends import native  # noqa: F401
     from llmc.runtime.backends.openvino import backend  # noqa: F401
 
     for line in sys.stdin:

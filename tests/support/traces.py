@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
+import pytest
 
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.config import load_config
 from llmc.compiler.checkpoint.context import choose_context
 from llmc.compiler.checkpoint.safetensors import TensorRef
+from llmc.compiler.trace import export
 from llmc.compiler.trace.export import Trace, trace
 from llmc.passes import contract
 from llmc.passes.pipeline import canonicalize
@@ -24,6 +27,22 @@ def copy_of(done: Trace) -> Trace:
         if value.dtype is not None:
             value.type = ir.TensorType(value.dtype)  # a clone shares them with the original
     return Trace(model, done.parameters, done.tied, done.replaced)
+
+
+_traced: dict[tuple[str, str, int], Trace] = {}
+
+
+def trace_once(config: Any, dtype: str, max_seq_len: int) -> Trace:
+    """`trace` for builds that differ in what comes after it: the same model is traced once."""
+    key = (config.to_json_string(use_diff=False), dtype, max_seq_len)
+    if key not in _traced:
+        _traced[key] = trace(config, dtype, max_seq_len)
+    return copy_of(_traced[key])
+
+
+def share_traces(patch: pytest.MonkeyPatch) -> None:
+    """Let builds share traces, as long as `patch` lasts."""
+    patch.setattr(export, "trace", trace_once)
 
 
 @functools.cache  # callers must not change the graph
