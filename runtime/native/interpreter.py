@@ -91,9 +91,9 @@ class Interpreter:
         x = inputs[0]
         if instruction.op == "slice":
             assert instruction.out is not None
-            groups, begin = instruction.integers["groups"], instruction.integers["begin"]
-            width = self._program.buffers[instruction.out].width // groups
-            return x.reshape(len(x), groups, -1)[..., begin : begin + width].reshape(len(x), -1)
+            number, begin = instruction.integers["groups"], instruction.integers["begin"]
+            width = self._program.buffers[instruction.out].width // number
+            return x.reshape(len(x), number, -1)[..., begin : begin + width].reshape(len(x), -1)
         if instruction.op == "gather_rows":
             return x[batch.logits_index]
         if instruction.op == "copy":
