@@ -8,10 +8,12 @@ from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.backends.kv_cache import cpu_blocks
 from llmc.runtime.batch import Batch
+from llmc.runtime.bundle.manifest import Manifest
+from llmc.runtime.bundle.strict_json import DAMAGED
 from llmc.runtime.cpus import engine_threads
 from llmc.runtime.errors import BackendError, BundleError
 from llmc.runtime.native.executor import Executor
-from llmc.runtime.native.program import Program
+from llmc.runtime.native.program import Cache, Program
 from llmc.runtime.native.weights import read_weights
 
 WEIGHTS = "weights/packed.safetensors"  # beside the program
@@ -39,6 +41,8 @@ class NativeBackend:
 
     def __init__(self, engine: EngineFile, num_blocks: int, options: LoadOptions) -> None:
         program = Program.from_json(engine.path.read_bytes())
+        if engine.bundle is not None:
+            _check_manifest(program, engine.bundle.manifest)
         try:
             weights, self._memory = read_weights(engine.path.parent / WEIGHTS, program)
         except OSError as error:
@@ -69,3 +73,15 @@ class NativeBackend:
     def close(self) -> None:
         """End the engine's threads."""
         self.executor.close()
+
+
+def _check_manifest(program: Program, manifest: Manifest) -> None:
+    """Raise BundleError if the manifest, which sizes the KV cache, is not that of the program."""
+    geometry = manifest.geometry
+    layers = [Cache(layer.num_kv_heads, layer.head_dim, layer.v_head_dim) for layer in geometry.layers]
+    if list(program.caches) != layers:
+        raise BundleError("the program has other KV caches than the layers of the manifest", DAMAGED)
+    if program.vocab_size != geometry.vocab_size:
+        raise BundleError("the program has another vocabulary than the manifest", DAMAGED)
+    if 0 < program.max_positions < manifest.limits.max_seq_len:
+        raise BundleError("the program has fewer positions than the context of the manifest", DAMAGED)

@@ -17,6 +17,7 @@ from llmc.runtime.errors import BundleError
 
 PROGRAM_VERSION = 1
 MAX_PROGRAM_BYTES = 64 << 20
+MAX_INSTRUCTIONS = 1 << 14  # and buffers; a model of 126 layers has some 2,000
 TILE = 32  # rows of a packed matrix that lie together
 _MAX = 1 << 27  # of sizes and indices
 
@@ -227,6 +228,11 @@ def check(program: Program) -> None:
 
     An executor relies on this: after it, every row of every instruction stays inside its arrays.
     """
+    if len(program.instructions) > MAX_INSTRUCTIONS or len(program.buffers) > MAX_INSTRUCTIONS:
+        raise BundleError(f"the program has more than {MAX_INSTRUCTIONS} instructions or buffers", DAMAGED)
+    for name, matrix in program.matrices.items():
+        if complaint := _matrix_complaint(matrix):
+            raise BundleError(f"the matrix {name!a:.99} of the program {complaint}", DAMAGED)
     written: set[int] = set()
     for number, instruction in enumerate(program.instructions):
         for complaint in _complaints(program, instruction, written):
@@ -237,6 +243,19 @@ def check(program: Program) -> None:
         raise BundleError("the program writes no logits", DAMAGED)
     if program.buffers[program.logits].width != program.vocab_size:
         raise BundleError("the program's logits are not as wide as its vocabulary", DAMAGED)
+
+
+def _matrix_complaint(matrix: Matrix) -> str:
+    """Return why a matrix cannot be packed, or ""."""
+    if matrix.element in ("int8", "int4"):
+        if not matrix.scales or matrix.block < 16 or matrix.columns % matrix.block or matrix.block % 16:
+            return "has blocks that do not fit"
+    elif matrix.element == "fp8":
+        if matrix.scales != "fp32" or matrix.block != matrix.columns:
+            return "is fp8 without a scale for each row"
+    elif matrix.block or matrix.scales:
+        return "is of floats with scales"
+    return ""
 
 
 def _complaints(program: Program, instruction: Instruction, written: set[int]) -> Iterator[str]:
@@ -351,14 +370,6 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
         matrix = program.matrices.get(instruction.weights[0])
         if matrix is None or first is None or matrix.columns != first.width or matrix.rows != width:
             yield "has a matrix of another shape"
-        elif matrix.element in ("int8", "int4"):
-            if not matrix.scales or matrix.block < 16 or matrix.columns % matrix.block or matrix.block % 16:
-                yield "has a matrix with blocks that do not fit"
-        elif matrix.element == "fp8":
-            if matrix.scales != "fp32" or matrix.block != matrix.columns:
-                yield "has a matrix of fp8 without a scale for each row"
-        elif matrix.block or matrix.scales:
-            yield "has a matrix of floats with scales"
     if instruction.op in ("write_kv", "attention"):
         yield from _cache_complaints(program, instruction, width)
 

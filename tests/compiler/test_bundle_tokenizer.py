@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from llmc.compiler.checkpoint import tokenizer as tokenizer_module
@@ -408,3 +411,33 @@ def test_conversion_that_takes_too_long_is_one_error(tmp_path: Path, monkeypatch
     with pytest.raises(CheckpointError, match="CPU time limit exceeded") as caught:
         read_bundle_tokenizer(checkpoint(tmp_path, settings={}), 300)
     assert "remove it to build without a tokenizer" in caught.value.hint
+
+
+@pytest.mark.slow
+@examples(max_examples=max(5, examples.default.max_examples // 50), suppress_health_check=list(HealthCheck))
+@given(
+    kind=st.sampled_from(("bpe", "unigram")),
+    places=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=4)), min_size=1, max_size=4
+    ),
+    near_the_end=st.booleans(),
+)
+def test_damaged_sentencepiece_model_is_a_tokenizer_or_one_error(
+    kind: str, places: list[tuple[float, bytes]], near_the_end: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Near the end lie the options of the model."""
+    data = bytearray(sentencepiece_model(kind))
+    start = len(data) - 400 if near_the_end else 0
+    for place, new in places:
+        at = start + int(place * (len(data) - start))
+        data[at : at + max(1, len(new) - 1)] = new
+    source = tmp_path_factory.mktemp("damaged")
+    (source / "tokenizer.model").write_bytes(data)
+    caught = None
+    try:
+        found = read_bundle_tokenizer(checkpoint(source, settings={}), 600)
+        assert opened(found, source / "bundle").decode([300]) is not None
+    except CheckpointError as error:
+        caught = error
+    assert caught is None or (caught.hint and "\n" not in caught.message + caught.hint)
+    assert {path.name for path in source.iterdir()} <= {"tokenizer.model", "tokenizer_config.json", "bundle"}

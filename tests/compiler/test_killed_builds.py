@@ -20,6 +20,7 @@ from llmc.compiler.bundle_writer import BundleWriter
 from llmc.runtime.bundle.reader import Bundle
 from support.waiting import LONG, wait_until
 
+KILLS = max(3, settings.default.max_examples // 50)  # `make fuzz`: 20 a round
 _MARK = "LLMC_TEST_OF_KILLED_BUILDS"  # an environment variable, by which the processes of a build are found
 
 
@@ -37,7 +38,7 @@ def processes(mark: str) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@settings(max_examples=3, suppress_health_check=list(HealthCheck))
+@settings(max_examples=KILLS, suppress_health_check=list(HealthCheck))
 @given(
     sent=st.sampled_from([signal.SIGTERM, signal.SIGINT, signal.SIGKILL]),
     moment=st.floats(0, 1),

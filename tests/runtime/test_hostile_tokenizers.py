@@ -16,6 +16,7 @@ from llmc.runtime.errors import BundleError, LlmcError, RequestError
 from llmc.runtime.tokenizer import Tokenizer
 from support import tiny_tokenizers
 
+EXAMPLES = max(30, settings.default.max_examples // 10)  # `make fuzz`: 100 a round
 TEXTS = ("the hello", "", "  Two spaces 日本 🙂\n", "x" * 300, "</s><s> \r\n\t", "a\x00b")
 FILES = {kind: make().to_str() for kind, make in tiny_tokenizers.KINDS.items()}
 PATTERNS: tuple[dict[str, str], ...] = (
@@ -108,7 +109,7 @@ def assert_clean(error: LlmcError) -> None:
 
 
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(sorted(FILES)))
-@settings(max_examples=30)
+@settings(max_examples=EXAMPLES)
 def test_mutated_tokenizer_encodes_or_is_one_error(
     tmp_path_factory: pytest.TempPathFactory, seed: int, kind: str
 ) -> None:
@@ -166,7 +167,7 @@ TEMPLATES = st.recursive(
 
 
 @given(template=TEMPLATES)
-@settings(max_examples=30)
+@settings(max_examples=EXAMPLES)
 def test_hostile_template_renders_or_is_one_error(template: str) -> None:
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(FILES["byte_level"]), {"bos_token": "<s>"}, template)
     started = time.monotonic()

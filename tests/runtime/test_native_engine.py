@@ -6,15 +6,20 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from llmc.compiler.weights.safetensors_writer import write_safetensors
 from llmc.plugins.cpu import library
+from llmc.runtime.backends.base import EngineFile, LoadOptions
+from llmc.runtime.backends.native import NativeBackend
+from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BundleError
 from llmc.runtime.native.executor import Executor
 from llmc.runtime.native.interpreter import Interpreter
-from llmc.runtime.native.program import BINARY, UNARY, Cache, Program, View, check
+from llmc.runtime.native.program import BINARY, MAX_INSTRUCTIONS, UNARY, Cache, Matrix, Program, View, check
 from support.native_programs import POSITIONS, Builder, steps
 
 ISAS = [name for name in library.candidates() if (library.LIBRARIES / f"{name}.so").is_file()]
@@ -364,3 +369,64 @@ def test_check_names_the_instruction() -> None:
     )
     with pytest.raises(BundleError, match=r"instruction 1 \(write_kv\) .* past the columns"):
         check(dataclasses.replace(program, instructions=tuple(instructions)))
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        Matrix(4, 32, "int8", 0, "fp32"),
+        Matrix(4, 32, "int4", 16),
+        Matrix(4, 32, "int8", 48, "fp16"),
+        Matrix(4, 32, "int4", 8, "fp16"),
+        Matrix(4, 32, "fp8", 16, "fp32"),
+        Matrix(4, 32, "fp16", 32, "fp32"),
+    ],
+)
+def test_a_matrix_that_cannot_be_packed_is_refused_even_if_nothing_reads_it(matrix: Matrix) -> None:
+    program, _, _ = PROGRAMS["fp32"]()
+    with pytest.raises(BundleError, match="the matrix 'unused' of the program"):
+        check(dataclasses.replace(program, matrices={**program.matrices, "unused": matrix}))
+
+
+def test_a_program_without_end_is_refused() -> None:
+    program, _, _ = PROGRAMS["fp32"]()
+    buffers = program.buffers[:1] * (MAX_INSTRUCTIONS + 1)
+    with pytest.raises(BundleError, match="more than 16384 instructions or buffers"):
+        check(dataclasses.replace(program, buffers=buffers))
+
+
+def test_a_program_must_be_that_of_the_manifest(tmp_path: Path) -> None:
+    """The manifest sizes the KV cache, and the program says how it is laid out."""
+    program, weights, _ = PROGRAMS["attention"]()
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "rank0.program.json").write_bytes(program.to_json())
+    entries = [
+        (name, "U8" if name in program.matrices else "F32", array.shape) for name, array in weights.items()
+    ]
+    write_safetensors(
+        tmp_path / "weights/packed.safetensors", entries, lambda name: [memoryview(weights[name]).cast("B")]
+    )
+    golden = Bundle.open(Path(__file__).parents[1] / "golden" / "format-1.llmc", verify_hashes=False).manifest
+    [cache] = program.caches
+    layer = dataclasses.replace(golden.geometry.layers[0], **dataclasses.asdict(cache))
+    geometry = dataclasses.replace(
+        golden.geometry, num_layers=1, layers=(layer,), vocab_size=program.vocab_size
+    )
+    limits = dataclasses.replace(golden.limits, max_seq_len=POSITIONS)
+    manifest = dataclasses.replace(golden, geometry=geometry, limits=limits)
+
+    def load(**changed: Any) -> NativeBackend:
+        bundle = Bundle(tmp_path, dataclasses.replace(manifest, **changed))
+        engine = EngineFile("native", tmp_path / "rank0.program.json", "fp32", bundle)
+        return NativeBackend(engine, 1, LoadOptions(threads=1))
+
+    load().close()
+    wider = dataclasses.replace(layer, head_dim=2 * layer.head_dim)
+    for changed, message in (
+        ({"geometry": dataclasses.replace(geometry, layers=(wider,))}, "other KV caches"),
+        ({"geometry": dataclasses.replace(geometry, layers=(layer, layer))}, "other KV caches"),
+        ({"geometry": dataclasses.replace(geometry, vocab_size=7)}, "another vocabulary"),
+        ({"limits": dataclasses.replace(limits, max_seq_len=POSITIONS + 1)}, "fewer positions"),
+    ):
+        with pytest.raises(BundleError, match=message):
+            load(**changed)

@@ -58,13 +58,16 @@ def mutate(bundle: Path, seed: int) -> str:
 
 
 def mutate_tree(tree: Any, rng: random.Random) -> Any:
-    """Return a JSON value with one to three nodes replaced, removed or repeated."""
+    """Return a JSON value with one to three nodes replaced, removed, repeated or exchanged.
+
+    Sometimes all nodes with the same number get another one, so that they still fit each other.
+    """
     for _ in range(rng.randint(1, 3)):
         places = list(_places(tree))
         if not places:
             return rng.choice(_ODD)
         where, key = rng.choice(places)
-        action = rng.randrange(4)
+        action = rng.randrange(6)
         if action == 0:
             del where[key]
         elif action == 1 and isinstance(where, dict):
@@ -73,9 +76,23 @@ def mutate_tree(tree: Any, rng: random.Random) -> Any:
             where.append(where[key])
         elif action == 2 and type(where[key]) is int:
             where[key] += rng.choice((-1, 1, 2**16, 2**31))
+        elif action == 3 and type(where[key]) is int:
+            number, other = where[key], where[key] + rng.choice((-1, 1, 16, 32, 2**20))
+            for one, place in places:
+                if type(one[place]) is int and one[place] == number:
+                    one[place] = other
+        elif action == 4:
+            same = [place for place in places if type(place[0][place[1]]) is type(where[key])]
+            one, place = rng.choice(same)
+            where[key], one[place] = copy_json(one[place]), copy_json(where[key])
         else:
             where[key] = rng.choice(_ODD)
     return tree
+
+
+def copy_json(tree: Any) -> Any:
+    """Return a copy of a JSON value: an exchange must not make a node a part of itself."""
+    return json.loads(json.dumps(tree))
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
