@@ -65,14 +65,30 @@ class MatrixSource:
 
 
 @dataclass(frozen=True)
+class ConstantSource:
+    """The constant value of the graph that a constant of the program is made of."""
+
+    value: ir.Value
+    #: The first of its columns, and their number.
+    begin: int
+    width: int
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of the constant."""
+        shape = edit.dims(self.value)
+        return int(np.prod(shape[:-1])) * self.width if shape else 1
+
+
+@dataclass(frozen=True)
 class Lowered:
     """A program, and the values of the graph that its weights are made of."""
 
     program: Program
     #: Name of a matrix of the program -> its source.
     matrices: Mapping[str, MatrixSource]
-    #: Name of a constant vector of the program -> its value.
-    constants: Mapping[str, ir.Value]
+    #: Name of a constant of the program -> its source.
+    constants: Mapping[str, ConstantSource]
 
 
 def lower(model: ir.Model) -> Lowered:
@@ -92,8 +108,10 @@ class _Lowering:
     instructions: list[Instruction] = field(default_factory=list)
     matrices: dict[str, Matrix] = field(default_factory=dict)
     sources: dict[str, MatrixSource] = field(default_factory=dict)
-    constants: dict[str, ir.Value] = field(default_factory=dict)
-    tables: dict[ir.Value, ir.Value] = field(default_factory=dict)  # rows of a rotary table -> the table
+    constants: dict[str, ConstantSource] = field(default_factory=dict)
+    tables: dict[ir.Value, ConstantSource] = field(
+        default_factory=dict
+    )  # rows of a rotary table -> the table
     offsets: dict[ir.Value, int] = field(default_factory=dict)  # position_ids plus a constant -> the constant
     positions: int = 0
 
@@ -113,7 +131,7 @@ class _Lowering:
             tuple(self.buffers),
             tuple(self.caches[layer] for layer in sorted(self.caches)),
             self.matrices,
-            {name: int(np.prod(edit.dims(value))) for name, value in self.constants.items()},
+            {name: source.elements for name, source in self.constants.items()},
             tuple(self.instructions),
             logits.buffer,
             logits.width,
@@ -149,8 +167,11 @@ class _Lowering:
         return view
 
     def _constant(self, value: ir.Value) -> str:
-        name = str(value.name)
-        self.constants[name] = value
+        shape = edit.dims(value)
+        return self._record(str(value.name), ConstantSource(value, 0, shape[-1] if shape else 1))
+
+    def _record(self, name: str, source: ConstantSource) -> str:
+        self.constants[name] = source
         return name
 
     def _emit(
@@ -194,7 +215,7 @@ class _Lowering:
             name = self._matrix(table, node)
             self._emit(node, "embed", weights=(name,), width=edit.dims(table)[1])
         elif self.offsets.get(indices) == 0 and self._is_rotary(node):
-            self.tables[node.outputs[0]] = table
+            self.tables[node.outputs[0]] = ConstantSource(table, 0, edit.dims(table)[1])
         elif indices in self.offsets and self._is_constant(table):
             skip = self.offsets[indices]
             name = self._matrix(table, node, skip)
@@ -217,16 +238,15 @@ class _Lowering:
         self.views[node.outputs[0]] = view
 
     def _is_rotary(self, node: ir.Node) -> bool:
-        """Return whether only rotary embeddings read the rows of a table."""
-        readers = [use.node for use in node.outputs[0].uses()]
-        return self._is_constant(edit.operand(node, 0)) and all(
+        """Return whether only rotary embeddings read the rows of a table, or columns of them."""
+        if node.op_type == "Gather" and not self._is_constant(edit.operand(node, 0)):
+            return False
+        readers = [use.node for output in node.outputs for use in output.uses()]
+        return all(
             reader.op_type == "RotaryEmbedding"
-            or (reader.op_type == "Reshape" and self._is_rotary_rows(reader))
+            or (reader.op_type in ("Reshape", "Split") and self._is_rotary(reader))
             for reader in readers
         )
-
-    def _is_rotary_rows(self, node: ir.Node) -> bool:
-        return all(use.node.op_type == "RotaryEmbedding" for use in node.outputs[0].uses())
 
     def _limit_positions(self, node: ir.Node, rows: int) -> None:
         if self.positions not in (0, rows):
@@ -261,7 +281,12 @@ class _Lowering:
 
     def _columns(self, node: ir.Node, output: ir.Value, axis: int, begin: int, count: int) -> None:
         """Lower some elements of an axis: to a view, or to a copy if they are no range of columns."""
-        view, shape = self._view(node, 0), edit.dims(edit.operand(node, 0))
+        source, shape = edit.operand(node, 0), edit.dims(edit.operand(node, 0))
+        if source in self.tables:
+            table = self.tables[source]
+            self.tables[output] = ConstantSource(table.value, table.begin + begin, count)
+            return
+        view = self._view(node, 0)
         axis %= len(shape)
         if axis == 0 or begin < 0 or begin + count > shape[axis]:
             raise _refusal(node, "it takes some of the tokens")
@@ -274,7 +299,9 @@ class _Lowering:
 
     def _concat(self, node: ir.Node) -> None:
         parts = [self._view(node, index) for index in range(len(node.inputs))]
-        if len(edit.dims(node.outputs[0])) != 2 or edit.attribute(node, "axis") not in (1, -1):
+        shape = edit.dims(node.outputs[0])
+        axis = int(edit.attribute(node, "axis")) % len(shape)
+        if axis == 0 or int(np.prod(shape[1:axis])) != 1:
             raise _refusal(node, "it joins something else than columns")
         self.buffers.append(Buffer(sum(part.width for part in parts), self.buffers[parts[0].buffer].rows))
         out, offset = len(self.buffers) - 1, 0
@@ -403,12 +430,13 @@ class _Lowering:
             raise _refusal(node, "its angles do not come from tables")
         heads, width = shape[1] * shape[2], shape[3]
         rotated = node.attributes.get_int("rotary_embedding_dim", 0) or width
-        self._limit_positions(node, edit.dims(cosine)[0])
+        self._limit_positions(node, edit.dims(cosine.value)[0])
+        tables = (self._record(f"{table.value.name}:{table.begin}", table) for table in (cosine, sine))
         self._emit(
             node,
             "rope",
             (view,),
-            weights=(self._constant(cosine), self._constant(sine)),
+            weights=tuple(tables),
             integers={
                 "heads": heads,
                 "rotated": rotated,

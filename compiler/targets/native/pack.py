@@ -36,7 +36,9 @@ def write_packed(lowered: Lowered, work: BundleWriter, on_bytes: Callable[[int],
         if name in program.matrices:
             data = pack(program.matrices[name], lowered.matrices[name])
         else:
-            data = np.ascontiguousarray(evaluate(lowered.constants[name]).astype(np.float32)).reshape(-1)
+            source = lowered.constants[name]
+            values = np.atleast_1d(evaluate(source.value))[..., source.begin : source.begin + source.width]
+            data = np.ascontiguousarray(values.astype(np.float32)).reshape(-1)
         view = data.view(np.uint8)
         done += view.nbytes
         yield view.data
