@@ -381,7 +381,7 @@ def test_checkpoint_with_only_kv_scales(tmp_path: Path, monkeypatch: pytest.Monk
     options: Any = {"target": "tensorrt-rtx", "kv_dtype": "fp8"}
     plan, inputs = plan_build(BuildRequest(str(made.root), tmp_path / "y.llmc", **options))
     with BundleWriter(tmp_path / "y.llmc") as writer:
-        make_weights(plan, inputs, writer, Clock(Silent()))
+        make_weights(plan, inputs, writer, Clock(Silent()), inputs.checkpoint.file_hashes())
     nodes = attention_nodes(inputs.model)
     scales = [[node.attributes[f"{one}_scale"].as_float() for one in ("key", "value")] for node in nodes]
     assert scales == [[0.5, 0.25], [1.0, 1.0]]

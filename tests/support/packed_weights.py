@@ -41,7 +41,8 @@ def read_program(bundle: Path) -> Program:
 def read_packed(bundle: Path) -> tuple[dict[str, Unpacked], dict[str, np.ndarray]]:
     """Return the matrices and the constants of a bundle's program."""
     program = read_program(bundle)
-    stored = {name: ref.read() for name, ref in read_header(bundle / "weights/packed.safetensors").items()}
+    header = read_header(bundle / "weights/packed.safetensors")
+    stored = {name: ref.read() for name, ref in header.items() if not name.startswith("__pad_")}
     assert stored.keys() == program.matrices.keys() | program.constants.keys()
     matrices = {name: unpack(matrix, stored[name]) for name, matrix in program.matrices.items()}
     return matrices, {name: stored[name] for name in program.constants}
