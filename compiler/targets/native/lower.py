@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from llmc.compiler.targets.native.constants import ConstantSource, MatrixSource, evaluate, integers, refusal
 from llmc.compiler.targets.native.fuse import fuse
 from llmc.passes import edit
-from llmc.passes.spec import module_of
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
 from llmc.runtime.errors import UnsupportedError
@@ -46,38 +46,6 @@ _ELEMENTS: Mapping[ir.DataType, Literal["fp32", "fp16", "bf16", "fp8", "int8", "
 }
 _ROUND = {ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT8: "int8"}
 _EMPTY: Mapping[str, int] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class MatrixSource:
-    """The constant values of the graph that a matrix of the program is made of."""
-
-    #: The codes of a quantized matrix, else its elements.
-    codes: ir.Value
-    #: The scales of a quantized matrix; None if it is not quantized.
-    scales: ir.Value | None = None
-    #: The dequantized matrix, if it is stored in fp32 because the engine has no kernel for its codes.
-    dequantized: ir.Value | None = None
-    #: Whether the graph has the columns of the matrix as rows.
-    transposed: bool = False
-    #: Rows of the graph's matrix that the program's leaves out.
-    skip: int = 0
-
-
-@dataclass(frozen=True)
-class ConstantSource:
-    """The constant value of the graph that a constant of the program is made of."""
-
-    value: ir.Value
-    #: The first of its columns, and their number.
-    begin: int
-    width: int
-
-    @property
-    def elements(self) -> int:
-        """The number of elements of the constant."""
-        shape = edit.dims(self.value)
-        return int(np.prod(shape[:-1])) * self.width if shape else 1
 
 
 @dataclass(frozen=True)
@@ -148,7 +116,7 @@ class _Lowering:
         elif lowering is None and node.op_type in _BINARY:
             self._binary(node, _BINARY[node.op_type])
         elif lowering is None:
-            raise _refusal(node, "the native engine lacks this operator")
+            raise refusal(node, "the native engine lacks this operator")
         else:
             lowering(self, node)
 
@@ -163,7 +131,7 @@ class _Lowering:
     def _view(self, node: ir.Node, index: int) -> View:
         view = self.views.get(edit.operand(node, index))
         if view is None:
-            raise _refusal(node, f"its input {index} is not a row of numbers")
+            raise refusal(node, f"its input {index} is not a row of numbers")
         return view
 
     def _constant(self, value: ir.Value) -> str:
@@ -224,7 +192,7 @@ class _Lowering:
         elif indices.name == "logits_index":
             self._emit(node, "gather_rows", (self._view(node, 0),), rows="logits")
         else:
-            raise _refusal(node, f"it gathers by {indices.name}")
+            raise refusal(node, f"it gathers by {indices.name}")
 
     def _reshape(self, node: ir.Node) -> None:
         source = edit.operand(node, 0)
@@ -234,7 +202,7 @@ class _Lowering:
         view = self._view(node, 0)
         shape = edit.dims(node.outputs[0])
         if shape[0] != -1 or int(np.prod(shape[1:])) != view.width:
-            raise _refusal(node, "it mixes tokens and features")
+            raise refusal(node, "it mixes tokens and features")
         self.views[node.outputs[0]] = view
 
     def _is_rotary(self, node: ir.Node) -> bool:
@@ -250,17 +218,17 @@ class _Lowering:
 
     def _limit_positions(self, node: ir.Node, rows: int) -> None:
         if self.positions not in (0, rows):
-            raise _refusal(node, f"its table has {rows} positions, another one {self.positions}")
+            raise refusal(node, f"its table has {rows} positions, another one {self.positions}")
         self.positions = rows
 
     def _gather_columns(self, node: ir.Node, axis: int) -> None:
         indices = edit.operand(node, 1)
         if not self._is_constant(indices):
-            raise _refusal(node, "it gathers columns by values of the step")
+            raise refusal(node, "it gathers columns by values of the step")
         size = edit.dims(edit.operand(node, 0))[axis]
         numbers = [int(index) % size for index in evaluate(indices).reshape(-1)]
         if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-            raise _refusal(node, "it gathers columns that are not neighbours")
+            raise refusal(node, "it gathers columns that are not neighbours")
         self._columns(node, node.outputs[0], axis, numbers[0], len(numbers))
 
     def _split(self, node: ir.Node) -> None:
@@ -273,9 +241,9 @@ class _Lowering:
 
     def _slice(self, node: ir.Node) -> None:
         shape = edit.dims(edit.operand(node, 0))
-        starts, ends, axes, *steps = (_integers(value) for value in node.inputs[1:])
+        starts, ends, axes, *steps = (integers(value) for value in node.inputs[1:])
         if len(axes) != 1 or (steps and steps[0] != [1]):
-            raise _refusal(node, "it slices several axes, or with steps")
+            raise refusal(node, "it slices several axes, or with steps")
         start, end, _ = slice(starts[0], ends[0]).indices(shape[axes[0] % len(shape)])
         self._columns(node, node.outputs[0], axes[0], start, end - start)
 
@@ -289,7 +257,7 @@ class _Lowering:
         view = self._view(node, 0)
         axis %= len(shape)
         if axis == 0 or begin < 0 or begin + count > shape[axis]:
-            raise _refusal(node, "it takes some of the tokens")
+            raise refusal(node, "it takes some of the tokens")
         groups, inner = int(np.prod(shape[1:axis])), int(np.prod(shape[axis + 1 :]))
         if groups == 1:
             self.views[output] = View(view.buffer, view.offset + begin * inner, count * inner)
@@ -302,7 +270,7 @@ class _Lowering:
         shape = edit.dims(node.outputs[0])
         axis = int(edit.attribute(node, "axis")) % len(shape)
         if axis == 0 or int(np.prod(shape[1:axis])) != 1:
-            raise _refusal(node, "it joins something else than columns")
+            raise refusal(node, "it joins something else than columns")
         self.buffers.append(Buffer(sum(part.width for part in parts), self.buffers[parts[0].buffer].rows))
         out, offset = len(self.buffers) - 1, 0
         for part in parts:
@@ -312,7 +280,7 @@ class _Lowering:
 
     def _cast(self, node: ir.Node) -> None:
         if node.outputs[0].dtype != ir.DataType.FLOAT:
-            raise _refusal(node, f"it converts to {node.outputs[0].dtype}")
+            raise refusal(node, f"it converts to {node.outputs[0].dtype}")
         self.views[node.outputs[0]] = self._view(node, 0)
 
     def _quantize(self, node: ir.Node) -> None:
@@ -322,9 +290,9 @@ class _Lowering:
         readers = [use.node for use in codes.uses()]
         scale = edit.operand(node, 1)
         if function is None or len(node.inputs) > 2 or int(np.prod(edit.dims(scale))) != 1:
-            raise _refusal(node, f"it quantizes activations to {codes.dtype} in another way than per tensor")
+            raise refusal(node, f"it quantizes activations to {codes.dtype} in another way than per tensor")
         if any(reader.op_type != "DequantizeLinear" or reader.inputs[1] is not scale for reader in readers):
-            raise _refusal(node, "its codes are read by something else than DequantizeLinear")
+            raise refusal(node, "its codes are read by something else than DequantizeLinear")
         self._emit(node, "round", (self._view(node, 0),), function=function, weights=(self._constant(scale),))
 
     def _round_fp4(self, node: ir.Node) -> None:
@@ -343,14 +311,14 @@ class _Lowering:
 
     def _swish(self, node: ir.Node) -> None:
         if node.attributes.get_float("alpha", 1.0) != 1.0:
-            raise _refusal(node, "its alpha is not 1")
+            raise refusal(node, "its alpha is not 1")
         self._unary(node, "silu")
 
     def _pow(self, node: ir.Node) -> None:
         exponent = edit.operand(node, 1)
         power = float(evaluate(exponent)) if self._is_constant(exponent) and not edit.dims(exponent) else 0.0
         if power not in (0.5, 2.0, 3.0):
-            raise _refusal(node, "its exponent is none of 0.5, 2 and 3")
+            raise refusal(node, "its exponent is none of 0.5, 2 and 3")
         self._unary(node, "sqrt" if power == 0.5 else "square")
         if power == 3.0:
             square = self.views[node.outputs[0]]
@@ -363,15 +331,15 @@ class _Lowering:
             return
         if self._is_constant(left):
             if function not in _COMMUTATIVE:
-                raise _refusal(node, "its first operand is a constant")
+                raise refusal(node, "its first operand is a constant")
             left, right = right, left
         view = self.views.get(left)
         if view is None:
-            raise _refusal(node, "an operand is not a row of numbers")
+            raise refusal(node, "an operand is not a row of numbers")
         if not self._is_constant(right):
             other = self.views.get(right)
             if other is None or other.width != view.width:
-                raise _refusal(node, "its operands have different widths")
+                raise refusal(node, "its operands have different widths")
             self._emit(node, "binary", (view, other), function=function)
             return
         elements = int(np.prod(edit.dims(right)))
@@ -381,7 +349,7 @@ class _Lowering:
         elif elements == view.width and edit.dims(right) == edit.dims(left)[-len(edit.dims(right)) :]:
             self._emit(node, "vector", (view,), function=function, weights=(self._constant(right),))
         else:
-            raise _refusal(
+            raise refusal(
                 node, f"a constant of shape {edit.dims(right)} has no place in a row of {view.width}"
             )
 
@@ -400,7 +368,7 @@ class _Lowering:
         view, weight = self._view(node, 0), edit.operand(node, 1)
         width = edit.dims(edit.operand(node, 0))[-1]
         if node.attributes.get_int("axis", -1) not in (-1, len(edit.dims(edit.operand(node, 0))) - 1):
-            raise _refusal(node, "it normalizes over more than the last axis")
+            raise refusal(node, "it normalizes over more than the last axis")
         self._emit(
             node,
             "rms_norm",
@@ -413,7 +381,7 @@ class _Lowering:
     def _layer_norm(self, node: ir.Node) -> None:
         view, shape = self._view(node, 0), edit.dims(edit.operand(node, 0))
         if node.attributes.get_int("axis", -1) not in (-1, len(shape) - 1):
-            raise _refusal(node, "it normalizes over more than the last axis")
+            raise refusal(node, "it normalizes over more than the last axis")
         self._emit(
             node,
             "layer_norm",
@@ -427,7 +395,7 @@ class _Lowering:
         view, shape = self._view(node, 0), edit.dims(edit.operand(node, 0))
         cosine, sine = (self.tables.get(edit.operand(node, index)) for index in (1, 2))
         if cosine is None or sine is None or len(shape) != 4:
-            raise _refusal(node, "its angles do not come from tables")
+            raise refusal(node, "its angles do not come from tables")
         heads, width = shape[1] * shape[2], shape[3]
         rotated = node.attributes.get_int("rotary_embedding_dim", 0) or width
         self._limit_positions(node, edit.dims(cosine.value)[0])
@@ -449,7 +417,7 @@ class _Lowering:
         layer = int(str(cache_input.name).rpartition(".")[2])
         _, kv_heads, _, width = edit.dims(cache_input)
         if cache_input.dtype != ir.DataType.FLOAT:
-            raise _refusal(node, f"its KV cache is {cache_input.dtype}")
+            raise refusal(node, f"its KV cache is {cache_input.dtype}")
         self.caches[layer] = Cache(kv_heads, width, edit.dims(edit.operand(node, 4))[3])
         query, key, value = (self._view(node, index) for index in range(3))
         self.instructions.append(Instruction("write_kv", None, 0, (key, value), (), "", {"layer": layer}, {}))
@@ -465,7 +433,7 @@ class _Lowering:
 
     def _gemm(self, node: ir.Node) -> None:
         if node.attributes.get_int("transA", 0):
-            raise _refusal(node, "its activations are transposed")
+            raise refusal(node, "its activations are transposed")
         view, weight = self._view(node, 0), edit.operand(node, 1)
         transposed = not node.attributes.get_int("transB", 0)
         name, rows = self._matrix(weight, node, transposed=transposed), edit.dims(weight)[int(transposed)]
@@ -497,17 +465,17 @@ class _Lowering:
         if name in self.matrices:
             same = (self.matrices[name].rows, self.sources[name].skip, self.sources[name].transposed)
             if same != (rows, skip, transposed):
-                raise _refusal(node, "its matrix is used in another way elsewhere")
+                raise refusal(node, "its matrix is used in another way elsewhere")
             return name
         if (skip or transposed) and producer is not None:
-            raise _refusal(node, "its matrix is quantized and not in rows of outputs")
+            raise refusal(node, "its matrix is quantized and not in rows of outputs")
         if dequantized is not None:
             self.matrices[name] = Matrix(rows, columns, "fp32")
             self.sources[name] = MatrixSource(source, None, dequantized)
             return name
         element = _ELEMENTS.get(source.dtype) if source.dtype is not None else None
         if element is None:
-            raise _refusal(node, f"its weight is {source.dtype}")
+            raise refusal(node, f"its weight is {source.dtype}")
         half = scales is not None and _scale_dtype(scales) == ir.DataType.FLOAT16
         scale_dtype: Literal["", "fp16", "fp32"] = "" if scales is None else "fp16" if half else "fp32"
         self.matrices[name] = Matrix(rows, columns, element, block, scale_dtype)
@@ -538,32 +506,6 @@ _NODES: Mapping[str, Callable[[_Lowering, ir.Node], None]] = {
 }
 
 
-def evaluate(value: ir.Value) -> np.ndarray:
-    """Return the array of a constant value: an initializer, or an expression of initializers."""
-    if value.const_value is not None:
-        return value.const_value.numpy()
-    node = value.producer()
-    assert node is not None, f"{value.name} has no data"
-    inputs = [evaluate(operand) for operand in node.inputs if operand is not None]
-    if node.op_type == "Cast":
-        assert node.outputs[0].dtype is not None
-        return inputs[0].astype(node.outputs[0].dtype.numpy())
-    if node.op_type == "DequantizeLinear":
-        codes, scales = inputs[0].astype(np.float32), inputs[1].astype(np.float32)
-        if scales.ndim == 2:
-            scales = np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
-        elif scales.ndim == 1:
-            scales = scales.reshape(-1, *[1] * (codes.ndim - 1))
-        return codes * scales
-    functions = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide}
-    if node.op_type in functions:
-        result: np.ndarray = functions[node.op_type](*inputs)
-        return result
-    if node.op_type == "Reshape":
-        return inputs[0].reshape([int(dim) for dim in inputs[1]])
-    raise _refusal(node, "the native engine cannot compute this of weights")
-
-
 def _block(node: ir.Node, columns: int) -> int:
     """Return the number of columns that share a scale."""
     block = node.attributes.get_int("block_size", 0)
@@ -574,15 +516,3 @@ def _scale_dtype(value: ir.Value) -> ir.DataType | None:
     while (node := value.producer()) is not None and node.op_type == "Cast":
         value = edit.operand(node, 0)
     return value.dtype
-
-
-def _integers(value: ir.Value | None) -> list[int]:
-    assert value is not None
-    return [int(element) for element in evaluate(value).reshape(-1)]
-
-
-def _refusal(node: ir.Node, reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{module_of(node)} ({node.op_type}): {reason}",
-        "choose another engine: --engine openvino or onnxruntime",
-    )

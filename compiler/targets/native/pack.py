@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.compiler.bundle_writer import BundleWriter
-from llmc.compiler.targets.native.lower import Lowered, MatrixSource, evaluate
+from llmc.compiler.targets.native.constants import MatrixSource, evaluate
+from llmc.compiler.targets.native.lower import Lowered
 from llmc.compiler.weights.safetensors_writer import TensorEntry, write_safetensors
 from llmc.runtime.native.program import TILE, Matrix
 

@@ -1,0 +1,84 @@
+"""The constants of a native program: the graph's values that they are made of, and what these are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.passes import edit
+from llmc.passes.spec import module_of
+from llmc.runtime.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class MatrixSource:
+    """The constant values of the graph that a matrix of the program is made of."""
+
+    #: The codes of a quantized matrix, else its elements.
+    codes: ir.Value
+    #: The scales of a quantized matrix; None if it is not quantized.
+    scales: ir.Value | None = None
+    #: The dequantized matrix, if it is stored in fp32 because the engine has no kernel for its codes.
+    dequantized: ir.Value | None = None
+    #: Whether the graph has the columns of the matrix as rows.
+    transposed: bool = False
+    #: Rows of the graph's matrix that the program's leaves out.
+    skip: int = 0
+
+
+@dataclass(frozen=True)
+class ConstantSource:
+    """The constant value of the graph that a constant of the program is made of."""
+
+    value: ir.Value
+    #: The first of its columns, and their number.
+    begin: int
+    width: int
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of the constant."""
+        shape = edit.dims(self.value)
+        return int(np.prod(shape[:-1])) * self.width if shape else 1
+
+
+def evaluate(value: ir.Value) -> np.ndarray:
+    """Return the array of a constant value: an initializer, or an expression of initializers."""
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    node = value.producer()
+    assert node is not None, f"{value.name} has no data"
+    inputs = [evaluate(operand) for operand in node.inputs if operand is not None]
+    if node.op_type == "Cast":
+        assert node.outputs[0].dtype is not None
+        return inputs[0].astype(node.outputs[0].dtype.numpy())
+    if node.op_type == "DequantizeLinear":
+        codes, scales = inputs[0].astype(np.float32), inputs[1].astype(np.float32)
+        if scales.ndim == 2:
+            scales = np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
+        elif scales.ndim == 1:
+            scales = scales.reshape(-1, *[1] * (codes.ndim - 1))
+        return codes * scales
+    functions = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide}
+    if node.op_type in functions:
+        result: np.ndarray = functions[node.op_type](*inputs)
+        return result
+    if node.op_type == "Reshape":
+        return inputs[0].reshape([int(dim) for dim in inputs[1]])
+    raise refusal(node, "the native engine cannot compute this of weights")
+
+
+def integers(value: ir.Value | None) -> list[int]:
+    """Return the numbers of a constant value of integers."""
+    assert value is not None
+    return [int(element) for element in evaluate(value).reshape(-1)]
+
+
+def refusal(node: ir.Node, reason: str) -> UnsupportedError:
+    """Return the error that says which module the native engine cannot run, and why."""
+    return UnsupportedError(
+        f"{module_of(node)} ({node.op_type}): {reason}",
+        "choose another engine: --engine openvino or onnxruntime",
+    )
