@@ -32,8 +32,11 @@ def limit_library_threads() -> None:
     """Have torch and numpy respect a CPU quota, here and in child processes. Call it before their import.
 
     By default these libraries start a thread for each core of the host, and the threads wait for each other.
-    OMP_NUM_THREADS takes precedence if it is set.
+    numpy's products get half of the cores: GPTQ computes them while a layer runs on all cores, and their idle
+    threads spin. OMP_NUM_THREADS takes precedence if it is set.
     """
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, available_cpus() // 2)))
     if (threads := default_threads()) is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 

@@ -133,8 +133,23 @@ def test_what_follows_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kv_cache._default_memory() == GIB // 4
     assert (cpus.available_cpus(), cpus.default_threads(), cpus.default_threads(6)) == (1, 1, 6)
     monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     cpus.limit_library_threads()
     assert cpus.os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_numpy_gets_half_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpus, "_affinity", lambda: set(range(8)))
+    monkeypatch.setattr(cgroup, "limits", Limits)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    cpus.limit_library_threads()
+    assert cpus.os.environ["OPENBLAS_NUM_THREADS"] == "4"
+    assert "OMP_NUM_THREADS" not in cpus.os.environ
+    cpus.os.environ.pop("OPENBLAS_NUM_THREADS")
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    cpus.limit_library_threads()
+    assert "OPENBLAS_NUM_THREADS" not in cpus.os.environ
 
 
 @pytest.mark.usefixtures("container")
