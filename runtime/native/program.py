@@ -362,7 +362,7 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
     if instruction.op in ("embed", "embed_positions"):
         matrix = program.matrices.get(instruction.weights[0])
         rows = program.vocab_size if instruction.op == "embed" else program.max_positions
-        if matrix is None or matrix.columns != width or matrix.rows < max(rows, 1):
+        if matrix is None or matrix.columns != width or matrix.rows != rows:
             yield "has a table of another shape"
         elif matrix.scales or matrix.element in ("fp8", "int8", "int4"):
             yield "has a table of quantized numbers"

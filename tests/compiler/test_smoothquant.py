@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,10 @@ import onnx_ir as ir
 import pytest
 
 from llmc.compiler.calibrate.run_layers import LayerInputs
+from llmc.compiler.calibrate.statistics import LayerStatistics, measure
 from llmc.compiler.calibrate.table import Source
 from llmc.compiler.checkpoint.safetensors import TensorRef, read_header
 from llmc.compiler.progress import Silent
-from llmc.compiler.quantize import produce_calibrated as calibrated
 from llmc.compiler.quantize import smoothquant
 from llmc.compiler.quantize.make_plan import plan_weights
 from llmc.compiler.quantize.produce import Produced
@@ -120,11 +121,20 @@ def test_percentile_range_is_smaller(tensors: dict[str, TensorRef]) -> None:
     assert float(found.input_scale) * 127 < 0.5 * magnitudes.max()
 
 
+def statistics(found: LayerInputs) -> Iterator[LayerStatistics]:
+    """The statistics of a layer whose matrices are all smoothed."""
+    return measure([found], with_moments=lambda group: False, with_inputs=lambda group: True)
+
+
 def produce(
-    tensors: dict[str, TensorRef], x: np.ndarray, directory: Path, matrix: QuantizedMatrix = MATRIX
+    tensors: dict[str, TensorRef],
+    x: np.ndarray,
+    directory: Path,
+    matrix: QuantizedMatrix = MATRIX,
+    most_columns: int = 96,
 ) -> Produced:
     found = LayerInputs(0, {MATRIX.modules: x}, keys=x[:, :8], values=x[:, :8])
-    return produce_calibrated([matrix], tensors, [found], SOURCE, directory, "max")
+    return produce_calibrated([matrix], tensors, statistics(found), SOURCE, directory, "max", most_columns)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -135,13 +145,10 @@ def test_stored_factors_are_folded_into_the_weights(
     weights: dict[str, np.ndarray],
     tensors: dict[str, TensorRef],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """wide: a matrix with too many columns for GPTQ, which is rounded to nearest."""
-    if wide:
-        monkeypatch.setattr(calibrated, "MOST_COLUMNS", 95)
     matrix = QuantizedMatrix(MATRIX.modules, MATRIX.rows, 96, FORM.with_scales(scales))
-    made = produce(tensors, inputs(), tmp_path, matrix)
+    made = produce(tensors, inputs(), tmp_path, matrix, most_columns=95 if wide else 96)
     arrays = {name: made.tensors[matrix.initializer(name)].read() for name in ("weight", "weight_scale")}
     factor = made.tensors["l.0.a.pre_quant_scale|l.0.b.pre_quant_scale"]
     scale = made.tensors["l.0.a.input_scale|l.0.b.input_scale"]
@@ -226,7 +233,7 @@ def test_tensorrt_keeps_the_codes(dtype: str, sms: tuple[int, ...], tmp_path: Pa
     write_safetensors(tmp_path / "w", [("l.0.a.weight", "F32", weight.shape)], lambda name: [weight.data])
     found = LayerInputs(0, {("l.0.a",): rng.standard_normal((64, columns), np.float32)}, weight, weight)
     tensors = read_header(tmp_path / "w")
-    made = produce_calibrated([matrix], tensors, [found], SOURCE, tmp_path, "max")
+    made = produce_calibrated([matrix], tensors, statistics(found), SOURCE, tmp_path, "max")
     for name, value in graph.initializers.items():
         ref = made.tensors[name]
         assert value.dtype is not None
