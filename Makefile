@@ -10,7 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # The tests of a file share what they build: one process runs them all.
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test fuzz check replay docs format bench gpu-check clean
+.PHONY: demo test fuzz sanitize check replay docs format bench gpu-check clean
 
 $(BUILD): pyproject.toml
 	@echo "setting up $(VENV) with what a CPU demo needs: about 1.5 GB, a few minutes the first time"
@@ -35,6 +35,14 @@ test: $(STAMP)  ## the tests, without those marked slow (`make check` runs them 
 
 fuzz: $(STAMP)  ## the property tests with new seeds, for FUZZ_SECONDS seconds
 	$(BIN)/python tests/fuzz.py --seconds $(or $(FUZZ_SECONDS),120)
+
+sanitize: $(STAMP)  ## the native engine under sanitizers: its tests, 1,000 programs and 1,000 steps
+	@gcc --version > /dev/null || { echo "error: it needs the sanitizers of gcc: apt-get install gcc"; exit 1; }
+	$(BIN)/python plugins/cpu/build.py --sanitize build/sanitized
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/python -m pytest -q -m "not slow" --native-libraries build/sanitized --hypothesis-profile=fuzz \
+		tests/runtime/test_native_engine.py tests/runtime/test_native_fuzz.py
 
 check: $(STAMP)  ## what CI runs: format, lint, types, import layers, all tests
 	.ci/checks $(BIN)

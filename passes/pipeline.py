@@ -90,7 +90,7 @@ def legalize_native(narrow: NarrowPlan) -> list[Pass]:
 
 
 def legalize_openvino(narrow: NarrowPlan) -> list[Pass]:
-    """Return the passes from a quantized fp32 graph to OpenVINO's, which the native program is made from too.
+    """Return the passes from a quantized fp32 graph to the one that OpenVINO runs.
 
     narrow: the matrices that stay 16-bit
     """

@@ -19,6 +19,20 @@ settings.load_profile("fixed")  # `pytest --hypothesis-profile=...` comes later 
 # Tiny models: more threads of torch's only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--native-libraries", type=Path, help="test the native engine's libraries of this folder"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if folder := config.getoption("--native-libraries"):
+        from llmc.plugins.cpu import library
+
+        library.LIBRARIES = folder.resolve()
+
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 

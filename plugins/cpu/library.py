@@ -114,6 +114,8 @@ def load(name: str | None = None) -> ctypes.CDLL:
     Raises OSError if this CPU has no library, or if the library was not compiled or is of another version.
     """
     path = LIBRARIES / f"{name or choose()}.so"
+    if not path.is_file():
+        raise OSError(f"{path} was not compiled: run plugins/cpu/build.py")
     library = ctypes.CDLL(str(path))
     if error := library.llmc_prepare():
         raise OSError(error, f"the system does not allow what {path.name} needs: {os.strerror(error)}")

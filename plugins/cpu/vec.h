@@ -47,6 +47,8 @@ INLINE vf load_e4m3(const uint8_t *p) {
   return __builtin_convertvector((vhf)((x & 0x80) << 8 | (x & 0x7f) << 7), vf) * 256.0f;
 }
 INLINE void store_bytes(int8_t *p, vi x) { *(vb *)p = __builtin_convertvector(x, vb); }
+// a * b. It wraps, because sums of digits are arbitrary where a number is NaN or infinite.
+INLINE int32_t product(int32_t a, int32_t b) { return (int32_t)((uint32_t)a * (uint32_t)b); }
 INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
 // Sums and maxima over the lanes, always in the same order: 16 -> 8 -> 4 -> 2 -> 1.

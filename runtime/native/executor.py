@@ -24,7 +24,8 @@ _DIGIT_ROWS = 16  # rows of a tile of digits
 class Executor:
     """A program with its weights, its KV cache and the threads that run it.
 
-    weights: the packed matrices and the constants, from `read_weights`.
+    weights: the packed matrices and the constants, from `read_weights`. Constants are read in whole vectors,
+        up to a multiple of 64 bytes.
     max_tokens: the maximum number of tokens in a step.
     num_blocks: the number of blocks of the KV cache, of 32 tokens each.
     threads: the number of threads, the caller's included.
@@ -148,6 +149,10 @@ class Executor:
         return Group(name, head.per_logit, matrix.nbytes, products, head.digits is not None)
 
     def _check(self, batch: Batch) -> None:
+        for name in STEP_INPUTS:
+            array = getattr(batch, name)
+            if array.ndim != 1 or array.dtype != np.int32:
+                raise ValueError(f"{name} of the step is not a vector of int32")
         tokens = len(batch.input_ids)
         if not 0 < tokens <= self._max_tokens or len(batch.logits_index) > self._max_tokens:
             raise ValueError(f"a step of {tokens} tokens; the engine takes 1 to {self._max_tokens}")
@@ -160,6 +165,8 @@ class Executor:
         for name, values, limit in limits:
             if len(values) and not 0 <= int(values.min()) <= int(values.max()) < limit:
                 raise ValueError(f"{name} of the step are outside 0 to {limit - 1}")
+        if not len(batch.query_start) == len(batch.block_begins) == len(batch.past_lengths) + 1:
+            raise ValueError("the arrays of the step contradict each other")
         counts = np.diff(batch.query_start)
         lengths = batch.past_lengths + counts
         tables = np.diff(batch.block_begins)

@@ -20,6 +20,7 @@ MAX_PROGRAM_BYTES = 64 << 20
 MAX_INSTRUCTIONS = 1 << 14  # and buffers; a model of 126 layers has some 2,000
 TILE = 32  # rows of a packed matrix that lie together
 _MAX = 1 << 27  # of sizes and indices
+_MAX_KEYS, _MAX_VALUES = 576, 512  # of a head, as plugins/paged_attention/cpu/attention.c has room for
 
 UNARY = (
     "sigmoid",
@@ -120,7 +121,7 @@ class Instruction:
     weights: tuple[str, ...]
     #: "function", where the operation has one; otherwise "".
     function: str
-    integers: Mapping[str, int]
+    integers: Mapping[str, Index]
     floats: Mapping[str, float]
 
 
@@ -233,12 +234,20 @@ def check(program: Program) -> None:
     for name, matrix in program.matrices.items():
         if complaint := _matrix_complaint(matrix):
             raise BundleError(f"the matrix {name!a:.99} of the program {complaint}", DAMAGED)
+    for layer, cache in enumerate(program.caches):
+        if cache.head_dim % 2 or cache.head_dim > _MAX_KEYS or cache.v_head_dim > _MAX_VALUES:
+            complaint = f"has heads of an odd size, or of more than {_MAX_KEYS} keys or {_MAX_VALUES} values"
+            raise BundleError(f"cache {layer} of the program {complaint}", DAMAGED)
     written: set[int] = set()
+    finished: set[int] = set()  # buffers that no other instruction may write
     for number, instruction in enumerate(program.instructions):
-        for complaint in _complaints(program, instruction, written):
+        for complaint in _complaints(program, instruction, written, finished):
             raise BundleError(f"instruction {number} ({instruction.op}) of the program {complaint}", DAMAGED)
+        finished |= {view.buffer for view in instruction.inputs}
         if instruction.out is not None:
             written.add(instruction.out)
+            if instruction.op != "copy":
+                finished.add(instruction.out)
     if program.logits not in written or program.buffers[program.logits].rows != "logits":
         raise BundleError("the program writes no logits", DAMAGED)
     if program.buffers[program.logits].width != program.vocab_size:
@@ -258,7 +267,9 @@ def _matrix_complaint(matrix: Matrix) -> str:
     return ""
 
 
-def _complaints(program: Program, instruction: Instruction, written: set[int]) -> Iterator[str]:
+def _complaints(
+    program: Program, instruction: Instruction, written: set[int], finished: set[int]
+) -> Iterator[str]:
     operation = OPERATIONS.get(instruction.op)
     if operation is None:
         yield "is not an operation of this llmc"
@@ -287,6 +298,8 @@ def _complaints(program: Program, instruction: Instruction, written: set[int]) -
             yield f"reads {name!r}, which the weights lack"
     if instruction.out is not None and instruction.out >= len(program.buffers):
         yield "writes a buffer that does not exist"
+    if instruction.out in finished or (instruction.op != "copy" and instruction.out in written):
+        yield "writes a buffer that was written or read before"
     yield from _shape_complaints(program, instruction)
 
 
@@ -364,7 +377,7 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
         rows = program.vocab_size if instruction.op == "embed" else program.max_positions
         if matrix is None or matrix.columns != width or matrix.rows != rows:
             yield "has a table of another shape"
-        elif matrix.scales or matrix.element in ("fp8", "int8", "int4"):
+        elif matrix.scales:
             yield "has a table of quantized numbers"
     if instruction.op == "linear":
         matrix = program.matrices.get(instruction.weights[0])
@@ -380,8 +393,6 @@ def _cache_complaints(program: Program, instruction: Instruction, width: int) ->
         yield "has no such cache"
         return
     cache = program.caches[layer]
-    if cache.head_dim % 2 or cache.head_dim > 576 or cache.v_head_dim > 512:
-        yield "has heads of an odd size, or of more than 576 keys or 512 values"
     if instruction.op == "write_kv":
         sizes = (cache.num_kv_heads * cache.head_dim, cache.num_kv_heads * cache.v_head_dim)
         if tuple(view.width for view in instruction.inputs) != sizes:
@@ -392,8 +403,6 @@ def _cache_complaints(program: Program, instruction: Instruction, width: int) ->
         yield "has heads that the cache's heads do not divide, or more than 32 for one"
     elif instruction.inputs[0].width != heads * cache.head_dim or width != heads * cache.v_head_dim:
         yield "has queries of another width"
-    if instruction.integers["window"] < 0:
-        yield "has a negative window"
 
 
 def describe(instruction: Instruction) -> str:

@@ -45,7 +45,7 @@ def read_weights(path: Path, program: Program) -> tuple[Mapping[str, np.ndarray]
             if not count:
                 raise BundleError(f"{path.name}: the file became shorter while it was read")
             position += count
-    data = np.frombuffer(memory, np.uint8)
+    data = np.frombuffer(memory, np.uint8, size - begin)
     arrays: dict[str, np.ndarray] = {}
     for name, matrix in program.matrices.items():
         arrays[name] = _take(path, data, spans, name, "U8", matrix.nbytes)

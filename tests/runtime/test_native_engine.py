@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +27,13 @@ from llmc.runtime.errors import BundleError
 from llmc.runtime.native.executor import Executor
 from llmc.runtime.native.interpreter import Interpreter
 from llmc.runtime.native.program import BINARY, MAX_INSTRUCTIONS, UNARY, Cache, Matrix, Program, View, check
-from support.native_programs import POSITIONS, Builder, steps
+from support.native_fuzz import random_program, random_steps
+from support.native_programs import POSITIONS, Builder, Built, constant, steps
+from support.native_step import compile_runner, recorded_steps
 
-ISAS = [name for name in library.candidates() if (library.LIBRARIES / f"{name}.so").is_file()]
-pytestmark = pytest.mark.skipif(not ISAS, reason="this machine or this installation has no native engine")
+ISAS = library.candidates()  # a library that was not compiled is an error, which a skipped test would hide
+pytestmark = pytest.mark.skipif(not ISAS, reason="the native engine does not run on this CPU")
 
-Built = tuple[Program, object, object]
 POSITIVE = ("sqrt", "reciprocal")
 
 
@@ -327,9 +335,9 @@ def test_programs_survive_json() -> None:
     assert Program.from_json(program.to_json()) == program
 
 
-def test_hostile_programs_are_refused_or_stay_inside_their_arrays(tmp_path: Path) -> None:
+def test_a_changed_number_of_a_program_is_refused_or_harmless() -> None:
     """Every number of a program changed, one at a time. What `check` lets through must run."""
-    program, weights, _ = PROGRAMS["values of another width"]()
+    program, _, _ = PROGRAMS["values of another width"]()
     text = program.to_json().decode()
     tree, refused = json.loads(text), 0
     places: list[tuple[object, object]] = []
@@ -351,14 +359,13 @@ def test_hostile_programs_are_refused_or_stay_inside_their_arrays(tmp_path: Path
                 changed = Program.from_json(json.dumps(tree).encode())
                 arrays = {
                     name: np.zeros(matrix.nbytes, np.uint8) for name, matrix in changed.matrices.items()
-                } | {name: np.zeros(size, np.float32) for name, size in changed.constants.items()}
+                } | {name: constant(size) for name, size in changed.constants.items()}
                 executor = Executor(changed, arrays, max_tokens=64, num_blocks=12, threads=1)
                 executor.run(steps()[0])
             except (BundleError, ValueError, MemoryError, OSError):
                 refused += 1
         node[key] = before  # type: ignore[index]
     assert refused > 100
-    assert weights
 
 
 def test_check_names_the_instruction() -> None:
@@ -430,3 +437,64 @@ def test_a_program_must_be_that_of_the_manifest(tmp_path: Path) -> None:
     ):
         with pytest.raises(BundleError, match=message):
             load(**changed)
+
+
+QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+NEEDS_QEMU = pytest.mark.skipif(not QEMU, reason="needs an emulator of ARM: apt-get install qemu-user")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("ziglang"), reason="needs a C compiler: pip install ziglang")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(ISAS[-1] if ISAS else "", id="this machine"),
+        pytest.param("aarch64-i8mm", marks=NEEDS_QEMU),
+        pytest.param("aarch64-dotprod", marks=NEEDS_QEMU),
+    ],
+)
+def test_an_emulated_cpu_gives_the_same_bits(name: str, tmp_path: Path) -> None:
+    runner = compile_runner(name, tmp_path)
+    command = [str(runner)] if name.startswith(platform.machine()) else [str(QEMU), str(runner)]
+    cases = [(label, make(), steps()[:3]) for label, make in PROGRAMS.items()]
+    cases += [(f"random {seed}", random_program(seed), random_steps(seed, 12, 2)) for seed in range(20)]
+    for label, built, batches in cases:
+        files, want = [], b""
+        for digits, kv_dtype in ((3, "fp32"), (1, "int8")):
+            for image, logits in recorded_steps(built, batches, digits=digits, kv_dtype=kv_dtype):
+                files.append(tmp_path / f"step{len(files)}")
+                files[-1].write_bytes(image)
+                want += logits.tobytes()
+        done = subprocess.run([*command, *map(str, files)], stdout=subprocess.PIPE, check=True)
+        assert done.stdout == want, label
+
+
+def burn(processes: int) -> list[subprocess.Popen[bytes]]:
+    return [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+
+
+def test_threads_that_lose_their_cores_give_the_same_bits() -> None:
+    built, batches = random_program(3), random_steps(3, 12, 6)
+    executor = Executor(built[0], built[1], max_tokens=64, num_blocks=12, threads=1)
+    want = [executor.run(batch).tobytes() for batch in batches]
+    others = burn(2 * len(os.sched_getaffinity(0)))
+    try:
+        for _ in range(20):
+            executor = Executor(built[0], built[1], max_tokens=64, num_blocks=12, threads=4)
+            assert [executor.run(batch).tobytes() for batch in batches] == want
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+@pytest.mark.slow
+def test_an_idle_executor_uses_no_cpu_time() -> None:
+    program, weights, _ = random_program(3)
+    executor = Executor(program, weights, max_tokens=64, num_blocks=12, threads=4)
+    executor.run(random_steps(3, 12, 1)[0])
+    begin = os.times()
+    threading.Event().wait(1)
+    end = os.times()
+    assert end.user + end.system - begin.user - begin.system < 0.1
+    executor.close()

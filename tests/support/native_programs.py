@@ -12,6 +12,13 @@ from llmc.runtime.batch import Batch
 from llmc.runtime.native.program import Buffer, Cache, Instruction, Matrix, Program, View, check
 
 VOCABULARY, POSITIONS = 50, 128
+#: A program, its packed weights, and the same for the interpreter.
+Built = tuple[Program, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]
+
+
+def constant(size: int) -> np.ndarray:
+    """Return zeros, with room for whole vectors of 16 numbers, which the engine reads."""
+    return np.zeros(-(-size // 16) * 16, np.float32)[:size]
 
 
 class Builder:
@@ -53,7 +60,8 @@ class Builder:
     def vector(self, name: str, size: int, values: np.ndarray | None = None) -> str:
         array = self.rng.standard_normal(size) if values is None else values
         self.constants[name] = size
-        self.packed[name] = array.astype(np.float32)
+        self.packed[name] = constant(size)
+        self.packed[name][:] = array
         self.exact[name] = self.packed[name].astype(np.float64)
         return name
 
@@ -87,7 +95,7 @@ class Builder:
             self.exact[name] = data.astype(np.float64)
         return name
 
-    def finish(self, last: View) -> tuple[Program, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
+    def finish(self, last: View) -> Built:
         """Return the program, its packed weights, and the same for the interpreter. Its logits are `last`."""
         logits = self.emit("gather_rows", last.width, last, rows="logits")
         if last.width != VOCABULARY:

@@ -45,7 +45,7 @@ INLINE void integer_tile(const int M, const int DIGITS, const int BITS, const in
     for (const int end = column + block; column < end; column += group, g++) {
       vi c[MOST_SUMS][2];
       UNROLL for (int m = 0; m < M; m++) UNROLL for (int d = 0; d < DIGITS; d++)
-          c[m * DIGITS + d][0] = c[m * DIGITS + d][1] = alli(-ZERO * x.sums[m * x.sums_row + d * groups + g]);
+          c[m * DIGITS + d][0] = c[m * DIGITS + d][1] = alli(product(-ZERO, x.sums[m * x.sums_row + d * groups + g]));
       const int8_t *q = x.q + column;
       for (int k = 0; k < group; k += STEP, w += 128) {
         const vi u0 = (vi) * (const bytes64 *)w, u1 = (vi) * (const bytes64 *)(w + 64);

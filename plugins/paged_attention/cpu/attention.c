@@ -64,7 +64,7 @@ INLINE void digit_scores(const int R, const int DIGITS, int width, const uint8_t
                          const digit_queries *q, int first, float (*out)[BLOCK]) {
   vi s[6][2];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int d = 0; d < DIGITS; d++)
-      s[r * DIGITS + d][0] = s[r * DIGITS + d][1] = alli(-128 * q->sums[first + r][d]);
+      s[r * DIGITS + d][0] = s[r * DIGITS + d][1] = alli(product(-128, q->sums[first + r][d]));
   for (int k = 0; k < width; k += 4, keys += 4 * BLOCK) {
     const vi u0 = (vi) * (const bytes64 *)keys, u1 = (vi) * (const bytes64 *)(keys + 64);
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int d = 0; d < DIGITS; d++) {

@@ -1,0 +1,136 @@
+"""Random and hostile programs, weights files and steps for the native engine.
+
+All arrays of an executor lie between pages that cannot be touched: an access outside them ends the process.
+With `-s` the last seed that is printed is the one at fault.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmc.plugins.cpu import library
+from llmc.runtime.errors import BundleError
+from llmc.runtime.native.executor import Executor
+from llmc.runtime.native.interpreter import Interpreter
+from llmc.runtime.native.program import Program
+from llmc.runtime.native.weights import read_weights
+from support.guarded_memory import guarded_batch, guarded_executors, guarded_weights
+from support.native_fuzz import (
+    MAX_TOKENS,
+    mutated_program,
+    mutated_step,
+    random_program,
+    random_steps,
+    write_weights,
+)
+
+pytestmark = pytest.mark.skipif(not library.candidates(), reason="the native engine does not run on this CPU")
+
+BLOCKS = 10
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def make(program: Program, weights: dict[str, np.ndarray], rng: random.Random) -> Executor:
+    """Return an executor whose arrays end, or begin, at pages that cannot be touched."""
+    at_end = rng.random() < 0.7
+    with guarded_executors(MAX_TOKENS, at_end):
+        return Executor(
+            program,
+            guarded_weights(weights, at_end),
+            max_tokens=MAX_TOKENS,
+            num_blocks=BLOCKS,
+            threads=rng.choice((1, 1, 2)),
+            digits=rng.choice((1, 3)),
+            kv_dtype=rng.choice(("fp32", "int8")),
+            isa=rng.choice(library.candidates()),
+        )
+
+
+@given(seed=SEEDS)
+def test_random_steps_of_random_programs_are_the_interpreters(seed: int) -> None:
+    print("seed", seed)
+    program, packed, exact = random_program(seed)
+    steps = random_steps(seed, BLOCKS, 4)
+    interpreter = Interpreter(program, exact, BLOCKS)
+    want = [interpreter.forward(batch) for batch in steps]
+    size = max(np.abs(logits).max(initial=0) for logits in want)
+    with guarded_executors(MAX_TOKENS):
+        inside = Executor(
+            program, guarded_weights(packed), max_tokens=MAX_TOKENS, num_blocks=BLOCKS, threads=1
+        )
+    executor = Executor(program, packed, max_tokens=MAX_TOKENS, num_blocks=BLOCKS, threads=2)
+    for batch, logits in zip(steps, want, strict=True):
+        got = executor.run(batch)
+        np.testing.assert_allclose(got, logits, rtol=0, atol=1e-4 * size)
+        assert inside.run(guarded_batch(batch)).tobytes() == got.tobytes()
+    executor.close()
+    inside.close()
+
+
+@pytest.mark.hypothesis
+def test_hostile_programs_are_refused_or_stay_inside_their_arrays(tmp_path: Path) -> None:
+    outcomes: Counter[str] = Counter()
+    path = tmp_path / "weights.safetensors"
+
+    @given(seed=SEEDS)
+    def attempt(seed: int) -> None:
+        print("seed", seed)
+        rng = random.Random(seed)
+        base, _, _ = random_program(rng.randrange(50))
+        data = mutated_program(base, rng) if rng.random() < 0.8 else base.to_json()
+        try:
+            program = Program.from_json(data)
+            write_weights(path, program, rng, mutate=rng.random() < 0.2)
+            weights, memory = read_weights(path, program)
+            executor = make(program, dict(weights), rng)
+        except BundleError:
+            outcomes["refused"] += 1
+            return
+        except (MemoryError, OSError):  # the machine has no room for it
+            outcomes["too large"] += 1
+            return
+        del weights, memory
+        for batch in random_steps(seed, BLOCKS, 2):
+            try:
+                executor.run(guarded_batch(batch))
+            except ValueError:  # a smaller vocabulary or context
+                outcomes["step refused"] += 1
+                break
+        else:
+            outcomes["ran"] += 1
+        executor.close()
+
+    attempt()
+    assert outcomes["refused"] > outcomes.total() / 10
+    assert outcomes["ran"] > outcomes.total() / 10
+
+
+@pytest.mark.hypothesis
+def test_hostile_steps_are_refused_or_stay_inside_their_arrays() -> None:
+    outcomes: Counter[str] = Counter()
+
+    @given(seed=SEEDS)
+    def attempt(seed: int) -> None:
+        print("seed", seed)
+        rng = random.Random(seed)
+        program, packed, _ = random_program(rng.randrange(50))
+        executor = make(program, dict(packed), rng)
+        for batch in random_steps(seed, BLOCKS, 5):
+            try:
+                executor.run(guarded_batch(mutated_step(batch, rng)))
+            except ValueError:
+                outcomes["refused"] += 1
+            else:
+                outcomes["ran"] += 1
+        executor.close()
+
+    attempt()
+    assert outcomes["refused"] > outcomes.total() / 4
+    assert outcomes["ran"] > outcomes.total() / 50
