@@ -16,8 +16,8 @@ from llmc.passes.quantize.formats import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, INT8
 from llmc.runtime.dtypes import numpy_dtype
 
 # Factors of the scale of the largest magnitude: clipping the extremes can reduce the error of the rest. Ten
-# factors from 0.96 to 0.6 take half as long again, and lose the same (model_zoo/llama/tales, 2026-11-27: mean KL
-# 0.0053 with GPTQ, 0.0120 without).
+# factors from 0.96 to 0.6 take half as long again, and lose the same (model_zoo/llama/tales, 2026-11-27: mean
+# KL 0.0053 with GPTQ, 0.0120 without).
 _RATIOS = tuple(1 - 0.05 * step for step in range(1, 7))
 # E4M3 scales around the nearest one. A step of the byte changes the scale by 1/16 to 1/8. Smaller scales
 # clip. Scales up to 1.5 times as large map the largest weight of the block to 4 instead of 6, which makes the
