@@ -40,7 +40,7 @@ sanitize: $(STAMP)  ## the native engine under sanitizers: its tests, 1,000 prog
 	@gcc --version > /dev/null || { echo "error: it needs the sanitizers of gcc: apt-get install gcc"; exit 1; }
 	$(BIN)/python plugins/cpu/build.py --sanitize build/sanitized
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -q -m "not slow" --native-libraries build/sanitized --hypothesis-profile=fuzz \
 		tests/runtime/test_native_engine.py tests/runtime/test_native_fuzz.py
 

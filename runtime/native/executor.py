@@ -165,17 +165,18 @@ class Executor:
         for name, values, limit in limits:
             if len(values) and not 0 <= int(values.min()) <= int(values.max()) < limit:
                 raise ValueError(f"{name} of the step are outside 0 to {limit - 1}")
-        if not len(batch.query_start) == len(batch.block_begins) == len(batch.past_lengths) + 1:
-            raise ValueError("the arrays of the step contradict each other")
+        ends = {"query_start": tokens, "block_begins": len(batch.block_indices)}
+        for name, end in ends.items():
+            starts = getattr(batch, name)
+            if len(starts) != len(batch.past_lengths) + 1 or starts[0] != 0 or starts[-1] != end:
+                raise ValueError("the arrays of the step contradict each other")
+            if (starts[1:] < starts[:-1]).any():  # their differences may wrap
+                raise ValueError("the arrays of the step contradict each other")
         counts = np.diff(batch.query_start)
         lengths = batch.past_lengths + counts
         tables = np.diff(batch.block_begins)
-        whole = batch.query_start[0] == 0 and batch.query_start[-1] == tokens and (counts >= 0).all()
         if (
-            not whole
-            or batch.block_begins[0] != 0
-            or batch.block_begins[-1] != len(batch.block_indices)
-            or (tables * BLOCK_SIZE < np.where(counts > 0, lengths, 0)).any()
+            (tables * BLOCK_SIZE < np.where(counts > 0, lengths, 0)).any()
             or (batch.past_lengths < 0).any()
             or not np.array_equal(_positions(batch, counts), batch.position_ids)
         ):

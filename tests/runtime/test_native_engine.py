@@ -323,6 +323,24 @@ def test_steps_that_would_leave_the_arrays_are_refused(change: dict[str, int], m
         executor.run(dataclasses.replace(steps()[0], **arrays))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"past_lengths": np.zeros(1, np.int32)},
+        {"input_ids": np.zeros(47, np.int64)},
+        {"logits_index": np.zeros((1, 1), np.int32)},
+        {"query_start": np.zeros(0, np.int32)},
+        # The differences of these wrap to positive numbers.
+        {"query_start": np.array([0, 2**31 - 1, -2, 47], np.int32), "past_lengths": np.zeros(3, np.int32)},
+    ],
+)
+def test_steps_with_arrays_of_another_length_or_dtype_are_refused(change: dict[str, np.ndarray]) -> None:
+    program, weights, _ = PROGRAMS["attention"]()
+    executor = Executor(program, weights, max_tokens=64, num_blocks=12, threads=1)
+    with pytest.raises(ValueError, match=r"contradict|not a vector of int32"):
+        executor.run(dataclasses.replace(steps()[0], **change))
+
+
 def test_a_step_of_too_many_tokens_is_refused() -> None:
     program, weights, _ = PROGRAMS["fp32"]()
     executor = Executor(program, weights, max_tokens=8, num_blocks=12, threads=1)  # type: ignore[arg-type]
