@@ -21,6 +21,7 @@ from llmc.compiler import zoo
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.config import load_config
 from llmc.compiler.checkpoint.context import choose_context
+from llmc.compiler.checkpoint.model_keys import read_model
 from llmc.compiler.progress import Silent
 from llmc.compiler.targets.tensorrt.target import ORACLE_FILE
 from llmc.compiler.trace.export import trace
@@ -81,7 +82,9 @@ def prepare(
     model = canonical(checkpoint, dtype).clone()
     lower_for_tensorrt(model, dtype)
     opened = Checkpoint.open(checkpoint)
-    write.write_weights(model, opened.tensors, Directory(directory))  # type: ignore[arg-type]
+    config = load_config(opened)
+    _, renamed = read_model(opened, config)
+    write.write_weights(model, renamed.checkpoint.tensors, Directory(directory))  # type: ignore[arg-type]
     change(model)
     path = directory / ORACLE_FILE
     path.write_bytes(serialize(oracle_graph(model, dtype)))
@@ -90,7 +93,7 @@ def prepare(
         checkpoint=str(checkpoint),
         engine=str(path),
         backend="onnxruntime",
-        max_seq_len=choose_context(load_config(opened), None).max_seq_len,
+        max_seq_len=choose_context(config, None).max_seq_len,
         vocab_size=geometry.vocab_size,
         windows=sorted({layer.window for layer in geometry.layers if layer.window}),
         tolerance=1e-4,
