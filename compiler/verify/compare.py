@@ -44,6 +44,11 @@ _NEAR_TIE = 4
 _TOLERANCE_16BIT = 2  # times transformers' largest error in 16 bits
 # With activation quantization, top-1 agreement may be this much below that of transformers in 16 bits.
 _TOP1_SLACK = 0.01
+# In fp32 with activation quantization, the rms difference from the reference may be this much of what the
+# quantization changes, or this much of what a small disturbance changes in the reference.
+_ACTIVATION_RATIO = 0.5
+_DISTURBED_RATIO = 1.5
+_UNRELATED_RATIO = 1.2  # never more: two unrelated roundings are the square root of 2 apart
 
 
 class _Evaluation:
@@ -83,6 +88,8 @@ class _Expected:
     logits: list[np.ndarray]
     #: The logits with activation quantization, if `logits` are without it; else empty.
     quantized_logits: list[np.ndarray]
+    #: The same after a small disturbance of the embeddings; else empty.
+    disturbed_logits: list[np.ndarray]
     #: Whether the engine's greedy continuations are those of the reference.
     greedy_equal: bool
     #: The evaluation to repeat on the engine; None for fp32 engines and unquantized models.
@@ -121,14 +128,12 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
         findings = _findings_16bit(job, difference, reference_error) | {"greedy_equal": None}
     on_step(5)
     details = expected.details | findings.pop("details", {})
-    blocks = blocks_for(sequences)
     if job.quantizing_engine:
-        change, error = _compare_quantizing_engine(job, sequences, expected, blocks)
-        findings["activation_ratio"] = error.rms / max(change.rms, 1e-30)
-        details["activation_quantization"] = {"changes": change.summary(), "engine": error.summary()}
+        more, details["activation_quantization"] = _compare_quantizing_engine(job, sequences, expected)
+        findings |= more
     if job.kv_engine:
         gc.collect()
-        quantized = ragged(load_quantized(job, blocks), sequences)
+        quantized = ragged(load_quantized(job, blocks_for(sequences)), sequences)
         details["kv_cache_loss"] = kv_cache_loss(logits, quantized, job.kv_dtype)
     on_step(STEPS)
     if job.windows:
@@ -158,15 +163,16 @@ def _run_reference(
     logits = [model.logits(ids) for ids in sequences]
     greedy_equal = all(model.continues_with(prompt, new) for prompt, new in continuations)
     on_step(3)
-    quantized_logits = []
+    quantized_logits, disturbed_logits = [], []
     if job.quantizing_engine:
         model.quantize_activations(job.quantized)
         quantized_logits = [model.logits(ids) for ids in sequences]
+        disturbed_logits = [model.disturbed_logits(ids) for ids in sequences]
     details = {"quantization_loss": evaluation.of_quantization(job, model)} if evaluation else {}
     on_step(4)
     model.drop_decoder()
     kept = evaluation if job.dtype != "fp32" else None
-    return _Expected(logits, quantized_logits, greedy_equal, kept, details)
+    return _Expected(logits, quantized_logits, disturbed_logits, greedy_equal, kept, details)
 
 
 def _run_fp32_engine(job: Job, sequences: Sequence[list[int]]) -> tuple[list[np.ndarray], list[Continuation]]:
@@ -204,18 +210,35 @@ def _load_engine(job: Job, blocks: int) -> Backend:
 
 
 def _compare_quantizing_engine(
-    job: Job, sequences: Sequence[Sequence[int]], expected: _Expected, blocks: int
-) -> tuple[Difference, Difference]:
+    job: Job, sequences: Sequence[Sequence[int]], expected: _Expected
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Compare the engine with activation quantization with the reference that quantizes its activations.
 
-    Returns the difference that the quantization makes in the reference, and the engine's difference from it.
+    Returns fields of Findings, and the record for `details`. Differences are relative to the one that
+    activation quantization makes in the reference.
     """
     gc.collect()
     backend = load_backend(
-        EngineFile(job.backend, Path(job.quantizing_engine)), LoadOptions(kv_blocks=_BLOCKS + blocks)
+        EngineFile(job.backend, Path(job.quantizing_engine)),
+        LoadOptions(kv_blocks=_BLOCKS + blocks_for(sequences)),
     )
-    error = Difference.between(expected.quantized_logits, ragged(backend, sequences))
-    return Difference.between(expected.logits, expected.quantized_logits), error
+    logits = ragged(backend, sequences)
+    change = Difference.between(expected.logits, expected.quantized_logits)
+    error = Difference.between(expected.quantized_logits, logits)
+    disturbed = Difference.between(expected.quantized_logits, expected.disturbed_logits)
+    effect = max(change.rms, 1e-30)
+    findings = {
+        "activation_ratio": error.rms / effect,
+        "activation_bound": min(
+            max(_ACTIVATION_RATIO, _DISTURBED_RATIO * disturbed.rms / effect), _UNRELATED_RATIO
+        ),
+        "activation_effect": Difference.between(expected.logits, logits).rms / effect,
+    }
+    return findings, {
+        "changes": change.summary(),
+        "engine": error.summary(),
+        "transformers_disturbed": disturbed.summary(),
+    }
 
 
 def _sequences(job: Job) -> list[list[int]]:

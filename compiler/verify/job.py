@@ -81,6 +81,11 @@ class Findings:
     #: For an fp32 engine with activation quantization: its rms difference from the reference with activation
     #: quantization, divided by the rms difference that the quantization makes in the reference; else None.
     activation_ratio: float | None = None
+    #: The bound of activation_ratio.
+    activation_bound: float | None = None
+    #: For such an engine: the rms difference that the quantization makes in it, divided by the rms difference
+    #: that it makes in the reference; else None.
+    activation_effect: float | None = None
     #: The bound of top1_agreement; None for MIN_TOP1 of the dtype.
     least_top1: float | None = None
 

@@ -31,6 +31,7 @@ from llmc.runtime.errors import BuildError, CheckpointError
 
 # Tolerance, relative to the largest logit, between lm_head applied to one row and to many.
 _HEAD_TOLERANCE = 1e-4
+_DISTURBANCE = 2.0**-16  # relative: the error that logits of fp32 engines may have (1e-4 of 10)
 
 
 class Reference:
@@ -102,6 +103,23 @@ class Reference:
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return the logits of every position, float32 [len, vocabulary]."""
         return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+
+    @torch.no_grad()
+    def disturbed_logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Return the logits [len, vocabulary] after a small disturbance of the embeddings.
+
+        They are multiplied by 1 + 2^-16 x a normal distribution, the same one in every call.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def disturb(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            return output * (1 + _DISTURBANCE * torch.randn(output.shape, generator=generator))
+
+        hook = self.model.get_input_embeddings().register_forward_hook(disturb)
+        try:
+            return self.logits(ids)
+        finally:
+            hook.remove()
 
     def continues_with(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
         """Return whether `tokens` are the greedy continuation of `prompt`.

@@ -26,7 +26,7 @@ from llmc.runtime.errors import VerificationError
 from llmc.runtime.memory import available_memory
 
 MAX_RMS_RATIO = 1.5  # bound of Findings.rms_ratio; 0.9 to 1.0 were measured
-MAX_ACTIVATION_RATIO = 0.5  # bound of Findings.activation_ratio; some values round to a neighbouring code
+ACTIVATION_EFFECT = (0.75, 1.25)  # bounds of Findings.activation_effect
 
 
 def verify_build(
@@ -125,8 +125,17 @@ def faults(findings: Findings, dtype: str) -> list[str]:
         text = f"rms error {ratio:.2f} times that of transformers in {dtype} (at most {MAX_RMS_RATIO:g})"
         measured.append((ratio <= MAX_RMS_RATIO, text))
     if (ratio := findings.activation_ratio) is not None:
-        text = f"activation quantization: rms {ratio:.2f} of its effect (at most {MAX_ACTIVATION_RATIO:g})"
-        measured.append((ratio <= MAX_ACTIVATION_RATIO, text))
+        effect, most = findings.activation_effect, findings.activation_bound
+        assert effect is not None and most is not None
+        least, largest = ACTIVATION_EFFECT
+        text = f"activation quantization: rms error {ratio:.2f} of its effect (at most {most:.2f})"
+        measured += [
+            (ratio <= most, text),
+            (
+                least <= effect <= largest,
+                f"effect {effect:.2f} times that in transformers ({least:g} to {largest:g})",
+            ),
+        ]
     if (equal := findings.greedy_equal) is not None:
         measured.append((equal, f"greedy text {'equal' if equal else 'different'}"))
     if not _is_finite(findings.details):

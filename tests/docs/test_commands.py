@@ -100,7 +100,7 @@ def test_shown_commands_do_what_the_pages_say(
     (tmp_path / "checkpoints" / "model").symlink_to(ROOT / "model_zoo" / "llama" / "tales")
     (tmp_path / "prompts.txt").write_text("Once upon a time\nThe king said\n")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once upon a time", "max_tokens": 5}\n')
-    (tmp_path / "my-text.txt").write_text((ROOT / "compiler" / "evaluation.txt").read_text("utf-8"))
+    (tmp_path / "my-text.txt").write_text((ROOT / "compiler" / "evaluation.txt").read_text("utf-8")[:4000])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     done, wrong = set(), []
