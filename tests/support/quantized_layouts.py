@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from llmc.compiler.checkpoint.check.check import check_checkpoint
-from llmc.compiler.checkpoint.finding import KINDS, Finding
+from llmc.compiler.checkpoint.finding import REMEDIES, Finding
 from llmc.runtime.dtypes import BY_NUMPY
 
 E4M3, E2M1, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn, ml_dtypes.bfloat16
@@ -338,7 +338,7 @@ class Written:
         """Return the text of the only finding, which must be of this kind and about this tensor."""
         [found] = self.findings()
         assert (found.kind, found.tensor, found.warning) == (kind, tensor, warning), found
-        assert found.kind in KINDS
+        assert found.kind in REMEDIES
         return found.what
 
 
