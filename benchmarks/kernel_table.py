@@ -24,13 +24,18 @@ COMMON = {
     "heads of 192 and 128, no groups": Attention(16, 16, 192, 128),
     "heads of 256, window, softcap (Gemma 2)": Attention(8, 4, 256, 256, window=4096, softcap=50.0),
 }
-PAIRS: tuple[tuple[str, str | None], ...] = (("bf16", None), ("fp16", None), ("bf16", FP8), ("fp16", FP8))
+# (dtype of activations, dtype of the KV cache or None for the same)
+BF16: tuple[tuple[str, str | None], ...] = (("bf16", None), ("bf16", FP8))
+FP16: tuple[tuple[str, str | None], ...] = (("fp16", None), ("fp16", FP8))
 
 
-def table(sms: Iterable[int], cache: Path, pairs: Iterable[tuple[str, str | None]] = PAIRS[:3:2]) -> str:
-    """Return a Markdown table: registers per thread and shared memory (KiB) of each variant and SM.
+def table(sms: Iterable[int], cache: Path, pairs: Iterable[tuple[str, str | None]] = BF16) -> str:
+    """Return a Markdown table with a row for each variant and a column for each SM.
 
-    `!` marks spills, in bytes.
+    A cell is `registers per thread, KiB of shared memory`, and `!spilled bytes per thread` if there are any.
+
+    cache: the directory of compiled kernels
+    pairs: (dtype of activations, dtype of the KV cache or None for the same)
     """
     sms = list(sms)
     rows = ["| kernel | " + " | ".join(f"SM{sm}" for sm in sms) + " |", "|---" * (len(sms) + 1) + "|"]

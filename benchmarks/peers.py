@@ -66,22 +66,7 @@ def variant(tool: str) -> tuple[str, str, list[str]]:
 
 def find_peer(tool: str, options: argparse.Namespace) -> Peer:
     """Return how to start the tool. Convert the checkpoint first if necessary. Raises PeerError."""
-    name = tool.partition("+")[0]
-    worker = HERE / "peers" / f"{name.replace('-', '_')}_worker.py"
-    if not worker.is_file():
-        known = ", ".join(
-            sorted(
-                p.stem.removesuffix("_worker").replace("_", "-") for p in worker.parent.glob("*_worker.py")
-            )
-        )
-        raise PeerError(f"no such peer; known: {known}")
-    python = Path(sys.executable) if name == "llmc" else HERE / ".venvs" / name / "bin" / "python"
-    failed = HERE / ".venvs" / f"{name}.failed"
-    if failed.is_file():
-        raise PeerError("not installed: " + " ".join(failed.read_text().split()))
-    if not python.exists():
-        raise PeerError(f"not installed: run {HERE.name}/setup_peers.sh {name}")
-
+    python, worker = require_installed(tool.partition("+")[0])
     name, weights, switches = variant(tool)
     environment = [RUNTIME[switch] for switch in switches]
     if weights:
@@ -97,22 +82,44 @@ def find_peer(tool: str, options: argparse.Namespace) -> Peer:
             model = options.bundle
     peer = Peer(tool, python, worker, model, options.threads, tuple(environment))
     if not model.exists():
-        model.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = model.with_name("unfinished-" + model.name)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        say(f"{tool}: converting the checkpoint")
-        built = run_to_end(
-            peer.command("convert", str(options.checkpoint), str(unfinished)),
-            peer.environ(),
-            log_of(tool, options),
-        )
-        unfinished.rename(model)
-        model.with_name(f"{model.name}.convert.json").write_text(json.dumps(built))
+        convert(peer, options)
     return peer
 
 
+def require_installed(name: str) -> tuple[Path, Path]:
+    """Return the interpreter and the worker of a tool. Raises PeerError if it is unknown or not installed."""
+    worker = HERE / "peers" / f"{name.replace('-', '_')}_worker.py"
+    if not worker.is_file():
+        stems = (path.stem.removesuffix("_worker") for path in worker.parent.glob("*_worker.py"))
+        known = ", ".join(sorted(stem.replace("_", "-") for stem in stems))
+        raise PeerError(f"no such peer; known: {known}")
+    python = Path(sys.executable) if name == "llmc" else HERE / ".venvs" / name / "bin" / "python"
+    failed = HERE / ".venvs" / f"{name}.failed"
+    if failed.is_file():
+        raise PeerError("not installed: " + " ".join(failed.read_text().split()))
+    if not python.exists():
+        raise PeerError(f"not installed: run {HERE.name}/setup_peers.sh {name}")
+    return python, worker
+
+
+def convert(peer: Peer, options: argparse.Namespace) -> None:
+    """Convert the checkpoint to `peer.model`, and record the time and memory beside it. Raises PeerError."""
+    model = peer.model
+    model.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = model.with_name("unfinished-" + model.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    say(f"{peer.name}: converting the checkpoint")
+    built = run_to_end(
+        peer.command("convert", str(options.checkpoint), str(unfinished)),
+        peer.environ(),
+        log_of(peer.name, options),
+    )
+    unfinished.rename(model)
+    model.with_name(f"{model.name}.convert.json").write_text(json.dumps(built))
+
+
 def fingerprint(checkpoint: Path) -> str:
-    """Return a hash of the checkpoint's configuration and of the size and time of its weight files."""
+    """Return a hash of the configuration, and of the size and modification time of the weight files."""
     digest = hashlib.sha256()
     for path in sorted(checkpoint.glob("*.json")):
         digest.update(path.read_bytes())

@@ -71,7 +71,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor.doctor,
 }
 for _name, _function in _COMMANDS.items():
-    app.command(_name)(output.with_levels(_function, _PANELS.get(_name)))
+    app.command(_name)(output.with_output_options(_function, _PANELS.get(_name)))
 app.add_typer(zoo.app, name="zoo")
 
 # click's UsageError. Typer exports only this subclass, and new versions of Typer bundle their own click.

@@ -13,14 +13,16 @@ import typer
 from llmc.cli.machine import Machine
 from llmc.cli.output import Json, print_json
 from llmc.cli.progress import waiting
-from llmc.cli.text import size, table
+from llmc.cli.text import count, size, table
 from llmc.runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from llmc.runtime.bundle.manifest import Manifest
+    from llmc.runtime.bundle.reader import Bundle
     from llmc.runtime.engine import Engine
 
 RUNS = 3
+NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,39 @@ class Measurement:
     decode_tokens_per_second: float
 
 
+@dataclass(frozen=True)
+class Result:
+    """The runs of one workload, and what they depend on."""
+
+    bundle: Bundle
+    #: Tokens of each prompt.
+    prompt_tokens: int
+    #: Tokens generated for each prompt.
+    new_tokens: int
+    #: The number of prompts.
+    concurrency: int
+    #: CPU threads; None for the default.
+    threads: int | None
+    fast: bool
+    load_seconds: float
+    #: How often the KV cache was too small.
+    preemptions: int
+    runs: list[Measurement]
+
+    @property
+    def median(self) -> Measurement:
+        """The median of each figure."""
+        columns = zip(*(asdict(run).values() for run in self.runs), strict=True)
+        return Measurement(*map(statistics.median, columns))
+
+
 def bench(
     bundle: Annotated[Path, typer.Argument(metavar="NAME.llmc", help="The bundle to measure.")],
     prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to generate for each.")] = 64,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=2, help=f"Tokens to generate for each (default: {NEW_TOKENS})."),
+    ] = None,
     concurrency: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts served at once.")] = 1,
     threads: Annotated[
         int | None,
@@ -79,6 +110,14 @@ def bench(
 
     opened = Bundle.open(bundle)
     manifest = opened.manifest
+    if layers:
+        from llmc.cli.bench_layers import bench_layers
+
+        if new_tokens is not None:
+            raise RequestError("--new-tokens has no effect with --layers", "leave one out", "new_tokens")
+        bench_layers(opened, prompt_tokens, concurrency, threads, fast, as_json)
+        return
+    new_tokens = NEW_TOKENS if new_tokens is None else new_tokens
     limit = manifest.limits.max_seq_len
     if prompt_tokens + new_tokens > limit:
         raise RequestError(
@@ -86,11 +125,6 @@ def bench(
             f"lower --prompt-tokens or --new-tokens to {limit} in all",
             "prompt_tokens",
         )
-    if layers:
-        from llmc.cli.bench_layers import bench_layers
-
-        bench_layers(opened, prompt_tokens, concurrency, threads, fast, as_json)
-        return
     started = time.perf_counter()
     with waiting(f"loading {bundle} ..."):
         engine = load_engine(
@@ -101,47 +135,21 @@ def bench(
     with waiting("measuring ..."):
         measure(engine, vocabulary, prompt_tokens, new_tokens, concurrency)
         runs = [measure(engine, vocabulary, prompt_tokens, new_tokens, concurrency) for _ in range(RUNS)]
-    median = Measurement(*(statistics.median(column) for column in zip(*map(_row, runs), strict=True)))
-    machine = Machine.this()
+    result = Result(
+        bundle=opened,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        concurrency=concurrency,
+        threads=threads,
+        fast=fast,
+        load_seconds=loaded,
+        preemptions=engine.stats.preemptions,
+        runs=runs,
+    )
     if as_json:
-        print_json(
-            {
-                "bundle": str(opened.path),
-                "source": manifest.source.name,
-                "engine": manifest.target.engine,
-                "precision": asdict(manifest.precision),
-                "weights": weight_format(manifest),
-                "activations": "int8"
-                if fast
-                else _quantized_activations(manifest) or manifest.precision.dtype,
-                "prompt_tokens": prompt_tokens,
-                "new_tokens": new_tokens,
-                "concurrency": concurrency,
-                "threads": threads,
-                "load_seconds": loaded,
-                "preemptions": engine.stats.preemptions,
-                "median": asdict(median),
-                "runs": [asdict(run) for run in runs],
-                "machine": asdict(machine),
-            }
-        )
-        return
-    each = f"{concurrency} x " if concurrency > 1 else ""
-    facts = [
-        ("bundle", f"{opened.name}: {manifest.target.engine}"),
-        ("mode", _mode(manifest, fast)),
-        ("machine", f"{machine.cpu}, {machine.cores} cores, {threads or 'default'} threads"),
-        ("memory", f"{size(machine.memory)}" if machine.memory else "unknown"),
-        ("load", f"{loaded:.2f} s"),
-        ("workload", f"{each}{prompt_tokens} prompt tokens, {new_tokens} new ones; median of {RUNS} runs"),
-        ("first token", f"{median.first_token_seconds * 1e3:.1f} ms"),
-        ("prefill", f"{median.prefill_tokens_per_second:,.0f} tok/s"),
-        ("decode", f"{median.decode_tokens_per_second:,.1f} tok/s"),
-        ("whole run", f"{median.seconds:.3f} s{_spread([run.seconds for run in runs])}"),
-    ]
-    if engine.stats.preemptions:
-        facts.append(("preemptions", f"{engine.stats.preemptions}: the KV cache is too small for this load"))
-    print(table(facts))
+        _print_json(result)
+    else:
+        _print_table(result)
 
 
 def measure(
@@ -164,8 +172,8 @@ def measure(
     for prompt in prompts:
         engine.add_request(prompt, params)
     first: dict[str, float] = {}
-    generated = last_first = 0.0
-    tokens_at_last_first = 0.0
+    generated = tokens_at_last_first = 0
+    last_first = 0.0
     while engine.has_unfinished:
         outputs = engine.step()
         now = time.perf_counter() - started
@@ -188,24 +196,64 @@ def weight_format(manifest: Manifest) -> str:
     return str((manifest.quantization or {}).get("format", manifest.source.dtype))
 
 
-def _quantized_activations(manifest: Manifest) -> str:
-    """Return the element type that the bundle quantizes its activations to, or ""."""
-    return ", ".join((manifest.quantization or {}).get("activations", ()))
+def _print_json(result: Result) -> None:
+    manifest = result.bundle.manifest
+    print_json(
+        {
+            "bundle": str(result.bundle.path),
+            "source": manifest.source.name,
+            "engine": manifest.target.engine,
+            "precision": asdict(manifest.precision),
+            "weights": weight_format(manifest),
+            "activations": _activations(manifest, result.fast)[0],
+            "prompt_tokens": result.prompt_tokens,
+            "new_tokens": result.new_tokens,
+            "concurrency": result.concurrency,
+            "threads": result.threads,
+            "load_seconds": result.load_seconds,
+            "preemptions": result.preemptions,
+            "median": asdict(result.median),
+            "runs": [asdict(run) for run in result.runs],
+            "machine": asdict(Machine.current()),
+        }
+    )
 
 
-def _mode(manifest: Manifest, fast: bool) -> str:
-    how = f"{manifest.precision.dtype} activations, not quantized"
-    if element := _quantized_activations(manifest):
-        how = f"activations quantized to {element} as built, the rest in {manifest.precision.dtype}"
+def _print_table(result: Result) -> None:
+    manifest, median, machine = result.bundle.manifest, result.median, Machine.current()
+    each = f"{result.concurrency} x " if result.concurrency > 1 else ""
+    workload = f"{each}{result.prompt_tokens} prompt tokens, {result.new_tokens} new ones"
+    mode = (
+        f"{_activations(manifest, result.fast)[1]}; weights {weight_format(manifest)}, "
+        f"KV cache {manifest.precision.kv_dtype}"
+    )
+    seconds = [run.seconds for run in result.runs]
+    facts = [
+        ("bundle", f"{result.bundle.name}: {manifest.target.engine}"),
+        ("mode", mode),
+        (
+            "machine",
+            f"{machine.cpu}, {count(machine.cores, 'logical CPU')}, {result.threads or 'default'} threads",
+        ),
+        ("memory", size(machine.memory) if machine.memory else "unknown"),
+        ("load", f"{result.load_seconds:.2f} s"),
+        ("workload", f"{workload}; median of {RUNS} runs"),
+        ("first token", f"{median.first_token_seconds * 1e3:.1f} ms"),
+        ("prefill", f"{median.prefill_tokens_per_second:,.0f} tok/s"),
+        ("decode", f"{median.decode_tokens_per_second:,.1f} tok/s"),
+        ("whole run", f"{median.seconds:.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"),
+    ]
+    if result.preemptions:
+        facts.append(("preemptions", f"{result.preemptions}: the KV cache is too small for this load"))
+    print(table(facts))
+
+
+def _activations(manifest: Manifest, fast: bool) -> tuple[str, str]:
+    """Return the element type of the inputs of linear layers, and the same as a phrase with its reason."""
+    dtype = manifest.precision.dtype
     if fast:
         rest = ", the rest in bf16 where the CPU can" if manifest.precision.kv_dtype == "u8" else ""
-        how = f"fast: activations quantized to int8{rest}"
-    return f"{how}; weights {weight_format(manifest)}, KV cache {manifest.precision.kv_dtype}"
-
-
-def _row(measurement: Measurement) -> tuple[float, ...]:
-    return tuple(asdict(measurement).values())
-
-
-def _spread(values: list[float]) -> str:
-    return f" ({min(values):.3f} to {max(values):.3f})"
+        return "int8", f"fast: activations quantized to int8{rest}"
+    if quantized := ", ".join((manifest.quantization or {}).get("activations", ())):
+        return quantized, f"activations quantized to {quantized} as built, the rest in {dtype}"
+    return dtype, f"{dtype} activations, not quantized"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmc.runtime.bundle.reader import Bundle
     from llmc.runtime.native.profile import Layer, Peak
 
-_STEPS = {"prefill": 3, "decode": 20}
+_STEPS = {"prefill": 3, "decode": 20}  # how often each step is timed; every decode step adds a token
 
 
 def bench_layers(
@@ -22,12 +22,20 @@ def bench_layers(
 ) -> None:
     """Print the instructions of a prefill of `prompt_tokens` and of a decode step behind it.
 
-    Raises RequestError if another engine runs the bundle.
+    Raises RequestError if another engine runs the bundle, or if the context is too short.
     """
     engine = bundle.manifest.target.engine
     if engine != "native":
         raise RequestError(
             f"{bundle.name} runs on {engine}, whose layers llmc cannot time", "leave --layers out", "layers"
+        )
+    limit = bundle.manifest.limits.max_seq_len
+    if prompt_tokens + _STEPS["decode"] > limit:
+        raise RequestError(
+            f"{prompt_tokens} prompt tokens and the {_STEPS['decode']} decode steps of --layers exceed the "
+            f"context of {limit}",
+            f"lower --prompt-tokens to {limit - _STEPS['decode']} or less",
+            "prompt_tokens",
         )
     import numpy as np
 

@@ -9,7 +9,7 @@ import typer
 
 from llmc.cli.errors import error_of
 from llmc.cli.output import Json, print_json
-from llmc.cli.text import size, table
+from llmc.cli.text import count, printable, size, table
 from llmc.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -34,16 +34,19 @@ def check(
     from dataclasses import asdict
 
     from llmc.compiler.checkpoint.check.check import check_checkpoint
+    from llmc.compiler.checkpoint.finding import REMEDIES
 
     report = check_checkpoint(checkpoint, full)
     error = None
     if report.faults:
         error = CheckpointError(
-            f"{checkpoint} has {_count(len(report.faults), 'fault')}",
-            hint="the table names the tensors, docs/reference/check-findings.md says what to do about a kind",
+            f"{checkpoint} has {count(len(report.faults), 'fault')}",
+            hint="the findings name the tensors, the remedies say what to do about each kind",
         )
+    found = {finding.kind for finding in report.findings}
+    remedies = {kind: remedy for kind, remedy in REMEDIES.items() if kind in found}
     if as_json:
-        print_json(asdict(report), error_of(error) if error else None)
+        print_json({**asdict(report), "remedies": remedies}, error_of(error) if error else None)
     else:
         print(table(_facts(report)))
         if report.findings:
@@ -52,7 +55,8 @@ def check(
                 ("warning" if finding.warning else "fault", finding.kind, finding.tensor, finding.what)
                 for finding in report.findings
             ]
-            print(f"\n{_printable(table(rows))}")
+            print(f"\n{printable(table(rows))}")
+            print(f"\n{table([('KIND', 'REMEDY'), *remedies.items()])}")
     if error:
         raise error
 
@@ -70,7 +74,7 @@ def _facts(report: CheckReport) -> list[tuple[str, str]]:
         facts.append(("quantization", "not quantized"))
     else:
         producer = f", written by {report.producer}" if report.producer else ""
-        formats = [f"{count:,} {fmt}" for fmt, count in report.formats.items()]
+        formats = [f"{number:,} {fmt}" for fmt, number in report.formats.items()]
         if report.unread:
             formats.append(f"{len(report.unread):,} that cannot be read")
         kv = f"{report.kv_cache or 'no format named'}, {report.kv_scales} scales"
@@ -85,14 +89,5 @@ def _facts(report: CheckReport) -> list[tuple[str, str]]:
     read = "every value" if report.full else "every scale, samples of the weights; --full reads all"
     facts.append(("read", read))
     warnings = len(report.findings) - len(report.faults)
-    facts.append(("result", f"{_count(len(report.faults), 'fault')}, {_count(warnings, 'warning')}"))
-    return [(name, _printable(value)) for name, value in facts]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _printable(text: str) -> str:
-    """Return `text` with control characters escaped. Names of tensors may contain them."""
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    facts.append(("result", f"{count(len(report.faults), 'fault')}, {count(warnings, 'warning')}"))
+    return [(name, printable(value)) for name, value in facts]

@@ -9,7 +9,7 @@ from llmc import __version__
 from llmc.cli.errors import error_of
 from llmc.cli.machine import Machine
 from llmc.cli.output import Json, print_json
-from llmc.cli.text import size, table
+from llmc.cli.text import count, size, table
 from llmc.runtime.errors import BackendError, LlmcError
 
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*([^;]*?)\s*(?:;\s*(.*))?")
@@ -62,7 +62,7 @@ def doctor(
     """
     from llmc.runtime.installation import install_hint
 
-    machine = Machine.this()
+    machine = Machine.current()
     required = libraries()
     native, native_fault = native_engine()
     installed = any(library.extra == "openvino" and library.version for library in required)
@@ -102,7 +102,10 @@ def doctor(
             ("llmc", __version__),
             ("python", machine.python),
             ("system", machine.system),
-            ("processor", f"{machine.cpu}, {machine.cores} cores for this process{_quota(machine)}"),
+            (
+                "processor",
+                f"{machine.cpu}, {count(machine.cores, 'logical CPU')} for this process{_quota(machine)}",
+            ),
             ("memory", _memory(machine)),
             ("native engine", native or native_fault or ""),
             ("OpenVINO", openvino),

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from llmc.cli import output
+from llmc.cli.text import printable
 from llmc.runtime.errors import LlmcError, ThresholdError
 
 OK, ERROR, USAGE, MISSED, INTERNAL, INTERRUPTED, OUTPUT_CLOSED = 0, 1, 2, 3, 70, 130, 141
@@ -42,8 +43,7 @@ def print_error(error: LlmcError) -> None:
 
 def one_line(text: str) -> str:
     """Return `text` as one line with control characters escaped. Names of files may contain them."""
-    text = " ".join(text.splitlines())
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return printable(" ".join(text.splitlines()))
 
 
 def _in_options(text: str, argument: str) -> str:

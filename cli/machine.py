@@ -33,7 +33,7 @@ class Machine:
     cpu_quota: int | None
 
     @staticmethod
-    def this() -> Machine:
+    def current() -> Machine:
         """Return the machine that this process runs on."""
         limits = cgroup.limits()
         return Machine(

@@ -112,12 +112,15 @@ def print_json_error(error: Mapping[str, Any]) -> None:
             print_json({}, error)
 
 
-def with_levels(
+def with_output_options(
     function: Callable[..., None], panels: Mapping[str, Sequence[str]] | None = None
 ) -> Callable[..., None]:
     """Return the command `function` with the additional options --quiet, --verbose and --log-level.
 
-    panels: title of a group of options in the help -> their parameters
+    The lines of each paragraph of its docstring are joined for the help.
+
+    panels: title of a group of options in the help -> their parameters. The titles are set in the annotations
+        of `function` itself.
     """
     levels = {
         "quiet": Annotated[
@@ -149,9 +152,7 @@ def with_levels(
 
     hints = typing.get_type_hints(function, include_extras=True)
     signature = inspect.signature(function)
-    for title, names in (panels or {}).items():
-        for name in names:
-            hints[name].__metadata__[0].rich_help_panel = title
+    _set_panels(hints, panels or {})
     parameters = [
         parameter.replace(annotation=hints[name]) for name, parameter in signature.parameters.items()
     ]
@@ -164,6 +165,13 @@ def with_levels(
     command.__annotations__ = {**hints, **levels}
     command.__doc__ = _reflowed(inspect.cleandoc(function.__doc__ or ""))
     return command
+
+
+def _set_panels(hints: Mapping[str, Any], panels: Mapping[str, Sequence[str]]) -> None:
+    """Put options into the groups of the help. `hints` has the annotation of each parameter."""
+    for title, names in panels.items():
+        for name in names:
+            hints[name].__metadata__[0].rich_help_panel = title
 
 
 def _level(quiet: bool, verbose: bool, log_level: str | None) -> str:

@@ -12,7 +12,7 @@ import typer
 
 from llmc.cli.benchmark import Benchmark
 from llmc.cli.output import Json, print_json
-from llmc.cli.text import size
+from llmc.cli.text import count, size
 from llmc.runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -122,15 +122,15 @@ def _benchmark(record: Any) -> Benchmark:
     """Parse a result. Raises ValueError, KeyError or TypeError for anything else."""
     if record["command"] != "bench" or record["ok"] is not True:
         raise ValueError("not a result")
-    count, prompt, new = (
+    concurrency, prompt, new = (
         int(_figure(record[name])) for name in ("concurrency", "prompt_tokens", "new_tokens")
     )
-    each = f"{count:,} x " if count > 1 else ""
+    each = f"{concurrency:,} x " if concurrency > 1 else ""
     machine = record["machine"]
     names = [field.name for field in fields(Benchmark)][2:]
     return Benchmark(
         workload=f"{each}{prompt:,} prompt tokens, {new:,} new ones",
-        machine=f"{machine['cpu']}, {int(_figure(machine['cores']))} cores",
+        machine=f"{machine['cpu']}, {count(int(_figure(machine['cores'])), 'logical CPU')}",
         **{name: _figure(record["median"][name]) for name in names},
     )
 

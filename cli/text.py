@@ -15,6 +15,16 @@ def size(nbytes: int) -> str:
     return f"{value:,.3g} TiB" if value < 1000 else f"{value:,.0f} TiB"
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun: (1, "fault") -> "1 fault", (2000, "fault") -> "2,000 faults"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters escaped, but not newlines: names of files may contain them."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
 def table(rows: Sequence[Sequence[str]], indent: str = "", right: Sequence[int] = ()) -> str:
     """Return `rows` as a table with two blanks between columns.
 

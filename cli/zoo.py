@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.output import Json, print_json, with_levels
+from llmc.cli.output import Json, print_json, with_output_options
 from llmc.cli.text import size, table
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
 
 
 @app.command("list")
-@with_levels
+@with_output_options
 def list_models(
     as_json: Json = False,
 ) -> None:
@@ -37,7 +37,7 @@ def list_models(
 
 
 @app.command()
-@with_levels
+@with_output_options
 def make(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `llmc zoo list`.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write; new or empty.")],

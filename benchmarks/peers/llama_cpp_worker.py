@@ -16,13 +16,13 @@ from gguf_writer import write_gguf
 from protocol import Generation, main
 
 STEP = 2048  # tokens of a step: room for all prompts of the workload
-CONTEXT = 512 + 256  # of a sequence: the longest prompt and more new tokens than are asked for
+CONTEXT = 512 + 256  # tokens of a sequence: the longest prompt and the new tokens
 SEQUENCES = 8
 FORMATS = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
 
 
 class LlamaCpp:
-    """A `protocol.Tool`."""
+    """llama.cpp as a `protocol.Tool`: a model and a context, which all sequences share."""
 
     def __init__(self, model: Path, threads: int) -> None:
         file = next(model.glob("*.gguf"))
@@ -47,6 +47,11 @@ class LlamaCpp:
         }
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
+        longest = max(map(len, prompts))
+        if longest + new_tokens > CONTEXT:
+            raise SystemExit(
+                f"{longest} prompt tokens and {new_tokens} new ones exceed this worker's context of {CONTEXT}"
+            )
         generation = Generation(len(prompts))
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
         pending, past = prompts, [0] * len(prompts)
@@ -80,6 +85,7 @@ class LlamaCpp:
 
 
 def convert(checkpoint: Path, model: Path) -> None:
+    """Write the checkpoint as GGUF in the format WEIGHT_FORMAT to the new directory `model`."""
     fmt = os.environ["WEIGHT_FORMAT"]
     model.mkdir(parents=True)
     plain = model / "plain.gguf"

@@ -1,7 +1,7 @@
-// What the machine can do at most, for `llmc bench --layers`: bytes read, products of floats, products of integers.
+// Measures the machine's peak read bandwidth and its peak rates of multiply-adds, for `llmc bench --layers`.
 #include "vec.h"
 
-// Reads bytes (a multiple of 256) and returns their sum, so that no read is left out.
+// Reads `bytes` bytes (a multiple of 256). Returns a checksum, so that the compiler keeps the reads.
 static int32_t read_all(const uint8_t *p, int64_t bytes) {
   vi s[4] = {alli(0), alli(0), alli(0), alli(0)};
   for (int64_t at = 0; at < bytes; at += 256) {
@@ -17,7 +17,7 @@ enum { CHAINS = 10 }; // independent sums, which hide the latency of an operatio
 
 #define KEEP(x) __asm__ volatile("" : "+m"(x))
 
-// Computes turns x 10 x 16 multiply-adds of floats and returns how many these are.
+// Computes multiply-adds of floats, 10 x 16 in each turn. Returns their number.
 static int64_t float_products(int64_t turns) {
   vf s[CHAINS], a = allf(0.5f), b = allf(0.25f);
   UNROLL for (int k = 0; k < CHAINS; k++) s[k] = allf((float)k);
@@ -28,7 +28,7 @@ static int64_t float_products(int64_t turns) {
   return turns * CHAINS * LANES;
 }
 
-// Computes turns x 10 dot products of bytes, in vectors or in tiles of AMX, and returns how many products these are.
+// Computes 10 dot products of int8 vectors in each turn, or of tiles with AMX. Returns the number of multiply-adds.
 static int64_t integer_products(int64_t turns) {
 #if defined(__AMX_INT8__)
   configure(DIGIT_ROWS, 64);

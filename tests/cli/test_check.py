@@ -102,9 +102,9 @@ def test_faults_become_a_table_and_one_error_with_their_number(llmc: Run, tmp_pa
     assert code == 1
     assert err == (
         f"error: {root} has 3 faults\n"
-        "hint: the table names the tensors, docs/reference/check-findings.md says what to do about a kind\n"
+        "hint: the findings name the tensors, the remedies say what to do about each kind\n"
     )
-    facts, table = out.split("\n\n")
+    facts, table, remedies = out.split("\n\n")
     assert facts.endswith("result        3 faults, 0 warnings")
     assert "1 fp8, 1 that cannot be read" in facts
     header, *rows = [re.split(r"  +", line.strip()) for line in table.splitlines()]
@@ -115,6 +115,7 @@ def test_faults_become_a_table_and_one_error_with_their_number(llmc: Run, tmp_pa
         ["fault", "unclaimed", f"{attention}.odd.weight_scale_9", "F32 [] belongs to no weight"],
         ["fault", "value", f"{attention}.k_proj.input_scale", "1 NaN of 1 values"],
     ]
+    assert re.findall(r"^(\w+) {2,}\w", remedies, re.MULTILINE) == ["KIND", "missing", "value", "unclaimed"]
 
 
 def test_warnings_alone_exit_with_0(llmc: Run, tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_json(llmc: Run, tmp_path: Path) -> None:
     code, out, err = llmc("check", write(tmp_path / "good"), "--json")
     record = json.loads(out)
     assert (code, err, record["ok"], record["findings"]) == (0, "", True, [])
-    assert record["formats"] == {"fp8": 2}
+    assert (record["formats"], record["remedies"]) == ({"fp8": 2}, {})
     code, out, err = llmc("check", write(tmp_path / "bad", q_proj__weight_scale=None), "--json")
     record = json.loads(out)
     assert (code, record["ok"]) == (1, False)

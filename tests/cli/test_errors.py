@@ -512,6 +512,15 @@ def test_bench_beyond_the_context(fails, tiny):
     assert "--new-tokens" in hint
 
 
+def test_bench_layers_beyond_the_context(fails, tiny):
+    command = ("bench", tiny, "--layers", "--prompt-tokens", 237)
+    error, hint = fails(*command, code=errors.USAGE)
+    assert error == "237 prompt tokens and the 20 decode steps of --layers exceed the context of 256"
+    assert "236" in hint
+    error, hint = fails(*command, "--new-tokens", 2, code=errors.USAGE)
+    assert error == "--new-tokens has no effect with --layers"
+
+
 def test_doctor_fails_when_run_cannot_work(capsys, monkeypatch):
     from llmc.cli import doctor
 

@@ -60,7 +60,7 @@ def test_every_command_prints_the_documented_fields(
         "verify": (tiny,),
         "check": (source,),
         "bench": (tiny, "--prompt-tokens", 8, "--new-tokens", 2),
-        "bench --layers": (built, "--prompt-tokens", 8, "--layers"),
+        "bench --layers": (built, "--prompt-tokens", 236, "--layers"),  # and 20 steps: the context of 256
         "doctor": (),
         "zoo list": (),
         "zoo make": ("llama-tiny", tmp_path / "made"),
@@ -72,6 +72,8 @@ def test_every_command_prints_the_documented_fields(
         assert record["schema_version"] == output.SCHEMA_VERSION
         assert list(record)[:3] == ["schema_version", "command", "ok"]
         assert record.keys() - HEAD == documented(command) - OPTIONAL, command
+        if "machine" in record:
+            assert record["machine"].keys() == documented("machine")
 
 
 @pytest.mark.parametrize(

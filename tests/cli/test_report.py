@@ -394,7 +394,7 @@ def test_measurements(tiny: Path) -> None:
     Path("bench.json").write_text(f"{json.dumps(one)}\n\n{json.dumps(four)}\n")
     assert run("report", tiny, "--bench", "bench.json") == errors.OK
     page = Page(Path("llama-tiny.html").read_text("utf-8"))
-    assert "Measured by llmc bench on A <fast> CPU, 2 cores." in page.text
+    assert "Measured by llmc bench on A <fast> CPU, 2 logical CPUs." in page.text
     figures = ["12.3 ms", "12,346 tok/s", "210.4 tok/s", "0.500 s"]
     assert ["128 prompt tokens, 64 new ones", *figures] in page.rows
     assert ["4 x 128 prompt tokens, 64 new ones", "", "420.8 tok/s"] in page.rows

@@ -235,7 +235,7 @@ def test_mixed_formats_and_unquantized_layers(tmp_path: Path) -> None:
     def quantizer(name: str) -> Quantizer:
         if name.endswith("k_proj"):
             return lambda w: ({"weight": w.astype(BF16)}, w)
-        return fp8 if "self_attn" in name else nvfp4(False)
+        return fp8 if "self_attn" in name else nvfp4()
 
     layers = {
         name: {"quant_algo": "FP8" if "self_attn" in name else "NVFP4"}

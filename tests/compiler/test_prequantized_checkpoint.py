@@ -107,7 +107,7 @@ def test_mixed_precision(tmp_path: Path) -> None:
     quantizers, layers = {}, {}
     for index, name in enumerate(weights()):
         attention = "self_attn" in name
-        quantizers[name] = fp8 if attention else nvfp4(False)
+        quantizers[name] = fp8 if attention else nvfp4()
         layers[name] = {"quant_algo": "FP8"} if attention else {"quant_algo": "NVFP4", "group_size": 16}
         del index
     made = assemble(

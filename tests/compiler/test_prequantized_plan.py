@@ -236,7 +236,7 @@ def test_layers_with_an_unquantized_one_are_not_fused(tmp_path: Path) -> None:
 def test_layers_of_different_formats_or_input_scales_are_not_fused(tmp_path: Path) -> None:
     layers = {name: {"quant_algo": "FP8" if "k_proj" in name else "NVFP4"} for name in weights()}
     settings = modelopt("MIXED_PRECISION", quantized_layers=layers)
-    made = mixed(tmp_path / "x", lambda name: fp8 if "k_proj" in name else nvfp4(False), settings)
+    made = mixed(tmp_path / "x", lambda name: fp8 if "k_proj" in name else nvfp4(), settings)
     stored = read(made)
     assert stored.fusion.why_apart(QKV) == "they are stored as nvfp4 and fp8"
     made.tensors[f"{GATE0}.input_scale"] = f32(0.5)
@@ -264,7 +264,7 @@ def plan_of(stored: PrequantizedWeights) -> Any:
 def test_plan_counts_the_bytes_of_the_arrays_and_names_the_scheme(tmp_path: Path) -> None:
     made = mixed(
         tmp_path / "x",
-        lambda name: nvfp4(True),
+        lambda name: nvfp4(inverse=True),
         compressed("nvfp4-pack-quantized", NVFP4_ARGS, NVFP4_ARGS | {"dynamic": "local"}),
     )
     plan = plan_of(read(made))
@@ -297,13 +297,13 @@ def test_notes_name_the_omitted_activation_quantization(
 
 def test_weight_only_nvfp4_and_nvfp4_with_fp8_inputs(tmp_path: Path) -> None:
     def without_input(w: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        tensors, exact = nvfp4(False)(w)
+        tensors, exact = nvfp4()(w)
         del tensors["input_scale"]
         return tensors, exact
 
     made = mixed(tmp_path / "a", lambda name: without_input, modelopt("W4A16_NVFP4"))
     assert read(made).modules[Q0].format == FORMATS["nvfp4-weight-only"]
-    made = mixed(tmp_path / "b", lambda name: nvfp4(False), modelopt("W4A8_NVFP4_FP8"))
+    made = mixed(tmp_path / "b", lambda name: nvfp4(), modelopt("W4A8_NVFP4_FP8"))
     assert read(made).modules[Q0].format.name == "nvfp4-fp8-inputs"
 
 

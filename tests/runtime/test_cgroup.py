@@ -160,7 +160,7 @@ def test_doctor_shows_the_limits(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr(doctor, "attention_fault", lambda: None)
     doctor.doctor()
     shown = capsys.readouterr().out
-    assert "1 cores for this process (the container's CPU quota)" in shown
+    assert "1 logical CPU for this process (the container's CPU quota)" in shown
     assert "3 GiB (the container's limit), 1 GiB of it available" in shown
 
 

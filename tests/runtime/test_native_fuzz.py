@@ -1,7 +1,7 @@
 """Random and hostile programs, weights files and steps for the native engine.
 
 All arrays of an executor lie between pages that cannot be touched: an access outside them ends the process.
-With `-s` the last seed that is printed is the one at fault.
+If the process dies, the last seed printed under `-s` is the one at fault.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BLOCKS = 10
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def make(program: Program, weights: dict[str, np.ndarray], rng: random.Random) -> Executor:
+def guarded_executor(program: Program, weights: dict[str, np.ndarray], rng: random.Random) -> Executor:
     """Return an executor whose arrays end, or begin, at pages that cannot be touched."""
     at_end = rng.random() < 0.7
     with guarded_executors(MAX_TOKENS, at_end):
@@ -54,27 +54,27 @@ def make(program: Program, weights: dict[str, np.ndarray], rng: random.Random) -
 
 
 @given(seed=SEEDS)
-def test_random_steps_of_random_programs_are_the_interpreters(seed: int) -> None:
+def test_random_programs_match_the_interpreter(seed: int) -> None:
     print("seed", seed)
     program, packed, exact = random_program(seed)
     steps = random_steps(seed, BLOCKS, 4)
     interpreter = Interpreter(program, exact, BLOCKS)
     want = [interpreter.forward(batch) for batch in steps]
-    size = max(np.abs(logits).max(initial=0) for logits in want)
+    magnitude = max(np.abs(logits).max(initial=0) for logits in want)
     with guarded_executors(MAX_TOKENS):
-        inside = Executor(
+        guarded = Executor(
             program, guarded_weights(packed), max_tokens=MAX_TOKENS, num_blocks=BLOCKS, threads=1
         )
     executor = Executor(program, packed, max_tokens=MAX_TOKENS, num_blocks=BLOCKS, threads=2)
     for batch, logits in zip(steps, want, strict=True):
         got = executor.run(batch)
-        np.testing.assert_allclose(got, logits, rtol=0, atol=1e-4 * size)
-        assert inside.run(guarded_batch(batch)).tobytes() == got.tobytes()
+        np.testing.assert_allclose(got, logits, rtol=0, atol=1e-4 * magnitude)
+        assert guarded.run(guarded_batch(batch)).tobytes() == got.tobytes()
     executor.close()
-    inside.close()
+    guarded.close()
 
 
-@pytest.mark.hypothesis
+@pytest.mark.hypothesis  # for `make fuzz`: Hypothesis itself marks only tests that have @given themselves
 def test_hostile_programs_are_refused_or_stay_inside_their_arrays(tmp_path: Path) -> None:
     outcomes: Counter[str] = Counter()
     path = tmp_path / "weights.safetensors"
@@ -89,7 +89,7 @@ def test_hostile_programs_are_refused_or_stay_inside_their_arrays(tmp_path: Path
             program = Program.from_json(data)
             write_weights(path, program, rng, mutate=rng.random() < 0.2)
             weights, memory = read_weights(path, program)
-            executor = make(program, dict(weights), rng)
+            executor = guarded_executor(program, dict(weights), rng)
         except BundleError:
             outcomes["refused"] += 1
             return
@@ -112,7 +112,7 @@ def test_hostile_programs_are_refused_or_stay_inside_their_arrays(tmp_path: Path
     assert outcomes["ran"] > outcomes.total() / 10
 
 
-@pytest.mark.hypothesis
+@pytest.mark.hypothesis  # as above
 def test_hostile_steps_are_refused_or_stay_inside_their_arrays() -> None:
     outcomes: Counter[str] = Counter()
 
@@ -121,7 +121,7 @@ def test_hostile_steps_are_refused_or_stay_inside_their_arrays() -> None:
         print("seed", seed)
         rng = random.Random(seed)
         program, packed, _ = random_program(rng.randrange(50))
-        executor = make(program, dict(packed), rng)
+        executor = guarded_executor(program, dict(packed), rng)
         for batch in random_steps(seed, BLOCKS, 5):
             try:
                 executor.run(guarded_batch(mutated_step(batch, rng)))

@@ -7,7 +7,7 @@
 #include "engine.c"
 
 typedef struct {
-  int64_t bytes, step, instructions, logits, stride, vocabulary; // step, logits: where they are in the file
+  int64_t bytes, step_offset, instructions, logits_offset, stride, vocabulary; // offsets: bytes in the file
 } header;
 
 static char *base;
@@ -20,7 +20,7 @@ static int run_file(const char *path) {
   base = aligned_alloc(4096, (size_t)h.bytes);
   rewind(file);
   if (!base || fread(base, 1, (size_t)h.bytes, file) != (size_t)h.bytes) return 2;
-  step *s = (step *)(base + h.step);
+  step *s = (step *)(base + h.step_offset);
   MOVE(s->input_ids), MOVE(s->position_ids), MOVE(s->query_start), MOVE(s->past_lengths), MOVE(s->block_indices);
   MOVE(s->block_begins), MOVE(s->logits_index), MOVE(s->code), MOVE(s->groups), MOVE(s->slot), MOVE(s->next), MOVE(s->done);
   for (int64_t k = 0; k < h.instructions; k++) {
@@ -30,7 +30,7 @@ static int run_file(const char *path) {
   }
   llmc_run(s);
   for (int row = 0; row < s->logits; row++)
-    fwrite((float *)(base + h.logits) + row * h.stride, sizeof(float), (size_t)h.vocabulary, stdout);
+    fwrite((float *)(base + h.logits_offset) + row * h.stride, sizeof(float), (size_t)h.vocabulary, stdout);
   free(base);
   return fclose(file);
 }

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from llmc.compiler.checkpoint.check.check import check_checkpoint
-from llmc.compiler.checkpoint.finding import KINDS, Finding
+from llmc.compiler.checkpoint.finding import REMEDIES, Finding
 from llmc.runtime.dtypes import BY_NUMPY
 
 E4M3, E2M1, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn, ml_dtypes.bfloat16
@@ -75,6 +75,8 @@ def fp8_channel_bf16(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
 
 
 def fp8_block(name: str, dims: int = 2) -> Quantizer:
+    """Return a quantizer of FP8 in blocks of 128 x 128. name, dims: of the tensor with the scales."""
+
     def quantize(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
         rows, columns = (-(-size // 128) for size in w.shape)
         scale, codes, exact = np.empty((rows, columns), np.float32), np.empty(w.shape, E4M3), np.empty_like(w)
@@ -90,14 +92,20 @@ def fp8_block(name: str, dims: int = 2) -> Quantizer:
     return quantize
 
 
-def nvfp4(inverse: bool, awq: bool = False) -> Quantizer:
+def nvfp4(*, inverse: bool = False, awq: bool = False) -> Quantizer:
+    """Return a quantizer of NVFP4.
+
+    inverse: as compressed-tensors writes it: global scales are stored as inverses, under other names.
+    awq: add ModelOpt's `pre_quant_scale`.
+    """
+
     def quantize(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
         blocks = w.reshape(w.shape[0], -1, 16)
-        one = f32(np.abs(w).max() / (6 * 448))
-        stored_global = f32(1) / one if inverse else one
-        block_scale = np.clip(np.abs(blocks).max(2) / (6 * one), 2**-9, 448).astype(E4M3)
-        bs = block_scale.astype(np.float32)
-        step = (bs / stored_global if inverse else bs * stored_global)[:, :, None]
+        global_scale = f32(np.abs(w).max() / (6 * 448))
+        stored = f32(1) / global_scale if inverse else global_scale
+        block_scale = np.clip(np.abs(blocks).max(2) / (6 * global_scale), 2**-9, 448).astype(E4M3)
+        exact_scale = block_scale.astype(np.float32)
+        step = (exact_scale / stored if inverse else exact_scale * stored)[:, :, None]
         codes = (blocks / step).astype(E2M1)
         exact = (codes.astype(np.float32) * step).reshape(w.shape)
         bits = codes.view(np.uint8).reshape(w.shape) & 15
@@ -108,7 +116,7 @@ def nvfp4(inverse: bool, awq: bool = False) -> Quantizer:
             else ("weight", "weight_scale_2", "input_scale")
         )
         step_of_input = f32(7.5 / 2688)
-        values = (packed, stored_global, 1 / step_of_input if inverse else step_of_input)
+        values = (packed, stored, 1 / step_of_input if inverse else step_of_input)
         tensors = dict(zip(names, values, strict=True)) | {"weight_scale": block_scale}
         if inverse:  # compressed-tensors writes [1]
             tensors |= {name: tensors[name].reshape(1) for name in names[1:]}
@@ -246,8 +254,8 @@ LAYOUTS: dict[str, tuple[Quantizer, dict[str, Any], str]] = {
     "modelopt-fp8": (fp8, modelopt("FP8"), "fp8"),
     "modelopt-fp8-channel": (fp8_channel, modelopt("FP8_PER_CHANNEL_PER_TOKEN"), "fp8-channel"),
     "modelopt-fp8-block": (fp8_block("weight_scale", 4), modelopt("FP8_PB_WO"), "fp8-block of 128 x 128"),
-    "modelopt-nvfp4": (nvfp4(False), modelopt("NVFP4", group_size=16), "nvfp4 in groups of 16"),
-    "modelopt-nvfp4-awq": (nvfp4(False, True), modelopt("NVFP4_AWQ"), "nvfp4 in groups of 16"),
+    "modelopt-nvfp4": (nvfp4(), modelopt("NVFP4", group_size=16), "nvfp4 in groups of 16"),
+    "modelopt-nvfp4-awq": (nvfp4(awq=True), modelopt("NVFP4_AWQ"), "nvfp4 in groups of 16"),
     "modelopt-awq": (int4_awq, modelopt("W4A16_AWQ", group_size=64), "int4-awq in groups of 64"),
     "modelopt-int8": (int8, modelopt("W8A8_SQ_PER_CHANNEL"), "int8"),
     "ct-fp8": (
@@ -266,7 +274,7 @@ LAYOUTS: dict[str, tuple[Quantizer, dict[str, Any], str]] = {
         "fp8-block of 128 x 128",
     ),
     "ct-nvfp4": (
-        nvfp4(True),
+        nvfp4(inverse=True),
         compressed("nvfp4-pack-quantized", NVFP4_ARGS, NVFP4_ARGS | {"dynamic": "local"}),
         "nvfp4 in groups of 16",
     ),
@@ -338,7 +346,7 @@ class Written:
         """Return the text of the only finding, which must be of this kind and about this tensor."""
         [found] = self.findings()
         assert (found.kind, found.tensor, found.warning) == (kind, tensor, warning), found
-        assert found.kind in KINDS
+        assert found.kind in REMEDIES
         return found.what
 
 

@@ -48,6 +48,7 @@ SHAPES: dict[str, tuple[int | str, ...]] = {
     "out": (1, "T", 5),
 }
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
+# Tests insert "bk", the bias of wk.
 WEIGHTS = {
     name: ir.Shape([int(dim) for dim in dims.split(",")])
     for dims, name in re.findall(r"float\[([\d,]+)\] (\w+)", TRACED + "float[4] bk")
@@ -55,7 +56,10 @@ WEIGHTS = {
 
 
 def traced(text: str = TRACED) -> ir.Model:
-    """Return the text as a model with the shapes that a trace records."""
+    """Return the text as a model with the shapes that a trace records.
+
+    text: TRACED with changes. All outputs of nodes are float. Names that are not in SHAPES get (1, T, 8).
+    """
     model = ir.from_onnx_text(text)
     for node in model.graph:
         for value in node.outputs:

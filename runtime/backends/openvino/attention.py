@@ -19,6 +19,7 @@ from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.errors import BackendError
 
 SUPPORTED_VERSION = "2026.4"
+_TEST_SCALE = 0.25  # of the attention scores in the self-test
 _TOLERANCE = {"f32": 1e-5, "u8": 5e-2}  # absolute, for the outputs of the self-test, which are about 1
 
 
@@ -128,7 +129,9 @@ def self_test(core: ov.Core, config: dict[str, Any]) -> None:
         Parameter(ov.Type.f32, ov.PartialShape([-1, kv_heads, BLOCK_SIZE, size])) for _ in range(2)
     ]
     parameters += [Parameter(ov.Type.i32, ov.PartialShape([-1])) for _ in range(4)]
-    output = paged_attention(*(p.output(0) for p in parameters), num_kv_heads=kv_heads, scale=0.25, window=0)
+    output = paged_attention(
+        *(p.output(0) for p in parameters), num_kv_heads=kv_heads, scale=_TEST_SCALE, window=0
+    )
     model = ov.Model([ops.result(output)], parameters, "self_test")
     compiled = core.compile_model(model, "CPU", config)
     request = compiled.create_infer_request()
@@ -171,7 +174,7 @@ def _expected(arrays: list[np.ndarray], known: list[np.ndarray], new: list[int])
         for row in range(count):
             keys, values = known[s][:, : past + row + 1]
             for q in query[start + row].reshape(-1, keys.shape[1]):
-                scores = keys @ q * 0.25
+                scores = keys @ q * _TEST_SCALE
                 weights = np.exp(scores - scores.max())
                 rows.append(weights @ values / weights.sum())
         start += count

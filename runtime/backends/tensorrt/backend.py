@@ -126,7 +126,7 @@ class TensorRtBackend:
         """Return logits, float32 [N, vocab], for `batch.logits_index`. They are valid until the next call."""
         logits = self._logits[: len(batch.logits_index)]
         with _as_backend_error("the step failed"):
-            self._cuda.use()
+            self._cuda.make_current()
             try:
                 self._run(batch)
                 if len(logits):
@@ -140,7 +140,7 @@ class TensorRtBackend:
         assert self._sampler is not None  # k is at most max_candidates
         rows = len(batch.logits_index)
         with _as_backend_error("the step failed"):
-            self._cuda.use()
+            self._cuda.make_current()
             try:
                 self._run(batch)
                 return self._sampler.candidates(rows, k) if rows else []
@@ -217,7 +217,7 @@ class TensorRtBackend:
         self._decoders.clear()
         with _as_backend_error("could not free the GPU's memory"), owned:
             if self._contexts:
-                self._cuda.use()
+                self._cuda.make_current()
                 self._cuda.wait()
 
     def __del__(self) -> None:

@@ -38,8 +38,9 @@ def probe(ordinal: int = 0) -> Device:
 
 
 class Cuda:
-    """A GPU's primary context, which TensorRT uses too, with one stream. Every method raises CudaError.
+    """A GPU's primary context, which TensorRT uses too, with one stream.
 
+    Any method may raise CudaError. Call `make_current` first in each thread, also before `close`.
     Allocations live until `close`, which frees them in reverse order.
     """
 
@@ -50,7 +51,7 @@ class Cuda:
         self._context = call(driver.cuDevicePrimaryCtxRetain, device)
         self._owned.callback(call, driver.cuDevicePrimaryCtxRelease, device)
         try:
-            self.use()
+            self.make_current()
             stream = call(driver.cuStreamCreate, int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
             self._owned.callback(call, driver.cuStreamDestroy, stream)
         except BaseException:
@@ -58,7 +59,7 @@ class Cuda:
             raise
         self.stream = int(stream)
 
-    def use(self) -> None:
+    def make_current(self) -> None:
         """Make the context current in this thread. Steps may be called from any thread."""
         call(driver.cuCtxSetCurrent, self._context)
 
@@ -125,19 +126,22 @@ class Graph:
     """Work for the GPU that one call starts. It must be closed before the memory that it uses is freed."""
 
     def __init__(self, executable: Any, stream: int) -> None:
-        self._ready, self._stream = executable, stream
+        self._executable, self._stream = executable, stream
 
     def launch(self) -> None:
         """Run the graph on its stream. Raises CudaError."""
-        call(driver.cuGraphLaunch, self._ready, self._stream)
+        call(driver.cuGraphLaunch, self._executable, self._stream)
 
     def close(self) -> None:
         """Destroy the graph."""
-        call(driver.cuGraphExecDestroy, self._ready)
+        call(driver.cuGraphExecDestroy, self._executable)
 
 
-def place(sizes: list[int]) -> tuple[list[int], int]:
-    """Return the offsets of arrays of these sizes in one allocation, and its total size. All are in bytes."""
+def aligned_offsets(sizes: list[int]) -> tuple[list[int], int]:
+    """Return the offsets of arrays of these sizes in one allocation, and its total size. All are in bytes.
+
+    Offsets are multiples of 256 bytes, which TensorRT requires.
+    """
     offsets, end = [], 0
     for size in sizes:
         offsets.append(end)

@@ -19,8 +19,9 @@ def load(engine: EngineFile, options: LoadOptions) -> TensorRtBackend:
 
     The KV cache gets the GPU memory that remains, at most `kv_memory`, and no more than `max_sequences` full
     contexts can use.
-    Raises BackendError with every reason why the bundle cannot run here, before the GPU is used. Raises
-    RequestError if the KV cache does not fit, and for `activation_group`.
+    Raises BackendError with every reason why the bundle cannot run here, before anything is allocated on the
+    GPU. Raises RequestError if the KV cache does not fit, or if `options.activation_group` is set (`fast`).
+    Raises ValueError if `engine.bundle` is None.
     """
     bundle = engine.bundle
     if bundle is None:

@@ -9,7 +9,7 @@ import numpy as np
 from llmc.plugins.cuda.kernel import KernelImage, Kernels
 from llmc.plugins.sampling import launch
 from llmc.runtime.backends.base import Candidates
-from llmc.runtime.backends.tensorrt.cuda import Cuda, place
+from llmc.runtime.backends.tensorrt.cuda import Cuda, aligned_offsets
 
 
 class TokenSampler:
@@ -29,7 +29,7 @@ class TokenSampler:
         rows, self._vocab = host.shape
         result = 4 * rows * launch.width(launch.MAX_K)
         sizes = {"result": result, **launch.scratch(rows, self._vocab)}
-        offsets, nbytes = place(list(sizes.values()))
+        offsets, nbytes = aligned_offsets(list(sizes.values()))
         first = cuda.allocate(nbytes)
         self._arguments = {name: first + at for name, at in zip(sizes, offsets, strict=True)}
         self._arguments |= {"logits": logits, "vocab": self._vocab, "parts": launch.parts(self._vocab)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from llmc.runtime.backends.tensorrt.cuda import Cuda, place
+from llmc.runtime.backends.tensorrt.cuda import Cuda, aligned_offsets
 from llmc.runtime.backends.tensorrt.step import fill
 from llmc.runtime.batch import STEP_INPUTS, Batch
 
@@ -20,7 +20,7 @@ class StepArrays:
         """Allocate the arrays. most: array of `Batch` -> its maximum number of elements. Raises CudaError."""
         self._cuda = cuda
         names = sorted(STEP_INPUTS, key=lambda name: name == _LONGEST)
-        offsets, nbytes = place([4 * most[name] for name in names])
+        offsets, nbytes = aligned_offsets([4 * most[name] for name in names])
         self._pinned, self._device = cuda.pinned(nbytes), cuda.allocate(nbytes)
         self._pinned[:] = 0  # elements that no step has written are copied too
         self._longest_at = offsets[-1]
