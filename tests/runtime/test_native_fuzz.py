@@ -20,7 +20,7 @@ from llmc.runtime.errors import BundleError
 from llmc.runtime.native.executor import Executor
 from llmc.runtime.native.interpreter import Interpreter
 from llmc.runtime.native.program import Program
-from llmc.runtime.native.weights import read_weights
+from llmc.runtime.native.weights import WeightsFile
 from support.guarded_memory import guarded_batch, guarded_executors, guarded_weights
 from support.native_fuzz import (
     MAX_TOKENS,
@@ -88,7 +88,7 @@ def test_hostile_programs_are_refused_or_stay_inside_their_arrays(tmp_path: Path
         try:
             program = Program.from_json(data)
             write_weights(path, program, rng, mutate=rng.random() < 0.2)
-            weights, memory = read_weights(path, program)
+            weights, memory = WeightsFile(path).arrays(program)
             executor = make(program, dict(weights), rng)
         except BundleError:
             outcomes["refused"] += 1
