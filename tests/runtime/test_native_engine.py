@@ -141,6 +141,14 @@ def copies() -> Built:
     return build.finish(y)
 
 
+def overlap(op: str, function: str, first: int, second: int) -> Built:
+    """Two views of one buffer that share columns. Nothing reads the buffer later."""
+    build = Builder(112)
+    y = build.emit("scalar", 112, View(0, 0, 112), function="mul", value=0.5)
+    views = View(y.buffer, first, 64), View(y.buffer, second, 64)
+    return build.finish(build.emit(op, 64, *views, function=function))
+
+
 def attention(heads: int, kv_heads: int, width: int, value_width: int, window: int, softcap: float) -> Built:
     build = Builder(heads * width + kv_heads * (width + value_width))
     build.caches.append(Cache(kv_heads, width, value_width))
@@ -198,6 +206,10 @@ PROGRAMS: dict[str, Callable[[], Built]] = {
     "part of a head": lambda: rotations(12, 0),
     "interleaved": lambda: rotations(40, 1),
     "copies": copies,
+    "views that overlap": lambda: overlap("binary", "sub", 32, 16),
+    "views that overlap, the other way": lambda: overlap("binary", "sub", 0, 16),
+    "glu of views that overlap": lambda: overlap("glu", "silu", 48, 0),
+    "glu of one view": lambda: overlap("glu", "silu", 32, 32),
     "attention": lambda: attention(4, 2, 32, 32, 0, 0.0),
     "one head": lambda: attention(1, 1, 16, 16, 0, 0.0),
     "values of another width": lambda: attention(6, 2, 24, 40, 0, 0.0),

@@ -19,6 +19,7 @@ from llmc.plugins.cpu import library
 from llmc.runtime.errors import BundleError
 from llmc.runtime.native.executor import Executor
 from llmc.runtime.native.interpreter import Interpreter
+from llmc.runtime.native.plan import plan
 from llmc.runtime.native.program import Program
 from llmc.runtime.native.weights import WeightsFile
 from support.guarded_memory import guarded_batch, guarded_executors, guarded_weights
@@ -72,6 +73,29 @@ def test_random_steps_of_random_programs_are_the_interpreters(seed: int) -> None
         assert inside.run(guarded_batch(batch)).tobytes() == got.tobytes()
     executor.close()
     inside.close()
+
+
+@given(seed=SEEDS)
+def test_an_output_takes_the_place_of_an_input_or_of_none(seed: int) -> None:
+    """Instructions write while they read: an output must not share only some columns with an input."""
+    program, _, _ = random_program(seed)
+    planned = plan(program, 3)
+
+    def columns(buffer: int, offset: int, width: int) -> range:
+        root, first = planned.aliases.get(buffer, (buffer, 0))
+        place = planned.buffers[root]
+        begin = place.offset + 4 * (first + offset)
+        return range(begin, begin + 4 * width)
+
+    for item in planned.instructions:
+        if item.op in (library.QUANTIZE, library.LINEAR_INT) or item.source.out is None:
+            continue
+        copied = item.source.inputs[0].width if item.op == library.COPY else None
+        width = copied or program.buffers[item.source.out].width
+        out = columns(item.source.out, item.source.offset, width)
+        for view in item.source.inputs:
+            taken = columns(view.buffer, view.offset, view.width)
+            assert out == taken or max(out.start, taken.start) >= min(out.stop, taken.stop)
 
 
 @pytest.mark.hypothesis
