@@ -37,9 +37,7 @@ def write_packed(lowered: Lowered, work: BundleWriter, on_bytes: Callable[[int],
         if name in program.matrices:
             data = pack(program.matrices[name], lowered.matrices[name])
         else:
-            source = lowered.constants[name]
-            values = np.atleast_1d(evaluate(source.value))[..., source.begin : source.begin + source.width]
-            data = np.ascontiguousarray(values.astype(np.float32)).reshape(-1)
+            data = lowered.constants[name].read()
         view = data.view(np.uint8)
         done += view.nbytes
         yield view.data
