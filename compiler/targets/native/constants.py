@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -94,6 +94,17 @@ def evaluate(value: ir.Value, known: Mapping[ir.Value, np.ndarray] = MappingProx
     if node.op_type == "Reshape":
         return inputs[0].reshape([int(dim) for dim in inputs[1]])
     raise refusal(node, "the native engine cannot compute this of weights")
+
+
+def leaves(value: ir.Value) -> Iterator[str]:
+    """Yield the names of the initializers in a constant value."""
+    node = value.producer()
+    if node is None:
+        yield str(value.name)
+        return
+    for operand in node.inputs:
+        if operand is not None:
+            yield from leaves(operand)
 
 
 def integers(value: ir.Value | None) -> list[int]:
