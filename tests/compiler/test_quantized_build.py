@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -217,6 +218,17 @@ def test_builds_are_byte_identical(built: tuple[Path, str], tmp_path: Path) -> N
     build(TALES, tmp_path / "again.llmc", fmt, verify=False)
     for name in ("rank0.program.json", "weights/packed.safetensors"):
         assert (bundle / name).read_bytes() == (tmp_path / "again.llmc" / name).read_bytes()
+
+
+def test_the_page_shows_how_to_read_codes_and_scales(built: tuple[Path, str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/reference/program.md").read_text("utf-8")
+    example: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], example)
+    for name, stored in read_packed(built[0])[0].items():
+        if stored.scales is not None:
+            codes, scales = example["matrix"](built[0], name)
+            np.testing.assert_array_equal(codes, stored.values)
+            np.testing.assert_array_equal(scales, stored.scales)
 
 
 def test_weights_of_the_native_engine_are_packed_as_they_are_read(
