@@ -19,7 +19,7 @@ from llmc.compiler.progress import Clock, Progress, Silent
 from llmc.compiler.quantize.prequantized_plan import read_prequantized
 from llmc.compiler.request import BuildRequest, quantized_cache
 from llmc.compiler.targets import capability
-from llmc.compiler.targets.base import GRAPH_FILE, Resolved, Sizes
+from llmc.compiler.targets.base import Resolved, Sizes, WeightSources
 from llmc.runtime.bundle.manifest import Manifest, Sampling, Verification
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BundleError
@@ -86,8 +86,6 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
     """
     from llmc.compiler import manifest
     from llmc.compiler.quantize import step
-    from llmc.compiler.weights.write import write_weights
-    from llmc.passes.legalize.finalize import serialize
 
     clock = Clock(progress or Silent())
     target = targets.target(request.target)
@@ -103,13 +101,11 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
         produced = make_weights(plan, inputs, writer, clock, files)
         with clock.phase("write weights"):
             total = plan.sizes.weight_bytes
-            tensors = inputs.checkpoint.tensors
-            write_weights(
-                model, tensors, writer, lambda done: clock.progress.bar(done, total), produced.tensors
+            sources = WeightSources(inputs.checkpoint.tensors, produced.tensors)
+            target.write_weights(
+                engine, model, sources, writer, lambda done: clock.progress.bar(min(done, total), total)
             )
             step.discard(writer)
-        with clock.phase("write graph"):
-            writer.path(GRAPH_FILE).write_bytes(serialize(model))
         target.check_machine(plan.sizes, clock)
         with clock.phase("verify"):
             verification = verify(plan, inputs, writer, clock)

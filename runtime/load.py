@@ -13,6 +13,7 @@ from llmc.runtime.bundle.manifest import Manifest, Sampling
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
 from llmc.runtime.errors import BundleError, RequestError
+from llmc.runtime.native.weights import start_reading
 from llmc.runtime.sampling import SamplingParams
 from llmc.runtime.tokenizer import Tokenizer
 
@@ -67,9 +68,10 @@ def load_engine(
         threads=threads,
         activation_group=activation_group(opened) if fast else None,
     )
-    backend = load_backend(EngineFile.of(opened), options)
+    weights = start_reading(opened.engine_path()) if manifest.target.engine == "native" else None
     directory = opened.tokenizer_dir
     tokenizer = Tokenizer.load(directory) if directory and (directory / "tokenizer.json").is_file() else None
+    backend = load_backend(EngineFile.of(opened, weights), options)
     return Engine(
         backend,
         tokenizer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -52,11 +52,23 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class WeightSources:
+    """Where the data of a graph's initializers are."""
+
+    #: The checkpoint's tensors, by name.
+    tensors: Mapping[str, TensorRef]
+    #: The codes and scales that the build made, by the names of their initializers, in files of their own.
+    made: Mapping[str, TensorRef]
+
+
+@dataclass(frozen=True)
 class VerificationFiles:
     """The graphs that the verification runs, as files of the unfinished bundle."""
 
     #: The engine itself, or the graph that stands in for it.
     graph: str
+    #: The weights.
+    weights: str
     #: The name of the backend that runs the graphs.
     backend: str
     #: A description of the graph that stands in for the engine, for the manifest; "": the engine itself runs.
@@ -112,6 +124,20 @@ class Target(Protocol):
         """
         ...
 
+    def write_weights(
+        self,
+        engine: str,
+        model: ir.Model,
+        sources: WeightSources,
+        writer: BundleWriter,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        """Write the weights of a legalized graph in the form that `engine` reads, and what refers to them.
+
+        on_bytes: called with the number of bytes written so far
+        """
+        ...
+
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:
         """Raise BuildError if this machine lacks the memory that `build` needs."""
         ...
@@ -119,7 +145,7 @@ class Target(Protocol):
     def verification_files(
         self, resolved: Resolved, engine: str, model: ir.Model, writer: BundleWriter
     ) -> VerificationFiles:
-        """Write the graphs that the verification runs. `writer` has GRAPH_FILE and the weights already."""
+        """Write the graphs that the verification runs. `write_weights` has been called."""
         ...
 
     def build(

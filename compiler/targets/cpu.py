@@ -6,7 +6,7 @@ attention, ONNX Runtime with the function body in the file. The native engine re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -16,11 +16,19 @@ from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Clock
 from llmc.compiler.request import ENGINES, BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
-from llmc.compiler.targets.base import GRAPH_FILE, Artifact, Resolved, Sizes, VerificationFiles
+from llmc.compiler.targets.base import (
+    GRAPH_FILE,
+    Artifact,
+    Resolved,
+    Sizes,
+    VerificationFiles,
+    WeightSources,
+)
+from llmc.compiler.targets.graph_file import write_graph
 from llmc.compiler.targets.native.lower import lower
 from llmc.compiler.targets.native.pack import PACKED_FILE, write_packed
 from llmc.compiler.weights.narrow import narrow_plan
-from llmc.compiler.weights.write import WEIGHTS_FILE
+from llmc.compiler.weights.write import WEIGHTS_FILE, attach_weights
 from llmc.passes import contract, pipeline
 from llmc.passes.contract import Pass
 from llmc.passes.geometry import attention_nodes
@@ -95,6 +103,23 @@ class CpuTarget:
             return pipeline.legalize_native(narrow_plan(model, tensors, bf16_as_fp16=False))
         return pipeline.legalize_onnxruntime()
 
+    def write_weights(
+        self,
+        engine: str,
+        model: ir.Model,
+        sources: WeightSources,
+        writer: BundleWriter,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        """See `Target`. For the native engine, weights are packed as they are read; the program comes too."""
+        if engine != "native":
+            write_graph(model, sources, writer, on_bytes)
+            return
+        attach_weights(model, sources.tensors, sources.made)
+        lowered = lower(model)
+        writer.path(PROGRAM_FILE).write_bytes(lowered.program.to_json())
+        write_packed(lowered, writer, on_bytes, sources.made)
+
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:
         del sizes, clock
 
@@ -102,8 +127,7 @@ class CpuTarget:
         self, resolved: Resolved, engine: str, model: ir.Model, writer: BundleWriter
     ) -> VerificationFiles:
         graph = PROGRAM_FILE if engine == "native" else GRAPH_FILE
-        if engine == "native":
-            _write_program(model, writer)
+        weights = PACKED_FILE if engine == "native" else WEIGHTS_FILE
         quantizing = ""
         if rounded_to(model):
             exact = model.clone()
@@ -114,7 +138,7 @@ class CpuTarget:
             )
         kv_graph = graph if resolved.kv_dtype != resolved.dtype else ""
         scratch = (graph,) if quantizing else ()
-        return VerificationFiles(graph, engine, "", kv_graph, quantizing, scratch)
+        return VerificationFiles(graph, weights, engine, "", kv_graph, quantizing, scratch)
 
     def build(
         self,
@@ -125,15 +149,11 @@ class CpuTarget:
         writer: BundleWriter,
         clock: Clock,
     ) -> Artifact:
-        """See `Target`. Writes the native program, unless the verification did. Others are complete."""
-        del resolved, sizes, clock
-        if engine != "native":
-            return Artifact(GRAPH_FILE, (WEIGHTS_FILE,), _WEIGHTS_NOTE[engine])
-        if not writer.path(PROGRAM_FILE).exists():
-            _write_program(model, writer)
-        for file in (GRAPH_FILE, WEIGHTS_FILE):
-            writer.discard(file)
-        return Artifact(PROGRAM_FILE, (PACKED_FILE,), _WEIGHTS_NOTE[engine])
+        """See `Target`. The engine is complete with its weights."""
+        del resolved, model, sizes, writer, clock
+        if engine == "native":
+            return Artifact(PROGRAM_FILE, (PACKED_FILE,), _WEIGHTS_NOTE[engine])
+        return Artifact(GRAPH_FILE, (WEIGHTS_FILE,), _WEIGHTS_NOTE[engine])
 
 
 def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
@@ -152,9 +172,3 @@ def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
     if engine == "onnxruntime" and resolved.kv_dtype != resolved.dtype:
         return f"it has no KV cache of {resolved.kv_dtype}"
     return ""
-
-
-def _write_program(model: ir.Model, writer: BundleWriter) -> None:
-    lowered = lower(model)
-    writer.path(PROGRAM_FILE).write_bytes(lowered.program.to_json())
-    write_packed(lowered, writer, lambda done: None)

@@ -15,8 +15,10 @@ import numpy as np
 
 from llmc.compiler.checkpoint.safetensors import TensorRef, read_header
 from llmc.compiler.quantize.round_to_nearest import dequantize
+from llmc.compiler.targets.native.unpack import read_rows
 from llmc.passes.quantize.fake_quantize import round_e2m1, round_e4m3, round_int8
 from llmc.passes.quantize.formats import get_format
+from llmc.runtime.native.program import Matrix
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class EngineWeight:
     #: another number of rows than "weight" belongs to all of them.
     rows: tuple[int, int]
     input: ActivationQuantization | None = None
+    #: The native engine's matrix, whose tiles are the only tensor, "weight". None: the arrays of `format`.
+    matrix: Matrix | None = None
 
     def read(self, tensors: Mapping[str, TensorRef]) -> np.ndarray:
         """Return the dequantized weight, float32 [rows, in].
@@ -71,6 +75,9 @@ class EngineWeight:
         inputs by it.
         """
         refs = {array: tensors[name] for array, name in self.arrays.items()}
+        if self.matrix is not None:
+            wide = read_rows(self.matrix, refs["weight"], *self.rows)
+            return wide * self.input.factors if self.input else wide
         height, rows = refs["weight"].shape[0], slice(*self.rows)
         arrays = {
             array: ref.read(rows if ref.shape and ref.shape[0] == height else None)
@@ -82,10 +89,14 @@ class EngineWeight:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object.
 
+        "matrix", only where there is one, has the fields of a matrix in a native program.
         "input" is {"kind": "e4m3", "scale": x} or {"kind": "e2m1", "global_scale": x}, with an optional
         "factor", or None.
         """
-        return asdict(self) | {"input": self._input_json(), "rows": list(self.rows)}
+        data = asdict(self) | {"input": self._input_json(), "rows": list(self.rows)}
+        if self.matrix is None:
+            del data["matrix"]
+        return data
 
     def _input_json(self) -> dict[str, Any] | None:
         if self.input is None:
@@ -105,7 +116,8 @@ class EngineWeight:
             quantization = ActivationQuantization(
                 activation["kind"], activation[_SCALE_NAMES[activation["kind"]]], factor
             )
-        return cls(data["format"], data["file"], dict(data["arrays"]), (first, stop), quantization)
+        matrix = Matrix(**data["matrix"]) if "matrix" in data else None
+        return cls(data["format"], data["file"], dict(data["arrays"]), (first, stop), quantization, matrix)
 
 
 @functools.cache

@@ -32,6 +32,9 @@ from llmc.runtime.errors import BuildError, CheckpointError
 # Tolerance, relative to the largest logit, between lm_head applied to one row and to many.
 _HEAD_TOLERANCE = 1e-4
 _DISTURBANCE = 2.0**-16  # relative: the error that logits of fp32 engines may have (1e-4 of 10)
+# Largest relative error of a quantized weight (Frobenius norm). It is 1 if everything is rounded to zero, and
+# 1.4 for another weight of the same size.
+_UNRELATED = 1.2
 
 
 class Reference:
@@ -67,7 +70,8 @@ class Reference:
         weights: name in the checkpoint -> the engine's weight
 
         If two modules share a weight (a tied lm_head), only the named module's weight changes.
-        Raises BuildError for a name or a shape that the model does not have.
+        Raises BuildError for a name or a shape that the model does not have, and for a weight that is not the
+        checkpoint's: rounding loses less than all of it.
         """
         headers = {weight.file: read_header(weight.file) for weight in weights.values() if weight.arrays}
         for name, weight in weights.items():
@@ -80,6 +84,9 @@ class Reference:
                 raise BuildError(
                     f"the engine has {name} as {got}, transformers as {wanted}", "please report this"
                 )
+            before = module.weight.float()
+            if (values - before).norm() > _UNRELATED * before.norm():
+                raise BuildError(f"the engine's {name} is not the checkpoint's", "please report this")
             module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
 
     def quantize_activations(self, weights: Mapping[str, EngineWeight]) -> None:

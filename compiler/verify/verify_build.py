@@ -7,7 +7,7 @@ docs/explanation/fidelity.md states the bounds, in fp32 and in 16 bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from llmc.compiler.progress import Progress
 from llmc.compiler.targets.base import VerificationFiles
 from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
 from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
-from llmc.compiler.weights.write import WEIGHTS_FILE
 from llmc.passes.quantize.matrix import QuantizedMatrix
 from llmc.runtime.bundle.manifest import Verification
 from llmc.runtime.errors import VerificationError
 from llmc.runtime.memory import available_memory
+from llmc.runtime.native.program import Matrix, Program
 
 MAX_RMS_RATIO = 1.5  # bound of Findings.rms_ratio; 0.9 to 1.0 were measured
 ACTIVATION_EFFECT = (0.75, 1.25)  # bounds of Findings.activation_effect
@@ -58,7 +58,7 @@ def verify_build(
         tokenizer=str(tokenizer or ""),
         dtype=resolved.dtype,
         compared=files.stand_in,
-        quantized=engine_weights(plan, matrices, writer.path(WEIGHTS_FILE)),
+        quantized=engine_weights(plan, matrices, files, writer),
         reference_weights="dequantized" if plan.checkpoint.prequantized else "checkpoint",
         kv_engine=str(writer.path(files.kv_graph)) if files.kv_graph else "",
         kv_dtype=resolved.kv_dtype if files.kv_graph else "",
@@ -166,29 +166,39 @@ def compare_in_child(job: Job, progress: Progress) -> Findings:
 
 
 def engine_weights(
-    plan: BuildPlan, matrices: Sequence[QuantizedMatrix], file: Path
+    plan: BuildPlan, matrices: Sequence[QuantizedMatrix], files: VerificationFiles, writer: BundleWriter
 ) -> dict[str, EngineWeight]:
-    """Map each quantized weight of the checkpoint to the engine's quantized weight in `file`.
+    """Map each quantized weight of the checkpoint to the engine's quantized weight, as the engine reads it.
 
     For a pre-quantized checkpoint, only layers with activation quantization are listed, without arrays.
     """
-    header = read_header(file) if matrices else {}
+    if not matrices:
+        return {}
+    file = writer.path(files.weights)
+    header = read_header(file)
+    packed: Mapping[str, Matrix] = {}
+    if files.backend == "native":
+        packed = Program.from_json(writer.path(files.graph).read_bytes()).matrices
     weights = {}
     for matrix in matrices:
         arrays = {array: matrix.initializer(array) for array in matrix.format.layout(matrix.shape)}
+        tiles = packed.get(arrays["weight"])
+        if tiles is not None:
+            arrays = {"weight": arrays["weight"]}
         quantization, first = None, 0
         if kind := matrix.format.activations:
-            scale = float(header[matrix.initializer("input_scale")].read())
+            scale = float(header[matrix.initializer("input_scale")].read().reshape(()))
             module = plan.quantization.quantized()[matrix.modules[0]] if plan.quantization else None
             factor = module.pre_quant_scale.name if module and module.pre_quant_scale else ""
             if matrix.format.smoothed:
                 factor = matrix.initializer("pre_quant_scale")
             quantization = ActivationQuantization(kind, scale, (str(file), factor) if factor else None)
         for weight, rows in zip(matrix.weights, matrix.rows, strict=True):
-            span = (first, first + rows)
-            if not plan.checkpoint.prequantized:
-                weights[weight] = EngineWeight(matrix.format.name, str(file), arrays, span, quantization)
-            elif quantization:
-                weights[weight] = EngineWeight(matrix.format.name, str(file), {}, span, quantization)
+            stored = {} if plan.checkpoint.prequantized else arrays
+            if stored or quantization:
+                span = (first, first + rows)
+                weights[weight] = EngineWeight(
+                    matrix.format.name, str(file), stored, span, quantization, tiles if stored else None
+                )
             first += rows
     return weights

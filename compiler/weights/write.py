@@ -1,10 +1,12 @@
 """Write the engine's weights: the checkpoint's tensors, in the dtype and the order of the graph.
 
-They are streamed in chunks, so that memory holds only one chunk. Tied tensors are stored once.
+They are streamed in chunks, so that memory holds only one chunk. Tied tensors are stored once. For an engine
+with a layout of its own, `attach_weights` reads them instead.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -84,6 +86,34 @@ def write_weights(
             base_dir=path.parent.parent,
         )
     return nbytes
+
+
+def attach_weights(
+    model: ir.Model, tensors: Mapping[str, TensorRef], made: Mapping[str, TensorRef] = MappingProxyType({})
+) -> None:
+    """Let every large initializer of `model` read its data from its sources whenever they are used.
+
+    The arguments and the errors, which occur at the first use, are those of `write_weights`.
+    """
+    for value in model.graph.initializers.values():
+        if parameter(value) is not None:
+            read = functools.partial(_read, value, tensors, made.get(str(value.name)))
+            shape = ir.Shape(_shape(value))
+            value.const_value = ir.LazyTensor(read, _dtype(value), shape, name=str(value.name))
+
+
+def _read(value: ir.Value, tensors: Mapping[str, TensorRef], made: TensorRef | None) -> ir.TensorProtocol:
+    data, position = np.empty(_nbytes(value), np.uint8), 0
+    for chunk in _made_chunks(value, made) if made else _chunks(value, tensors):
+        part = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
+        data[position : position + len(part)] = part
+        position += len(part)
+    dtype = _dtype(value)
+    if position != len(data):
+        raise BuildError(f"{value.name} has {position} bytes, the graph needs {len(data)}")
+    if dtype.bitwidth < 8:
+        return ir.PackedTensor(data, dtype, shape=_shape(value))
+    return ir.Tensor(data.view(dtype.numpy()).reshape(_shape(value)), dtype)
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -47,7 +47,9 @@ def _read(path: Path) -> str:
 
 def cli_page() -> str:
     """Return cli.md."""
-    from llmc.cli.app import app
+    from llmc.cli.app import application
+
+    app = application()
 
     intro = (
         f"{app.info.help}\n"

@@ -10,6 +10,7 @@ import numpy as np
 
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.reader import Bundle
+from llmc.runtime.native.weights import WeightsFile
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class EngineFile:
     kv_dtype: str = "fp32"
     #: The bundle that holds the file. None: the file is a graph for the CPU.
     bundle: Bundle | None = None
+    #: The weights of a native engine, if a thread reads them already.
+    weights: WeightsFile | None = None
 
     @classmethod
-    def of(cls, bundle: Bundle) -> EngineFile:
+    def of(cls, bundle: Bundle, weights: WeightsFile | None = None) -> EngineFile:
         """Return the engine of a bundle. Raises BundleError if the bundle has none."""
         manifest = bundle.manifest
-        return cls(manifest.target.engine, bundle.engine_path(), manifest.precision.kv_dtype, bundle)
+        return cls(manifest.target.engine, bundle.engine_path(), manifest.precision.kv_dtype, bundle, weights)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from llmc.runtime.cpus import engine_threads
 from llmc.runtime.errors import BackendError, BundleError
 from llmc.runtime.native.executor import Executor
 from llmc.runtime.native.program import Cache, Program
-from llmc.runtime.native.weights import read_weights
+from llmc.runtime.native.weights import start_reading
 
-WEIGHTS = "weights/packed.safetensors"  # beside the program
 _EXACT_DIGITS, _FAST_DIGITS = 3, 1
 
 
@@ -40,13 +39,11 @@ class NativeBackend:
     block_size = BLOCK_SIZE
 
     def __init__(self, engine: EngineFile, num_blocks: int, options: LoadOptions) -> None:
+        file = engine.weights or start_reading(engine.path)
         program = Program.from_json(engine.path.read_bytes())
         if engine.bundle is not None:
             _check_manifest(program, engine.bundle.manifest)
-        try:
-            weights, self._memory = read_weights(engine.path.parent / WEIGHTS, program)
-        except OSError as error:
-            raise BundleError(f"cannot read {WEIGHTS}: {error.strerror or error}") from error
+        weights, self._memory = file.arrays(program)
         self.num_blocks = num_blocks
         try:
             self.executor = Executor(

@@ -182,7 +182,8 @@ def _aliases(program: Program) -> dict[int, tuple[int, int]]:
     """Return the buffers that share the memory of an input that nothing reads later, to save memory traffic.
 
     Returns buffer -> (the buffer that it overwrites, its first column there), for whole vectors of columns,
-    because operations write whole vectors.
+    because operations write whole vectors. An output takes the place of an input exactly: if it shared only
+    some columns with another input, they would be overwritten before they are read.
     """
     last_read = {
         view.buffer: number
@@ -194,10 +195,18 @@ def _aliases(program: Program) -> dict[int, tuple[int, int]]:
     for number, instruction in enumerate(program.instructions):
         if instruction.op not in _IN_PLACE or instruction.out is None:
             continue
+        places = []
         for view in instruction.inputs:
             root, column = result.get(view.buffer, (view.buffer, 0))
-            if last_read[view.buffer] == number and view.width % 16 == 0 and view.offset % 16 == 0:
-                result[instruction.out] = (root, column + view.offset)
+            places.append((root, column + view.offset))
+        for view, place in zip(instruction.inputs, places, strict=True):
+            whole = view.width % 16 == 0 and view.offset % 16 == 0
+            apart = all(
+                other == place or other[0] != place[0] or abs(other[1] - place[1]) >= view.width
+                for other in places
+            )
+            if last_read[view.buffer] == number and whole and apart:
+                result[instruction.out] = place
                 break
     return result
 

@@ -4,54 +4,117 @@ from __future__ import annotations
 
 import json
 import mmap
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llmc.runtime.cpus import available_cpus
 from llmc.runtime.errors import BundleError
 from llmc.runtime.native.program import Program
 
+WEIGHTS = "weights/packed.safetensors"  # beside the program
 _MAX_HEADER = 64 << 20
+_MAX_THREADS = 8
+_PAGE = 2 << 20  # bytes of a huge page
 
 
-def read_weights(path: Path, program: Program) -> tuple[Mapping[str, np.ndarray], object]:
-    """Read the matrices (uint8, packed) and constants (fp32) of `program`.
+class WeightsFile:
+    """A weights file that threads read into memory while other parts of an engine are loaded.
 
     The memory is in huge pages where the system has them, because a step reads all of it.
-    Returns name -> array, and the memory, which must live as long as the arrays.
-    Raises BundleError for a file that is damaged or does not fit the program.
+    Raises OSError, and BundleError for a damaged header.
     """
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise BundleError(f"{path.name}: its header is damaged")
-        begin = 8 + length
-        try:
-            header = json.loads(file.read(length))
-            spans = {name: _span(entry) for name, entry in header.items() if not name.startswith("__")}
-        except (ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
-            raise BundleError(f"{path.name}: its header is damaged") from error
-        memory = mmap.mmap(-1, size - begin + 64)  # the last vector may be read past its end
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise BundleError(f"{path.name}: its header is damaged")
+            self._begin = 8 + length
+            try:
+                header = json.loads(file.read(length))
+                self._spans = {
+                    name: _span(entry) for name, entry in header.items() if not name.startswith("__")
+                }
+            except (ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
+                raise BundleError(f"{path.name}: its header is damaged") from error
+        self._size = size - self._begin
+        self._memory = mmap.mmap(-1, self._size + 64)  # the last vector may be read past its end
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        view = memoryview(memory)[: size - begin]
-        position = 0
-        while position < size - begin:
-            count = file.readinto(view[position:])
-            if not count:
-                raise BundleError(f"{path.name}: the file became shorter while it was read")
-            position += count
-    data = np.frombuffer(memory, np.uint8, size - begin)
-    arrays: dict[str, np.ndarray] = {}
-    for name, matrix in program.matrices.items():
-        arrays[name] = _take(path, data, spans, name, "U8", matrix.nbytes)
-    for name, elements in program.constants.items():
-        arrays[name] = _take(path, data, spans, name, "F32", elements * 4).view(np.float32)
-    return arrays, memory
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._error: OSError | BundleError | None = None
+        readers = min(_MAX_THREADS, available_cpus())
+        part = -(-self._size // (readers * _PAGE)) * _PAGE
+        self._threads = [
+            threading.Thread(target=self._read, args=(first, min(first + part, self._size)), daemon=True)
+            for first in range(0, self._size, part or 1)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def arrays(self, program: Program) -> tuple[Mapping[str, np.ndarray], object]:
+        """Return the matrices (uint8, packed) and constants (fp32) of `program`, when they are read.
+
+        Returns name -> array, and the memory, which must live as long as the arrays.
+        Raises BundleError for a file that cannot be read, is damaged, or does not fit the program.
+        """
+        data = np.frombuffer(self._memory, np.uint8, self._size)
+        arrays: dict[str, np.ndarray] = {}
+        for name, matrix in program.matrices.items():
+            arrays[name] = self._take(data, name, "U8", matrix.nbytes)
+        for name, elements in program.constants.items():
+            arrays[name] = self._take(data, name, "F32", elements * 4).view(np.float32)
+        for thread in self._threads:
+            thread.join()
+        if isinstance(self._error, OSError):
+            raise _unreadable(self._error) from self._error
+        if self._error is not None:
+            raise self._error
+        return arrays, self._memory
+
+    def _read(self, first: int, last: int) -> None:
+        """Read some bytes. It takes few calls, as this thread gets Python's lock only between them."""
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                file.seek(self._begin + first)
+                while first < last:
+                    count = file.readinto(memoryview(self._memory)[first:last])
+                    if not count:
+                        raise BundleError(f"{self._path.name}: the file became shorter while it was read")
+                    first += count
+        except (OSError, BundleError) as error:
+            self._error = error
+
+    def _take(self, data: np.ndarray, name: str, dtype: str, nbytes: int) -> np.ndarray:
+        actual_dtype, first, last = self._spans.get(name, ("", 0, 0))
+        if (
+            actual_dtype != dtype
+            or last - first != nbytes
+            or not 0 <= first <= last <= len(data)
+            or first % 64
+        ):
+            raise BundleError(
+                f"{self._path.name}: {name} is missing, misplaced or of another size than in the program"
+            )
+        return data[first:last]
+
+
+def start_reading(program: Path) -> WeightsFile:
+    """Start to read the weights of the program in the file `program`. Raises BundleError."""
+    try:
+        return WeightsFile(program.parent / WEIGHTS)
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> BundleError:
+    return BundleError(f"cannot read {WEIGHTS}: {error.strerror or error}")
 
 
 def _span(entry: Mapping[str, Any]) -> tuple[str, int, int]:
@@ -60,17 +123,3 @@ def _span(entry: Mapping[str, Any]) -> tuple[str, int, int]:
     if not isinstance(dtype, str) or type(first) is not int or type(last) is not int:
         raise ValueError("an entry of the header is malformed")
     return dtype, first, last
-
-
-def _take(
-    path: Path,
-    data: np.ndarray,
-    spans: Mapping[str, tuple[str, int, int]],
-    name: str,
-    dtype: str,
-    nbytes: int,
-) -> np.ndarray:
-    actual_dtype, first, last = spans.get(name, ("", 0, 0))
-    if actual_dtype != dtype or last - first != nbytes or not 0 <= first <= last <= len(data) or first % 64:
-        raise BundleError(f"{path.name}: {name} is missing, misplaced or of another size than in the program")
-    return data[first:last]

@@ -16,6 +16,7 @@ from llmc.compiler.weights.safetensors_writer import write_safetensors
 from llmc.passes.quantize import elements
 from llmc.passes.quantize.formats import FORMATS
 from llmc.runtime.dtypes import numpy_dtype
+from support.native_programs import Builder
 
 NAMES = {numpy_dtype(name): name for name in ("I8", "U8", "F8_E4M3", "F8_E8M0", "F16", "BF16", "F32")}
 
@@ -112,6 +113,35 @@ def test_it_crosses_a_pipe(rounding: ActivationQuantization | None, said: object
         "input": said,
     }
     assert EngineWeight.from_json(data) == stored
+
+
+@pytest.mark.parametrize(
+    ("element", "block", "scales"),
+    [
+        ("fp32", 0, ""),
+        ("fp16", 0, ""),
+        ("bf16", 0, ""),
+        ("fp8", 96, "fp32"),
+        ("int8", 96, "fp32"),
+        ("int8", 16, "fp16"),
+        ("int4", 32, "fp16"),
+        ("int4", 48, "fp32"),
+    ],
+)
+def test_rows_of_a_packed_matrix(element: str, block: int, scales: str, tmp_path: Path) -> None:
+    """Compared with the codes and scales that were packed. The last tile is not full."""
+    builder = Builder(96)
+    builder.matrix("w", 77, 96, element, block, scales)
+    tiles = builder.packed["w"].view(np.uint8)
+    write_safetensors(tmp_path / "w.safetensors", [("w", "U8", tiles.shape)], lambda name: [tiles.data])
+    for rows in ((0, 77), (3, 5), (30, 70), (64, 77), (76, 77)):
+        stored = EngineWeight(
+            "int8", str(tmp_path / "w.safetensors"), {"weight": "w"}, rows, None, builder.matrices["w"]
+        )
+        stored = EngineWeight.from_json(json.loads(json.dumps(stored.to_json())))
+        read = stored.read(read_header(tmp_path / "w.safetensors"))
+        assert read.dtype == np.float32
+        np.testing.assert_allclose(read, builder.exact["w"][slice(*rows)], rtol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,11 +14,14 @@ import pytest
 
 from llmc.cli import main
 from llmc.compiler import zoo
+from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.safetensors import read_header
 from llmc.compiler.driver import compile_model
 from llmc.compiler.quantize.round_to_nearest import dequantize, quantize
 from llmc.compiler.request import BuildRequest
+from llmc.compiler.targets.native import pack
+from llmc.compiler.targets.native.pack import pack_integers
 from llmc.compiler.texts import EVALUATION_TEXT
 from llmc.passes.quantize.formats import get_format
 from llmc.runtime.backends.openvino.backend import OpenVinoBackend
@@ -216,6 +220,47 @@ def test_builds_are_byte_identical(built: tuple[Path, str], tmp_path: Path) -> N
         assert (bundle / name).read_bytes() == (tmp_path / "again.llmc" / name).read_bytes()
 
 
+def test_the_page_shows_how_to_read_codes_and_scales(built: tuple[Path, str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/reference/program.md").read_text("utf-8")
+    example: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], example)
+    for name, stored in read_packed(built[0])[0].items():
+        if stored.scales is not None:
+            codes, scales = example["matrix"](built[0], name)
+            np.testing.assert_array_equal(codes, stored.values)
+            np.testing.assert_array_equal(scales, stored.scales)
+
+
+def test_weights_of_the_native_engine_are_packed_as_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no other copy, and codes and scales leave the disk when their matrix is packed."""
+    names, sizes = set(), [0]
+    writer_path, check = BundleWriter.path, BundleWriter.check_disk_space
+
+    def path(self: BundleWriter, name: str) -> Path:
+        names.add(name)
+        return writer_path(self, name)
+
+    def write(self: BundleWriter, nbytes: int) -> None:
+        sizes[0] = nbytes
+        check(self, nbytes)
+
+    def packed(*arguments: object) -> Iterator[np.ndarray]:
+        yield from original(*arguments)  # type: ignore[arg-type]
+        sizes.append(sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()))
+
+    original = pack.pack
+    monkeypatch.setattr(BundleWriter, "path", path)
+    monkeypatch.setattr(BundleWriter, "check_disk_space", write)
+    monkeypatch.setattr(pack, "pack", packed)
+    build(TALES, tmp_path / "x.llmc", "int8", verify=False)
+    assert not names & {"weights/model.safetensors", "rank0.onnx"}
+    written = (tmp_path / "x.llmc/weights/packed.safetensors").stat().st_size
+    assert max(sizes[1:]) < 1.2 * written
+    assert sizes[0] < 0.9 * written
+
+
 @pytest.mark.slow
 def test_builds_for_openvino_are_byte_identical(for_openvino: tuple[Path, str], tmp_path: Path) -> None:
     bundle, fmt = for_openvino
@@ -233,6 +278,15 @@ def test_verified_builds_are_byte_identical(checkpoint: Callable[[str], Path], t
         other = tmp_path / "b" / file.relative_to(tmp_path / "a")
         assert file.read_bytes() == other.read_bytes(), file.name
     assert "quantization_loss" in (tmp_path / "a/x.llmc/manifest.json").read_text()
+
+
+def test_a_matrix_in_the_place_of_another_is_found(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference computes with the weights that the engine reads: they must be the checkpoint's."""
+    monkeypatch.setattr(pack, "pack_integers", lambda codes, *rest: pack_integers(codes[::-1], *rest))
+    with pytest.raises(BuildError, match=r"the engine's model\.layers\.0\..* is not the checkpoint's"):
+        build(checkpoint("llama-tiny"), tmp_path / "x.llmc", "int8")
 
 
 def test_excluded_modules_are_not_quantized(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from llmc.cli import errors, main
-from llmc.cli.app import app
+from llmc.cli.app import application
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -70,7 +70,7 @@ def shown() -> Iterator[Shown]:
 
 
 SHOWN = list(dict.fromkeys(shown()))
-COMMAND = typer.main.get_command(app)
+COMMAND = typer.main.get_command(application())
 
 
 def test_the_pages_show_commands() -> None:

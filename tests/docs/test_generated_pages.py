@@ -36,11 +36,11 @@ def test_every_command_and_option_is_on_the_page(generate: ModuleType) -> None:
     """Against the help texts, which Typer renders by itself."""
     from typer.testing import CliRunner
 
-    from llmc.cli.app import app
+    from llmc.cli.app import application
 
     page = generate.cli_page()
     for path in re.findall(r"^## llmc (.+)$", page, re.MULTILINE):
-        shown = CliRunner().invoke(app, [*path.split(), "--help"], env={"COLUMNS": "200"}).output
+        shown = CliRunner().invoke(application(), [*path.split(), "--help"], env={"COLUMNS": "200"}).output
         section = page.partition(f"\n## llmc {path}\n")[2].partition("\n## ")[0]
         wanted = set(re.findall(r"--[a-z0-9-]+", shown)) - {"--help"}
         assert wanted <= set(re.findall(r"--[a-z0-9-]+", section))

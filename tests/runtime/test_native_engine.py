@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.backends.native import NativeBackend
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BundleError
+from llmc.runtime.native import weights as weights_module
 from llmc.runtime.native.executor import Executor
 from llmc.runtime.native.interpreter import Interpreter
 from llmc.runtime.native.program import BINARY, MAX_INSTRUCTIONS, UNARY, Cache, Matrix, Program, View, check
+from llmc.runtime.native.weights import WeightsFile, start_reading
 from support.native_fuzz import random_program, random_steps
 from support.native_programs import POSITIONS, Builder, Built, constant, steps
 from support.native_step import compile_runner, recorded_steps
@@ -139,6 +141,14 @@ def copies() -> Built:
     return build.finish(y)
 
 
+def overlap(op: str, function: str, first: int, second: int) -> Built:
+    """Two views of one buffer that share columns. Nothing reads the buffer later."""
+    build = Builder(112)
+    y = build.emit("scalar", 112, View(0, 0, 112), function="mul", value=0.5)
+    views = View(y.buffer, first, 64), View(y.buffer, second, 64)
+    return build.finish(build.emit(op, 64, *views, function=function))
+
+
 def attention(heads: int, kv_heads: int, width: int, value_width: int, window: int, softcap: float) -> Built:
     build = Builder(heads * width + kv_heads * (width + value_width))
     build.caches.append(Cache(kv_heads, width, value_width))
@@ -196,6 +206,10 @@ PROGRAMS: dict[str, Callable[[], Built]] = {
     "part of a head": lambda: rotations(12, 0),
     "interleaved": lambda: rotations(40, 1),
     "copies": copies,
+    "views that overlap": lambda: overlap("binary", "sub", 32, 16),
+    "views that overlap, the other way": lambda: overlap("binary", "sub", 0, 16),
+    "glu of views that overlap": lambda: overlap("glu", "silu", 48, 0),
+    "glu of one view": lambda: overlap("glu", "silu", 32, 32),
     "attention": lambda: attention(4, 2, 32, 32, 0, 0.0),
     "one head": lambda: attention(1, 1, 16, 16, 0, 0.0),
     "values of another width": lambda: attention(6, 2, 24, 40, 0, 0.0),
@@ -455,6 +469,60 @@ def test_a_program_must_be_that_of_the_manifest(tmp_path: Path) -> None:
     ):
         with pytest.raises(BundleError, match=message):
             load(**changed)
+
+
+def test_a_weights_file_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads read it. The tensors are not equal, so a part in another part's place would show."""
+    monkeypatch.setattr(weights_module, "_PAGE", 4096)
+    monkeypatch.setattr(weights_module, "available_cpus", lambda: 3)
+    program, path, written = _weights_file(tmp_path)
+    arrays, _ = WeightsFile(path).arrays(program)
+    assert path.stat().st_size > 3 * 4096
+    for name, array in written.items():
+        np.testing.assert_array_equal(arrays[name], array)
+
+
+def test_a_weights_file_that_becomes_shorter_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, path, _ = _weights_file(tmp_path)
+    read = WeightsFile._read
+
+    def cut(self: WeightsFile, first: int, last: int) -> None:
+        os.truncate(path, path.stat().st_size - 100)
+        read(self, first, last)
+
+    monkeypatch.setattr(WeightsFile, "_read", cut)
+    with pytest.raises(BundleError, match="became shorter while it was read"):
+        WeightsFile(path).arrays(program)
+
+
+def test_a_weights_file_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, path, _ = _weights_file(tmp_path)
+    with pytest.raises(BundleError, match=r"cannot read weights/packed\.safetensors: No such file"):
+        start_reading(tmp_path / "rank0.program.json")
+    read = WeightsFile._read
+
+    def remove(self: WeightsFile, first: int, last: int) -> None:
+        path.unlink()
+        read(self, first, last)
+
+    monkeypatch.setattr(WeightsFile, "_read", remove)
+    with pytest.raises(BundleError, match=r"cannot read weights/packed\.safetensors: No such file"):
+        WeightsFile(path).arrays(program)
+
+
+def _weights_file(directory: Path) -> tuple[Program, Path, Mapping[str, np.ndarray]]:
+    """Return a program, the weights file that was written for it, and the arrays in the file."""
+    program, weights, _ = random_program(3)
+    entries = [
+        (name, "U8" if name in program.matrices else "F32", array.shape) for name, array in weights.items()
+    ]
+    path = directory / "packed.safetensors"
+    write_safetensors(path, entries, lambda name: [memoryview(weights[name]).cast("B")])
+    return program, path, weights
 
 
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")

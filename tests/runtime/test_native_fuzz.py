@@ -19,8 +19,9 @@ from llmc.plugins.cpu import library
 from llmc.runtime.errors import BundleError
 from llmc.runtime.native.executor import Executor
 from llmc.runtime.native.interpreter import Interpreter
+from llmc.runtime.native.plan import plan
 from llmc.runtime.native.program import Program
-from llmc.runtime.native.weights import read_weights
+from llmc.runtime.native.weights import WeightsFile
 from support.guarded_memory import guarded_batch, guarded_executors, guarded_weights
 from support.native_fuzz import (
     MAX_TOKENS,
@@ -74,6 +75,29 @@ def test_random_programs_match_the_interpreter(seed: int) -> None:
     guarded.close()
 
 
+@given(seed=SEEDS)
+def test_an_output_takes_the_place_of_an_input_or_of_none(seed: int) -> None:
+    """Instructions write while they read: an output must not share only some columns with an input."""
+    program, _, _ = random_program(seed)
+    planned = plan(program, 3)
+
+    def columns(buffer: int, offset: int, width: int) -> range:
+        root, first = planned.aliases.get(buffer, (buffer, 0))
+        place = planned.buffers[root]
+        begin = place.offset + 4 * (first + offset)
+        return range(begin, begin + 4 * width)
+
+    for item in planned.instructions:
+        if item.op in (library.QUANTIZE, library.LINEAR_INT) or item.source.out is None:
+            continue
+        copied = item.source.inputs[0].width if item.op == library.COPY else None
+        width = copied or program.buffers[item.source.out].width
+        out = columns(item.source.out, item.source.offset, width)
+        for view in item.source.inputs:
+            taken = columns(view.buffer, view.offset, view.width)
+            assert out == taken or max(out.start, taken.start) >= min(out.stop, taken.stop)
+
+
 @pytest.mark.hypothesis  # for `make fuzz`: Hypothesis itself marks only tests that have @given themselves
 def test_hostile_programs_are_refused_or_stay_inside_their_arrays(tmp_path: Path) -> None:
     outcomes: Counter[str] = Counter()
@@ -88,7 +112,7 @@ def test_hostile_programs_are_refused_or_stay_inside_their_arrays(tmp_path: Path
         try:
             program = Program.from_json(data)
             write_weights(path, program, rng, mutate=rng.random() < 0.2)
-            weights, memory = read_weights(path, program)
+            weights, memory = WeightsFile(path).arrays(program)
             executor = guarded_executor(program, dict(weights), rng)
         except BundleError:
             outcomes["refused"] += 1

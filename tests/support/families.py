@@ -38,14 +38,24 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
     },
     "gptj": _GPT | {"rotary_dim": 8},
+    "ministral3": _COMMON
+    | {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "original_max_position_embeddings": 32,  # queries are scaled beyond it
+            "llama_4_scaling_beta": 0.1,
+        }
+    },
     "opt": _SIZES | {"ffn_dim": 128, "word_embed_proj_dim": 32},
     "persimmon": _SIZES | {"intermediate_size": 128},
     "phi": _COMMON | {"qk_layernorm": True},
     "stablelm": _COMMON | {"qk_layernorm": True, "use_parallel_residual": True},
 }
 #: One family for each way to a graph: rope of a part by token and attention without the interface, attention
-#: of torch and repeated heads, positions with an offset.
-FAST = ("falcon", "gptj", "opt")
+#: of torch and repeated heads, queries scaled by their position, positions with an offset.
+FAST = ("falcon", "gptj", "ministral3", "opt")
 
 
 def write_random(family: str, directory: Path, **settings: Any) -> Path:

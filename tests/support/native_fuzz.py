@@ -118,6 +118,13 @@ def random_program(seed: int) -> Built:
         down = linear(hidden, x.width)
         x = build.emit("binary", x.width, x, down, function=rng.choice(("add", "sub", "max")))
         x = build.emit("scalar", x.width, x, function="mul", value=rng.choice((0.5, 1.5)))
+        if x.width > 16 and rng.random() < 0.3:  # views of one buffer that overlap
+            shift = rng.choice((0, 16, rng.randrange(x.width)))
+            part = x.width - shift
+            views = [View(x.buffer, shift, part), View(x.buffer, 0, part)]
+            rng.shuffle(views)
+            both = build.emit("binary", part, *views, function="sub")
+            x = linear(both, x.width)
         if rng.random() < 0.5:  # the halves change places
             cut = rng.randint(1, x.width - 1)
             swapped = build.emit("copy", x.width, View(x.buffer, cut, x.width - cut))

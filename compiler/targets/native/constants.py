@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +12,17 @@ import onnx_ir as ir
 from llmc.passes import edit
 from llmc.passes.spec import module_of
 from llmc.runtime.errors import UnsupportedError
+
+_FUNCTIONS = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+    "Floor": np.floor,
+    "Log": np.log,
+}
+#: Operators that `evaluate` computes element by element, or that keep the order of elements.
+ELEMENTWISE = frozenset((*_FUNCTIONS, "Cast", "Reshape"))
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,8 @@ class ConstantSource:
     #: The first of its columns, and their number.
     begin: int
     width: int
+    #: The factor of each row, [rows, 1]; None: 1.
+    factors: np.ndarray | None = None
 
     @property
     def elements(self) -> int:
@@ -43,14 +58,26 @@ class ConstantSource:
         shape = edit.dims(self.value)
         return int(np.prod(shape[:-1])) * self.width if shape else 1
 
+    def read(self) -> np.ndarray:
+        """Return the elements, float32, flat."""
+        values = np.atleast_1d(evaluate(self.value))[..., self.begin : self.begin + self.width]
+        if self.factors is not None:
+            values = values * self.factors
+        return np.ascontiguousarray(values.astype(np.float32)).reshape(-1)
 
-def evaluate(value: ir.Value) -> np.ndarray:
-    """Return the array of a constant value: an initializer, or an expression of initializers."""
+
+def evaluate(value: ir.Value, known: Mapping[ir.Value, np.ndarray] = MappingProxyType({})) -> np.ndarray:
+    """Return the array of a constant value: an initializer, or an expression of initializers.
+
+    known: the arrays of other values in the expression
+    """
+    if value in known:
+        return known[value]
     if value.const_value is not None:
         return value.const_value.numpy()
     node = value.producer()
     assert node is not None, f"{value.name} has no data"
-    inputs = [evaluate(operand) for operand in node.inputs if operand is not None]
+    inputs = [evaluate(operand, known) for operand in node.inputs if operand is not None]
     if node.op_type == "Cast":
         assert node.outputs[0].dtype is not None
         return inputs[0].astype(node.outputs[0].dtype.numpy())
@@ -61,13 +88,23 @@ def evaluate(value: ir.Value) -> np.ndarray:
         elif scales.ndim == 1:
             scales = scales.reshape(-1, *[1] * (codes.ndim - 1))
         return codes * scales
-    functions = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide}
-    if node.op_type in functions:
-        result: np.ndarray = functions[node.op_type](*inputs)
+    if node.op_type in _FUNCTIONS:
+        result: np.ndarray = _FUNCTIONS[node.op_type](*inputs)
         return result
     if node.op_type == "Reshape":
         return inputs[0].reshape([int(dim) for dim in inputs[1]])
     raise refusal(node, "the native engine cannot compute this of weights")
+
+
+def leaves(value: ir.Value) -> Iterator[str]:
+    """Yield the names of the initializers in a constant value."""
+    node = value.producer()
+    if node is None:
+        yield str(value.name)
+        return
+    for operand in node.inputs:
+        if operand is not None:
+            yield from leaves(operand)
 
 
 def integers(value: ir.Value | None) -> list[int]:

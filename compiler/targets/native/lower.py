@@ -7,14 +7,21 @@ instructions of `runtime/native/program.py`. The graph is not changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from llmc.compiler.targets.native.constants import ConstantSource, MatrixSource, evaluate, integers, refusal
+from llmc.compiler.targets.native.constants import (
+    ELEMENTWISE,
+    ConstantSource,
+    MatrixSource,
+    evaluate,
+    integers,
+    refusal,
+)
 from llmc.compiler.targets.native.fuse import fuse
 from llmc.passes import edit
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
@@ -81,11 +88,15 @@ class _Lowering:
         default_factory=dict
     )  # rows of a rotary table -> the table
     offsets: dict[ir.Value, int] = field(default_factory=dict)  # position_ids plus a constant -> the constant
+    of_position: set[ir.Value] = field(
+        default_factory=set
+    )  # a number for each token, which its position gives
     positions: int = 0
 
     def run(self) -> Lowered:
         graph = self.model.graph
         self.offsets = {value: 0 for value in graph.inputs if value.name == "position_ids"}
+        self.of_position = set(self.offsets)
         for node in graph:
             if not self._is_constant(node.outputs[0]):
                 self._lower(node)
@@ -110,6 +121,10 @@ class _Lowering:
         return Lowered(program, self.sources, self.constants)
 
     def _lower(self, node: ir.Node) -> None:
+        if self._depends_on_position(node):
+            self.of_position.add(node.outputs[0])
+            if node.op_type != "Add":
+                return
         lowering = _NODES.get(node.op_type)
         if lowering is None and node.op_type in _UNARY:
             self._unary(node, _UNARY[node.op_type])
@@ -127,6 +142,10 @@ class _Lowering:
             return True
         node = value.producer()
         return node is not None and all(self._is_constant(operand) for operand in node.inputs)
+
+    def _depends_on_position(self, node: ir.Node) -> bool:
+        operands = [operand for operand in node.inputs if not self._is_constant(operand)]
+        return node.op_type in ELEMENTWISE and all(operand in self.of_position for operand in operands)
 
     def _view(self, node: ir.Node, index: int) -> View:
         view = self.views.get(edit.operand(node, index))
@@ -329,6 +348,11 @@ class _Lowering:
         if left in self.offsets and function == "add" and self._is_constant(right) and not edit.dims(right):
             self.offsets[node.outputs[0]] = self.offsets[left] + int(evaluate(right))
             return
+        if node.outputs[0] in self.of_position:
+            return
+        if right in self.of_position and function == "mul":
+            self._scale_rotation(node)
+            return
         if self._is_constant(left):
             if function not in _COMMUTATIVE:
                 raise refusal(node, "its first operand is a constant")
@@ -411,6 +435,33 @@ class _Lowering:
                 "interleaved": node.attributes.get_int("interleaved", 0),
             },
         )
+
+    def _scale_rotation(self, node: ir.Node) -> None:
+        """Lower the product of rotated heads and a number that depends on the position: scale the tables."""
+        left, right = edit.operand(node, 0), edit.operand(node, 1)
+        chain = [left]  # from the rotated heads
+        while (producer := chain[-1].producer()) is not None and producer.op_type == "Reshape":
+            chain.append(edit.operand(producer, 0))
+        view = self.views.get(left)
+        instruction = next((each for each in self.instructions if view and each.out == view.buffer), None)
+        if (
+            view is None
+            or instruction is None
+            or instruction.op != "rope"
+            or instruction.integers["rotated"] * instruction.integers["heads"] != view.width
+            or edit.dims(right) != [-1] + [1] * (len(edit.dims(left)) - 1)
+            or any(len(list(value.uses())) != 1 for value in chain)
+        ):
+            raise refusal(node, "its factor depends on the position, and it scales something else than heads")
+        positions = np.arange(self.positions, dtype=np.int32)
+        known = {value: positions for value in self.of_position if value.is_graph_input()}
+        factors = evaluate(right, known).reshape(-1, 1)
+        tables = []
+        for name in instruction.weights:
+            source = replace(self.constants[name], factors=factors)
+            tables.append(self._record(f"{name}:{right.name}", source))
+        self.instructions[self.instructions.index(instruction)] = replace(instruction, weights=tuple(tables))
+        self.views[node.outputs[0]] = view
 
     def _attention(self, node: ir.Node) -> None:
         cache_input = edit.operand(node, 3)

@@ -5,62 +5,107 @@ A tile holds 32 rows of a matrix. Each row is summed in a SIMD lane of its own, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
 from llmc.compiler.bundle_writer import BundleWriter
-from llmc.compiler.targets.native.constants import MatrixSource, evaluate
+from llmc.compiler.checkpoint.safetensors import TensorRef
+from llmc.compiler.targets.native.constants import MatrixSource, evaluate, leaves
 from llmc.compiler.targets.native.lower import Lowered
 from llmc.compiler.weights.safetensors_writer import TensorEntry, write_safetensors
-from llmc.runtime.native.program import TILE, Matrix
+from llmc.runtime.native.program import TILE, Matrix, Program
 
+_ROWS = 32 * TILE  # that are packed together
 PACKED_FILE = "weights/packed.safetensors"
 
 
-def write_packed(lowered: Lowered, work: BundleWriter, on_bytes: Callable[[int], None]) -> int:
+def write_packed(
+    lowered: Lowered,
+    work: BundleWriter,
+    on_bytes: Callable[[int], None] = lambda done: None,
+    made: Mapping[str, TensorRef] = MappingProxyType({}),
+) -> int:
     """Write PACKED_FILE and return its size in bytes. The graph's initializers must have their data.
 
     on_bytes: called with the number of bytes written so far
+    made: the codes and scales that the build made, by the names of their initializers. Their files are
+        removed as soon as their matrices are packed.
 
     A matrix is written as a U8 vector of tiles, a constant as an F32 vector.
     """
     program = lowered.program
     entries: list[TensorEntry] = [(name, "U8", (matrix.nbytes,)) for name, matrix in program.matrices.items()]
     entries += [(name, "F32", (size,)) for name, size in program.constants.items()]
-    work.check_disk_space(sum(matrix.nbytes for matrix in program.matrices.values()))
+    constants = {name: lowered.constants[name].read() for name in program.constants}
+    used_up = _files_used_up(lowered, made)
+    work.check_disk_space(_needed_space(program, used_up))
     done = 0
 
     def produce(name: str) -> Iterator[memoryview]:
         nonlocal done
-        if name in program.matrices:
-            data = pack(program.matrices[name], lowered.matrices[name])
-        else:
-            source = lowered.constants[name]
-            values = np.atleast_1d(evaluate(source.value))[..., source.begin : source.begin + source.width]
-            data = np.ascontiguousarray(values.astype(np.float32)).reshape(-1)
-        view = data.view(np.uint8)
-        done += view.nbytes
-        yield view.data
-        on_bytes(done)
+        matrix = program.matrices.get(name)
+        for part in [constants[name]] if matrix is None else pack(matrix, lowered.matrices[name]):
+            view = part.view(np.uint8)
+            done += view.nbytes
+            yield view.data
+            on_bytes(done)
+        for file in used_up.get(name, ()):
+            file.unlink()
 
     sha256, nbytes, _ = write_safetensors(work.path(PACKED_FILE), entries, produce)
     work.add_hash(PACKED_FILE, sha256, nbytes)
     return nbytes
 
 
-def pack(matrix: Matrix, source: MatrixSource) -> np.ndarray:
-    """Return the tiles of a matrix, uint8 [matrix.nbytes]."""
+def _files_used_up(lowered: Lowered, made: Mapping[str, TensorRef]) -> Mapping[str, list[Path]]:
+    """Return name of a matrix -> the files that no later matrix reads."""
+    last: dict[Path, str] = {}
+    for name in lowered.program.matrices:
+        source = lowered.matrices[name]
+        for value in (source.codes, source.scales, source.dequantized):
+            for leaf in leaves(value) if value is not None else ():
+                if (ref := made.get(leaf)) is not None:
+                    last[ref.file] = name
+    result: dict[str, list[Path]] = {}
+    for file, name in last.items():
+        result.setdefault(name, []).append(file)
+    return result
+
+
+def _needed_space(program: Program, used_up: Mapping[str, list[Path]]) -> int:
+    """Return the largest number of bytes by which the bundle grows while its matrices are packed."""
+    largest = growth = 0
+    for name, matrix in program.matrices.items():
+        growth += matrix.nbytes
+        largest = max(largest, growth)
+        growth -= sum(file.stat().st_size for file in used_up.get(name, ()))
+    return largest
+
+
+def pack(matrix: Matrix, source: MatrixSource) -> Iterator[np.ndarray]:
+    """Yield the tiles of a matrix, uint8, a few at a time, [matrix.nbytes] together."""
+    scales = None
     if source.dequantized is not None:
-        return pack_floats(evaluate(source.dequantized).astype(np.float32))
-    data = evaluate(source.codes)
-    if source.scales is None:
-        return pack_floats((data.T if source.transposed else data)[source.skip :])
-    scales = evaluate(source.scales)
-    scales = np.broadcast_to(
-        scales.reshape(-1, 1) if scales.ndim < 2 else scales, (matrix.rows, _blocks(matrix))
-    )
+        data = evaluate(source.dequantized).astype(np.float32, copy=False)
+    else:
+        data = evaluate(source.codes)
+        data = (data.T if source.transposed else data)[source.skip :]
+        if source.scales is not None:
+            scales = evaluate(source.scales)
+            scales = scales.reshape(-1, 1) if scales.ndim < 2 else scales
+            scales = np.broadcast_to(scales, (matrix.rows, matrix.columns // matrix.block))
+    for first in range(0, matrix.rows, _ROWS):
+        rows = slice(first, first + _ROWS)
+        yield _pack_rows(matrix, data[rows], None if scales is None else scales[rows])
+
+
+def _pack_rows(matrix: Matrix, data: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+    if scales is None:
+        return pack_floats(data)
     if matrix.element == "fp8":
         return pack_fp8(data, scales.astype(np.float32))
     if data.dtype == ir.DataType.FLOAT4E2M1.numpy():
@@ -112,10 +157,6 @@ def pack_integers(codes: np.ndarray, scales: np.ndarray, matrix: Matrix) -> np.n
     factors = np.ascontiguousarray(_whole_tiles(np.ascontiguousarray(scales)).transpose(0, 2, 1))
     head = factors.view(np.uint8).reshape(tiles, blocks, -1)
     return np.concatenate([head, lanes], axis=2).reshape(-1)
-
-
-def _blocks(matrix: Matrix) -> int:
-    return matrix.columns // matrix.block
 
 
 def _whole_tiles(array: np.ndarray, fill: int = 0) -> np.ndarray:

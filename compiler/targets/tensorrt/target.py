@@ -9,7 +9,7 @@ Everything else is shared. The engine contains the weights, so the bundle keeps 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -20,7 +20,15 @@ from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Clock, Progress
 from llmc.compiler.request import BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
-from llmc.compiler.targets.base import GRAPH_FILE, Artifact, Resolved, Sizes, VerificationFiles
+from llmc.compiler.targets.base import (
+    GRAPH_FILE,
+    Artifact,
+    Resolved,
+    Sizes,
+    VerificationFiles,
+    WeightSources,
+)
+from llmc.compiler.targets.graph_file import write_graph
 from llmc.compiler.targets.tensorrt import build as tensorrt_build
 from llmc.compiler.targets.tensorrt import kernels
 from llmc.compiler.targets.tensorrt.build import EngineJob, EngineLimits
@@ -112,6 +120,18 @@ class TensorRTTarget:
         del engine, model, tensors  # the engine stores its weights in the dtype that it computes in
         return pipeline.legalize_tensorrt(resolved.dtype)
 
+    def write_weights(
+        self,
+        engine: str,
+        model: ir.Model,
+        sources: WeightSources,
+        writer: BundleWriter,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        """See `Target`. The graph and its weights are for the verification and TensorRT's parser."""
+        del engine
+        write_graph(model, sources, writer, on_bytes)
+
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:
         needed, available = tensorrt_build.memory_needed(sizes.weight_bytes), available_memory()
         clock.progress.note(f"the TensorRT build needs about {needed / 2**30:.1f} GiB of memory")
@@ -135,7 +155,9 @@ class TensorRTTarget:
             rounded = oracle_graph(model, resolved.dtype, round_cache=True)
             writer.path(KV_ORACLE_FILE).write_bytes(serialize(rounded))
         kv_graph = KV_ORACLE_FILE if len(scratch) > 1 else ""
-        return VerificationFiles(ORACLE_FILE, "onnxruntime", _STAND_IN, kv_graph, scratch=tuple(scratch))
+        return VerificationFiles(
+            ORACLE_FILE, WEIGHTS_FILE, "onnxruntime", _STAND_IN, kv_graph, scratch=tuple(scratch)
+        )
 
     def build(
         self,
