@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import fields
@@ -78,14 +79,20 @@ def _check_output(output: Path, bundle: Bundle, force: bool) -> None:
 
 
 def _write(output: Path, data: bytes) -> None:
-    """Write the page atomically: `output` is either complete or not written."""
+    """Write the page atomically: `output` is either complete or not written.
+
+    Raises OSError, with the name `output`.
+    """
     draft = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     try:
         with open(draft, "xb") as file:
             file.write(data)
         os.replace(draft, output)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(output)) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may never have been created
+            draft.unlink()
 
 
 def read_benchmarks(path: Path, bundle: Bundle) -> list[Benchmark]:

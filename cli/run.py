@@ -8,17 +8,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmc.cli.errors import ERROR, error_of, print_error
-from llmc.cli.output import Json, allows, print_json
+from llmc.cli.output import Json, allows, note, print_json
 from llmc.cli.progress import waiting
 from llmc.cli.prompts import Prompt, read_prompts
 from llmc.cli.serve import Answer, Failure, serve
 from llmc.runtime.errors import RequestError
 
+if TYPE_CHECKING:
+    from llmc.runtime.sampling import SamplingParams
+
+_FILTERS = {"top_k": 0, "top_p": 1, "min_p": 0}  # sampling options -> the value that turns them off
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}  # unit -> power of two
 
 
@@ -153,6 +157,7 @@ def run(
     loaded = time.perf_counter() - started
     as_object = functools.partial(_print_json, bundle=bundle, loaded=loaded)
     params = replace(SamplingParams() if greedy else engine.default_params, **chosen_options)
+    _note_unused(chosen_options, params, requests)
     streaming = sys.stdout.isatty() if stream is None else stream
     streaming = streaming and prompts is None and not as_json
     if conversation:
@@ -207,6 +212,29 @@ def _check_options(
         raise RequestError("--system needs --chat", "add --chat, or leave --system out", "system")
     if stream and batch:
         raise RequestError(f"--stream cannot be combined with {batch}", "leave one of them out", "stream")
+
+
+def _note_unused(chosen: Mapping[str, Any], params: SamplingParams, requests: Sequence[Prompt]) -> None:
+    """Note the filters that have no effect because decoding is greedy.
+
+    chosen: the options of the command line
+    params: the sampling parameters that a prompt does not set itself
+    """
+    prompts = [request for request in requests if request.error is None]
+    greedy = [prompt for prompt in prompts if replace(params, **prompt.options).temperature == 0]
+    all_greedy = len(greedy) == len(prompts) if prompts else params.temperature == 0
+    if all_greedy and (names := _filters(chosen)):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        note(f"{options}: no effect, because decoding is greedy. Add --temperature, such as 0.7")
+    if lines := [prompt for prompt in greedy if _filters(prompt.options)]:
+        more = f" ({len(lines)} such lines)" if len(lines) > 1 else ""
+        fields = ", ".join(_filters(lines[0].options))
+        note(f"{lines[0].where}: {fields}: no effect, because decoding is greedy. Add a temperature{more}")
+
+
+def _filters(options: Mapping[str, Any]) -> list[str]:
+    """Return the names of the filters in `options` that are not turned off."""
+    return [name for name, off in _FILTERS.items() if options.get(name, off) != off]
 
 
 def parse_size(text: str) -> int:

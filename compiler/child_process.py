@@ -1,8 +1,9 @@
 """A child process that takes one task and answers in JSON lines. Verification and TensorRT builds use it.
 
-When it ends, all its memory is free again, and if it crashes, the parent reports an error.
+When it ends, all its memory is free again, and if it crashes, the parent reports an error. It may be started
+before its task is known, and imports its libraries meanwhile.
 
-stdin, one line     the task
+stdin, JSON lines   {"prepare": {...}}, which may be left out, and the task
 stdout, JSON lines  {"progress": [done, total]}, {"note": text}, and at the end either {"result": {...}} or
                     {"error": {"kind", "message", "hint"}}
 stderr              anything; its last line is quoted when the child dies
@@ -20,10 +21,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from llmc.compiler.progress import Progress
 from llmc.runtime import errors
@@ -31,6 +32,7 @@ from llmc.runtime.errors import BuildError, LlmcError
 from llmc.runtime.out_of_memory import says_out_of_memory
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_PARENT_IS_GONE = "the parent process is gone"
 # Python 3.10 has no PYTHONSAFEPATH: this takes the working directory off the path, then runs a module.
 RUN_MODULE = (
     "import sys; sys.path.remove(''); import runpy; "
@@ -62,18 +64,22 @@ class Child:
         environment: Mapping[str, str] | None = None,
         directory: Path | None = None,
     ) -> dict[str, Any]:
-        """Run the child on `task` and return its result.
+        """Start the child, run `task` and return its result. See `start` and `Started.run`."""
+        with self.start(environment, directory) as started:
+            return started.run(task, progress)
 
-        task: what `serve` passes to the handler, as JSON
+    @contextlib.contextmanager
+    def start(
+        self, environment: Mapping[str, str] | None = None, directory: Path | None = None
+    ) -> Iterator[Started]:
+        """Start the child, which waits for its task. It is killed at the end of the context.
+
         environment: the child's environment variables; by default those of this process
         directory: the child's working directory; by default that of this process
-
-        Raises the LlmcError that the child reports, and BuildError if it dies.
         """
-        answer: dict[str, Any] = {}
         variables = _variables(os.environ | _ENVIRONMENT if environment is None else environment)
         with tempfile.TemporaryFile("w+", errors="replace") as stderr:  # an unread pipe would fill up
-            child = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, *_START, self.module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -82,29 +88,18 @@ class Child:
                 env=variables,
                 cwd=directory,
             )
-            assert child.stdin and child.stdout
+            assert process.stdin and process.stdout
             try:
-                with contextlib.suppress(BrokenPipeError):  # the child died; stderr says why
-                    child.stdin.write(json.dumps(task) + "\n")
-                    child.stdin.flush()
-                for line in child.stdout:
-                    answer |= _receive(line, progress)
-                code = child.wait()
+                yield Started(self, process, stderr)
             finally:
-                child.kill()
-                child.wait()
-                child.stdout.close()
+                process.kill()
+                process.wait()
+                process.stdout.close()
                 with contextlib.suppress(BrokenPipeError):
-                    child.stdin.close()  # not earlier: at its end the child assumes that the parent died
-            stderr.seek(0)
-            last_line = stderr.read().strip().rpartition("\n")[2] or "no message"
-        if "error" in answer:
-            raise _error(**answer["error"])
-        if code != 0 or "result" not in answer:
-            raise self._death(code, last_line)
-        return answer["result"]
+                    process.stdin.close()  # not earlier: at its end the child assumes that the parent died
 
-    def _death(self, code: int, last_line: str) -> BuildError:
+    def death(self, code: int, last_line: str) -> BuildError:
+        """Return the error for a child that died. last_line: of its stderr."""
         who = f"the {self.name} process"
         if code >= 0:
             if says_out_of_memory(last_line):
@@ -115,6 +110,49 @@ class Child:
             f"{who} was killed by signal {-code} ({signal.strsignal(-code)}): {last_line}",
             memory if -code == signal.SIGKILL else self.crashed,
         )
+
+
+@dataclass(frozen=True)
+class Started:
+    """A child process that waits for its task."""
+
+    child: Child
+    process: subprocess.Popen[str]
+    stderr: IO[str]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def prepare(self, data: Mapping[str, Any]) -> None:
+        """Have the child prepare for its task, and return at once. data: what it needs for that, as JSON"""
+        self._send({"prepare": data})
+
+    def run(self, task: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        """Run `task` and return its result. A process runs one task.
+
+        task: what `serve` passes to the handler, as JSON
+
+        Raises the LlmcError that the child reports, and BuildError if it dies.
+        """
+        assert self.process.stdout
+        answer: dict[str, Any] = {}
+        self._send(task)
+        for line in self.process.stdout:
+            answer |= _receive(line, progress)
+        code = self.process.wait()
+        if "error" in answer:
+            raise _error(**answer["error"])
+        if code != 0 or "result" not in answer:
+            self.stderr.seek(0)
+            raise self.child.death(code, self.stderr.read().strip().rpartition("\n")[2] or "no message")
+        return answer["result"]
+
+    def _send(self, line: Mapping[str, Any]) -> None:
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):  # the child died; stderr says why
+            self.process.stdin.write(json.dumps(line) + "\n")
+            self.process.stdin.flush()
 
 
 class Messages:
@@ -141,14 +179,22 @@ class Messages:
             self._file.flush()
 
 
-def serve(handler: Callable[[dict[str, Any], Messages], Mapping[str, Any]]) -> None:
+def serve(
+    handler: Callable[[dict[str, Any], Messages], Mapping[str, Any]],
+    prepare: Callable[[Mapping[str, Any]], None] = lambda data: None,
+) -> None:
     """The main function of a child process: run `handler` on the task from stdin and send its result.
+
+    prepare: called with the data of `Started.prepare`, before the task is known
 
     An LlmcError is sent as an error. Any other exception ends the process with a traceback on stderr.
     """
     messages = Messages(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)  # stdout is for messages alone: what libraries print goes to stderr
-    task = json.loads(sys.stdin.readline())
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    while "prepare" in (task := _read()):
+        prepare(task["prepare"])
     _die_with_parent()
     try:
         messages.send(result=handler(task, messages))
@@ -156,18 +202,25 @@ def serve(handler: Callable[[dict[str, Any], Messages], Mapping[str, Any]]) -> N
         messages.send(error={"kind": type(error).__name__, "message": error.message, "hint": error.hint})
 
 
-def _die_with_parent() -> None:
-    """End this process when its parent dies, even by SIGKILL.
+def _read() -> dict[str, Any]:
+    """Return the next line of stdin. Ends this process if there is none."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        sys.exit(_PARENT_IS_GONE)
+    return json.loads(line)
 
-    On Linux the kernel kills it. On other systems a thread waits for the end of stdin, which the parent holds
-    open. The thread runs only when the GIL is free, so a library that holds the GIL delays the exit.
+
+def _die_with_parent() -> None:
+    """End this process if its parent is dead, or when it dies, even by SIGKILL.
+
+    Call it after the task is read. On Linux the kernel kills this process. On other systems a thread waits
+    for the end of stdin, which the parent holds open. The thread runs only when the GIL is free, so a library
+    that holds the GIL delays the exit.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    else:
+    if sys.platform != "linux":
         threading.Thread(target=_exit_at_end_of_stdin, daemon=True).start()
     if select.select([sys.stdin], [], [], 0)[0]:  # only the end of stdin can follow the task
-        sys.exit("the parent process is gone")
+        sys.exit(_PARENT_IS_GONE)
 
 
 def _exit_at_end_of_stdin() -> None:

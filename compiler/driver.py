@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from llmc.compiler.quantize.prequantized_plan import read_prequantized
 from llmc.compiler.request import BuildRequest, quantized_cache
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import Resolved, Sizes, WeightSources
+from llmc.compiler.verify.job import VERIFICATION
+from llmc.compiler.verify.prepare import evaluate_early
 from llmc.runtime.bundle.manifest import Manifest, Sampling, Verification
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BundleError
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from llmc.compiler.checkpoint.model_keys import ModelKeys
     from llmc.compiler.checkpoint.safetensors import TensorRef
     from llmc.compiler.checkpoint.tokenizer import BundleTokenizer
+    from llmc.compiler.child_process import Started
     from llmc.compiler.plan import BuildPlan, CheckpointFacts
     from llmc.compiler.quantize.prequantized_plan import PrequantizedWeights
     from llmc.compiler.quantize.produce import Produced
@@ -64,6 +68,18 @@ class BuildInputs:
 
 
 @dataclass(frozen=True)
+class ReadInputs:
+    """What a build has read and checked before it traces the model."""
+
+    checkpoint: Checkpoint
+    prequantized: bool
+    #: None: the checkpoint has no tokenizer.
+    tokenizer: BundleTokenizer | None
+    vocab_size: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True)
 class BuildResult:
     """A finished build."""
 
@@ -85,17 +101,27 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
     with a hint.
     """
     from llmc.compiler import manifest
+    from llmc.compiler.checkpoint.tokenizer import TOKENIZER_FILE
     from llmc.compiler.quantize import step
 
     clock = Clock(progress or Silent())
     target = targets.target(request.target)
     if request.output.is_dir() and (existing := _existing(request, clock)) is not None:
         return existing
-    with BundleWriter(request.output, request.force) as writer:
-        plan, inputs = plan_build(request, progress, clock)
+    starting = VERIFICATION.start() if request.verify else nullcontext(None)
+    with BundleWriter(request.output, request.force) as writer, starting as process:
+        if process is not None:
+            process.prepare({})
+
+        def before_trace(read: ReadInputs) -> None:
+            if read.tokenizer is not None:
+                read.tokenizer.write(writer)
+            if process is not None and request.quant and not read.prequantized:
+                file = str(writer.path(TOKENIZER_FILE)) if read.tokenizer else ""
+                evaluate_early(process, read.checkpoint, file, read.vocab_size, read.max_seq_len)
+
+        plan, inputs = plan_build(request, progress, clock, before_trace)
         resolved, engine, model = plan.resolved, plan.target.engine, inputs.model
-        if inputs.tokenizer is not None:
-            inputs.tokenizer.write(writer)
         with clock.phase("hash the checkpoint"):
             files = inputs.checkpoint.file_hashes()
         produced = make_weights(plan, inputs, writer, clock, files)
@@ -108,7 +134,7 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
             step.discard(writer)
         target.check_machine(plan.sizes, clock)
         with clock.phase("verify"):
-            verification = verify(plan, inputs, writer, clock)
+            verification = verify(plan, inputs, writer, clock, process)
         artifact = target.build(resolved, engine, model, plan.sizes, writer, clock)
         with clock.phase("finish"):
             quantization = step.record(
@@ -162,11 +188,15 @@ def _with_key(record: Verification, plan: BuildPlan, files: Mapping[str, str]) -
 
 
 def plan_build(
-    request: BuildRequest, progress: Progress | None = None, clock: Clock | None = None
+    request: BuildRequest,
+    progress: Progress | None = None,
+    clock: Clock | None = None,
+    before_trace: Callable[[ReadInputs], None] = lambda read: None,
 ) -> tuple[BuildPlan, BuildInputs]:
     """Read the checkpoint, then trace, rewrite, plan the quantization and legalize. Writes no files.
 
     clock: times the phases; by default a new one that reports to `progress`
+    before_trace: called with what was read and checked
 
     Raises LlmcError as `compile_model` does.
     """
@@ -200,6 +230,8 @@ def plan_build(
     num_layers, cache = int(config.num_hidden_layers), quantized_cache(request)
     check_calibration(opened.calibration, checkpoint.config, num_layers if cache else 0)
     expected = opened.family.expected(num_layers)
+    read = ReadInputs(checkpoint, opened.prequantized is not None, tokenizer, vocab_size, max_seq_len)
+    before_trace(read)
     with clock.phase("trace"):
         traced = trace(config, resolved.dtype, max_seq_len)
         model = traced.model
@@ -356,12 +388,16 @@ def make_weights(
     return produced
 
 
-def verify(plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Clock) -> Verification:
+def verify(
+    plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Clock, process: Started | None
+) -> Verification:
     """Compare the engine, or the graph that stands in for it, with the checkpoint.
+
+    process: the verification process; None: none was started
 
     Returns the record for the manifest. Raises VerificationError if they differ.
     """
-    if not plan.request.verify:
+    if process is None:
         return Verification(status="skipped", reason="switched off with --no-verify")
     from llmc.compiler.checkpoint.tokenizer import TOKENIZER_FILE
     from llmc.compiler.verify.verify_build import verify_build
@@ -369,7 +405,7 @@ def verify(plan: BuildPlan, inputs: BuildInputs, writer: BundleWriter, clock: Cl
     target = targets.target(plan.request.target)
     files = target.verification_files(plan.resolved, plan.target.engine, inputs.model, writer)
     tokenizer = writer.path(TOKENIZER_FILE) if inputs.tokenizer else None
-    record = verify_build(plan, files, inputs.matrices, writer, tokenizer, clock.progress)
+    record = verify_build(plan, files, inputs.matrices, writer, tokenizer, clock.progress, process)
     for file in files.scratch:
         writer.discard(file)
     return record

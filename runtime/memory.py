@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from llmc.runtime import cgroup
 
 _BASE_BYTES = 900 << 20  # torch, transformers and an engine, without weights
@@ -18,6 +20,16 @@ def available_memory() -> int | None:
     Returns None if the system does not report them.
     """
     return _smaller(_meminfo("MemAvailable"), cgroup.limits().available_memory)
+
+
+def private_memory(pid: int) -> int:
+    """Return the bytes of memory that only this process uses; 0 if the system does not report them."""
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            _, resident, shared, *_ = map(int, file.read().split())
+    except (OSError, ValueError):
+        return 0
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def memory_needed(weight_bytes: int) -> int:

@@ -33,6 +33,14 @@ def pytest_configure(config: pytest.Config) -> None:
         library.LIBRARIES = folder.resolve()
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Write failures at once to the file that `fuzz.py` names: it may end before pytest prints them."""
+    file = os.environ.get("LLMC_TEST_FAILURES")
+    if report.failed and file and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(file, "a", encoding="utf-8") as failures:
+            failures.write(f"{report.nodeid}\n{report.longreprtext}\n")
+
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 

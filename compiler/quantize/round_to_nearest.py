@@ -111,13 +111,12 @@ def dequantize(arrays: Mapping[str, np.ndarray], fmt: Format) -> np.ndarray:
     """
     weight = arrays["weight"]
     packed = fmt.packed and weight.dtype == np.uint8
-    array = elements.decode(elements.unpack(weight, fmt.element), fmt.element) if packed else weight
-    array = array.astype(np.float32)
+    codes = elements.unpack(weight, fmt.element) if packed else weight
+    array = elements.decode(codes, fmt.element) if packed else codes.astype(np.float32, order="C")
     factors = scales.effective(arrays["weight_scale"], arrays.get("weight_scale_2", np.float32(1)))
-    if fmt.block == -1:
-        return array * factors
-    blocks = array.reshape(len(array), -1, fmt.block or array.shape[1])
-    return (blocks * factors.reshape(len(array), -1, 1)).reshape(array.shape)
+    blocks = array.reshape(len(array), -1, fmt.block if fmt.block > 0 else array.shape[1])
+    blocks *= factors if fmt.block == -1 else factors.reshape(len(array), -1, 1)
+    return array
 
 
 _WAY_OUT = "leave it unquantized with --exclude, or choose another format"

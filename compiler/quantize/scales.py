@@ -23,7 +23,7 @@ _RATIOS = tuple(1 - 0.05 * step for step in range(1, 7))
 # clip. Scales up to 1.5 times as large map the largest weight of the block to 4 instead of 6, which makes the
 # codes finer for weights between 2/3 of the largest and the largest ("Four Over Six").
 _E4M3_STEPS = (1, -1, 2, -2, 3, -3, 4, -4, 5)
-_SEARCHED = 1 << 17  # weights that a search works on at a time: arrays that the caches hold
+_SEARCHED = 1 << 18  # weights that a search works on at a time: arrays that the caches hold
 _SMALLEST_NORMAL = np.float32(2.0**-126)  # the least divisor: fp32's smallest normal number
 _LARGEST = {"int8": INT8_MAX, "e4m3": E4M3_MAX, "e2m1": E2M1_MAX * E4M3_MAX}
 
@@ -50,16 +50,17 @@ def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32) -> n
     reduces the squared error by a tenth on model_zoo/llama/tales. llama.cpp's Q4_0 maps the largest magnitude
     to the code -8 with negative scales, which TensorRT refuses.
     """
+    largest, smallest = _extremes(blocks)
     if fmt.element == "int4":
-        scales = np.maximum(blocks.max(-1) / np.float32(7), blocks.min(-1) / np.float32(-8))
+        scales = np.maximum(largest / np.float32(7), smallest / np.float32(-8))
     else:
         limit = {
             "int8": np.float32(INT8_MAX),
             "e4m3": np.float32(E4M3_MAX),
             "e2m1": np.float32(E2M1_MAX) * global_scale,
         }
-        scales = np.abs(blocks).max(-1) / limit[fmt.element]
-    zero = ~blocks.any(-1)
+        scales = np.maximum(largest, -smallest) / limit[fmt.element]
+    zero = (largest == 0) & (smallest == 0)
     if fmt.scales == "F8_E8M0":
         scales = _power_of_two(np.maximum(scales, _SMALLEST_NORMAL))
     elif fmt.double_scaled:
@@ -68,6 +69,23 @@ def first_scales(blocks: np.ndarray, fmt: Format, global_scale: np.float32) -> n
         scales = round_up(np.maximum(scales, _SMALLEST_NORMAL), fmt.scales)
     scales[zero] = 1
     return scales
+
+
+def _extremes(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the largest and the smallest value of blocks [out, n, size], each [out, n].
+
+    Contiguous blocks are transposed, because reductions of long rows are faster.
+    """
+    if not blocks.flags.c_contiguous:
+        return blocks.max(-1), blocks.min(-1)
+    flat = blocks.reshape(-1, blocks.shape[-1])
+    largest, smallest = np.empty(len(flat), flat.dtype), np.empty(len(flat), flat.dtype)
+    count = max(1, _SEARCHED // flat.shape[1])
+    for start in range(0, len(flat), count):
+        part = slice(start, start + count)
+        columns = np.ascontiguousarray(flat[part].T)
+        largest[part], smallest[part] = columns.max(0), columns.min(0)
+    return largest.reshape(blocks.shape[:-1]), smallest.reshape(blocks.shape[:-1])
 
 
 def search_scales(blocks: np.ndarray, first: np.ndarray, fmt: Format, global_scale: np.float32) -> np.ndarray:
@@ -113,8 +131,8 @@ def round_up(scales: np.ndarray, stored: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         narrow = scales.astype(numpy_dtype(stored))
     too_small = narrow.astype(np.float32) < scales
-    infinity = np.array(np.inf, narrow.dtype)
-    narrow[too_small] = np.nextafter(narrow[too_small], infinity)
+    bits = narrow.view(f"u{narrow.itemsize}")  # of positive numbers, which sort like their values
+    bits += too_small
     return narrow
 
 

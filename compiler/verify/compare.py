@@ -15,6 +15,7 @@ from llmc.compiler import texts
 from llmc.compiler.verify import loss
 from llmc.compiler.verify.difference import Difference, scaled
 from llmc.compiler.verify.engine_logits import blocks_for, in_chunks, ragged
+from llmc.compiler.verify.evaluation_states import EvaluationStates
 from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
 from llmc.compiler.verify.kv_cache_loss import kv_cache_loss, load_quantized
 from llmc.compiler.verify.reference import Reference
@@ -25,8 +26,6 @@ from llmc.runtime.engine import Engine
 from llmc.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    import torch
-
     from llmc.compiler.verify.reference import Head
     from llmc.runtime.backends.base import Backend
 
@@ -52,16 +51,15 @@ _UNRELATED_RATIO = 1.2  # never more: two unrelated roundings are the square roo
 
 
 class _Evaluation:
-    """The unquantized reference on the evaluation text, which quantized models are compared with."""
+    """The unquantized reference on the evaluation text, which quantized models are compared with.
 
-    def __init__(self, job: Job, reference: Reference) -> None:
-        self.text = texts.read_text(texts.EVALUATION_TEXT) if job.tokenizer else ""
-        self.windows = (
-            texts.windows_of(self.text, Path(job.tokenizer), job.vocab_size, job.max_seq_len)
-            if self.text
-            else texts.random_windows(job.vocab_size, job.max_seq_len)
-        )
-        self.states: list[torch.Tensor] = [reference.states(ids) for ids in self.windows]
+    early: the result of the reference, if it ran before
+    """
+
+    def __init__(self, job: Job, reference: Reference, early: EvaluationStates | None) -> None:
+        known = early is not None and early.evaluation == job.evaluation
+        found = early if known and early else EvaluationStates.of(job.evaluation, reference)
+        self.text, self.windows, self.states = found.text, found.windows, found.states
         self.head: Head = reference.head()
 
     def of_quantization(self, job: Job, quantized: Reference) -> dict[str, Any]:
@@ -101,10 +99,13 @@ class _Expected:
 Continuation = tuple[list[int], list[int]]  # a prompt and the greedy tokens after it
 
 
-def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Findings:
+def compare(
+    job: Job, on_step: Callable[[int], None] = lambda done: None, early: EvaluationStates | None = None
+) -> Findings:
     """Compare an engine with its checkpoint in this process.
 
     on_step: called with the number of steps that are done, of STEPS
+    early: the unquantized reference on the evaluation text, if it ran before
 
     The engine, the reference in fp32 and the reference in 16 bits run one after the other, so that only one
     of them is in memory at a time. An engine in fp32 runs first: one step of the reference tells whether
@@ -115,12 +116,12 @@ def compare(job: Job, on_step: Callable[[int], None] = lambda done: None) -> Fin
     if job.dtype == "fp32":
         logits, continuations = _run_fp32_engine(job, sequences)
         on_step(1)
-        expected = _run_reference(job, sequences, continuations, on_step)
+        expected = _run_reference(job, sequences, continuations, on_step, early)
         difference = Difference.between(expected.logits, logits)
         findings = _findings_fp32(job, difference) | {"greedy_equal": expected.greedy_equal}
     else:
         continuations = []
-        expected = _run_reference(job, sequences, [], on_step)
+        expected = _run_reference(job, sequences, [], on_step, early)
         reference_error = Difference.between(expected.logits, _in_16_bits(job, sequences))
         on_step(4)
         logits = _run_16bit_engine(job, sequences, expected, reference_error)
@@ -153,9 +154,10 @@ def _run_reference(
     sequences: Sequence[Sequence[int]],
     continuations: Sequence[Continuation],
     on_step: Callable[[int], None],
+    early: EvaluationStates | None,
 ) -> _Expected:
     model = Reference(job.checkpoint, "fp32", job.reference_weights, job.max_seq_len)
-    evaluation = _Evaluation(job, model) if job.quantized else None
+    evaluation = _Evaluation(job, model, early) if job.quantized else None
     on_step(2)
     model.use_weights(job.quantized)
     if not job.quantizing_engine:

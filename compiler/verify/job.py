@@ -1,4 +1,4 @@
-"""The tasks and results of the verification process, which are passed through pipes as JSON."""
+"""The verification process, and its tasks and results, which are passed through pipes as JSON."""
 
 from __future__ import annotations
 
@@ -6,11 +6,25 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmc.compiler.child_process import Child
+
 if TYPE_CHECKING:
     from llmc.compiler.verify.engine_weights import EngineWeight
 
+VERIFICATION = Child("llmc.compiler.verify.child", "verification", "--no-verify builds without verification")
 MIN_TOP1 = {"fp32": 1.0, "fp16": 0.99, "bf16": 0.99}  # compute dtype -> least top-1 agreement
 ReferenceWeights = Literal["checkpoint", "dequantized"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The part of a Job that the unquantized reference on the evaluation text depends on."""
+
+    checkpoint: str
+    max_seq_len: int
+    vocab_size: int
+    tokenizer: str = ""
+    reference_weights: ReferenceWeights = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,12 @@ class Job:
     quantizing_engine: str = ""
     #: The bundle's tokenizer.json; "": it has none, and the tokens are random.
     tokenizer: str = ""
+
+    @property
+    def evaluation(self) -> Evaluation:
+        return Evaluation(
+            self.checkpoint, self.max_seq_len, self.vocab_size, self.tokenizer, self.reference_weights
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {

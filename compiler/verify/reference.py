@@ -7,6 +7,7 @@ import copy
 import inspect
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
 from llmc.compiler.checkpoint.safetensors import CHUNK_BYTES, TensorRef, read_header
 from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
 from llmc.compiler.verify.job import ReferenceWeights
+from llmc.runtime.cpus import available_cpus
 from llmc.runtime.dtypes import BY_NAME
 from llmc.runtime.errors import BuildError, CheckpointError
 
@@ -74,10 +76,9 @@ class Reference:
         checkpoint's: rounding loses less than all of it.
         """
         headers = {weight.file: read_header(weight.file) for weight in weights.values() if weight.arrays}
-        for name, weight in weights.items():
-            if not weight.arrays:
-                continue
-            module = self._module_of(name)
+
+        def replace(name: str) -> None:
+            weight, module = weights[name], self._module_of(name)
             values = torch.from_numpy(weight.read(headers[weight.file]))
             if values.shape != module.weight.shape:
                 got, wanted = list(values.shape), list(module.weight.shape)
@@ -88,6 +89,10 @@ class Reference:
             if (values - before).norm() > _UNRELATED * before.norm():
                 raise BuildError(f"the engine's {name} is not the checkpoint's", "please report this")
             module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
+
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            for _ in pool.map(replace, [name for name, weight in weights.items() if weight.arrays]):
+                pass
 
     def quantize_activations(self, weights: Mapping[str, EngineWeight]) -> None:
         """Quantize the inputs of linear layers as the engine does. weights: as in `use_weights`."""

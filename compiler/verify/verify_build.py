@@ -13,16 +13,16 @@ from typing import Any
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import read_header
-from llmc.compiler.child_process import Child
+from llmc.compiler.child_process import Child, Started
 from llmc.compiler.plan import BuildPlan
 from llmc.compiler.progress import Progress
 from llmc.compiler.targets.base import VerificationFiles
 from llmc.compiler.verify.engine_weights import ActivationQuantization, EngineWeight
-from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
+from llmc.compiler.verify.job import MIN_TOP1, VERIFICATION, Findings, Job
 from llmc.passes.quantize.matrix import QuantizedMatrix
 from llmc.runtime.bundle.manifest import Verification
 from llmc.runtime.errors import VerificationError
-from llmc.runtime.memory import available_memory
+from llmc.runtime.memory import available_memory, private_memory
 from llmc.runtime.native.program import Matrix, Program
 
 MAX_RMS_RATIO = 1.5  # bound of Findings.rms_ratio; 0.9 to 1.0 were measured
@@ -36,12 +36,14 @@ def verify_build(
     writer: BundleWriter,
     tokenizer: Path | None,
     progress: Progress,
+    process: Child | Started = VERIFICATION,
 ) -> Verification:
     """Compare the engine that `files` describe with the checkpoint, and return the record for the manifest.
 
     matrices: the quantized matrices of the graph
     writer: the bundle, which has the graphs and the weights
     tokenizer: the bundle's tokenizer.json, if it has one
+    process: the process that compares
 
     Raises VerificationError and BuildError as `run` does.
     """
@@ -64,23 +66,25 @@ def verify_build(
         kv_dtype=resolved.kv_dtype if files.kv_graph else "",
         quantizing_engine=str(writer.path(files.quantizing_graph)) if files.quantizing_graph else "",
     )
-    return run(job, progress)
+    return run(job, progress, process)
 
 
-def run(job: Job, progress: Progress) -> Verification:
+def run(job: Job, progress: Progress, process: Child | Started = VERIFICATION) -> Verification:
     """Run the comparison and return its record for the manifest.
 
     Raises VerificationError if the engine does not reproduce the checkpoint, and BuildError if the comparison
     itself fails. If this machine lacks the memory, the record says that the model is not verified.
     """
     available = available_memory()
+    if available is not None and isinstance(process, Started):
+        available += private_memory(process.pid)
     need = f"{job.needed_bytes / 2**30:.1f} GiB"
     if available is not None and job.needed_bytes > available:
         reason = f"verification needs about {need} of memory, {available / 2**30:.1f} GiB were available"
         progress.note(f"not verified: {reason}")
         return Verification(status="skipped", reason=f"verification needs about {need} of memory")
     progress.note(f"verification needs about {need} of memory")
-    findings = compare_in_child(job, progress)
+    findings = compare_in_child(job, progress, process)
     if wrong := faults(findings, job.dtype):
         raise VerificationError(
             f"the engine does not reproduce the checkpoint: {', '.join(wrong)}",
@@ -158,11 +162,9 @@ def _round_up(error: float) -> float:
     return float(f"{math.ceil(error / unit) * unit:.1e}")
 
 
-def compare_in_child(job: Job, progress: Progress) -> Findings:
+def compare_in_child(job: Job, progress: Progress, process: Child | Started = VERIFICATION) -> Findings:
     """Run the comparison in a child process. Raises BuildError if the process fails."""
-    child = Child("llmc.compiler.verify.child", "verification", "--no-verify builds without verification")
-    fields = child.run({"build": job.to_json()}, progress)
-    return Findings(**fields)
+    return Findings(**process.run({"build": job.to_json()}, progress))
 
 
 def engine_weights(

@@ -53,22 +53,26 @@ class Kernel:
 
 
 def compile_source(
-    function: Any, name: str, types: Mapping[str, str], config: Config, sm: int, cache: Path
+    function: Any, name: str, types: Mapping[str, str], config: Config, sm: int, cache: Path | None
 ) -> Kernel:
     """Return the kernel from the directory `cache`, or compile it and store it there.
 
     function: a `triton.jit` function.
     name: the variant's name, for messages.
     types: the run-time arguments -> their Triton types.
+    cache: None, or a directory that cannot be written: the kernel is compiled and not stored.
     The cache key is the hash of the file that defines the function, Triton's version and the other arguments.
     The result does not depend on the directory in which the package is installed.
     Raises CompileError.
     """
+    if cache is None:
+        return _compile(function, name, types, config, sm)
     stem = cache / cache_key(function, name, types, config, sm)
     kernel = _read(stem)
     if kernel is None:
         kernel = _compile(function, name, types, config, sm)
-        _write(stem, kernel)
+        with contextlib.suppress(OSError):
+            _write(stem, kernel)
     return kernel
 
 
@@ -166,5 +170,8 @@ def _write(stem: Path, kernel: Kernel) -> None:
     for kind, data in files.items():
         target = stem.with_suffix(f".{kind}")
         part = target.with_suffix(f".{kind}.{os.getpid()}")
-        part.write_bytes(data)
-        part.replace(target)
+        try:
+            part.write_bytes(data)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)

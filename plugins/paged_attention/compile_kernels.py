@@ -8,7 +8,7 @@ from llmc.plugins.cuda.compile import Kernel, compile_source
 from llmc.plugins.paged_attention.launch import Variant, configure, signature
 
 
-def compile_variant(variant: Variant, sm: int, cache: Path) -> Kernel:
+def compile_variant(variant: Variant, sm: int, cache: Path | None) -> Kernel:
     """Compile a kernel of `llmc.PagedAttention`, or take it from the directory `cache`.
 
     Raises CompileError.

@@ -8,7 +8,7 @@ from llmc.plugins.cuda.compile import Kernel, compile_source
 from llmc.plugins.sampling.launch import ARGUMENTS, configure, variant
 
 
-def compile_kernel(kernel: str, sm: int, cache: Path) -> Kernel:
+def compile_kernel(kernel: str, sm: int, cache: Path | None) -> Kernel:
     """Compile a kernel of `launch.ARGUMENTS`, or take it from the directory `cache`.
 
     Raises CompileError.

@@ -368,6 +368,17 @@ def test_a_page_that_cannot_be_written_leaves_nothing(
     assert os.listdir() == []
 
 
+def test_errors_name_the_page_of_the_user(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A page is written to a draft first, whose name means nothing to the user."""
+    Path("folder").write_text("a file")
+    Path("closed").mkdir(mode=0o500)
+    for page in ("missing/x.html", "folder/x.html", "x" * 300, *(["closed/x.html"] * bool(os.getuid()))):
+        assert run("report", tiny, "-o", page) == errors.ERROR
+        error, hint = capsys.readouterr().err.splitlines()
+        assert error.startswith(f"error: {page}: ")
+        assert hint.startswith("hint: ")
+
+
 # Measurements
 
 

@@ -84,6 +84,34 @@ def test_run_takes_the_bundle_s_defaults_unless_options_say_otherwise(llmc: Run)
     assert expect(defaults) != expect(SamplingParams())
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--top-k", 5], "--top-k"),
+        (["--top-p", 0.9, "--min-p", 0.1, "--temperature", 0], "--top-p, --min-p"),
+        (["--top-k", 0, "--top-p", 1, "--min-p", 0], ""),  # turned off
+        (["--top-k", 5, "--temperature", 0.5], ""),
+        (["--repetition-penalty", 1.1], ""),
+    ],
+)
+def test_filters_without_effect_are_noted(llmc: Run, options: list[object], named: str) -> None:
+    code, _, err = llmc("run", WITH_DEFAULTS, "A hen", "--max-tokens", 1, *options)
+    notes = [f"note: {named}: no effect, because decoding is greedy. Add --temperature, such as 0.7"]
+    assert (code, err) == (0, notes if named else [])
+
+
+def test_filters_of_lines_without_effect_are_noted(llmc: Run, tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    common = {"prompt": "Once", "max_tokens": 1}
+    sampled, filtered = {"temperature": 0.5}, {"top_k": 5, "min_p": 0.1}
+    lines = [common, common | sampled | filtered, common | filtered, common | filtered]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    noted = f"note: {file}:3: top_k, min_p: no effect, because decoding is greedy. Add a temperature"
+    assert llmc("run", tiny, "--prompts", file)[2] == [f"{noted} (2 such lines)"]
+    file.write_text(json.dumps(common | sampled))
+    assert llmc("run", tiny, "--prompts", file, "--top-k", 5)[2] == []
+
+
 def test_inspect_shows_the_defaults(llmc: Run, tiny: Path) -> None:
     facts = "greedy, repetition penalty 1.2 (generation_config.json; `llmc run --greedy` ignores it)"
     assert f"sampling   {facts}\n" in llmc("inspect", WITH_DEFAULTS)[1]

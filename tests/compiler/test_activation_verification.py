@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from llmc.compiler.driver import compile_model
-from llmc.compiler.progress import Progress
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.texts import EVALUATION_TEXT
 from llmc.compiler.verify import verify_build
@@ -26,7 +25,7 @@ def test_an_engine_that_quantizes_otherwise_is_refused(
     """Without the rounding, and with scales that differ by 37 %."""
     jobs: list[Job] = []
 
-    def collect(job: Job, progress: Progress) -> Findings:
+    def collect(job: Job, *_: object) -> Findings:
         findings = compare(job)
         assert not verify_build.faults(findings, "fp32")
         rounding_left_out = compare(replace(job, quantizing_engine=job.engine))

@@ -144,7 +144,7 @@ def test_a_failed_verification_leaves_no_bundle(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = Findings(1.0, 1e-4, 0.5, 100, False, 48)
-    monkeypatch.setattr(verify_build, "compare_in_child", lambda job, progress: wrong)
+    monkeypatch.setattr(verify_build, "compare_in_child", lambda *_: wrong)
     with pytest.raises(VerificationError, match=r"max logit error 1\.00e\+00"):
         compile_model(BuildRequest(str(checkpoint("llama-tiny")), tmp_path / "x.llmc"))
     assert list(tmp_path.iterdir()) == []

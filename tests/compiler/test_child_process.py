@@ -15,6 +15,7 @@ import pytest
 from llmc.compiler.child_process import RUN_MODULE, Child
 from llmc.compiler.progress import Progress, Silent
 from llmc.runtime.errors import BuildError, UnsupportedError
+from llmc.runtime.memory import private_memory
 
 VERIFICATION = Child("llmc.compiler.verify.child", "verification", "use more")
 TASK = {"measure": {"no such": "field"}}  # not a task: the child fails with a traceback
@@ -24,16 +25,17 @@ Make = Callable[..., Child]
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """The body of a handler -> a child that runs it."""
+    """The body of a handler, and of what it does before its task -> a child that runs it."""
 
-    def child(body: str, platform: str = sys.platform) -> Child:
+    def child(body: str, platform: str = sys.platform, prepare: str = "pass") -> Child:
         (tmp_path / "child_of_test.py").write_text(
             "import os, signal, sys, time\n"
             "from llmc.compiler.child_process import serve\n"
             "from llmc.runtime.errors import *\n"
             f"def handle(task, messages):\n    {body}\n"
+            f"seen = []\ndef prepare(data):\n    {prepare}\n"
             f"sys.platform = {platform!r}\n"
-            "serve(handle)\n"
+            "serve(handle, prepare)\n"
         )
         monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
         return Child("child_of_test", "test", "use more", "ask its author")
@@ -57,6 +59,32 @@ def test_a_task_goes_in_and_progress_notes_and_a_result_come_out(make: Make) -> 
     child = make("messages.bar(1, 2); messages.note('half'); return {'twice': 2 * task['x']}")
     assert child.run({"x": "é\n"}, heard) == {"twice": "é\né\n"}
     assert heard.all == [(1, 2), "half"]
+
+
+def test_a_child_may_prepare_before_its_task_is_known(make: Make) -> None:
+    child = make("return {'seen': seen, 'x': task['x']}", prepare="seen.append(data)")
+    with child.start() as started:
+        started.prepare({})
+        started.prepare({"y": "é\n"})
+        assert started.run({"x": 1}, Silent()) == {"seen": [{}, {"y": "é\n"}], "x": 1}
+        assert not alive(started.pid)
+
+
+def test_a_child_without_a_task_ends_with_its_context(make: Make) -> None:
+    with make("return {}").start() as started:
+        assert alive(started.pid)
+        assert private_memory(started.pid) >= 0
+    assert not alive(started.pid)
+    assert private_memory(started.pid) == 0
+
+
+@pytest.mark.parametrize("prepare", ["os.abort()", "raise ImportError('no torch')"])
+def test_a_child_that_dies_before_its_task_is_an_error(make: Make, prepare: str) -> None:
+    with make("return {}", prepare=prepare).start() as started:
+        started.prepare({})
+        started.process.wait()
+        with pytest.raises(BuildError, match=r"no torch|killed by signal 6"):
+            started.run({"much": "x" * 1_000_000}, Silent())
 
 
 def test_an_error_keeps_its_kind_and_hint(make: Make) -> None:
@@ -150,19 +178,22 @@ def test_the_working_directory_comes_off_the_path_where_python_has_no_safe_path(
     assert "the parent process is gone" in done.stderr
 
 
+@pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
-def test_a_child_dies_with_its_parent(make: Make, platform: str) -> None:
-    """In two ways: Linux kills it, elsewhere it waits for the end of stdin."""
+def test_a_child_dies_with_its_parent(make: Make, platform: str, waits: bool) -> None:
+    """In two ways: Linux kills it, elsewhere it waits for the end of stdin. waits: for its task"""
     make("messages.note(str(os.getpid())); time.sleep(600)", platform)
+    run = "with child.start() as started:\n    print(started.pid, flush=True); time.sleep(600)\n"
     parent = subprocess.Popen(
         [
             sys.executable,
             "-c",
+            "import time\n"
             "from llmc.compiler.child_process import Child\n"
             "from llmc.compiler.progress import Silent\n"
             "class Tell(Silent):\n"
             "    def note(self, text): print(text, flush=True)\n"
-            "Child('child_of_test', 'test', '').run({}, Tell())\n",
+            "child = Child('child_of_test', 'test', '')\n" + (run if waits else "child.run({}, Tell())\n"),
         ],
         stdout=subprocess.PIPE,
         text=True,

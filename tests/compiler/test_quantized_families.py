@@ -9,15 +9,16 @@ process.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llmc.compiler import zoo
 from llmc.compiler.driver import compile_model
-from llmc.compiler.progress import Progress
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.tensorrt import build as tensorrt_build
 from llmc.compiler.verify import verify_build
@@ -39,11 +40,15 @@ needs_tensorrt = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_this_process(job: Job, progress: Progress) -> Findings:
+    def in_this_process(job: Job, *_: object) -> Findings:
         return compare(Job.from_json(job.to_json()))
 
     share_traces(monkeypatch)
     monkeypatch.setattr(verify_build, "compare_in_child", in_this_process)
+    monkeypatch.setattr(
+        "llmc.compiler.driver.VERIFICATION",
+        SimpleNamespace(start=lambda: nullcontext(SimpleNamespace(prepare=lambda data: None))),
+    )
 
 
 def build(checkpoint: Path, output: Path, fmt: str, **options: Any) -> Manifest:

@@ -287,9 +287,9 @@ def test_each_bound_is_one_that_a_build_can_fail(
     change: dict[str, float], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job("", "", "onnxruntime", 256, 384, [], 1e-4, 0, "bf16")
-    monkeypatch.setattr(verify_build, "compare_in_child", lambda job, progress: FINE)
+    monkeypatch.setattr(verify_build, "compare_in_child", lambda *_: FINE)
     assert verify_build.run(job, Silent()).status == "passed"
-    monkeypatch.setattr(verify_build, "compare_in_child", lambda job, progress: replace(FINE, **change))
+    monkeypatch.setattr(verify_build, "compare_in_child", lambda *_: replace(FINE, **change))
     with pytest.raises(VerificationError, match=complaint):
         verify_build.run(job, Silent())
 
@@ -301,7 +301,7 @@ def test_the_record_says_once_which_weights_the_reference_has(
     weights: str, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job("", "", "onnxruntime", 256, 384, [], 1e-4, 0, "bf16")
-    monkeypatch.setattr(verify_build, "compare_in_child", lambda job, progress: FINE)
+    monkeypatch.setattr(verify_build, "compare_in_child", lambda *_: FINE)
     record = verify_build.run(replace(job, reference_weights=weights), Silent())
     assert record.reference == f"transformers {transformers.__version__}, eager attention, {ending}"
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmc.compiler import texts
+from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.child_process import Child
 from llmc.compiler.progress import Silent
-from llmc.compiler.verify import difference, loss, verify_build
+from llmc.compiler.verify import compare, difference, loss, prepare, verify_build
 from llmc.compiler.verify.difference import DifferenceMeter
 from llmc.compiler.verify.engine_weights import EngineWeight
-from llmc.compiler.verify.job import Findings, Job, Question
+from llmc.compiler.verify.evaluation_states import EvaluationStates
+from llmc.compiler.verify.job import Evaluation, Findings, Job, Question
 from llmc.compiler.verify.reference import Reference
 from llmc.runtime.errors import RequestError
 from support.passes import lower_for_tensorrt, oracle_graph
@@ -77,6 +81,35 @@ def test_the_last_matrix_is_applied_a_few_rows_at_a_time(checkpoint: Callable[[s
     assert len(same.top1_gap) == 100 * len(windows)
     whole = [reference.logits(ids) for ids in windows]
     assert loss.perplexity(windows, ([one] for one in whole)) == pytest.approx(same.perplexity, rel=1e-3)
+
+
+def test_the_reference_may_run_before_the_engine_exists(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = Evaluation(str(checkpoint("llama-tiny")), 100, 384)
+    reference = Reference(evaluation.checkpoint, "fp32", max_seq_len=100)
+    early, late = EvaluationStates.early(evaluation), EvaluationStates.of(evaluation, reference)
+    assert early is not None
+    assert early.windows == late.windows
+    assert all(map(torch.equal, early.states, late.states))
+    assert EvaluationStates.early(replace(evaluation, checkpoint="nowhere")) is None  # the build says why
+    monkeypatch.setattr(Reference, "states", lambda self, ids: torch.zeros(len(ids), 64))
+    job = Job(evaluation.checkpoint, "", "", 100, 384, [], 1e-4, 0)
+    assert compare._Evaluation(job, reference, early).states is early.states
+    another = compare._Evaluation(replace(job, vocab_size=100), reference, early)
+    assert not any(states.any() for states in another.states)
+
+
+@pytest.mark.parametrize(("available", "early"), [(None, True), (2 << 30, True), (1 << 30, False)])
+def test_with_little_memory_the_reference_runs_after_the_engine(
+    available: int | None, early: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "available_memory", lambda: available)
+    sent: list[dict[str, Any]] = []
+    opened = Checkpoint.open(checkpoint("llama-tiny"))
+    prepare.evaluate_early(SimpleNamespace(prepare=sent.append), opened, "t.json", 384, 100)  # type: ignore[arg-type]
+    evaluation = {"checkpoint": str(opened.path), "max_seq_len": 100, "vocab_size": 384}
+    assert sent == [evaluation | {"tokenizer": "t.json", "reference_weights": "checkpoint"}] * early
 
 
 # The text

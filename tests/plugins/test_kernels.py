@@ -523,6 +523,12 @@ def test_compiled_kernels_are_cached_by_content(tmp_path: Path, monkeypatch: pyt
     damaged.write_bytes(b"\x7fELF")
     assert compile_variant(variant, 80, tmp_path / "a") == first
     assert damaged.read_bytes() == first.cubin
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_compile, "_compile", lambda *_: first)
+        assert compile_variant(variant, 80, None) == first  # no home directory
+        (tmp_path / "file").write_text("where the cache should be")
+        assert compile_variant(variant, 80, tmp_path / "file" / "kernels") == first
+        assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["file"]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ driver compiles when it loads it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from llmc.plugins.paged_attention import launch
 from llmc.plugins.paged_attention.launch import Attention, Variant
 from llmc.plugins.sampling import launch as sampling
 from llmc.runtime.bundle.manifest import KernelFile
+from llmc.runtime.cache_directory import cache_directory
 from llmc.runtime.errors import BuildError, UnsupportedError
 from llmc.runtime.installation import install_hint
 
@@ -70,14 +70,14 @@ def compile_into(
         from llmc.plugins.paged_attention.compile_kernels import compile_variant
         from llmc.plugins.sampling.compile_kernels import compile_kernel
 
-        compilers: dict[str, Callable[[int, Path], Kernel]]
+        compilers: dict[str, Callable[[int, Path | None], Kernel]]
         compilers = {str(v): partial(compile_variant, v) for v in attention_variants(model, resolved)}
         compilers |= {sampling.variant(name): partial(compile_kernel, name) for name in sampling.ARGUMENTS}
         jobs = [(variant, sm, kind) for variant in compilers for sm, kind in codes(resolved.sms)]
-        files = []
+        files, cache = [], cache_directory("kernels")
         for done, (variant, sm, kind) in enumerate(jobs):
             progress.bar(done, len(jobs))
-            files.append(_write(compilers[variant](sm, cache_directory()), variant, sm, kind, writer))
+            files.append(_write(compilers[variant](sm, cache), variant, sm, kind, writer))
     except ModuleNotFoundError as error:
         raise BuildError(f"the GPU kernels need {error.name}", install_hint("kernels")) from error
     except CompileError as error:
@@ -106,13 +106,6 @@ def layers(model: ir.Model) -> list[Attention]:
             )
         )
     return attention
-
-
-def cache_directory() -> Path:
-    """Return the directory that keeps compiled kernels between builds."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "llmc" / "kernels"
 
 
 def _write(
