@@ -263,7 +263,9 @@ def test_a_row_of_a_long_step_is_that_row_alone(element: str, block: int, scales
     batch = dataclasses.replace(batch, logits_index=np.arange(300, dtype=np.int32))
     results = []
     for isa in ISAS:
-        executor = Executor(program, weights, max_tokens=300, num_blocks=12, threads=2, digits=digits, isa=isa)
+        executor = Executor(
+            program, weights, max_tokens=300, num_blocks=12, threads=2, digits=digits, isa=isa
+        )
         results.append(executor.run(batch).copy())
         assert results[-1].tobytes() == results[0].tobytes(), isa
     alone = np.concatenate(
