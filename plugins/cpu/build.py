@@ -25,8 +25,8 @@ SOURCES = sorted([Path(__file__), *HERE.glob("*.[ch]"), *HERE.parent.glob("*/cpu
 TARGETS = {
     "x86_64-amx": (
         "x86_64-linux-none",
-        "x86_64_v4+avx512vnni+amx_tile+amx_int8",
-        "-march=x86-64-v4 -mavx512vnni -mamx-tile -mamx-int8",
+        "x86_64_v4+avx512vnni+gfni+amx_tile+amx_int8",
+        "-march=x86-64-v4 -mavx512vnni -mgfni -mamx-tile -mamx-int8",
     ),
     "x86_64-avx512vnni": ("x86_64-linux-none", "x86_64_v4+avx512vnni", "-march=x86-64-v4 -mavx512vnni"),
     "x86_64-avxvnni": ("x86_64-linux-none", "x86_64_v3+avxvnni", "-march=x86-64-v3 -mavxvnni"),

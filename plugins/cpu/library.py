@@ -15,7 +15,7 @@ COUNTER = 16  # int32 elements per counter: each group's counter has a cache lin
 # Library -> the flags that /proc/cpuinfo must list, the best first.
 _AVX512VNNI = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c"}
 _NEEDS = {
-    "x86_64-amx": _AVX512VNNI | {"amx_tile", "amx_int8"},
+    "x86_64-amx": _AVX512VNNI | {"gfni", "amx_tile", "amx_int8"},
     "x86_64-avx512vnni": _AVX512VNNI,
     "x86_64-avxvnni": {"avx2", "fma", "f16c", "bmi2", "avx_vnni"},
     "x86_64-avx2": {"avx2", "fma", "f16c", "bmi2"},

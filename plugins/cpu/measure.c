@@ -31,7 +31,7 @@ static int64_t float_products(int64_t turns) {
 // Computes 10 dot products of int8 vectors in each turn, or of tiles with AMX. Returns the number of multiply-adds.
 static int64_t integer_products(int64_t turns) {
 #if defined(__AMX_INT8__)
-  configure(DIGIT_ROWS, 64);
+  configure(1, DIGIT_ROWS, 64);
   _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3), _tile_zero(4), _tile_zero(6), _tile_zero(7);
   for (int64_t t = 0; t < 2 * turns; t++)
     _tile_dpbssd(0, 6, 7), _tile_dpbssd(1, 6, 7), _tile_dpbssd(2, 6, 7), _tile_dpbssd(3, 6, 7), _tile_dpbssd(4, 6, 7);

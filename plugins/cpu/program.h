@@ -35,7 +35,7 @@ typedef struct {
   const float *a, *b, *v, *v2;
   const uint8_t *w;
   int64_t out_stride, a_stride, b_stride; // floats from one row to the next
-  int8_t *q;                              // [rows][digits][width], or in tiles: see tiled_digits
+  int8_t *q;                              // [rows][digits][width], or in tiles: see tiled
   float *scales;                          // [rows][width / group]
   int32_t *sums;                          // [rows][digits][width / group]
   uint8_t *keys, *values;                 // the cache of a layer; a block has
@@ -63,11 +63,13 @@ typedef struct {
   int64_t *times; // [groups] null, or where the first thread writes the clock after each group
 } step;
 
-// With AMX, the digits of several rows are in tiles: [rows / 16][digits][width / step][16 rows][step].
+// With AMX, the digits of several rows are in tiles: [width / group][rows / 16][digits][group / step][16 rows][step].
+// Scales are [width / group][rows], and sums are left out. Rows are rounded up to a multiple of 16.
 enum { DIGIT_ROWS = 16, TILED_FROM = 3 }; // fewer rows are faster without AMX
-static inline int tiled_digits(int rows) {
+// The rounded number of rows; 0 if the digits are not in tiles.
+static inline int tiled(int rows) {
 #if defined(__AMX_INT8__)
-  return rows >= TILED_FROM;
+  return rows >= TILED_FROM ? (rows + DIGIT_ROWS - 1) / DIGIT_ROWS * DIGIT_ROWS : 0;
 #else
   return (void)rows, 0;
 #endif

@@ -199,40 +199,42 @@ INLINE float largest_of(int width, const float *a) {
 }
 
 // The numbers become integer multiples of the result, of 8 bits in one digit or 24 bits in three, the highest digit first.
-// The numbers of a step are `step` bytes in q, which lie `spread` times as far apart as in a row. digit: bytes between
-// digits. at: of the first number. sums: of each digit, `sums_row` apart. most: the largest magnitude.
-INLINE float digits_of(const int DIGITS, float most, int width, const float *a, int8_t *q, int64_t digit, int at, int step, int spread,
+// Every `step` numbers of a digit are `next` bytes after those before. digit: bytes between digits. most: the largest
+// magnitude. sums: null, or of each digit, `sums_row` apart.
+INLINE float digits_of(const int DIGITS, float most, int width, const float *a, int8_t *q, int64_t digit, int step, int next,
                        int32_t *sums, int sums_row) {
   const float top = DIGITS == 1 ? 127.0f : 127.0f * 65536.0f, inverse = most > 0 ? top / most : 0;
   vi total[3] = {alli(0), alli(0), alli(0)};
-  LOOP(width) {
-    vi x = toint(roundf_even(load_tail(a, k, width) * inverse));
-    int8_t *to = q + (int64_t)((at + k) / step * step) * spread + (at + k) % step;
-    UNROLL for (int d = DIGITS - 1; d >= 0; d--) {
-      const vi low = d ? (x << 24) >> 24 : x;
-      store_bytes(to + d * digit, low);
-      total[d] += low;
-      x = (x - low) >> 8;
+  for (int begin = 0; begin < width; begin += step, q += next)
+    for (int k = begin, at = 0; at < step && k < width; k += LANES, at += LANES) {
+      vi x = toint(roundf_even(load_tail(a, k, width) * inverse));
+      UNROLL for (int d = DIGITS - 1; d >= 0; d--) {
+        const vi low = d ? (x << 24) >> 24 : x;
+        store_bytes(q + d * digit + at, low);
+        total[d] += low;
+        x = (x - low) >> 8;
+      }
     }
-  }
-  UNROLL for (int d = 0; d < DIGITS; d++) sums[d * sums_row] = sumi(total[d]);
+  if (sums) UNROLL for (int d = 0; d < DIGITS; d++) sums[d * sums_row] = sumi(total[d]);
   return most / top;
 }
 INLINE float to_digits(const int DIGITS, int width, const float *a, int8_t *q, int64_t digit, int32_t *sums) {
-  return digits_of(DIGITS, largest_of(width, a), width, a, q, digit, 0, 1 << 30, 1, sums, 1);
+  return digits_of(DIGITS, largest_of(width, a), width, a, q, digit, width, 0, sums, 1);
 }
 
-// fixed: null, or the scale of all groups, whose numbers are multiples of it.
-static void quantize(int width, int group, int digits, const float *a, const float *fixed, int8_t *q, int step, int spread,
-                     float *scales, int32_t *sums) {
-  const int groups = width / group;
-  const int64_t digit = (int64_t)width * spread;
-  for (int g = 0; g < groups; g++) {
-    const float *of_group = a + g * group;
-    const float most = fixed ? *fixed * 127.0f : largest_of(group, of_group);
-    scales[g] = digits == 1 ? digits_of(1, most, group, of_group, q, digit, g * group, step, spread, sums + g, groups)
-                            : digits_of(3, most, group, of_group, q, digit, g * group, step, spread, sums + g, groups);
-    if (fixed) scales[g] = *fixed;
+// i->v: null, or the scale of all groups, whose numbers are multiples of it.
+static void quantize(const instruction *i, int row, int rows, const float *a) {
+  const int width = i->n[0], group = i->n[1], digits = i->n[2], groups = width / group, tiled_rows = tiled(rows);
+  const int step = tiled_rows ? digit_step(group) : group;
+  const int64_t digit = tiled_rows ? DIGIT_ROWS * group : width;
+  for (int g = 0; g < groups; g++, a += group) {
+    const float most = i->v ? *i->v * 127.0f : largest_of(group, a);
+    int8_t *q = tiled_rows ? i->q + ((int64_t)g * tiled_rows + row / DIGIT_ROWS * DIGIT_ROWS) * digits * group + row % DIGIT_ROWS * step
+                           : i->q + (int64_t)row * digits * width + g * group;
+    int32_t *sums = tiled_rows ? 0 : i->sums + (int64_t)row * digits * groups + g;
+    const float scale = digits == 1 ? digits_of(1, most, group, a, q, digit, step, DIGIT_ROWS * step, sums, groups)
+                                    : digits_of(3, most, group, a, q, digit, step, DIGIT_ROWS * step, sums, groups);
+    i->scales[tiled_rows ? (int64_t)g * tiled_rows + row : (int64_t)row * groups + g] = i->v ? *i->v : scale;
   }
 }
 
@@ -306,14 +308,6 @@ static void run_row(const instruction *i, const step *s, int row) {
       break;
     }
     case OP_WRITE_KV: (i->n[3] ? write_codes : write_kv)(i, s->slot[row], a, i->b + row * i->b_stride); break;
-    case OP_QUANTIZE: {
-      const int width = i->n[0], group = i->n[1], groups = width / group, digits = i->n[2];
-      const int tiled = tiled_digits(i->per_logit ? s->logits : s->tokens), step = tiled ? digit_step(group) : width;
-      int8_t *q = i->q + (tiled ? (int64_t)(row / DIGIT_ROWS) * DIGIT_ROWS * digits * width + row % DIGIT_ROWS * step
-                                : (int64_t)row * digits * width);
-      quantize(width, group, digits, a, i->v, q, step, tiled ? DIGIT_ROWS : 1, i->scales + (int64_t)row * groups,
-               i->sums + (int64_t)row * digits * groups);
-      break;
-    }
+    case OP_QUANTIZE: quantize(i, row, i->per_logit ? s->logits : s->tokens, a); break;
   }
 }

@@ -22,6 +22,7 @@ from llmc.compiler.weights.safetensors_writer import write_safetensors
 from llmc.plugins.cpu import library
 from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.backends.native import NativeBackend
+from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BundleError
 from llmc.runtime.native import weights as weights_module
@@ -30,7 +31,7 @@ from llmc.runtime.native.interpreter import Interpreter
 from llmc.runtime.native.program import BINARY, MAX_INSTRUCTIONS, UNARY, Cache, Matrix, Program, View, check
 from llmc.runtime.native.weights import WeightsFile, start_reading
 from support.native_fuzz import random_program, random_steps
-from support.native_programs import POSITIONS, Builder, Built, constant, steps
+from support.native_programs import POSITIONS, VOCABULARY, Builder, Built, constant, steps
 from support.native_step import compile_runner, recorded_steps
 
 ISAS = library.candidates()  # a library that was not compiled is an error, which a skipped test would hide
@@ -260,6 +261,31 @@ def test_threads_and_instruction_sets_give_the_same_bits(name: str) -> None:
         for threads in (1, 2, 4):
             for got, first in zip(run(built, threads, isa=isa), want, strict=True):
                 assert got.tobytes() == first.tobytes(), (isa, threads)
+
+
+@pytest.mark.parametrize("digits", [1, 3])
+@pytest.mark.parametrize(
+    ("element", "block", "scales"),
+    [("int4", 128, "fp16"), ("int4", 32, "fp16"), ("int8", 640, "fp32"), ("int8", 80, "fp32")],
+)
+def test_a_row_of_a_long_step_is_that_row_alone(element: str, block: int, scales: str, digits: int) -> None:
+    """300 rows are more than a panel of AMX, and no multiple of its tiles."""
+    program, weights, _ = linear(element, block, scales, rows=40, columns=640)
+    lengths, tokens = (110, 120, 70), np.random.default_rng(1).integers(0, VOCABULARY, 300)
+    sequences = np.split(tokens, np.cumsum(lengths)[:-1])
+    batch = Batch.pack([(ids, 0, range(4 * n, 4 * n + 4), True) for n, ids in enumerate(sequences)])
+    batch = dataclasses.replace(batch, logits_index=np.arange(300, dtype=np.int32))
+    results = []
+    for isa in ISAS:
+        executor = Executor(
+            program, weights, max_tokens=300, num_blocks=12, threads=2, digits=digits, isa=isa
+        )
+        results.append(executor.run(batch).copy())
+        assert results[-1].tobytes() == results[0].tobytes(), isa
+    alone = np.concatenate(
+        [executor.run(Batch.pack([([token], 0, range(1), True)])).copy() for token in range(VOCABULARY)]
+    )
+    assert results[0].tobytes() == alone[tokens].tobytes()
 
 
 ATTENTION = ("attention", "values of another width", "multi-query", "window", "softcap", "latent heads")

@@ -130,8 +130,6 @@ INTEGER(6, 1, 4, 0) INTEGER(6, 1, 4, 1) INTEGER(6, 1, 8, 0) INTEGER(6, 1, 8, 1)
 #define MANY(B, H) 0, 0
 #endif
 typedef void (*integer_kernel)(const uint8_t *, int, int, int, const digits_of_rows *, float *, int64_t);
-typedef void (*amx_kernel)(const uint8_t *, int, int, int, const digits_of_rows *, int, float *, int64_t);
-#include "amx.c"
 
 static int linear_tiles(const instruction *i) { return (i->n[0] + TILE - 1) / TILE; }
 
@@ -139,6 +137,7 @@ INLINE int64_t integer_tile_bytes(const instruction *i) {
   const int columns = i->n[1], bits = i->n[2], block = i->n[3], half = i->n[6];
   return (int64_t)columns / block * (half ? 64 : 128) + (int64_t)columns / (bits == 4 ? 8 : 4) * 128;
 }
+#include "amx.c"
 INLINE digits_of_rows digits_from(const instruction *i, int64_t row) {
   const int columns = i->n[1], groups = columns / i->n[4];
   const int64_t digits = i->n[5];
@@ -161,30 +160,14 @@ INLINE void run_integer(const instruction *i, int first, int last, int rows, int
   }
 }
 
-#if defined(__AMX_INT8__)
-INLINE void run_amx(const instruction *i, int first, int last, int rows, amx_kernel kernel) {
-  const int64_t tile = integer_tile_bytes(i);
-  for (int begin = 0, count; begin < rows; begin += count) {
-    count = rows - begin < DIGIT_ROWS ? rows - begin : (rows - begin) / DIGIT_ROWS * DIGIT_ROWS;
-    const digits_of_rows x = digits_from(i, begin);
-    configure(count < DIGIT_ROWS ? count : DIGIT_ROWS, digit_step(i->n[4]));
-    for (int t = first; t < last; t++)
-      kernel(i->w + t * tile, i->n[1], i->n[3], i->n[4], &x, count, i->out + begin * i->out_stride + t * TILE, i->out_stride);
-  }
-  _tile_release();
-}
-#define RUN_AMX(D, B, H) if (tiled_digits(rows)) return run_amx(i, first, last, rows, amx_##D##_##B##_##H);
-#else
-#define RUN_AMX(D, B, H)
-#endif
-
 static void linear_int(const instruction *i, int first, int last, int rows) {
   const int bits = i->n[2], digits = i->n[5], half = i->n[6];
-#define CASE(D, B, H, ...)                                                                                     \
-  if (digits == D && bits == B && half == H) {                                                                 \
-    RUN_AMX(D, B, H)                                                                                           \
-    return run_integer(i, first, last, rows, integer_1_##D##_##B##_##H, integer_2_##D##_##B##_##H, __VA_ARGS__); \
-  }
+#if defined(__AMX_INT8__)
+  if (tiled(rows)) return run_amx(i, first, last, rows);
+#endif
+#define CASE(D, B, H, ...)                         \
+  if (digits == D && bits == B && half == H)       \
+    return run_integer(i, first, last, rows, integer_1_##D##_##B##_##H, integer_2_##D##_##B##_##H, __VA_ARGS__);
   CASE(1, 4, 0, MANY(4, 0))
   CASE(1, 4, 1, MANY(4, 1))
   CASE(1, 8, 0, MANY(8, 0))
