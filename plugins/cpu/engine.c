@@ -2,7 +2,7 @@
 //
 // The work of a group is split into items, which threads take from a counter. A group begins when all items of the
 // previous group are finished, not when all threads have arrived. So a preempted thread delays the others only while
-// it holds an item. Nothing here needs a C library.
+// it holds an item. Then they sleep, and the system can give it one of their cores. Nothing here needs a C library.
 #include "program.h"
 #include "vec.h"
 #include "rows.c"
@@ -11,7 +11,10 @@
 #include "measure.c"
 
 #define EXPORT __attribute__((visibility("default")))
-enum { VERSION = 4, COUNTER = 16, SPINS = 2000, PER_THREAD = 6 };
+enum { VERSION = 4, COUNTER = 16, SLEEPERS = 1, PER_THREAD = 6 };
+// Turns of a loop before a thread sleeps, about 50 microseconds: nobody sleeps in a step that is not disturbed, because
+// waking takes long. A thread that slept in this step has a busy neighbour and sleeps sooner.
+enum { SPINS = 1000, FEW_SPINS = 200 };
 
 // Asks the system for what this library needs. Returns 0, or the number of a system's error.
 EXPORT int32_t llmc_prepare(void) {
@@ -40,21 +43,41 @@ __attribute__((used)) void *memcpy(void *restrict to, const void *restrict from,
 }
 #endif
 
-static void relax(int spins) {
-#if defined(__x86_64__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-  if (spins < SPINS) return;
+// Linux' futex: threads of this process sleep while a word holds a value (FUTEX_WAIT_PRIVATE), or are woken (FUTEX_WAKE_PRIVATE).
+enum { SLEEP = 128, WAKE = 129 };
+static void futex(int32_t *word, long operation, long value) {
 #if defined(__x86_64__) && defined(__linux__)
+  register long no_timeout __asm__("r10") = 0;
   long result;
-  __asm__ volatile("syscall" : "=a"(result) : "a"(24L) : "rcx", "r11", "memory"); // sched_yield
+  __asm__ volatile("syscall"
+                   : "=a"(result)
+                   : "a"(202L), "D"(word), "S"(operation), "d"(value), "r"(no_timeout)
+                   : "rcx", "r11", "memory");
 #elif defined(__aarch64__) && defined(__linux__)
-  register long number __asm__("x8") = 124;
-  register long result __asm__("x0");
-  __asm__ volatile("svc 0" : "=r"(result) : "r"(number) : "memory"); // sched_yield
+  register long number __asm__("x8") = 98, address __asm__("x0") = (long)word, what __asm__("x1") = operation,
+                of __asm__("x2") = value, no_timeout __asm__("x3") = 0;
+  __asm__ volatile("svc 0" : "+r"(address) : "r"(number), "r"(what), "r"(of), "r"(no_timeout) : "memory");
+#else
+  (void)word, (void)operation, (void)value; // the caller waits awake
 #endif
+}
+// Waits until `items` items are finished: for some turns awake, then asleep. Returns whether it slept.
+static int wait_for(int32_t *done, int items, int turns) {
+  for (; turns > 0; turns--) {
+    if (__atomic_load_n(done, __ATOMIC_ACQUIRE) >= items) return 0;
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+  }
+  __atomic_store_n(done + SLEEPERS, 1, __ATOMIC_SEQ_CST);
+  for (int32_t seen; (seen = __atomic_load_n(done, __ATOMIC_SEQ_CST)) < items;) futex(done, SLEEP, seen);
+  return 1;
+}
+// Counts an item, and wakes the threads that sleep until the last one is finished.
+static void finish(int32_t *done, int items) {
+  if (__atomic_add_fetch(done, 1, __ATOMIC_SEQ_CST) == items && __atomic_load_n(done + SLEEPERS, __ATOMIC_SEQ_CST)) futex(done, WAKE, 0x7fffffff);
 }
 
 // Ticks of a clock that runs at a constant rate.
@@ -81,6 +104,7 @@ INLINE int upto(int x, int most) { return x < 1 ? 1 : x > most ? most : x; }
 
 EXPORT void llmc_run(const step *s) {
   const int parts = s->threads * PER_THREAD;
+  int turns = SPINS;
   for (int g = 0; g < s->num_groups; g++) {
     const instruction *first = s->code + s->groups[g].first, *last = s->code + s->groups[g].last;
     const int rows = rows_of(first, s);
@@ -105,9 +129,9 @@ EXPORT void llmc_run(const step *s) {
       else
         for (int row = begin; row < end && row < rows; row++)
           for (const instruction *i = first; i < last; i++) run_row(i, s, row);
-      __atomic_fetch_add(done, 1, __ATOMIC_RELEASE);
+      finish(done, items);
     }
-    for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < items; spins++) relax(spins);
+    if (wait_for(done, items, turns)) turns = FEW_SPINS;
     if (s->times) s->times[g] = ticks();
   }
 }

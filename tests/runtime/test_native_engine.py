@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -572,6 +574,31 @@ def test_threads_that_lose_their_cores_give_the_same_bits() -> None:
         for other in others:
             other.kill()
             other.wait()
+
+
+def test_a_thread_that_waits_for_another_one_sleeps_until_that_is_finished() -> None:
+    """Two threads of a step with one item. The first one finds it taken, as if the second had lost its core."""
+    engine = library.load()
+    counters = np.zeros((2, library.COUNTER), np.int32)  # next and done
+    numbers = np.zeros((2, 16), np.float32)
+    code = library.Instruction(op=library.COPY, a=numbers[0].ctypes.data, out=numbers[1].ctypes.data)
+    code.n[0] = 16
+    group = library.Group(0, 1)
+    step = library.Step(1, 1, 0, 2, 1, next=counters[0].ctypes.data, done=counters[1].ctypes.data)
+    step.code, step.groups = ctypes.addressof(code), ctypes.addressof(group)
+    numbers[0], counters[0] = 3, 1
+    thread = threading.Thread(target=engine.llmc_run, args=(ctypes.byref(step),), daemon=True)
+    thread.start()
+    call = Path(f"/proc/self/task/{thread.native_id}/syscall")
+    deadline = time.monotonic() + 30
+    while f"{counters[1].ctypes.data:#x}" not in call.read_text():  # futex(the counter, ...)
+        assert time.monotonic() < deadline, "it waits without sleeping"
+    assert thread.is_alive()
+    counters[0] = 0
+    engine.llmc_run(ctypes.byref(step))
+    thread.join(30)
+    assert not thread.is_alive()
+    assert (numbers[1] == 3).all()
 
 
 @pytest.mark.slow
