@@ -7,11 +7,12 @@
 #include "vec.h"
 #include "rows.c"
 #include "../linear/cpu/linear.c"
+#include "../paged_attention/cpu/cache.c"
 #include "../paged_attention/cpu/attention.c"
 #include "measure.c"
 
 #define EXPORT __attribute__((visibility("default")))
-enum { VERSION = 4, COUNTER = 16, SLEEPERS = 1, PER_THREAD = 6 };
+enum { VERSION = 5, COUNTER = 16, SLEEPERS = 1, PER_THREAD = 6 };
 // Turns of a loop before a thread sleeps, about 50 microseconds: nobody sleeps in a step that is not disturbed, because
 // waking takes long. A thread that slept in this step has a busy neighbour and sleeps sooner.
 enum { SPINS = 1000, FEW_SPINS = 200 };
@@ -100,7 +101,15 @@ EXPORT int64_t llmc_integer_products(int64_t turns) { return integer_products(tu
 
 static int rows_of(const instruction *i, const step *s) { return i->per_logit ? s->logits : s->tokens; }
 
-INLINE int upto(int x, int most) { return x < 1 ? 1 : x > most ? most : x; }
+// Runs row-wise instructions, each row after the other. Keys and values of many rows are written together.
+static void run_rows(const instruction *first, const instruction *last, const step *s, int begin, int end) {
+  for (const instruction *i; first < last; first = i + (i < last)) {
+    for (i = first; i < last && i->op != OP_WRITE_KV;) i++;
+    for (int row = begin; row < end; row++)
+      for (const instruction *one = first; one < i; one++) run_row(one, s, row);
+    if (i < last) write_kv(i, s, begin, end);
+  }
+}
 
 EXPORT void llmc_run(const step *s) {
   const int parts = s->threads * PER_THREAD;
@@ -109,7 +118,8 @@ EXPORT void llmc_run(const step *s) {
     const instruction *first = s->code + s->groups[g].first, *last = s->code + s->groups[g].last;
     const int rows = rows_of(first, s);
     int items, each = 1, tiles = 0;
-    if (first->op == OP_ATTENTION) items = attention_items(first, s);
+    attention_work work = {0, 0, 0};
+    if (first->op == OP_ATTENTION) work = attention_items(first, s, parts), items = work.items;
     else if (first->op == OP_LINEAR_INT || first->op == OP_LINEAR_FLOAT) {
       tiles = rows ? linear_tiles(first) : 0;
       each = upto(tiles / parts, 16);
@@ -123,12 +133,10 @@ EXPORT void llmc_run(const step *s) {
       const int item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
       if (item >= items) break;
       const int begin = item * each, end = begin + each;
-      if (first->op == OP_ATTENTION) attention(first, s, item);
+      if (first->op == OP_ATTENTION) attention(first, s, item, work);
       else if (first->op == OP_LINEAR_INT) linear_int(first, begin, end < tiles ? end : tiles, rows);
       else if (first->op == OP_LINEAR_FLOAT) linear_float(first, begin, end < tiles ? end : tiles, rows);
-      else
-        for (int row = begin; row < end && row < rows; row++)
-          for (const instruction *i = first; i < last; i++) run_row(i, s, row);
+      else run_rows(first, last, s, begin, end < rows ? end : rows);
       finish(done, items);
     }
     if (wait_for(done, items, turns)) turns = FEW_SPINS;
