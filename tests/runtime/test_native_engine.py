@@ -577,7 +577,7 @@ def test_threads_that_lose_their_cores_give_the_same_bits() -> None:
 
 
 def test_a_thread_that_waits_for_another_one_sleeps_until_that_is_finished() -> None:
-    """Two threads of a step with one item. The first one finds it taken, as if the second had lost its core."""
+    """Two threads of a step with one item. The first finds it taken, as if the second had lost its core."""
     engine = library.load()
     counters = np.zeros((2, library.COUNTER), np.int32)  # next and done
     numbers = np.zeros((2, 16), np.float32)
