@@ -12,6 +12,7 @@
 
 enum { BLOCK = 32, PART = 256, PART_BLOCKS = PART / BLOCK, MAX_ROWS = 32, MAX_WIDTH = 576, MAX_VALUE_WIDTH = 512 };
 enum { AHEAD_BLOCKS = 2, WEIGHT_DIGITS = 3 };
+enum { ROW = PART + 16 }; // from one row of weights to the next: not a power of two, so that rows share no sets of the L1 cache
 // Rows at once, as many as the registers can hold.
 #if defined(__AVX512F__)
 enum { AT_ONCE = 8, CODED_AT_ONCE = 2, SUMS = 24 };
@@ -113,7 +114,7 @@ INLINE void float_scores(const int R, const int CACHE, int width, const uint8_t 
       s[r][0] = fma(k0, q, s[r][0]), s[r][1] = fma(k1, q, s[r][1]);
     }
   }
-  UNROLL for (int r = 0; r < R; r++) storef(out + r * PART, s[r][0]), storef(out + r * PART + 16, s[r][1]);
+  UNROLL for (int r = 0; r < R; r++) storef(out + r * ROW, s[r][0]), storef(out + r * ROW + 16, s[r][1]);
 }
 INLINE void digit_scores(const int R, const int DIGITS, const kv_block *kv, const uint8_t *next, const query_tile *q, int first, float *out) {
   const int8_t *digits = q->digits + first * 3 * q->stride;
@@ -134,7 +135,7 @@ INLINE void digit_scores(const int R, const int DIGITS, const kv_block *kv, cons
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int half = 0; half < 2; half++) {
     vf t = tofloat(s[r * DIGITS][half]);
     UNROLL for (int d = 1; d < DIGITS; d++) t = fma(t, allf(256), tofloat(s[r * DIGITS + d][half]));
-    storef(out + r * PART + 16 * half, t * q->scales[first + r] * loadf(kv->key_scales + 16 * half));
+    storef(out + r * ROW + 16 * half, t * q->scales[first + r] * loadf(kv->key_scales + 16 * half));
   }
 }
 
@@ -171,7 +172,7 @@ INLINE void weigh(const int R, const int V, const int CACHE, int first, int last
     UNROLL for (int v = 0; v < V; v++) x[v] = load_number(CACHE, values, at + 16 * v);
     UNROLL for (int v = 0; v < V; v += 4 / SIZE) PREFETCH(next + (at + 16 * v) * SIZE);
     UNROLL for (int r = 0; r < R; r++) {
-      const vf p = allf(weights[r * PART + t]);
+      const vf p = allf(weights[r * ROW + t]);
       UNROLL for (int v = 0; v < V; v++) o[r][v] = fma(x[v], p, o[r][v]);
     }
   }
@@ -241,11 +242,11 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
     const int key = from + end + b * BLOCK;
     stream[2 * blocks + b] = key < end_key ? block_of(CACHE, i, table[key / BLOCK], head).keys : kv[blocks - 1].values;
   }
-  float weights[MAX_ROWS * PART];
+  float weights[MAX_ROWS * ROW];
   for (int b = 0; b < blocks; b++) {
 #define NEXT (r ? kv[b].keys : stream[b + AHEAD_BLOCKS])
-#define FLOATS(R) float_scores(R, CACHE, q->width, kv[b].keys, NEXT, q->x + r * q->width, weights + r * PART + begin + b * BLOCK);
-#define CODES(R) digit_scores(R, DIGITS, kv + b, NEXT, q, r, weights + r * PART + begin + b * BLOCK);
+#define FLOATS(R) float_scores(R, CACHE, q->width, kv[b].keys, NEXT, q->x + r * q->width, weights + r * ROW + begin + b * BLOCK);
+#define CODES(R) digit_scores(R, DIGITS, kv + b, NEXT, q, r, weights + r * ROW + begin + b * BLOCK);
     if (CACHE != INT8_CACHE) EACH_ROWS(AT_ONCE, FLOATS)
     else if (DIGITS == 1) EACH_ROWS(4, CODES)
     else EACH_ROWS(2, CODES)
@@ -254,7 +255,7 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
   coded_weights coded;
   for (int r = 0; r < rows; r++) {
     const int position = q->position + r / q->shared, first = first_key(i, position) - from, last = position + 1 - from;
-    float *row = weights + r * PART;
+    float *row = weights + r * ROW;
     softmax(i->x[1], first, last, begin, end, row, out.maximum + r, out.total + r);
     begins = first < begins ? first : begins, ends = last > ends ? last : ends;
     if (CACHE != INT8_CACHE) continue;
@@ -277,7 +278,7 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
   for (int b = 0; b < blocks; b++) {
     const int key = begin + b * BLOCK, low = begins > key ? begins - key : 0, high = ends - key < BLOCK ? ends - key : BLOCK;
 #define WEIGH(R)                                                                                                             \
-  weigh_rows(R, CACHE, low, high, weights + r * PART + key, kv[b].values, r ? kv[b].values : stream[blocks + b + AHEAD_BLOCKS], padded, \
+  weigh_rows(R, CACHE, low, high, weights + r * ROW + key, kv[b].values, r ? kv[b].values : stream[blocks + b + AHEAD_BLOCKS], padded, \
              out.values + r * padded);
     EACH_ROWS(AT_ONCE, WEIGH)
   }
@@ -306,14 +307,15 @@ static partial part_at(const step *s, attention_work work, int number, int rows)
 INLINE void attention_item(const int CACHE, const int DIGITS, const instruction *i, const step *s, int item, attention_work work) {
   const int heads = i->n[0], kv_heads = i->n[1], shared = heads / kv_heads, most = attention_tokens(i), each = work.each;
   item = work.items - 1 - item; // the last tiles of a prompt see most: they are first
-  int sequence = 0, number = 0, of_step = 0; // number: of the sequence's first part; of_step: its first head
+  int sequence = 0, items = 0, number = 0, of_step = 0; // number: of the sequence's first part; of_step: its first head
   for (;; sequence++) {
     const int count = s->query_start[sequence + 1] - s->query_start[sequence], parts = each ? parts_of(i, s, sequence) : 0;
-    const int items = (each ? (parts + each - 1) / each : (count + most - 1) / most) * kv_heads;
-    if (item < items) break;
-    item -= items, number += parts * kv_heads, of_step += count ? kv_heads : 0;
+    items = each ? (parts + each - 1) / each : (count + most - 1) / most; // of a head
+    if (item < items * kv_heads) break;
+    item -= items * kv_heads, number += parts * kv_heads, of_step += count ? kv_heads : 0;
   }
-  const int head = item % kv_heads, begin = s->query_start[sequence] + (each ? 0 : item / kv_heads * most);
+  // The items of a head follow each other, because they read the same keys and values.
+  const int head = item / items, begin = s->query_start[sequence] + (each ? 0 : item % items * most);
   const int end = begin + most < s->query_start[sequence + 1] ? begin + most : s->query_start[sequence + 1];
   const int32_t *table = s->block_indices + s->block_begins[sequence];
 
@@ -333,12 +335,12 @@ INLINE void attention_item(const int CACHE, const int DIGITS, const instruction 
 
   const int first = first_key(i, q.position) / PART, last = (q.position + end - begin - 1) / PART;
   if (each) {
-    const int parts = last - first + 1, pieces = (parts + each - 1) / each, piece = item / kv_heads;
+    const int parts = last - first + 1, piece = item % items;
     number += head * parts;
     for (int p = piece * each; p < (piece + 1) * each && p < parts; p++)
       attend(CACHE, DIGITS, i, table, head, &q, (first + p) * PART, part_at(s, work, number + p, q.rows));
     int32_t *finished = s->merged + of_step + head;
-    if (__atomic_add_fetch(finished, 1, __ATOMIC_ACQ_REL) < pieces) return;
+    if (__atomic_add_fetch(finished, 1, __ATOMIC_ACQ_REL) < items) return;
     *finished = 0; // for the next instruction
     for (int p = 0; p < parts; p++) merge(q.rows, q.padded, part_at(s, work, number + p, q.rows), all);
   } else {
