@@ -22,7 +22,7 @@ class TargetOptions:
 
 
 TARGETS: Mapping[str, TargetOptions] = {
-    "cpu": TargetOptions(("fp32",), {"int8": "int8"}),
+    "cpu": TargetOptions(("fp32",), {"fp16": "fp16", "int8": "int8"}),
     "tensorrt-rtx": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
     "tensorrt": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
 }

@@ -164,6 +164,8 @@ def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
         except UnsupportedError as error:
             return error.message
     if engine == "openvino":
+        if resolved.kv_dtype == "fp16":
+            return "it has no KV cache of fp16"
         if rounded_to(model) - {ir.DataType.INT8}:
             return "it leaves out the rounding of activations to 8 or 4 bits (FP8, FP4)"
         for node in attention_nodes(model):

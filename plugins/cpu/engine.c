@@ -2,16 +2,20 @@
 //
 // The work of a group is split into items, which threads take from a counter. A group begins when all items of the
 // previous group are finished, not when all threads have arrived. So a preempted thread delays the others only while
-// it holds an item. Nothing here needs a C library.
+// it holds an item. Then they sleep, and the system can give it one of their cores. Nothing here needs a C library.
 #include "program.h"
 #include "vec.h"
 #include "rows.c"
 #include "../linear/cpu/linear.c"
+#include "../paged_attention/cpu/cache.c"
 #include "../paged_attention/cpu/attention.c"
 #include "measure.c"
 
 #define EXPORT __attribute__((visibility("default")))
-enum { VERSION = 4, COUNTER = 16, SPINS = 2000, PER_THREAD = 6 };
+enum { VERSION = 5, COUNTER = 16, SLEEPERS = 1, PER_THREAD = 6 };
+// Turns of a loop before a thread sleeps, about 50 microseconds: nobody sleeps in a step that is not disturbed, because
+// waking takes long. A thread that slept in this step has a busy neighbour and sleeps sooner.
+enum { SPINS = 1000, FEW_SPINS = 200 };
 
 // Asks the system for what this library needs. Returns 0, or the number of a system's error.
 EXPORT int32_t llmc_prepare(void) {
@@ -40,21 +44,41 @@ __attribute__((used)) void *memcpy(void *restrict to, const void *restrict from,
 }
 #endif
 
-static void relax(int spins) {
-#if defined(__x86_64__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-  if (spins < SPINS) return;
+// Linux' futex: threads of this process sleep while a word holds a value (FUTEX_WAIT_PRIVATE), or are woken (FUTEX_WAKE_PRIVATE).
+enum { SLEEP = 128, WAKE = 129 };
+static void futex(int32_t *word, long operation, long value) {
 #if defined(__x86_64__) && defined(__linux__)
+  register long no_timeout __asm__("r10") = 0;
   long result;
-  __asm__ volatile("syscall" : "=a"(result) : "a"(24L) : "rcx", "r11", "memory"); // sched_yield
+  __asm__ volatile("syscall"
+                   : "=a"(result)
+                   : "a"(202L), "D"(word), "S"(operation), "d"(value), "r"(no_timeout)
+                   : "rcx", "r11", "memory");
 #elif defined(__aarch64__) && defined(__linux__)
-  register long number __asm__("x8") = 124;
-  register long result __asm__("x0");
-  __asm__ volatile("svc 0" : "=r"(result) : "r"(number) : "memory"); // sched_yield
+  register long number __asm__("x8") = 98, address __asm__("x0") = (long)word, what __asm__("x1") = operation,
+                of __asm__("x2") = value, no_timeout __asm__("x3") = 0;
+  __asm__ volatile("svc 0" : "+r"(address) : "r"(number), "r"(what), "r"(of), "r"(no_timeout) : "memory");
+#else
+  (void)word, (void)operation, (void)value; // the caller waits awake
 #endif
+}
+// Waits until `items` items are finished: for some turns awake, then asleep. Returns whether it slept.
+static int wait_for(int32_t *done, int items, int turns) {
+  for (; turns > 0; turns--) {
+    if (__atomic_load_n(done, __ATOMIC_ACQUIRE) >= items) return 0;
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+  }
+  __atomic_store_n(done + SLEEPERS, 1, __ATOMIC_SEQ_CST);
+  for (int32_t seen; (seen = __atomic_load_n(done, __ATOMIC_SEQ_CST)) < items;) futex(done, SLEEP, seen);
+  return 1;
+}
+// Counts an item, and wakes the threads that sleep until the last one is finished.
+static void finish(int32_t *done, int items) {
+  if (__atomic_add_fetch(done, 1, __ATOMIC_SEQ_CST) == items && __atomic_load_n(done + SLEEPERS, __ATOMIC_SEQ_CST)) futex(done, WAKE, 0x7fffffff);
 }
 
 // Ticks of a clock that runs at a constant rate.
@@ -77,15 +101,25 @@ EXPORT int64_t llmc_integer_products(int64_t turns) { return integer_products(tu
 
 static int rows_of(const instruction *i, const step *s) { return i->per_logit ? s->logits : s->tokens; }
 
-INLINE int upto(int x, int most) { return x < 1 ? 1 : x > most ? most : x; }
+// Runs row-wise instructions, each row after the other. Keys and values of many rows are written together.
+static void run_rows(const instruction *first, const instruction *last, const step *s, int begin, int end) {
+  for (const instruction *i; first < last; first = i + (i < last)) {
+    for (i = first; i < last && i->op != OP_WRITE_KV;) i++;
+    for (int row = begin; row < end; row++)
+      for (const instruction *one = first; one < i; one++) run_row(one, s, row);
+    if (i < last) write_kv(i, s, begin, end);
+  }
+}
 
 EXPORT void llmc_run(const step *s) {
   const int parts = s->threads * PER_THREAD;
+  int turns = SPINS;
   for (int g = 0; g < s->num_groups; g++) {
     const instruction *first = s->code + s->groups[g].first, *last = s->code + s->groups[g].last;
     const int rows = rows_of(first, s);
     int items, each = 1, tiles = 0;
-    if (first->op == OP_ATTENTION) items = attention_items(first, s);
+    attention_work work = {0, 0, 0};
+    if (first->op == OP_ATTENTION) work = attention_items(first, s, parts), items = work.items;
     else if (first->op == OP_LINEAR_INT || first->op == OP_LINEAR_FLOAT) {
       tiles = rows ? linear_tiles(first) : 0;
       each = upto(tiles / parts, 16);
@@ -99,15 +133,13 @@ EXPORT void llmc_run(const step *s) {
       const int item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
       if (item >= items) break;
       const int begin = item * each, end = begin + each;
-      if (first->op == OP_ATTENTION) attention(first, s, item);
+      if (first->op == OP_ATTENTION) attention(first, s, item, work);
       else if (first->op == OP_LINEAR_INT) linear_int(first, begin, end < tiles ? end : tiles, rows);
       else if (first->op == OP_LINEAR_FLOAT) linear_float(first, begin, end < tiles ? end : tiles, rows);
-      else
-        for (int row = begin; row < end && row < rows; row++)
-          for (const instruction *i = first; i < last; i++) run_row(i, s, row);
-      __atomic_fetch_add(done, 1, __ATOMIC_RELEASE);
+      else run_rows(first, last, s, begin, end < rows ? end : rows);
+      finish(done, items);
     }
-    for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < items; spins++) relax(spins);
+    if (wait_for(done, items, turns)) turns = FEW_SPINS;
     if (s->times) s->times[g] = ticks();
   }
 }

@@ -8,7 +8,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-VERSION = 4
+VERSION = 5
 LIBRARIES = Path(__file__).parent / "lib"
 COUNTER = 16  # int32 elements per counter: each group's counter has a cache line
 
@@ -26,6 +26,7 @@ _NEEDS = {
 EMBED, GATHER, COPY, UNARY, BINARY, VECTOR, SCALAR, RMSNORM, LAYERNORM, ROPE, WRITE_KV = range(11)
 GLU, ROUND, SLICE, QUANTIZE, LINEAR_INT, LINEAR_FLOAT, ATTENTION = range(11, 18)
 KINDS = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3}
+CACHES = {"fp32": 0, "fp16": 1, "int8": 2}
 
 _pointer = ctypes.c_void_p
 
@@ -71,9 +72,12 @@ class Step(ctypes.Structure):
                 "slot",
                 "next",
                 "done",
-                "times",
+                "merged",
+                "parts",
             )
         ),
+        ("part_floats", ctypes.c_int64),
+        ("times", _pointer),
     )
 
 

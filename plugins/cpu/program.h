@@ -16,7 +16,7 @@ enum op {
   OP_LAYERNORM = 8, // out = (a - mean) / std * v + v2, in groups; n: width of a group, has v2, groups, weights
                     // from one group to the next; x: epsilon
   OP_ROPE = 9,     // out = a rotated; v, v2: cos and sin tables; n: heads, head width, rotated width, interleaved
-  OP_WRITE_KV = 10, // a: keys, b: values, into the cache; n: kv heads, key width, value width, 8 bits
+  OP_WRITE_KV = 10, // a: keys, b: values, into the cache; n: kv heads, key width, value width, cache
   OP_GLU = 11,     // out = f(a) x b; n: width, function
   OP_ROUND = 12,   // out = a rounded to a format times the scale v[0]; n: width, format
   OP_SLICE = 13,   // out = columns of every group of a; n: groups, width of a group of a, first column, width
@@ -24,10 +24,11 @@ enum op {
   // Operations on many rows at once.
   OP_LINEAR_INT = 15,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
   OP_LINEAR_FLOAT = 16, // out = a x w; n: rows of w, columns, element type
-  OP_ATTENTION = 17,    // out = attention of a (queries); n: heads, kv heads, key width, value width, window,
-                        // digits of queries (0: the cache is fp32); x: scale, softcap
+  OP_ATTENTION = 17,    // out = attention of a (queries); v: null or the sinks; n: heads, kv heads, key width, value
+                        // width, window, digits of queries (of a cache of 8 bits), cache, chunk; x: scale, softcap
 };
 enum kind { F32 = 0, F16 = 1, BF16 = 2, E4M3 = 3 }; // element types
+enum cache { FP32_CACHE = 0, FP16_CACHE = 1, INT8_CACHE = 2 };
 
 typedef struct {
   int32_t op, per_logit; // per_logit: the rows are those of logits_index, not those of the tokens
@@ -39,9 +40,10 @@ typedef struct {
   float *scales;                          // [rows][width / group]
   int32_t *sums;                          // [rows][digits][width / group]
   uint8_t *keys, *values;                 // the cache of a layer; a block has
-                                          //   fp32: [kv heads][key width][32], [kv heads][32][value width, padded]
-                                          //   8 bits: [kv heads][key width / 4][32][4], fp32 [kv heads][32]: scales;
-                                          //           [kv heads][32][value width, padded], fp32 [kv heads][32]
+                                          //   floats: [kv heads][key width][32], [kv heads][32][value width, padded]
+                                          //   8 bits, code + 128, and fp32 scales:
+                                          //     [kv heads][key width / 4][32][4], [kv heads][32];
+                                          //     [kv heads][32 / 4][value width, padded][4], [kv heads][32]
   int64_t block_stride;                   // bytes from one block to the next
   int32_t n[8];
   float x[2];
@@ -60,6 +62,9 @@ typedef struct {
   int32_t *slot;  // [tokens] the slot of each token in the cache: block * 32 + position in the block
   int32_t *next;  // [groups * 16] the next item of each group; counters are a cache line apart and 0 before a step
   int32_t *done;  // [groups * 16] the number of finished items of each group
+  int32_t *merged; // [threads * 16] finished items of each head whose context is split; 0 between instructions
+  float *parts;    // [part_floats] results of parts of the context
+  int64_t part_floats;
   int64_t *times; // [groups] null, or where the first thread writes the clock after each group
 } step;
 

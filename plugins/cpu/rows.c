@@ -252,33 +252,6 @@ static void embed(const instruction *i, int token, float *out) {
   }
 }
 
-// The elements of a key are 32 numbers apart, so that the scores of a block's 32 tokens are vectors.
-static void write_kv(const instruction *i, int slot, const float *key, const float *value) {
-  const int heads = i->n[0], width = i->n[1], value_width = i->n[2], padded = (value_width + LANES - 1) / LANES * LANES;
-  const int64_t block = slot / 32 * i->block_stride, at = slot % 32;
-  float *keys = (float *)(i->keys + block), *values = (float *)(i->values + block);
-  for (int h = 0; h < heads; h++, key += width, value += value_width) {
-    float *k = keys + (int64_t)h * width * 32 + at, *v = values + ((int64_t)h * 32 + at) * padded;
-    for (int d = 0; d < width; d++) k[(int64_t)d * 32] = key[d];
-    for (int d = 0; d < value_width; d++) v[d] = value[d];
-  }
-}
-// The codes of 4 neighbouring elements of a key lie together, as code + 128. Those of values are signed. Scales follow.
-static void write_codes(const instruction *i, int slot, const float *key, const float *value) {
-  const int heads = i->n[0], width = i->n[1], value_width = i->n[2], padded = (value_width + LANES - 1) / LANES * LANES;
-  const int64_t block = slot / 32 * i->block_stride, at = slot % 32, key_bytes = (int64_t)(width + 3) / 4 * 4 * 32;
-  uint8_t *keys = i->keys + block, *values = i->values + block;
-  float *key_scales = (float *)(keys + heads * key_bytes), *value_scales = (float *)(values + (int64_t)heads * 32 * padded);
-  int8_t codes[1024];
-  int32_t sums;
-  for (int h = 0; h < heads; h++, key += width, value += value_width) {
-    key_scales[h * 32 + at] = to_digits(1, width, key, codes, 0, &sums);
-    for (int d = 0; d < width; d++) keys[h * key_bytes + d / 4 * 128 + at * 4 + d % 4] = (uint8_t)(codes[d] + 128);
-    value_scales[h * 32 + at] = to_digits(1, value_width, value, codes, 0, &sums);
-    __builtin_memcpy(values + ((int64_t)h * 32 + at) * padded, codes, (unsigned long)value_width);
-  }
-}
-
 static void run_row(const instruction *i, const step *s, int row) {
   float *out = i->out + row * i->out_stride;
   const float *a = i->a + row * i->a_stride;
@@ -307,7 +280,6 @@ static void run_row(const instruction *i, const step *s, int row) {
       rope(i->n, i->v + at, i->v2 + at, a, out);
       break;
     }
-    case OP_WRITE_KV: (i->n[3] ? write_codes : write_kv)(i, s->slot[row], a, i->b + row * i->b_stride); break;
     case OP_QUANTIZE: quantize(i, row, i->per_logit ? s->logits : s->tokens, a); break;
   }
 }

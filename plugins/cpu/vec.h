@@ -28,6 +28,7 @@ typedef int8_t vb __attribute__((vector_size(16), aligned(1)));
 typedef uint8_t vub __attribute__((vector_size(16), aligned(1)));
 typedef uint8_t bytes64 __attribute__((vector_size(64), aligned(1)));
 
+INLINE int upto(int x, int most) { return x < 1 ? 1 : x > most ? most : x; }
 INLINE vf loadf(const float *p) { return *(const vf_loose *)p; }
 INLINE void storef(float *p, vf x) { *(vf_loose *)p = x; }
 INLINE vf allf(float x) { return x - (vf){}; } // x - 0 is x, also for -0, so compilers only broadcast

@@ -26,6 +26,7 @@ def paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    chunk: int = 0,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
     sinks: np.ndarray | None = None,
@@ -33,6 +34,7 @@ def paged_attention(
     """Write the new keys and values into the caches in place, and return the output.
 
     Shapes are as in `spec.py`. The arithmetic is float64. Caches may be `ml_dtypes.float8_e4m3fn`.
+    chunk: 0, or a query sees only the keys of its own chunk of `chunk` positions.
     key_scale, value_scale: the scales of such caches.
     sinks: float [num_heads], logits without a value. Each takes a share of its head's softmax.
     Returns [T, num_heads*Dv] in the query's dtype.
@@ -60,6 +62,7 @@ def paged_attention(
         for t in range(start, end):
             position = past + t - start
             first = max(0, position - window + 1) if window > 0 else 0
+            first = max(first, position // chunk * chunk) if chunk > 0 else first
             for h in range(num_heads):
                 g = h // (num_heads // num_kv_heads)
                 scores = all_keys[g, first : position + 1] @ queries[t, h] * scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from llmc.plugins.cpu.library import CACHES
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.backends.kv_cache import cpu_blocks
@@ -25,7 +26,7 @@ def load(engine: EngineFile, options: LoadOptions) -> NativeBackend:
     Raises BackendError if this machine has no native engine or the engine no such cache, BundleError for a
     damaged program, and RequestError for a KV cache that does not fit.
     """
-    if engine.kv_dtype not in ("fp32", "int8"):
+    if engine.kv_dtype not in CACHES:
         raise BackendError(
             f"the native engine has no KV cache of {engine.kv_dtype}", "build the bundle without --kv-dtype"
         )

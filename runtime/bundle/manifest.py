@@ -438,6 +438,7 @@ def _check_consistent(manifest: Manifest) -> None:
         raise BundleError(f"the bundle has a KV cache of {kv_dtype}, which this llmc lacks", upgrade_hint())
     if (kv_dtype in QUANTIZED_CACHES and manifest.gpu is None) or (
         _CPU_CACHES.get(kv_dtype, engine) != engine
+        or (kv_dtype == "fp16" and manifest.gpu is None and engine != "native")
     ):
         _bad("precision.kv_dtype", f"{kv_dtype} is no KV cache of {engine}")
     if len({operator.name for operator in manifest.operators}) != len(manifest.operators):

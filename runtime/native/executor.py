@@ -19,6 +19,7 @@ from llmc.runtime.native.program import Cache, Program
 
 _SETS = 8  # sets of counters: a late thread may still read those of earlier steps
 _DIGIT_ROWS = 16  # rows of a tile of digits
+_PART_BYTES = 8 << 20  # for the results of parts of a context; longer contexts are not split
 
 
 class Executor:
@@ -30,7 +31,7 @@ class Executor:
     num_blocks: the number of blocks of the KV cache, of 32 tokens each.
     threads: the number of threads, the caller's included.
     digits: int8 digits of an activation, see `plan`.
-    kv_dtype: the dtype of the KV cache, fp32, or int8 with a scale for each token and head.
+    kv_dtype: the dtype of the KV cache, fp32, fp16, or int8 with a scale for each token and head.
     isa: the name of a library of `plugins/cpu`. None: the best one for this CPU.
     """
 
@@ -54,7 +55,7 @@ class Executor:
         self._capacity = -(-max_tokens // _DIGIT_ROWS) * _DIGIT_ROWS
         self._arena = _memory(self._plan.row_bytes * self._capacity + (1 << 16))
         self._base = _address(self._arena)
-        self._digits, self._int8_cache = digits, kv_dtype == "int8"
+        self._digits, self._kv_dtype = digits, kv_dtype
         sizes = [size for cache in program.caches for size in _block_bytes(cache, kv_dtype)]
         self._block_bytes = sum(sizes)
         self._cache = _memory(num_blocks * self._block_bytes + LINE)
@@ -63,6 +64,8 @@ class Executor:
         self._layers = [
             (int(begins[2 * layer]), int(begins[2 * layer + 1])) for layer in range(len(sizes) // 2)
         ]
+        self._parts = _memory(_PART_BYTES)
+        self._merged = np.zeros(threads * library.COUNTER, np.int32)
         planned = self._plan.instructions
         self._code = (library.Instruction * len(planned))(
             *(self._bind(instruction) for instruction in planned)
@@ -107,6 +110,9 @@ class Executor:
             slot=slot.ctypes.data,
             next=self._next[turn].ctypes.data,
             done=self._done[turn].ctypes.data,
+            merged=self._merged.ctypes.data,
+            parts=_address(self._parts),
+            part_floats=_PART_BYTES // 4,
             times=None if times is None else times.ctypes.data,
         )
         kept_alive = (
@@ -118,6 +124,8 @@ class Executor:
             self._done,
             self._arena,
             self._cache,
+            self._parts,
+            self._merged,
             self._weights,
         )
         for worker in self._workers:
@@ -195,10 +203,10 @@ class Executor:
         source, n = planned.source, numbers(self._program, planned)
         bound = library.Instruction(op=planned.op, per_logit=planned.per_logit)
         bound.n[: len(n)] = n
-        if self._int8_cache and planned.op == library.WRITE_KV:
-            bound.n[3] = 1
-        if self._int8_cache and planned.op == library.ATTENTION:
-            bound.n[5] = self._digits
+        if planned.op == library.WRITE_KV:
+            bound.n[3] = library.CACHES[self._kv_dtype]
+        if planned.op == library.ATTENTION:
+            bound.n[5:7] = self._digits, library.CACHES[self._kv_dtype]
         if source.out is not None and planned.op != library.QUANTIZE:
             bound.out, bound.out_stride = self._find(source.out, source.offset)
         views = () if planned.op == library.LINEAR_INT else source.inputs
@@ -271,7 +279,8 @@ def _block_bytes(cache: Cache, kv_dtype: str) -> tuple[int, int]:
     value_width = -(-cache.v_head_dim // 16) * 16
     if kv_dtype == "int8":
         return per_number * (-(-cache.head_dim // 4) * 4 + 4), per_number * (value_width + 4)
-    return per_number * cache.head_dim * 4, per_number * value_width * 4
+    size = 2 if kv_dtype == "fp16" else 4
+    return per_number * cache.head_dim * size, per_number * value_width * size
 
 
 def _positions(batch: Batch, counts: np.ndarray) -> np.ndarray:

@@ -42,7 +42,8 @@ class Interpreter:
     """A program with its weights and KV cache.
 
     weights: the constants, and the matrices as fp64 [rows, columns]. num_blocks: blocks of the cache.
-    kv_dtype: fp64, or int8: keys and values are rounded with a scale for each token and head.
+    kv_dtype: fp64; fp16: keys and values are rounded to it, and larger numbers become its largest one;
+        int8: they are rounded with a scale for each token and head.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Interpreter:
                 heads = self._program.caches[instruction.integers["layer"]].num_kv_heads
                 if self._kv_dtype == "int8":
                     inputs = [_rounded(x, heads) for x in inputs]
+                if self._kv_dtype == "fp16":
+                    inputs = [_to_fp16(x) for x in inputs]
                 pending[instruction.integers["layer"]] = (inputs[0], inputs[1])
                 continue
             if instruction.op == "attention":
@@ -145,6 +148,8 @@ class Interpreter:
             scale=instruction.floats["scale"],
             window=instruction.integers["window"],
             softcap=instruction.floats["softcap"],
+            chunk=instruction.integers.get("chunk", 0),
+            sinks=self._weights[instruction.weights[0]] if instruction.weights else None,
         )
 
 
@@ -182,6 +187,10 @@ def _rounded(x: np.ndarray, heads: int) -> np.ndarray:
     each = x.reshape(len(x), heads, -1)
     scale = np.maximum(np.abs(each).max(axis=-1, keepdims=True) / 127, 1e-300)
     return (np.rint(each / scale) * scale).reshape(x.shape)
+
+
+def _to_fp16(x: np.ndarray) -> np.ndarray:
+    return np.clip(x, -65504, 65504).astype(np.float32).astype(np.float16).astype(np.float64)
 
 
 def _columns(buffers: Mapping[int, np.ndarray], view: View) -> np.ndarray:

@@ -276,7 +276,9 @@ def numbers(program: Program, planned: Planned) -> Sequence[int]:
     if planned.op in (library.WRITE_KV, library.ATTENTION):
         cache = program.caches[integers["layer"]]
         sizes = (cache.num_kv_heads, cache.head_dim, cache.v_head_dim)
-        return sizes if planned.op == library.WRITE_KV else (integers["heads"], *sizes, integers["window"])
+        if planned.op == library.WRITE_KV:
+            return sizes
+        return integers["heads"], *sizes, integers["window"], 0, 0, integers.get("chunk", 0)
     if planned.op == library.QUANTIZE:
         assert planned.digits is not None
         return width, planned.digits.group, planned.digits.digits

@@ -137,6 +137,8 @@ class Operation:
     functions: tuple[str, ...] = ()
     #: The names of integer parameters.
     integers: tuple[str, ...] = ()
+    #: The names of integer parameters that may be left out: 0.
+    optional: tuple[str, ...] = ()
     #: The names of float parameters.
     floats: tuple[str, ...] = ()
     #: Whether it writes a buffer.
@@ -176,8 +178,13 @@ OPERATIONS: Mapping[str, Operation] = {
     "write_kv": Operation(inputs=2, integers=("layer",), writes=False),
     # out = input x matrix^T
     "linear": Operation(weights=(1, 1)),
-    # out = attention of queries over the cache of `layer`; as llmc.PagedAttention
-    "attention": Operation(integers=("heads", "layer", "window"), floats=("scale", "softcap")),
+    # out = attention of queries over the cache of `layer`; as llmc.PagedAttention. A weight: the sinks
+    "attention": Operation(
+        weights=(0, 1),
+        integers=("heads", "layer", "window"),
+        optional=("chunk",),
+        floats=("scale", "softcap"),
+    ),
 }
 
 
@@ -278,9 +285,8 @@ def _complaints(
         yield f"has {len(instruction.inputs)} inputs"
     if not operation.weights[0] <= len(instruction.weights) <= operation.weights[1]:
         yield f"has {len(instruction.weights)} weights"
-    if set(instruction.integers) != set(operation.integers) or set(instruction.floats) != set(
-        operation.floats
-    ):
+    integers = set(instruction.integers) - set(operation.optional)
+    if integers != set(operation.integers) or set(instruction.floats) != set(operation.floats):
         yield "has other parameters than its operation"
     if instruction.function not in (operation.functions or ("",)):
         yield f"has no function {instruction.function!r}"
@@ -403,6 +409,8 @@ def _cache_complaints(program: Program, instruction: Instruction, width: int) ->
         yield "has heads that the cache's heads do not divide, or more than 32 for one"
     elif instruction.inputs[0].width != heads * cache.head_dim or width != heads * cache.v_head_dim:
         yield "has queries of another width"
+    elif any(program.constants.get(name) != heads for name in instruction.weights):
+        yield "has sinks for another number of heads"
 
 
 def describe(instruction: Instruction) -> str:

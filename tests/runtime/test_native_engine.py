@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,7 +152,16 @@ def overlap(op: str, function: str, first: int, second: int) -> Built:
     return build.finish(build.emit(op, 64, *views, function=function))
 
 
-def attention(heads: int, kv_heads: int, width: int, value_width: int, window: int, softcap: float) -> Built:
+def attention(
+    heads: int,
+    kv_heads: int,
+    width: int,
+    value_width: int,
+    window: int,
+    softcap: float,
+    chunk: int = 0,
+    sinks: bool = False,
+) -> Built:
     build = Builder(heads * width + kv_heads * (width + value_width))
     build.caches.append(Cache(kv_heads, width, value_width))
     first, second = heads * width, kv_heads * width
@@ -169,9 +180,11 @@ def attention(heads: int, kv_heads: int, width: int, value_width: int, window: i
         "attention",
         heads * value_width,
         View(0, 0, first),
+        weights=(build.vector("sinks", heads),) if sinks else (),
         heads=heads,
         layer=0,
         window=window,
+        **({"chunk": chunk} if chunk else {}),
         scale=width**-0.5,
         softcap=softcap,
     )
@@ -218,6 +231,8 @@ PROGRAMS: dict[str, Callable[[], Built]] = {
     "window": lambda: attention(4, 4, 32, 32, 20, 0.0),
     "window of one": lambda: attention(4, 4, 32, 32, 1, 0.0),
     "softcap": lambda: attention(4, 2, 32, 64, 0, 3.0),
+    "chunks": lambda: attention(4, 2, 32, 32, 0, 0.0, chunk=12),
+    "sinks": lambda: attention(6, 2, 16, 16, 20, 0.0, sinks=True),
     "latent heads": lambda: attention(16, 1, 576, 512, 0, 0.0),
     "fp32": lambda: linear("fp32"),
     "fp16": lambda: linear("fp16"),
@@ -288,7 +303,93 @@ def test_a_row_of_a_long_step_is_that_row_alone(element: str, block: int, scales
     assert results[0].tobytes() == alone[tokens].tobytes()
 
 
-ATTENTION = ("attention", "values of another width", "multi-query", "window", "softcap", "latent heads")
+ATTENTION = (
+    "attention",
+    "values of another width",
+    "multi-query",
+    "window",
+    "softcap",
+    "chunks",
+    "sinks",
+    "latent heads",
+)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_a_cache_of_fp16_rounds_keys_and_values(name: str) -> None:
+    built = PROGRAMS[name]()
+    program, _, weights = built
+    interpreter = Interpreter(program, weights, 12, "fp16")  # type: ignore[arg-type]
+    got = run(built, kv_dtype="fp16")
+    for result, batch in zip(got, steps(), strict=True):
+        want = interpreter.forward(batch)
+        np.testing.assert_allclose(result, want, rtol=0, atol=2e-6 * np.abs(want).max())
+    assert any((a != b).any() for a, b in zip(got, run(built), strict=True))
+    for isa in ISAS:
+        for result, first in zip(run(built, 1, isa=isa, kv_dtype="fp16"), got, strict=True):
+            assert result.tobytes() == first.tobytes(), isa
+
+
+def test_numbers_beyond_fp16_become_its_largest_in_the_cache() -> None:
+    program, weights, exact = attention(2, 1, 16, 16, 0, 0.0)
+    packed = {**weights, "table": (weights["table"].view(np.float32) * 1e6).view(np.uint8)}
+    exact = {**exact, "table": exact["table"] * 1e6}
+    batch = steps()[0]
+    want = Interpreter(program, exact, 12, "fp16").forward(batch)
+    got = run((program, packed, exact), kv_dtype="fp16")[0]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6 * np.abs(want).max())
+
+
+LONG = {
+    "long": lambda: attention(4, 2, 32, 32, 0, 0.0),
+    "long, one head": lambda: attention(3, 1, 16, 40, 0, 0.0, sinks=True),
+    "long window": lambda: attention(4, 4, 32, 32, 300, 3.0),
+    "long chunks": lambda: attention(4, 2, 32, 32, 0, 0.0, chunk=400),
+}
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("name", LONG)
+def test_a_context_of_many_parts_is_split_without_changing_a_bit(name: str, kv_dtype: str) -> None:
+    """A part has 256 keys. One thread takes all parts of a head; more threads share them."""
+    program, weights, exact = LONG[name]()
+    program = dataclasses.replace(program, max_positions=0)
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, 830).tolist()
+    tables = list(range(27))
+
+    def rows(past: int, count: int) -> tuple[list[int], int, list[int], bool]:
+        return ids[past : past + count], past, tables[: -(-(past + count) // 32)], True
+
+    split = [Batch.pack([rows(past, min(300, 820 - past))]) for past in range(0, 820, 300)]
+    split += [Batch.pack([rows(820, 1)]), Batch.pack([rows(821, 3)])]
+    other = [Batch.pack([rows(0, 512)]), Batch.pack([rows(512, 308)]), *split[-2:]]
+
+    def results(batches: list[Batch], threads: int, isa: str | None = None) -> list[bytes]:
+        executor = Executor(
+            program,
+            weights,
+            max_tokens=512,
+            num_blocks=28,
+            threads=threads,
+            kv_dtype=kv_dtype,
+            isa=isa,
+        )
+        logits = [executor.run(batch).tobytes() for batch in batches]
+        executor.close()
+        return logits[-2:]
+
+    want = results(split, 1)
+    assert results(other, 1) == want
+    for isa in ISAS:
+        for threads in (1, 2, 4):
+            assert results(split, threads, isa) == want, (isa, threads)
+    interpreter = Interpreter(program, exact, 28, "fp64" if kv_dtype == "fp32" else kv_dtype)
+    exactly = [interpreter.forward(batch) for batch in (other[0], other[1], *other[2:])][-2:]
+    for got, reference in zip(want, exactly, strict=True):
+        close = (
+            np.abs(np.frombuffer(got, np.float32) - reference.reshape(-1)) <= 4e-6 * np.abs(reference).max()
+        )
+        assert close.mean() > (0.98 if kv_dtype == "int8" else 0.9999)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -572,7 +673,7 @@ def test_an_emulated_cpu_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     cases += [(f"random {seed}", random_program(seed), random_steps(seed, 12, 2)) for seed in range(20)]
     for label, built, batches in cases:
         files, want = [], b""
-        for digits, kv_dtype in ((3, "fp32"), (1, "int8")):
+        for digits, kv_dtype in ((3, "fp32"), (3, "fp16"), (1, "int8")):
             for image, logits in recorded_steps(built, batches, digits=digits, kv_dtype=kv_dtype):
                 files.append(tmp_path / f"step{len(files)}")
                 files[-1].write_bytes(image)
@@ -598,6 +699,31 @@ def test_threads_that_lose_their_cores_give_the_same_bits() -> None:
         for other in others:
             other.kill()
             other.wait()
+
+
+def test_a_thread_that_waits_for_another_one_sleeps_until_that_is_finished() -> None:
+    """Two threads of a step with one item. The first finds it taken, as if the second had lost its core."""
+    engine = library.load()
+    counters = np.zeros((2, library.COUNTER), np.int32)  # next and done
+    numbers = np.zeros((2, 16), np.float32)
+    code = library.Instruction(op=library.COPY, a=numbers[0].ctypes.data, out=numbers[1].ctypes.data)
+    code.n[0] = 16
+    group = library.Group(0, 1)
+    step = library.Step(1, 1, 0, 2, 1, next=counters[0].ctypes.data, done=counters[1].ctypes.data)
+    step.code, step.groups = ctypes.addressof(code), ctypes.addressof(group)
+    numbers[0], counters[0] = 3, 1
+    thread = threading.Thread(target=engine.llmc_run, args=(ctypes.byref(step),), daemon=True)
+    thread.start()
+    call = Path(f"/proc/self/task/{thread.native_id}/syscall")
+    deadline = time.monotonic() + 30
+    while f"{counters[1].ctypes.data:#x}" not in call.read_text():  # futex(the counter, ...)
+        assert time.monotonic() < deadline, "it waits without sleeping"
+    assert thread.is_alive()
+    counters[0] = 0
+    engine.llmc_run(ctypes.byref(step))
+    thread.join(30)
+    assert not thread.is_alive()
+    assert (numbers[1] == 3).all()
 
 
 @pytest.mark.slow

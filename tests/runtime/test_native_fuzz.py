@@ -49,7 +49,7 @@ def guarded_executor(program: Program, weights: dict[str, np.ndarray], rng: rand
             num_blocks=BLOCKS,
             threads=rng.choice((1, 1, 2)),
             digits=rng.choice((1, 3)),
-            kv_dtype=rng.choice(("fp32", "int8")),
+            kv_dtype=rng.choice(("fp32", "fp16", "int8")),
             isa=rng.choice(library.candidates()),
         )
 

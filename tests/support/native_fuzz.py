@@ -94,7 +94,9 @@ def random_program(seed: int) -> Built:
             query,
             heads=heads,
             layer=layer,
+            weights=(build.vector(next(names), heads),) if rng.random() < 0.3 else (),
             window=rng.choice((0, 0, 1, 20, 40)),
+            chunk=rng.choice((0, 0, 7, 32, 50)),
             scale=0.5 / width,
             softcap=rng.choice((0.0, 3.0)),
         )

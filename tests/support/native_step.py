@@ -92,6 +92,8 @@ def _image(executor: Executor, step: library.Step) -> bytes:
         "slot": step.tokens,
         "next": step.num_groups * library.COUNTER,
         "done": step.num_groups * library.COUNTER,
+        "merged": 0,  # one thread splits nothing
+        "parts": 0,
     }
     begins = ctypes.cast(step.block_begins, ctypes.POINTER(ctypes.c_int32))
     lengths["block_indices"] = begins[step.sequences]

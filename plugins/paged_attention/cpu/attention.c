@@ -1,75 +1,133 @@
-// Paged attention: a block of queries of one sequence and one KV head against the sequence's cache, block by block.
+// Paged attention: a tile of queries of one sequence and one KV head against the sequence's cache.
 //
-// Softmax is computed online: a new maximum rescales the previous sums. The order of all additions depends on the
-// sequence alone, not on the other sequences of the step, the threads or the size of query blocks.
+// The context is cut into parts of 256 keys, at multiples of 256. Each part has its own softmax; the parts are merged in
+// their order. A row (a query of one head) gets the same bits wherever it is computed: alone or in a tile, with all parts
+// in one item or each in another thread.
 //
-// A cache of 8 bits has one scale for each token and head. Its keys are multiplied as integers with queries in int8
-// digits (three are as exact as fp32), its values as fp32.
+// A cache of floats is multiplied as floats. A cache of 8 bits has one scale for each token and head. Its keys are
+// multiplied as integers with queries in int8 digits, and its values with the weights of the softmax in three digits,
+// which are as exact as fp32.
 #include "../../cpu/program.h"
 #include "../../cpu/vec.h"
 
-enum { BLOCK = 32, MAX_ROWS = 32, MAX_WIDTH = 576, MAX_VALUE_WIDTH = 512 };
+enum { BLOCK = 32, PART = 256, PART_BLOCKS = PART / BLOCK, MAX_ROWS = 32, MAX_WIDTH = 576, MAX_VALUE_WIDTH = 512 };
+enum { AHEAD_BLOCKS = 2, WEIGHT_DIGITS = 3 };
+enum { ROW = PART + 16 }; // from one row of weights to the next: not a power of two, so that rows share no sets of the L1 cache
 // Rows at once, as many as the registers can hold.
 #if defined(__AVX512F__)
-enum { AT_ONCE = 8 };
+enum { AT_ONCE = 8, CODED_AT_ONCE = 2, SUMS = 24 };
 #else
-enum { AT_ONCE = 2 };
+enum { AT_ONCE = 2, CODED_AT_ONCE = 1, SUMS = 6 };
 #endif
 
 // Query tokens of one item. Their heads make at most MAX_ROWS rows.
-static int attention_tokens(const instruction *i) {
-  const int shared = i->n[0] / i->n[1];
-  return shared >= 16 ? 1 : 16 / shared;
-}
-static int attention_items(const instruction *i, const step *s) {
-  const int tokens = attention_tokens(i);
-  int items = 0;
-  for (int q = 0; q < s->sequences; q++) {
-    const int count = s->query_start[q + 1] - s->query_start[q];
-    items += (count + tokens - 1) / tokens * i->n[1];
-  }
-  return items;
+static int attention_tokens(const instruction *i) { return MAX_ROWS / (i->n[0] / i->n[1]); }
+static int padded_values(const instruction *i) { return (i->n[3] + LANES - 1) / LANES * LANES; }
+// The first key that the query at `position` sees.
+static int first_key(const instruction *i, int position) {
+  const int window = i->n[4], chunk = i->n[7];
+  const int first = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0, begin = chunk > 0 ? position / chunk * chunk : 0;
+  return first > begin ? first : begin;
 }
 
-// The queries of an item: fp32, or int8 digits with their sums and scales.
+// The items of a step: tiles of queries, or parts of the context if there are few tiles of few queries.
 typedef struct {
-  float x[MAX_ROWS][MAX_WIDTH];
-} float_queries;
-typedef struct {
-  int8_t x[MAX_ROWS][3][MAX_WIDTH];
-  int32_t sums[MAX_ROWS][3];
-  float scales[MAX_ROWS];
-} digit_queries;
+  int items;
+  int each;            // parts of an item; 0: an item is a tile with all its parts
+  int64_t part_floats; // of what is kept of a part
+} attention_work;
+// The parts of the context that the queries of a sequence see.
+static int parts_of(const instruction *i, const step *s, int sequence) {
+  const int count = s->query_start[sequence + 1] - s->query_start[sequence], position = s->past_lengths[sequence];
+  return count ? (position + count - 1) / PART - first_key(i, position) / PART + 1 : 0;
+}
+static attention_work attention_items(const instruction *i, const step *s, int wanted) {
+  const int tokens = attention_tokens(i), heads = i->n[1];
+  int tiles = 0, most = 0;
+  int64_t parts = 0;
+  for (int q = 0; q < s->sequences; q++) {
+    const int count = s->query_start[q + 1] - s->query_start[q];
+    tiles += (count + tokens - 1) / tokens * heads;
+    most = count > most ? count : most;
+    parts += (int64_t)parts_of(i, s, q) * heads;
+  }
+  const int64_t part_floats = most * (i->n[0] / heads) * (2 + (int64_t)padded_values(i));
+  if (s->threads == 1 || tiles >= wanted || most > tokens || parts * part_floats > s->part_floats) return (attention_work){tiles, 0, 0};
+  const int each = upto((int)((parts + wanted - 1) / wanted), 1 << 30);
+  int items = 0;
+  for (int q = 0; q < s->sequences; q++) items += (parts_of(i, s, q) + each - 1) / each * heads;
+  return (attention_work){items, each, part_floats};
+}
 
 // The keys and values of one block and head.
 typedef struct {
-  const void *keys, *values;
+  const uint8_t *keys, *values;
   const float *key_scales, *value_scales; // of a cache of 8 bits
 } kv_block;
+INLINE kv_block block_of(const int CACHE, const instruction *i, int block, int head) {
+  const int kv_heads = i->n[1], width = i->n[2], padded = padded_values(i);
+  const uint8_t *keys = i->keys + block * i->block_stride, *values = i->values + block * i->block_stride;
+  const int size = CACHE == INT8_CACHE ? 1 : CACHE == FP16_CACHE ? 2 : 4;
+  const int64_t key_bytes = (int64_t)(CACHE == INT8_CACHE ? (width + 3) / 4 * 4 : width) * BLOCK * size, value_bytes = (int64_t)BLOCK * padded * size;
+  return (kv_block){keys + head * key_bytes, values + head * value_bytes, (const float *)(keys + kv_heads * key_bytes) + head * BLOCK,
+                    (const float *)(values + kv_heads * value_bytes) + head * BLOCK};
+}
 
-// Scores of R rows with the 32 keys of a block.
-INLINE void float_scores(const int R, int width, const float *keys, const float (*queries)[MAX_WIDTH], float (*out)[BLOCK]) {
+// A tile of queries, and what attention makes of it. Rows lie `width` or `padded` numbers apart.
+typedef struct {
+  int rows, width, padded, position, shared; // position: of the first query; shared: rows with the same position
+  int stride;                                // of digits
+  union {
+    float x[MAX_ROWS * MAX_WIDTH];
+    struct {
+      int8_t digits[MAX_ROWS * 3 * MAX_WIDTH]; // [row][digit][stride]
+      int32_t sums[MAX_ROWS][3];
+      float scales[MAX_ROWS];
+    };
+  };
+} query_tile;
+// Sums of weights x values, not yet divided by the sums of weights, which are relative to exp(maximum).
+typedef struct {
+  float *values, *maximum, *total;
+} partial;
+// The weights of a part in digits.
+typedef struct {
+  int8_t digits[MAX_ROWS][WEIGHT_DIGITS][PART];
+  int32_t sums[MAX_ROWS][WEIGHT_DIGITS];
+  float scales[MAX_ROWS];
+} coded_weights;
+
+INLINE vf load_number(const int CACHE, const uint8_t *p, int64_t at) {
+  return CACHE == FP16_CACHE ? load_fp16((const uint16_t *)p + at) : loadf((const float *)p + at);
+}
+
+// Scores of R rows with the 32 keys of a block. next: memory that is read soon.
+INLINE void float_scores(const int R, const int CACHE, int width, const uint8_t *keys, const uint8_t *next, const float *queries, float *out) {
   vf s[AT_ONCE][2];
   UNROLL for (int r = 0; r < R; r++) s[r][0] = s[r][1] = allf(0);
-  for (int d = 0; d < width; d++, keys += BLOCK) {
-    const vf k0 = loadf(keys), k1 = loadf(keys + 16);
+  for (int d = 0; d < width; d++) {
+    const vf k0 = load_number(CACHE, keys, d * BLOCK), k1 = load_number(CACHE, keys, d * BLOCK + 16);
+    if (CACHE == FP16_CACHE) PREFETCH(next + 64 * (int64_t)d);
+    else PREFETCH(next + 128 * (int64_t)d), PREFETCH(next + 128 * (int64_t)d + 64);
     UNROLL for (int r = 0; r < R; r++) {
-      const vf q = allf(queries[r][d]);
+      const vf q = allf(queries[r * width + d]);
       s[r][0] = fma(k0, q, s[r][0]), s[r][1] = fma(k1, q, s[r][1]);
     }
   }
-  UNROLL for (int r = 0; r < R; r++) storef(out[r], s[r][0]), storef(out[r] + 16, s[r][1]);
+  UNROLL for (int r = 0; r < R; r++) storef(out + r * ROW, s[r][0]), storef(out + r * ROW + 16, s[r][1]);
 }
-INLINE void digit_scores(const int R, const int DIGITS, int width, const uint8_t *keys, const float *key_scales,
-                         const digit_queries *q, int first, float (*out)[BLOCK]) {
+INLINE void digit_scores(const int R, const int DIGITS, const kv_block *kv, const uint8_t *next, const query_tile *q, int first, float *out) {
+  const int8_t *digits = q->digits + first * 3 * q->stride;
   vi s[6][2];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int d = 0; d < DIGITS; d++)
       s[r * DIGITS + d][0] = s[r * DIGITS + d][1] = alli(product(-128, q->sums[first + r][d]));
-  for (int k = 0; k < width; k += 4, keys += 4 * BLOCK) {
+  const uint8_t *keys = kv->keys;
+  for (int k = 0; k < q->width; k += 4, keys += 4 * BLOCK, next += 4 * BLOCK) {
     const vi u0 = (vi) * (const bytes64 *)keys, u1 = (vi) * (const bytes64 *)(keys + 64);
+    PREFETCH(next), PREFETCH(next + 64);
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int d = 0; d < DIGITS; d++) {
       int32_t four;
-      __builtin_memcpy(&four, q->x[first + r][d] + k, 4);
+      __builtin_memcpy(&four, digits + (r * 3 + d) * q->stride + k, 4);
       vi *to = s[r * DIGITS + d];
       to[0] = dot4(to[0], u0, alli(four), 0), to[1] = dot4(to[1], u1, alli(four), 0);
     }
@@ -77,147 +135,242 @@ INLINE void digit_scores(const int R, const int DIGITS, int width, const uint8_t
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int half = 0; half < 2; half++) {
     vf t = tofloat(s[r * DIGITS][half]);
     UNROLL for (int d = 1; d < DIGITS; d++) t = fma(t, allf(256), tofloat(s[r * DIGITS + d][half]));
-    storef(out[r] + 16 * half, t * q->scales[first + r] * loadf(key_scales + 16 * half));
+    storef(out + r * ROW + 16 * half, t * q->scales[first + r] * loadf(kv->key_scales + 16 * half));
   }
 }
 
-// out = out * shrink + weights x values, for R rows and V vectors of a value
-INLINE void weigh(const int R, const int V, const int CODED, int first, int last, const float (*weights)[BLOCK], const void *values,
-                  int64_t stride, const float *shrink, float (*out)[MAX_VALUE_WIDTH], int d) {
+// Turns a row's scores, from `begin` to `end`, into weights. It sees the keys first .. last - 1, counted from the part's
+// first one. The other weights are 0.
+INLINE void softmax(float softcap, int first, int last, int begin, int end, float *x, float *maximum, float *total) {
+  vf top = allf(-__builtin_inff()), sums = allf(0);
+  for (int k = begin; k < end; k += LANES) {
+    const vi key = (vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + k;
+    vf score = loadf(x + k);
+    if (softcap > 0) score = softcap * tanh_each(score / softcap);
+    if (k < first || k + LANES > last) score = select((key >= first) & (key < last), score, allf(-__builtin_inff()));
+    top = maxf(top, score);
+    storef(x + k, score);
+  }
+  *maximum = largest(top);
+  for (int k = begin; k < end; k += LANES) {
+    const vf weight = first < last ? expf_fast(loadf(x + k) - *maximum) : allf(0);
+    sums += weight;
+    storef(x + k, weight);
+  }
+  *total = sum(sums);
+}
+
+// out += weights x values, for R rows and V vectors of a value, over the keys first .. last - 1 of a block.
+INLINE void weigh(const int R, const int V, const int CACHE, int first, int last, const float *weights, const uint8_t *values,
+                  const uint8_t *next, int padded, float *out, int d) {
+  const int SIZE = CACHE == FP16_CACHE ? 2 : 4;
   vf o[AT_ONCE][2 * AT_ONCE];
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) o[r][v] = loadf(out[r] + d + 16 * v) * shrink[r];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) o[r][v] = loadf(out + r * padded + d + 16 * v);
   for (int t = first; t < last; t++) {
+    const int64_t at = (int64_t)t * padded + d;
     vf x[2 * AT_ONCE];
-    UNROLL for (int v = 0; v < V; v++) {
-      const int64_t at = t * stride + d + 16 * v;
-      x[v] = CODED ? tofloat(__builtin_convertvector(*(const vb *)((const int8_t *)values + at), vi)) : loadf((const float *)values + at);
-    }
+    UNROLL for (int v = 0; v < V; v++) x[v] = load_number(CACHE, values, at + 16 * v);
+    UNROLL for (int v = 0; v < V; v += 4 / SIZE) PREFETCH(next + (at + 16 * v) * SIZE);
     UNROLL for (int r = 0; r < R; r++) {
-      const vf p = allf(weights[r][t]);
+      const vf p = allf(weights[r * ROW + t]);
       UNROLL for (int v = 0; v < V; v++) o[r][v] = fma(x[v], p, o[r][v]);
     }
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) storef(out[r] + d + 16 * v, o[r][v]);
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) storef(out + r * padded + d + 16 * v, o[r][v]);
 }
-INLINE void weigh_rows(const int R, const int CODED, int first, int last, const float (*weights)[BLOCK], const void *values,
-                       int padded, const float *shrink, float (*out)[MAX_VALUE_WIDTH]) {
+INLINE void weigh_rows(const int R, const int CACHE, int first, int last, const float *weights, const uint8_t *values, const uint8_t *next,
+                       int padded, float *out) {
   const int V = 2 * AT_ONCE / R; // independent sums hide the latency of additions
   int d = 0;
-  for (; d + 16 * V <= padded; d += 16 * V) weigh(R, V, CODED, first, last, weights, values, padded, shrink, out, d);
-  for (; d < padded; d += 16) weigh(R, 1, CODED, first, last, weights, values, padded, shrink, out, d);
+  for (; d + 16 * V <= padded; d += 16 * V) weigh(R, V, CACHE, first, last, weights, values, next, padded, out, d);
+  for (; d < padded; d += 16) weigh(R, 1, CACHE, first, last, weights, values, next, padded, out, d);
 }
+// out = weights x values of a part, for R rows and V vectors. stream: the values of its blocks, and memory that is read soon.
+INLINE void weigh_codes(const int R, const int V, const coded_weights *weights, int first, int begin, int blocks, const uint8_t *const *stream,
+                        int padded, float *out, int d) {
+  enum { D = WEIGHT_DIGITS };
+  vi s[SUMS];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int n = 0; n < D; n++) UNROLL for (int v = 0; v < V; v++)
+      s[(r * D + n) * V + v] = alli(product(-128, weights->sums[first + r][n]));
+  for (int b = 0; b < blocks; b++) {
+    const uint8_t *values = stream[b] + 4 * d, *next = stream[b + AHEAD_BLOCKS] + 4 * d;
+    for (int t = 0; t < BLOCK; t += 4, values += 4 * padded, next += 4 * padded) {
+      vi u[SUMS];
+      UNROLL for (int v = 0; v < V; v++) u[v] = (vi) * (const bytes64 *)(values + 64 * v), PREFETCH(next + 64 * v);
+      UNROLL for (int r = 0; r < R; r++) UNROLL for (int n = 0; n < D; n++) {
+        int32_t four;
+        __builtin_memcpy(&four, weights->digits[first + r][n] + begin + BLOCK * b + t, 4);
+        UNROLL for (int v = 0; v < V; v++) s[(r * D + n) * V + v] = dot4(s[(r * D + n) * V + v], u[v], alli(four), 0);
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) {
+    vf t = tofloat(s[r * D * V + v]);
+    UNROLL for (int n = 1; n < D; n++) t = fma(t, allf(256), tofloat(s[(r * D + n) * V + v]));
+    storef(out + r * padded + d + 16 * v, t * weights->scales[first + r]);
+  }
+}
+INLINE void weigh_coded_rows(const int R, const coded_weights *weights, int first, int begin, int blocks, const uint8_t *const *stream,
+                             int padded, float *out) {
+  const int V = SUMS / WEIGHT_DIGITS / R;
+  int d = 0;
+  for (; d + 16 * V <= padded; d += 16 * V) weigh_codes(R, V, weights, first, begin, blocks, stream, padded, out, d);
+  for (; d < padded; d += 16) weigh_codes(R, 1, weights, first, begin, blocks, stream, padded, out, d);
+}
+
 // Calls DO(R) for the rows from r on, with R a constant that is at most MOST.
-#define EACH_ROWS(MOST, DO)                            \
-  for (int r = 0; r < rows;) {                         \
-    if (rows - r >= MOST) { DO(MOST) r += MOST; }      \
-    else if (rows - r >= 2) { DO(2) r += 2; }          \
-    else { DO(1) r += 1; }                             \
+#define EACH_ROWS(MOST, DO)                                   \
+  for (int r = 0; r < rows;) {                                \
+    if (rows - r >= MOST) { DO(MOST) r += MOST; }             \
+    else if (MOST > 2 && rows - r >= 2) { DO(2) r += 2; }     \
+    else { DO(1) r += 1; }                                    \
   }
 
-INLINE kv_block block_of(const int DIGITS, const instruction *i, int block, int head) {
-  const int kv_heads = i->n[1], width = i->n[2], padded = (i->n[3] + LANES - 1) / LANES * LANES;
-  const uint8_t *keys = i->keys + block * i->block_stride, *values = i->values + block * i->block_stride;
-  if (!DIGITS) return (kv_block){(const float *)keys + (int64_t)head * width * BLOCK, (const float *)values + (int64_t)head * BLOCK * padded, 0, 0};
-  const int64_t key_bytes = (int64_t)(width + 3) / 4 * 4 * BLOCK, value_bytes = (int64_t)BLOCK * padded;
-  return (kv_block){keys + head * key_bytes, values + head * value_bytes, (const float *)(keys + kv_heads * key_bytes) + head * BLOCK,
-                    (const float *)(values + kv_heads * value_bytes) + head * BLOCK};
-}
-
-// Blocks are scattered in memory, so the CPU cannot guess the next one.
-INLINE void prefetch_block(const int DIGITS, const instruction *i, int block, int head) {
-  const kv_block kv = block_of(DIGITS, i, block, head);
-  const int size = DIGITS ? 1 : 4, key_bytes = i->n[2] * BLOCK * size, value_bytes = i->n[3] * BLOCK * size;
-  for (int at = 0; at < key_bytes; at += 64) PREFETCH((const uint8_t *)kv.keys + at);
-  for (int at = 0; at < value_bytes; at += 64) PREFETCH((const uint8_t *)kv.values + at);
-  if (!DIGITS) return;
-  for (int at = 0; at < BLOCK; at += 16) PREFETCH(kv.key_scales + at), PREFETCH(kv.value_scales + at);
-}
-
-// DIGITS: of the queries, for a cache of 8 bits; 0 for a cache of fp32.
-INLINE void attention_item(const int DIGITS, const instruction *i, const step *s, int item) {
-  const int heads = i->n[0], kv_heads = i->n[1], width = i->n[2], value_width = i->n[3], window = i->n[4];
-  const int shared = heads / kv_heads, most = attention_tokens(i), padded = (value_width + LANES - 1) / LANES * LANES;
-  const float scale = i->x[0], softcap = i->x[1];
-  int sequence = 0;
-  for (;; sequence++) {
-    const int count = s->query_start[sequence + 1] - s->query_start[sequence];
-    const int items = (count + most - 1) / most * kv_heads;
-    if (item < items) break;
-    item -= items;
+// Attention of a tile to the part of the context that begins at key `from`. DIGITS: of the queries, for a cache of 8 bits.
+INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, const int32_t *table, int head, const query_tile *q, int from, partial out) {
+  const int rows = q->rows, padded = q->padded, tokens = rows / q->shared, end_key = q->position + tokens; // keys that the last query sees
+  const int seen = first_key(i, q->position), first_block = (seen > from ? seen - from : 0) / BLOCK;
+  const int blocks = ((end_key - from < PART ? end_key - from : PART) + BLOCK - 1) / BLOCK - first_block;
+  const int begin = first_block * BLOCK, end = begin + blocks * BLOCK;
+  kv_block kv[PART_BLOCKS];
+  const uint8_t *stream[2 * PART_BLOCKS + AHEAD_BLOCKS]; // in the order in which memory is read
+  for (int b = 0; b < blocks; b++) {
+    kv[b] = block_of(CACHE, i, table[from / BLOCK + first_block + b], head);
+    stream[b] = kv[b].keys, stream[blocks + b] = kv[b].values;
   }
-  const int head = item % kv_heads, begin = s->query_start[sequence] + item / kv_heads * most;
-  const int end = begin + most < s->query_start[sequence + 1] ? begin + most : s->query_start[sequence + 1];
-  const int tokens = end - begin, rows = tokens * shared;
-  const int position = s->past_lengths[sequence] + begin - s->query_start[sequence]; // of the first query
-  const int32_t *table = s->block_indices + s->block_begins[sequence];
-
-  float_queries q;
-  digit_queries digits;
-  float out[MAX_ROWS][MAX_VALUE_WIDTH], weight[MAX_ROWS][BLOCK], maximum[MAX_ROWS], total[MAX_ROWS], shrink[MAX_ROWS];
-  for (int r = 0; r < rows; r++) {
-    const float *from = i->a + (begin + r / shared) * i->a_stride + (int64_t)(head * shared + r % shared) * width;
-    if (!DIGITS)
-      for (int d = 0; d < width; d++) q.x[r][d] = from[d] * scale;
-    else digits.scales[r] = to_digits(DIGITS, width, from, digits.x[r][0], MAX_WIDTH, digits.sums[r]) * scale;
-    for (int d = 0; d < padded; d += LANES) storef(out[r] + d, allf(0));
-    maximum[r] = -__builtin_inff(), total[r] = 0;
+  for (int b = 0; b < AHEAD_BLOCKS; b++) {
+    const int key = from + end + b * BLOCK;
+    stream[2 * blocks + b] = key < end_key ? block_of(CACHE, i, table[key / BLOCK], head).keys : kv[blocks - 1].values;
   }
-  const int seen = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0; // the first key that any query sees
-  for (int b = seen / BLOCK; b * BLOCK < position + tokens; b++) {
-    const kv_block kv = block_of(DIGITS, i, table[b], head);
-    if ((b + 1) * BLOCK < position + tokens) prefetch_block(DIGITS, i, table[b + 1], head);
-#define FLOATS(R) float_scores(R, width, kv.keys, q.x + r, weight + r);
-#define CODES(R) digit_scores(R, DIGITS, width, kv.keys, kv.key_scales, &digits, r, weight + r);
-    if (!DIGITS) EACH_ROWS(AT_ONCE, FLOATS)
+  float weights[MAX_ROWS * ROW];
+  for (int b = 0; b < blocks; b++) {
+#define NEXT (r ? kv[b].keys : stream[b + AHEAD_BLOCKS])
+#define FLOATS(R) float_scores(R, CACHE, q->width, kv[b].keys, NEXT, q->x + r * q->width, weights + r * ROW + begin + b * BLOCK);
+#define CODES(R) digit_scores(R, DIGITS, kv + b, NEXT, q, r, weights + r * ROW + begin + b * BLOCK);
+    if (CACHE != INT8_CACHE) EACH_ROWS(AT_ONCE, FLOATS)
     else if (DIGITS == 1) EACH_ROWS(4, CODES)
     else EACH_ROWS(2, CODES)
-    int begins = BLOCK, ends = 0; // the keys that any row sees
-    for (int r = 0; r < rows; r++) {
-      const int p = position + r / shared; // this query's position
-      int first = window > 0 && p - window + 1 > b * BLOCK ? p - window + 1 - b * BLOCK : 0;
-      int last = p - b * BLOCK + 1;
-      first = first > BLOCK ? BLOCK : first, last = last > BLOCK ? BLOCK : last;
-      begins = first < begins ? first : begins, ends = last > ends ? last : ends;
-      shrink[r] = 1;
-      if (first >= last) {
-        storef(weight[r], allf(0)), storef(weight[r] + 16, allf(0));
-        continue;
-      }
-      vf x[2];
-      for (int h = 0; h < 2; h++) {
-        const vi lane = (vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + 16 * h;
-        x[h] = loadf(weight[r] + 16 * h);
-        if (softcap > 0) x[h] = softcap * tanh_each(x[h] / softcap);
-        x[h] = select((lane >= first) & (lane < last), x[h], allf(-__builtin_inff()));
-      }
-      const float top = largest(maxf(x[0], x[1]));
-      if (top > maximum[r]) {
-        shrink[r] = expf_fast(allf(maximum[r] - top))[0];
-        total[r] *= shrink[r], maximum[r] = top;
-      }
-      for (int h = 0; h < 2; h++) x[h] = expf_fast(x[h] - maximum[r]);
-      total[r] += sum(x[0] + x[1]);
-      for (int h = 0; h < 2; h++) storef(weight[r] + 16 * h, DIGITS ? x[h] * loadf(kv.value_scales + 16 * h) : x[h]);
-    }
-#define WEIGH(R) weigh_rows(R, DIGITS > 0, begins, ends, weight + r, kv.values, padded, shrink + r, out + r);
-    EACH_ROWS(AT_ONCE, WEIGH)
   }
+  int begins = end, ends = begin; // the keys that any row sees
+  coded_weights coded;
   for (int r = 0; r < rows; r++) {
-    float *to = i->out + (begin + r / shared) * i->out_stride + (int64_t)(head * shared + r % shared) * value_width;
-    const float factor = 1 / total[r];
-    for (int d = 0; d < value_width; d++) to[d] = out[r][d] * factor;
+    const int position = q->position + r / q->shared, first = first_key(i, position) - from, last = position + 1 - from;
+    float *row = weights + r * ROW;
+    softmax(i->x[1], first, last, begin, end, row, out.maximum + r, out.total + r);
+    begins = first < begins ? first : begins, ends = last > ends ? last : ends;
+    if (CACHE != INT8_CACHE) continue;
+    for (int b = 0; b < blocks; b++)
+      for (int half = 0; half < BLOCK; half += LANES) {
+        const int at = begin + b * BLOCK + half;
+        const vf weight = loadf(row + at); // the scale of a key that nobody sees may be anything
+        storef(row + at, select(weight > 0.0f, weight * loadf(kv[b].value_scales + half), allf(0)));
+      }
+    coded.scales[r] = to_digits(WEIGHT_DIGITS, end - begin, row + begin, coded.digits[r][0] + begin, PART, coded.sums[r]);
+  }
+  begins = begins > begin ? begins : begin, ends = ends < end ? ends : end;
+  if (CACHE == INT8_CACHE) {
+#define WEIGH(R) weigh_coded_rows(R, &coded, r, begin, blocks, stream + blocks, padded, out.values + r * padded);
+    EACH_ROWS(CODED_AT_ONCE, WEIGH)
+#undef WEIGH
+    return;
+  }
+  for (int k = 0; k < rows * padded; k += LANES) storef(out.values + k, allf(0));
+  for (int b = 0; b < blocks; b++) {
+    const int key = begin + b * BLOCK, low = begins > key ? begins - key : 0, high = ends - key < BLOCK ? ends - key : BLOCK;
+#define WEIGH(R)                                                                                                             \
+  weigh_rows(R, CACHE, low, high, weights + r * ROW + key, kv[b].values, r ? kv[b].values : stream[blocks + b + AHEAD_BLOCKS], padded, \
+             out.values + r * padded);
+    EACH_ROWS(AT_ONCE, WEIGH)
   }
 }
 #undef FLOATS
 #undef CODES
+#undef NEXT
 #undef WEIGH
 
-#define ATTENTION(D) \
-  static __attribute__((noinline)) void attention_##D(const instruction *i, const step *s, int item) { attention_item(D, i, s, item); }
-ATTENTION(0) ATTENTION(1) ATTENTION(3)
-static void attention(const instruction *i, const step *s, int item) {
-  const int digits = i->n[5];
-  if (digits == 0) attention_0(i, s, item);
-  else if (digits == 1) attention_1(i, s, item);
-  else attention_3(i, s, item);
+// Adds a part to the sums of the parts before it.
+static void merge(int rows, int padded, partial part, partial all) {
+  for (int r = 0; r < rows; r++) {
+    const float top = part.maximum[r], before = all.maximum[r], larger = top > before ? top : before;
+    if (part.total[r] == 0) continue; // the row sees nothing of it
+    const float grow = expf_fast(allf(top - larger))[0], shrink = expf_fast(allf(before - larger))[0];
+    all.maximum[r] = larger, all.total[r] = all.total[r] * shrink + part.total[r] * grow;
+    for (int d = r * padded; d < (r + 1) * padded; d += LANES)
+      storef(all.values + d, fma(loadf(part.values + d), allf(grow), loadf(all.values + d) * shrink));
+  }
+}
+static partial part_at(const step *s, attention_work work, int number, int rows) {
+  float *at = s->parts + number * work.part_floats;
+  return (partial){at + 2 * rows, at, at + rows};
+}
+
+INLINE void attention_item(const int CACHE, const int DIGITS, const instruction *i, const step *s, int item, attention_work work) {
+  const int heads = i->n[0], kv_heads = i->n[1], shared = heads / kv_heads, most = attention_tokens(i), each = work.each;
+  item = work.items - 1 - item; // the last tiles of a prompt see most: they are first
+  int sequence = 0, items = 0, number = 0, of_step = 0; // number: of the sequence's first part; of_step: its first head
+  for (;; sequence++) {
+    const int count = s->query_start[sequence + 1] - s->query_start[sequence], parts = each ? parts_of(i, s, sequence) : 0;
+    items = each ? (parts + each - 1) / each : (count + most - 1) / most; // of a head
+    if (item < items * kv_heads) break;
+    item -= items * kv_heads, number += parts * kv_heads, of_step += count ? kv_heads : 0;
+  }
+  // The items of a head follow each other, because they read the same keys and values.
+  const int head = item / items, begin = s->query_start[sequence] + (each ? 0 : item % items * most);
+  const int end = begin + most < s->query_start[sequence + 1] ? begin + most : s->query_start[sequence + 1];
+  const int32_t *table = s->block_indices + s->block_begins[sequence];
+
+  _Alignas(64) query_tile q;
+  q.rows = (end - begin) * shared, q.shared = shared, q.position = s->past_lengths[sequence] + begin - s->query_start[sequence];
+  q.width = i->n[2], q.stride = (q.width + LANES - 1) / LANES * LANES, q.padded = padded_values(i);
+  for (int r = 0; r < q.rows; r++) {
+    const float *from = i->a + (begin + r / shared) * i->a_stride + (int64_t)(head * shared + r % shared) * q.width;
+    if (CACHE != INT8_CACHE)
+      for (int d = 0; d < q.width; d++) q.x[r * q.width + d] = from[d] * i->x[0];
+    else q.scales[r] = to_digits(DIGITS, q.width, from, q.digits + r * 3 * q.stride, q.stride, q.sums[r]) * i->x[0];
+  }
+  _Alignas(64) float values[MAX_ROWS * MAX_VALUE_WIDTH], maximum[MAX_ROWS], total[MAX_ROWS];
+  const partial all = {values, maximum, total};
+  for (int r = 0; r < q.rows; r++) maximum[r] = -__builtin_inff(), total[r] = 0;
+  for (int k = 0; k < q.rows * q.padded; k += LANES) storef(values + k, allf(0));
+
+  const int first = first_key(i, q.position) / PART, last = (q.position + end - begin - 1) / PART;
+  if (each) {
+    const int parts = last - first + 1, piece = item % items;
+    number += head * parts;
+    for (int p = piece * each; p < (piece + 1) * each && p < parts; p++)
+      attend(CACHE, DIGITS, i, table, head, &q, (first + p) * PART, part_at(s, work, number + p, q.rows));
+    int32_t *finished = s->merged + of_step + head;
+    if (__atomic_add_fetch(finished, 1, __ATOMIC_ACQ_REL) < items) return;
+    *finished = 0; // for the next instruction
+    for (int p = 0; p < parts; p++) merge(q.rows, q.padded, part_at(s, work, number + p, q.rows), all);
+  } else {
+    float part_values[MAX_ROWS * MAX_VALUE_WIDTH], part_maximum[MAX_ROWS], part_total[MAX_ROWS];
+    const partial part = {part_values, part_maximum, part_total};
+    for (int p = first; p <= last; p++) {
+      attend(CACHE, DIGITS, i, table, head, &q, p * PART, part);
+      merge(q.rows, q.padded, part, all);
+    }
+  }
+  for (int r = 0; r < q.rows; r++) {
+    float *to = i->out + (begin + r / shared) * i->out_stride + (int64_t)(head * shared + r % shared) * i->n[3], factor = 1 / total[r];
+    if (i->v) { // a logit without a value
+      const float sink = i->v[head * shared + r % shared], larger = sink > maximum[r] ? sink : maximum[r];
+      const float shrink = expf_fast(allf(maximum[r] - larger))[0];
+      factor = shrink / (total[r] * shrink + expf_fast(allf(sink - larger))[0]);
+    }
+    for (int d = 0; d < i->n[3]; d++) to[d] = values[r * q.padded + d] * factor;
+  }
+}
+
+#define ATTENTION(C, D)                                                                                                   \
+  static __attribute__((noinline)) void attention_##C##_##D(const instruction *i, const step *s, int item, attention_work work) { \
+    attention_item(C, D, i, s, item, work);                                                                                \
+  }
+ATTENTION(FP32_CACHE, 0) ATTENTION(FP16_CACHE, 0) ATTENTION(INT8_CACHE, 1) ATTENTION(INT8_CACHE, 3)
+static void attention(const instruction *i, const step *s, int item, attention_work work) {
+  const int digits = i->n[5], cache = i->n[6];
+  if (cache == FP32_CACHE) attention_FP32_CACHE_0(i, s, item, work);
+  else if (cache == FP16_CACHE) attention_FP16_CACHE_0(i, s, item, work);
+  else if (digits == 1) attention_INT8_CACHE_1(i, s, item, work);
+  else attention_INT8_CACHE_3(i, s, item, work);
 }
