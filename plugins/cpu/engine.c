@@ -13,9 +13,10 @@
 
 #define EXPORT __attribute__((visibility("default")))
 enum { VERSION = 5, COUNTER = 16, SLEEPERS = 1, PER_THREAD = 6 };
-// Turns of a loop before a thread sleeps, about 50 microseconds: nobody sleeps in a step that is not disturbed, because
-// waking takes long. A thread that slept in this step has a busy neighbour and sleeps sooner.
-enum { SPINS = 1000, FEW_SPINS = 200 };
+// Turns of a loop before a thread sleeps, about 400 microseconds, which is more than an item of a linear layer takes:
+// nobody sleeps in a step that is not disturbed, because waking takes long. A thread that slept in this step has a busy
+// neighbour and sleeps sooner.
+enum { SPINS = 8000, FEW_SPINS = 200 };
 
 // Asks the system for what this library needs. Returns 0, or the number of a system's error.
 EXPORT int32_t llmc_prepare(void) {
