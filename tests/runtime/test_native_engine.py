@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -338,6 +339,42 @@ def test_numbers_beyond_fp16_become_its_largest_in_the_cache() -> None:
     want = Interpreter(program, exact, 12, "fp16").forward(batch)
     got = run((program, packed, exact), kv_dtype="fp16")[0]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("digits", [1, 3])
+@pytest.mark.parametrize("sizes", [(4, 2, 32, 32), (3, 1, 80, 40), (8, 8, 64, 16), (2, 2, 24, 24)])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "int8"])
+def test_many_queries_give_the_bits_of_each_alone(
+    sizes: tuple[int, int, int, int], digits: int, kv_dtype: str
+) -> None:
+    """Tiles of queries that are full, half empty, or at the border of a part. AMX takes those of int8."""
+    program, weights, _ = attention(*sizes, 0, 0.0)
+    program = dataclasses.replace(program, max_positions=0)
+    ids, table = np.random.default_rng(2).integers(0, VOCABULARY, 300).tolist(), range(10)
+
+    def run_steps(isa: str, cuts: list[int]) -> bytes:
+        executor = Executor(
+            program,
+            weights,
+            max_tokens=300,
+            num_blocks=10,
+            threads=2,
+            digits=digits,
+            kv_dtype=kv_dtype,
+            isa=isa,
+        )
+        rows = []
+        for begin, end in itertools.pairwise(cuts):
+            batch = Batch.pack([(ids[begin:end], begin, table[: -(-end // 32)], True)])
+            batch = dataclasses.replace(batch, logits_index=np.arange(end - begin, dtype=np.int32))
+            rows.append(executor.run(batch).copy())
+        executor.close()
+        return np.concatenate(rows).tobytes()
+
+    want = run_steps(ISAS[-1], list(range(301)))
+    for isa in ISAS:
+        assert run_steps(isa, [0, 300]) == want, isa
+        assert run_steps(isa, [0, 7, 250, 261, 300]) == want, isa
 
 
 LONG = {

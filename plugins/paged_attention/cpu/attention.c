@@ -77,6 +77,7 @@ INLINE kv_block block_of(const int CACHE, const instruction *i, int block, int h
 typedef struct {
   int rows, width, padded, position, shared; // position: of the first query; shared: rows with the same position
   int stride;                                // of digits
+  int step;                                  // numbers of a query that a tile of AMX holds; 0: AMX is not used
   union {
     float x[MAX_ROWS * MAX_WIDTH];
     struct {
@@ -218,6 +219,8 @@ INLINE void weigh_coded_rows(const int R, const coded_weights *weights, int firs
   for (; d < padded; d += 16) weigh_codes(R, 1, weights, first, begin, blocks, stream, padded, out, d);
 }
 
+#include "amx.c"
+
 // Calls DO(R) for the rows from r on, with R a constant that is at most MOST.
 #define EACH_ROWS(MOST, DO)                                   \
   for (int r = 0; r < rows;) {                                \
@@ -246,6 +249,12 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
   for (int b = 0; b < blocks; b++) {
 #define NEXT (r ? kv[b].keys : stream[b + AHEAD_BLOCKS])
 #define FLOATS(R) float_scores(R, CACHE, q->width, kv[b].keys, NEXT, q->x + r * q->width, weights + r * ROW + begin + b * BLOCK);
+#if defined(__AMX_INT8__)
+    if (CACHE == INT8_CACHE && q->step) {
+      for (int r = 0; r < rows; r += TILE_ROWS) amx_scores(DIGITS, kv + b, q, r, weights + r * ROW + begin + b * BLOCK);
+      continue;
+    }
+#endif
 #define CODES(R) digit_scores(R, DIGITS, kv + b, NEXT, q, r, weights + r * ROW + begin + b * BLOCK);
     if (CACHE != INT8_CACHE) EACH_ROWS(AT_ONCE, FLOATS)
     else if (DIGITS == 1) EACH_ROWS(4, CODES)
@@ -268,6 +277,12 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
     coded.scales[r] = to_digits(WEIGHT_DIGITS, end - begin, row + begin, coded.digits[r][0] + begin, PART, coded.sums[r]);
   }
   begins = begins > begin ? begins : begin, ends = ends < end ? ends : end;
+#if defined(__AMX_INT8__)
+  if (CACHE == INT8_CACHE && q->step) {
+    for (int r = 0; r < rows; r += TILE_ROWS) amx_weigh(&coded, r, rows, begin, blocks, stream + blocks, padded, out.values + r * padded);
+    return;
+  }
+#endif
   if (CACHE == INT8_CACHE) {
 #define WEIGH(R) weigh_coded_rows(R, &coded, r, begin, blocks, stream + blocks, padded, out.values + r * padded);
     EACH_ROWS(CODED_AT_ONCE, WEIGH)
@@ -321,6 +336,7 @@ INLINE void attention_item(const int CACHE, const int DIGITS, const instruction 
 
   _Alignas(64) query_tile q;
   q.rows = (end - begin) * shared, q.shared = shared, q.position = s->past_lengths[sequence] + begin - s->query_start[sequence];
+  q.step = 0;
   q.width = i->n[2], q.stride = (q.width + LANES - 1) / LANES * LANES, q.padded = padded_values(i);
   for (int r = 0; r < q.rows; r++) {
     const float *from = i->a + (begin + r / shared) * i->a_stride + (int64_t)(head * shared + r % shared) * q.width;
@@ -328,6 +344,9 @@ INLINE void attention_item(const int CACHE, const int DIGITS, const instruction 
       for (int d = 0; d < q.width; d++) q.x[r * q.width + d] = from[d] * i->x[0];
     else q.scales[r] = to_digits(DIGITS, q.width, from, q.digits + r * 3 * q.stride, q.stride, q.sums[r]) * i->x[0];
   }
+#if defined(__AMX_INT8__)
+  if (CACHE == INT8_CACHE && q.rows >= AMX_FROM && q.width % 16 == 0) q.step = digit_step(q.width), configure_attention(q.step);
+#endif
   _Alignas(64) float values[MAX_ROWS * MAX_VALUE_WIDTH], maximum[MAX_ROWS], total[MAX_ROWS];
   const partial all = {values, maximum, total};
   for (int r = 0; r < q.rows; r++) maximum[r] = -__builtin_inff(), total[r] = 0;
@@ -373,4 +392,7 @@ static void attention(const instruction *i, const step *s, int item, attention_w
   else if (cache == FP16_CACHE) attention_FP16_CACHE_0(i, s, item, work);
   else if (digits == 1) attention_INT8_CACHE_1(i, s, item, work);
   else attention_INT8_CACHE_3(i, s, item, work);
+#if defined(__AMX_INT8__)
+  if (cache == INT8_CACHE) _tile_release();
+#endif
 }
