@@ -51,16 +51,11 @@ _UNRELATED_RATIO = 1.2  # never more: two unrelated roundings are the square roo
 
 
 class _Evaluation:
-    """The unquantized reference on the evaluation text, which quantized models are compared with.
+    """The unquantized reference on the evaluation text, which quantized models are compared with."""
 
-    early: the result of the reference, if it ran before
-    """
-
-    def __init__(self, job: Job, reference: Reference, early: EvaluationStates | None) -> None:
-        known = early is not None and early.evaluation == job.evaluation
-        found = early if known and early else EvaluationStates.of(job.evaluation, reference)
+    def __init__(self, found: EvaluationStates) -> None:
         self.text, self.windows, self.states = found.text, found.windows, found.states
-        self.head: Head = reference.head()
+        self.head: Head = found.reference.head()
 
     def of_quantization(self, job: Job, quantized: Reference) -> dict[str, Any]:
         """Measure the loss of quantization alone: both models run in transformers in fp32."""
@@ -108,8 +103,8 @@ def compare(
     early: the unquantized reference on the evaluation text, if it ran before
 
     The engine, the reference in fp32 and the reference in 16 bits run one after the other, so that only one
-    of them is in memory at a time. An engine in fp32 runs first: one step of the reference tells whether
-    whole greedy continuations are its own.
+    of them is in memory at a time, and the reference of `early`. An engine in fp32 runs first: one step of
+    the reference tells whether whole greedy continuations are its own.
     """
     sequences = _sequences(job)
     on_step(0)
@@ -156,8 +151,8 @@ def _run_reference(
     on_step: Callable[[int], None],
     early: EvaluationStates | None,
 ) -> _Expected:
-    model = Reference(job.checkpoint, "fp32", job.reference_weights, job.max_seq_len)
-    evaluation = _Evaluation(job, model, early) if job.quantized else None
+    model, found = _load_reference(job, early)
+    evaluation = _Evaluation(found) if found else None
     on_step(2)
     model.use_weights(job.quantized)
     if not job.quantizing_engine:
@@ -175,6 +170,14 @@ def _run_reference(
     model.drop_decoder()
     kept = evaluation if job.dtype != "fp32" else None
     return _Expected(logits, quantized_logits, disturbed_logits, greedy_equal, kept, details)
+
+
+def _load_reference(job: Job, early: EvaluationStates | None) -> tuple[Reference, EvaluationStates | None]:
+    """Return the reference in fp32, and its results on the evaluation text if the engine is quantized."""
+    if job.quantized and early is not None and early.evaluation == job.evaluation:
+        return early.reference, early
+    model = Reference(job.checkpoint, "fp32", job.reference_weights, job.max_seq_len)
+    return model, EvaluationStates.of(job.evaluation, model) if job.quantized else None
 
 
 def _run_fp32_engine(job: Job, sequences: Sequence[list[int]]) -> tuple[list[np.ndarray], list[Continuation]]:

@@ -26,6 +26,8 @@ class EvaluationStates:
     windows: list[list[int]]
     #: The states of each window, [tokens, hidden].
     states: list[torch.Tensor]
+    #: The reference, which still has the checkpoint's weights.
+    reference: Reference
 
     @classmethod
     def of(cls, evaluation: Evaluation, reference: Reference) -> EvaluationStates:
@@ -36,11 +38,11 @@ class EvaluationStates:
             windows = texts.windows_of(text, Path(evaluation.tokenizer), vocab_size, max_seq_len)
         else:
             text, windows = "", texts.random_windows(vocab_size, max_seq_len)
-        return cls(evaluation, text, windows, [reference.states(ids) for ids in windows])
+        return cls(evaluation, text, windows, [reference.states(ids) for ids in windows], reference)
 
     @classmethod
     def early(cls, evaluation: Evaluation) -> EvaluationStates | None:
-        """Load the reference, run it and free it.
+        """Load the reference and run it.
 
         Returns None after an error: the comparison runs the reference again and reports it.
         """

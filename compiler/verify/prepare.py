@@ -21,8 +21,8 @@ def evaluate_early(
     process: the verification process
     tokenizer: the path of the bundle's tokenizer.json; "" if it has none
 
-    With little memory nothing is done, because the reference holds the weights in fp32: the verification
-    itself runs it then.
+    The process keeps the reference, which holds the weights in fp32, for the verification. With little memory
+    nothing is done: the verification itself loads and runs it then.
     """
     parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     available = available_memory()

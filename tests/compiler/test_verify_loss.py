@@ -84,7 +84,7 @@ def test_the_last_matrix_is_applied_a_few_rows_at_a_time(checkpoint: Callable[[s
 
 
 def test_the_reference_may_run_before_the_engine_exists(
-    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[[str], Path],
 ) -> None:
     evaluation = Evaluation(str(checkpoint("llama-tiny")), 100, 384)
     reference = Reference(evaluation.checkpoint, "fp32", max_seq_len=100)
@@ -93,11 +93,13 @@ def test_the_reference_may_run_before_the_engine_exists(
     assert early.windows == late.windows
     assert all(map(torch.equal, early.states, late.states))
     assert EvaluationStates.early(replace(evaluation, checkpoint="nowhere")) is None  # the build says why
-    monkeypatch.setattr(Reference, "states", lambda self, ids: torch.zeros(len(ids), 64))
-    job = Job(evaluation.checkpoint, "", "", 100, 384, [], 1e-4, 0)
-    assert compare._Evaluation(job, reference, early).states is early.states
-    another = compare._Evaluation(replace(job, vocab_size=100), reference, early)
-    assert not any(states.any() for states in another.states)
+    quantized = {"model.layers.0.mlp.up_proj.weight": EngineWeight("int8", "", {}, (0, 1))}
+    job = Job(evaluation.checkpoint, "", "", 100, 384, [], 1e-4, 0, quantized=quantized)
+    assert compare._load_reference(job, early) == (early.reference, early)
+    model, another = compare._load_reference(replace(job, max_seq_len=90), early)
+    assert another is not None
+    assert model is another.reference is not early.reference
+    assert [len(window) for window in another.windows] == [90] * len(another.windows)
 
 
 @pytest.mark.parametrize(("available", "early"), [(None, True), (2 << 30, True), (1 << 30, False)])
