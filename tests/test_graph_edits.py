@@ -80,7 +80,7 @@ def _is_edit(target: ast.expr, statement: ast.stmt) -> bool:
     points_at_file = (
         target.attr == "const_value"
         and isinstance(statement, ast.Assign)
-        and ast.unparse(statement.value).startswith("ir.ExternalTensor(")
+        and ast.unparse(statement.value).startswith(("ir.ExternalTensor(", "ir.LazyTensor("))
     )
     return not points_at_file
 
