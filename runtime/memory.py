@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 
 from llmc.runtime import cgroup
@@ -20,6 +21,17 @@ def available_memory() -> int | None:
     Returns None if the system does not report them.
     """
     return _smaller(_meminfo("MemAvailable"), cgroup.limits().available_memory)
+
+
+def allocate(nbytes: int) -> mmap.mmap:
+    """Return `nbytes` bytes of zeroed memory, in huge pages where the system has them.
+
+    The memory is private: Linux has no huge pages for shared memory unless an administrator asks for them.
+    """
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def private_memory(pid: int) -> int:

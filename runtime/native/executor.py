@@ -14,6 +14,7 @@ import numpy as np
 from llmc.plugins.cpu import library
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.batch import STEP_INPUTS, Batch
+from llmc.runtime.memory import allocate
 from llmc.runtime.native.plan import LINE, Group, Place, Planned, numbers, plan, round_to_lines
 from llmc.runtime.native.program import Cache, Program
 
@@ -53,18 +54,18 @@ class Executor:
         self._plan = plan(program, digits)
         self._max_tokens, self._num_blocks, self._threads = max_tokens, num_blocks, threads
         self._capacity = -(-max_tokens // _DIGIT_ROWS) * _DIGIT_ROWS
-        self._arena = _memory(self._plan.row_bytes * self._capacity + (1 << 16))
+        self._arena = allocate(self._plan.row_bytes * self._capacity + (1 << 16))
         self._base = _address(self._arena)
         self._digits, self._kv_dtype = digits, kv_dtype
         sizes = [size for cache in program.caches for size in _block_bytes(cache, kv_dtype)]
         self._block_bytes = sum(sizes)
-        self._cache = _memory(num_blocks * self._block_bytes + LINE)
+        self._cache = allocate(num_blocks * self._block_bytes + LINE)
         begins = _address(self._cache) + np.cumsum([0, *sizes])
         #: The addresses of each layer's keys and values in block 0.
         self._layers = [
             (int(begins[2 * layer]), int(begins[2 * layer + 1])) for layer in range(len(sizes) // 2)
         ]
-        self._parts = _memory(_PART_BYTES)
+        self._parts = allocate(_PART_BYTES)
         self._merged = np.zeros(threads * library.COUNTER, np.int32)
         planned = self._plan.instructions
         self._code = (library.Instruction * len(planned))(
@@ -286,14 +287,6 @@ def _block_bytes(cache: Cache, kv_dtype: str) -> tuple[int, int]:
 def _positions(batch: Batch, counts: np.ndarray) -> np.ndarray:
     """Return the position of every token, int [T], computed from its sequence's cached tokens."""
     return np.arange(len(batch.input_ids)) - np.repeat(batch.query_start[:-1] - batch.past_lengths, counts)
-
-
-def _memory(nbytes: int) -> mmap.mmap:
-    """Return zeroed memory, in huge pages where the system has them."""
-    memory = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def _address(memory: mmap.mmap) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from llmc.runtime.cpus import available_cpus
 from llmc.runtime.errors import BundleError
+from llmc.runtime.memory import allocate
 from llmc.runtime.native.program import Program
 
 WEIGHTS = "weights/packed.safetensors"  # beside the program
@@ -45,9 +45,7 @@ class WeightsFile:
             except (ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
                 raise BundleError(f"{path.name}: its header is damaged") from error
         self._size = size - self._begin
-        self._memory = mmap.mmap(-1, self._size + 64)  # the last vector may be read past its end
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = allocate(self._size + 64)  # the last vector may be read past its end
         self._error: OSError | BundleError | None = None
         readers = min(_MAX_THREADS, available_cpus())
         part = -(-self._size // (readers * _PAGE)) * _PAGE

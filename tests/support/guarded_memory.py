@@ -66,7 +66,7 @@ def guarded_executors(max_tokens: int, at_end: bool = True) -> Iterator[None]:
     max_tokens: of the executors, a multiple of 64, so that buffers are whole pages.
     """
     assert max_tokens % 64 == 0
-    make_plan, allocate = executor.plan, executor._memory
+    make_plan, allocate = executor.plan, executor.allocate
     guards: list[int] = []  # the bytes where the pages between the buffers begin
 
     def plan(program: Program, digits: int) -> Plan:
@@ -90,8 +90,8 @@ def guarded_executors(max_tokens: int, at_end: bool = True) -> Iterator[None]:
         guards.clear()
         return memoryview(arena)
 
-    executor.plan, executor._memory = plan, memory  # type: ignore[assignment]
+    executor.plan, executor.allocate = plan, memory  # type: ignore[assignment]
     try:
         yield
     finally:
-        executor.plan, executor._memory = make_plan, allocate
+        executor.plan, executor.allocate = make_plan, allocate

@@ -8,7 +8,7 @@
 #include "../../cpu/program.h"
 #include "../../cpu/vec.h"
 
-enum { TILE = 32, AHEAD = 8192, FLOAT_BLOCK = 64 };
+enum { TILE = 32, AHEAD = 4096, FLOAT_BLOCK = 64 };
 // Rows at once, as many as the registers can hold.
 #if defined(__AVX512F__)
 enum { MOST = 6, MOST_SUMS = 6, MOST_FLOAT = 12 };
