@@ -1,7 +1,7 @@
 """A child process that takes one task and answers in JSON lines. Verification and TensorRT builds use it.
 
-When it ends, all its memory is free again, and if it crashes, the parent reports an error. It may be started
-before its task is known, and imports its libraries meanwhile.
+When it ends, all its memory is free again, and if it crashes before it has sent its result, the parent
+reports an error. It may be started before its task is known, and imports its libraries meanwhile.
 
 stdin, JSON lines   {"prepare": {...}}, which may be left out, and the task
 stdout, JSON lines  {"progress": [done, total]}, {"note": text}, and at the end either {"result": {...}} or
@@ -136,17 +136,16 @@ class Started:
         Raises the LlmcError that the child reports, and BuildError if it dies.
         """
         assert self.process.stdout
-        answer: dict[str, Any] = {}
         self._send(task)
         for line in self.process.stdout:
-            answer |= _receive(line, progress)
+            answer = _receive(line, progress)
+            if "error" in answer:
+                raise _error(**answer["error"])
+            if "result" in answer:
+                return answer["result"]  # the process may still free its memory, which nobody waits for
         code = self.process.wait()
-        if "error" in answer:
-            raise _error(**answer["error"])
-        if code != 0 or "result" not in answer:
-            self.stderr.seek(0)
-            raise self.child.death(code, self.stderr.read().strip().rpartition("\n")[2] or "no message")
-        return answer["result"]
+        self.stderr.seek(0)
+        raise self.child.death(code, self.stderr.read().strip().rpartition("\n")[2] or "no message")
 
     def _send(self, line: Mapping[str, Any]) -> None:
         assert self.process.stdin

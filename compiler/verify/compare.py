@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -57,20 +57,28 @@ class _Evaluation:
         self.text, self.windows, self.states = found.text, found.windows, found.states
         self.head: Head = found.reference.head()
 
-    def of_quantization(self, job: Job, quantized: Reference) -> dict[str, Any]:
+    def of_fp32_engine(self, job: Job, backend: Backend) -> dict[str, Any]:
+        """Measure the loss of an engine that computes in fp32."""
+        return self._of_quantization(job, (in_chunks(backend, ids) for ids in self.windows))
+
+    def of_reference(self, job: Job, quantized: Reference) -> dict[str, Any]:
         """Measure the loss of quantization alone: both models run in transformers in fp32."""
-        quantized_logits = loss.rows_of(quantized.head(), [quantized.states(ids) for ids in self.windows])
-        difference = loss.measure(self.head, self.states, self.windows, quantized_logits)
+        states = [quantized.states(ids) for ids in self.windows]
+        return self._of_quantization(job, loss.rows_of(quantized.head(), states))
+
+    def of_16bit_engine(self, backend: Backend, near_tie: float) -> dict[str, Any]:
+        """Measure the loss of a 16-bit engine, which includes that of its 16-bit arithmetic."""
+        difference = self._difference(in_chunks(backend, ids) for ids in self.windows)
+        return loss.record(difference, near_tie, bool(self.text))
+
+    def _of_quantization(self, job: Job, others: Iterable[Iterable[np.ndarray]]) -> dict[str, Any]:
+        difference = self._difference(others)
         figures = {"text_sha256": texts.sha256(self.text)} if self.text else {"text": "random tokens"}
         figures |= {"reference": job.reference_weights}
         return figures | loss.record(difference, 2 * scaled(job.tolerance, difference.scale), bool(self.text))
 
-    def of_engine(self, backend: Backend, near_tie: float) -> dict[str, Any]:
-        """Measure the loss of a 16-bit engine, which includes that of its 16-bit arithmetic."""
-        engine_logits = (in_chunks(backend, ids) for ids in self.windows)
-        return loss.record(
-            loss.measure(self.head, self.states, self.windows, engine_logits), near_tie, bool(self.text)
-        )
+    def _difference(self, others: Iterable[Iterable[np.ndarray]]) -> Difference:
+        return loss.measure(self.head, self.states, self.windows, others)
 
 
 @dataclass
@@ -85,7 +93,7 @@ class _Expected:
     disturbed_logits: list[np.ndarray]
     #: Whether the engine's greedy continuations are those of the reference.
     greedy_equal: bool
-    #: The evaluation to repeat on the engine; None for fp32 engines and unquantized models.
+    #: The evaluation of the engine; None for unquantized models.
     evaluation: _Evaluation | None
     #: Fields of `Findings.details`.
     details: dict[str, Any]
@@ -114,6 +122,11 @@ def compare(
         expected = _run_reference(job, sequences, continuations, on_step, early)
         difference = Difference.between(expected.logits, logits)
         findings = _findings_fp32(job, difference) | {"greedy_equal": expected.greedy_equal}
+        if expected.evaluation:
+            gc.collect()
+            backend = _load_engine(job, blocks_for(expected.evaluation.windows), job.quantizing_engine)
+            expected.details["quantization_loss"] = expected.evaluation.of_fp32_engine(job, backend)
+            del backend
     else:
         continuations = []
         expected = _run_reference(job, sequences, [], on_step, early)
@@ -165,11 +178,12 @@ def _run_reference(
         model.quantize_activations(job.quantized)
         quantized_logits = [model.logits(ids) for ids in sequences]
         disturbed_logits = [model.disturbed_logits(ids) for ids in sequences]
-    details = {"quantization_loss": evaluation.of_quantization(job, model)} if evaluation else {}
+    details = {}
+    if evaluation and job.dtype != "fp32":
+        details["quantization_loss"] = evaluation.of_reference(job, model)
     on_step(4)
     model.drop_decoder()
-    kept = evaluation if job.dtype != "fp32" else None
-    return _Expected(logits, quantized_logits, disturbed_logits, greedy_equal, kept, details)
+    return _Expected(logits, quantized_logits, disturbed_logits, greedy_equal, evaluation, details)
 
 
 def _load_reference(job: Job, early: EvaluationStates | None) -> tuple[Reference, EvaluationStates | None]:
@@ -205,13 +219,14 @@ def _run_16bit_engine(
     gc.collect()
     backend = _load_engine(job, blocks_for(sequences))
     if expected.evaluation:
-        loss_of_engine = expected.evaluation.of_engine(backend, _near_tie(reference_error))
+        loss_of_engine = expected.evaluation.of_16bit_engine(backend, _near_tie(reference_error))
         expected.details["quantization_loss"]["engine"] = loss_of_engine
     return ragged(backend, sequences)
 
 
-def _load_engine(job: Job, blocks: int) -> Backend:
-    return load_backend(EngineFile(job.backend, Path(job.engine)), LoadOptions(kv_blocks=blocks))
+def _load_engine(job: Job, blocks: int, file: str = "") -> Backend:
+    """Load the engine of `file`; by default that of the job."""
+    return load_backend(EngineFile(job.backend, Path(file or job.engine)), LoadOptions(kv_blocks=blocks))
 
 
 def _compare_quantizing_engine(
@@ -223,11 +238,7 @@ def _compare_quantizing_engine(
     activation quantization makes in the reference.
     """
     gc.collect()
-    backend = load_backend(
-        EngineFile(job.backend, Path(job.quantizing_engine)),
-        LoadOptions(kv_blocks=_BLOCKS + blocks_for(sequences)),
-    )
-    logits = ragged(backend, sequences)
+    logits = ragged(_load_engine(job, blocks_for(sequences), job.quantizing_engine), sequences)
     change = Difference.between(expected.logits, expected.quantized_logits)
     error = Difference.between(expected.quantized_logits, logits)
     disturbed = Difference.between(expected.quantized_logits, expected.disturbed_logits)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
-_BLOCK_ELEMENTS = 1 << 21  # rows x vocabulary that are compared together: 16 MB in fp64
+from llmc.runtime.cpus import available_cpus
+
+_BLOCK_ELEMENTS = 1 << 17  # rows x vocabulary that are compared together: 1 MB in fp64
 _KL_OF_ROUNDING = 1e-12  # a KL divergence below this, or below 0, is a rounding error of fp64
 
 
@@ -58,16 +61,11 @@ class Difference:
         return shown | {"top1_agreement_without_ties": round(self.agreement(), 4)}
 
 
-@dataclass
 class DifferenceMeter:
     """Accumulates a Difference. NaN and infinity are passed to the result and raise no error."""
 
-    _largest: list[float] = field(default_factory=list)
-    _squares: list[float] = field(default_factory=list)
-    _kl: list[float] = field(default_factory=list)
-    _top1_gap: list[np.ndarray] = field(default_factory=list)
-    _scale: list[float] = field(default_factory=list)
-    _losses: list[tuple[float, float]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._blocks: list[_Block] = []
 
     def add(self, reference: np.ndarray, logits: np.ndarray, following: Sequence[int] = ()) -> None:
         """Add the logits of n positions, both float32 [n, vocabulary].
@@ -75,41 +73,69 @@ class DifferenceMeter:
         following: the token after each position, for the perplexity; may be shorter than n
         """
         step = max(1, _BLOCK_ELEMENTS // reference.shape[1])
-        for start in range(0, len(reference), step):
-            rows = slice(start, start + step)
-            with np.errstate(over="ignore", invalid="ignore"):
-                self._add(reference[rows], logits[rows], following[rows])
-
-    def _add(self, reference: np.ndarray, logits: np.ndarray, following: Sequence[int]) -> None:
-        error = (logits - reference).astype(np.float64)
-        self._largest.append(float(np.abs(error).max()))
-        self._scale.append(float(np.abs(reference).max()))
-        self._squares += np.square(error).mean(1).tolist()
-        best = np.arange(len(logits)), logits.argmax(1)
-        self._top1_gap.append(reference.max(1) - reference[best])
-        # KL = log E exp(e) - E e, with e the error and E the mean over the reference's distribution.
-        logs = log_softmax(reference)
-        weights = np.exp(logs)
-        peak = error.max(1)
-        spread = np.einsum("nv,nv->n", weights, np.exp(error - peak[:, None]))
-        self._kl += (np.log(spread) + peak - np.einsum("nv,nv->n", weights, error)).tolist()
-        if following:
-            chosen = np.arange(len(following)), np.asarray(following)
-            ours = -log_softmax(logits[: len(following)])[chosen]
-            self._losses += zip((-logs[chosen]).tolist(), ours.tolist(), strict=True)
+        rows = [slice(start, start + step) for start in range(0, len(reference), step)]
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            self._blocks += pool.map(
+                lambda rows: _Block.between(reference[rows], logits[rows], following[rows]), rows
+            )
 
     def result(self) -> Difference:
-        kl = float(np.mean(self._kl))
-        reference_loss, loss = np.mean(self._losses, 0) if self._losses else (None, None)
+        kl = float(np.mean(self._all("kl")))
+        reference_losses, losses = self._all("reference_losses"), self._all("losses")
         return Difference(
-            largest=float(np.max(self._largest)),
-            rms=float(np.sqrt(np.mean(self._squares))),
+            largest=float(np.max([block.largest for block in self._blocks])),
+            rms=float(np.sqrt(np.mean(self._all("squares")))),
             kl=0.0 if kl < _KL_OF_ROUNDING else kl,
-            top1_gap=np.concatenate(self._top1_gap),
-            scale=float(np.max(self._scale)),
-            perplexity=None if loss is None else float(np.exp(loss)),
-            reference_perplexity=None if reference_loss is None else float(np.exp(reference_loss)),
+            top1_gap=self._all("top1_gap"),
+            scale=float(np.max([block.scale for block in self._blocks])),
+            perplexity=float(np.exp(losses.mean())) if losses.size else None,
+            reference_perplexity=float(np.exp(reference_losses.mean())) if losses.size else None,
         )
+
+    def _all(self, name: str) -> np.ndarray:
+        return np.concatenate([getattr(block, name) for block in self._blocks])
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The difference of a few positions; arrays have an element a position."""
+
+    largest: float
+    scale: float
+    #: Mean square errors.
+    squares: np.ndarray
+    kl: np.ndarray
+    top1_gap: np.ndarray
+    #: Negative log probabilities of the tokens that follow; may be shorter.
+    reference_losses: np.ndarray
+    losses: np.ndarray
+
+    @classmethod
+    def between(cls, reference: np.ndarray, logits: np.ndarray, following: Sequence[int]) -> _Block:
+        with np.errstate(over="ignore", invalid="ignore"):
+            error = (logits - reference).astype(np.float64)
+            top, peak = reference.max(1).astype(np.float64), error.max(1)
+            largest, squares = np.maximum(peak.max(), -error.min()), np.square(error).mean(1)
+            best = np.arange(len(logits)), logits.argmax(1)
+            # KL = log E exp(e) - E e, with e the error and E the mean over the reference's distribution.
+            weights = np.exp(reference - top[:, None])
+            total = weights.sum(1)
+            mean_error = np.einsum("nv,nv->n", weights, error) / total
+            error -= peak[:, None]
+            np.exp(error, out=error)
+            growth = np.log(np.einsum("nv,nv->n", weights, error) / total) + peak
+            # log sum exp of the reference is `log_sum`; that of the other logits is larger by `growth`.
+            log_sum = top + np.log(total)
+            chosen, count = (np.arange(len(following)), np.asarray(following, int)), len(following)
+            return cls(
+                largest=float(largest),
+                scale=float(np.maximum(top.max(), -reference.min())),
+                squares=squares,
+                kl=growth - mean_error,
+                top1_gap=reference.max(1) - reference[best],
+                reference_losses=log_sum[:count] - reference[chosen],
+                losses=(log_sum + growth)[:count] - logits[chosen],
+            )
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -42,10 +42,13 @@ class EvaluationStates:
 
     @classmethod
     def early(cls, evaluation: Evaluation) -> EvaluationStates | None:
-        """Load the reference and run it.
+        """Load the reference and run it while the build traces, which takes one CPU.
 
         Returns None after an error: the comparison runs the reference again and reports it.
         """
+        threads = torch.get_num_threads()
+        # Threads of one product wait for each other without sleeping, so they need a CPU each.
+        torch.set_num_threads(max(1, threads - 1))
         try:
             reference = Reference(
                 evaluation.checkpoint, "fp32", evaluation.reference_weights, evaluation.max_seq_len
@@ -53,3 +56,5 @@ class EvaluationStates:
             return cls.of(evaluation, reference)
         except Exception:  # transformers raises many kinds
             return None
+        finally:
+            torch.set_num_threads(threads)

@@ -1,8 +1,6 @@
 """`python -m llmc` is the command `llmc`."""
 
-import sys
-
-from llmc.cli.main import main
+from llmc.cli.main import script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -6,6 +6,7 @@ A tile holds 32 rows of a matrix. Each row is summed in a SIMD lane of its own, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 
@@ -43,22 +44,39 @@ def write_packed(
     constants = {name: lowered.constants[name].read() for name in program.constants}
     used_up = _files_used_up(lowered, made)
     work.check_disk_space(_needed_space(program, used_up))
+    sizes = {name: matrix.nbytes for name, matrix in program.matrices.items()}
+    sizes |= {name: 4 * size for name, size in program.constants.items()}
     done = 0
+
+    def parts() -> Iterator[np.ndarray]:
+        for name, _, _ in entries:
+            matrix = program.matrices.get(name)
+            yield from [constants[name]] if matrix is None else pack(matrix, lowered.matrices[name])
 
     def produce(name: str) -> Iterator[memoryview]:
         nonlocal done
-        matrix = program.matrices.get(name)
-        for part in [constants[name]] if matrix is None else pack(matrix, lowered.matrices[name]):
-            view = part.view(np.uint8)
+        end = done + sizes[name]
+        while done < end:
+            view = next(packed).view(np.uint8)
             done += view.nbytes
             yield view.data
             on_bytes(done)
         for file in used_up.get(name, ()):
             file.unlink()
 
-    sha256, nbytes, _ = write_safetensors(work.path(PACKED_FILE), entries, produce)
+    with ThreadPoolExecutor(1) as thread:
+        packed = _ahead(parts(), thread)
+        sha256, nbytes, _ = write_safetensors(work.path(PACKED_FILE), entries, produce)
     work.add_hash(PACKED_FILE, sha256, nbytes)
     return nbytes
+
+
+def _ahead(arrays: Iterator[np.ndarray], thread: ThreadPoolExecutor) -> Iterator[np.ndarray]:
+    """Yield `arrays`. The next one is computed in `thread` while the caller uses the one before."""
+    following = thread.submit(next, arrays, None)
+    while (array := following.result()) is not None:
+        following = thread.submit(next, arrays, None)
+        yield array
 
 
 def _files_used_up(lowered: Lowered, made: Mapping[str, TensorRef]) -> Mapping[str, list[Path]]:

@@ -8,6 +8,7 @@ import numpy as np
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.runtime.native.program import TILE, Matrix
 
+_TOGETHER = 1 << 18  # elements that are unpacked together: arrays that the caches hold
 _DTYPES = {
     "fp32": np.float32,
     "fp16": np.float16,
@@ -23,29 +24,38 @@ def read_rows(matrix: Matrix, stored: TensorRef, first: int, stop: int) -> np.nd
     """
     begin, end = first // TILE, -(-stop // TILE)
     tile = matrix.nbytes // -(-matrix.rows // TILE)
-    tiles = stored.read(slice(begin * tile, end * tile)).reshape(end - begin, -1)
-    return _dequantize(matrix, tiles)[first - begin * TILE : stop - begin * TILE]
+    wide = np.empty(((end - begin) * TILE, matrix.columns), np.float32)
+    together = max(1, _TOGETHER // (TILE * matrix.columns))
+    for start in range(begin, end, together):
+        last = min(start + together, end)
+        tiles = stored.read(slice(start * tile, last * tile)).reshape(last - start, -1)
+        _dequantize(matrix, tiles, wide[(start - begin) * TILE : (last - begin) * TILE])
+    return wide[first - begin * TILE : stop - begin * TILE]
 
 
-def _dequantize(matrix: Matrix, tiles: np.ndarray) -> np.ndarray:
-    """Return the rows of tiles, uint8 [tiles, bytes], as float32 [32 * tiles, columns]."""
+def _dequantize(matrix: Matrix, tiles: np.ndarray, out: np.ndarray) -> None:
+    """Write the rows of tiles, uint8 [tiles, bytes], to `out`, float32 [32 * tiles, columns]."""
     if not matrix.scales:
         numbers = tiles.view(_DTYPES[matrix.element]).reshape(len(tiles), matrix.columns, TILE)
-        return numbers.transpose(0, 2, 1).reshape(-1, matrix.columns).astype(np.float32)
+        out[:] = numbers.transpose(0, 2, 1).reshape(-1, matrix.columns)
+        return
     blocks = matrix.columns // matrix.block
     parts = tiles.reshape(len(tiles), blocks, -1)
     size = TILE * (2 if matrix.scales == "fp16" else 4)  # bytes of the scales of a tile
     scales = np.ascontiguousarray(parts[..., :size]).view(_DTYPES[matrix.scales])  # [tiles, blocks, 32]
-    codes = np.ascontiguousarray(parts[..., size:])
+    stored = np.ascontiguousarray(parts[..., size:])
     if matrix.element == "fp8":
-        values = codes.view(_DTYPES["fp8"]).astype(np.float32).reshape(len(tiles), blocks, matrix.block, TILE)
-        values = values.transpose(0, 3, 1, 2)
-    else:
-        lanes = codes.reshape(len(tiles), blocks, -1, TILE, 4)
+        codes = stored.view(_DTYPES["fp8"]).reshape(len(tiles), blocks, matrix.block, TILE)
+        codes = codes.transpose(0, 3, 1, 2).astype(np.float32)
+    else:  # lanes of four codes
+        lanes = stored.view(np.uint32).reshape(len(tiles), blocks, -1, TILE)
         if matrix.element == "int4":
-            lanes = np.concatenate([lanes & 15, lanes >> 4], axis=-1)
+            lanes = np.stack([lanes & 0x0F0F0F0F, lanes >> 4 & 0x0F0F0F0F], axis=3).reshape(
+                len(tiles), blocks, -1, TILE
+            )
         zero = 8 if matrix.element == "int4" else 128
-        values = (lanes.astype(np.float32) - zero).transpose(0, 3, 1, 2, 4)
-    values = values.reshape(len(tiles), TILE, blocks, matrix.block)
-    wide = values * scales.astype(np.float32).transpose(0, 2, 1)[..., None]
-    return wide.reshape(-1, matrix.columns)
+        codes = np.ascontiguousarray(lanes.transpose(0, 3, 1, 2)).view(np.uint8) - np.uint8(zero)
+        codes = codes.view(np.int8)
+    shape = len(tiles), TILE, blocks, matrix.block
+    factors = scales.astype(np.float32).transpose(0, 2, 1)[..., None]
+    np.multiply(codes.reshape(shape), factors, out=out.reshape(shape), dtype=np.float32)
