@@ -73,11 +73,13 @@ class DifferenceMeter:
         following: the token after each position, for the perplexity; may be shorter than n
         """
         step = max(1, _BLOCK_ELEMENTS // reference.shape[1])
-        rows = [slice(start, start + step) for start in range(0, len(reference), step)]
+
+        def between(start: int) -> _Block:
+            rows = slice(start, start + step)
+            return _Block.between(reference[rows], logits[rows], following[rows])
+
         with ThreadPoolExecutor(available_cpus()) as pool:
-            self._blocks += pool.map(
-                lambda rows: _Block.between(reference[rows], logits[rows], following[rows]), rows
-            )
+            self._blocks += pool.map(between, range(0, len(reference), step))
 
     def result(self) -> Difference:
         kl = float(np.mean(self._all("kl")))
