@@ -112,19 +112,33 @@ static void run_rows(const instruction *first, const instruction *last, const st
   }
 }
 
+// The tiles of a linear layer in items: a large one for each thread, which reads them in order, then small ones, so that
+// threads finish together.
+typedef struct {
+  int large, small, threads, tiles;
+} tile_items;
+static tile_items items_of(int tiles, int threads) {
+  const int large = tiles * 5 / 8 / threads, rest = tiles - large * threads;
+  return (tile_items){large, (rest + threads * PER_THREAD - 1) / (threads * PER_THREAD), threads, tiles};
+}
+static int first_tile(const tile_items *t, int item) {
+  const int first = item < t->threads ? item * t->large : t->threads * t->large + (item - t->threads) * t->small;
+  return first < t->tiles ? first : t->tiles;
+}
+
 EXPORT void llmc_run(const step *s) {
   const int parts = s->threads * PER_THREAD;
   int turns = SPINS;
   for (int g = 0; g < s->num_groups; g++) {
     const instruction *first = s->code + s->groups[g].first, *last = s->code + s->groups[g].last;
     const int rows = rows_of(first, s);
-    int items, each = 1, tiles = 0;
+    int items, each = 1;
+    tile_items tiles = {0, 0, 0, 0};
     attention_work work = {0, 0, 0};
     if (first->op == OP_ATTENTION) work = attention_items(first, s, parts), items = work.items;
     else if (first->op == OP_LINEAR_INT || first->op == OP_LINEAR_FLOAT) {
-      tiles = rows ? linear_tiles(first) : 0;
-      each = upto(tiles / parts, 16);
-      items = (tiles + each - 1) / each;
+      tiles = items_of(rows ? linear_tiles(first) : 0, s->threads);
+      for (items = 0; first_tile(&tiles, items) < tiles.tiles;) items++;
     } else {
       each = upto(rows / parts, 16);
       items = (rows + each - 1) / each;
@@ -135,8 +149,8 @@ EXPORT void llmc_run(const step *s) {
       if (item >= items) break;
       const int begin = item * each, end = begin + each;
       if (first->op == OP_ATTENTION) attention(first, s, item, work);
-      else if (first->op == OP_LINEAR_INT) linear_int(first, begin, end < tiles ? end : tiles, rows);
-      else if (first->op == OP_LINEAR_FLOAT) linear_float(first, begin, end < tiles ? end : tiles, rows);
+      else if (first->op == OP_LINEAR_INT) linear_int(first, first_tile(&tiles, item), first_tile(&tiles, item + 1), rows);
+      else if (first->op == OP_LINEAR_FLOAT) linear_float(first, first_tile(&tiles, item), first_tile(&tiles, item + 1), rows);
       else run_rows(first, last, s, begin, end < rows ? end : rows);
       finish(done, items);
     }

@@ -38,7 +38,7 @@ INLINE bytes64 nibbles(bytes64 x, const int HIGH) {
 INLINE void unpack(int bits, const uint8_t *w, int pieces, uint8_t *out) {
   for (; pieces > 0; pieces--, w += 128) {
     const bytes64 u0 = *(const bytes64 *)w, u1 = *(const bytes64 *)(w + 64);
-    PREFETCH(w + AHEAD), PREFETCH(w + AHEAD + 64);
+    READ_AHEAD(w), READ_AHEAD(w + 64);
     if (bits == 4) {
       *(bytes64 *)out = nibbles(u0, 0), *(bytes64 *)(out + 64) = nibbles(u1, 0);
       *(bytes64 *)(out + 128) = nibbles(u0, 1), *(bytes64 *)(out + 192) = nibbles(u1, 1);

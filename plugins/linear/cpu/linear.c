@@ -8,7 +8,9 @@
 #include "../../cpu/program.h"
 #include "../../cpu/vec.h"
 
-enum { TILE = 32, AHEAD = 4096, FLOAT_BLOCK = 64 };
+enum { TILE = 32, FLOAT_BLOCK = 64 };
+// Weights are read once, in order: 3 KiB ahead into the second-level cache, and 1 KiB ahead into the first.
+#define READ_AHEAD(p) (PREFETCH((p) + 3072), __builtin_prefetch((p) + 1024, 0, 3))
 // Rows at once, as many as the registers can hold.
 #if defined(__AVX512F__)
 enum { MOST = 6, MOST_SUMS = 6, MOST_FLOAT = 12 };
@@ -33,11 +35,11 @@ INLINE void integer_tile(const int M, const int DIGITS, const int BITS, const in
     vf scale[2];
     if (HALF) {
       scale[0] = load_fp16((const uint16_t *)w), scale[1] = load_fp16((const uint16_t *)w + 16);
-      PREFETCH(w + AHEAD);
+      READ_AHEAD(w);
       w += 64;
     } else {
       scale[0] = loadf((const float *)w), scale[1] = loadf((const float *)w + 16);
-      PREFETCH(w + AHEAD), PREFETCH(w + AHEAD + 64);
+      READ_AHEAD(w), READ_AHEAD(w + 64);
       w += 128;
     }
     vf of_block[MOST][2];
@@ -49,7 +51,7 @@ INLINE void integer_tile(const int M, const int DIGITS, const int BITS, const in
       const int8_t *q = x.q + column;
       for (int k = 0; k < group; k += STEP, w += 128) {
         const vi u0 = (vi) * (const bytes64 *)w, u1 = (vi) * (const bytes64 *)(w + 64);
-        PREFETCH(w + AHEAD), PREFETCH(w + AHEAD + 64);
+        READ_AHEAD(w), READ_AHEAD(w + 64);
         if (BITS == 4) {
           const vi l0 = u0 & 0x0f0f0f0f, l1 = u1 & 0x0f0f0f0f, h0 = (u0 >> 4) & 0x0f0f0f0f, h1 = (u1 >> 4) & 0x0f0f0f0f;
           UNROLL for (int m = 0; m < M; m++) UNROLL for (int d = 0; d < DIGITS; d++) {
@@ -100,8 +102,8 @@ INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int column
     const int end = column + FLOAT_BLOCK < columns ? column + FLOAT_BLOCK : columns;
     for (; column < end; column++, w += 2 * SIZE) {
       const vf w0 = load_kind(KIND, w), w1 = load_kind(KIND, w + SIZE);
-      PREFETCH(w + AHEAD);
-      if (KIND == F32) PREFETCH(w + AHEAD + 64);
+      READ_AHEAD(w);
+      if (KIND == F32) READ_AHEAD(w + 64);
       UNROLL for (int m = 0; m < M; m++) {
         const vf a = allf(x[m * x_stride + column]);
         c[m][0] = fma(w0, a, c[m][0]), c[m][1] = fma(w1, a, c[m][1]);
