@@ -253,7 +253,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--retries", type=int, default=1, help="repeat a sample that others disturbed")
     known = ["start", *(phase.name for phase in phases(1))]
     parser.add_argument(
-        "--only", default=",".join(known), help="comma-separated; all by default: %(default)s"
+        "--only",
+        default="start,decode,concurrent,prefill",
+        help=f"comma-separated, of {', '.join(known)}; by default %(default)s",
     )
     options = parser.parse_args(arguments)
     options.only = options.only.split(",")

@@ -71,6 +71,8 @@ def table(result: dict[str, Any]) -> str:
     tools = list(result["tools"] | result["samples"])
     rows = [["", *tools]]
     for metric, (name, unit, _) in METRICS.items():
+        if not any(metric in samples for samples in result["samples"].values()):
+            continue
         row = [f"{name}, {unit}"]
         for tool in tools:
             samples = result["samples"].get(tool, {}).get(metric, [])

@@ -33,6 +33,7 @@ def phases(new_tokens: int) -> list[Phase]:
         Phase("decode", (64,), new_tokens),
         Phase("concurrent", (32, 64, 96, 128, 160, 192, 224, 256), new_tokens),
         Phase("prefill", (512,), 1),
+        Phase("long", (4096,), new_tokens),
     ]
 
 
@@ -42,6 +43,7 @@ METRICS: dict[str, tuple[str, str, bool]] = {
     "concurrent_decode": ("8 requests, decode only", "t/s", True),
     "concurrent_whole": ("8 requests, prompts included", "t/s", True),
     "prefill": ("prefill 512", "t/s", True),
+    "long_decode": ("decode, batch 1, context 4,096", "t/s", True),
     "first_token": ("start to first token", "s", False),
     "whole_process": ("start to exit", "s", False),
     "peak_rss": ("peak RSS", "GB", False),
@@ -58,6 +60,7 @@ def metrics(phase: Phase, times: list[list[float]]) -> dict[str, float]:
     concurrent_whole   all new tokens over the whole time, prompts' work included
     concurrent_decode  new tokens after every request has its first, over the time since then
     prefill            prompt tokens over the time to the first new token
+    long_decode        as decode
     """
     for request in times:
         if len(request) != phase.new_tokens:
@@ -70,8 +73,8 @@ def metrics(phase: Phase, times: list[list[float]]) -> dict[str, float]:
         return {"prefill": sum(phase.prompt_lengths) / end}
     later = sum(at > prompted for request in times for at in request)
     rate = later / (end - prompted)
-    if phase.name == "decode":
-        return {"decode": rate}
+    if phase.name in ("decode", "long"):
+        return {"decode" if phase.name == "decode" else "long_decode": rate}
     everything = sum(len(request) for request in times)
     return {"concurrent_decode": rate, "concurrent_whole": everything / end}
 

@@ -15,14 +15,14 @@ import numpy as np
 from gguf_writer import write_gguf
 from protocol import Generation, main
 
-STEP = 2048  # tokens of a step: room for all prompts of the workload
-CONTEXT = 512 + 256  # tokens of a sequence: the longest prompt and the new tokens
-SEQUENCES = 8
+STEP = 4096  # tokens of a step: room for all prompts of a phase
+# (sequences, tokens of each) of a context: several prompts of up to 512 tokens, or a long one
+CONTEXTS = ((8, 512 + 256), (1, 4096 + 256))
 FORMATS = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
 
 
 class LlamaCpp:
-    """llama.cpp as a `protocol.Tool`: a model and a context, which all sequences share."""
+    """llama.cpp as a `protocol.Tool`: a model, and contexts, which all their sequences share."""
 
     def __init__(self, model: Path, threads: int) -> None:
         file = next(model.glob("*.gguf"))
@@ -31,27 +31,37 @@ class LlamaCpp:
         if not self.model:
             raise SystemExit(f"llama.cpp cannot load {file.name}")
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = CONTEXT * SEQUENCES
-        settings.n_batch = STEP
-        settings.n_seq_max = SEQUENCES
-        settings.n_threads = settings.n_threads_batch = threads
-        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        self.threads = threads
+        self.contexts: dict[tuple[int, int], Any] = {}
+        self.context = self._context_for(1, 1)
         self.batch = llama_cpp.llama_batch_init(STEP, 0, 1)
         self.describe: dict[str, Any] = {
             "weights": file.stem,
             "kv_cache": "f16 (default)",
             "threads": threads,
-            "n_ubatch": settings.n_ubatch,
+            "n_ubatch": llama_cpp.llama_n_ubatch(self.context),
             "system": llama_cpp.llama_print_system_info().decode(),
         }
 
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
-        longest = max(map(len, prompts))
-        if longest + new_tokens > CONTEXT:
+    def _context_for(self, sequences: int, tokens: int) -> Any:
+        """Return a context for this many sequences of up to `tokens` tokens."""
+        fitting = [size for size in CONTEXTS if sequences <= size[0] and tokens <= size[1]]
+        if not fitting:
             raise SystemExit(
-                f"{longest} prompt tokens and {new_tokens} new ones exceed this worker's context of {CONTEXT}"
+                f"{sequences} sequences of {tokens} tokens exceed this worker's contexts: {CONTEXTS}"
             )
+        size = fitting[0]
+        if size not in self.contexts:
+            settings = llama_cpp.llama_context_default_params()
+            settings.n_ctx = size[0] * size[1]
+            settings.n_batch = STEP
+            settings.n_seq_max = size[0]
+            settings.n_threads = settings.n_threads_batch = self.threads
+            self.contexts[size] = llama_cpp.llama_init_from_model(self.model, settings)
+        return self.contexts[size]
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
+        self.context = self._context_for(len(prompts), max(map(len, prompts)) + new_tokens)
         generation = Generation(len(prompts))
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
         pending, past = prompts, [0] * len(prompts)
