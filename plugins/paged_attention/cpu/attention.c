@@ -15,9 +15,9 @@ enum { AHEAD_BLOCKS = 2, WEIGHT_DIGITS = 3 };
 enum { ROW = PART + 16 }; // from one row of weights to the next: not a power of two, so that rows share no sets of the L1 cache
 // Rows at once, as many as the registers can hold.
 #if defined(__AVX512F__)
-enum { AT_ONCE = 8, CODED_AT_ONCE = 2, SUMS = 24 };
+enum { AT_ONCE = 8, CODED_AT_ONCE = 2, SOFTMAX_AT_ONCE = 4, SUMS = 24 };
 #else
-enum { AT_ONCE = 2, CODED_AT_ONCE = 1, SUMS = 6 };
+enum { AT_ONCE = 2, CODED_AT_ONCE = 1, SOFTMAX_AT_ONCE = 1, SUMS = 6 };
 #endif
 
 // Query tokens of one item. Their heads make at most MAX_ROWS rows.
@@ -140,25 +140,69 @@ INLINE void digit_scores(const int R, const int DIGITS, const kv_block *kv, cons
   }
 }
 
-// Turns a row's scores, from `begin` to `end`, into weights. It sees the keys first .. last - 1, counted from the part's
-// first one. The other weights are 0.
-INLINE void softmax(float softcap, int first, int last, int begin, int end, float *x, float *maximum, float *total) {
-  vf top = allf(-__builtin_inff()), sums = allf(0);
-  for (int k = begin; k < end; k += LANES) {
-    const vi key = (vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + k;
-    vf score = loadf(x + k);
-    if (softcap > 0) score = softcap * tanh_each(score / softcap);
-    if (k < first || k + LANES > last) score = select((key >= first) & (key < last), score, allf(-__builtin_inff()));
-    top = maxf(top, score);
-    storef(x + k, score);
+// The larger number, or b if a is NaN. One instruction, unlike maxf.
+INLINE vf larger(vf a, vf b) { return select(a > b, a, b); }
+// Hides a score of `x` from a row that sees the keys first .. last - 1.
+INLINE void hide(int first, int last, int k, float *x) {
+  const vi key = (vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + k;
+  storef(x + k, select((key >= first) & (key < last), loadf(x + k), allf(-__builtin_inff())));
+}
+// Turns the scores of R rows into weights, for the keys begin .. end - 1 of the part that begins at key `from`. Keys that
+// a row does not see have the weight 0. With a cache of 8 bits the weights times the scales of the values become digits.
+INLINE void softmax(const int R, const int CACHE, const instruction *i, const query_tile *q, int from, const kv_block *kv, int begin, int end,
+                    int row, float *x, partial out, coded_weights *coded) {
+  const float softcap = i->x[1], top = 127.0f * 65536.0f;
+  float shift[SOFTMAX_AT_ONCE], inverse[SOFTMAX_AT_ONCE];
+  vf most[SOFTMAX_AT_ONCE], sums[SOFTMAX_AT_ONCE];
+  for (int r = 0; r < R; r++) {
+    const int position = q->position + (row + r) / q->shared, first = first_key(i, position) - from, last = position + 1 - from;
+    float *scores = x + r * ROW;
+    if (softcap > 0)
+      for (int k = begin; k < end; k += LANES) storef(scores + k, softcap * tanh_each(loadf(scores + k) / softcap));
+    for (int k = begin; k < first && k < end; k += LANES) hide(first, last, k, scores);
+    for (int k = last > begin ? last / LANES * LANES : begin; k < end; k += LANES) hide(first, last, k, scores);
   }
-  *maximum = largest(top);
-  for (int k = begin; k < end; k += LANES) {
-    const vf weight = first < last ? expf_fast(loadf(x + k) - *maximum) : allf(0);
-    sums += weight;
-    storef(x + k, weight);
+  UNROLL for (int r = 0; r < R; r++) most[r] = allf(-__builtin_inff());
+  for (int k = begin; k < end; k += LANES)
+    UNROLL for (int r = 0; r < R; r++) most[r] = larger(loadf(x + r * ROW + k), most[r]);
+  UNROLL for (int r = 0; r < R; r++) {
+    out.maximum[row + r] = largest(most[r]);
+    shift[r] = out.maximum[row + r] == -__builtin_inff() ? 0 : out.maximum[row + r]; // the row may see nothing
+    most[r] = sums[r] = allf(0);
   }
-  *total = sum(sums);
+  for (int k = begin; k < end; k += LANES) {
+    const float *scales = kv[(k - begin) / BLOCK].value_scales + k % BLOCK;
+    UNROLL for (int r = 0; r < R; r++) {
+      vf weight = expf_fast(loadf(x + r * ROW + k) - shift[r]);
+      sums[r] += weight;
+      if (CACHE == INT8_CACHE) { // the scale of a key that nobody sees may be anything
+        weight = select(weight > 0.0f, weight * loadf(scales), allf(0));
+        most[r] = larger(weight, most[r]);
+      }
+      storef(x + r * ROW + k, weight);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) out.total[row + r] = sum(sums[r]);
+  if (CACHE != INT8_CACHE) return;
+  vi of_digits[SOFTMAX_AT_ONCE][WEIGHT_DIGITS];
+  UNROLL for (int r = 0; r < R; r++) {
+    const float largest_weight = largest(most[r]);
+    coded->scales[row + r] = largest_weight / top, inverse[r] = largest_weight > 0 ? top / largest_weight : 0;
+    UNROLL for (int d = 0; d < WEIGHT_DIGITS; d++) of_digits[r][d] = alli(0);
+  }
+  // The low 24 bits of 2^23 + x are x, a multiple of the scale. Those of x + 0x8080, with the high bits of two bytes
+  // flipped, are its digits.
+  for (int k = begin; k < end; k += LANES)
+    UNROLL for (int r = 0; r < R; r++) {
+      const vi bytes = (vi)fma(loadf(x + r * ROW + k), allf(inverse[r]), allf(0x1p23f + 0x8080)) ^ 0x8080;
+      UNROLL for (int d = 0; d < WEIGHT_DIGITS; d++) {
+        const int bit = 8 * (WEIGHT_DIGITS - 1 - d);
+        store_bytes(coded->digits[row + r][d] + k, bytes >> bit);
+        of_digits[r][d] = dot4(of_digits[r][d], alli(1 << bit), bytes, 1);
+      }
+    }
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int d = 0; d < WEIGHT_DIGITS; d++) coded->sums[row + r][d] = sumi(of_digits[r][d]);
 }
 
 // out += weights x values, for R rows and V vectors of a value, over the keys first .. last - 1 of a block.
@@ -260,23 +304,9 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
     else if (DIGITS == 1) EACH_ROWS(4, CODES)
     else EACH_ROWS(2, CODES)
   }
-  int begins = end, ends = begin; // the keys that any row sees
   coded_weights coded;
-  for (int r = 0; r < rows; r++) {
-    const int position = q->position + r / q->shared, first = first_key(i, position) - from, last = position + 1 - from;
-    float *row = weights + r * ROW;
-    softmax(i->x[1], first, last, begin, end, row, out.maximum + r, out.total + r);
-    begins = first < begins ? first : begins, ends = last > ends ? last : ends;
-    if (CACHE != INT8_CACHE) continue;
-    for (int b = 0; b < blocks; b++)
-      for (int half = 0; half < BLOCK; half += LANES) {
-        const int at = begin + b * BLOCK + half;
-        const vf weight = loadf(row + at); // the scale of a key that nobody sees may be anything
-        storef(row + at, select(weight > 0.0f, weight * loadf(kv[b].value_scales + half), allf(0)));
-      }
-    coded.scales[r] = to_digits(WEIGHT_DIGITS, end - begin, row + begin, coded.digits[r][0] + begin, PART, coded.sums[r]);
-  }
-  begins = begins > begin ? begins : begin, ends = ends < end ? ends : end;
+#define SOFTMAX(R) softmax(R, CACHE, i, q, from, kv, begin, end, r, weights + r * ROW, out, &coded);
+  EACH_ROWS(SOFTMAX_AT_ONCE, SOFTMAX)
 #if defined(__AMX_INT8__)
   if (CACHE == INT8_CACHE && q->step) {
     for (int r = 0; r < rows; r += TILE_ROWS) amx_weigh(&coded, r, rows, begin, blocks, stream + blocks, padded, out.values + r * padded);
@@ -291,7 +321,8 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
   }
   for (int k = 0; k < rows * padded; k += LANES) storef(out.values + k, allf(0));
   for (int b = 0; b < blocks; b++) {
-    const int key = begin + b * BLOCK, low = begins > key ? begins - key : 0, high = ends - key < BLOCK ? ends - key : BLOCK;
+    const int key = begin + b * BLOCK, low = seen - from > key ? seen - from - key : 0; // keys that any row sees
+    const int high = end_key - from - key < BLOCK ? end_key - from - key : BLOCK;
 #define WEIGH(R)                                                                                                             \
   weigh_rows(R, CACHE, low, high, weights + r * ROW + key, kv[b].values, r ? kv[b].values : stream[blocks + b + AHEAD_BLOCKS], padded, \
              out.values + r * padded);
@@ -300,6 +331,7 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
 }
 #undef FLOATS
 #undef CODES
+#undef SOFTMAX
 #undef NEXT
 #undef WEIGH
 
@@ -310,8 +342,10 @@ static void merge(int rows, int padded, partial part, partial all) {
     if (part.total[r] == 0) continue; // the row sees nothing of it
     const float grow = expf_fast(allf(top - larger))[0], shrink = expf_fast(allf(before - larger))[0];
     all.maximum[r] = larger, all.total[r] = all.total[r] * shrink + part.total[r] * grow;
-    for (int d = r * padded; d < (r + 1) * padded; d += LANES)
-      storef(all.values + d, fma(loadf(part.values + d), allf(grow), loadf(all.values + d) * shrink));
+    for (int d = r * padded; d < (r + 1) * padded; d += LANES) {
+      const vf values = before == -__builtin_inff() ? allf(0) : loadf(all.values + d); // the row saw nothing so far
+      storef(all.values + d, fma(loadf(part.values + d), allf(grow), values * shrink));
+    }
   }
 }
 static partial part_at(const step *s, attention_work work, int number, int rows) {
@@ -347,10 +381,8 @@ INLINE void attention_item(const int CACHE, const int DIGITS, const instruction 
 #if defined(__AMX_INT8__)
   if (CACHE == INT8_CACHE && q.rows >= AMX_FROM && q.width % 16 == 0) q.step = digit_step(q.width), configure_attention(q.step);
 #endif
-  _Alignas(64) float values[MAX_ROWS * MAX_VALUE_WIDTH], maximum[MAX_ROWS], total[MAX_ROWS];
-  const partial all = {values, maximum, total};
-  for (int r = 0; r < q.rows; r++) maximum[r] = -__builtin_inff(), total[r] = 0;
-  for (int k = 0; k < q.rows * q.padded; k += LANES) storef(values + k, allf(0));
+  _Alignas(64) float all_values[MAX_ROWS * MAX_VALUE_WIDTH], all_maximum[MAX_ROWS], all_total[MAX_ROWS];
+  partial all = {all_values, all_maximum, all_total};
 
   const int first = first_key(i, q.position) / PART, last = (q.position + end - begin - 1) / PART;
   if (each) {
@@ -361,23 +393,25 @@ INLINE void attention_item(const int CACHE, const int DIGITS, const instruction 
     int32_t *finished = s->merged + of_step + head;
     if (__atomic_add_fetch(finished, 1, __ATOMIC_ACQ_REL) < items) return;
     *finished = 0; // for the next instruction
-    for (int p = 0; p < parts; p++) merge(q.rows, q.padded, part_at(s, work, number + p, q.rows), all);
+    all = part_at(s, work, number, q.rows);
+    for (int p = 1; p < parts; p++) merge(q.rows, q.padded, part_at(s, work, number + p, q.rows), all);
   } else {
     float part_values[MAX_ROWS * MAX_VALUE_WIDTH], part_maximum[MAX_ROWS], part_total[MAX_ROWS];
     const partial part = {part_values, part_maximum, part_total};
     for (int p = first; p <= last; p++) {
-      attend(CACHE, DIGITS, i, table, head, &q, p * PART, part);
-      merge(q.rows, q.padded, part, all);
+      attend(CACHE, DIGITS, i, table, head, &q, p * PART, p > first ? part : all);
+      if (p > first) merge(q.rows, q.padded, part, all);
     }
   }
   for (int r = 0; r < q.rows; r++) {
-    float *to = i->out + (begin + r / shared) * i->out_stride + (int64_t)(head * shared + r % shared) * i->n[3], factor = 1 / total[r];
+    const float maximum = all.maximum[r], total = all.total[r];
+    float *to = i->out + (begin + r / shared) * i->out_stride + (int64_t)(head * shared + r % shared) * i->n[3], factor = 1 / total;
     if (i->v) { // a logit without a value
-      const float sink = i->v[head * shared + r % shared], larger = sink > maximum[r] ? sink : maximum[r];
-      const float shrink = expf_fast(allf(maximum[r] - larger))[0];
-      factor = shrink / (total[r] * shrink + expf_fast(allf(sink - larger))[0]);
+      const float sink = i->v[head * shared + r % shared], larger = sink > maximum ? sink : maximum;
+      const float shrink = expf_fast(allf(maximum - larger))[0];
+      factor = shrink / (total * shrink + expf_fast(allf(sink - larger))[0]);
     }
-    for (int d = 0; d < i->n[3]; d++) to[d] = values[r * q.padded + d] * factor;
+    for (int d = 0; d < i->n[3]; d++) to[d] = all.values[r * q.padded + d] * factor;
   }
 }
 
