@@ -1,83 +1,83 @@
 // Products of an 8-bit cache on AMX, for tiles of many queries. The integer sums are those of vectors, and what follows
 // them is the same, so results have the same bits.
 //
-// Tiles 0 to 2: sums of each digit, [16 rows][16 keys or columns]. Tile 4: digits of queries [16][step]. Tile 5: keys
-// [step / 4][16 keys][4]. Tile 6: digits of weights [16][32 keys]. Tile 7: values [32 / 4][16 columns][4 keys].
+// Tiles 0 to 2: sums, [16 rows][16 keys or columns], of three digits or of one digit of two times 16 rows. Tiles 3 to 5:
+// the digits, [16 rows][step]. Tiles 6 and 7 in turns: keys, [step / 4][16 keys][4], or values, [step / 4][16 columns][4 keys].
 #if defined(__AMX_INT8__)
 
 enum { TILE_ROWS = 16, AMX_FROM = 9 }; // with fewer rows more than half of a tile is empty
-typedef int32_t tile_sums[WEIGHT_DIGITS][TILE_ROWS][LANES];
+typedef int32_t tile_sums[3][TILE_ROWS][LANES];
 
 static void configure_attention(int step) {
   tile_config c = {.palette = 1};
-  for (int t = 0; t < WEIGHT_DIGITS; t++) c.row_bytes[t] = 64, c.rows[t] = TILE_ROWS;
-  c.row_bytes[4] = (uint16_t)step, c.rows[4] = TILE_ROWS;
-  c.row_bytes[5] = 64, c.rows[5] = (uint8_t)(step / 4);
-  c.row_bytes[6] = BLOCK, c.rows[6] = TILE_ROWS;
-  c.row_bytes[7] = 64, c.rows[7] = BLOCK / 4;
+  for (int t = 0; t < 3; t++) c.row_bytes[t] = 64, c.rows[t] = TILE_ROWS;
+  for (int t = 3; t < 6; t++) c.row_bytes[t] = (uint16_t)step, c.rows[t] = TILE_ROWS;
+  for (int t = 6; t < 8; t++) c.row_bytes[t] = 64, c.rows[t] = (uint8_t)(step / 4);
   _tile_loadconfig(&c);
 }
-INLINE void zero_sums(const int DIGITS) {
+INLINE void zero_tiles(const int TILES) {
   _tile_zero(0);
-  if (DIGITS == 3) _tile_zero(1), _tile_zero(2);
+  if (TILES > 1) _tile_zero(1);
+  if (TILES > 2) _tile_zero(2);
 }
-INLINE void store_tile_sums(const int DIGITS, tile_sums sums) {
+INLINE void store_tiles(const int TILES, tile_sums sums) {
   _tile_stored(0, sums[0], 64);
-  if (DIGITS == 3) _tile_stored(1, sums[1], 64), _tile_stored(2, sums[2], 64);
+  if (TILES > 1) _tile_stored(1, sums[1], 64);
+  if (TILES > 2) _tile_stored(2, sums[2], 64);
 }
-// The sums of row r as one number each. of_digits: the sums of the row's digits, because keys and values are code + 128.
-INLINE vf joined(const int DIGITS, tile_sums sums, int r, const int32_t *of_digits) {
-  vf t = tofloat(*(const vi *)sums[0][r] + product(-128, of_digits[0]));
-  UNROLL for (int d = 1; d < DIGITS; d++) t = fma(t, allf(256), tofloat(*(const vi *)sums[d][r] + product(-128, of_digits[d])));
-  return t;
+// digits: of the first tile; those of the next one are `next` bytes further.
+#define ADD_PRODUCTS(B, TILES, digits, next, row, b, b_row)                                          \
+  _tile_loadd(B, b, b_row);                                                                          \
+  _tile_loadd(3, digits, row), _tile_dpbsud(0, 3, B);                                                \
+  if (TILES > 1) _tile_loadd(4, (digits) + (next), row), _tile_dpbsud(1, 4, B);                      \
+  if (TILES > 2) _tile_loadd(5, (digits) + 2 * (next), row), _tile_dpbsud(2, 5, B)
+// A sum as a number. of_digits: the sum of the row's digits, because keys and values are code + 128.
+INLINE vf number(const int32_t *sums, int32_t of_digits) { return tofloat(*(const vi *)sums + product(-128, of_digits)); }
+INLINE vf joined(tile_sums sums, int r, const int32_t *of_digits) {
+  return fma(fma(number(sums[0][r], of_digits[0]), allf(256), number(sums[1][r], of_digits[1])), allf(256), number(sums[2][r], of_digits[2]));
 }
 
-// As digit_scores, for up to 16 rows.
-INLINE void amx_scores(const int DIGITS, const kv_block *kv, const query_tile *q, int first, float *out) {
-  const int rows = q->rows - first < TILE_ROWS ? q->rows - first : TILE_ROWS, step = q->step;
-  const int64_t row = 3 * q->stride;
+// As digit_scores, for a block and up to 16 rows, or 32 of one digit. TILES: of sums.
+INLINE void amx_scores(const int DIGITS, const int TILES, const kv_block *kv, const query_tile *q, int first, float *out) {
+  const int most = DIGITS == 1 ? TILES * TILE_ROWS : TILE_ROWS, rows = q->rows - first < most ? q->rows - first : most;
+  const int64_t row = 3 * q->stride, next = DIGITS == 1 ? TILE_ROWS * row : q->stride;
   _Alignas(64) tile_sums sums;
   for (int half = 0; half < 2; half++) {
     const int8_t *digits = q->digits + first * row;
     const uint8_t *keys = kv->keys + 64 * half;
-    zero_sums(DIGITS);
-    for (int k = 0; k < q->width; k += step, digits += step, keys += step * BLOCK) {
-      _tile_loadd(5, keys, 4 * BLOCK);
-      _tile_loadd(4, digits, row);
-      _tile_dpbsud(0, 4, 5);
-      if (DIGITS == 1) continue;
-      _tile_loadd(4, digits + q->stride, row);
-      _tile_dpbsud(1, 4, 5);
-      _tile_loadd(4, digits + 2 * q->stride, row);
-      _tile_dpbsud(2, 4, 5);
+    zero_tiles(TILES);
+    for (int k = 0; k < q->width; k += 2 * q->step, digits += 2 * q->step, keys += 2 * q->step * BLOCK) {
+      ADD_PRODUCTS(6, TILES, digits, next, row, keys, 4 * BLOCK);
+      if (k + q->step == q->width) break;
+      ADD_PRODUCTS(7, TILES, digits + q->step, next, row, keys + q->step * BLOCK, 4 * BLOCK);
     }
-    store_tile_sums(DIGITS, sums);
+    store_tiles(TILES, sums);
     const vf scales = loadf(kv->key_scales + 16 * half);
-    for (int r = 0; r < rows; r++)
-      storef(out + r * ROW + 16 * half, joined(DIGITS, sums, r, q->sums[first + r]) * q->scales[first + r] * scales);
+    for (int r = 0; r < rows; r++) {
+      const int32_t *of_digits = q->sums[first + r];
+      const vf score = DIGITS == 1 ? number(sums[r / TILE_ROWS][r % TILE_ROWS], of_digits[0]) : joined(sums, r, of_digits);
+      storef(out + r * ROW + 16 * half, score * q->scales[first + r] * scales);
+    }
   }
 }
 
 // As weigh_coded_rows, for up to 16 rows.
 INLINE void amx_weigh(const coded_weights *weights, int first, int rows, int begin, int blocks, const uint8_t *const *stream, int padded,
                       float *out) {
+  const int64_t row = WEIGHT_DIGITS * PART;
   _Alignas(64) tile_sums sums;
   rows = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
   for (int d = 0; d < padded; d += LANES) {
-    zero_sums(WEIGHT_DIGITS);
-    for (int b = 0; b < blocks; b++) {
-      const int8_t *digits = weights->digits[first][0] + begin + BLOCK * b;
-      _tile_loadd(7, stream[b] + 4 * d, 4 * padded);
-      _tile_loadd(6, digits, WEIGHT_DIGITS * PART);
-      _tile_dpbsud(0, 6, 7);
-      _tile_loadd(6, digits + PART, WEIGHT_DIGITS * PART);
-      _tile_dpbsud(1, 6, 7);
-      _tile_loadd(6, digits + 2 * PART, WEIGHT_DIGITS * PART);
-      _tile_dpbsud(2, 6, 7);
+    const int8_t *digits = weights->digits[first][0] + begin;
+    zero_tiles(WEIGHT_DIGITS);
+    for (int b = 0; b < blocks; b += 2, digits += 2 * BLOCK) {
+      ADD_PRODUCTS(6, WEIGHT_DIGITS, digits, PART, row, stream[b] + 4 * d, 4 * padded);
+      if (b + 1 == blocks) break;
+      ADD_PRODUCTS(7, WEIGHT_DIGITS, digits + BLOCK, PART, row, stream[b + 1] + 4 * d, 4 * padded);
     }
-    store_tile_sums(WEIGHT_DIGITS, sums);
-    for (int r = 0; r < rows; r++)
-      storef(out + r * padded + d, joined(WEIGHT_DIGITS, sums, r, weights->sums[first + r]) * weights->scales[first + r]);
+    store_tiles(WEIGHT_DIGITS, sums);
+    for (int r = 0; r < rows; r++) storef(out + r * padded + d, joined(sums, r, weights->sums[first + r]) * weights->scales[first + r]);
   }
 }
+#undef ADD_PRODUCTS
 #endif

@@ -289,13 +289,17 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
     const int key = from + end + b * BLOCK;
     stream[2 * blocks + b] = key < end_key ? block_of(CACHE, i, table[key / BLOCK], head).keys : kv[blocks - 1].values;
   }
-  float weights[MAX_ROWS * ROW];
+  _Alignas(64) float weights[MAX_ROWS * ROW];
   for (int b = 0; b < blocks; b++) {
 #define NEXT (r ? kv[b].keys : stream[b + AHEAD_BLOCKS])
 #define FLOATS(R) float_scores(R, CACHE, q->width, kv[b].keys, NEXT, q->x + r * q->width, weights + r * ROW + begin + b * BLOCK);
 #if defined(__AMX_INT8__)
     if (CACHE == INT8_CACHE && q->step) {
-      for (int r = 0; r < rows; r += TILE_ROWS) amx_scores(DIGITS, kv + b, q, r, weights + r * ROW + begin + b * BLOCK);
+      if (b == 0) configure_attention(q->step);
+      float *scores = weights + begin + b * BLOCK;
+      if (DIGITS == 1 && rows > TILE_ROWS) amx_scores(1, 2, kv + b, q, 0, scores);
+      else
+        for (int r = 0; r < rows; r += TILE_ROWS) amx_scores(DIGITS, DIGITS, kv + b, q, r, scores + r * ROW);
       continue;
     }
 #endif
@@ -304,11 +308,12 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
     else if (DIGITS == 1) EACH_ROWS(4, CODES)
     else EACH_ROWS(2, CODES)
   }
-  coded_weights coded;
+  _Alignas(64) coded_weights coded;
 #define SOFTMAX(R) softmax(R, CACHE, i, q, from, kv, begin, end, r, weights + r * ROW, out, &coded);
   EACH_ROWS(SOFTMAX_AT_ONCE, SOFTMAX)
 #if defined(__AMX_INT8__)
   if (CACHE == INT8_CACHE && q->step) {
+    configure_attention(BLOCK);
     for (int r = 0; r < rows; r += TILE_ROWS) amx_weigh(&coded, r, rows, begin, blocks, stream + blocks, padded, out.values + r * padded);
     return;
   }
@@ -372,14 +377,18 @@ INLINE void attention_item(const int CACHE, const int DIGITS, const instruction 
   q.rows = (end - begin) * shared, q.shared = shared, q.position = s->past_lengths[sequence] + begin - s->query_start[sequence];
   q.step = 0;
   q.width = i->n[2], q.stride = (q.width + LANES - 1) / LANES * LANES, q.padded = padded_values(i);
+  const int ahead = begin - s->threads * most >= s->query_start[sequence] ? s->threads * most : 0; // what this thread probably does next
   for (int r = 0; r < q.rows; r++) {
     const float *from = i->a + (begin + r / shared) * i->a_stride + (int64_t)(head * shared + r % shared) * q.width;
+    for (int d = 0; d < q.width; d += LANES) PREFETCH(from - ahead * i->a_stride + d);
+    const float *to = i->out + (begin + r / shared) * i->out_stride + (int64_t)(head * shared + r % shared) * i->n[3];
+    for (int d = 0; d < i->n[3]; d += LANES) __builtin_prefetch(to + d, 1, 2);
     if (CACHE != INT8_CACHE)
       for (int d = 0; d < q.width; d++) q.x[r * q.width + d] = from[d] * i->x[0];
     else q.scales[r] = to_digits(DIGITS, q.width, from, q.digits + r * 3 * q.stride, q.stride, q.sums[r]) * i->x[0];
   }
 #if defined(__AMX_INT8__)
-  if (CACHE == INT8_CACHE && q.rows >= AMX_FROM && q.width % 16 == 0) q.step = digit_step(q.width), configure_attention(q.step);
+  if (CACHE == INT8_CACHE && q.rows >= AMX_FROM && q.width % 16 == 0) q.step = digit_step(q.width);
 #endif
   _Alignas(64) float all_values[MAX_ROWS * MAX_VALUE_WIDTH], all_maximum[MAX_ROWS], all_total[MAX_ROWS];
   partial all = {all_values, all_maximum, all_total};
@@ -396,7 +405,7 @@ INLINE void attention_item(const int CACHE, const int DIGITS, const instruction 
     all = part_at(s, work, number, q.rows);
     for (int p = 1; p < parts; p++) merge(q.rows, q.padded, part_at(s, work, number + p, q.rows), all);
   } else {
-    float part_values[MAX_ROWS * MAX_VALUE_WIDTH], part_maximum[MAX_ROWS], part_total[MAX_ROWS];
+    _Alignas(64) float part_values[MAX_ROWS * MAX_VALUE_WIDTH], part_maximum[MAX_ROWS], part_total[MAX_ROWS];
     const partial part = {part_values, part_maximum, part_total};
     for (int p = first; p <= last; p++) {
       attend(CACHE, DIGITS, i, table, head, &q, p * PART, p > first ? part : all);
