@@ -194,7 +194,7 @@ static void round_to(int format, int width, float scale, const float *a, float *
 
 INLINE float largest_of(int width, const float *a) {
   vf m = allf(0);
-  LOOP(width) m = maxf(m, absf(load_tail(a, k, width)));
+  LOOP(width) m = larger(absf(load_tail(a, k, width)), m);
   return largest(m);
 }
 

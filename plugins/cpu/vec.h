@@ -51,6 +51,8 @@ INLINE void store_bytes(int8_t *p, vi x) { *(vb *)p = __builtin_convertvector(x,
 // a * b. It wraps, because sums of digits are arbitrary where a number is NaN or infinite.
 INLINE int32_t product(int32_t a, int32_t b) { return (int32_t)((uint32_t)a * (uint32_t)b); }
 INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+// The larger number, or b if a is NaN. One instruction, unlike maxf.
+INLINE vf larger(vf a, vf b) { return select(a > b, a, b); }
 
 // Sums and maxima over the lanes, always in the same order: 16 -> 8 -> 4 -> 2 -> 1.
 typedef float vf8 __attribute__((vector_size(32)));

@@ -26,6 +26,8 @@ INLINE void store_tiles(const int TILES, tile_sums sums) {
   if (TILES > 2) _tile_stored(2, sums[2], 64);
 }
 // digits: of the first tile; those of the next one are `next` bytes further.
+#define PREFETCH_TILE(p, row, rows) \
+  UNROLL for (int t = 0; t < (rows); t++) __builtin_prefetch((p) + t * (row), 0, 3)
 #define ADD_PRODUCTS(B, TILES, digits, next, row, b, b_row)                                          \
   _tile_loadd(B, b, b_row);                                                                          \
   _tile_loadd(3, digits, row), _tile_dpbsud(0, 3, B);                                                \
@@ -38,7 +40,8 @@ INLINE vf joined(tile_sums sums, int r, const int32_t *of_digits) {
 }
 
 // As digit_scores, for a block and up to 16 rows, or 32 of one digit. TILES: of sums.
-INLINE void amx_scores(const int DIGITS, const int TILES, const kv_block *kv, const query_tile *q, int first, float *out) {
+INLINE void amx_scores(const int DIGITS, const int TILES, const kv_block *kv, const uint8_t *next_keys, const query_tile *q, int first,
+                       float *out) {
   const int most = DIGITS == 1 ? TILES * TILE_ROWS : TILE_ROWS, rows = q->rows - first < most ? q->rows - first : most;
   const int64_t row = 3 * q->stride, next = DIGITS == 1 ? TILE_ROWS * row : q->stride;
   _Alignas(64) tile_sums sums;
@@ -53,6 +56,7 @@ INLINE void amx_scores(const int DIGITS, const int TILES, const kv_block *kv, co
     }
     store_tiles(TILES, sums);
     const vf scales = loadf(kv->key_scales + 16 * half);
+    for (int k = half; k < q->width / 2; k += 2) __builtin_prefetch(next_keys + 64 * k, 0, 3);
     for (int r = 0; r < rows; r++) {
       const int32_t *of_digits = q->sums[first + r];
       const vf score = DIGITS == 1 ? number(sums[r / TILE_ROWS][r % TILE_ROWS], of_digits[0]) : joined(sums, r, of_digits);
@@ -72,8 +76,10 @@ INLINE void amx_weigh(const coded_weights *weights, int first, int rows, int beg
     zero_tiles(WEIGHT_DIGITS);
     for (int b = 0; b < blocks; b += 2, digits += 2 * BLOCK) {
       ADD_PRODUCTS(6, WEIGHT_DIGITS, digits, PART, row, stream[b] + 4 * d, 4 * padded);
+      PREFETCH_TILE(stream[b] + 4 * d + 64, 4 * padded, BLOCK / 4);
       if (b + 1 == blocks) break;
       ADD_PRODUCTS(7, WEIGHT_DIGITS, digits + BLOCK, PART, row, stream[b + 1] + 4 * d, 4 * padded);
+      PREFETCH_TILE(stream[b + 1] + 4 * d + 64, 4 * padded, BLOCK / 4);
     }
     store_tiles(WEIGHT_DIGITS, sums);
     for (int r = 0; r < rows; r++) storef(out + r * padded + d, joined(sums, r, weights->sums[first + r]) * weights->scales[first + r]);

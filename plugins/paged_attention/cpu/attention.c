@@ -140,8 +140,6 @@ INLINE void digit_scores(const int R, const int DIGITS, const kv_block *kv, cons
   }
 }
 
-// The larger number, or b if a is NaN. One instruction, unlike maxf.
-INLINE vf larger(vf a, vf b) { return select(a > b, a, b); }
 // Hides a score of `x` from a row that sees the keys first .. last - 1.
 INLINE void hide(int first, int last, int k, float *x) {
   const vi key = (vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + k;
@@ -297,9 +295,9 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
     if (CACHE == INT8_CACHE && q->step) {
       if (b == 0) configure_attention(q->step);
       float *scores = weights + begin + b * BLOCK;
-      if (DIGITS == 1 && rows > TILE_ROWS) amx_scores(1, 2, kv + b, q, 0, scores);
+      if (DIGITS == 1 && rows > TILE_ROWS) amx_scores(1, 2, kv + b, stream[b + 1], q, 0, scores);
       else
-        for (int r = 0; r < rows; r += TILE_ROWS) amx_scores(DIGITS, DIGITS, kv + b, q, r, scores + r * ROW);
+        for (int r = 0; r < rows; r += TILE_ROWS) amx_scores(DIGITS, DIGITS, kv + b, stream[b + 1], q, r, scores + r * ROW);
       continue;
     }
 #endif
