@@ -6,7 +6,7 @@
 #if defined(__AMX_INT8__)
 
 enum { TILE_ROWS = 16, AMX_FROM = 9 }; // with fewer rows more than half of a tile is empty
-typedef int32_t tile_sums[3][TILE_ROWS][LANES];
+typedef int32_t tile_sums[3 * TILE_ROWS][LANES];
 
 static void configure_attention(int step) {
   tile_config c = {.palette = 1};
@@ -21,9 +21,9 @@ INLINE void zero_tiles(const int TILES) {
   if (TILES > 2) _tile_zero(2);
 }
 INLINE void store_tiles(const int TILES, tile_sums sums) {
-  _tile_stored(0, sums[0], 64);
-  if (TILES > 1) _tile_stored(1, sums[1], 64);
-  if (TILES > 2) _tile_stored(2, sums[2], 64);
+  _tile_stored(0, sums, 64);
+  if (TILES > 1) _tile_stored(1, sums + TILE_ROWS, 64);
+  if (TILES > 2) _tile_stored(2, sums + 2 * TILE_ROWS, 64);
 }
 // digits: of the first tile; those of the next one are `next` bytes further.
 #define PREFETCH_TILE(p, row, rows) \
@@ -36,7 +36,8 @@ INLINE void store_tiles(const int TILES, tile_sums sums) {
 // A sum as a number. of_digits: the sum of the row's digits, because keys and values are code + 128.
 INLINE vf number(const int32_t *sums, int32_t of_digits) { return tofloat(*(const vi *)sums + product(-128, of_digits)); }
 INLINE vf joined(tile_sums sums, int r, const int32_t *of_digits) {
-  return fma(fma(number(sums[0][r], of_digits[0]), allf(256), number(sums[1][r], of_digits[1])), allf(256), number(sums[2][r], of_digits[2]));
+  const vf high = fma(number(sums[r], of_digits[0]), allf(256), number(sums[TILE_ROWS + r], of_digits[1]));
+  return fma(high, allf(256), number(sums[2 * TILE_ROWS + r], of_digits[2]));
 }
 
 // As digit_scores, for a block and up to 16 rows, or 32 of one digit. TILES: of sums.
@@ -44,7 +45,7 @@ INLINE void amx_scores(const int DIGITS, const int TILES, const kv_block *kv, co
                        float *out) {
   const int most = DIGITS == 1 ? TILES * TILE_ROWS : TILE_ROWS, rows = q->rows - first < most ? q->rows - first : most;
   const int64_t row = 3 * q->stride, next = DIGITS == 1 ? TILE_ROWS * row : q->stride;
-  _Alignas(64) tile_sums sums;
+  _Alignas(64) tile_sums sums[2];
   for (int half = 0; half < 2; half++) {
     const int8_t *digits = q->digits + first * row;
     const uint8_t *keys = kv->keys + 64 * half;
@@ -54,14 +55,16 @@ INLINE void amx_scores(const int DIGITS, const int TILES, const kv_block *kv, co
       if (k + q->step == q->width) break;
       ADD_PRODUCTS(7, TILES, digits + q->step, next, row, keys + q->step * BLOCK, 4 * BLOCK);
     }
-    store_tiles(TILES, sums);
-    const vf scales = loadf(kv->key_scales + 16 * half);
-    for (int k = half; k < q->width / 2; k += 2) __builtin_prefetch(next_keys + 64 * k, 0, 3);
-    for (int r = 0; r < rows; r++) {
-      const int32_t *of_digits = q->sums[first + r];
-      const vf score = DIGITS == 1 ? number(sums[r / TILE_ROWS][r % TILE_ROWS], of_digits[0]) : joined(sums, r, of_digits);
-      storef(out + r * ROW + 16 * half, score * q->scales[first + r] * scales);
-    }
+    store_tiles(TILES, sums[half]);
+  }
+  for (int k = 0; k < q->width / 2; k++) __builtin_prefetch(next_keys + 64 * k, 0, 3);
+  const vf scales0 = loadf(kv->key_scales), scales1 = loadf(kv->key_scales + 16);
+  for (int r = 0; r < rows; r++) {
+    const int32_t *of_digits = q->sums[first + r];
+    const vf score0 = DIGITS == 1 ? number(sums[0][r], of_digits[0]) : joined(sums[0], r, of_digits);
+    const vf score1 = DIGITS == 1 ? number(sums[1][r], of_digits[0]) : joined(sums[1], r, of_digits);
+    storef(out + r * ROW, score0 * q->scales[first + r] * scales0);
+    storef(out + r * ROW + 16, score1 * q->scales[first + r] * scales1);
   }
 }
 
