@@ -25,9 +25,9 @@ INLINE void store_tiles(const int TILES, tile_sums sums) {
   if (TILES > 1) _tile_stored(1, sums + TILE_ROWS, 64);
   if (TILES > 2) _tile_stored(2, sums + 2 * TILE_ROWS, 64);
 }
-// digits: of the first tile; those of the next one are `next` bytes further.
 #define PREFETCH_TILE(p, row, rows) \
   UNROLL for (int t = 0; t < (rows); t++) __builtin_prefetch((p) + t * (row), 0, 3)
+// digits: of the first tile; those of the next one are `next` bytes further.
 #define ADD_PRODUCTS(B, TILES, digits, next, row, b, b_row)                                          \
   _tile_loadd(B, b, b_row);                                                                          \
   _tile_loadd(3, digits, row), _tile_dpbsud(0, 3, B);                                                \
