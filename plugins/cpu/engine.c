@@ -34,6 +34,18 @@ EXPORT int32_t llmc_step_bytes(void) { return (int32_t)sizeof(step); }
 
 // memset and memcpy: compilers emit calls of them, and there is no C library
 #ifdef LLMC_FREESTANDING
+#if defined(__x86_64__)
+__attribute__((used)) void *memset(void *to, int byte, unsigned long count) {
+  void *p = to;
+  __asm__ volatile("rep stosb" : "+D"(p), "+c"(count) : "a"(byte) : "memory");
+  return to;
+}
+__attribute__((used)) void *memcpy(void *restrict to, const void *restrict from, unsigned long count) {
+  void *p = to;
+  __asm__ volatile("rep movsb" : "+D"(p), "+S"(from), "+c"(count) : : "memory");
+  return to;
+}
+#else
 __attribute__((used)) void *memset(void *to, int byte, unsigned long count) {
   for (volatile uint8_t *p = to; count--;) *p++ = (uint8_t)byte;
   return to;
@@ -43,6 +55,7 @@ __attribute__((used)) void *memcpy(void *restrict to, const void *restrict from,
   for (const uint8_t *q = from; count--;) *p++ = *q++;
   return to;
 }
+#endif
 #endif
 
 // Linux' futex: threads of this process sleep while a word holds a value (FUTEX_WAIT_PRIVATE), or are woken (FUTEX_WAKE_PRIVATE).
