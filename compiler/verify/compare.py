@@ -182,7 +182,7 @@ def _run_reference(
     if evaluation and job.dtype != "fp32":
         details["quantization_loss"] = evaluation.of_reference(job, model)
     on_step(4)
-    model.drop_decoder()
+    model.drop_layers()
     return _Expected(logits, quantized_logits, disturbed_logits, greedy_equal, evaluation, details)
 
 

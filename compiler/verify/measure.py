@@ -46,7 +46,7 @@ def measure(
         states.append(reference.states(ids))
         step()
     head = reference.head()
-    reference.drop_decoder()
+    reference.drop_layers()
     gc.collect()
     backend = _load(question, windows)
     engine_logits = (in_chunks(backend, ids) for ids in windows)

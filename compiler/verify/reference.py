@@ -170,9 +170,12 @@ class Reference:
         """Return a snapshot of the end of the model, which turns hidden states into logits."""
         return Head(self.model, self._decoder)
 
-    def drop_decoder(self) -> None:
-        """Free everything but lm_head. A `head` that was returned before still works."""
-        self.model.set_submodule(self._decoder, nn.Identity())
+    def drop_layers(self) -> None:
+        """Free the decoder's layers. A `head` that was returned before still works."""
+        decoder = self.model.get_submodule(self._decoder)
+        for name, module in list(decoder.named_children()):
+            if isinstance(module, nn.ModuleList):
+                setattr(decoder, name, nn.ModuleList())
 
 
 class Head:
