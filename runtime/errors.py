@@ -21,14 +21,15 @@ from __future__ import annotations
 class LlmcError(Exception):
     """Base class. `message` states the fact in one line, `hint` says what to do about it.
 
+    Line breaks, which names in a damaged file may contain, become spaces.
+
     argument: the Python name of the argument whose value is refused, or "". On the command line it is an
         option: `max_tokens` is --max-tokens.
     """
 
     def __init__(self, message: str, hint: str = "", argument: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = (" ".join(text.splitlines()) for text in (message, hint))
+        super().__init__(self.message)
         self.argument = argument
 
 

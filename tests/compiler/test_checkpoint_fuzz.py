@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmc.compiler.checkpoint.checkpoint import CONFIG, INDEX, Checkpoint
@@ -167,6 +167,7 @@ def test_damaged_generation_config(key: str, value: Any) -> None:
         max_size=3,
     )
 )
+@example(edits=[("model.norm.weight", "\n")])  # the name of a missing shard is in the message
 def test_damaged_index(edits: list[Edit]) -> None:
     def damage(root: Path) -> None:
         index = json.loads((root / INDEX).read_text())
