@@ -1,4 +1,4 @@
-"""The memory of this machine, within its container's limit, and an estimate of what a verification needs."""
+"""Memory: what this machine has within its container's limit, what a verification needs, and huge pages."""
 
 from __future__ import annotations
 

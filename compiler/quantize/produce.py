@@ -23,7 +23,7 @@ from llmc.passes.quantize.matrix import QuantizedMatrix
 from llmc.runtime.cpus import available_cpus
 from llmc.runtime.dtypes import BY_NUMPY
 
-_CHUNK_BYTES = 1 << 19
+_CHUNK_BYTES = 1 << 19  # of a tensor that are rounded together: arrays that the caches hold
 
 
 @dataclass
@@ -153,5 +153,5 @@ def input_scale(matrix: QuantizedMatrix, amax: float, dtype: str) -> np.ndarray:
 
 
 def chunks(ref: TensorRef) -> Iterator[np.ndarray]:
-    """Return an iterator over consecutive blocks of rows of a tensor, in its dtype, that the caches hold."""
+    """Return an iterator over consecutive blocks of rows of a tensor, in its dtype."""
     return ref.iter_chunks(_CHUNK_BYTES)
