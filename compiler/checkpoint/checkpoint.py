@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 _LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}  # keys of config.json
+# The same for the other parts of a model, which need not be in the checkpoint, and how many layers they may have.
+_OTHER_LAYERS = _LAYERS | {"depth", "num_mtp_layers", "num_nextn_predict_layers"}
+_MAX_OTHER_LAYERS = 1000
 _ORIGINAL = "compare it with the config.json of the original model"
 _BLOCK = 1 << 24  # bytes that are hashed at a time
 _GGUF_MAGIC = b"GGUF"
@@ -190,8 +194,8 @@ class Checkpoint:
     def check_layers(self) -> None:
         """Compare the number of layers in config.json with the tensors, before a model of that size is made.
 
-        Raises CheckpointError if it is not a positive number, or larger than the number of layers in the
-        tensors' names.
+        Raises CheckpointError if it is not a positive number, if it is larger than the number of layers in
+        the tensors' names, or if another part of the model has more than 1,000 layers.
         """
         numbers: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
         for name in self.tensors:
@@ -212,6 +216,12 @@ class Checkpoint:
                     raise CheckpointError(
                         f"{self.path / CONFIG} has {key} {layers}, but the weights have {stored} layers",
                         _ORIGINAL,
+                    )
+        for section in _sections(self.config):
+            for key in _OTHER_LAYERS & section.keys():
+                if isinstance(section[key], (int, float)) and section[key] > max(stored, _MAX_OTHER_LAYERS):
+                    raise CheckpointError(
+                        f"{self.path / CONFIG} has {key} {section[key]!r}, which is too many", _ORIGINAL
                     )
 
     @property
@@ -267,6 +277,18 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not a JSON object", hint="the file is damaged; download it again")
     return value
+
+
+def _sections(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every object in a JSON document, however deep."""
+    values: list[Any] = [document]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            yield value
+            values.extend(value.values())
+        elif isinstance(value, list):
+            values.extend(value)
 
 
 def _read_tensors(root: Path) -> tuple[dict[str, TensorRef], list[str]]:

@@ -13,12 +13,13 @@ from llmc.compiler.checkpoint.recipe import known_families
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 
 _ORIGINAL = "compare it with the config.json of the original model"
-# Settings that do not describe the model: those of a run, of other files and of the checkpoint's code.
+# Settings that do not describe the model: those of a run, of a classifier, of other files and of the
+# checkpoint's code. transformers makes one label for each of `num_labels`, however many they are.
 _DROPPED = frozenset((
     "quantization_config",  # checkpoint/prequantized reads it
     "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
     "experts_implementation", "_experts_implementation", "transformers_weights", "_name_or_path",
-    "return_dict", "output_attentions", "output_hidden_states",
+    "num_labels", "id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states",
 ))  # fmt: skip
 # Sizes that must be positive numbers. A list is accepted: some families have one size for each layer.
 _SIZES = (

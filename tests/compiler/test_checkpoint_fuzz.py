@@ -138,6 +138,7 @@ def put(name: str, content: Any) -> Callable[[Path], None]:
 
 @FEW
 @given(edits=CONFIG_EDITS)
+@example(edits=[("num_labels", 2**31)])  # transformers makes a dictionary of so many labels
 def test_damaged_config(edits: list[Edit]) -> None:
     attempt(put(CONFIG, edited(CONFIGURATION, edits)), read)
 

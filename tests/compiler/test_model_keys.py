@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,25 @@ def test_the_number_of_layers_is_compared_before_the_model_is_made(
         (tmp_path / "c" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
         with pytest.raises(CheckpointError, match=fact.replace("must be positive", "must be a positive")):
             Checkpoint.open(tmp_path / "c").check_layers()
+
+
+def test_parts_that_are_not_compiled_have_a_bounded_number_of_layers(tmp_path: Path) -> None:
+    save(tmp_path / "c", "llama", SIZES, lambda state: state)
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    for more, accepted in (({"num_hidden_layers": 27}, True), ({"encoder": [{"depth": 2**31}]}, False)):
+        (tmp_path / "c" / "config.json").write_text(json.dumps(config | {"vision_config": more}))
+        with (
+            nullcontext() if accepted else pytest.raises(CheckpointError, match="depth 2147483648, which is")
+        ):
+            Checkpoint.open(tmp_path / "c").check_layers()
+
+
+def test_labels_of_a_classifier_are_not_made(tmp_path: Path) -> None:
+    """transformers makes a dictionary of `num_labels` labels."""
+    save(tmp_path / "c", "llama", SIZES, lambda state: state)
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config | {"num_labels": 2**31}))
+    assert load_config(Checkpoint.open(tmp_path / "c")).num_labels == 2
 
 
 def test_persistent_buffers_are_parameters_of_the_graph(tmp_path: Path) -> None:
