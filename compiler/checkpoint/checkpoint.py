@@ -48,7 +48,7 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 _LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}  # keys of config.json
-# The same for the other parts of a model, which need not be in the checkpoint, and how many layers they may have.
+# The same for other parts of a model, which a checkpoint may lack, and how many layers they may have.
 _OTHER_LAYERS = _LAYERS | {"depth", "num_mtp_layers", "num_nextn_predict_layers"}
 _MAX_OTHER_LAYERS = 1000
 _ORIGINAL = "compare it with the config.json of the original model"
