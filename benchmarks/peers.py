@@ -139,7 +139,7 @@ def first_token_command(peer: Peer) -> list[str]:
     if name == "llmc":
         limits = ["--max-tokens", "1", "--threads", str(peer.threads)]
         limits += ["--fast"] if "fast" in switches else []
-        return [str(peer.python), "-m", "llmc.cli.main", "run", str(peer.model), TEXT, *limits]
+        return [str(peer.python), "-m", "llmc", "run", str(peer.model), TEXT, *limits]
     return peer.command("first", str(peer.model), TEXT)
 
 

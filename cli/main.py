@@ -13,13 +13,11 @@ Modules are imported only when they are needed, because `llmc run` must start fa
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from llmc.cli import output, streams
 from llmc.cli.errors import (
@@ -38,19 +36,6 @@ TRACEBACK = "LLMC_TRACEBACK"  # set to 1: tracebacks for every error
 
 _RUN_LIBRARIES = ("numpy", "tokenizers", "jinja2", "typer", "rich", "tomli")
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def script() -> NoReturn:
-    """Run `llmc` with the arguments of this process and end the process with the exit code.
-
-    Python would free everything first. After a build that takes two seconds: torch leaves many objects.
-    """
-    code = main()
-    atexit._run_exitfuncs()  # workers end, temporary files are removed
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,7 +157,3 @@ def _discard_output() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-
-
-if __name__ == "__main__":
-    script()

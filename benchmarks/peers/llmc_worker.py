@@ -64,7 +64,7 @@ def convert(checkpoint: Path, model: Path) -> None:
         options += ["--kv-dtype", kv_cache]
     if engine := os.environ.get("ENGINE"):
         options += ["--engine", engine]
-    build = [sys.executable, "-m", "llmc.cli.main", "build", checkpoint, "-o", model, *options]
+    build = [sys.executable, "-m", "llmc", "build", checkpoint, "-o", model, *options]
     if status := subprocess.run(build, stdout=sys.stderr).returncode:
         raise SystemExit(status)  # without a traceback, so that llmc's own message is the last of the log
 

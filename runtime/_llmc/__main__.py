@@ -1,6 +1,6 @@
 """`python -m llmc` is the command `llmc`."""
 
-from llmc.cli.main import script
+from llmc.cli.start import script
 
 if __name__ == "__main__":
     script()

@@ -91,7 +91,7 @@ def engine(tiny):
 
 def process(*arguments, **options):
     """Run `llmc` in a separate process."""
-    command = [sys.executable, "-m", "llmc.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "llmc", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=LONG, **options)
 
 
@@ -403,7 +403,7 @@ def test_sizes_of_memory(text, nbytes):
 
 def test_run_on_a_terminal_streams_and_reports_statistics(tiny):
     terminal, inside = pty.openpty()
-    command = [sys.executable, "-m", "llmc.cli.main", "run", str(tiny), "Once", "--max-tokens", "5"]
+    command = [sys.executable, "-m", "llmc", "run", str(tiny), "Once", "--max-tokens", "5"]
     with subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside) as child:
         os.close(inside)
         seen = b""
@@ -622,7 +622,7 @@ def test_progress_on_a_terminal(capsys, monkeypatch):
 def test_a_closed_output_ends_quietly():
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "llmc.cli.main", "zoo", "list"]
+    command = [sys.executable, "-m", "llmc", "zoo", "list"]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=LONG)
     os.close(write)
     assert (done.returncode, done.stderr) == (errors.OUTPUT_CLOSED, b"")
@@ -631,7 +631,7 @@ def test_a_closed_output_ends_quietly():
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_output_is_an_error():
     with open("/dev/full", "wb") as full:
-        command = [sys.executable, "-m", "llmc.cli.main", "zoo", "list"]
+        command = [sys.executable, "-m", "llmc", "zoo", "list"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=LONG)
     assert done.returncode == errors.ERROR
     assert done.stderr == (

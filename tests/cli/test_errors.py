@@ -307,7 +307,7 @@ def test_interrupted_build_leaves_nothing(model, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "llmc.cli.main",
+        "llmc",
         "build",
         str(model),
         "-o",

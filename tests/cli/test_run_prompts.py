@@ -312,7 +312,7 @@ def test_a_conversation_needs_messages(llmc: Run, tiny: Path) -> None:
 
 def test_a_conversation_on_a_terminal_stops_an_answer_and_ends(tiny: Path) -> None:
     terminal, inside = pty.openpty()
-    command = [sys.executable, "-m", "llmc.cli.main", "run", str(tiny), "--chat"]
+    command = [sys.executable, "-m", "llmc", "run", str(tiny), "--chat"]
     seen = b""
 
     def read(until: bytes) -> None:

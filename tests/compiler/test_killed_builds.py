@@ -15,12 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llmc import cli
 from llmc.cli.main import INTERRUPTED
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.runtime.bundle.reader import Bundle
 from support.waiting import LONG, wait_until
 
 KILLS = max(3, settings.default.max_examples // 50)  # `make fuzz`: 20 a round
+_CLI = Path(cli.__file__).parent
 _MARK = "LLMC_TEST_OF_KILLED_BUILDS"  # an environment variable, by which the processes of a build are found
 
 
@@ -59,7 +61,7 @@ def test_a_build_killed_at_a_random_moment(
     output.parent.mkdir()
     if replace:
         subprocess.run(["cp", "-r", str(bundle("llama-tiny")), str(output)], check=True)
-    command = [sys.executable, "-m", "llmc.cli.main", "build", str(checkpoint("llama-tiny"))]
+    command = [sys.executable, "-m", "llmc", "build", str(checkpoint("llama-tiny"))]
     build = subprocess.Popen(
         [*command, "-o", str(output), "--force"],
         env={**os.environ, "TMPDIR": str(scratch), _MARK: mark},
@@ -73,8 +75,9 @@ def test_a_build_killed_at_a_random_moment(
     except subprocess.TimeoutExpired:
         build.send_signal(sent)
     _, said = build.communicate(timeout=LONG)
-    assert build.returncode in (0, -sent, 128 + sent, INTERRUPTED), said
-    assert "Traceback" not in said
+    if f'"{_CLI}' in said or "Traceback" not in said:  # else Python was interrupted before it ran llmc
+        assert build.returncode in (0, -sent, 128 + sent, INTERRUPTED), said
+        assert "Traceback" not in said
     wait_until(lambda: not processes(mark))
     if output.exists():
         Bundle.open(output).verify()
@@ -98,7 +101,7 @@ def _duration(checkpoint: Callable[[str], Path], work: Path) -> float:
     """The seconds of a build that nothing kills, measured once."""
     if not _seconds:
         start = time.monotonic()
-        command = [sys.executable, "-m", "llmc.cli.main", "build", str(checkpoint("llama-tiny"))]
+        command = [sys.executable, "-m", "llmc", "build", str(checkpoint("llama-tiny"))]
         subprocess.run([*command, "-o", str(work / "whole.llmc")], check=True, capture_output=True)
         _seconds.append(time.monotonic() - start)
     return _seconds[0]

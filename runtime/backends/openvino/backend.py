@@ -115,8 +115,10 @@ class OpenVinoBackend:
                 in_int8 = False
             self._few_at_once = (narrow or integer) and activation_group is None and not in_int8
             compiled = core.compile_model(model, "CPU", config)
-        except RuntimeError as error:  # OpenVINO raises no other type
-            reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+        # OpenVINO raises RuntimeError. Python cannot decode a message that has bytes of a damaged file.
+        except (RuntimeError, UnicodeDecodeError) as error:
+            text = "" if isinstance(error, UnicodeDecodeError) else str(error)
+            reason = ["it is damaged", *(line.strip() for line in text.splitlines() if line.strip())][-1]
             raise BackendError(
                 f"OpenVINO {ov.__version__} cannot load {engine.name}: {reason}",
                 "set LLMC_TRACEBACK=1 for the full message",
