@@ -55,7 +55,7 @@ class BundleWriter:
 
     def __enter__(self) -> BundleWriter:
         with contextlib.ExitStack() as stack:  # an exception before the end undoes what was done
-            stack.enter_context(_terminated_as_exception())
+            stack.enter_context(_signals_as_exceptions())
             try:
                 self.output.parent.mkdir(parents=True, exist_ok=True)
                 self._clear_dead_builds()
@@ -201,23 +201,39 @@ class BundleWriter:
 
 
 @contextlib.contextmanager
-def _terminated_as_exception() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into SystemExit, so that the cleanup runs as it does for Ctrl-C."""
+def _signals_as_exceptions() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into SystemExit, so that the cleanup runs as it does for Ctrl-C.
+
+    Libraries may turn these exceptions, and KeyboardInterrupt, into errors of their own, as torch does in
+    C++. So what ends the context after a signal is its exception, whatever was raised.
+    """
+    received: list[BaseException] = []
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
+        error = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+        received.append(error)
+        raise error
 
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread can set handlers
         return
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
-    for number in numbers:
+    defaults = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    handled = {number: default for number, default in defaults.items() if signal.getsignal(number) is default}
+    for number in handled:
         signal.signal(number, stop)
     try:
         yield
+    except Exception:
+        if received:
+            raise received[0] from None
+        raise
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        for number, default in handled.items():
+            signal.signal(number, default)
 
 
 def _lock(descriptor: int) -> bool:

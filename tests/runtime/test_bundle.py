@@ -643,6 +643,19 @@ def test_an_interrupted_build_cleans_up(bundle, sent):
     assert Bundle.open(bundle).manifest.source.name == "tiny"
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_a_library_makes_an_error_of_its_own_still_ends_the_build(output, sent):
+    """torch does so, where C++ calls Python."""
+    expected = KeyboardInterrupt if sent == signal.SIGINT else SystemExit
+    with pytest.raises(expected), BundleWriter(output):
+        try:
+            signal.raise_signal(sent)
+        except BaseException:
+            raise RuntimeError("expected a message argument") from None
+    assert not output.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_killed_build_is_cleared_away_by_the_next_one(bundle):
     with child(HALF_WAY, bundle) as process:
         process.stdout.readline()
