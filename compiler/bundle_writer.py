@@ -52,10 +52,11 @@ class BundleWriter:
         self._hashes: dict[str, FileRecord] = {}
         self._needed = 0
         self._cleanup = contextlib.ExitStack()
+        self._signals: list[BaseException] = []
 
     def __enter__(self) -> BundleWriter:
         with contextlib.ExitStack() as stack:  # an exception before the end undoes what was done
-            stack.enter_context(_signals_as_exceptions())
+            self._signals = stack.enter_context(_signals_as_exceptions())
             try:
                 self.output.parent.mkdir(parents=True, exist_ok=True)
                 self._clear_dead_builds()
@@ -82,6 +83,8 @@ class BundleWriter:
         with self._cleanup:
             out_of_space = isinstance(error, OSError) and error.errno in _OUT_OF_SPACE
             written = _size_of(self._directory) if out_of_space else 0
+        if self._signals and isinstance(error, Exception):
+            raise self._signals[0] from None
         if out_of_space:
             self._out_of_space(error, max(self._needed, written))
 
@@ -201,11 +204,11 @@ class BundleWriter:
 
 
 @contextlib.contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
+def _signals_as_exceptions() -> Iterator[list[BaseException]]:
     """Turn SIGTERM and SIGHUP into SystemExit, so that the cleanup runs as it does for Ctrl-C.
 
-    Libraries may turn these exceptions, and KeyboardInterrupt, into errors of their own, as torch does in
-    C++. So what ends the context after a signal is its exception, whatever was raised.
+    Yields the list of the exceptions that signals raised. Libraries may turn them, and KeyboardInterrupt,
+    into errors of their own, as torch does in C++.
     """
     received: list[BaseException] = []
 
@@ -215,7 +218,7 @@ def _signals_as_exceptions() -> Iterator[None]:
         raise error
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread can set handlers
+        yield received  # only the main thread can set handlers
         return
     defaults = {
         signal.SIGTERM: signal.SIG_DFL,
@@ -226,11 +229,7 @@ def _signals_as_exceptions() -> Iterator[None]:
     for number in handled:
         signal.signal(number, stop)
     try:
-        yield
-    except Exception:
-        if received:
-            raise received[0] from None
-        raise
+        yield received
     finally:
         for number, default in handled.items():
             signal.signal(number, default)
