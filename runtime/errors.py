@@ -9,6 +9,7 @@ LlmcError
 ├── BundleError         the bundle is damaged, too new, or not a bundle
 ├── RequestError        a generation request or an option that cannot be served
 └── BackendError        an engine backend failed its self-test or its call
+    └── RankError           a rank of a bundle with several ranks ended, or does not answer
 
 Each has a message, which states the fact, and a hint, which says what to do. The command line prints them as
 one `error:` and one `hint:` line. It exits with 1, with 2 if the error names an `argument`, and with 3 for a
@@ -63,3 +64,7 @@ class RequestError(LlmcError):
 
 class BackendError(LlmcError):
     """A backend failed its self-test or its call."""
+
+
+class RankError(BackendError):
+    """A rank of a bundle with several ranks ended, did not answer in time, or is out of step."""

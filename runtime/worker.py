@@ -24,9 +24,9 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
-from pathlib import Path
 from typing import IO, Any
+
+from llmc.runtime.import_paths import import_paths
 
 SECONDS = 3  # for a request; ordinary requests take milliseconds
 _LOAD_SECONDS = 60  # to load the tokenizer; a large one usually takes a second
@@ -105,7 +105,13 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _START, *_import_paths()],  # -I: nothing of the working directory
+            [
+                sys.executable,
+                "-I",
+                "-c",
+                _START,
+                *import_paths("llmc", "jinja2", "tokenizers"),
+            ],  # -I: nothing of the working directory
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # where the Rust library reports panics
@@ -132,16 +138,6 @@ def _write(pipe: IO[str] | None, line: str) -> None:
     assert pipe is not None
     pipe.write(line + "\n")
     pipe.flush()
-
-
-def _import_paths() -> list[str]:
-    """Return the directories of llmc and the libraries for `sys.path`, without importing them."""
-    places = []
-    for name in ("llmc", "jinja2", "tokenizers"):
-        spec = find_spec(name)
-        places += [Path(place).absolute() for place in (spec and spec.submodule_search_locations) or ()]
-    # An editable installation keeps llmc under another name. Its import hook finds it without a path.
-    return [str(place.parent) for place in places if place.name in ("llmc", "jinja2", "tokenizers")]
 
 
 def _outcome(code: int) -> str:

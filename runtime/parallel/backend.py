@@ -1,0 +1,174 @@
+"""A bundle of several ranks on one machine: rank 0 in this process, the others in followers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import numpy as np
+
+from llmc.runtime.backends import load_backend
+from llmc.runtime.backends.base import EngineFile, LoadOptions, RankBackend
+from llmc.runtime.backends.kv_cache import cpu_blocks
+from llmc.runtime.batch import Batch
+from llmc.runtime.bundle.reader import Bundle
+from llmc.runtime.cpus import engine_threads
+from llmc.runtime.errors import BackendError, LlmcError, RankError
+from llmc.runtime.native.weights import Weights
+from llmc.runtime.parallel.communicator import Communicator, RankEnded
+from llmc.runtime.parallel.follower import MORE_MEMORY, manifest_sha256
+from llmc.runtime.parallel.followers import Followers
+from llmc.runtime.parallel.messages import Job
+from llmc.runtime.parallel.processes import TIMEOUT, ProcessCommunicator, mesh
+
+
+def load_parallel(
+    bundle: Bundle, options: LoadOptions, weights: Weights | None = None, timeout: float = TIMEOUT
+) -> ParallelBackend:
+    """Load all ranks of a bundle: rank 0 here, and the others in processes of their own.
+
+    options: `threads` is the number of threads of all ranks together. Each gets the same share, at least one.
+    weights: the weights of rank 0, if a thread reads them already
+    timeout: the seconds that a rank waits for another one in a step
+
+    Raises what `load_backend` raises, for any rank, and RankError if a process ends.
+    """
+    size = bundle.manifest.parallel.tp
+    engine = EngineFile.of(bundle, weights)
+    job = Job(
+        manifest_sha256=manifest_sha256(bundle),
+        kv_blocks=cpu_blocks(engine, options),
+        max_tokens=options.max_tokens,
+        max_sequences=options.max_sequences,
+        threads=max(1, engine_threads(options.threads) // size),
+        activation_group=options.activation_group,
+        timeout=timeout,
+    )
+
+    def load(communicator: Communicator) -> RankBackend:
+        return cast(RankBackend, load_backend(engine, job.load_options(communicator)))
+
+    return start_ranks(str(bundle.path), size, job, load)
+
+
+def start_ranks(
+    path: str,
+    size: int,
+    job: Job,
+    load: Callable[[Communicator], RankBackend],
+    module: str = "llmc.runtime.parallel.follower",
+    paths: Sequence[str] = (),
+) -> ParallelBackend:
+    """Start the followers, load rank 0 with `load` meanwhile, and wait until all are loaded.
+
+    path, module, paths: see `Followers`
+    """
+    if sys.platform != "linux":
+        raise BackendError(
+            "bundles of several ranks run on Linux only", "build the bundle without --tp to run it here"
+        )
+    try:
+        own, *others = mesh(size)
+    except OSError as error:
+        raise RankError(
+            f"cannot allocate the memory that the ranks share: {error.strerror or error}", MORE_MEMORY
+        ) from error
+    communicator = ProcessCommunicator(own, job.timeout)
+    followers = None
+    try:
+        followers = Followers(path, job, others, module, paths)
+        backend = load(communicator)
+        followers.wait_until_loaded()
+    except BaseException:
+        communicator.close()
+        if followers is not None:
+            followers.close()
+        raise
+    return ParallelBackend(backend, communicator, followers)
+
+
+class ParallelBackend:
+    """The ranks of a bundle as one backend. See `Backend`.
+
+    The first error of a rank ends all of them, and so does a second Ctrl-C within a step. Later calls raise
+    RankError.
+    """
+
+    def __init__(self, own: RankBackend, communicator: ProcessCommunicator, followers: Followers) -> None:
+        self.name, self.num_blocks, self.block_size = own.name, own.num_blocks, own.block_size
+        self._own, self._communicator, self._followers = own, communicator, followers
+        self._steps, self._process = 0, os.getpid()
+        self._failure: str | None = None
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the followers."""
+        return self._followers.pids
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Run a step on all ranks. Return the logits of rank 0, which are valid until the next call."""
+        if self._failure is not None:
+            raise RankError(f"the ranks have ended: {self._failure}", "load the bundle again")
+        if self._process != os.getpid():
+            raise RankError(
+                "this process is a fork of the one that loaded the bundle", "load the bundle here"
+            )
+        with _interrupts_later():
+            try:
+                return self._forward(batch)
+            except RankEnded as error:
+                cause = self._followers.cause(error)
+                self._end(cause)
+                raise cause from error
+            except BaseException as error:
+                self._end(error)
+                raise
+
+    def close(self) -> None:
+        """End all ranks."""
+        self._end("the bundle was closed")
+
+    def _forward(self, batch: Batch) -> np.ndarray:
+        self._steps += 1
+        self._followers.send(self._steps, batch)
+        self._communicator.begin_step(self._steps)
+        return self._own.forward(batch)
+
+    def _end(self, reason: BaseException | str) -> None:
+        if self._failure is None:
+            known = isinstance(reason, str | LlmcError)
+            self._failure = str(reason) if known else f"{type(reason).__name__} in step {self._steps}"
+        self._communicator.close()
+        self._followers.close()
+        self._own.close()
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Handle Ctrl-C after the block, so that no rank is left in the middle of a step.
+
+    A second Ctrl-C is handled at once.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    seen: list[int] = []
+
+    def later(number: int, frame: object) -> None:
+        if seen:
+            handler(number, None)
+        seen.append(number)
+
+    signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if seen:
+        handler(signal.SIGINT, None)

@@ -1,0 +1,117 @@
+"""The process of a rank above 0: it loads its part of a bundle, and runs the steps that rank 0 sends.
+
+Its arguments are this module, the bundle, the rank, and the numbers of the descriptors that it inherits: of
+the channel to rank 0, of the shared memory, and of the sockets to the other ranks (`Endpoint.descriptors`).
+
+It waits without using the CPU, and ends with the process of rank 0, even if that is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import cast
+
+from llmc.runtime.backends import load_backend
+from llmc.runtime.backends.base import EngineFile, RankBackend
+from llmc.runtime.bundle.reader import Bundle
+from llmc.runtime.bundle.strict_json import plain
+from llmc.runtime.errors import BundleError, LlmcError, RankError
+from llmc.runtime.out_of_memory import is_out_of_memory
+from llmc.runtime.parallel.communicator import Communicator, RankEnded
+from llmc.runtime.parallel.messages import Job, receive_line, receive_step, send_report
+from llmc.runtime.parallel.processes import Endpoint, ProcessCommunicator
+
+#: What is there to do if a rank lacks memory.
+MORE_MEMORY = "use a machine with more memory, or give a smaller --kv-memory"
+
+
+def main() -> None:
+    """The main function of the process."""
+    serve(load_rank)
+
+
+def load_rank(path: str, rank: int, job: Job, communicator: Communicator) -> RankBackend:
+    """Load a rank of the bundle at `path`, whose files rank 0 has checked."""
+    bundle = Bundle.open(path, verify_hashes=False)
+    if manifest_sha256(bundle) != job.manifest_sha256:
+        raise BundleError(f"{path} was replaced while it was loaded", "load it again")
+    return cast(RankBackend, load_backend(EngineFile.of(bundle, None, rank), job.load_options(communicator)))
+
+
+def manifest_sha256(bundle: Bundle) -> str:
+    """Return the sha256 of the manifest, which lists the sha256 of every other file."""
+    return hashlib.sha256(json.dumps(plain(bundle.manifest), sort_keys=True).encode()).hexdigest()
+
+
+def serve(load: Callable[[str, int, Job, Communicator], RankBackend]) -> None:
+    """Load a rank with `load`, and run steps until rank 0 closes the channel.
+
+    An LlmcError is reported to rank 0. Any other exception ends the process with a traceback on stderr.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0
+    path, rank, descriptors = (
+        sys.argv[2],
+        int(sys.argv[3]),
+        [int(number) for number in sys.argv[4].split(",")],
+    )
+    channel = socket.socket(fileno=descriptors[0])
+    threading.Thread(target=_end_with, args=(channel,), daemon=True).start()
+    try:
+        _run(load, path, rank, descriptors[1:], channel)
+    except LlmcError as error:
+        _report(channel, error)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _report(channel, RankError(f"ran out of memory: {error or type(error).__name__}", MORE_MEMORY))
+
+
+def _run(
+    load: Callable[[str, int, Job, Communicator], RankBackend],
+    path: str,
+    rank: int,
+    descriptors: list[int],
+    channel: socket.socket,
+) -> None:
+    endpoint = Endpoint.of_descriptors(rank, descriptors)
+    job = Job.of_line(receive_line(channel))
+    communicator = ProcessCommunicator(endpoint, job.timeout)
+    backend = load(path, rank, job, communicator)
+    send_report(channel, loaded=True)
+    while (step := receive_step(channel)) is not None:
+        number, batch = step
+        communicator.begin_step(number)
+        backend.forward(batch)
+
+
+def _report(channel: socket.socket, error: LlmcError) -> None:
+    report = {
+        "kind": type(error).__name__,
+        "message": error.message,
+        "hint": error.hint,
+        "ended": isinstance(error, RankEnded),
+    }
+    with contextlib.suppress(ConnectionError):  # rank 0 ended; there is nobody to tell
+        send_report(channel, error=report)
+    sys.exit(1)
+
+
+def _end_with(channel: socket.socket) -> None:
+    """End this process when the process of rank 0 closes the channel or ends, whatever this one does then.
+
+    The kernel can kill a process when its parent dies (prctl). But the parent is the thread that started it,
+    and a server may load a bundle in a thread that ends.
+    """
+    poll = select.poll()
+    poll.register(channel, select.POLLRDHUP)
+    poll.poll()
+    os._exit(1)
