@@ -39,6 +39,10 @@ class Parameter:
     exponent: int = 0
     #: The packed element type of the computed array ("e2m1"), where the file holds another type; else "".
     packed: str = ""
+    #: The shape of the whole array, if the initializer is a part of it; else ().
+    whole: tuple[int, ...] = ()
+    #: (axis, ranges of indices) that the part keeps, one after the other.
+    kept: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] = ()
 
     @property
     def file_name(self) -> str:

@@ -34,6 +34,7 @@ from llmc.passes.quantize.plan import QuantPlan
 from llmc.passes.quantize.quantize_kv_cache import QuantizeKVCache
 from llmc.passes.quantize.quantize_linears import QuantizeLinears
 from llmc.passes.quantize.untie_head import UntieHead
+from llmc.passes.shard.shard import Shard
 from llmc.passes.spec import Stage
 from llmc.plugins.paged_attention.spec import QuantizedCache
 
@@ -75,6 +76,11 @@ def quantize(plan: QuantPlan | None, cache: QuantizedCache | None) -> list[Pass]
             QuantizeLinears(plan),
         ]
     return [*linears, *([QuantizeKVCache(cache)] if cache else [])]
+
+
+def shard(rank: int, ranks: int) -> list[Pass]:
+    """Return the passes from a quantized graph to the part of it that `rank` of `ranks` computes."""
+    return [Shard(rank, ranks)]
 
 
 def legalize_native(narrow: NarrowPlan) -> list[Pass]:

@@ -4,7 +4,8 @@ TRACED           the tracer's output: [1, T, ...] tensors, operators `llmc.Trace
 PAGED            attention reads and writes a paged KV cache: no `llmc.TracedAttention`, no `llmc.TracedRope`.
 PACKED           no batch axis: every activation is [T, ...] and T is the tokens of all sequences end to end.
 CANONICAL        standard ONNX operators and `llmc.PagedAttention` only; logits for the wanted rows only.
-QUANTIZED        also QuantizeLinear, DequantizeLinear, `llmc.RoundFP4`; quantized caches have scales.
+QUANTIZED        also QuantizeLinear, DequantizeLinear, `llmc.RoundFP4`; quantized caches have scales. One of
+                 several ranks has collectives.
 FOR_NATIVE       for the native engine: what `compiler/targets/native/lower.py` takes; no function bodies.
 FOR_OPENVINO     for OpenVINO: `llmc.PagedAttention` has its body; activations are quantized to INT8 only.
 FOR_ONNXRUNTIME  for ONNX Runtime: every llmc operator has its body; no 4-bit floats, no quantized caches.
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from llmc.passes.parameter import parameter
+from llmc.plugins.collectives.spec import OF_RANKS
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES, STEP_INPUTS
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
@@ -131,7 +133,7 @@ def check(model: ir.Model, stage: Stage) -> list[str]:
 
 def _node_problems(node: ir.Node, stage: Stage) -> Iterator[str]:
     if node.domain == "llmc":
-        if node.op_type not in _LLMC_OPERATORS.get(stage, {ATTENTION, ROUND_FP4}):
+        if node.op_type not in _LLMC_OPERATORS.get(stage, {ATTENTION, ROUND_FP4, *OF_RANKS}):
             yield "is not allowed here"
     elif node.domain != "" or node.op_type not in _ONNX_OPERATORS.get(stage, _CANONICAL):
         yield "is outside the operators llmc knows"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from llmc.plugins.collectives import spec as collectives
 from llmc.plugins.paged_attention import spec as paged_attention
 from llmc.plugins.round_fp4 import spec as round_fp4
 
@@ -22,7 +23,8 @@ class Operator:
     #: The version of the operator's inputs, outputs and attributes.
     abi: int
     #: The module whose `function()` returns the body. A name, because the runtime must not import onnx_ir.
-    module: str
+    #: "": the operator has no body.
+    module: str = ""
 
     @property
     def full_name(self) -> str:
@@ -40,6 +42,7 @@ OPERATORS: Mapping[str, Operator] = {
     for operator in (
         Operator(round_fp4.NAME, round_fp4.ABI_VERSION, "llmc.plugins.round_fp4.body"),
         Operator(paged_attention.NAME, paged_attention.ABI_VERSION, "llmc.plugins.paged_attention.body"),
+        *(Operator(name, collectives.ABI_VERSION) for name in collectives.OF_RANKS),
     )
 }
 
@@ -47,7 +50,7 @@ OPERATORS: Mapping[str, Operator] = {
 def bodies_for(names: Iterable[str]) -> list[Any]:
     """Return the bodies, `onnx_ir.Function`, of the custom operators among `names`."""
     used = set(names)
-    return [operator.body() for name, operator in OPERATORS.items() if name in used]
+    return [operator.body() for name, operator in OPERATORS.items() if name in used and operator.module]
 
 
 def unsupported(needed: Iterable[tuple[str, int]]) -> list[str]:

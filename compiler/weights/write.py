@@ -96,24 +96,34 @@ def attach_weights(
     The arguments and the errors, which occur at the first use, are those of `write_weights`.
     """
     for value in model.graph.initializers.values():
-        if parameter(value) is not None:
-            read = functools.partial(_read, value, tensors, made.get(str(value.name)))
+        if (record := parameter(value)) is not None:
+            read = functools.partial(_read, value, tensors, made.get(record.file_name))
             shape = ir.Shape(_shape(value))
             value.const_value = ir.LazyTensor(read, _dtype(value), shape, name=str(value.name))
 
 
 def _read(value: ir.Value, tensors: Mapping[str, TensorRef], made: TensorRef | None) -> ir.TensorProtocol:
-    data, position = np.empty(_nbytes(value), np.uint8), 0
+    record, dtype = parameter(value), _dtype(value)
+    assert record is not None
+    shape = record.whole or _shape(value)
+    data, position = np.empty(-(-math.prod(shape) * dtype.bitwidth // 8), np.uint8), 0
     for chunk in _made_chunks(value, made) if made else _chunks(value, tensors):
         part = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
         data[position : position + len(part)] = part
         position += len(part)
-    dtype = _dtype(value)
     if position != len(data):
         raise BuildError(f"{value.name} has {position} bytes, the graph needs {len(data)}")
     if dtype.bitwidth < 8:
-        return ir.PackedTensor(data, dtype, shape=_shape(value))
-    return ir.Tensor(data.view(dtype.numpy()).reshape(_shape(value)), dtype)
+        whole: ir.TensorProtocol = ir.PackedTensor(data, dtype, shape=ir.Shape(shape))
+    else:
+        whole = ir.Tensor(data.view(dtype.numpy()).reshape(shape), dtype)
+    if not record.kept:
+        return whole
+    array = whole.numpy()
+    for axis, ranges in record.kept:
+        cuts = [array[(slice(None),) * axis + (slice(*span),)] for span in ranges]
+        array = np.concatenate(cuts, axis) if len(cuts) > 1 else cuts[0]
+    return ir.Tensor(np.ascontiguousarray(array), dtype)
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -1,0 +1,1 @@
+"""Tensor parallelism: the part of a graph that each rank computes."""
