@@ -12,7 +12,7 @@
 #include "measure.c"
 
 #define EXPORT __attribute__((visibility("default")))
-enum { VERSION = 5, COUNTER = 16, SLEEPERS = 1, PER_THREAD = 6 };
+enum { VERSION = 6, COUNTER = 16, SLEEPERS = 1, PER_THREAD = 6 };
 // Turns of a loop before a thread sleeps, about 400 microseconds, which is more than threads wait for each other at the end
 // of a linear layer: nobody sleeps in a step that is not disturbed, because waking takes long. A thread that slept in this step has a busy
 // neighbour and sleeps sooner.

@@ -5,7 +5,8 @@
 
 enum op {
   // Row-wise operations. Consecutive ones run row by row, without waiting for other rows.
-  OP_EMBED = 0,    // out = row input_ids[row] of w; n: width, element type, by position_ids instead
+  OP_EMBED = 0,    // out = row input_ids[row] of w, whose first row is that of another id than 0: n[3]; rows that w
+                   // lacks are 0. n: width, element type, by position_ids instead, first id, rows of w
   OP_GATHER = 1,   // out (a row of logits) = row logits_index[row] of a; n: width
   OP_COPY = 2,     // out = a; n: width
   OP_UNARY = 3,    // out = f(a); n: width, function; x: its parameter

@@ -240,6 +240,11 @@ static void quantize(const instruction *i, int row, int rows, const float *a) {
 
 static void embed(const instruction *i, int token, float *out) {
   const int width = i->n[0], kind = i->n[1];
+  token -= i->n[3];
+  if (token < 0 || token >= i->n[4]) { // the row is in another rank's part of the table
+    for (int k = 0; k < width; k++) out[k] = 0;
+    return;
+  }
   const int64_t size = kind == F32 ? 4 : 2;
   const uint8_t *w = i->w + (int64_t)(token / 32) * width * 32 * size + token % 32 * size; // a row of a tile
   for (int k = 0; k < width; k++, w += 32 * size) {

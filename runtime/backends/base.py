@@ -10,7 +10,8 @@ import numpy as np
 
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.reader import Bundle
-from llmc.runtime.native.weights import WeightsFile
+from llmc.runtime.native.weights import Weights
+from llmc.runtime.parallel.communicator import Communicator
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,16 @@ class EngineFile:
     #: The bundle that holds the file. None: the file is a graph for the CPU.
     bundle: Bundle | None = None
     #: The weights of a native engine, if a thread reads them already.
-    weights: WeightsFile | None = None
+    weights: Weights | None = None
+    #: The rank of the engine, from 0.
+    rank: int = 0
 
     @classmethod
-    def of(cls, bundle: Bundle, weights: WeightsFile | None = None) -> EngineFile:
-        """Return the engine of a bundle. Raises BundleError if the bundle has none."""
+    def of(cls, bundle: Bundle, weights: Weights | None = None, rank: int = 0) -> EngineFile:
+        """Return the engine of a rank of a bundle. Raises BundleError if the bundle has none."""
         manifest = bundle.manifest
-        return cls(manifest.target.engine, bundle.engine_path(), manifest.precision.kv_dtype, bundle, weights)
+        path = bundle.engine_path(rank)
+        return cls(manifest.target.engine, path, manifest.precision.kv_dtype, bundle, weights, rank)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class LoadOptions:
     #: Number of activations in a row that share an int8 scale, in layers with int8 or int4 weights. None:
     #: activations are not quantized.
     activation_group: int | None = None
+    #: The collectives of this rank. None: the bundle has a single rank.
+    communicator: Communicator | None = None
 
 
 class Backend(Protocol):
@@ -70,6 +76,14 @@ class Backend(Protocol):
         Returns logits, float32 [N, vocab], for `batch.logits_index`. They are valid until the next call.
         Raises BackendError if the call fails. The engine then discards the whole cache.
         """
+        ...
+
+
+class RankBackend(Backend, Protocol):
+    """A backend of one of several ranks."""
+
+    def close(self) -> None:
+        """End the engine's threads. Later calls are not allowed."""
         ...
 
 

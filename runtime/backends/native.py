@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from llmc.plugins.cpu.library import CACHES
@@ -40,8 +42,11 @@ class NativeBackend:
     block_size = BLOCK_SIZE
 
     def __init__(self, engine: EngineFile, num_blocks: int, options: LoadOptions) -> None:
-        file = engine.weights or start_reading(engine.path)
+        ranks = options.communicator.size if options.communicator else 1
+        file = engine.weights or start_reading(engine.path, engine.rank, ranks)
         program = Program.from_json(engine.path.read_bytes())
+        if program.ranks != ranks:
+            raise BundleError(f"{engine.path.name} is the program of one of {program.ranks} ranks", DAMAGED)
         if engine.bundle is not None:
             _check_manifest(program, engine.bundle.manifest)
         weights, self._memory = file.arrays(program)
@@ -55,6 +60,7 @@ class NativeBackend:
                 threads=engine_threads(options.threads),
                 kv_dtype=engine.kv_dtype,
                 digits=_EXACT_DIGITS if options.activation_group is None else _FAST_DIGITS,
+                communicator=options.communicator,
             )
         except OSError as error:
             raise BackendError(
@@ -77,6 +83,11 @@ def _check_manifest(program: Program, manifest: Manifest) -> None:
     """Raise BundleError if the manifest, which sizes the KV cache, is not that of the program."""
     geometry = manifest.geometry
     layers = [Cache(layer.num_kv_heads, layer.head_dim, layer.v_head_dim) for layer in geometry.layers]
+    if program.ranks > 1 and len(program.caches) == len(layers):  # each has some of the heads
+        layers = [
+            replace(layer, num_kv_heads=min(layer.num_kv_heads, mine.num_kv_heads))
+            for layer, mine in zip(layers, program.caches, strict=True)
+        ]
     if list(program.caches) != layers:
         raise BundleError("the program has other KV caches than the layers of the manifest", DAMAGED)
     if program.vocab_size != geometry.vocab_size:

@@ -7,6 +7,7 @@ import mmap
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 import numpy as np
@@ -15,8 +16,19 @@ from llmc.plugins.cpu import library
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.memory import allocate
-from llmc.runtime.native.plan import LINE, Group, Place, Planned, numbers, plan, round_to_lines
-from llmc.runtime.native.program import Cache, Program
+from llmc.runtime.native.plan import (
+    COLLECTIVE,
+    LINE,
+    Group,
+    Place,
+    Plan,
+    Planned,
+    numbers,
+    plan,
+    round_to_lines,
+)
+from llmc.runtime.native.program import Cache, Program, View
+from llmc.runtime.parallel.communicator import Communicator
 
 _SETS = 8  # sets of counters: a late thread may still read those of earlier steps
 _DIGIT_ROWS = 16  # rows of a tile of digits
@@ -34,6 +46,7 @@ class Executor:
     digits: int8 digits of an activation, see `plan`.
     kv_dtype: the dtype of the KV cache, fp32, fp16, or int8 with a scale for each token and head.
     isa: the name of a library of `plugins/cpu`. None: the best one for this CPU.
+    communicator: combines values of the ranks, if the program is that of one of several.
     """
 
     def __init__(
@@ -47,7 +60,12 @@ class Executor:
         digits: int = 3,
         kv_dtype: str = "fp32",
         isa: str | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
+        size = communicator.size if communicator else 1
+        if size != program.ranks:
+            raise ValueError(f"the program is one of {program.ranks} ranks, and {size} run")
+        self._communicator = communicator
         #: The engine's library.
         self.library = library.load(isa)
         self._program, self._weights = program, weights
@@ -74,6 +92,7 @@ class Executor:
         self._groups = (library.Group * len(self._plan.groups))(
             *(library.Group(*pair) for pair in self._plan.groups)
         )
+        self._segments = [(*span, self._exchanges(span[0])) for span in _segments(self._plan)]
         counters = len(self._plan.groups) * library.COUNTER
         self._next = np.zeros((_SETS, counters), np.int32)
         self._done = np.zeros((_SETS, counters), np.int32)
@@ -129,14 +148,61 @@ class Executor:
             self._merged,
             self._weights,
         )
-        for worker in self._workers:
-            worker.start(step, kept_alive)
-        self.library.llmc_run(ctypes.byref(step))
-        address, stride = self._find(self._program.logits, 0)
-        rows = np.frombuffer(
-            self._arena, np.float32, len(batch.logits_index) * stride, address - self._base
-        ).reshape(-1, stride)
-        return rows[:, : self._program.vocab_size]
+        for first, last, exchange in self._segments:
+            if exchange is not None:
+                self._combine(exchange, len(batch.logits_index) if exchange.per_logit else tokens)
+                if times is not None:
+                    times[first] = self.library.llmc_ticks()
+                continue
+            part = self._part(step, first, last, times)
+            for worker in self._workers:
+                worker.start(part, kept_alive)
+            self.library.llmc_run(ctypes.byref(part))
+        return self._rows(View(self._program.logits, 0, self._program.vocab_size), len(batch.logits_index))
+
+    def _part(self, step: library.Step, first: int, last: int, times: np.ndarray | None) -> library.Step:
+        """Return the step of the groups first .. last - 1."""
+        part = library.Step.from_buffer_copy(step)
+        counter = 4 * library.COUNTER * first
+        part.num_groups = last - first
+        part.groups += first * ctypes.sizeof(library.Group)
+        part.next += counter
+        part.done += counter
+        if times is not None:
+            part.times = times[first:].ctypes.data
+        return part
+
+    def _exchanges(self, group: int) -> _Exchange | None:
+        """Return the collective that is the group `group`; None if it is none."""
+        planned = self._plan.instructions[self._plan.groups[group][0]]
+        if planned.op != COLLECTIVE:
+            return None
+        source = planned.source
+        assert source.out is not None
+        out = View(source.out, 0, self._program.buffers[source.out].width)
+        part, whole = self._rows(source.inputs[0], self._capacity), self._rows(out, self._capacity)
+        if part.ctypes.data == whole.ctypes.data:
+            whole = part
+        return _Exchange(source.op == "all_gather", planned.per_logit, part, whole)
+
+    def _combine(self, exchange: _Exchange, rows: int) -> None:
+        """Run a collective on the first `rows` rows."""
+        if not rows:
+            return
+        assert self._communicator is not None
+        part, whole = exchange.part[:rows], exchange.whole[:rows]
+        if exchange.gathers:
+            self._communicator.all_gather(part, whole)
+            return
+        if exchange.part is not exchange.whole:
+            np.copyto(whole, part)
+        self._communicator.all_reduce(whole)
+
+    def _rows(self, view: View, rows: int) -> np.ndarray:
+        """Return the first rows of a view, float32 [rows, width], which the instructions write."""
+        address, stride = self._find(view.buffer, view.offset)
+        shape, strides = (rows, view.width), (4 * stride, 4)
+        return np.ndarray(shape, np.float32, self._arena, address - self._base, strides)
 
     def groups(self) -> list[Group]:
         """Return the groups of instructions that run together, in their order."""
@@ -272,6 +338,30 @@ class _Worker:
 def _end(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         worker.end()
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """A collective with the rows that it reads and writes, as many as a step may have."""
+
+    #: Whether it gathers columns. Otherwise it adds.
+    gathers: bool
+    per_logit: bool
+    #: Float32 [rows, width]. A sum may be written to the rows that it reads.
+    part: np.ndarray
+    whole: np.ndarray
+
+
+def _segments(planned: Plan) -> list[tuple[int, int]]:
+    """Return the groups (first, last) that run without a pause: a collective alone, or all between two."""
+    segments: list[tuple[int, int]] = []
+    first = 0
+    for number, (begin, _) in enumerate(planned.groups):
+        if planned.instructions[begin].op == COLLECTIVE:
+            segments += [(first, number)] if number > first else []
+            segments.append((number, number + 1))
+            first = number + 1
+    return segments + ([(first, len(planned.groups))] if first < len(planned.groups) else [])
 
 
 def _block_bytes(cache: Cache, kv_dtype: str) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -44,12 +44,20 @@ class Interpreter:
     weights: the constants, and the matrices as fp64 [rows, columns]. num_blocks: blocks of the cache.
     kv_dtype: fp64; fp16: keys and values are rounded to it, and larger numbers become its largest one;
         int8: they are rounded with a scale for each token and head.
+    exchange: takes this rank's array and returns those of all ranks, in their order; for the program of one
+        of several ranks.
     """
 
     def __init__(
-        self, program: Program, weights: Mapping[str, np.ndarray], num_blocks: int, kv_dtype: str = "fp64"
+        self,
+        program: Program,
+        weights: Mapping[str, np.ndarray],
+        num_blocks: int,
+        kv_dtype: str = "fp64",
+        exchange: Callable[[np.ndarray], Sequence[np.ndarray]] = lambda array: [array],
     ) -> None:
         self._program, self._weights, self._kv_dtype = program, weights, kv_dtype
+        self._exchange = exchange
         self._caches = [
             (
                 np.zeros((num_blocks, cache.num_kv_heads, BLOCK_SIZE, cache.head_dim)),
@@ -88,7 +96,9 @@ class Interpreter:
     def _compute(self, instruction: Instruction, inputs: list[np.ndarray], batch: Batch) -> np.ndarray:
         weights = [self._weights[name] for name in instruction.weights]
         if instruction.op == "embed":
-            return weights[0][batch.input_ids]
+            rows = batch.input_ids - instruction.integers.get("begin", 0)
+            found = (rows >= 0) & (rows < len(weights[0]))
+            return np.where(found[:, None], weights[0][np.where(found, rows, 0)], 0.0)
         if instruction.op == "embed_positions":
             return weights[0][batch.position_ids]
         x = inputs[0]
@@ -101,6 +111,10 @@ class Interpreter:
             return x[batch.logits_index]
         if instruction.op == "copy":
             return x
+        if instruction.op == "all_reduce":
+            return np.sum(np.stack(self._exchange(x)), axis=0)
+        if instruction.op == "all_gather":
+            return np.concatenate(self._exchange(x), axis=1)
         if instruction.op == "unary":
             return _UNARY[instruction.function](x)
         if instruction.op == "binary":

@@ -10,8 +10,12 @@ from llmc.runtime.native.program import BINARY, ROUND, UNARY, Instruction, Matri
 
 LINE = 64  # bytes of a cache line
 _LARGEST_GROUP = 128  # activations that share a scale
+COLLECTIVE = 100  # an operation of all ranks, which the executor runs between those of the library
 _ROWWISE = library.QUANTIZE  # operations up to this number work on one row at a time
-_IN_PLACE = ("unary", "binary", "glu", "round", "vector", "scalar", "rms_norm", "layer_norm", "rope")
+_IN_PLACE = (
+    *("unary", "binary", "glu", "round", "vector", "scalar"),
+    *("rms_norm", "layer_norm", "rope", "all_reduce"),
+)
 
 
 @dataclass
@@ -159,6 +163,8 @@ def _code(instruction: Instruction) -> int:
         "rope": library.ROPE,
         "write_kv": library.WRITE_KV,
         "attention": library.ATTENTION,
+        "all_reduce": COLLECTIVE,
+        "all_gather": COLLECTIVE,
     }[instruction.op]
 
 
@@ -254,8 +260,8 @@ def numbers(program: Program, planned: Planned) -> Sequence[int]:
     source, integers = planned.source, planned.source.integers
     width = source.inputs[0].width if source.inputs else program.buffers[source.out or 0].width
     if planned.op == library.EMBED:
-        by_position = source.op == "embed_positions"
-        return width, library.KINDS[program.matrices[source.weights[0]].element], by_position
+        by_position, matrix = source.op == "embed_positions", program.matrices[source.weights[0]]
+        return width, library.KINDS[matrix.element], by_position, integers.get("begin", 0), matrix.rows
     if planned.op == library.SLICE:
         groups, out = integers["groups"], program.buffers[source.out or 0].width
         return groups, width // groups, integers["begin"], out // groups

@@ -7,6 +7,7 @@ reads views of buffers, which are ranges of columns, and constants of the weight
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from llmc.runtime.errors import BundleError
 PROGRAM_VERSION = 1
 MAX_PROGRAM_BYTES = 64 << 20
 MAX_INSTRUCTIONS = 1 << 14  # and buffers; a model of 126 layers has some 2,000
+MAX_RANKS = 1 << 10
 TILE = 32  # rows of a packed matrix that lie together
 _MAX = 1 << 27  # of sizes and indices
 _MAX_KEYS, _MAX_VALUES = 576, 512  # of a head, as plugins/paged_attention/cpu/attention.c has room for
@@ -146,8 +148,8 @@ class Operation:
 
 
 OPERATIONS: Mapping[str, Operation] = {
-    # out = table[input_ids]
-    "embed": Operation(inputs=0, weights=(1, 1)),
+    # out = table[input_ids - begin]; 0 for ids that the table, a part of one rank, lacks
+    "embed": Operation(inputs=0, weights=(1, 1), optional=("begin",)),
     # out = table[position_ids]
     "embed_positions": Operation(inputs=0, weights=(1, 1)),
     # out = the rows of the input whose logits are wanted
@@ -185,7 +187,12 @@ OPERATIONS: Mapping[str, Operation] = {
         optional=("chunk",),
         floats=("scale", "softcap"),
     ),
+    # out = the sum of every rank's input, added in the order of the ranks
+    "all_reduce": Operation(integers=("ranks",)),
+    # out = the columns of every rank's input, in the order of the ranks
+    "all_gather": Operation(integers=("ranks",)),
 }
+COLLECTIVES = ("all_reduce", "all_gather")
 
 
 @dataclass(frozen=True)
@@ -204,6 +211,12 @@ class Program:
     vocab_size: Size
     #: Rows of the tables of positions; a step has smaller positions. 0: the model has no tables.
     max_positions: Index
+
+    @functools.cached_property
+    def ranks(self) -> int:
+        """The number of ranks that run a program together."""
+        collectives = (each for each in self.instructions if each.op in COLLECTIVES)
+        return next((each.integers.get("ranks", 0) for each in collectives), 1)
 
     def to_json(self) -> bytes:
         """Return the program as JSON: sorted keys, one line per instruction, ASCII."""
@@ -320,6 +333,7 @@ _SAME_WIDTH = (
     "rms_norm",
     "layer_norm",
     "rope",
+    "all_reduce",
 )
 
 
@@ -381,7 +395,12 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
     if instruction.op in ("embed", "embed_positions"):
         matrix = program.matrices.get(instruction.weights[0])
         rows = program.vocab_size if instruction.op == "embed" else program.max_positions
-        if matrix is None or matrix.columns != width or matrix.rows != rows:
+        begin = integers.get("begin", 0)
+        if begin and program.ranks == 1:
+            yield "has a part of a table, and there is one rank"
+        is_part = instruction.op == "embed" and program.ranks > 1
+        fits = matrix is not None and (begin + matrix.rows <= rows if is_part else matrix.rows == rows)
+        if matrix is None or matrix.columns != width or not fits:
             yield "has a table of another shape"
         elif matrix.scales:
             yield "has a table of quantized numbers"
@@ -389,6 +408,12 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
         matrix = program.matrices.get(instruction.weights[0])
         if matrix is None or first is None or matrix.columns != first.width or matrix.rows != width:
             yield "has a matrix of another shape"
+    if instruction.op in COLLECTIVES:
+        ranks = integers["ranks"]
+        if not 2 <= ranks <= MAX_RANKS or ranks != program.ranks:
+            yield "has another number of ranks"
+        elif instruction.op == "all_gather" and (first is None or width != ranks * first.width):
+            yield "has an output that is not as wide as the inputs of all ranks"
     if instruction.op in ("write_kv", "attention"):
         yield from _cache_complaints(program, instruction, width)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from llmc.runtime.memory import allocate
 from llmc.runtime.native.program import Program
 
 WEIGHTS = "weights/packed.safetensors"  # beside the program
+# The same for one of several ranks, and for all of them.
+RANK_WEIGHTS, SHARED_WEIGHTS = "weights/packed.rank{}.safetensors", "weights/packed.shared.safetensors"
 _MAX_HEADER = 64 << 20
 _MAX_THREADS = 8
 _PAGE = 2 << 20  # bytes of a huge page
@@ -56,6 +59,11 @@ class WeightsFile:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def names(self) -> Collection[str]:
+        """The names of the tensors in the file."""
+        return self._spans.keys()
+
     def arrays(self, program: Program) -> tuple[Mapping[str, np.ndarray], object]:
         """Return the matrices (uint8, packed) and constants (fp32) of `program`, when they are read.
 
@@ -71,7 +79,7 @@ class WeightsFile:
         for thread in self._threads:
             thread.join()
         if isinstance(self._error, OSError):
-            raise _unreadable(self._error) from self._error
+            raise _unreadable(self._path, self._error) from self._error
         if self._error is not None:
             raise self._error
         return arrays, self._memory
@@ -103,16 +111,50 @@ class WeightsFile:
         return data[first:last]
 
 
-def start_reading(program: Path) -> WeightsFile:
+class RankWeights:
+    """The weights of one of several ranks: its own, and those that all have."""
+
+    def __init__(self, own: WeightsFile, shared: WeightsFile) -> None:
+        self._own, self._shared = own, shared
+
+    def arrays(self, program: Program) -> tuple[Mapping[str, np.ndarray], object]:
+        """Return the arrays of both files. See `WeightsFile.arrays`."""
+        arrays: dict[str, np.ndarray] = {}
+        memories = []
+        for file, is_shared in ((self._own, False), (self._shared, True)):
+            part = replace(
+                program,
+                matrices={
+                    n: m for n, m in program.matrices.items() if (n in self._shared.names) == is_shared
+                },
+                constants={
+                    n: c for n, c in program.constants.items() if (n in self._shared.names) == is_shared
+                },
+            )
+            found, memory = file.arrays(part)
+            arrays.update(found)
+            memories.append(memory)
+        return arrays, memories
+
+
+Weights = WeightsFile | RankWeights
+
+
+def start_reading(program: Path, rank: int = 0, ranks: int = 1) -> Weights:
     """Start to read the weights of the program in the file `program`. Raises BundleError."""
+    own = _start(program.parent / (RANK_WEIGHTS.format(rank) if ranks > 1 else WEIGHTS))
+    return own if ranks == 1 else RankWeights(own, _start(program.parent / SHARED_WEIGHTS))
+
+
+def _start(path: Path) -> WeightsFile:
     try:
-        return WeightsFile(program.parent / WEIGHTS)
+        return WeightsFile(path)
     except OSError as error:
-        raise _unreadable(error) from error
+        raise _unreadable(path, error) from error
 
 
-def _unreadable(error: OSError) -> BundleError:
-    return BundleError(f"cannot read {WEIGHTS}: {error.strerror or error}")
+def _unreadable(path: Path, error: OSError) -> BundleError:
+    return BundleError(f"cannot read weights/{path.name}: {error.strerror or error}")
 
 
 def _span(entry: Mapping[str, Any]) -> tuple[str, int, int]:

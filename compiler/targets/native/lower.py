@@ -24,6 +24,7 @@ from llmc.compiler.targets.native.constants import (
 )
 from llmc.compiler.targets.native.fuse import fuse
 from llmc.passes import edit
+from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, PARTIAL_EMBEDDING
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
 from llmc.runtime.errors import UnsupportedError
@@ -482,6 +483,18 @@ class _Lowering:
             floats={name: float(edit.attribute(node, name)) for name in ("scale", "softcap")},
         )
 
+    def _partial_embedding(self, node: ir.Node) -> None:
+        table = edit.operand(node, 1)
+        name, begin = self._matrix(table, node), int(edit.attribute(node, "begin"))
+        integers = {"begin": begin} if begin else {}
+        self._emit(node, "embed", weights=(name,), integers=integers, width=edit.dims(table)[1])
+
+    def _collective(self, node: ir.Node) -> None:
+        view, ranks = self._view(node, 0), int(edit.attribute(node, "ranks"))
+        gathers = node.op_type == ALL_GATHER
+        op, width = ("all_gather", view.width * ranks) if gathers else ("all_reduce", view.width)
+        self._emit(node, op, (view,), integers={"ranks": ranks}, width=width)
+
     def _gemm(self, node: ir.Node) -> None:
         if node.attributes.get_int("transA", 0):
             raise refusal(node, "its activations are transposed")
@@ -554,6 +567,9 @@ _NODES: Mapping[str, Callable[[_Lowering, ir.Node], None]] = {
     "RotaryEmbedding": _Lowering._rope,
     "Gemm": _Lowering._gemm,
     ATTENTION: _Lowering._attention,
+    ALL_REDUCE: _Lowering._collective,
+    ALL_GATHER: _Lowering._collective,
+    PARTIAL_EMBEDDING: _Lowering._partial_embedding,
 }
 
 

@@ -5,8 +5,9 @@ A tile holds 32 rows of a matrix. Each row is summed in a SIMD lane of its own, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,9 +20,9 @@ from llmc.compiler.targets.native.constants import MatrixSource, evaluate, leave
 from llmc.compiler.targets.native.lower import Lowered
 from llmc.compiler.weights.safetensors_writer import TensorEntry, write_safetensors
 from llmc.runtime.native.program import TILE, Matrix, Program
+from llmc.runtime.native.weights import WEIGHTS
 
 _ROWS = 32 * TILE  # that are packed together
-PACKED_FILE = "weights/packed.safetensors"
 
 
 def write_packed(
@@ -29,20 +30,24 @@ def write_packed(
     work: BundleWriter,
     on_bytes: Callable[[int], None] = lambda done: None,
     made: Mapping[str, TensorRef] = MappingProxyType({}),
+    file: str = WEIGHTS,
+    names: Container[str] | None = None,
 ) -> int:
-    """Write PACKED_FILE and return its size in bytes. The graph's initializers must have their data.
+    """Write the weights file and return its size in bytes. The graph's initializers must have their data.
 
     on_bytes: called with the number of bytes written so far
     made: the codes and scales that the build made, by the names of their initializers. Their files are
         removed as soon as their matrices are packed.
+    file: the name of the weights file
+    names: the matrices and constants that it holds. None: all.
 
     A matrix is written as a U8 vector of tiles, a constant as an F32 vector.
     """
-    program = lowered.program
+    program = _restricted(lowered.program, names) if names is not None else lowered.program
     entries: list[TensorEntry] = [(name, "U8", (matrix.nbytes,)) for name, matrix in program.matrices.items()]
     entries += [(name, "F32", (size,)) for name, size in program.constants.items()]
     constants = {name: lowered.constants[name].read() for name in program.constants}
-    used_up = _files_used_up(lowered, made)
+    used_up = _files_used_up(program, lowered, made)
     work.check_disk_space(_needed_space(program, used_up))
     sizes = {name: matrix.nbytes for name, matrix in program.matrices.items()}
     sizes |= {name: 4 * size for name, size in program.constants.items()}
@@ -66,9 +71,16 @@ def write_packed(
 
     with ThreadPoolExecutor(1) as thread:
         packed = _ahead(parts(), thread)
-        sha256, nbytes, _ = write_safetensors(work.path(PACKED_FILE), entries, produce)
-    work.add_hash(PACKED_FILE, sha256, nbytes)
+        sha256, nbytes, _ = write_safetensors(work.path(file), entries, produce)
+    work.add_hash(file, sha256, nbytes)
     return nbytes
+
+
+def _restricted(program: Program, names: Container[str]) -> Program:
+    """Return the program with the matrices and constants in `names` only."""
+    matrices = {name: matrix for name, matrix in program.matrices.items() if name in names}
+    constants = {name: size for name, size in program.constants.items() if name in names}
+    return replace(program, matrices=matrices, constants=constants)
 
 
 def _ahead(arrays: Iterator[np.ndarray], thread: ThreadPoolExecutor) -> Iterator[np.ndarray]:
@@ -79,10 +91,12 @@ def _ahead(arrays: Iterator[np.ndarray], thread: ThreadPoolExecutor) -> Iterator
         yield array
 
 
-def _files_used_up(lowered: Lowered, made: Mapping[str, TensorRef]) -> Mapping[str, list[Path]]:
+def _files_used_up(
+    program: Program, lowered: Lowered, made: Mapping[str, TensorRef]
+) -> Mapping[str, list[Path]]:
     """Return name of a matrix -> the files that no later matrix reads."""
     last: dict[Path, str] = {}
-    for name in lowered.program.matrices:
+    for name in program.matrices:
         source = lowered.matrices[name]
         for value in (source.codes, source.scales, source.dequantized):
             for leaf in leaves(value) if value is not None else ():
