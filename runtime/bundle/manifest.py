@@ -1,4 +1,4 @@
-"""The manifest of a bundle, formats 1 to 3: frozen dataclasses, a strict reader and a deterministic writer.
+"""The manifest of a bundle, formats 1 to 4: frozen dataclasses, a strict reader and a deterministic writer.
 
 The dataclasses are the schema: `strict_json.decode` reads their type hints, so each field is declared once.
 FORMAT.md documents each field. Every rule holds in both directions: `to_json` does not write a manifest that
@@ -20,9 +20,10 @@ from llmc.runtime.bundle.strict_json import DAMAGED, decode, no_constants, plain
 from llmc.runtime.errors import BundleError
 from llmc.runtime.installation import upgrade_hint
 
-FormatVersion = Literal[1, 2, 3]
-FORMAT_VERSION: Final = 3
+FormatVersion = Literal[1, 2, 3, 4]
+FORMAT_VERSION: Final = 4
 _ADDED_IN: Final = {"gpu": 2, "sampling": 3}  # field -> the first format that has it
+_RANKS_IN: Final = 4  # the first format of bundles with several ranks
 MANIFEST_NAME = "manifest.json"
 SEAL = "manifest_sha256"  # the one field that is not in the dataclasses
 MAX_MANIFEST_BYTES = 16 * 2**20
@@ -150,10 +151,12 @@ class Precision:
 class Parallel:
     """The number of ranks, which is always one in formats 1 to 3."""
 
-    tp: Literal[1] = 1
+    #: Ranks that each compute a part of every layer.
+    tp: Positive = 1
     pp: Literal[1] = 1
     ep: Literal[1] = 1
-    world_size: Literal[1] = 1
+    #: All ranks.
+    world_size: Positive = 1
 
 
 @dataclass(frozen=True)
@@ -381,10 +384,10 @@ def _json(tree: dict[str, Any]) -> bytes:
     return json.dumps(tree, sort_keys=True, indent=1, allow_nan=False).encode("ascii") + b"\n"
 
 
-def oldest_format(**fields: Any) -> FormatVersion:
-    """Return the oldest format that has all of `fields` (name -> value) that are not None."""
-    used = (_ADDED_IN.get(name, 1) for name, value in fields.items() if value is not None)
-    return typing.cast(FormatVersion, max([1, *used]))
+def oldest_format(parallel: Parallel = Parallel(), **fields: Any) -> FormatVersion:
+    """Return the oldest format that has all of `fields` (name -> value) that are not None, and the ranks."""
+    used = [_ADDED_IN.get(name, 1) for name, value in fields.items() if value is not None]
+    return typing.cast(FormatVersion, max([1, *used, _RANKS_IN if parallel.world_size > 1 else 1]))
 
 
 def _later_fields(version: int) -> list[str]:
@@ -430,7 +433,7 @@ def _check_consistent(manifest: Manifest) -> None:
     needs_gpu = {"cpu": False, "tensorrt": True, "tensorrt-rtx": True}.get(manifest.target.name)
     if needs_gpu is not None and needs_gpu != (manifest.gpu is not None):
         _bad("gpu", f"{'missing' if manifest.gpu is None else 'given'} for the target {manifest.target.name}")
-    oldest = oldest_format(**{name: getattr(manifest, name) for name in _ADDED_IN})
+    oldest = oldest_format(manifest.parallel, **{name: getattr(manifest, name) for name in _ADDED_IN})
     if manifest.format_version != oldest:
         _bad("format_version", f"{manifest.format_version} does not fit: the fields in use need {oldest}")
     kv_dtype, engine = manifest.precision.kv_dtype, manifest.target.engine
@@ -443,7 +446,12 @@ def _check_consistent(manifest: Manifest) -> None:
         _bad("precision.kv_dtype", f"{kv_dtype} is no KV cache of {engine}")
     if len({operator.name for operator in manifest.operators}) != len(manifest.operators):
         _bad("operators", "an operator is listed twice")
-    if [engine.rank for engine in manifest.engines] != list(range(manifest.parallel.world_size)):
+    if manifest.parallel.world_size != manifest.parallel.tp:
+        _bad("parallel.world_size", "is not the product of tp, pp and ep")
+    if manifest.parallel.world_size > 1 and manifest.target.engine != "native":
+        _bad("parallel", f"{manifest.target.engine} runs one rank only")
+    ranks = [engine.rank for engine in manifest.engines]
+    if len(ranks) != manifest.parallel.world_size or ranks != list(range(len(ranks))):
         _bad("engines", f"must list ranks 0 to {manifest.parallel.world_size - 1} in order")
     if verification.status == "skipped" and not verification.reason:
         _bad("verification.reason", "a skipped verification must say why")

@@ -28,16 +28,17 @@ def test_a_frozen_bundle_opens_and_is_whole(version: int) -> None:
     bundle.verify()
     assert bundle.manifest.format_version == version
     assert (bundle.manifest.gpu is not None) == (version == 2)
-    assert (bundle.manifest.sampling is not None) == (version == 3)
+    assert (bundle.manifest.sampling is not None) == (version >= 3)
+    assert bundle.manifest.parallel.tp == (2 if version == 4 else 1)
 
 
-@pytest.mark.parametrize("version", [1, 3])  # format 2 is for GPUs
+@pytest.mark.parametrize("version", [1, 3, 4])  # format 2 is for GPUs
 def test_a_frozen_bundle_generates_what_transformers_did(version: int) -> None:
     path = GOLDEN / f"format-{version}.llmc"
     expected = json.loads(path.with_suffix(".json").read_text())
     engine = load_engine(path)
-    # Format 3 has a repetition penalty, which greedy decoding applies too.
-    assert (engine.default_params.repetition_penalty != 1) == (version == 3)
+    # Formats 3 and 4 have a repetition penalty, which greedy decoding applies too.
+    assert (engine.default_params.repetition_penalty != 1) == (version >= 3)
     params = replace(engine.default_params, max_tokens=len(expected["tokens"]), ignore_eos=True)
     assert list(engine.generate([expected["prompt"]], params)[0].token_ids) == expected["tokens"]
     assert engine.generate(["A hen"], SamplingParams(max_tokens=3))[0].prompt_tokens > 1

@@ -22,6 +22,7 @@ from llmc.runtime.bundle.manifest import (
     Limits,
     Manifest,
     Operator,
+    Parallel,
     PassRecord,
     Precision,
     Producer,
@@ -206,6 +207,79 @@ def test_sampling_defaults_that_are_refused(changes, expected):
         dataclasses.replace(example, **changes).to_json()
 
 
+def ranks_example() -> Manifest:
+    programs = ("rank0.program.json", "rank1.program.json")
+    weights = ("weights/packed.rank0.safetensors", "weights/packed.rank1.safetensors")
+    return dataclasses.replace(
+        EXAMPLE,
+        format_version=4,
+        target=Target("cpu", "native", "", {}),
+        parallel=Parallel(tp=2, world_size=2),
+        operators=(Operator("llmc.AllGather", 1, 1), Operator("llmc.AllReduce", 1, 5)),
+        engines=tuple(Engine(rank, file) for rank, file in enumerate(programs)),
+        weights=Weights(weights, 1280, "fp32"),
+        files={name: FileRecord(640, ZERO) for name in (*programs, *weights)},
+    )
+
+
+@pytest.mark.parametrize("sampling", [None, SAMPLING])
+def test_format_4_adds_ranks(sampling):
+    example = dataclasses.replace(ranks_example(), sampling=sampling)
+    data = example.to_json()
+    assert Manifest.from_json(data) == example
+    tree = json.loads(data)
+    assert tree["format_version"] == 4
+    assert tree["parallel"] == {"tp": 2, "pp": 1, "ep": 1, "world_size": 2}
+    assert tree["gpu"] is None
+    assert (tree["sampling"] is None) == (sampling is None)
+
+
+RANK0, RANK1 = ranks_example().engines
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"format_version": 3}, "format_version: 3 does not fit: the fields in use need 4"),
+        ({"format_version": 1}, "format_version: 1 does not fit: the fields in use need 4"),
+        ({"parallel": Parallel()}, "format_version: 4 does not fit: the fields in use need 1"),
+        (
+            {"parallel": Parallel(), "sampling": SAMPLING},
+            "format_version: 4 does not fit: the fields in use need 3",
+        ),
+        ({"parallel": Parallel(tp=2, world_size=3)}, "parallel.world_size: is not the product"),
+        ({"parallel": Parallel(tp=1, world_size=2)}, "parallel.world_size: is not the product"),
+        ({"parallel": Parallel(tp=2, world_size=0)}, "parallel.world_size: must be at least 1"),
+        ({"parallel": Parallel(tp=3, world_size=3)}, "engines: must list ranks 0 to 2 in order"),
+        ({"parallel": Parallel(tp=2**62, world_size=2**62)}, "engines: must list ranks 0 to 46116860184"),
+        ({"engines": (RANK0,)}, "engines: must list ranks 0 to 1 in order"),
+        ({"engines": (RANK1, RANK0)}, "engines: must list ranks 0 to 1 in order"),
+        ({"engines": (RANK0, dataclasses.replace(RANK1, rank=0))}, "engines: must list ranks 0 to 1 in"),
+        ({"engines": (RANK0, RANK1, Engine(2, RANK1.file))}, "engines: must list ranks 0 to 1 in order"),
+        ({"engines": (RANK0, Engine(1, "rank1.onnx"))}, "files: 'rank1.onnx' is not listed"),
+        ({"target": EXAMPLE.target}, "parallel: openvino runs one rank only"),
+        (
+            {"target": Target("cpu", "onnxruntime", "", {})},
+            "parallel: onnxruntime runs one rank only",
+        ),
+        (
+            {"target": gpu_example().target, "gpu": dataclasses.replace(gpu_example().gpu, kernels=())},
+            "parallel: tensorrt-rtx runs one rank only",
+        ),
+    ],
+)
+def test_ranks_that_are_refused(changes, expected):
+    changed = dataclasses.replace(ranks_example(), **changes)
+    with pytest.raises(BundleError, match=re.escape(expected)):
+        changed.to_json()
+    tree = dataclasses.asdict(changed)
+    if changed.format_version < 3:
+        del tree["sampling"]
+    if changed.format_version < 2:
+        del tree["gpu"]
+    assert expected in fault(sealed(tree))
+
+
 def test_order_of_construction_does_not_show():
     shuffled = dataclasses.replace(EXAMPLE, files=dict(reversed(EXAMPLE.files.items())))
     assert shuffled.to_json() == EXAMPLE.to_json()
@@ -221,8 +295,8 @@ def test_an_integer_where_a_number_belongs_is_written_as_a_number():
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        (("format_version",), 0, "format_version: must be 1 or 2 or 3, got 0"),
-        (("format_version",), True, "format_version: must be 1 or 2 or 3, got True"),
+        (("format_version",), 0, "format_version: must be 1 or 2 or 3 or 4, got 0"),
+        (("format_version",), True, "format_version: must be 1 or 2 or 3 or 4, got True"),
         (("producer",), [], "producer: must be an object, got a list"),
         (("source", "config_sha256"), "ABC", "source.config_sha256: must be 64 lowercase hexadecimal digits"),
         (
@@ -239,7 +313,10 @@ def test_an_integer_where_a_number_belongs_is_written_as_a_number():
         (("geometry", "layers", 1, "kind"), "round", "geometry.layers[1].kind: must be 'full' or 'sliding'"),
         (("geometry", "layers", 1, "window"), 0, "geometry.layers[1].window: 0 does not fit a sliding layer"),
         (("geometry", "layers", 0, "window"), 9, "geometry.layers[0].window: 9 does not fit a full layer"),
-        (("parallel", "tp"), 2, "parallel.tp: must be 1, got 2"),
+        (("parallel", "tp"), 0, "parallel.tp: must be at least 1, got 0"),
+        (("parallel", "tp"), 2, "parallel.world_size: is not the product of tp, pp and ep"),
+        (("parallel", "pp"), 2, "parallel.pp: must be 1, got 2"),
+        (("parallel", "ep"), 2, "parallel.ep: must be 1, got 2"),
         (("target", "engine"), "Open VINO", "target.engine: must be lower-case letters, digits and hyphens"),
         (("target", "name"), "../cpu", "target.name: must be lower-case letters, digits and hyphens"),
         (("target", "reason"), "a\x1b[31m", "target.reason: must be one printable line"),
@@ -335,17 +412,17 @@ def test_another_spelling_is_refused(spelling):
 
 
 def test_a_newer_format_names_the_llmc_it_needs():
-    newer = {"format_version": 4, "producer": {"llmc": "9.1.0", "new": 1}, "anything": [1]}
+    newer = {"format_version": 5, "producer": {"llmc": "9.1.0", "new": 1}, "anything": [1]}
     with pytest.raises(BundleError) as caught:
         Manifest.from_json(json.dumps(newer).encode())
-    assert caught.value.message == "bundle format 4 needs llmc >= 9.1.0; this llmc reads formats 1 to 3"
+    assert caught.value.message == "bundle format 5 needs llmc >= 9.1.0; this llmc reads formats 1 to 4"
     assert caught.value.hint == upgrade_hint("9.1.0")
 
 
 @pytest.mark.parametrize("producer", [None, {}, {"llmc": 3}, {"llmc": "1; rm -rf /"}])
 def test_a_newer_format_with_an_odd_producer(producer):
-    message = fault(json.dumps({"format_version": 4, "producer": producer}).encode())
-    assert message.startswith("bundle format 4 needs a newer llmc")
+    message = fault(json.dumps({"format_version": 5, "producer": producer}).encode())
+    assert message.startswith("bundle format 5 needs a newer llmc")
 
 
 @pytest.mark.parametrize(
