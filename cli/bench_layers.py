@@ -29,6 +29,10 @@ def bench_layers(
         raise RequestError(
             f"{bundle.name} runs on {engine}, whose layers llmc cannot time", "leave --layers out", "layers"
         )
+    if bundle.manifest.parallel.world_size > 1:
+        raise RequestError(
+            f"{bundle.name} has several ranks, whose layers llmc cannot time", "leave --layers out", "layers"
+        )
     limit = bundle.manifest.limits.max_seq_len
     if prompt_tokens + _STEPS["decode"] > limit:
         raise RequestError(

@@ -137,6 +137,12 @@ def build(
             metavar="N", help="Tokens of prompt and answer together (default: the model's context)."
         ),
     ] = None,
+    tp: Annotated[
+        int,
+        typer.Option(
+            "--tp", metavar="N", help="Ranks that each compute a part of every layer (tensor parallelism)."
+        ),
+    ] = 1,
     revision: Annotated[
         str | None, typer.Option(metavar="R", help="Branch, tag or commit of a hub id.")
     ] = None,
@@ -177,6 +183,7 @@ def build(
         kv_dtype=kv_dtype,
         sms=parse_sms(sm),
         max_seq_len=max_seq_len,
+        tp=tp,
         revision=revision,
         verify=verify,
         force=force,
@@ -321,6 +328,7 @@ def _plan_record(plan: BuildPlan) -> dict[str, Any]:
         "output": str(plan.request.output),
         "output_exists": os.path.lexists(plan.request.output),
         "target": asdict(plan.target),
+        "tensor_parallel": plan.resolved.tp,
         "precision": {"dtype": plan.resolved.dtype, "kv_dtype": plan.resolved.kv_dtype},
         "quantization": plan.quantization.record() if plan.quantization else None,
         "max_seq_len": plan.sizes.max_seq_len,
@@ -366,6 +374,11 @@ def _plan_text(plan: BuildPlan) -> str:
         ("model", describe_geometry(plan.geometry)),
         ("context", f"{plan.sizes.max_seq_len} tokens"),
         ("engine", f"{describe_target(plan.target)}, {plan.resolved.dtype}: {plan.target.reason}"),
+        *(
+            [("ranks", f"{plan.resolved.tp}, each with a part of every layer")]
+            if plan.resolved.tp > 1
+            else []
+        ),
         ("KV cache", f"{plan.resolved.kv_dtype}, {size(_kv_bytes(plan))} a token"),
         ("output", output),
         ("weights", f"{size(plan.sizes.weight_bytes)} to write ({plan.sizes.weight_bytes:,} bytes)"),

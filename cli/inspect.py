@@ -30,6 +30,7 @@ def inspect(
     program: Annotated[
         bool, typer.Option("--program", help="Print the instructions of a native engine's program.")
     ] = False,
+    rank: Annotated[int, typer.Option(metavar="N", help="The rank whose program --program prints.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Show what is inside a bundle.
@@ -52,7 +53,7 @@ def inspect(
     if verify:
         opened.verify()
     if program:
-        instructions = program_of(opened).instructions
+        instructions = program_of(opened, rank).instructions
         if as_json:
             print_json({"path": str(opened.path), "instructions": plain(instructions)})
         else:
@@ -98,6 +99,7 @@ def inspect(
         ),
         ("operators", ", ".join(f"{o.count} {o.name} (ABI {o.abi})" for o in manifest.operators) or "none"),
         *describe_gpu(manifest),
+        *describe_ranks(opened),
         ("sampling", describe_sampling(manifest.sampling)),
         ("tokens", f"begin {tokens.bos}, end {', '.join(map(str, tokens.eos)) or 'none'}"),
         ("fidelity", describe_verification(manifest.verification)),
@@ -146,8 +148,8 @@ def describe_sampling(sampling: Sampling | None) -> str:
     return f"{', '.join(facts)} (generation_config.json; `llmc run --greedy` ignores it)"
 
 
-def program_of(bundle: Bundle) -> Program:
-    """Return the native engine's program. Raises RequestError for the bundle of another engine."""
+def program_of(bundle: Bundle, rank: int = 0) -> Program:
+    """Return the native engine's program of a rank. Raises RequestError for the bundle of another engine."""
     from llmc.runtime.errors import RequestError
     from llmc.runtime.native.program import Program
 
@@ -157,7 +159,38 @@ def program_of(bundle: Bundle) -> Program:
             "build it with --engine native",
             "program",
         )
-    return Program.from_json(bundle.engine_path().read_bytes())
+    ranks = bundle.manifest.parallel.world_size
+    if not 0 <= rank < ranks:
+        raise RequestError(f"{bundle.name} has no rank {rank}", f"give one of 0 to {ranks - 1}", "rank")
+    return Program.from_json(bundle.engine_path(rank).read_bytes())
+
+
+def describe_ranks(bundle: Bundle) -> list[tuple[str, str]]:
+    """Describe what each of several ranks has, and what they exchange."""
+    from llmc.runtime.native.program import COLLECTIVES
+    from llmc.runtime.native.weights import RANK_WEIGHTS, SHARED_WEIGHTS
+
+    manifest = bundle.manifest
+    if manifest.parallel.world_size == 1:
+        return []
+    sizes = {name: size(record.bytes) for name, record in manifest.files.items()}
+    shared = sizes.get(SHARED_WEIGHTS, "nothing")
+    facts = [
+        ("ranks", f"{manifest.parallel.tp}, each with a part of every layer, and {shared} that all have")
+    ]
+    counts: Counter[str] = Counter()
+    exchanged = 0
+    for rank in range(manifest.parallel.world_size):
+        program = program_of(bundle, rank)
+        own = sizes.get(RANK_WEIGHTS.format(rank), "nothing")
+        heads = sorted({cache.num_kv_heads for cache in program.caches})
+        facts.append((f"rank {rank}", f"{own} of weights, {' or '.join(map(str, heads))} KV heads"))
+        if rank == 0:
+            collectives = [each for each in program.instructions if each.op in COLLECTIVES]
+            counts = Counter(each.op for each in collectives)
+            exchanged = sum(4 * each.inputs[0].width for each in collectives)
+    what = " and ".join(f"{count} {op}" for op, count in sorted(counts.items()))
+    return [*facts, ("collectives", f"{what} a step; a rank sends {size(exchanged)} for a token")]
 
 
 def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from llmc.cli.html_elements import (
     section,
     tiles,
 )
-from llmc.cli.inspect import describe_gpu, describe_sampling, describe_weights, total_bytes
+from llmc.cli.inspect import describe_gpu, describe_ranks, describe_sampling, describe_weights, total_bytes
 from llmc.cli.report_layers import layer_charts
 from llmc.cli.text import size
 
@@ -40,7 +40,7 @@ def report_page(bundle: Bundle, benchmarks: Sequence[Benchmark]) -> str:
     sections = [
         _head(bundle),
         _inside(manifest),
-        _hardware(manifest),
+        _hardware(bundle),
         _verification(manifest),
         *_quantization(bundle),
         _memory(manifest),
@@ -87,12 +87,13 @@ def _inside(manifest: Manifest) -> Html:
     return section("What is inside", fact_table(facts))
 
 
-def _hardware(manifest: Manifest) -> Html:
-    target = manifest.target
+def _hardware(bundle: Bundle) -> Html:
+    manifest, target = bundle.manifest, bundle.manifest.target
     requires = ", ".join(f"{name} {version}" for name, version in target.requires.items())
     facts = [
         ("runs on", "a CPU" if manifest.gpu is None else "an NVIDIA GPU"),
         *describe_gpu(manifest),
+        *describe_ranks(bundle),
         ("engine", describe_target(target)),
         ("chosen because", target.reason),
         ("requires", requires or "nothing besides llmc"),

@@ -129,7 +129,12 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
             total = plan.sizes.weight_bytes
             sources = WeightSources(inputs.checkpoint.tensors, produced.tensors)
             target.write_weights(
-                engine, model, sources, writer, lambda done: clock.progress.bar(min(done, total), total)
+                resolved,
+                engine,
+                model,
+                sources,
+                writer,
+                lambda done: clock.progress.bar(min(done, total), total),
             )
             step.discard(writer)
         target.check_machine(plan.sizes, clock)

@@ -23,6 +23,7 @@ from llmc.runtime.bundle.manifest import (
     Limits,
     Manifest,
     Operator,
+    Parallel,
     PassRecord,
     Precision,
     Producer,
@@ -52,6 +53,7 @@ def manifest(
     files: sha256 of the checkpoint's files, by name
     quantization: the record of `quantize.step.record`; None if the weights are not quantized
     """
+    parallel = Parallel(tp=plan.resolved.tp, world_size=plan.resolved.tp)
     architectures = checkpoint.config.get("architectures") or ["unknown"]
     config = json.dumps(checkpoint.config, sort_keys=True).encode()
     libraries = _LIBRARIES + (_KERNEL_LIBRARIES if artifact.gpu else ())
@@ -69,11 +71,11 @@ def manifest(
         limits=Limits(max_seq_len=plan.sizes.max_seq_len),
         precision=Precision(dtype=plan.resolved.dtype, kv_dtype=plan.resolved.kv_dtype),  # type: ignore[arg-type]  # checked when written
         target=plan.target,
-        operators=operators(model, inlined=artifact.gpu is not None),
+        operators=operators(artifact.part or model, inlined=artifact.gpu is not None),
         tokens=Tokens(bos=checkpoint.bos_token_id, eos=plan.eos_token_ids),
         passes=tuple(PassRecord(r.name, r.matches, len(r.near_misses)) for r in plan.passes),
         verification=verification,
-        engines=(Engine(rank=0, file=artifact.engine_file),),
+        engines=tuple(Engine(rank, file) for rank, file in enumerate(artifact.engine_files)),
         weights=Weights(
             files=artifact.weights_files,
             bytes=0,
@@ -83,7 +85,8 @@ def manifest(
         quantization=quantization,
         gpu=artifact.gpu,
         sampling=plan.checkpoint.sampling,
-        format_version=oldest_format(gpu=artifact.gpu, sampling=plan.checkpoint.sampling),
+        parallel=parallel,
+        format_version=oldest_format(parallel, gpu=artifact.gpu, sampling=plan.checkpoint.sampling),
     )
 
 

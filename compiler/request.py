@@ -27,6 +27,7 @@ TARGETS: Mapping[str, TargetOptions] = {
     "tensorrt": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
 }
 ENGINES = ("native", "openvino", "onnxruntime")  # of the target cpu, in the order of preference
+MAX_TP = 64
 METHODS = ("max", "percentile", "mse")  # the calibration methods, the default first
 ROUNDINGS = ("auto", "gptq", "nearest")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -64,6 +65,8 @@ class BuildRequest:
     sms: tuple[int, ...] = ()
     #: The largest length of a sequence (prompt and answer) in tokens. None: the model's context length.
     max_seq_len: int | None = None
+    #: The number of ranks that each compute a part of every layer (tensor parallelism).
+    tp: int = 1
     #: A branch, tag or commit of the hub repository.
     revision: str | None = None
     #: Compare the engine with transformers, and fail the build if they differ.
@@ -132,6 +135,14 @@ class BuildRequest:
             raise BuildError("--calibration needs quantization", "add --quant FORMAT", "calibration")
         if self.sms and self.target == "cpu":
             raise BuildError("--sm names GPUs, and the target is the CPU", "add --target tensorrt-rtx", "sms")
+        if not 1 <= self.tp <= MAX_TP:
+            raise BuildError(f"--tp is {self.tp}", f"give a number of ranks, 1 to {MAX_TP}", "tp")
+        if self.tp > 1 and (self.target != "cpu" or self.engine not in (None, "native")):
+            raise BuildError(
+                f"--tp is for the native engine, not for {self.engine or self.target}",
+                "leave --tp out, or --engine and --target",
+                "tp",
+            )
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise BuildError(
                 f"--max-seq-len is {self.max_seq_len}", "give a number of tokens, at least 1", "max_seq_len"

@@ -8,12 +8,12 @@ from dataclasses import asdict
 from llmc.plugins.operator import unsupported
 from llmc.runtime.arguments import check_count, check_flag
 from llmc.runtime.backends import load_backend
-from llmc.runtime.backends.base import EngineFile, LoadOptions
+from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
 from llmc.runtime.bundle.manifest import Manifest, Sampling
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
 from llmc.runtime.errors import BundleError, RequestError
-from llmc.runtime.native.weights import start_reading
+from llmc.runtime.native.weights import Weights, start_reading
 from llmc.runtime.sampling import SamplingParams
 from llmc.runtime.tokenizer import Tokenizer
 
@@ -36,8 +36,8 @@ def load_engine(
     max_batch_tokens: the maximum number of tokens in a step. Longer prompts are prefilled in chunks. Smaller
         steps reduce the latency of running requests, larger steps increase the throughput.
     max_sequences: the maximum number of sequences in a step.
-    threads: the number of CPU threads. The default is one per physical core that the process may use, at most
-        the CPU quota of the container.
+    threads: the number of CPU threads, of all ranks together. The default is one per physical core that the
+        process may use, at most the CPU quota of the container. Each rank has at least one.
     prefix_cache: reuse the KV blocks of equal prefixes.
     fast: quantize activations to int8 in layers with int8 or int4 weights (OpenVINO and the native engine).
         With OpenVINO and a u8 KV cache the rest is computed in bf16 if the CPU supports it. This is faster
@@ -68,10 +68,12 @@ def load_engine(
         threads=threads,
         activation_group=activation_group(opened) if fast else None,
     )
-    weights = start_reading(opened.engine_path()) if manifest.target.engine == "native" else None
+    weights = None
+    if manifest.target.engine == "native":
+        weights = start_reading(opened.engine_path(), ranks=manifest.parallel.tp)
     directory = opened.tokenizer_dir
     tokenizer = Tokenizer.load(directory) if directory and (directory / "tokenizer.json").is_file() else None
-    backend = load_backend(EngineFile.of(opened, weights), options)
+    backend = _load_ranks(opened, options, weights)
     return Engine(
         backend,
         tokenizer,
@@ -83,6 +85,15 @@ def load_engine(
         prefix_cache=prefix_cache,
         default_params=default_params(manifest.sampling),
     )
+
+
+def _load_ranks(opened: Bundle, options: LoadOptions, weights: Weights | None) -> Backend:
+    """Load all ranks of a bundle. weights: of rank 0, if a thread reads them already."""
+    if opened.manifest.parallel.tp == 1:
+        return load_backend(EngineFile.of(opened, weights), options)
+    from llmc.runtime.parallel.backend import load_parallel  # most bundles have one rank
+
+    return load_parallel(opened, options, weights)
 
 
 def default_params(sampling: Sampling | None) -> SamplingParams:

@@ -37,6 +37,8 @@ class Resolved:
     engine: str | None = None
     #: The quantization format of lm_head; None: it stays unquantized.
     head_format: str | None = None
+    #: The number of ranks that each compute a part of every layer.
+    tp: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,19 +81,25 @@ class VerificationFiles:
     quantizing_graph: str = ""
     #: Files to remove from the bundle after the verification.
     scratch: tuple[str, ...] = ()
+    #: The program whose weights the reference takes over; "": `graph`.
+    program: str = ""
+    #: The number of ranks. The files of the others are named like those of rank 0.
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
 class Artifact:
     """A finished engine."""
 
-    #: The file in the bundle that the runtime loads.
-    engine_file: str
+    #: The file in the bundle that the runtime loads, for each rank.
+    engine_files: tuple[str, ...]
     #: The weights files that the bundle keeps; empty if the engine contains the weights.
     weights_files: tuple[str, ...] = ()
     #: How the weights are stored, for the manifest.
     weights_note: str = ""
     gpu: Gpu | None = None
+    #: The graph of one of several ranks; None: the build's graph.
+    part: ir.Model | None = None
 
 
 class Target(Protocol):
@@ -126,6 +134,7 @@ class Target(Protocol):
 
     def write_weights(
         self,
+        resolved: Resolved,
         engine: str,
         model: ir.Model,
         sources: WeightSources,

@@ -26,7 +26,15 @@ from llmc.compiler.targets.base import (
 )
 from llmc.compiler.targets.graph_file import write_graph
 from llmc.compiler.targets.native.lower import lower
-from llmc.compiler.targets.native.pack import PACKED_FILE, write_packed
+from llmc.compiler.targets.native.pack import write_packed
+from llmc.compiler.targets.native.ranks import (
+    PROGRAM_FILE,
+    WHOLE_FILE,
+    discard_whole,
+    parts_of,
+    weights_files,
+    write_ranks,
+)
 from llmc.compiler.weights.narrow import narrow_plan
 from llmc.compiler.weights.write import WEIGHTS_FILE, attach_weights
 from llmc.passes import contract, pipeline
@@ -37,10 +45,10 @@ from llmc.passes.legalize.finalize import serialize
 from llmc.passes.spec import module_of
 from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import UnsupportedError
+from llmc.runtime.native.weights import WEIGHTS
 
-PROGRAM_FILE = "rank0.program.json"
 # The engine without activation quantization, for the verification. It is removed from the bundle afterwards.
-_EXACT_FILE = "rank0.exact"
+_EXACT_FILE = "rank{}.exact"
 _NAMES = {"native": "the native engine", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 # Engine -> the libraries that a bundle requires, with their versions.
 REQUIRES: Mapping[str, Mapping[str, str]] = {
@@ -68,12 +76,21 @@ class CpuTarget:
             # little (docs/explanation/quantization.md).
             head = "int8" if fmt.element in ("int8", "int4") else None
         return Resolved(
-            request.target, dtype, cache_dtype(request, dtype), head_format=head, engine=request.engine
+            request.target,
+            dtype,
+            cache_dtype(request, dtype),
+            head_format=head,
+            engine=request.engine,
+            tp=request.tp,
         )
 
     def choose_engine(self, resolved: Resolved, model: ir.Model) -> tuple[Resolved, EngineTarget]:
         faults: dict[str, str] = {}
-        for engine in ENGINES if resolved.engine is None else (resolved.engine,):
+        if resolved.tp > 1:
+            for _ in parts_of(model, resolved.tp):
+                pass  # a model that cannot be divided is refused for that reason
+        candidates = ENGINES if resolved.tp == 1 else ENGINES[:1]  # the others run one rank
+        for engine in candidates if resolved.engine is None else (resolved.engine,):
             fault = engine_fault(engine, resolved, model)
             if fault:
                 faults[engine] = fault
@@ -105,6 +122,7 @@ class CpuTarget:
 
     def write_weights(
         self,
+        resolved: Resolved,
         engine: str,
         model: ir.Model,
         sources: WeightSources,
@@ -115,9 +133,12 @@ class CpuTarget:
         if engine != "native":
             write_graph(model, sources, writer, on_bytes)
             return
+        if resolved.tp > 1:
+            write_ranks(model, resolved.tp, sources, writer, on_bytes)
+            return
         attach_weights(model, sources.tensors, sources.made)
         lowered = lower(model)
-        writer.path(PROGRAM_FILE).write_bytes(lowered.program.to_json())
+        writer.path(PROGRAM_FILE.format(0)).write_bytes(lowered.program.to_json())
         write_packed(lowered, writer, on_bytes, sources.made)
 
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:
@@ -126,19 +147,23 @@ class CpuTarget:
     def verification_files(
         self, resolved: Resolved, engine: str, model: ir.Model, writer: BundleWriter
     ) -> VerificationFiles:
-        graph = PROGRAM_FILE if engine == "native" else GRAPH_FILE
-        weights = PACKED_FILE if engine == "native" else WEIGHTS_FILE
-        quantizing = ""
+        native, ranks = engine == "native", resolved.tp
+        graph = PROGRAM_FILE.format(0) if native else GRAPH_FILE
+        weights = WEIGHTS if native else WEIGHTS_FILE
+        quantizing, scratch = "", []
         if rounded_to(model):
             exact = model.clone()
             contract.run(exact, pipeline.exact_activations())
-            quantizing, graph = graph, _EXACT_FILE
-            writer.path(graph).write_bytes(
-                lower(exact).program.to_json() if engine == "native" else serialize(exact)
-            )
+            quantizing, graph = graph, _EXACT_FILE.format(0)
+            for rank, part in enumerate(parts_of(exact, ranks)):
+                file = _EXACT_FILE.format(rank)
+                writer.path(file).write_bytes(lower(part).program.to_json() if native else serialize(part))
+                scratch.append(file)
         kv_graph = graph if resolved.kv_dtype != resolved.dtype else ""
-        scratch = (graph,) if quantizing else ()
-        return VerificationFiles(graph, weights, engine, "", kv_graph, quantizing, scratch)
+        whole = WHOLE_FILE if ranks > 1 else ""
+        return VerificationFiles(
+            graph, weights, engine, "", kv_graph, quantizing, tuple(scratch), whole, ranks
+        )
 
     def build(
         self,
@@ -150,17 +175,24 @@ class CpuTarget:
         clock: Clock,
     ) -> Artifact:
         """See `Target`. The engine is complete with its weights."""
-        del resolved, model, sizes, writer, clock
-        if engine == "native":
-            return Artifact(PROGRAM_FILE, (PACKED_FILE,), _WEIGHTS_NOTE[engine])
-        return Artifact(GRAPH_FILE, (WEIGHTS_FILE,), _WEIGHTS_NOTE[engine])
+        del sizes, clock
+        if engine != "native":
+            return Artifact((GRAPH_FILE,), (WEIGHTS_FILE,), _WEIGHTS_NOTE[engine])
+        discard_whole(writer)
+        return Artifact(
+            tuple(map(PROGRAM_FILE.format, range(resolved.tp))),
+            weights_files(resolved.tp),
+            _WEIGHTS_NOTE[engine],
+            part=next(parts_of(model, resolved.tp)),
+        )
 
 
 def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
     """Return why `engine` cannot run a quantized graph; "" if it can."""
     if engine == "native":
         try:
-            lower(model)
+            for part in parts_of(model, resolved.tp):
+                lower(part)
         except UnsupportedError as error:
             return error.message
     if engine == "openvino":

@@ -18,10 +18,10 @@ from llmc.compiler.verify.engine_logits import blocks_for, in_chunks, ragged
 from llmc.compiler.verify.evaluation_states import EvaluationStates
 from llmc.compiler.verify.job import MIN_TOP1, Findings, Job
 from llmc.compiler.verify.kv_cache_loss import kv_cache_loss, load_quantized
+from llmc.compiler.verify.load import load
 from llmc.compiler.verify.reference import Reference
 from llmc.compiler.verify.verification_texts import TEXTS
-from llmc.runtime.backends import load_backend
-from llmc.runtime.backends.base import EngineFile, LoadOptions
+from llmc.runtime.backends.base import EngineFile
 from llmc.runtime.engine import Engine
 from llmc.runtime.sampling import SamplingParams
 
@@ -226,7 +226,7 @@ def _run_16bit_engine(
 
 def _load_engine(job: Job, blocks: int, file: str = "") -> Backend:
     """Load the engine of `file`; by default that of the job."""
-    return load_backend(EngineFile(job.backend, Path(file or job.engine)), LoadOptions(kv_blocks=blocks))
+    return load(EngineFile(job.backend, Path(file or job.engine)), blocks, job.ranks)
 
 
 def _compare_quantizing_engine(

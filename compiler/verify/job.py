@@ -61,6 +61,8 @@ class Job:
     quantizing_engine: str = ""
     #: The bundle's tokenizer.json; "": it has none, and the tokens are random.
     tokenizer: str = ""
+    #: The number of ranks. The engines are the files of rank 0.
+    ranks: int = 1
 
     @property
     def evaluation(self) -> Evaluation:
@@ -128,3 +130,5 @@ class Question:
     reference_weights: ReferenceWeights = "checkpoint"
     #: The dtype of the engine's KV cache, by its name in the manifest.
     kv_dtype: str = "fp32"
+    #: The number of ranks. `engine` is the file of rank 0.
+    ranks: int = 1

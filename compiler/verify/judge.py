@@ -180,6 +180,7 @@ def _measure(
         tolerance=recipe.load(manifest.source.model_type).logit_tolerance,
         reference_weights="dequantized" if quantized else "checkpoint",
         kv_dtype=manifest.precision.kv_dtype,
+        ranks=manifest.parallel.world_size,
     )
     child = Child("llmc.compiler.verify.child", "verification", _OUT_OF_MEMORY)
     return child.run({"measure": asdict(question)}, progress)

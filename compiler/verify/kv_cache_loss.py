@@ -14,8 +14,8 @@ import numpy as np
 
 from llmc.compiler.verify.difference import Difference
 from llmc.compiler.verify.job import Job
-from llmc.runtime.backends import load_backend
-from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
+from llmc.compiler.verify.load import load
+from llmc.runtime.backends.base import Backend, EngineFile
 
 
 def load_quantized(job: Job, blocks: int) -> Backend:
@@ -27,7 +27,7 @@ def load_quantized(job: Job, blocks: int) -> Backend:
     values before they enter the cache, so ONNX Runtime, which runs it, keeps the cache in fp32.
     """
     kv_dtype = job.kv_dtype if job.backend in ("native", "openvino") else "fp32"
-    return load_backend(EngineFile(job.backend, Path(job.kv_engine), kv_dtype), LoadOptions(kv_blocks=blocks))
+    return load(EngineFile(job.backend, Path(job.kv_engine), kv_dtype), blocks, job.ranks)
 
 
 def kv_cache_loss(exact: list[np.ndarray], quantized: list[np.ndarray], kv_dtype: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from llmc.compiler.verify import loss
 from llmc.compiler.verify.difference import scaled
 from llmc.compiler.verify.engine_logits import blocks_for, in_chunks
 from llmc.compiler.verify.job import Question
-from llmc.runtime.backends import load_backend
-from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
+from llmc.compiler.verify.load import load
+from llmc.runtime.backends.base import Backend, EngineFile
 
 
 def measure(
@@ -68,4 +68,4 @@ def _windows(question: Question) -> list[list[int]]:
 def _load(question: Question, windows: list[list[int]]) -> Backend:
     blocks = blocks_for([max(windows, key=len)])
     engine = EngineFile(question.backend, Path(question.engine), question.kv_dtype)
-    return load_backend(engine, LoadOptions(kv_blocks=blocks))
+    return load(engine, blocks, question.ranks)

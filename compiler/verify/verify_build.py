@@ -65,6 +65,7 @@ def verify_build(
         kv_engine=str(writer.path(files.kv_graph)) if files.kv_graph else "",
         kv_dtype=resolved.kv_dtype if files.kv_graph else "",
         quantizing_engine=str(writer.path(files.quantizing_graph)) if files.quantizing_graph else "",
+        ranks=files.ranks,
     )
     return run(job, progress, process)
 
@@ -180,7 +181,7 @@ def engine_weights(
     header = read_header(file)
     packed: Mapping[str, Matrix] = {}
     if files.backend == "native":
-        packed = Program.from_json(writer.path(files.graph).read_bytes()).matrices
+        packed = Program.from_json(writer.path(files.program or files.graph).read_bytes()).matrices
     weights = {}
     for matrix in matrices:
         arrays = {array: matrix.initializer(array) for array in matrix.format.layout(matrix.shape)}

@@ -379,11 +379,11 @@ def test_changed_byte_of_the_manifest(fails, tiny):
 
 def test_newer_format(fails, tiny):
     manifest = json.loads((tiny / "manifest.json").read_bytes())
-    manifest["format_version"] = 4
+    manifest["format_version"] = 5
     manifest["producer"]["llmc"] = "9.1"
     (tiny / "manifest.json").write_text(json.dumps(manifest))
     error, hint = fails("run", tiny, "Once")
-    assert error == "bundle format 4 needs llmc >= 9.1; this llmc reads formats 1 to 3"
+    assert error == "bundle format 5 needs llmc >= 9.1; this llmc reads formats 1 to 4"
     assert hint == upgrade_hint("9.1")
 
 

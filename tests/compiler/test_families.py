@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from llmc.compiler.checkpoint.recipe import known_families
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.request import BuildRequest
+from llmc.compiler.verify.load import load as load_ranks
 from llmc.compiler.zoo import list_zoo
 from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
@@ -162,5 +163,33 @@ def test_families_without_a_zoo_model_equal_transformers(
     check(reference(checkpoint), backend_for(built, "openvino"), 256)
 
 
-def build(checkpoint: Path, output: Path, engine: str | None = None) -> Path:
-    return compile_model(BuildRequest(str(checkpoint), output, engine=engine, verify=False)).path
+# Grouped queries and tied embeddings; more ranks than KV heads, and softcaps; one layer for queries, keys and
+# values of every group.
+DIVIDED = (("llama-tiny", 2), ("gemma2-tiny", 4), ("falcon", 2))
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks"),
+    [
+        pytest.param(family, ranks, marks=() if (family, ranks) in DIVIDED else pytest.mark.slow)
+        for number, family in enumerate((*FAMILIES, *OTHERS))
+        for ranks in ((2, 4) if family in FAMILIES else (2, 4)[number % 2 : number % 2 + 1])
+    ],
+)
+def test_ranks_together_equal_transformers(
+    family: str,
+    ranks: int,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    share_traces(monkeypatch)
+    source = checkpoint(family) if family in FAMILIES else write_random(family, tmp_path)
+    bundle = Bundle.open(build(source, tmp_path / "x.llmc", tp=ranks))
+    assert bundle.manifest.parallel.tp == len(bundle.manifest.engines) == ranks
+    backend = load_ranks(EngineFile("native", bundle.engine_path()), 64, ranks)
+    check(reference(source), backend, 256)
+
+
+def build(checkpoint: Path, output: Path, engine: str | None = None, tp: int = 1) -> Path:
+    return compile_model(BuildRequest(str(checkpoint), output, engine=engine, tp=tp, verify=False)).path

@@ -42,7 +42,7 @@ def test_an_operator_of_another_abi_is_refused(bundle: Callable[[str], Path]) ->
         load_engine(replace(opened, manifest=newer))
     other = replace(opened.manifest, operators=(Operator("llmc.Experts", 1, 2),))
     with pytest.raises(
-        BundleError, match=r"needs operator llmc\.Experts at ABI 1, this llmc has llmc\.Paged"
+        BundleError, match=r"needs operator llmc\.Experts at ABI 1, this llmc has llmc\.AllGather"
     ):
         load_engine(replace(opened, manifest=other))
 

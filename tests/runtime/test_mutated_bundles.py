@@ -28,6 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, P
 BUNDLES: dict[str, dict[str, Any]] = {
     "native": {},
     "native-int4": {"quant": "int4", "kv_dtype": "int8"},
+    "two-ranks": {"tp": 2},
     "openvino": {"engine": "openvino"},
 }
 

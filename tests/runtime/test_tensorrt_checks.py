@@ -76,7 +76,7 @@ def test_nothing_is_wrong_with_a_bundle_for_this_machine(directory: Path) -> Non
         ({}, L40, {**VERSIONS, "cuda-python": None}, STEP, "cuda-python is not installed (pip install"),
         (
             {"operators": (Operator("llmc.PagedAttention", 9, 2),)}, L40, VERSIONS, STEP,
-            "operator llmc.PagedAttention at ABI 9, this llmc has llmc.PagedAttention at ABI 1",
+            "operator llmc.PagedAttention at ABI 9, this llmc has llmc.AllGather at ABI 1",
         ),
         ({}, L40, VERSIONS, Step(513, 16), "steps of 513 tokens are asked for, the engine takes 512"),
         ({}, L40, VERSIONS, Step(512, 17), "17 sequences at once are asked for, the engine takes 16"),

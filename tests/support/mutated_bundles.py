@@ -198,10 +198,11 @@ def _answer(arguments: list[str], writable: str, writer: int, main: Callable[[li
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    from llmc.runtime.worker import _START
+    from llmc.runtime import worker
+    from llmc.runtime.parallel import followers
 
-    # The process in which a tokenizer with an unknown pattern encodes, within limits.
-    own = [sys.executable, "-I", "-c", _START]
+    # The processes of other ranks, and the one in which tokenizers with unknown patterns encode.
+    own = [[sys.executable, "-I", "-c", start] for start in (worker._START, followers._START)]
     opened: list[str] = []
 
     def watch(event: str, values: tuple[Any, ...]) -> None:
@@ -211,7 +212,7 @@ def _answer(arguments: list[str], writable: str, writer: int, main: Callable[[li
                 (writable, "/dev/null")
             ):
                 opened.append(path)
-        elif event == "subprocess.Popen" and values[0] == own[0] and list(values[1][: len(own)]) == own:
+        elif event == "subprocess.Popen" and values[0] == sys.executable and list(values[1][:4]) in own:
             return
         elif event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect"):
             opened.append(event)

@@ -22,9 +22,14 @@ def constant(size: int) -> np.ndarray:
 
 
 class Builder:
-    """A program in the making. Buffer 0 holds the embedded tokens; `finish` gathers the rows of logits."""
+    """A program in the making. Buffer 0 holds the embedded tokens; `finish` gathers the rows of logits.
 
-    def __init__(self, width: int, seed: int = 0) -> None:
+    table: the rows of the embedding, from the row of token `begin`. Default: random rows for all tokens.
+    """
+
+    def __init__(
+        self, width: int, seed: int = 0, table: np.ndarray | None = None, begin: int | None = None
+    ) -> None:
         self.rng = np.random.default_rng(seed)
         self.buffers: list[Buffer] = []
         self.instructions: list[Instruction] = []
@@ -33,8 +38,10 @@ class Builder:
         self.constants: dict[str, int] = {}
         self.packed: dict[str, np.ndarray] = {}
         self.exact: dict[str, np.ndarray] = {}
-        table = self.matrix("table", VOCABULARY, width, "fp32")
-        self.emit("embed", width, weights=(table,))
+        rows = VOCABULARY if table is None else len(table)
+        name = self.matrix("table", rows, width, "fp32", values=table)
+        parameters = {} if begin is None else {"begin": begin}
+        self.emit("embed", width, weights=(name,), **parameters)
 
     def emit(
         self,
@@ -66,9 +73,16 @@ class Builder:
         return name
 
     def matrix(
-        self, name: str, rows: int, columns: int, element: str, block: int = 0, scales: str = ""
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        element: str,
+        block: int = 0,
+        scales: str = "",
+        values: np.ndarray | None = None,
     ) -> str:
-        """A random matrix, packed for the engine and exact for the interpreter."""
+        """A random matrix, or one of float `values`, packed for the engine and exact for the interpreter."""
         one = self.matrices[name] = Matrix(rows, columns, element, block, scales)  # type: ignore[arg-type]
         if element in ("int8", "int4"):
             largest = 7 if element == "int4" else 127
@@ -78,7 +92,8 @@ class Builder:
             self.packed[name] = pack_integers(codes, factors, one)
             self.exact[name] = codes * np.repeat(factors.astype(np.float64), block, axis=1)
             return name
-        data = self.rng.standard_normal((rows, columns)).astype(np.float32)
+        data = self.rng.standard_normal((rows, columns)) if values is None else values
+        data = data.astype(np.float32)
         if element == "fp8":
             codes = data.astype(ml_dtypes.float8_e4m3fn)
             factors = self.rng.uniform(0.001, 0.01, (rows, 1)).astype(np.float32)
@@ -97,7 +112,9 @@ class Builder:
 
     def finish(self, last: View) -> Built:
         """Return the program, its packed weights, and the same for the interpreter. Its logits are `last`."""
-        logits = self.emit("gather_rows", last.width, last, rows="logits")
+        logits = last
+        if self.buffers[last.buffer].rows == "tokens":
+            logits = self.emit("gather_rows", last.width, last, rows="logits")
         if last.width != VOCABULARY:
             head = self.matrix("head", VOCABULARY, last.width, "fp32")
             logits = self.emit("linear", VOCABULARY, logits, weights=(head,), rows="logits")

@@ -122,6 +122,7 @@ class TensorRTTarget:
 
     def write_weights(
         self,
+        resolved: Resolved,
         engine: str,
         model: ir.Model,
         sources: WeightSources,
@@ -129,7 +130,7 @@ class TensorRTTarget:
         on_bytes: Callable[[int], None],
     ) -> None:
         """See `Target`. The graph and its weights are for the verification and TensorRT's parser."""
-        del engine
+        del resolved, engine
         write_graph(model, sources, writer, on_bytes)
 
     def check_machine(self, sizes: Sizes, clock: Clock) -> None:
@@ -179,7 +180,7 @@ class TensorRTTarget:
         writer.discard(GRAPH_FILE)
         writer.discard(WEIGHTS_FILE)
         gpu = Gpu(resolved.sms, limits.max_tokens, limits.max_sequences, limits.max_logits, compiled)
-        return Artifact(PLAN_FILE, (), "in the engine; tied tensors once", gpu)
+        return Artifact((PLAN_FILE,), (), "in the engine; tied tensors once", gpu)
 
     def _build(
         self,
