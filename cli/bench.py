@@ -106,7 +106,7 @@ def bench(
       llmc bench tales.llmc --layers --prompt-tokens 512
     """
     from llmc.runtime.bundle.reader import Bundle
-    from llmc.runtime.load import load_engine
+    from llmc.runtime.load import follow_if_launched, load_engine
 
     opened = Bundle.open(bundle)
     manifest = opened.manifest
@@ -125,6 +125,8 @@ def bench(
             f"lower --prompt-tokens or --new-tokens to {limit} in all",
             "prompt_tokens",
         )
+    if (code := follow_if_launched(opened, threads)) is not None:
+        raise typer.Exit(code)
     started = time.perf_counter()
     with waiting(f"loading {bundle} ..."):
         engine = load_engine(

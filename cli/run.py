@@ -141,6 +141,10 @@ def run(
     _check_options(
         chosen_options, greedy, chat, system, "--json" if as_json else "--prompts" if prompts else "", stream
     )
+    from llmc.runtime.load import follow_if_launched
+
+    if (code := follow_if_launched(bundle, threads)) is not None:
+        raise typer.Exit(code)
     requests = [] if conversation else read_prompts(prompt, prompts)
     if requests and all(request.error for request in requests):  # there is nothing to load the bundle for
         for request in requests:

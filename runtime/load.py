@@ -87,12 +87,37 @@ def load_engine(
     )
 
 
+def follow_if_launched(bundle: str | os.PathLike[str] | Bundle, threads: int | None = None) -> int | None:
+    """Follow rank 0 if torchrun, mpirun or srun started this process as another rank of a bundle.
+
+    Returns the exit code for this process after the last step, or None if the caller shall load the engine:
+    in rank 0, for a bundle of one rank, and without a launcher.
+
+    threads: see `load_engine`
+    Raises RankError if the ranks do not meet or the number of processes is not the bundle's, and BundleError.
+    """
+    from llmc.runtime.parallel.launch import SIZES
+
+    if not any(name in os.environ for name in SIZES):
+        return None
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if opened.manifest.parallel.tp == 1:
+        return None
+    from llmc.runtime.parallel.launched import follow_launched
+
+    return follow_launched(opened, threads)
+
+
 def _load_ranks(opened: Bundle, options: LoadOptions, weights: Weights | None) -> Backend:
     """Load all ranks of a bundle. weights: of rank 0, if a thread reads them already."""
     if opened.manifest.parallel.tp == 1:
         return load_backend(EngineFile.of(opened, weights), options)
-    from llmc.runtime.parallel.backend import load_parallel  # most bundles have one rank
+    # Most bundles have one rank.
+    from llmc.runtime.parallel.backend import load_parallel
+    from llmc.runtime.parallel.launched import launched, load_launched
 
+    if place := launched(opened):
+        return load_launched(opened, options, place, weights)
     return load_parallel(opened, options, weights)
 
 

@@ -25,6 +25,7 @@ from llmc.runtime.parallel.follower import MORE_MEMORY, manifest_sha256
 from llmc.runtime.parallel.followers import Followers
 from llmc.runtime.parallel.messages import Job
 from llmc.runtime.parallel.processes import TIMEOUT, ProcessCommunicator, mesh
+from llmc.runtime.parallel.tcp import TcpCommunicator
 
 
 def load_parallel(
@@ -40,20 +41,25 @@ def load_parallel(
     """
     size = bundle.manifest.parallel.tp
     engine = EngineFile.of(bundle, weights)
-    job = Job(
-        manifest_sha256=manifest_sha256(bundle),
-        kv_blocks=cpu_blocks(engine, options),
-        max_tokens=options.max_tokens,
-        max_sequences=options.max_sequences,
-        threads=max(1, engine_threads(options.threads) // size),
-        activation_group=options.activation_group,
-        timeout=timeout,
-    )
+    job = job_of(bundle, engine, options, max(1, engine_threads(options.threads) // size), timeout)
 
     def load(communicator: Communicator) -> RankBackend:
         return cast(RankBackend, load_backend(engine, job.load_options(communicator)))
 
     return start_ranks(str(bundle.path), size, job, load)
+
+
+def job_of(bundle: Bundle, engine: EngineFile, options: LoadOptions, threads: int, timeout: float) -> Job:
+    """Return the job of all ranks. engine: of rank 0; threads: of each rank"""
+    return Job(
+        manifest_sha256=manifest_sha256(bundle),
+        kv_blocks=cpu_blocks(engine, options),
+        max_tokens=options.max_tokens,
+        max_sequences=options.max_sequences,
+        threads=threads,
+        activation_group=options.activation_group,
+        timeout=timeout,
+    )
 
 
 def start_ranks(
@@ -99,7 +105,9 @@ class ParallelBackend:
     RankError.
     """
 
-    def __init__(self, own: RankBackend, communicator: ProcessCommunicator, followers: Followers) -> None:
+    def __init__(
+        self, own: RankBackend, communicator: ProcessCommunicator | TcpCommunicator, followers: Followers
+    ) -> None:
         self.name, self.num_blocks, self.block_size = own.name, own.num_blocks, own.block_size
         self._own, self._communicator, self._followers = own, communicator, followers
         self._steps, self._process = 0, os.getpid()

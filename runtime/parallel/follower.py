@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -29,6 +30,7 @@ from llmc.runtime.out_of_memory import is_out_of_memory
 from llmc.runtime.parallel.communicator import Communicator, RankEnded
 from llmc.runtime.parallel.messages import Job, receive_line, receive_step, send_report
 from llmc.runtime.parallel.processes import Endpoint, ProcessCommunicator
+from llmc.runtime.parallel.tcp import TcpCommunicator
 
 #: What is there to do if a rank lacks memory.
 MORE_MEMORY = "use a machine with more memory, or give a smaller --kv-memory"
@@ -64,33 +66,46 @@ def serve(load: Callable[[str, int, Job, Communicator], RankBackend]) -> None:
         [int(number) for number in sys.argv[4].split(",")],
     )
     channel = socket.socket(fileno=descriptors[0])
-    threading.Thread(target=_end_with, args=(channel,), daemon=True).start()
+    endpoint = Endpoint.of_descriptors(rank, descriptors[1:])
+
+    def load_with(job: Job) -> tuple[RankBackend, ProcessCommunicator]:
+        communicator = ProcessCommunicator(endpoint, job.timeout)
+        return load(path, rank, job, communicator), communicator
+
+    if not follow(channel, load_with):
+        sys.exit(1)
+
+
+def follow(
+    channel: socket.socket,
+    load: Callable[[Job], tuple[RankBackend, ProcessCommunicator | TcpCommunicator]],
+    linger: float = 0,
+) -> bool:
+    """Load a rank with `load`, and run the steps of rank 0 until its last one. Return False after an error.
+
+    This process ends `linger` seconds after rank 0 closes the channel. An LlmcError is reported to
+    rank 0. Any other exception is raised.
+    """
+    threading.Thread(target=_end_with, args=(channel, linger), daemon=True).start()
     try:
-        _run(load, path, rank, descriptors[1:], channel)
+        if not (line := receive_line(channel)):
+            return False
+        backend, communicator = load(Job.of_line(line))
+        send_report(channel, loaded=True)
+        while (step := receive_step(channel)) is not None:
+            number, batch = step
+            if not number:
+                backend.close()
+                return True
+            communicator.begin_step(number)
+            backend.forward(batch)
     except LlmcError as error:
         _report(channel, error)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         _report(channel, RankError(f"ran out of memory: {error or type(error).__name__}", MORE_MEMORY))
-
-
-def _run(
-    load: Callable[[str, int, Job, Communicator], RankBackend],
-    path: str,
-    rank: int,
-    descriptors: list[int],
-    channel: socket.socket,
-) -> None:
-    endpoint = Endpoint.of_descriptors(rank, descriptors)
-    job = Job.of_line(receive_line(channel))
-    communicator = ProcessCommunicator(endpoint, job.timeout)
-    backend = load(path, rank, job, communicator)
-    send_report(channel, loaded=True)
-    while (step := receive_step(channel)) is not None:
-        number, batch = step
-        communicator.begin_step(number)
-        backend.forward(batch)
+    return False
 
 
 def _report(channel: socket.socket, error: LlmcError) -> None:
@@ -102,11 +117,12 @@ def _report(channel: socket.socket, error: LlmcError) -> None:
     }
     with contextlib.suppress(ConnectionError):  # rank 0 ended; there is nobody to tell
         send_report(channel, error=report)
-    sys.exit(1)
 
 
-def _end_with(channel: socket.socket) -> None:
+def _end_with(channel: socket.socket, linger: float) -> None:
     """End this process when the process of rank 0 closes the channel or ends, whatever this one does then.
+
+    linger: seconds to wait before
 
     The kernel can kill a process when its parent dies (prctl). But the parent is the thread that started it,
     and a server may load a bundle in a thread that ends.
@@ -114,4 +130,5 @@ def _end_with(channel: socket.socket) -> None:
     poll = select.poll()
     poll.register(channel, select.POLLRDHUP)
     poll.poll()
+    time.sleep(linger)
     os._exit(1)

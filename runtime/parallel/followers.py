@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llmc.runtime import errors
 from llmc.runtime.batch import Batch
@@ -48,8 +48,8 @@ class Followers:
         paths: Sequence[str] = (),
     ) -> None:
         self._timeout = job.timeout
-        self._followers: list[_Follower] = []
-        self.close = weakref.finalize(self, _end, self._followers, os.getpid())
+        self._followers: list[Follower] = []
+        self.close: Callable[[], object] = weakref.finalize(self, _end, self._followers, os.getpid())
         paths = [*import_paths("llmc", "numpy"), *paths]
         try:
             for endpoint in endpoints:
@@ -111,7 +111,7 @@ class Followers:
         return error
 
 
-class _Follower:
+class Follower:
     """One process."""
 
     def __init__(
@@ -163,7 +163,7 @@ class _Follower:
         )
 
 
-def _start(path: str, endpoint: Endpoint, module: str, paths: Sequence[str]) -> _Follower:
+def _start(path: str, endpoint: Endpoint, module: str, paths: Sequence[str]) -> Follower:
     """Start the process of a rank. Raises OSError."""
     mine, theirs = socket.socketpair()
     with theirs:
@@ -187,10 +187,10 @@ def _start(path: str, endpoint: Endpoint, module: str, paths: Sequence[str]) -> 
             mine.close()
             os.close(stderr)
             raise
-    return _Follower(endpoint.rank, process, mine, stderr)
+    return Follower(endpoint.rank, process, mine, stderr)
 
 
-def _end(followers: list[_Follower], owner: int) -> None:
+def _end(followers: list[Follower], owner: int) -> None:
     for follower in followers:
         follower.channel.close()
         os.close(follower.stderr)

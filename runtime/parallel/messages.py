@@ -4,6 +4,7 @@
     follower -> rank 0   JSON lines: {"loaded": true}, or {"error": {"kind", "message", "hint", "ended"}}
 
 A step is its number, the lengths of the arrays of the batch, and these arrays, in the order of STEP_INPUTS.
+Step 0 tells a follower that a launcher started that there are no more.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from llmc.runtime.errors import RankError
 from llmc.runtime.parallel.communicator import Communicator
 
 _STEP = struct.Struct(f"<Q{len(STEP_INPUTS)}I")
+_LONGEST_LINE, _LONGEST_STEP = 1 << 16, 1 << 28  # bytes
+#: The message after the last step.
+END = bytes(_STEP.size)
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,16 @@ def pack_step(number: int, batch: Batch) -> bytes:
 
 
 def receive_step(channel: socket.socket) -> tuple[int, Batch] | None:
-    """Wait for a step. Return its number and its batch, or None if rank 0 has closed the channel."""
+    """Wait for a step. Return its number and its batch, or None if rank 0 has closed the channel.
+
+    Raises RankError for more data than a step has.
+    """
     header = _receive(channel, _STEP.size)
     if header is None:
         return None
     number, *lengths = _STEP.unpack(header)
+    if 4 * sum(lengths) > _LONGEST_STEP:
+        raise RankError(f"rank 0 sent a step of {4 * sum(lengths)} bytes", "please report this")
     data = _receive(channel, 4 * sum(lengths))
     if data is None:
         return None
@@ -92,9 +101,12 @@ def send_report(channel: socket.socket, **report: Any) -> None:
 
 
 def receive_line(channel: socket.socket) -> bytes:
-    """Wait for a line, and return it; b"" if the channel ends before its end. Reads nothing after it."""
+    """Wait for a line, and return it; b"" if the channel ends before its end. Reads nothing after it.
+
+    Returns the beginning of a line that is too long.
+    """
     line = bytearray()
-    while not line.endswith(b"\n"):
+    while not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
         try:
             byte = channel.recv(1)
         except ConnectionError:
