@@ -106,21 +106,23 @@ def _inputs_of(gemm: ir.Node, attention: ir.Node | None, rank: int, ranks: int) 
     unit = max(block, 1)
     if attention is not None:
         heads, kv_heads = (int(edit.attribute(attention, name)) for name in ("num_heads", "num_kv_heads"))
-        group = heads // kv_heads if kv_heads >= ranks else 1
+        # Whole groups; or, where ranks share a KV head, as many heads for each rank, so that none has two.
+        group = heads // kv_heads if kv_heads >= ranks else heads // ranks
         if kv_heads < ranks and (ranks % kv_heads or heads % ranks):
             raise UnsupportedError(
                 f"{module_of(attention)} has {heads} heads and {kv_heads} KV heads, which cannot be divided "
                 f"among {ranks} ranks",
-                f"choose --tp up to {kv_heads}, or a multiple of it that divides {heads}",
+                f"choose a --tp that divides {heads}" + (f", up to {kv_heads}" if ranks % kv_heads else ""),
                 "tp",
             )
-        unit = math.lcm(unit, group * (total // heads))
+        part = group * (total // heads)
+        unit = math.lcm(unit, part) if kv_heads >= ranks or part % unit == 0 else total
     elif total % _ALIGNED == 0 and total // math.lcm(unit, _ALIGNED) >= ranks:
         unit = math.lcm(unit, _ALIGNED)
     if total % unit or total // unit < ranks:
-        shared = f", {block} of which share a scale," if block else ""
+        shared = f", {block} of which share a scale" if block else ""
         raise UnsupportedError(
-            f"{module_of(gemm)} has {total} inputs{shared} which cannot be divided among {ranks} ranks",
+            f"{module_of(gemm)} has {total} inputs{shared}, which cannot be divided among {ranks} ranks",
             "choose a smaller --tp" + (", or a format with smaller blocks" if block else ""),
             "tp",
         )
@@ -130,16 +132,17 @@ def _inputs_of(gemm: ir.Node, attention: ir.Node | None, rank: int, ranks: int) 
 def _heads(node: ir.Node, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the heads and KV heads whose outputs `mask` keeps.
 
-    Raises UnsupportedError if it keeps a part of a head.
+    Raises UnsupportedError if it keeps a part of a head, or more heads of one KV head than of another.
     """
     total, kv_total = (int(edit.attribute(node, name)) for name in ("num_heads", "num_kv_heads"))
     each = mask.reshape(total, -1)
     heads = np.flatnonzero(each.any(axis=1))
-    if not each[heads].all():
+    kv_heads, counts = np.unique(heads // (total // kv_total), return_counts=True)
+    if not each[heads].all() or len(set(counts.tolist())) > 1:
         raise UnsupportedError(
             f"{module_of(node)}: the layers behind it divide its heads", "build without --tp", "tp"
         )
-    return heads, np.unique(heads // (total // kv_total))
+    return heads, kv_heads
 
 
 def operands_of(node: ir.Node, heads: np.ndarray, kv_heads: np.ndarray) -> list[tuple[np.ndarray, int]]:

@@ -453,6 +453,8 @@ def _check_consistent(manifest: Manifest) -> None:
     ranks = [engine.rank for engine in manifest.engines]
     if len(ranks) != manifest.parallel.world_size or ranks != list(range(len(ranks))):
         _bad("engines", f"must list ranks 0 to {manifest.parallel.world_size - 1} in order")
+    if len({engine.file for engine in manifest.engines}) != len(manifest.engines):
+        _bad("engines", "two ranks have one file")
     if verification.status == "skipped" and not verification.reason:
         _bad("verification.reason", "a skipped verification must say why")
     for name in ("reference", "max_logit_error", "tolerance", "tokens_compared"):

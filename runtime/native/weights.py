@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llmc.runtime.bundle.strict_json import DAMAGED
 from llmc.runtime.cpus import available_cpus
 from llmc.runtime.errors import BundleError
 from llmc.runtime.memory import allocate
@@ -106,7 +107,8 @@ class WeightsFile:
             or first % 64
         ):
             raise BundleError(
-                f"{self._path.name}: {name} is missing, misplaced or of another size than in the program"
+                f"{self._path.name}: {name} is missing, misplaced or of another size than in the program",
+                DAMAGED,
             )
         return data[first:last]
 
@@ -154,7 +156,8 @@ def _start(path: Path) -> WeightsFile:
 
 
 def _unreadable(path: Path, error: OSError) -> BundleError:
-    return BundleError(f"cannot read weights/{path.name}: {error.strerror or error}")
+    hint = DAMAGED if isinstance(error, FileNotFoundError) else ""
+    return BundleError(f"cannot read weights/{path.name}: {error.strerror or error}", hint)
 
 
 def _span(entry: Mapping[str, Any]) -> tuple[str, int, int]:

@@ -21,7 +21,7 @@ from llmc.runtime.cpus import engine_threads
 from llmc.runtime.errors import BackendError, LlmcError, RankError
 from llmc.runtime.native.weights import Weights
 from llmc.runtime.parallel.communicator import Communicator, RankEnded
-from llmc.runtime.parallel.follower import MORE_MEMORY, manifest_sha256
+from llmc.runtime.parallel.follower import lack, manifest_sha256
 from llmc.runtime.parallel.followers import Followers
 from llmc.runtime.parallel.messages import Job
 from llmc.runtime.parallel.processes import TIMEOUT, ProcessCommunicator, mesh
@@ -81,9 +81,7 @@ def start_ranks(
     try:
         own, *others = mesh(size)
     except OSError as error:
-        raise RankError(
-            f"cannot allocate the memory that the ranks share: {error.strerror or error}", MORE_MEMORY
-        ) from error
+        raise RankError(f"cannot connect the ranks: {error.strerror or error}", lack(error)) from error
     communicator = ProcessCommunicator(own, job.timeout)
     followers = None
     try:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from llmc.runtime.bundle.strict_json import DAMAGED
 from llmc.runtime.errors import RankError
 
 ALL_REDUCE, ALL_GATHER = 1, 2
@@ -124,6 +125,4 @@ def no_answer(who: str, seconds: float, where: object) -> RankError:
 
 def mismatch(mine: Collective, rank: int, other: Collective, other_rank: int) -> RankError:
     """Return the error for two ranks that are not in the same collective."""
-    return RankError(
-        f"the ranks disagree: rank {rank} is in {mine}, rank {other_rank} in {other}", "please report this"
-    )
+    return RankError(f"the ranks disagree: rank {rank} is in {mine}, rank {other_rank} in {other}", DAMAGED)

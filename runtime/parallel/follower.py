@@ -9,6 +9,7 @@ It waits without using the CPU, and ends with the process of rank 0, even if tha
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ from llmc.runtime.parallel.tcp import TcpCommunicator
 
 #: What is there to do if a rank lacks memory.
 MORE_MEMORY = "use a machine with more memory, or give a smaller --kv-memory"
+_MORE_FILES = "raise the limit of open files (ulimit -n), or build the bundle with a smaller --tp"
 
 
 def main() -> None:
@@ -52,6 +54,11 @@ def load_rank(path: str, rank: int, job: Job, communicator: Communicator) -> Ran
 def manifest_sha256(bundle: Bundle) -> str:
     """Return the sha256 of the manifest, which lists the sha256 of every other file."""
     return hashlib.sha256(json.dumps(plain(bundle.manifest), sort_keys=True).encode()).hexdigest()
+
+
+def lack(error: OSError) -> str:
+    """Return what to do about an error of the system that provides processes, memory and sockets."""
+    return _MORE_FILES if error.errno in (errno.EMFILE, errno.ENFILE) else MORE_MEMORY
 
 
 def serve(load: Callable[[str, int, Job, Communicator], RankBackend]) -> None:
@@ -99,11 +106,12 @@ def follow(
                 return True
             communicator.begin_step(number)
             backend.forward(batch)
-    except LlmcError as error:
-        _report(channel, error)
     except Exception as error:
         if not is_out_of_memory(error):
-            raise
+            if not isinstance(error, LlmcError):
+                raise
+            _report(channel, error)
+            return False
         _report(channel, RankError(f"ran out of memory: {error or type(error).__name__}", MORE_MEMORY))
     return False
 

@@ -18,7 +18,7 @@ from llmc.runtime.errors import LlmcError, RankError
 from llmc.runtime.import_paths import import_paths
 from llmc.runtime.out_of_memory import says_out_of_memory
 from llmc.runtime.parallel.communicator import RankEnded, no_answer
-from llmc.runtime.parallel.follower import MORE_MEMORY
+from llmc.runtime.parallel.follower import MORE_MEMORY, lack
 from llmc.runtime.parallel.messages import Job, pack_step, receive_line
 from llmc.runtime.parallel.processes import Endpoint
 
@@ -57,7 +57,7 @@ class Followers:
         except OSError as error:
             self.close()
             raise RankError(
-                f"cannot start rank {endpoint.rank}: {error.strerror or error}", MORE_MEMORY
+                f"cannot start rank {endpoint.rank}: {error.strerror or error}", lack(error)
             ) from error
         finally:
             for endpoint in endpoints:

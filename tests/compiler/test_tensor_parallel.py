@@ -20,6 +20,7 @@ from llmc.plugins.collectives import spec
 from llmc.runtime.errors import BuildError, UnsupportedError
 from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
+from support.families import write_random
 from support.traces import share_traces, trace_once
 
 GREEDY = SamplingParams(max_tokens=16, ignore_eos=True)
@@ -76,6 +77,8 @@ def test_every_element_of_a_divided_weight_has_one_rank(quantized: ir.Model, ran
         ({"tp": 3}, "4 heads and 2 KV heads, which cannot be divided among 3 ranks"),
         ({"tp": 8}, "4 heads and 2 KV heads, which cannot be divided among 8 ranks"),
         ({"tp": 4, "quant": "int4", "rounding": "nearest", "kv_dtype": "int8"}, ""),
+        ({"tp": 6, "heads": 18}, ""),
+        ({"tp": 6, "heads": 18, "quant": "int4", "rounding": "nearest"}, "32 of which share a scale"),
         ({"tp": 4, "quant": "int4-block128", "rounding": "nearest"}, "128 of which share a scale"),
     ],
 )
@@ -86,10 +89,17 @@ def test_what_cannot_be_divided_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also where ranks share a KV head, and a block has parts of two ranks' heads."""
     share_traces(monkeypatch)
-    request = BuildRequest(str(checkpoint("qwen3-tiny")), tmp_path / "x.llmc", **options)  # type: ignore[arg-type]
+    source = checkpoint("qwen3-tiny")
+    if heads := options.get("heads"):
+        options = {name: value for name, value in options.items() if name != "heads"}
+        source = write_random(
+            "qwen3", tmp_path, num_attention_heads=heads, head_dim=16, intermediate_size=192
+        )
+    request = BuildRequest(str(source), tmp_path / "x.llmc", **options)  # type: ignore[arg-type]
     if not fact:
-        assert plan_build(request)[0].resolved.tp == 4
+        assert plan_build(request)[0].resolved.tp == options["tp"]
         return
     with pytest.raises(UnsupportedError, match=fact) as caught:
         plan_build(request)

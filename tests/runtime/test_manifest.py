@@ -253,6 +253,10 @@ RANK0, RANK1 = ranks_example().engines
         ({"parallel": Parallel(tp=3, world_size=3)}, "engines: must list ranks 0 to 2 in order"),
         ({"parallel": Parallel(tp=2**62, world_size=2**62)}, "engines: must list ranks 0 to 46116860184"),
         ({"engines": (RANK0,)}, "engines: must list ranks 0 to 1 in order"),
+        (
+            {"engines": (RANK0, dataclasses.replace(RANK1, file=RANK0.file))},
+            "engines: two ranks have one file",
+        ),
         ({"engines": (RANK1, RANK0)}, "engines: must list ranks 0 to 1 in order"),
         ({"engines": (RANK0, dataclasses.replace(RANK1, rank=0))}, "engines: must list ranks 0 to 1 in"),
         ({"engines": (RANK0, RANK1, Engine(2, RANK1.file))}, "engines: must list ranks 0 to 1 in order"),

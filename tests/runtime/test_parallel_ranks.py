@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -307,3 +308,14 @@ def test_a_follower_loads_its_rank_of_the_bundle_that_rank_0_has_read(plan: Plan
             Job(digest, 4, 64, 8, 1, None, 600),
             lambda communicator: fake_ranks.FakeRank(path, 0, communicator),
         )
+
+
+def test_a_lack_of_descriptors_is_not_called_a_lack_of_memory(plan: Plan) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 1, hard))
+    try:
+        with pytest.raises(RankError, match="Too many open files") as caught:
+            fake_ranks.start(plan())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "ulimit -n" in caught.value.hint
