@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -141,10 +142,15 @@ def run(
     _check_options(
         chosen_options, greedy, chat, system, "--json" if as_json else "--prompts" if prompts else "", stream
     )
-    from llmc.runtime.load import follow_if_launched
+    from llmc.runtime.parallel.launch import SIZES
 
-    if (code := follow_if_launched(bundle, threads)) is not None:
-        raise typer.Exit(code)
+    if any(name in os.environ for name in SIZES):
+        from llmc.runtime.load import (
+            follow_if_launched,
+        )  # it imports much; other runs first say that they load
+
+        if (code := follow_if_launched(bundle, threads)) is not None:
+            raise typer.Exit(code)
     requests = [] if conversation else read_prompts(prompt, prompts)
     if requests and all(request.error for request in requests):  # there is nothing to load the bundle for
         for request in requests:
