@@ -47,8 +47,11 @@ def inspect(
     from llmc.runtime.backends.kv_cache import block_bytes
     from llmc.runtime.bundle.reader import Bundle
     from llmc.runtime.bundle.strict_json import plain
+    from llmc.runtime.errors import RequestError
     from llmc.runtime.native.program import describe
 
+    if rank and not program:
+        raise RequestError("--rank chooses the program that --program prints", "add --program", "rank")
     opened = Bundle.open(bundle, verify_hashes=False)
     if verify:
         opened.verify()

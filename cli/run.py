@@ -144,10 +144,8 @@ def run(
     )
     from llmc.runtime.parallel.launch import SIZES
 
-    if any(name in os.environ for name in SIZES):
-        from llmc.runtime.load import (
-            follow_if_launched,
-        )  # it imports much; other runs first say that they load
+    if any(name in os.environ for name in SIZES):  # other runs say that they load before they import this
+        from llmc.runtime.load import follow_if_launched
 
         if (code := follow_if_launched(bundle, threads)) is not None:
             raise typer.Exit(code)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -635,3 +636,11 @@ def test_tracebacks_on_demand(capsys, broken, monkeypatch, setting, shown):
     lines = capsys.readouterr().err.splitlines()
     assert ("Traceback (most recent call last):" in lines) is shown
     assert [line.partition(":")[0] for line in lines[-2:]] == ["error", "hint"]
+
+
+def test_a_rank_without_a_program_is_refused(capsys):
+    golden = Path(__file__).parents[1] / "golden" / "format-4.llmc"
+    assert main.main(["inspect", str(golden), "--rank", "1"]) == 2
+    assert "hint: add --program" in capsys.readouterr().err
+    assert main.main(["inspect", str(golden), "--rank", "1", "--program"]) == 0
+    assert "all_reduce" in capsys.readouterr().out
