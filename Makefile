@@ -7,8 +7,9 @@ BUILD := $(VENV)/.installed-build
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# The tests of a file share what they build: one process runs them all.
-PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+# The tests of a file share what they build: one process runs them all. A process that dies ends the run, with the
+# name of its test: xdist may wait forever if a test ends two processes.
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 .PHONY: demo test fuzz sanitize check replay docs format bench gpu-check clean
 
