@@ -15,7 +15,7 @@ from llmc.compiler.zoo import Weight, list_zoo, make, write_weights, zoo_config
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 from support.content_hash import content_hash
 
-TINY = [entry.name for entry in list_zoo() if entry.name != "qwen3-0.6b-shape"]
+TINY = [entry.name for entry in list_zoo() if not entry.name.endswith("-shape")]
 TEXT = "The cat was in the house; it's 42 \u2014 \u00fcn\u00efcode\n"
 TOKENS = 64
 
@@ -192,14 +192,21 @@ def test_drawn_values_are_bell_shaped(tmp_path: Path) -> None:
     assert len(np.unique(values[:2].view(np.uint32))) > 1900
 
 
-def test_large_shape_needs_little_of_transformers(tmp_path: Path) -> None:
-    """qwen3-0.6b-shape is a gigabyte, so only its names, shapes and count are checked."""
-    (tmp_path / "config.json").write_text(json.dumps(zoo_config("qwen3-0.6b-shape")))
+@pytest.mark.parametrize(
+    ("name", "layers", "hidden", "query"),
+    [("qwen3-0.6b-shape", 28, 1024, 2048), ("llama3.2-1b-shape", 16, 2048, 2048)],
+)
+def test_large_shapes_need_little_of_transformers(
+    tmp_path: Path, name: str, layers: int, hidden: int, query: int
+) -> None:
+    """They are gigabytes, so only their names, shapes and counts are checked."""
+    (tmp_path / "config.json").write_text(json.dumps(zoo_config(name)))
     weights = zoo._weights(tmp_path)
-    assert weights["model.embed_tokens.weight"].shape == (32000, 1024)
-    assert weights["model.layers.27.self_attn.q_proj.weight"].shape == (2048, 1024)
+    assert weights["model.embed_tokens.weight"].shape == (32000, hidden)
+    assert weights[f"model.layers.{layers - 1}.self_attn.q_proj.weight"].shape == (query, hidden)
+    assert f"model.layers.{layers}.self_attn.q_proj.weight" not in weights
     assert "lm_head.weight" not in weights
-    entry = next(entry for entry in list_zoo() if entry.name == "qwen3-0.6b-shape")
+    entry = next(entry for entry in list_zoo() if entry.name == name)
     assert sum(int(np.prod(weight.shape)) for weight in weights.values()) == entry.parameters
 
 
