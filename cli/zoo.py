@@ -42,6 +42,9 @@ def make(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `llmc zoo list`.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write; new or empty.")],
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Random seed of the weights.")] = 0,
+    headers_only: Annotated[
+        bool, typer.Option("--headers-only", help="Write zeros that take no space, to plan a large model.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint with random weights.
@@ -51,13 +54,14 @@ def make(
     \b
     Examples:
       llmc zoo make qwen3-tiny qwen3-tiny
+      llmc zoo make llama3.1-70b-shape llama-70b --headers-only
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from llmc.compiler import zoo
 
-    path = zoo.make(name, directory, seed)
+    path = zoo.make(name, directory, seed, headers_only=headers_only)
     nbytes = sum(file.stat().st_size for file in path.iterdir())
     if as_json:
-        print_json({"name": name, "path": str(path), "seed": seed, "bytes": nbytes})
+        print_json({"name": name, "path": str(path), "seed": None if headers_only else seed, "bytes": nbytes})
     else:
-        print(f"{path}: {size(nbytes)}")
+        print(f"{path}: {size(nbytes)}{' of zeros' if headers_only else ''}")

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc.compiler.weights.safetensors_writer import write_safetensors
+from llmc.compiler.weights.safetensors_writer import write_safetensors, write_sparse_safetensors
 from llmc.runtime.dtypes import BY_NUMPY, numpy_dtype
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 
@@ -99,8 +99,10 @@ def zoo_config(name: str) -> dict[str, Any]:
     return json.loads(_config_text(_entry(name)))
 
 
-def make(name: str, directory: str | Path, seed: int = 0) -> Path:
+def make(name: str, directory: str | Path, seed: int = 0, *, headers_only: bool = False) -> Path:
     """Write the random checkpoint `name` to `directory`, which must be empty or must not exist.
+
+    headers_only: write zeros that take no space on the disk, to plan the build of a large model
 
     It is written to a temporary directory beside it, which is renamed when complete. Returns the directory.
     Raises UnsupportedError for an unknown name and CheckpointError for an occupied directory.
@@ -126,7 +128,7 @@ def make(name: str, directory: str | Path, seed: int = 0) -> Path:
         generation["eos_token_id"] = [config["eos_token_id"], SPECIAL_TOKENS["<|endoftext|>"]]
         _write_json(staging / "generation_config.json", generation)
         _write_tokenizer(staging, entry, config)
-        write_weights(staging, _weights(staging), config["dtype"], seed)
+        write_weights(staging, _weights(staging), config["dtype"], None if headers_only else seed)
         staging.chmod(0o755)
         os.rename(staging, target)
     except BaseException:
@@ -197,11 +199,15 @@ def _weights(directory: Path) -> dict[str, Weight]:
 
 
 def write_weights(
-    directory: Path, weights: Mapping[str, Weight], dtype: str, seed: int, shard_bytes: int = SHARD_BYTES
+    directory: Path,
+    weights: Mapping[str, Weight],
+    dtype: str,
+    seed: int | None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Draw `weights` into model.safetensors, or into shards with an index above `shard_bytes`.
 
-    `dtype` is a config.json name, such as bfloat16.
+    `dtype` is a config.json name, such as bfloat16. Without a seed the files are sparse, and all zeros.
     """
     st_name = BY_NUMPY[dtype].safetensors
     np_dtype = numpy_dtype(st_name)
@@ -216,6 +222,7 @@ def write_weights(
         room -= size
 
     def produce(name: str) -> Iterator[bytes]:
+        assert seed is not None
         return (values.astype(np_dtype).tobytes() for values in _draw(weights[name], seed, name))
 
     weight_map: dict[str, str] = {}
@@ -223,7 +230,10 @@ def write_weights(
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         file = directory / f"model{suffix}.safetensors"
         entries = [(name, st_name, weights[name].shape) for name in names]
-        write_safetensors(file, entries, produce, alignment=1, metadata={"format": "pt"})
+        if seed is None:
+            write_sparse_safetensors(file, entries, {"format": "pt"})
+        else:
+            write_safetensors(file, entries, produce, alignment=1, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file.name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

@@ -65,6 +65,19 @@ def write_safetensors(
     return digest.hexdigest(), position, spans
 
 
+def write_sparse_safetensors(
+    path: Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a file whose tensors are all zeros, which take no space on the disk.
+
+    Raises BuildError if the entries do not make a valid file; OSError if writing fails.
+    """
+    header, sizes = _header(list(entries), 1, metadata)
+    with open(path, "xb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(sizes.values()))
+
+
 def _header(
     tensors: list[TensorEntry], alignment: int, metadata: Mapping[str, str] | None
 ) -> tuple[bytes, dict[str, int]]:

@@ -194,7 +194,11 @@ def test_drawn_values_are_bell_shaped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "layers", "hidden", "query"),
-    [("qwen3-0.6b-shape", 28, 1024, 2048), ("llama3.2-1b-shape", 16, 2048, 2048)],
+    [
+        ("qwen3-0.6b-shape", 28, 1024, 2048),
+        ("llama3.2-1b-shape", 16, 2048, 2048),
+        ("llama3.1-70b-shape", 80, 8192, 8192),
+    ],
 )
 def test_large_shapes_need_little_of_transformers(
     tmp_path: Path, name: str, layers: int, hidden: int, query: int
@@ -202,12 +206,24 @@ def test_large_shapes_need_little_of_transformers(
     """They are gigabytes, so only their names, shapes and counts are checked."""
     (tmp_path / "config.json").write_text(json.dumps(zoo_config(name)))
     weights = zoo._weights(tmp_path)
-    assert weights["model.embed_tokens.weight"].shape == (32000, hidden)
+    assert weights["model.embed_tokens.weight"].shape == (zoo_config(name)["vocab_size"], hidden)
     assert weights[f"model.layers.{layers - 1}.self_attn.q_proj.weight"].shape == (query, hidden)
     assert f"model.layers.{layers}.self_attn.q_proj.weight" not in weights
-    assert "lm_head.weight" not in weights
+    assert ("lm_head.weight" in weights) != zoo_config(name)["tie_word_embeddings"]
     entry = next(entry for entry in list_zoo() if entry.name == name)
     assert sum(int(np.prod(weight.shape)) for weight in weights.values()) == entry.parameters
+
+
+def test_headers_alone_describe_the_same_tensors(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    whole, sparse = checkpoints["qwen3-tiny"], make("qwen3-tiny", tmp_path / "sparse", headers_only=True)
+    wanted, got = Checkpoint.open(whole).tensors, Checkpoint.open(sparse).tensors
+    assert {name: (ref.shape, ref.dtype) for name, ref in got.items()} == {
+        name: (ref.shape, ref.dtype) for name, ref in wanted.items()
+    }
+    assert not any(ref.read().any() for ref in got.values())
+    files = [directory / "model.safetensors" for directory in (whole, sparse)]
+    assert files[0].stat().st_size == files[1].stat().st_size
+    assert 512 * files[1].stat().st_blocks < files[1].stat().st_size / 10
 
 
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
