@@ -43,7 +43,7 @@ sanitize: $(STAMP)  ## the native engine under sanitizers: its tests, 1,000 prog
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -q -m "not slow" --native-libraries build/sanitized --hypothesis-profile=fuzz \
-		tests/runtime/test_native_engine.py tests/runtime/test_native_fuzz.py
+		tests/runtime/test_native_engine.py tests/runtime/test_native_fuzz.py tests/runtime/test_native_collectives.py
 
 check: $(STAMP)  ## what CI runs: format, lint, types, import layers, all tests
 	.ci/checks $(BIN)

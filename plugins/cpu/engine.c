@@ -5,18 +5,16 @@
 // it holds an item. Then they sleep, and the system can give it one of their cores. Nothing here needs a C library.
 #include "program.h"
 #include "vec.h"
+#include "wait.c"
 #include "rows.c"
 #include "../linear/cpu/linear.c"
 #include "../paged_attention/cpu/cache.c"
 #include "../paged_attention/cpu/attention.c"
+#include "../collectives/cpu/collective.c"
 #include "measure.c"
 
 #define EXPORT __attribute__((visibility("default")))
-enum { VERSION = 6, COUNTER = 16, SLEEPERS = 1, PER_THREAD = 6 };
-// Turns of a loop before a thread sleeps, about 400 microseconds, which is more than threads wait for each other at the end
-// of a linear layer: nobody sleeps in a step that is not disturbed, because waking takes long. A thread that slept in this step has a busy
-// neighbour and sleeps sooner.
-enum { SPINS = 8000, FEW_SPINS = 200 };
+enum { VERSION = 7, PER_THREAD = 6 };
 
 // Asks the system for what this library needs. Returns 0, or the number of a system's error.
 EXPORT int32_t llmc_prepare(void) {
@@ -31,6 +29,8 @@ EXPORT int32_t llmc_prepare(void) {
 EXPORT int32_t llmc_version(void) { return VERSION; }
 EXPORT int32_t llmc_instruction_bytes(void) { return (int32_t)sizeof(instruction); }
 EXPORT int32_t llmc_step_bytes(void) { return (int32_t)sizeof(step); }
+EXPORT int32_t llmc_exchange_bytes(void) { return (int32_t)sizeof(exchange); }
+EXPORT int32_t llmc_post_bytes(void) { return (int32_t)sizeof(post); }
 
 // memset and memcpy: compilers emit calls of them, and there is no C library
 #ifdef LLMC_FREESTANDING
@@ -57,43 +57,6 @@ __attribute__((used)) void *memcpy(void *restrict to, const void *restrict from,
 }
 #endif
 #endif
-
-// Linux' futex: threads of this process sleep while a word holds a value (FUTEX_WAIT_PRIVATE), or are woken (FUTEX_WAKE_PRIVATE).
-enum { SLEEP = 128, WAKE = 129 };
-static void futex(int32_t *word, long operation, long value) {
-#if defined(__x86_64__) && defined(__linux__)
-  register long no_timeout __asm__("r10") = 0;
-  long result;
-  __asm__ volatile("syscall"
-                   : "=a"(result)
-                   : "a"(202L), "D"(word), "S"(operation), "d"(value), "r"(no_timeout)
-                   : "rcx", "r11", "memory");
-#elif defined(__aarch64__) && defined(__linux__)
-  register long number __asm__("x8") = 98, address __asm__("x0") = (long)word, what __asm__("x1") = operation,
-                of __asm__("x2") = value, no_timeout __asm__("x3") = 0;
-  __asm__ volatile("svc 0" : "+r"(address) : "r"(number), "r"(what), "r"(of), "r"(no_timeout) : "memory");
-#else
-  (void)word, (void)operation, (void)value; // the caller waits awake
-#endif
-}
-// Waits until `items` items are finished: for some turns awake, then asleep. Returns whether it slept.
-static int wait_for(int32_t *done, int items, int turns) {
-  for (; turns > 0; turns--) {
-    if (__atomic_load_n(done, __ATOMIC_ACQUIRE) >= items) return 0;
-#if defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-  }
-  __atomic_store_n(done + SLEEPERS, 1, __ATOMIC_SEQ_CST);
-  for (int32_t seen; (seen = __atomic_load_n(done, __ATOMIC_SEQ_CST)) < items;) futex(done, SLEEP, seen);
-  return 1;
-}
-// Counts an item, and wakes the threads that sleep until the last one is finished.
-static void finish(int32_t *done, int items) {
-  if (__atomic_add_fetch(done, 1, __ATOMIC_SEQ_CST) == items && __atomic_load_n(done + SLEEPERS, __ATOMIC_SEQ_CST)) futex(done, WAKE, 0x7fffffff);
-}
 
 // Ticks of a clock that runs at a constant rate.
 static int64_t ticks(void) {
@@ -139,16 +102,18 @@ static int first_tile(const tile_items *t, int item) {
   return first < t->tiles ? first : t->tiles;
 }
 
-EXPORT void llmc_run(const step *s) {
+static int run(const step *s, position *at) {
   const int parts = s->threads * PER_THREAD;
-  int turns = SPINS;
-  for (int g = 0; g < s->num_groups; g++) {
+  waiter w = {SPINS, s->exchange, at};
+  for (int g = at ? at->group : 0; g < s->num_groups; g++) {
     const instruction *first = s->code + s->groups[g].first, *last = s->code + s->groups[g].last;
-    const int rows = rows_of(first, s);
-    int items, each = 1;
+    const int rows = rows_of(first, s), combines = first->op == OP_ALL_REDUCE || first->op == OP_ALL_GATHER;
+    int items, each = 1, outcome = FINISHED;
     tile_items tiles = {0, 0, 0, 0};
     attention_work work = {0, 0, 0};
+    collective_work pieces = {0, 0, 0, 0, 0};
     if (first->op == OP_ATTENTION) work = attention_items(first, s, parts), items = work.items;
+    else if (combines) pieces = collective_items(first, s, rows), items = pieces.items;
     else if (first->op == OP_LINEAR_INT || first->op == OP_LINEAR_FLOAT) {
       tiles = items_of(rows ? linear_tiles(first) : 0, s->threads);
       for (items = 0; first_tile(&tiles, items) < tiles.tiles;) items++;
@@ -157,17 +122,33 @@ EXPORT void llmc_run(const step *s) {
       items = (rows + each - 1) / each;
     }
     int32_t *next = s->next + (int64_t)g * COUNTER, *done = s->done + (int64_t)g * COUNTER;
-    for (;;) {
-      const int item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    int item = at ? at->item : NO_ITEM;
+    while (!outcome) {
+      if (item == NO_ITEM) item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
       if (item >= items) break;
+      if (combines) {
+        outcome = collective(first, s, rows, &pieces, item, done, &w);
+        if (outcome) break; // this thread still has the item
+        item = NO_ITEM;
+        continue;
+      }
       const int begin = item * each, end = begin + each;
       if (first->op == OP_ATTENTION) attention(first, s, item, work);
       else if (first->op == OP_LINEAR_INT) linear_int(first, first_tile(&tiles, item), first_tile(&tiles, item + 1), rows);
       else if (first->op == OP_LINEAR_FLOAT) linear_float(first, first_tile(&tiles, item), first_tile(&tiles, item + 1), rows);
       else run_rows(first, last, s, begin, end < rows ? end : rows);
       finish(done, items);
+      item = NO_ITEM;
     }
-    if (wait_for(done, items, turns)) turns = FEW_SPINS;
+    if (!outcome) outcome = wait_for(done, items, &w);
+    if (at) at->group = g, at->item = outcome ? item : NO_ITEM;
+    if (outcome) return outcome;
     if (s->times) s->times[g] = ticks();
   }
+  return FINISHED;
 }
+
+// Runs a step. Returns an outcome; it is FINISHED without other ranks.
+EXPORT int32_t llmc_run(const step *s) { return run(s, 0); }
+// Runs a step from `at` on. Returns PAUSED from time to time while it waits, with the place in `at`.
+EXPORT int32_t llmc_resume(const step *s, position *at) { return run(s, at); }

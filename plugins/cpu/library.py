@@ -8,7 +8,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-VERSION = 6
+VERSION = 7
 LIBRARIES = Path(__file__).parent / "lib"
 COUNTER = 16  # int32 elements per counter: each group's counter has a cache line
 
@@ -24,9 +24,13 @@ _NEEDS = {
 }
 
 EMBED, GATHER, COPY, UNARY, BINARY, VECTOR, SCALAR, RMSNORM, LAYERNORM, ROPE, WRITE_KV = range(11)
-GLU, ROUND, SLICE, QUANTIZE, LINEAR_INT, LINEAR_FLOAT, ATTENTION = range(11, 18)
+GLU, ROUND, SLICE, QUANTIZE, LINEAR_INT, LINEAR_FLOAT, ATTENTION, ALL_REDUCE, ALL_GATHER = range(11, 20)
 KINDS = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3}
 CACHES = {"fp32": 0, "fp16": 1, "int8": 2}
+
+# What a step ends with, as program.h has it.
+FINISHED, PAUSED, STOPPED, DISAGREED = range(4)
+NO_ITEM = -1
 
 _pointer = ctypes.c_void_p
 
@@ -50,6 +54,47 @@ class Group(ctypes.Structure):
     """`group` of program.h."""
 
     _fields_ = (("first", ctypes.c_int32), ("last", ctypes.c_int32))
+
+
+class Call(ctypes.Structure):
+    """`call` of program.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("operation", "number")),
+        ("step", ctypes.c_uint64),
+        *((name, ctypes.c_uint32) for name in ("rows", "width")),
+    )
+
+
+class Post(ctypes.Structure):
+    """`post` of program.h."""
+
+    _fields_ = (
+        ("sent", ctypes.c_uint32),
+        ("sleepers", ctypes.c_int32),
+        ("calls", Call * 2),
+        ("room", ctypes.c_uint8 * 72),
+    )
+
+
+class Exchange(ctypes.Structure):
+    """`exchange` of program.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("rank", "ranks")),
+        *((name, _pointer) for name in ("posts", "slots")),
+        ("capacity", ctypes.c_int64),
+        ("slice", ctypes.c_int64 * 2),
+        ("step", ctypes.c_uint64),
+        ("number", ctypes.c_uint32),
+        *((name, ctypes.c_int32) for name in ("turns", "stop")),
+    )
+
+
+class Position(ctypes.Structure):
+    """`position` of program.h."""
+
+    _fields_ = (("group", ctypes.c_int32), ("item", ctypes.c_int32))
 
 
 class Step(ctypes.Structure):
@@ -78,6 +123,7 @@ class Step(ctypes.Structure):
         ),
         ("part_floats", ctypes.c_int64),
         ("times", _pointer),
+        ("exchange", _pointer),
     )
 
 
@@ -123,12 +169,14 @@ def load(name: str | None = None) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     if error := library.llmc_prepare():
         raise OSError(error, f"the system does not allow what {path.name} needs: {os.strerror(error)}")
-    library.llmc_run.argtypes, library.llmc_run.restype = [ctypes.POINTER(Step)], None
+    library.llmc_run.argtypes = [ctypes.POINTER(Step)]
+    library.llmc_resume.argtypes = [ctypes.POINTER(Step), ctypes.POINTER(Position)]
     for measurement in (library.llmc_ticks, library.llmc_float_products, library.llmc_integer_products):
         measurement.restype = ctypes.c_int64
     library.llmc_float_products.argtypes = library.llmc_integer_products.argtypes = [ctypes.c_int64]
     library.llmc_read.argtypes = [_pointer, ctypes.c_int64]
-    sizes = library.llmc_version(), library.llmc_instruction_bytes(), library.llmc_step_bytes()
-    if sizes != (VERSION, ctypes.sizeof(Instruction), ctypes.sizeof(Step)):
+    structures = (Instruction, Step, Exchange, Post)
+    sizes = [getattr(library, f"llmc_{each.__name__.lower()}_bytes")() for each in structures]
+    if [library.llmc_version(), *sizes] != [VERSION, *map(ctypes.sizeof, structures)]:
         raise OSError(f"{path.name} is of another version of llmc: install llmc again")
     return library

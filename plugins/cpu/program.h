@@ -27,6 +27,9 @@ enum op {
   OP_LINEAR_FLOAT = 16, // out = a x w; n: rows of w, columns, element type
   OP_ATTENTION = 17,    // out = attention of a (queries); v: null or the sinks; n: heads, kv heads, key width, value
                         // width, window, digits of queries (of a cache of 8 bits), cache, chunk; x: scale, softcap
+  // Operations of all ranks of a machine together.
+  OP_ALL_REDUCE = 18, // out = the sum of a of all ranks; n: width
+  OP_ALL_GATHER = 19, // out = the columns of a of all ranks; n: width of a
 };
 enum kind { F32 = 0, F16 = 1, BF16 = 2, E4M3 = 3 }; // element types
 enum cache { FP32_CACHE = 0, FP16_CACHE = 1, INT8_CACHE = 2 };
@@ -55,6 +58,43 @@ typedef struct {
   int32_t first, last;
 } group;
 
+// A collective that a rank calls.
+typedef struct {
+  uint32_t operation, number; // its place among the collectives of the step, from 1
+  uint64_t step;
+  uint32_t rows, width; // of a
+} call;
+
+// What a rank shows to the others, in memory that all share, in cache lines of its own.
+typedef struct {
+  uint32_t sent;     // the number of its last message
+  int32_t sleepers;  // the number of ranks that may sleep until `sent` changes
+  call calls[2];     // of its last message with an even number, and of that with an odd one
+  uint8_t room[72];
+} post;
+
+// The other ranks of this machine, and this rank among them.
+typedef struct {
+  int32_t rank, ranks;
+  post *posts;       // [ranks]
+  float *slots;      // [2][ranks][capacity]: for messages with even and with odd numbers
+  int64_t capacity;  // numbers in a slot
+  int64_t slice[2];  // seconds and nanoseconds after which a thread that sleeps looks around
+  uint64_t step;     // of the calls
+  uint32_t number;   // of the last call in this step
+  int32_t turns;     // of a loop before a thread sleeps that waits for another rank
+  int32_t stop;      // an outcome: threads that wait leave the step with it; otherwise 0
+} exchange;
+
+// What a step ends with. PAUSED: `llmc_resume` goes on. STOPPED: by Python. DISAGREED: the ranks call different collectives.
+enum outcome { FINISHED = 0, PAUSED = 1, STOPPED = 2, DISAGREED = 3 };
+
+// Where the thread is that starts a step: in a group, with an item that is not finished or NO_ITEM.
+typedef struct {
+  int32_t group, item;
+} position;
+enum { NO_ITEM = -1 };
+
 typedef struct {
   int32_t tokens, sequences, logits, threads, num_groups;
   const int32_t *input_ids, *position_ids, *query_start, *past_lengths, *block_indices, *block_begins, *logits_index;
@@ -67,6 +107,7 @@ typedef struct {
   float *parts;    // [part_floats] results of parts of the context
   int64_t part_floats;
   int64_t *times; // [groups] null, or where the first thread writes the clock after each group
+  exchange *exchange; // null if the step has no operations of all ranks
 } step;
 
 // With AMX, the digits of several rows are in tiles: [width / group][rows / 16][digits][group / step][16 rows][step].

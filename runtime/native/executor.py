@@ -17,7 +17,7 @@ from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.memory import allocate
 from llmc.runtime.native.plan import (
-    COLLECTIVE,
+    COLLECTIVES,
     LINE,
     Group,
     Place,
@@ -29,6 +29,7 @@ from llmc.runtime.native.plan import (
 )
 from llmc.runtime.native.program import Cache, Program, View
 from llmc.runtime.parallel.communicator import Communicator
+from llmc.runtime.parallel.processes import ProcessCommunicator
 
 _SETS = 8  # sets of counters: a late thread may still read those of earlier steps
 _DIGIT_ROWS = 16  # rows of a tile of digits
@@ -66,6 +67,8 @@ class Executor:
         if size != program.ranks:
             raise ValueError(f"the program is one of {program.ranks} ranks, and {size} run")
         self._communicator = communicator
+        #: The engine itself runs the collectives of ranks that share memory.
+        self._shared = communicator if isinstance(communicator, ProcessCommunicator) else None
         #: The engine's library.
         self.library = library.load(isa)
         self._program, self._weights = program, weights
@@ -92,7 +95,11 @@ class Executor:
         self._groups = (library.Group * len(self._plan.groups))(
             *(library.Group(*pair) for pair in self._plan.groups)
         )
-        self._segments = [(*span, self._exchanges(span[0])) for span in _segments(self._plan)]
+        whole = [(0, len(self._groups))]
+        spans = whole if self._shared is not None else _segments(self._plan)
+        self._segments = [
+            (*span, None if self._shared is not None else self._exchanges(span[0])) for span in spans
+        ]
         counters = len(self._plan.groups) * library.COUNTER
         self._next = np.zeros((_SETS, counters), np.int32)
         self._done = np.zeros((_SETS, counters), np.int32)
@@ -147,6 +154,7 @@ class Executor:
             self._parts,
             self._merged,
             self._weights,
+            self._shared and (self._shared.exchange, self._shared.memory),
         )
         for first, last, exchange in self._segments:
             if exchange is not None:
@@ -155,10 +163,20 @@ class Executor:
                     times[first] = self.library.llmc_ticks()
                 continue
             part = self._part(step, first, last, times)
-            for worker in self._workers:
-                worker.start(part, kept_alive)
-            self.library.llmc_run(ctypes.byref(part))
+            self._start(part, kept_alive)
         return self._rows(View(self._program.logits, 0, self._program.vocab_size), len(batch.logits_index))
+
+    def _start(self, part: library.Step, reads: object) -> None:
+        """Run the groups of a step on all threads. reads: see `_Worker.start`"""
+        if self._shared is None:
+            for worker in self._workers:
+                worker.start(part, reads)
+            self.library.llmc_run(ctypes.byref(part))
+            return
+        with self._shared.begin(part):
+            for worker in self._workers:
+                worker.start(part, reads)
+            self._shared.run(self.library, part)
 
     def _part(self, step: library.Step, first: int, last: int, times: np.ndarray | None) -> library.Step:
         """Return the step of the groups first .. last - 1."""
@@ -175,7 +193,7 @@ class Executor:
     def _exchanges(self, group: int) -> _Exchange | None:
         """Return the collective that is the group `group`; None if it is none."""
         planned = self._plan.instructions[self._plan.groups[group][0]]
-        if planned.op != COLLECTIVE:
+        if planned.op not in COLLECTIVES:
             return None
         source = planned.source
         assert source.out is not None
@@ -357,7 +375,7 @@ def _segments(planned: Plan) -> list[tuple[int, int]]:
     segments: list[tuple[int, int]] = []
     first = 0
     for number, (begin, _) in enumerate(planned.groups):
-        if planned.instructions[begin].op == COLLECTIVE:
+        if planned.instructions[begin].op in COLLECTIVES:
             segments += [(first, number)] if number > first else []
             segments.append((number, number + 1))
             first = number + 1

@@ -10,7 +10,7 @@ from llmc.runtime.native.program import BINARY, ROUND, UNARY, Instruction, Matri
 
 LINE = 64  # bytes of a cache line
 _LARGEST_GROUP = 128  # activations that share a scale
-COLLECTIVE = 100  # an operation of all ranks, which the executor runs between those of the library
+COLLECTIVES = (library.ALL_REDUCE, library.ALL_GATHER)  # operations of all ranks
 _ROWWISE = library.QUANTIZE  # operations up to this number work on one row at a time
 _IN_PLACE = (
     *("unary", "binary", "glu", "round", "vector", "scalar"),
@@ -163,8 +163,8 @@ def _code(instruction: Instruction) -> int:
         "rope": library.ROPE,
         "write_kv": library.WRITE_KV,
         "attention": library.ATTENTION,
-        "all_reduce": COLLECTIVE,
-        "all_gather": COLLECTIVE,
+        "all_reduce": library.ALL_REDUCE,
+        "all_gather": library.ALL_GATHER,
     }[instruction.op]
 
 

@@ -82,7 +82,7 @@ def start_ranks(
         own, *others = mesh(size)
     except OSError as error:
         raise RankError(f"cannot connect the ranks: {error.strerror or error}", lack(error)) from error
-    communicator = ProcessCommunicator(own, job.timeout)
+    communicator = ProcessCommunicator(own, job.timeout, job.threads)
     followers = None
     try:
         followers = Followers(path, job, others, module, paths)

@@ -98,12 +98,15 @@ class Counter:
 
     def next(self, operation: int, array: np.ndarray) -> Collective:
         """Return the next collective. Raises ValueError unless `array` is float32 [rows, width]."""
-        if array.ndim != 2 or array.dtype != np.float32:
-            raise ValueError(
-                f"{_NAMES[operation]} of {array.dtype} {list(array.shape)}, not of float32 [n, w]"
-            )
+        check_array(operation, array)
         self._number += 1
         return Collective(operation, self._number, self._step, *array.shape)
+
+
+def check_array(operation: int, array: np.ndarray) -> None:
+    """Raise ValueError unless `array` is float32 [rows, width]."""
+    if array.ndim != 2 or array.dtype != np.float32:
+        raise ValueError(f"{_NAMES[operation]} of {array.dtype} {list(array.shape)}, not of float32 [n, w]")
 
 
 def check_parts(part: np.ndarray, whole: np.ndarray, size: int) -> None:

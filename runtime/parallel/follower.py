@@ -76,7 +76,7 @@ def serve(load: Callable[[str, int, Job, Communicator], RankBackend]) -> None:
     endpoint = Endpoint.of_descriptors(rank, descriptors[1:])
 
     def load_with(job: Job) -> tuple[RankBackend, ProcessCommunicator]:
-        communicator = ProcessCommunicator(endpoint, job.timeout)
+        communicator = ProcessCommunicator(endpoint, job.timeout, job.threads)
         return load(path, rank, job, communicator), communicator
 
     if not follow(channel, load_with):

@@ -1,19 +1,16 @@
-"""Ranks in processes of one machine: shared memory for the arrays, and sockets to wait for each other.
+"""Ranks in processes of one machine: shared memory for arrays, and sockets that notice the end of a process.
 
-A collective copies the rank's array to its slot in the shared memory, sends one message to every other rank,
-waits for one message of each, and reads all slots. The message describes the collective, so ranks that are
-out of step notice it. A rank that ended is the end of a stream of messages. The kernel's locks of the
-sockets order the accesses to the memory on every CPU.
-
-Each rank has two slots, which it uses in turn. It writes to a slot again two messages later. The others have
-read it by then, because they send their next message after that.
+The native engine runs the collectives without Python (`plugins/collectives/cpu/collective.c`). While a rank
+waits long for another one, the engine pauses from time to time, so that Python handles signals. The
+communicator then looks whether the other rank has ended.
 
 The memory and the sockets have no names. They are gone when the last process that has them ends.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
+import ctypes
 import mmap
 import os
 import select
@@ -24,15 +21,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmc.plugins.cpu import library
 from llmc.runtime.cpus import available_cpus
 from llmc.runtime.errors import RankError
 from llmc.runtime.parallel.communicator import (
     ALL_GATHER,
     ALL_REDUCE,
-    HEADER_BYTES,
     Collective,
-    Counter,
     RankEnded,
+    check_array,
     check_parts,
     mismatch,
     no_answer,
@@ -40,9 +37,11 @@ from llmc.runtime.parallel.communicator import (
 
 #: The seconds that a rank waits for another one.
 TIMEOUT = 60.0
-SLOT_BYTES = 1 << 20  # longer arrays are exchanged in pieces
-_SPIN = 100e-6  # seconds of polling before a rank blocks, because it takes about 50 us to wake up a process
-_SLICE = 1.0  # seconds
+SLOT_BYTES = 1 << 20  # of the two slots of a rank; longer arrays are exchanged in pieces
+_TURNS = 16000  # of a loop before a rank sleeps, 0.2 to 0.8 ms: it takes long to wake up a process
+_FEW_TURNS = 200  # if ranks share cores, because the other one may need this core
+_SLICE = 0.1  # seconds between two looks at a rank that does not answer
+_OPERATIONS = {library.ALL_REDUCE: ALL_REDUCE, library.ALL_GATHER: ALL_GATHER}
 
 
 @dataclass
@@ -77,22 +76,27 @@ class Endpoint:
 def mesh(size: int, slot_bytes: int = SLOT_BYTES) -> list[Endpoint]:
     """Return the endpoints of `size` ranks, at least two.
 
+    slot_bytes: of each of the two slots of a rank; at least a page
+
     Raises OSError if the system has no such memory (it is Linux's) or not enough.
     """
     slot_bytes -= slot_bytes % mmap.PAGESIZE
     links: list[dict[int, socket.socket]] = [{} for _ in range(size)]
     for first in range(size):
         for second in range(first + 1, size):
-            links[first][second], links[second][first] = socket.socketpair(
-                socket.AF_UNIX, socket.SOCK_SEQPACKET
-            )
+            links[first][second], links[second][first] = socket.socketpair()
     memory = os.memfd_create("llmc-collectives", os.MFD_CLOEXEC)
     try:
         # A lack of memory is an error now. Without this call it would be a signal later.
-        os.posix_fallocate(memory, 0, 2 * size * slot_bytes)
+        os.posix_fallocate(memory, 0, _posts_bytes(size) + 2 * size * slot_bytes)
         return [Endpoint(rank, size, os.dup(memory), links[rank]) for rank in range(size)]
     finally:
         os.close(memory)
+
+
+def _posts_bytes(size: int) -> int:
+    """Return the bytes before the slots, whole pages."""
+    return -(-size * ctypes.sizeof(library.Post) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class ProcessCommunicator:
@@ -101,120 +105,142 @@ class ProcessCommunicator:
     endpoint: the descriptors of this rank, which the communicator closes
     timeout: the seconds that a collective waits for another rank. The time that the process is stopped, as by
         Ctrl-Z, does not count.
+    threads: the number of threads of each rank
     """
 
-    def __init__(self, endpoint: Endpoint, timeout: float = TIMEOUT) -> None:
+    def __init__(self, endpoint: Endpoint, timeout: float = TIMEOUT, threads: int = 1) -> None:
         self.rank, self.size = endpoint.rank, endpoint.size
-        self._counter = Counter()
-        self.begin_step = self._counter.begin_step
-        numbers = np.frombuffer(mmap.mmap(endpoint.memory, 0), np.float32)
+        #: The memory that all ranks share; None after `close`.
+        self.memory: mmap.mmap | None = mmap.mmap(endpoint.memory, 0)
         os.close(endpoint.memory)
-        #: The slots of all ranks, for even and for odd messages.
-        self._slots = numbers.reshape(2, self.size, -1)
-        self._capacity, self._turn = self._slots.shape[2], 0
-        spin = _SPIN if self.size <= available_cpus() else 0.0  # ranks that share a core wait for each other
-        self._peers = [_Peer(rank, link, timeout, spin) for rank, link in endpoint.links.items()]
-        self._closed = False
+        begin = _posts_bytes(self.size)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self._timeout, self._slice = timeout, min(_SLICE, timeout)
+        #: What the engine needs for collectives.
+        self.exchange = library.Exchange(
+            self.rank,
+            self.size,
+            posts=address,
+            slots=address + begin,
+            capacity=(len(self.memory) - begin) // (2 * self.size * 4),
+            turns=_TURNS if self.size * threads <= available_cpus() else _FEW_TURNS,
+        )
+        self.exchange.slice[1] = int(1e9 * self._slice)
+        self._links = endpoint.links
+
+    def begin_step(self, step: int) -> None:
+        """Count the collectives of a new step from 1."""
+        self.exchange.step, self.exchange.number = step, 0
+
+    @contextlib.contextmanager
+    def begin(self, step: library.Step) -> Iterator[None]:
+        """Let threads run `step`, a step of the native engine with collectives, one of them with `run`.
+
+        All threads leave the step after an exception, which may be RankError, see `all_reduce`.
+        """
+        if self.memory is None or self.exchange.stop:
+            raise RankError(f"rank {self.rank} has left the group", "load the bundle again")
+        step.exchange = ctypes.addressof(self.exchange)
+        try:
+            yield
+        except BaseException as error:
+            self.exchange.stop = library.STOPPED
+            if isinstance(error, RankError):
+                self.close()  # the others stop waiting, too
+            raise
+
+    def run(self, engine: ctypes.CDLL, step: library.Step) -> None:
+        """Run a step in this thread. Raises RankError as `all_reduce` does."""
+        position, patience = library.Position(0, library.NO_ITEM), _Patience(self._slice)
+        while outcome := engine.llmc_resume(ctypes.byref(step), ctypes.byref(position)):
+            if outcome != library.PAUSED:
+                raise self._disagreement()
+            self._look(patience)
 
     def all_reduce(self, array: np.ndarray) -> None:
         """Replace `array`, float32 [rows, width], by its sum over the ranks, in their order."""
-        call = self._counter.next(ALL_REDUCE, array)
-        for rows, columns in self._pieces(*array.shape):
-            piece = array[rows, columns]
-            first, second, *others = self._exchange(call, piece)
-            with np.errstate(all="ignore"):  # infinite and NaN sums are the model's, as in a single rank
-                np.add(first, second, out=piece)
-                for other in others:
-                    np.add(piece, other, out=piece)
+        check_array(ALL_REDUCE, array)
+        data = np.ascontiguousarray(array)
+        self._run_one(library.ALL_REDUCE, data, data)
+        array[...] = data
 
     def all_gather(self, part: np.ndarray, whole: np.ndarray) -> None:
         """Write the parts of all ranks, in their order, to the columns of `whole`."""
         check_parts(part, whole, self.size)
-        call = self._counter.next(ALL_GATHER, part)
-        width = part.shape[1]
-        for rows, columns in self._pieces(*part.shape):
-            for rank, other in enumerate(self._exchange(call, part[rows, columns])):
-                begin = rank * width
-                whole[rows, begin + columns.start : begin + columns.stop] = other
+        check_array(ALL_GATHER, part)
+        data = np.empty(whole.shape, np.float32)
+        self._run_one(library.ALL_GATHER, np.ascontiguousarray(part), data)
+        whole[...] = data
 
     def close(self) -> None:
         """Close the sockets. Other ranks that wait for this one, now or later, get a RankError."""
-        self._closed = True
-        for peer in self._peers:
-            peer.link.close()
-        self._slots = np.empty((2, self.size, 0), np.float32)  # nothing else keeps the shared memory mapped
+        for link in self._links.values():
+            link.close()
+        self.memory = None  # nothing else keeps the shared memory mapped
 
-    def _pieces(self, rows: int, width: int) -> Iterator[tuple[slice, slice]]:
-        """Yield the rows and columns of pieces that fit a slot; one piece of an array without elements."""
-        capacity = self._capacity
-        if rows * width <= capacity:
-            yield slice(0, rows), slice(0, width)
-            return
-        columns = min(width, capacity)
-        count = capacity // columns
-        for row in range(0, rows, count):
-            for column in range(0, width, columns):
-                yield slice(row, min(row + count, rows)), slice(column, min(column + columns, width))
+    def _run_one(self, operation: int, part: np.ndarray, whole: np.ndarray) -> None:
+        """Run a collective as a step of its own. part, whole: contiguous arrays that it reads and writes."""
+        rows, width = part.shape
+        code = library.Instruction(operation, 0, whole.ctypes.data, part.ctypes.data)
+        code.a_stride, code.out_stride, code.n[0] = width, whole.shape[1], width
+        group = library.Group(0, 1)
+        counters = np.zeros((2, library.COUNTER), np.int32)
+        step = library.Step(rows, threads=1, num_groups=1)
+        step.code, step.groups = ctypes.addressof(code), ctypes.addressof(group)
+        step.next, step.done = (counter.ctypes.data for counter in counters)
+        with self.begin(step):
+            self.run(library.load(), step)
 
-    def _exchange(self, call: Collective, piece: np.ndarray) -> list[np.ndarray]:
-        """Return the pieces of all ranks, in their order. They are valid until the next exchange."""
-        if self._closed:
-            raise RankError(f"rank {self.rank} has left the group", "load the bundle again")
-        slots = self._slots[self._turn]
-        self._turn = 1 - self._turn
-        pieces = [slot[: piece.size].reshape(piece.shape) for slot in slots]
-        np.copyto(pieces[self.rank], piece)
-        message = call.pack()
-        try:
-            for peer in self._peers:
-                peer.send(message, call)
-            for peer in self._peers:
-                if (answer := peer.receive(call)) != message:
-                    raise mismatch(call, self.rank, Collective.unpack(answer), peer.rank)
-        except RankError:
-            self.close()  # the others stop waiting, too
-            raise
-        return pieces
+    def _posts(self) -> ctypes.Array[library.Post]:
+        assert self.memory is not None
+        return (library.Post * self.size).from_buffer(self.memory)
+
+    def _call(self, post: library.Post, message: int) -> Collective:
+        call = post.calls[message % 2]
+        operation = _OPERATIONS.get(call.operation, call.operation)
+        return Collective(operation, call.number, call.step, call.rows, call.width)
+
+    def _look(self, patience: _Patience) -> None:
+        """Raise RankError if a rank that this one waits for has ended, or does not answer in time."""
+        ended = [rank for rank, link in self._links.items() if _has_ended(link)]
+        posts = self._posts()  # after that: a rank that ended sends no more
+        message = posts[self.rank].sent
+        late = [rank for rank in self._links if (posts[rank].sent - message) % (1 << 32) >> 31]
+        call = self._call(posts[self.rank], message)
+        if gone := [rank for rank in late if rank in ended]:
+            raise RankEnded(gone[0], str(call))
+        if patience.wait(message if late else None) >= self._timeout:
+            raise no_answer(f"rank {late[0]}", self._timeout, call)
+
+    def _disagreement(self) -> RankError:
+        posts = self._posts()
+        message = posts[self.rank].sent
+        calls = [self._call(post, message) for post in posts]
+        mine = calls[self.rank]
+        other = next(rank for rank, call in enumerate(calls) if call != mine)
+        return mismatch(mine, self.rank, calls[other], other)
 
 
-class _Peer:
-    """The socket to another rank."""
+class _Patience:
+    """How long a rank has waited for the answers to a message.
 
-    def __init__(self, rank: int, link: socket.socket, timeout: float, spin: float) -> None:
-        self.rank, self.link = rank, link
-        self._timeout, self._spin = timeout, spin
-        self._poll = select.poll()
-        self._poll.register(link, select.POLLIN)
+    most: the most seconds between two looks that count, because the process may have been stopped meanwhile
+    """
 
-    def send(self, message: bytes, call: Collective) -> None:
-        """Send a message, which never waits: there are at most two that the other rank has not read."""
-        try:
-            self.link.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except ConnectionError as error:
-            raise self._gone(call) from error
+    def __init__(self, most: float) -> None:
+        self._most, self._seconds, self._last = most, 0.0, 0.0
+        self._message: int | None = None
 
-    def receive(self, call: Collective) -> bytes:
-        """Return the next message. Raises RankError if the rank ended or does not answer in time."""
-        if not self._arrives():
-            raise no_answer(f"rank {self.rank}", self._timeout, call)
-        try:
-            message = self.link.recv(HEADER_BYTES, socket.MSG_DONTWAIT)
-        except ConnectionError as error:
-            raise self._gone(call) from error
-        if not message:
-            raise self._gone(call)
-        return message
+    def wait(self, message: int | None) -> float:
+        """Return the seconds since the first look with `message`. None: the rank waits for no other one."""
+        now = time.perf_counter()
+        waits = message is not None and message == self._message
+        self._seconds = self._seconds + min(now - self._last, self._most) if waits else 0.0
+        self._message, self._last = message, now
+        return self._seconds
 
-    def _arrives(self) -> bool:
-        """Wait for a message or the end of the rank."""
-        poll = self._poll.poll
-        end = time.perf_counter() + self._spin
-        while time.perf_counter() < end:
-            if poll(0):
-                return True
-        # A process that is stopped, as by Ctrl-Z, loses one of these waits, not all its time.
-        slices = math.ceil(self._timeout / _SLICE)
-        return any(poll(1000 * self._timeout / slices) for _ in range(slices))
 
-    def _gone(self, call: Collective) -> RankEnded:
-        return RankEnded(self.rank, str(call))
+def _has_ended(link: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(link, 0)
+    return bool(poll.poll(0))
