@@ -143,6 +143,14 @@ def build(
             "--tp", metavar="N", help="Ranks that each compute a part of every layer (tensor parallelism)."
         ),
     ] = 1,
+    pp: Annotated[
+        int,
+        typer.Option(
+            "--pp",
+            metavar="N",
+            help="Stages of --tp ranks that each have some of the layers (pipeline parallelism).",
+        ),
+    ] = 1,
     revision: Annotated[
         str | None, typer.Option(metavar="R", help="Branch, tag or commit of a hub id.")
     ] = None,
@@ -184,6 +192,7 @@ def build(
         sms=parse_sms(sm),
         max_seq_len=max_seq_len,
         tp=tp,
+        pp=pp,
         revision=revision,
         verify=verify,
         force=force,
@@ -329,6 +338,7 @@ def _plan_record(plan: BuildPlan) -> dict[str, Any]:
         "output_exists": os.path.lexists(plan.request.output),
         "target": asdict(plan.target),
         "tensor_parallel": plan.resolved.tp,
+        "stages": [asdict(stage) for stage in plan.stages],
         "precision": {"dtype": plan.resolved.dtype, "kv_dtype": plan.resolved.kv_dtype},
         "quantization": plan.quantization.record() if plan.quantization else None,
         "max_seq_len": plan.sizes.max_seq_len,
@@ -374,11 +384,7 @@ def _plan_text(plan: BuildPlan) -> str:
         ("model", describe_geometry(plan.geometry)),
         ("context", f"{plan.sizes.max_seq_len} tokens"),
         ("engine", f"{describe_target(plan.target)}, {plan.resolved.dtype}: {plan.target.reason}"),
-        *(
-            [("ranks", f"{plan.resolved.tp}, each with a part of every layer")]
-            if plan.resolved.tp > 1
-            else []
-        ),
+        *_ranks(plan),
         ("KV cache", f"{plan.resolved.kv_dtype}, {size(_kv_bytes(plan))} a token"),
         ("output", output),
         ("weights", f"{size(plan.sizes.weight_bytes)} to write ({plan.sizes.weight_bytes:,} bytes)"),
@@ -386,6 +392,23 @@ def _plan_text(plan: BuildPlan) -> str:
     ]
     quantization = "\n\n" + "\n".join(_quantization_lines(plan.quantization)) if plan.quantization else ""
     return f"{table(facts)}{quantization}\n\n{_pass_table(plan)}"
+
+
+def _ranks(plan: BuildPlan) -> list[tuple[str, str]]:
+    """Describe the ranks and the stages of a plan."""
+    tp, stages = plan.resolved.tp, plan.stages
+    facts = [("ranks", f"{tp}, each with a part of every layer")] if tp > 1 and not stages else []
+    for number, stage in enumerate(stages):
+        ranks = f"ranks {number * tp}-{number * tp + tp - 1}" if tp > 1 else f"rank {number}"
+        facts.append(
+            (f"stage {number}", f"{ranks}: {layers(stage.first, stage.stop)}, {size(stage.weight_bytes)}")
+        )
+    return facts
+
+
+def layers(first: int, stop: int) -> str:
+    """Describe the layers first .. stop - 1."""
+    return f"layer {first}" if stop == first + 1 else f"layers {first}-{stop - 1}"
 
 
 def _quantization_lines(plan: QuantPlan) -> list[str]:

@@ -14,6 +14,7 @@ from llmc.cli.build import (
     describe_kv_cache_loss,
     describe_target,
     describe_verification,
+    layers,
 )
 from llmc.cli.output import Json, print_json
 from llmc.cli.text import size, table
@@ -171,29 +172,44 @@ def program_of(bundle: Bundle, rank: int = 0) -> Program:
 def describe_ranks(bundle: Bundle) -> list[tuple[str, str]]:
     """Describe what each of several ranks has, and what they exchange."""
     from llmc.runtime.native.program import COLLECTIVES
-    from llmc.runtime.native.weights import RANK_WEIGHTS, SHARED_WEIGHTS
+    from llmc.runtime.native.weights import SHARED_WEIGHTS, is_of
 
     manifest = bundle.manifest
     if manifest.parallel.world_size == 1:
         return []
-    sizes = {name: size(record.bytes) for name, record in manifest.files.items()}
-    shared = sizes.get(SHARED_WEIGHTS, "nothing")
-    facts = [
-        ("ranks", f"{manifest.parallel.tp}, each with a part of every layer, and {shared} that all have")
-    ]
-    counts: Counter[str] = Counter()
-    exchanged = 0
+    tp, pp = manifest.parallel.tp, manifest.parallel.pp
+    sizes = {name: record.bytes for name, record in manifest.files.items()}
+    shared = size(sizes.get(SHARED_WEIGHTS, 0))
+    part = (
+        "each with a part of every layer" if pp == 1 else f"{pp} stages of {tp}, each with some of the layers"
+    )
+    facts = [("ranks", f"{tp * pp}, {part}, and {shared} that all have")]
+    first = stop = 0
     for rank in range(manifest.parallel.world_size):
         program = program_of(bundle, rank)
-        own = sizes.get(RANK_WEIGHTS.format(rank), "nothing")
+        files = [name for name in manifest.weights.files if is_of(name, rank)]
+        first, stop = (first if rank % tp else stop), (stop if rank % tp else stop + len(program.caches))
         heads = sorted({cache.num_kv_heads for cache in program.caches})
-        facts.append((f"rank {rank}", f"{own} of weights, {' or '.join(map(str, heads))} KV heads"))
-        if rank == 0:
-            collectives = [each for each in program.instructions if each.op in COLLECTIVES]
-            counts = Counter(each.op for each in collectives)
-            exchanged = sum(4 * each.inputs[0].width for each in collectives)
-    what = " and ".join(f"{count} {op}" for op, count in sorted(counts.items()))
-    return [*facts, ("collectives", f"{what} a step; a rank sends {size(exchanged)} for a token")]
+        stage = f"{layers(first, stop)}, " if pp > 1 else ""
+        weights = size(sum(sizes[name] for name in files))
+        facts.append(
+            (f"rank {rank}", f"{stage}{weights} of weights, {' or '.join(map(str, heads))} KV heads")
+        )
+    program = program_of(bundle)
+    if tp > 1:
+        collectives = [each for each in program.instructions if each.op in COLLECTIVES]
+        counts = Counter(each.op for each in collectives)
+        exchanged = size(sum(4 * each.inputs[0].width for each in collectives))
+        what = " and ".join(f"{count} {op}" for op, count in sorted(counts.items()))
+        where = " in stage 0" if pp > 1 else ""
+        facts.append(("collectives", f"{what} a step{where}; a rank sends {exchanged} for a token"))
+    if pp > 1:
+        sent = size(sum(4 * each.inputs[0].width for each in program.instructions if each.op == "send"))
+        logits = size(4 * program.vocab_size)
+        facts.append(
+            ("transfers", f"{sent} for a token to the next stage, {logits} for a row of logits to rank 0")
+        )
+    return facts
 
 
 def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:

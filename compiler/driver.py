@@ -221,6 +221,7 @@ def plan_build(
         from llmc.compiler.weights import write
         from llmc.passes import contract, pipeline
         from llmc.passes.geometry import read_geometry
+        from llmc.passes.shard.stages import plan_stages
     context = choose_context(load_config(opened.checkpoint), request.max_seq_len)
     config, max_seq_len = context.config, context.max_seq_len
     keys, renamed = read_model(opened.checkpoint, config)
@@ -265,8 +266,9 @@ def plan_build(
 
     sizes = Sizes(max_seq_len, write.weight_bytes(model), memory_needed(4 * parameters))
     facts = _facts(opened, expected)
+    stages = plan_stages(model, resolved.pp) if resolved.pp > 1 else ()
     plan = BuildPlan(
-        request, facts, resolved, engine, geometry, sizes, quantization, tuple(reports), eos_token_ids
+        request, facts, resolved, engine, geometry, sizes, quantization, tuple(reports), eos_token_ids, stages
     )
     tied = {name: checkpoint.tensors[of] for name, of in keys.tied.items() if of in checkpoint.tensors}
     tensors = dict(checkpoint.tensors) | tied

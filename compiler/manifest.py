@@ -53,7 +53,8 @@ def manifest(
     files: sha256 of the checkpoint's files, by name
     quantization: the record of `quantize.step.record`; None if the weights are not quantized
     """
-    parallel = Parallel(tp=plan.resolved.tp, world_size=plan.resolved.tp)
+    resolved = plan.resolved
+    parallel = Parallel(tp=resolved.tp, pp=resolved.pp, world_size=resolved.ranks)
     architectures = checkpoint.config.get("architectures") or ["unknown"]
     config = json.dumps(checkpoint.config, sort_keys=True).encode()
     libraries = _LIBRARIES + (_KERNEL_LIBRARIES if artifact.gpu else ())

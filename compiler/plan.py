@@ -9,6 +9,7 @@ from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.base import Resolved, Sizes
 from llmc.passes.contract import PassReport
 from llmc.passes.quantize.plan import QuantPlan
+from llmc.passes.shard.stages import Stage
 from llmc.runtime.bundle.manifest import Geometry, Sampling, Target
 
 
@@ -52,3 +53,5 @@ class BuildPlan:
     passes: tuple[PassReport, ...]
     #: The tokens that end a generation.
     eos_token_ids: tuple[int, ...]
+    #: The stages of the pipeline; empty without --pp.
+    stages: tuple[Stage, ...] = ()

@@ -27,7 +27,7 @@ TARGETS: Mapping[str, TargetOptions] = {
     "tensorrt": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
 }
 ENGINES = ("native", "openvino", "onnxruntime")  # of the target cpu, in the order of preference
-MAX_TP = 64
+MAX_TP, MAX_PP, MAX_RANKS = 64, 64, 256
 METHODS = ("max", "percentile", "mse")  # the calibration methods, the default first
 ROUNDINGS = ("auto", "gptq", "nearest")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -67,6 +67,8 @@ class BuildRequest:
     max_seq_len: int | None = None
     #: The number of ranks that each compute a part of every layer (tensor parallelism).
     tp: int = 1
+    #: The number of groups of ranks that each have some of the layers (pipeline parallelism).
+    pp: int = 1
     #: A branch, tag or commit of the hub repository.
     revision: str | None = None
     #: Compare the engine with transformers, and fail the build if they differ.
@@ -135,13 +137,20 @@ class BuildRequest:
             raise BuildError("--calibration needs quantization", "add --quant FORMAT", "calibration")
         if self.sms and self.target == "cpu":
             raise BuildError("--sm names GPUs, and the target is the CPU", "add --target tensorrt-rtx", "sms")
-        if not 1 <= self.tp <= MAX_TP:
-            raise BuildError(f"--tp is {self.tp}", f"give a number of ranks, 1 to {MAX_TP}", "tp")
-        if self.tp > 1 and (self.target != "cpu" or self.engine not in (None, "native")):
+        for name, count, what, most in (("tp", self.tp, "ranks", MAX_TP), ("pp", self.pp, "stages", MAX_PP)):
+            if not 1 <= count <= most:
+                raise BuildError(f"--{name} is {count}", f"give a number of {what}, 1 to {most}", name)
+            if count > 1 and (self.target != "cpu" or self.engine not in (None, "native")):
+                raise BuildError(
+                    f"--{name} is for the native engine, not for {self.engine or self.target}",
+                    f"leave --{name} out, or --engine and --target",
+                    name,
+                )
+        if self.tp * self.pp > MAX_RANKS:
             raise BuildError(
-                f"--tp is for the native engine, not for {self.engine or self.target}",
-                "leave --tp out, or --engine and --target",
-                "tp",
+                f"--tp {self.tp} and --pp {self.pp} make {self.tp * self.pp} ranks",
+                f"choose both so that there are at most {MAX_RANKS}",
+                "pp",
             )
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise BuildError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from llmc.passes.canonicalize.fold_expands import FoldExpands
@@ -35,6 +37,8 @@ from llmc.passes.quantize.quantize_kv_cache import QuantizeKVCache
 from llmc.passes.quantize.quantize_linears import QuantizeLinears
 from llmc.passes.quantize.untie_head import UntieHead
 from llmc.passes.shard.shard import Shard
+from llmc.passes.shard.stages import CutStage
+from llmc.passes.shard.stages import Stage as PipelineStage
 from llmc.passes.spec import Stage
 from llmc.plugins.paged_attention.spec import QuantizedCache
 
@@ -78,9 +82,18 @@ def quantize(plan: QuantPlan | None, cache: QuantizedCache | None) -> list[Pass]
     return [*linears, *([QuantizeKVCache(cache)] if cache else [])]
 
 
-def shard(rank: int, ranks: int) -> list[Pass]:
-    """Return the passes from a quantized graph to the part of it that `rank` of `ranks` computes."""
-    return [Shard(rank, ranks)]
+def shard(rank: int, tp: int, stages: Sequence[PipelineStage] = ()) -> list[Pass]:
+    """Return the passes from a quantized graph to the part of it that a rank computes.
+
+    rank: 0 .. tp - 1 in the first stage, tp .. 2 x tp - 1 in the second one, and so on
+    tp: the ranks of a stage
+    stages: the stages of a pipeline; none: every rank has all layers
+    """
+    stage, place = divmod(rank, tp)
+    passes: list[Pass] = [Shard(place, tp)] if tp > 1 else []
+    if stages:
+        passes.append(CutStage(stages, stage, place, tp))  # last: collectives need no stages
+    return passes
 
 
 def legalize_native(narrow: NarrowPlan) -> list[Pass]:

@@ -93,6 +93,28 @@ class Batch:
                 logits_index=logits[(logits >= begin) & (logits < end)] - begin,
             )
 
+    def split_tokens(self, tokens: int) -> Iterator[Batch]:
+        """Split the step into consecutive steps of at most `tokens` tokens, within a chunk if need be.
+
+        The steps, one after the other, compute what this one does.
+        """
+        starts, logits = self.query_start, self.logits_index
+        for begin in range(0, len(self.input_ids), tokens):
+            end = min(begin + tokens, len(self.input_ids))
+            first = int(np.searchsorted(starts[1:], begin, side="right"))
+            last = int(np.searchsorted(starts[:-1], end, side="left"))
+            blocks_begin, blocks_end = self.block_begins[[first, last]]
+            yield Batch(
+                input_ids=self.input_ids[begin:end],
+                position_ids=self.position_ids[begin:end],
+                query_start=np.clip(starts[first : last + 1], begin, end) - np.int32(begin),
+                past_lengths=self.past_lengths[first:last]
+                + np.maximum(np.int32(begin) - starts[first:last], np.int32(0)),
+                block_indices=self.block_indices[blocks_begin:blocks_end],
+                block_begins=self.block_begins[first : last + 1] - blocks_begin,
+                logits_index=logits[(logits >= begin) & (logits < end)] - np.int32(begin),
+            )
+
 
 def build_batch(chunks: list[ScheduledChunk]) -> tuple[Batch, list[Sequence]]:
     """Pack a step. Return the step, and the sequence of each row of its logits.

@@ -70,7 +70,8 @@ def load_engine(
     )
     weights = None
     if manifest.target.engine == "native":
-        weights = start_reading(opened.engine_path(), ranks=manifest.parallel.tp)
+        rank = 0 if manifest.parallel.world_size > 1 else None
+        weights = start_reading(opened.engine_path(), rank)
     directory = opened.tokenizer_dir
     tokenizer = Tokenizer.load(directory) if directory and (directory / "tokenizer.json").is_file() else None
     backend = _load_ranks(opened, options, weights)
@@ -101,7 +102,7 @@ def follow_if_launched(bundle: str | os.PathLike[str] | Bundle, threads: int | N
     if not any(name in os.environ for name in SIZES):
         return None
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    if opened.manifest.parallel.tp == 1:
+    if opened.manifest.parallel.world_size == 1:
         return None
     from llmc.runtime.parallel.launched import follow_launched
 
@@ -110,7 +111,7 @@ def follow_if_launched(bundle: str | os.PathLike[str] | Bundle, threads: int | N
 
 def _load_ranks(opened: Bundle, options: LoadOptions, weights: Weights | None) -> Backend:
     """Load all ranks of a bundle. weights: of rank 0, if a thread reads them already."""
-    if opened.manifest.parallel.tp == 1:
+    if opened.manifest.parallel.world_size == 1:
         return load_backend(EngineFile.of(opened, weights), options)
     # Most bundles have one rank.
     from llmc.runtime.parallel.backend import load_parallel

@@ -39,6 +39,13 @@ class Resolved:
     head_format: str | None = None
     #: The number of ranks that each compute a part of every layer.
     tp: int = 1
+    #: The number of stages of a pipeline, each with some of the layers.
+    pp: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """All ranks."""
+        return self.tp * self.pp
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ class VerificationFiles:
     program: str = ""
     #: The number of ranks. The files of the others are named like those of rank 0.
     ranks: int = 1
+    #: The number of stages that they form.
+    stages: int = 1
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from llmc.compiler.targets.native.ranks import (
     WHOLE_FILE,
     discard_whole,
     parts_of,
+    stages_of,
     weights_files,
     write_ranks,
 )
@@ -82,14 +83,15 @@ class CpuTarget:
             head_format=head,
             engine=request.engine,
             tp=request.tp,
+            pp=request.pp,
         )
 
     def choose_engine(self, resolved: Resolved, model: ir.Model) -> tuple[Resolved, EngineTarget]:
         faults: dict[str, str] = {}
-        if resolved.tp > 1:
-            for _ in parts_of(model, resolved.tp):
+        if resolved.ranks > 1:
+            for _ in parts_of(model, resolved):
                 pass  # a model that cannot be divided is refused for that reason
-        candidates = ENGINES if resolved.tp == 1 else ENGINES[:1]  # the others run one rank
+        candidates = ENGINES if resolved.ranks == 1 else ENGINES[:1]  # the others run one rank
         for engine in candidates if resolved.engine is None else (resolved.engine,):
             fault = engine_fault(engine, resolved, model)
             if fault:
@@ -133,8 +135,8 @@ class CpuTarget:
         if engine != "native":
             write_graph(model, sources, writer, on_bytes)
             return
-        if resolved.tp > 1:
-            write_ranks(model, resolved.tp, sources, writer, on_bytes)
+        if resolved.ranks > 1:
+            write_ranks(model, resolved, sources, writer, on_bytes)
             return
         attach_weights(model, sources.tensors, sources.made)
         lowered = lower(model)
@@ -147,7 +149,7 @@ class CpuTarget:
     def verification_files(
         self, resolved: Resolved, engine: str, model: ir.Model, writer: BundleWriter
     ) -> VerificationFiles:
-        native, ranks = engine == "native", resolved.tp
+        native, ranks = engine == "native", resolved.ranks
         graph = PROGRAM_FILE.format(0) if native else GRAPH_FILE
         weights = WEIGHTS if native else WEIGHTS_FILE
         quantizing, scratch = "", []
@@ -155,14 +157,15 @@ class CpuTarget:
             exact = model.clone()
             contract.run(exact, pipeline.exact_activations())
             quantizing, graph = graph, _EXACT_FILE.format(0)
-            for rank, part in enumerate(parts_of(exact, ranks)):
+            stages = stages_of(model, resolved)  # those of the weights files
+            for rank, part in enumerate(parts_of(exact, resolved, stages)):
                 file = _EXACT_FILE.format(rank)
                 writer.path(file).write_bytes(lower(part).program.to_json() if native else serialize(part))
                 scratch.append(file)
         kv_graph = graph if resolved.kv_dtype != resolved.dtype else ""
         whole = WHOLE_FILE if ranks > 1 else ""
         return VerificationFiles(
-            graph, weights, engine, "", kv_graph, quantizing, tuple(scratch), whole, ranks
+            graph, weights, engine, "", kv_graph, quantizing, tuple(scratch), whole, ranks, resolved.pp
         )
 
     def build(
@@ -180,10 +183,10 @@ class CpuTarget:
             return Artifact((GRAPH_FILE,), (WEIGHTS_FILE,), _WEIGHTS_NOTE[engine])
         discard_whole(writer)
         return Artifact(
-            tuple(map(PROGRAM_FILE.format, range(resolved.tp))),
-            weights_files(resolved.tp),
+            tuple(map(PROGRAM_FILE.format, range(resolved.ranks))),
+            weights_files(resolved.ranks, writer),
             _WEIGHTS_NOTE[engine],
-            part=next(parts_of(model, resolved.tp)),
+            part=next(parts_of(model, resolved)),
         )
 
 
@@ -191,7 +194,7 @@ def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
     """Return why `engine` cannot run a quantized graph; "" if it can."""
     if engine == "native":
         try:
-            for part in parts_of(model, resolved.tp):
+            for part in parts_of(model, resolved):
                 lower(part)
         except UnsupportedError as error:
             return error.message

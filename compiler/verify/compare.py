@@ -226,7 +226,7 @@ def _run_16bit_engine(
 
 def _load_engine(job: Job, blocks: int, file: str = "") -> Backend:
     """Load the engine of `file`; by default that of the job."""
-    return load(EngineFile(job.backend, Path(file or job.engine)), blocks, job.ranks)
+    return load(EngineFile(job.backend, Path(file or job.engine)), blocks, job.ranks, job.stages)
 
 
 def _compare_quantizing_engine(

@@ -63,6 +63,8 @@ class Job:
     tokenizer: str = ""
     #: The number of ranks. The engines are the files of rank 0.
     ranks: int = 1
+    #: The number of stages that they form.
+    stages: int = 1
 
     @property
     def evaluation(self) -> Evaluation:
@@ -132,3 +134,5 @@ class Question:
     kv_dtype: str = "fp32"
     #: The number of ranks. `engine` is the file of rank 0.
     ranks: int = 1
+    #: The number of stages that they form.
+    stages: int = 1

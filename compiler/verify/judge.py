@@ -181,6 +181,7 @@ def _measure(
         reference_weights="dequantized" if quantized else "checkpoint",
         kv_dtype=manifest.precision.kv_dtype,
         ranks=manifest.parallel.world_size,
+        stages=manifest.parallel.pp,
     )
     child = Child("llmc.compiler.verify.child", "verification", _OUT_OF_MEMORY)
     return child.run({"measure": asdict(question)}, progress)

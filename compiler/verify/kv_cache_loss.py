@@ -27,7 +27,7 @@ def load_quantized(job: Job, blocks: int) -> Backend:
     values before they enter the cache, so ONNX Runtime, which runs it, keeps the cache in fp32.
     """
     kv_dtype = job.kv_dtype if job.backend in ("native", "openvino") else "fp32"
-    return load(EngineFile(job.backend, Path(job.kv_engine), kv_dtype), blocks, job.ranks)
+    return load(EngineFile(job.backend, Path(job.kv_engine), kv_dtype), blocks, job.ranks, job.stages)
 
 
 def kv_cache_loss(exact: list[np.ndarray], quantized: list[np.ndarray], kv_dtype: str) -> dict[str, Any]:

@@ -11,16 +11,17 @@ from llmc.runtime.cpus import engine_threads
 from llmc.runtime.parallel.threads import LockStepBackend, thread_group
 
 
-def load(engine: EngineFile, blocks: int, ranks: int = 1) -> Backend:
+def load(engine: EngineFile, blocks: int, ranks: int = 1, stages: int = 1) -> Backend:
     """Load an engine with `blocks` KV blocks.
 
     engine: the file of rank 0, rank0.*. Those of the other ranks have their number in place of 0.
+    stages: the number of stages that the ranks form
     """
     options = LoadOptions(kv_blocks=blocks)
     if ranks == 1:
         return load_backend(engine, options)
     threads = max(1, engine_threads(None) // ranks)
-    group = thread_group(ranks)
+    group = thread_group(ranks, stages=stages)
     backends: list[RankBackend] = []
     for rank, communicator in enumerate(group):
         path = engine.path.with_name(engine.path.name.replace("rank0", f"rank{rank}"))

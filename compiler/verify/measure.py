@@ -68,4 +68,4 @@ def _windows(question: Question) -> list[list[int]]:
 def _load(question: Question, windows: list[list[int]]) -> Backend:
     blocks = blocks_for([max(windows, key=len)])
     engine = EngineFile(question.backend, Path(question.engine), question.kv_dtype)
-    return load(engine, blocks, question.ranks)
+    return load(engine, blocks, question.ranks, question.stages)

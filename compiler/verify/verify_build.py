@@ -66,6 +66,7 @@ def verify_build(
         kv_dtype=resolved.kv_dtype if files.kv_graph else "",
         quantizing_engine=str(writer.path(files.quantizing_graph)) if files.quantizing_graph else "",
         ranks=files.ranks,
+        stages=files.stages,
     )
     return run(job, progress, process)
 

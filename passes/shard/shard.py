@@ -147,10 +147,10 @@ class _Sharding:
     ) -> ir.Value:
         """Insert a node behind `x`, for all its readers."""
         producer, uses = x.producer(), list(x.uses())
-        assert producer is not None and isinstance(producer.graph, ir.Graph)
+        assert producer is not None and isinstance(producer.graph, ir.Graph) and x.shape is not None
         output = ir.Value(
             name=name,
-            shape=ir.Shape([edit.TOKENS if dim == -1 else dim for dim in shape]),
+            shape=ir.Shape([x.shape[0] if dim == -1 else dim for dim in shape]),  # of tokens or of logits
             type=ir.TensorType(x.dtype) if x.dtype is not None else None,
         )
         node = ir.node(op, list(inputs), attributes or {}, domain=domain, outputs=[output], name=name)

@@ -87,6 +87,24 @@ class RankBackend(Backend, Protocol):
         ...
 
 
+class StageBackend(RankBackend, Protocol):
+    """Rank 0 of a pipeline. It may begin several steps before it gets the logits of the first one."""
+
+    def begin(self, batch: Batch) -> None:
+        """Compute this stage's part of a step, and send what the next stage needs."""
+        ...
+
+    def finish(self, first: int, rows: int) -> np.ndarray:
+        """Receive the logits of the first step that is not finished.
+
+        first: the number of rows of logits since the last call of `forward`, or of `begin` after a `finish`
+        rows: those of this step
+
+        Returns all these rows, float32 [first + rows, vocab]. They are valid until the next call of `begin`.
+        """
+        ...
+
+
 class Candidates(NamedTuple):
     """The candidates for a row's next token."""
 

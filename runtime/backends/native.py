@@ -43,7 +43,8 @@ class NativeBackend:
 
     def __init__(self, engine: EngineFile, num_blocks: int, options: LoadOptions) -> None:
         ranks = options.communicator.size if options.communicator else 1
-        file = engine.weights or start_reading(engine.path, engine.rank, ranks)
+        rank = engine.rank if options.communicator else None
+        file = engine.weights or start_reading(engine.path, rank)
         program = Program.from_json(engine.path.read_bytes())
         if program.ranks != ranks:
             raise BundleError(f"{engine.path.name} is the program of one of {program.ranks} ranks", DAMAGED)
@@ -74,21 +75,42 @@ class NativeBackend:
         except ValueError as error:
             raise BackendError(str(error)) from error
 
+    def begin(self, batch: Batch) -> None:
+        """See `StageBackend`."""
+        try:
+            self.executor.begin(batch)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+
+    def finish(self, first: int, rows: int) -> np.ndarray:
+        """See `StageBackend`."""
+        return self.executor.finish(first, rows)
+
     def close(self) -> None:
         """End the engine's threads."""
         self.executor.close()
+
+
+def _same_caches(program: Program, layers: list[Cache]) -> bool:
+    """Return whether the program has the caches of these layers. A rank may have some of their heads.
+
+    layers: as many as the program has
+    """
+    if program.ranks > 1:
+        layers = [
+            replace(layer, num_kv_heads=min(layer.num_kv_heads, mine.num_kv_heads))
+            for layer, mine in zip(layers, program.caches, strict=True)
+        ]
+    return list(program.caches) == layers
 
 
 def _check_manifest(program: Program, manifest: Manifest) -> None:
     """Raise BundleError if the manifest, which sizes the KV cache, is not that of the program."""
     geometry = manifest.geometry
     layers = [Cache(layer.num_kv_heads, layer.head_dim, layer.v_head_dim) for layer in geometry.layers]
-    if program.ranks > 1 and len(program.caches) == len(layers):  # each has some of the heads
-        layers = [
-            replace(layer, num_kv_heads=min(layer.num_kv_heads, mine.num_kv_heads))
-            for layer, mine in zip(layers, program.caches, strict=True)
-        ]
-    if list(program.caches) != layers:
+    count = len(program.caches)
+    stages = range(len(layers) - count + 1) if manifest.parallel.pp > 1 else range(count == len(layers))
+    if not any(_same_caches(program, layers[first : first + count]) for first in stages):
         raise BundleError("the program has other KV caches than the layers of the manifest", DAMAGED)
     if program.vocab_size != geometry.vocab_size:
         raise BundleError("the program has another vocabulary than the manifest", DAMAGED)

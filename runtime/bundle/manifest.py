@@ -153,7 +153,8 @@ class Parallel:
 
     #: Ranks that each compute a part of every layer.
     tp: Positive = 1
-    pp: Literal[1] = 1
+    #: Groups of `tp` ranks that each have some of the layers, one after the other.
+    pp: Positive = 1
     ep: Literal[1] = 1
     #: All ranks.
     world_size: Positive = 1
@@ -446,7 +447,7 @@ def _check_consistent(manifest: Manifest) -> None:
         _bad("precision.kv_dtype", f"{kv_dtype} is no KV cache of {engine}")
     if len({operator.name for operator in manifest.operators}) != len(manifest.operators):
         _bad("operators", "an operator is listed twice")
-    if manifest.parallel.world_size != manifest.parallel.tp:
+    if manifest.parallel.world_size != manifest.parallel.tp * manifest.parallel.pp:
         _bad("parallel.world_size", "is not the product of tp, pp and ep")
     if manifest.parallel.world_size > 1 and manifest.target.engine != "native":
         _bad("parallel", f"{manifest.target.engine} runs one rank only")

@@ -19,6 +19,7 @@ from llmc.runtime.memory import allocate
 from llmc.runtime.native.plan import (
     COLLECTIVES,
     LINE,
+    TRANSFER,
     Group,
     Place,
     Plan,
@@ -68,7 +69,7 @@ class Executor:
             raise ValueError(f"the program is one of {program.ranks} ranks, and {size} run")
         self._communicator = communicator
         #: The engine itself runs the collectives of ranks that share memory.
-        self._shared = communicator if isinstance(communicator, ProcessCommunicator) else None
+        self._shared = communicator if size > 1 and isinstance(communicator, ProcessCommunicator) else None
         #: The engine's library.
         self.library = library.load(isa)
         self._program, self._weights = program, weights
@@ -95,11 +96,10 @@ class Executor:
         self._groups = (library.Group * len(self._plan.groups))(
             *(library.Group(*pair) for pair in self._plan.groups)
         )
-        whole = [(0, len(self._groups))]
-        spans = whole if self._shared is not None else _segments(self._plan)
-        self._segments = [
-            (*span, None if self._shared is not None else self._exchanges(span[0])) for span in spans
-        ]
+        pauses = (TRANSFER,) if self._shared is not None else (*COLLECTIVES, TRANSFER)
+        self._segments = [(*span, self._exchanges(span[0], pauses)) for span in _segments(self._plan, pauses)]
+        #: Fills the logits in a rank that another one computes them for.
+        self._received = self._pop_received()
         counters = len(self._plan.groups) * library.COUNTER
         self._next = np.zeros((_SETS, counters), np.int32)
         self._done = np.zeros((_SETS, counters), np.int32)
@@ -110,10 +110,17 @@ class Executor:
     def run(self, batch: Batch, times: np.ndarray | None = None) -> np.ndarray:
         """Run a step. Return the logits, float32 [N, vocab], which the next step overwrites.
 
+        Returns no rows in a rank without logits.
+
         times: int64 [groups of the plan], filled with the ticks of the CPU's clock after each group
 
         Raises ValueError for a batch with too many rows, or with token ids, blocks or positions out of range.
         """
+        self.begin(batch, times)
+        return self.finish(0, len(batch.logits_index))
+
+    def begin(self, batch: Batch, times: np.ndarray | None = None) -> None:
+        """Run a step, but do not wait for logits that another rank computes. See `run`."""
         self._check(batch)
         turn = self._turn = (self._turn + 1) % _SETS
         for worker in self._workers:
@@ -158,13 +165,24 @@ class Executor:
         )
         for first, last, exchange in self._segments:
             if exchange is not None:
-                self._combine(exchange, len(batch.logits_index) if exchange.per_logit else tokens)
+                rows = len(batch.logits_index) if exchange.per_logit else tokens
+                if isinstance(exchange, _Exchange):
+                    self._combine(exchange, rows)
+                else:
+                    self._move(exchange, 0, rows)
                 if times is not None:
                     times[first] = self.library.llmc_ticks()
                 continue
             part = self._part(step, first, last, times)
             self._start(part, kept_alive)
-        return self._rows(View(self._program.logits, 0, self._program.vocab_size), len(batch.logits_index))
+
+    def finish(self, first: int, rows: int) -> np.ndarray:
+        """Return the logits of steps that `begin` has run. See `StageBackend.finish`."""
+        if self._program.logits is None:
+            return np.empty((0, self._program.vocab_size), np.float32)
+        if self._received is not None:
+            self._move(self._received, first, rows)
+        return self._rows(View(self._program.logits, 0, self._program.vocab_size), first + rows)
 
     def _start(self, part: library.Step, reads: object) -> None:
         """Run the groups of a step on all threads. reads: see `_Worker.start`"""
@@ -190,11 +208,13 @@ class Executor:
             part.times = times[first:].ctypes.data
         return part
 
-    def _exchanges(self, group: int) -> _Exchange | None:
-        """Return the collective that is the group `group`; None if it is none."""
+    def _exchanges(self, group: int, pauses: Sequence[int]) -> _Exchange | _Transfer | None:
+        """Return the collective or transfer that is the group `group`; None if it is none of `pauses`."""
         planned = self._plan.instructions[self._plan.groups[group][0]]
-        if planned.op not in COLLECTIVES:
+        if planned.op not in pauses:
             return None
+        if planned.op == TRANSFER:
+            return self._transfer(planned)
         source = planned.source
         assert source.out is not None
         out = View(source.out, 0, self._program.buffers[source.out].width)
@@ -202,6 +222,30 @@ class Executor:
         if part.ctypes.data == whole.ctypes.data:
             whole = part
         return _Exchange(source.op == "all_gather", planned.per_logit, part, whole)
+
+    def _pop_received(self) -> _Transfer | None:
+        """Remove the last segment and return it, if it receives the logits."""
+        last = self._plan.instructions[-1].source
+        if last.op != "receive" or last.out != self._program.logits:
+            return None
+        *_, received = self._segments.pop()
+        assert isinstance(received, _Transfer)
+        return received
+
+    def _transfer(self, planned: Planned) -> _Transfer:
+        source, sends = planned.source, planned.source.op == "send"
+        out = source.out or 0
+        view = source.inputs[0] if sends else View(out, 0, self._program.buffers[out].width)
+        rows = self._rows(view, self._capacity)
+        return _Transfer(sends, planned.per_logit, source.integers["peer"], source.integers["sequence"], rows)
+
+    def _move(self, transfer: _Transfer, first: int, rows: int) -> None:
+        """Send or receive the rows first .. first + rows - 1."""
+        if not rows:
+            return
+        assert self._communicator is not None
+        move = self._communicator.send if transfer.sends else self._communicator.receive
+        move(transfer.array[first : first + rows], transfer.peer, transfer.sequence)
 
     def _combine(self, exchange: _Exchange, rows: int) -> None:
         """Run a collective on the first `rows` rows."""
@@ -370,12 +414,24 @@ class _Exchange:
     whole: np.ndarray
 
 
-def _segments(planned: Plan) -> list[tuple[int, int]]:
-    """Return the groups (first, last) that run without a pause: a collective alone, or all between two."""
+@dataclass(frozen=True)
+class _Transfer:
+    """A transfer to or from another rank."""
+
+    sends: bool
+    per_logit: bool
+    peer: int
+    sequence: int
+    #: What is sent, or filled: float32 [rows, width], as many rows as a step may have.
+    array: np.ndarray
+
+
+def _segments(planned: Plan, pauses: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the groups (first, last) that run without a pause: an operation of `pauses`, or all between two."""
     segments: list[tuple[int, int]] = []
     first = 0
     for number, (begin, _) in enumerate(planned.groups):
-        if planned.instructions[begin].op in COLLECTIVES:
+        if planned.instructions[begin].op in pauses:
             segments += [(first, number)] if number > first else []
             segments.append((number, number + 1))
             first = number + 1

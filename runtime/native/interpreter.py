@@ -46,6 +46,7 @@ class Interpreter:
         int8: they are rounded with a scale for each token and head.
     exchange: takes this rank's array and returns those of all ranks, in their order; for the program of one
         of several ranks.
+    transfer: takes a rank and the array for it; or None, and returns the array that this rank sends.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class Interpreter:
         num_blocks: int,
         kv_dtype: str = "fp64",
         exchange: Callable[[np.ndarray], Sequence[np.ndarray]] = lambda array: [array],
+        transfer: Callable[[int, np.ndarray | None], np.ndarray] | None = None,
     ) -> None:
         self._program, self._weights, self._kv_dtype = program, weights, kv_dtype
-        self._exchange = exchange
+        self._exchange, self._transfer = exchange, transfer
         self._caches = [
             (
                 np.zeros((num_blocks, cache.num_kv_heads, BLOCK_SIZE, cache.head_dim)),
@@ -67,7 +69,7 @@ class Interpreter:
         ]
 
     def forward(self, batch: Batch) -> np.ndarray:
-        """Run a step. Return the logits, float64 [N, vocab]."""
+        """Run a step. Return the logits, float64 [N, vocab]; no rows in a rank without logits."""
         buffers: dict[int, np.ndarray] = {}
         pending: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for instruction in self._program.instructions:
@@ -80,7 +82,14 @@ class Interpreter:
                     inputs = [_to_fp16(x) for x in inputs]
                 pending[instruction.integers["layer"]] = (inputs[0], inputs[1])
                 continue
-            if instruction.op == "attention":
+            if instruction.op == "send":
+                assert self._transfer is not None
+                self._transfer(instruction.integers["peer"], inputs[0])
+                continue
+            if instruction.op == "receive":
+                assert self._transfer is not None
+                result = self._transfer(instruction.integers["peer"], None)
+            elif instruction.op == "attention":
                 result = self._attention(
                     instruction, inputs[0], pending[instruction.integers["layer"]], batch
                 )
@@ -91,6 +100,8 @@ class Interpreter:
                 instruction.out, np.zeros((len(result), self._program.buffers[instruction.out].width))
             )
             buffer[:, instruction.offset : instruction.offset + result.shape[1]] = result
+        if self._program.logits is None:
+            return np.empty((0, self._program.vocab_size))
         return buffers[self._program.logits]
 
     def _compute(self, instruction: Instruction, inputs: list[np.ndarray], batch: Batch) -> np.ndarray:

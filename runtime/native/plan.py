@@ -11,6 +11,7 @@ from llmc.runtime.native.program import BINARY, ROUND, UNARY, Instruction, Matri
 LINE = 64  # bytes of a cache line
 _LARGEST_GROUP = 128  # activations that share a scale
 COLLECTIVES = (library.ALL_REDUCE, library.ALL_GATHER)  # operations of all ranks
+TRANSFER = 100  # an operation between two ranks, which the executor runs between those of the library
 _ROWWISE = library.QUANTIZE  # operations up to this number work on one row at a time
 _IN_PLACE = (
     *("unary", "binary", "glu", "round", "vector", "scalar"),
@@ -165,6 +166,8 @@ def _code(instruction: Instruction) -> int:
         "attention": library.ATTENTION,
         "all_reduce": library.ALL_REDUCE,
         "all_gather": library.ALL_GATHER,
+        "send": TRANSFER,
+        "receive": TRANSFER,
     }[instruction.op]
 
 
@@ -196,7 +199,8 @@ def _aliases(program: Program) -> dict[int, tuple[int, int]]:
         for number, instruction in enumerate(program.instructions)
         for view in instruction.inputs
     }
-    last_read[program.logits] = len(program.instructions)
+    if program.logits is not None:
+        last_read[program.logits] = len(program.instructions)
     result: dict[int, tuple[int, int]] = {}
     for number, instruction in enumerate(program.instructions):
         if instruction.op not in _IN_PLACE or instruction.out is None:
@@ -238,7 +242,8 @@ def _place(program: Program, result: Plan) -> None:
                 width = round_to_lines(4 * (program.buffers[root].width + 16)) + LINE
                 place = result.buffers.setdefault(root, Place(width, number, number))
                 place.last = number
-    result.buffers[result.aliases.get(program.logits, (program.logits, 0))[0]].last = len(result.groups)
+    if program.logits is not None:
+        result.buffers[result.aliases.get(program.logits, (program.logits, 0))[0]].last = len(result.groups)
     placed: list[Place] = []
     for place in sorted(
         [*result.buffers.values(), *result.digits.values()], key=lambda item: -item.row_bytes

@@ -191,8 +191,13 @@ OPERATIONS: Mapping[str, Operation] = {
     "all_reduce": Operation(integers=("ranks",)),
     # out = the columns of every rank's input, in the order of the ranks
     "all_gather": Operation(integers=("ranks",)),
+    # the input goes to the rank `peer`
+    "send": Operation(integers=("peer", "sequence"), writes=False),
+    # out = what the rank `peer` sends
+    "receive": Operation(inputs=0, integers=("peer", "sequence")),
 }
 COLLECTIVES = ("all_reduce", "all_gather")
+TRANSFERS = ("send", "receive")
 
 
 @dataclass(frozen=True)
@@ -206,15 +211,15 @@ class Program:
     #: Vectors and tables, fp32, of the weights file: name -> number of elements.
     constants: Mapping[str, Size]
     instructions: tuple[Instruction, ...]
-    #: The buffer of the logits.
-    logits: Index
+    #: The buffer of the logits. None: the rank has none.
+    logits: Index | None
     vocab_size: Size
     #: Rows of the tables of positions; a step has smaller positions. 0: the model has no tables.
     max_positions: Index
 
     @functools.cached_property
     def ranks(self) -> int:
-        """The number of ranks that run a program together."""
+        """The number of ranks that run the same layers together."""
         collectives = (each for each in self.instructions if each.op in COLLECTIVES)
         return next((each.integers.get("ranks", 0) for each in collectives), 1)
 
@@ -268,6 +273,10 @@ def check(program: Program) -> None:
             written.add(instruction.out)
             if instruction.op != "copy":
                 finished.add(instruction.out)
+    if program.logits is None:
+        if not any(each.op == "send" for each in program.instructions):
+            raise BundleError("the program writes no logits", DAMAGED)
+        return
     if program.logits not in written or program.buffers[program.logits].rows != "logits":
         raise BundleError("the program writes no logits", DAMAGED)
     if program.buffers[program.logits].width != program.vocab_size:
@@ -414,6 +423,8 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
             yield "has another number of ranks"
         elif instruction.op == "all_gather" and (first is None or width != ranks * first.width):
             yield "has an output that is not as wide as the inputs of all ranks"
+    if instruction.op in TRANSFERS and integers["peer"] >= MAX_RANKS:
+        yield "has a rank that cannot be"
     if instruction.op in ("write_kv", "attention"):
         yield from _cache_complaints(program, instruction, width)
 

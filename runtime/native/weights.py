@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from llmc.runtime.memory import allocate
 from llmc.runtime.native.program import Program
 
 WEIGHTS = "weights/packed.safetensors"  # beside the program
-# The same for one of several ranks, and for all of them.
+# The same for one of several ranks, for some of them (such as 0+4-7), and for all.
 RANK_WEIGHTS, SHARED_WEIGHTS = "weights/packed.rank{}.safetensors", "weights/packed.shared.safetensors"
+_SOME_WEIGHTS = "weights/packed.ranks{}.safetensors"
+_SOME = re.compile(r"weights/packed\.ranks([0-9+-]+)\.safetensors")
 _MAX_HEADER = 64 << 20
 _MAX_THREADS = 8
 _PAGE = 2 << 20  # bytes of a huge page
@@ -114,24 +117,21 @@ class WeightsFile:
 
 
 class RankWeights:
-    """The weights of one of several ranks: its own, and those that all have."""
+    """The weights of one of several ranks: its own, and those that several have."""
 
-    def __init__(self, own: WeightsFile, shared: WeightsFile) -> None:
+    def __init__(self, own: WeightsFile, shared: Sequence[WeightsFile]) -> None:
         self._own, self._shared = own, shared
 
     def arrays(self, program: Program) -> tuple[Mapping[str, np.ndarray], object]:
-        """Return the arrays of both files. See `WeightsFile.arrays`."""
+        """Return the arrays of all files. See `WeightsFile.arrays`."""
         arrays: dict[str, np.ndarray] = {}
         memories = []
-        for file, is_shared in ((self._own, False), (self._shared, True)):
+        holder = {name: file for file in self._shared for name in file.names}
+        for file in (self._own, *self._shared):
             part = replace(
                 program,
-                matrices={
-                    n: m for n, m in program.matrices.items() if (n in self._shared.names) == is_shared
-                },
-                constants={
-                    n: c for n, c in program.constants.items() if (n in self._shared.names) == is_shared
-                },
+                matrices={n: m for n, m in program.matrices.items() if holder.get(n, self._own) is file},
+                constants={n: c for n, c in program.constants.items() if holder.get(n, self._own) is file},
             )
             found, memory = file.arrays(part)
             arrays.update(found)
@@ -142,10 +142,46 @@ class RankWeights:
 Weights = WeightsFile | RankWeights
 
 
-def start_reading(program: Path, rank: int = 0, ranks: int = 1) -> Weights:
-    """Start to read the weights of the program in the file `program`. Raises BundleError."""
-    own = _start(program.parent / (RANK_WEIGHTS.format(rank) if ranks > 1 else WEIGHTS))
-    return own if ranks == 1 else RankWeights(own, _start(program.parent / SHARED_WEIGHTS))
+def start_reading(program: Path, rank: int | None = None) -> Weights:
+    """Start to read the weights of the program in the file `program`. Raises BundleError.
+
+    rank: of several ranks; None: it is the only one
+    """
+    if rank is None:
+        return _start(program.parent / WEIGHTS)
+    own = _start(program.parent / RANK_WEIGHTS.format(rank))
+    directory = Path(SHARED_WEIGHTS).parent
+    names = [
+        f"{directory}/{path.name}" for path in sorted((program.parent / directory).glob("packed.ranks*"))
+    ]
+    some = [program.parent / name for name in names if is_of(name, rank)]
+    return RankWeights(own, [_start(path) for path in (*some, program.parent / SHARED_WEIGHTS)])
+
+
+def weights_file(ranks: Sequence[int], size: int) -> str:
+    """Return the name of the weights file for some, ascending, of `size` ranks."""
+    if len(ranks) == 1:
+        return RANK_WEIGHTS.format(ranks[0])
+    if len(ranks) == size:
+        return SHARED_WEIGHTS
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return _SOME_WEIGHTS.format("+".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs))
+
+
+def is_of(name: str, rank: int) -> bool:
+    """Return whether a rank, but not all ranks, has what is in the weights file `name`."""
+    if not (match := _SOME.fullmatch(name)):
+        return name == RANK_WEIGHTS.format(rank)
+    for run in match[1].split("+"):
+        first, _, last = run.partition("-")
+        if first.isdigit() and (last or first).isdigit() and int(first) <= rank <= int(last or first):
+            return True
+    return False
 
 
 def _start(path: Path) -> WeightsFile:

@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 
 from llmc.runtime.backends import load_backend
-from llmc.runtime.backends.base import EngineFile, LoadOptions, RankBackend
+from llmc.runtime.backends.base import EngineFile, LoadOptions, RankBackend, StageBackend
 from llmc.runtime.backends.kv_cache import cpu_blocks
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.reader import Bundle
@@ -24,8 +24,13 @@ from llmc.runtime.parallel.communicator import Communicator, RankEnded
 from llmc.runtime.parallel.follower import lack, manifest_sha256
 from llmc.runtime.parallel.followers import Followers
 from llmc.runtime.parallel.messages import Job
-from llmc.runtime.parallel.processes import TIMEOUT, ProcessCommunicator, mesh
+from llmc.runtime.parallel.processes import TIMEOUT, ProcessCommunicator, pipeline
 from llmc.runtime.parallel.tcp import TcpCommunicator
+
+# A step of a pipeline is split into parts, which follow each other through the stages.
+_PARTS = 4  # for each stage: of N parts, each of S stages works N / (N + S - 1) of the time
+_MOST_PARTS = 16  # twice `transfers._AHEAD`, so that no two stages wait for each other to receive
+_TOKENS = 32  # of a part, at least: with few, a stage needs as long to read its weights for a part as for all
 
 
 def load_parallel(
@@ -39,14 +44,14 @@ def load_parallel(
 
     Raises what `load_backend` raises, for any rank, and RankError if a process ends.
     """
-    size = bundle.manifest.parallel.tp
+    size, stages = bundle.manifest.parallel.world_size, bundle.manifest.parallel.pp
     engine = EngineFile.of(bundle, weights)
     job = job_of(bundle, engine, options, max(1, engine_threads(options.threads) // size), timeout)
 
     def load(communicator: Communicator) -> RankBackend:
         return cast(RankBackend, load_backend(engine, job.load_options(communicator)))
 
-    return start_ranks(str(bundle.path), size, job, load)
+    return start_ranks(str(bundle.path), size, job, load, stages=stages)
 
 
 def job_of(bundle: Bundle, engine: EngineFile, options: LoadOptions, threads: int, timeout: float) -> Job:
@@ -69,17 +74,20 @@ def start_ranks(
     load: Callable[[Communicator], RankBackend],
     module: str = "llmc.runtime.parallel.follower",
     paths: Sequence[str] = (),
+    stages: int = 1,
 ) -> ParallelBackend:
     """Start the followers, load rank 0 with `load` meanwhile, and wait until all are loaded.
 
     path, module, paths: see `Followers`
+    stages: the number of pipeline stages that the ranks form
     """
     if sys.platform != "linux":
         raise BackendError(
-            "bundles of several ranks run on Linux only", "build the bundle without --tp to run it here"
+            "bundles of several ranks run on Linux only",
+            "build the bundle without --tp and --pp to run it here",
         )
     try:
-        own, *others = mesh(size)
+        own, *others = pipeline(size, stages)
     except OSError as error:
         raise RankError(f"cannot connect the ranks: {error.strerror or error}", lack(error)) from error
     communicator = ProcessCommunicator(own, job.timeout, job.threads)
@@ -93,7 +101,7 @@ def start_ranks(
         if followers is not None:
             followers.close()
         raise
-    return ParallelBackend(backend, communicator, followers)
+    return ParallelBackend(backend, communicator, followers, stages)
 
 
 class ParallelBackend:
@@ -104,8 +112,13 @@ class ParallelBackend:
     """
 
     def __init__(
-        self, own: RankBackend, communicator: ProcessCommunicator | TcpCommunicator, followers: Followers
+        self,
+        own: RankBackend,
+        communicator: ProcessCommunicator | TcpCommunicator,
+        followers: Followers,
+        stages: int = 1,
     ) -> None:
+        self._stages = stages
         self.name, self.num_blocks, self.block_size = own.name, own.num_blocks, own.block_size
         self._own, self._communicator, self._followers = own, communicator, followers
         self._steps, self._process = 0, os.getpid()
@@ -140,10 +153,33 @@ class ParallelBackend:
         self._end("the bundle was closed")
 
     def _forward(self, batch: Batch) -> np.ndarray:
+        parts = self._parts(batch)
+        if len(parts) == 1:
+            self._begin_step(batch)
+            return self._own.forward(batch)
+        own, first = cast(StageBackend, self._own), self._steps + 1
+        for part in parts:
+            self._begin_step(part)
+            own.begin(part)
+        rows = 0
+        for step, part in enumerate(parts, first):
+            self._communicator.begin_step(step)
+            logits = own.finish(rows, len(part.logits_index))
+            rows = len(logits)
+        return logits
+
+    def _begin_step(self, batch: Batch) -> None:
         self._steps += 1
         self._followers.send(self._steps, batch)
         self._communicator.begin_step(self._steps)
-        return self._own.forward(batch)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """Split a step so that all stages work at the same time, if its parts keep them busy long enough."""
+        tokens = len(batch.input_ids)
+        count = min(_PARTS * self._stages, _MOST_PARTS, tokens // _TOKENS)
+        if self._stages == 1 or count < 2:
+            return [batch]
+        return list(batch.split_tokens(-(-tokens // count)))
 
     def _end(self, reason: BaseException | str) -> None:
         if self._failure is None:

@@ -1,7 +1,8 @@
-"""Collectives: what the ranks of a model compute together.
+"""Collectives, which the ranks of a group compute together, and transfers between ranks of different groups.
 
-Every rank calls the same collectives in the same order, with arrays of the same shapes. Communicators check
-that: a rank that calls another one ends the step of all ranks with an error.
+Every rank of a group calls the same collectives in the same order, with arrays of the same shapes.
+Communicators check that: a rank that calls another one ends the step of all ranks with an error. The ranks of
+a pipeline stage are a group. Without stages, all ranks are.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import numpy as np
 from llmc.runtime.bundle.strict_json import DAMAGED
 from llmc.runtime.errors import RankError
 
-ALL_REDUCE, ALL_GATHER = 1, 2
-_NAMES = {ALL_REDUCE: "all_reduce", ALL_GATHER: "all_gather"}
+ALL_REDUCE, ALL_GATHER, TRANSFER = 1, 2, 3
+_NAMES = {ALL_REDUCE: "all_reduce", ALL_GATHER: "all_gather", TRANSFER: "transfer"}
 _HEADER = struct.Struct("<IIQII")
 HEADER_BYTES = _HEADER.size
 
@@ -23,9 +24,9 @@ HEADER_BYTES = _HEADER.size
 class Communicator(Protocol):
     """The end of one rank. One thread at a time uses it."""
 
-    #: The number of this rank, from 0.
+    #: The number of this rank in its group, from 0.
     rank: int
-    #: The number of ranks.
+    #: The number of ranks in its group.
     size: int
 
     def all_reduce(self, array: np.ndarray) -> None:
@@ -44,16 +45,33 @@ class Communicator(Protocol):
         """
         ...
 
+    def send(self, array: np.ndarray, to: int, sequence: int) -> None:
+        """Send `array`, float32 [rows, width], to a rank of another group. Does not wait for it.
+
+        to: the rank, among all
+        sequence: the number of the transfer in a step
+
+        Raises RankError if the rank ended, or does not receive what was sent before.
+        """
+        ...
+
+    def receive(self, array: np.ndarray, source: int, sequence: int) -> None:
+        """Fill `array`, float32 [rows, width], with what a rank of another group sends.
+
+        Raises RankError if the rank ended, does not send in time, or sends something else.
+        """
+        ...
+
     def close(self) -> None:
         """Leave the group. Other ranks that wait for this one get a RankError."""
         ...
 
 
 class Collective(NamedTuple):
-    """A call of a collective by one rank. The same call of the other ranks is equal to it."""
+    """A call of a collective, or a transfer. The same call of the other ranks is equal to it."""
 
     operation: int
-    #: Its place among the collectives of the step, from 1.
+    #: Its place among the collectives of the step, from 1; the sequence number of a transfer.
     number: int
     #: The step, from 1.
     step: int
@@ -107,6 +125,12 @@ def check_array(operation: int, array: np.ndarray) -> None:
     """Raise ValueError unless `array` is float32 [rows, width]."""
     if array.ndim != 2 or array.dtype != np.float32:
         raise ValueError(f"{_NAMES[operation]} of {array.dtype} {list(array.shape)}, not of float32 [n, w]")
+
+
+def transfer_of(array: np.ndarray, sequence: int, step: int) -> Collective:
+    """Return the transfer of an array. Raises ValueError unless it is float32 [rows, width]."""
+    check_array(TRANSFER, array)
+    return Collective(TRANSFER, sequence, step, *array.shape)
 
 
 def check_parts(part: np.ndarray, whole: np.ndarray, size: int) -> None:

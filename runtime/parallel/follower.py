@@ -1,7 +1,7 @@
 """The process of a rank above 0: it loads its part of a bundle, and runs the steps that rank 0 sends.
 
-Its arguments are this module, the bundle, the rank, and the numbers of the descriptors that it inherits: of
-the channel to rank 0, of the shared memory, and of the sockets to the other ranks (`Endpoint.descriptors`).
+Its arguments are this module, the bundle, the descriptor of the channel to rank 0, and those of the shared
+memory and of the sockets to other ranks (`Endpoint.to_json`). It inherits them all.
 
 It waits without using the CPU, and ends with the process of rank 0, even if that is killed.
 """
@@ -67,17 +67,12 @@ def serve(load: Callable[[str, int, Job, Communicator], RankBackend]) -> None:
     An LlmcError is reported to rank 0. Any other exception ends the process with a traceback on stderr.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0
-    path, rank, descriptors = (
-        sys.argv[2],
-        int(sys.argv[3]),
-        [int(number) for number in sys.argv[4].split(",")],
-    )
-    channel = socket.socket(fileno=descriptors[0])
-    endpoint = Endpoint.of_descriptors(rank, descriptors[1:])
+    path, channel = sys.argv[2], socket.socket(fileno=int(sys.argv[3]))
+    endpoint = Endpoint.of_json(json.loads(sys.argv[4]))
 
     def load_with(job: Job) -> tuple[RankBackend, ProcessCommunicator]:
         communicator = ProcessCommunicator(endpoint, job.timeout, job.threads)
-        return load(path, rank, job, communicator), communicator
+        return load(path, endpoint.number, job, communicator), communicator
 
     if not follow(channel, load_with):
         sys.exit(1)

@@ -57,7 +57,7 @@ class Followers:
         except OSError as error:
             self.close()
             raise RankError(
-                f"cannot start rank {endpoint.rank}: {error.strerror or error}", lack(error)
+                f"cannot start rank {endpoint.number}: {error.strerror or error}", lack(error)
             ) from error
         finally:
             for endpoint in endpoints:
@@ -173,7 +173,7 @@ def _start(path: str, endpoint: Endpoint, module: str, paths: Sequence[str]) -> 
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-I", "-c", _START),
-                    *(module, path, str(endpoint.rank), ",".join(map(str, inherited))),
+                    *(module, path, str(theirs.fileno()), json.dumps(endpoint.to_json())),
                     *paths,
                 ],
                 stdin=subprocess.DEVNULL,
@@ -187,7 +187,7 @@ def _start(path: str, endpoint: Endpoint, module: str, paths: Sequence[str]) -> 
             mine.close()
             os.close(stderr)
             raise
-    return Follower(endpoint.rank, process, mine, stderr)
+    return Follower(endpoint.number, process, mine, stderr)
 
 
 def _end(followers: list[Follower], owner: int) -> None:

@@ -42,12 +42,13 @@ def launched(bundle: Bundle) -> Place | None:
 
     Raises RankError for a malformed environment, and WrongSize.
     """
-    place, ranks = place_of(os.environ), bundle.manifest.parallel.tp
+    place, ranks = place_of(os.environ), bundle.manifest.parallel.world_size
     if place is None:
         return None
     if sys.platform != "linux":
         raise BackendError(
-            "bundles of several ranks run on Linux only", "build the bundle without --tp to run it here"
+            "bundles of several ranks run on Linux only",
+            "build the bundle without --tp and --pp to run it here",
         )
     if place.size != ranks:
         raise WrongSize(
@@ -70,14 +71,16 @@ def load_launched(
     try:
         engine = EngineFile.of(bundle, weights)
         job = job_of(bundle, engine, options, threads_of(place, options.threads), timeout)
-        communicator = TcpCommunicator(0, group.links, timeout, _spins(place))
+        members = bundle.manifest.parallel.tp
+        communicator = TcpCommunicator(0, group.links, timeout, _spins(place), members)
         followers = LaunchedFollowers(group.channels, job)
         backend = load_backend(engine, job.load_options(communicator))
         followers.wait_until_loaded()
     except BaseException:
         group.close()  # the other ranks end, too
         raise
-    return LaunchedBackend(cast(RankBackend, backend), communicator, followers)
+    stages = bundle.manifest.parallel.pp
+    return LaunchedBackend(cast(RankBackend, backend), communicator, followers, stages)
 
 
 def follow_launched(bundle: Bundle, threads: int | None) -> int | None:
@@ -98,7 +101,8 @@ def follow_launched(bundle: Bundle, threads: int | None) -> int | None:
     rank, each = place.rank, threads_of(place, threads)
 
     def load(job: Job) -> tuple[RankBackend, TcpCommunicator]:
-        communicator = TcpCommunicator(rank, group.links, job.timeout, _spins(place))
+        members = bundle.manifest.parallel.tp
+        communicator = TcpCommunicator(rank, group.links, job.timeout, _spins(place), members)
         return load_rank(str(bundle.path), rank, replace(job, threads=each), communicator), communicator
 
     with contextlib.suppress(ConnectionError, TimeoutError):  # rank 0 ended

@@ -17,7 +17,8 @@ import select
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from llmc.runtime.parallel.communicator import (
     mismatch,
     no_answer,
 )
+from llmc.runtime.parallel.transfers import PATIENCE, SocketTransfers
 
 #: The seconds that a rank waits for another one.
 TIMEOUT = 60.0
@@ -46,35 +48,68 @@ _OPERATIONS = {library.ALL_REDUCE: ALL_REDUCE, library.ALL_GATHER: ALL_GATHER}
 
 @dataclass
 class Endpoint:
-    """The descriptors of one rank: of the memory that all share, and of a socket to every other rank."""
+    """The descriptors of one rank: of its group's memory, and of sockets to other ranks."""
 
+    #: The number in the group, and the size of the group.
     rank: int
     size: int
     memory: int
-    #: Rank -> the socket to it.
+    #: Rank in the group -> the socket to it.
     links: Mapping[int, socket.socket]
+    #: The number of the group's first rank among all.
+    first: int = 0
+    #: Rank of another group, among all -> the socket for transfers.
+    transfers: Mapping[int, socket.socket] = field(default_factory=dict)
+
+    @property
+    def number(self) -> int:
+        """The number among all ranks."""
+        return self.first + self.rank
 
     def descriptors(self) -> list[int]:
-        """Return the descriptors for `of_descriptors`, the memory's first."""
-        return [self.memory, *(link.fileno() for link in self.links.values())]
+        """Return all descriptors, which the process of the rank inherits."""
+        return [self.memory, *(link.fileno() for link in (*self.links.values(), *self.transfers.values()))]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `of_json` reads."""
+        numbers = [
+            {str(rank): link.fileno() for rank, link in links.items()}
+            for links in (self.links, self.transfers)
+        ]
+        fields = {"rank": self.rank, "size": self.size, "memory": self.memory, "first": self.first}
+        return fields | {"links": numbers[0], "transfers": numbers[1]}
 
     @classmethod
-    def of_descriptors(cls, rank: int, descriptors: list[int]) -> Endpoint:
-        """Return the endpoint of `rank` in the process that inherited `descriptors`."""
-        memory, *links = descriptors
-        others = [other for other in range(len(links) + 1) if other != rank]
-        sockets = {other: socket.socket(fileno=link) for other, link in zip(others, links, strict=True)}
-        return cls(rank, len(descriptors), memory, sockets)
+    def of_json(cls, fields: dict[str, Any]) -> Endpoint:
+        """Return the endpoint in the process that inherited its descriptors."""
+        for name in ("links", "transfers"):
+            fields[name] = {int(rank): socket.socket(fileno=link) for rank, link in fields[name].items()}
+        return cls(**fields)
 
     def close(self) -> None:
         """Close the descriptors, which a process has for its children or has mapped."""
         os.close(self.memory)
-        for link in self.links.values():
+        for link in (*self.links.values(), *self.transfers.values()):
             link.close()
 
 
+def pipeline(size: int, stages: int) -> list[Endpoint]:
+    """Return the endpoints of `size` ranks that form `stages` groups. Raises OSError as `mesh` does."""
+    members = size // stages
+    endpoints: list[Endpoint] = []
+    for first in range(0, size, members):
+        endpoints += [replace(each, first=first, transfers={}) for each in mesh(members)]
+    pairs = {(rank, rank + members) for rank in range(size - members)}
+    if stages > 1:
+        pairs.add((0, size - members))  # for the logits
+    sockets: list[dict[int, socket.socket]] = [{} for _ in range(size)]
+    for one, other in sorted(pairs):
+        sockets[one][other], sockets[other][one] = socket.socketpair()
+    return [replace(each, transfers=links) for each, links in zip(endpoints, sockets, strict=True)]
+
+
 def mesh(size: int, slot_bytes: int = SLOT_BYTES) -> list[Endpoint]:
-    """Return the endpoints of `size` ranks, at least two.
+    """Return the endpoints of a group of `size` ranks.
 
     slot_bytes: of each of the two slots of a rank; at least a page
 
@@ -126,11 +161,13 @@ class ProcessCommunicator:
             turns=_TURNS if self.size * threads <= available_cpus() else _FEW_TURNS,
         )
         self.exchange.slice[1] = int(1e9 * self._slice)
-        self._links = endpoint.links
+        self._links, self._first, self._number = endpoint.links, endpoint.first, endpoint.number
+        self._transfers = SocketTransfers(endpoint.number, endpoint.transfers, PATIENCE * timeout)
 
     def begin_step(self, step: int) -> None:
         """Count the collectives of a new step from 1."""
         self.exchange.step, self.exchange.number = step, 0
+        self._transfers.begin_step(step)
 
     @contextlib.contextmanager
     def begin(self, step: library.Step) -> Iterator[None]:
@@ -139,7 +176,7 @@ class ProcessCommunicator:
         All threads leave the step after an exception, which may be RankError, see `all_reduce`.
         """
         if self.memory is None or self.exchange.stop:
-            raise RankError(f"rank {self.rank} has left the group", "load the bundle again")
+            raise RankError(f"rank {self._number} has left the group", "load the bundle again")
         step.exchange = ctypes.addressof(self.exchange)
         try:
             yield
@@ -172,8 +209,17 @@ class ProcessCommunicator:
         self._run_one(library.ALL_GATHER, np.ascontiguousarray(part), data)
         whole[...] = data
 
+    def send(self, array: np.ndarray, to: int, sequence: int) -> None:
+        """See `Communicator`."""
+        self._transfers.send(array, to, sequence)
+
+    def receive(self, array: np.ndarray, source: int, sequence: int) -> None:
+        """See `Communicator`."""
+        self._transfers.receive(array, source, sequence)
+
     def close(self) -> None:
         """Close the sockets. Other ranks that wait for this one, now or later, get a RankError."""
+        self._transfers.close()
         for link in self._links.values():
             link.close()
         self.memory = None  # nothing else keeps the shared memory mapped
@@ -208,9 +254,9 @@ class ProcessCommunicator:
         late = [rank for rank in self._links if (posts[rank].sent - message) % (1 << 32) >> 31]
         call = self._call(posts[self.rank], message)
         if gone := [rank for rank in late if rank in ended]:
-            raise RankEnded(gone[0], str(call))
+            raise RankEnded(self._first + gone[0], str(call))
         if patience.wait(message if late else None) >= self._timeout:
-            raise no_answer(f"rank {late[0]}", self._timeout, call)
+            raise no_answer(f"rank {self._first + late[0]}", self._timeout, call)
 
     def _disagreement(self) -> RankError:
         posts = self._posts()
@@ -218,7 +264,7 @@ class ProcessCommunicator:
         calls = [self._call(post, message) for post in posts]
         mine = calls[self.rank]
         other = next(rank for rank, call in enumerate(calls) if call != mine)
-        return mismatch(mine, self.rank, calls[other], other)
+        return mismatch(mine, self._number, calls[other], self._first + other)
 
 
 class _Patience:

@@ -28,6 +28,7 @@ from llmc.runtime.parallel.communicator import (
     no_answer,
 )
 from llmc.runtime.parallel.processes import TIMEOUT
+from llmc.runtime.parallel.transfers import PATIENCE, SocketTransfers
 
 _SPIN = 100e-6  # seconds of polling before a rank blocks, because it takes about 50 us to wake up a process
 _SLICE = 1.0  # seconds
@@ -36,19 +37,31 @@ _SLICE = 1.0  # seconds
 class TcpCommunicator:
     """A communicator between processes. See `Communicator`.
 
+    rank: among all ranks
     links: rank -> the connection to it, which the communicator closes
     timeout: the seconds that a collective waits without any progress. The time that the process is stopped,
         as by Ctrl-Z, does not count.
     spin: poll for a moment before waiting, which is faster unless ranks share cores
+    members: the number of ranks in a group; None: all
     """
 
     def __init__(
-        self, rank: int, links: Mapping[int, socket.socket], timeout: float = TIMEOUT, spin: bool = False
+        self,
+        rank: int,
+        links: Mapping[int, socket.socket],
+        timeout: float = TIMEOUT,
+        spin: bool = False,
+        members: int | None = None,
     ) -> None:
-        self.rank, self.size = rank, len(links) + 1
+        self.size = members or len(links) + 1
+        self.rank, self._number = rank % self.size, rank
         self._counter = Counter()
-        self.begin_step = self._counter.begin_step
-        self._peers = {link.fileno(): _Peer(other, link) for other, link in sorted(links.items())}
+        ours = {
+            other: link for other, link in sorted(links.items()) if other // self.size == rank // self.size
+        }
+        self._peers = {link.fileno(): _Peer(other, link) for other, link in ours.items()}
+        others = {other: link for other, link in links.items() if other not in ours}
+        self._transfers = SocketTransfers(rank, others, PATIENCE * timeout)
         self._timeout, self._spin = timeout, _SPIN if spin else 0.0
         self._closed = False
 
@@ -66,16 +79,30 @@ class TcpCommunicator:
         parts = self._exchange(self._counter.next(ALL_GATHER, part), part)
         np.concatenate(parts, axis=1, out=whole)
 
+    def begin_step(self, step: int) -> None:
+        """Count the collectives of a new step from 1."""
+        self._counter.begin_step(step)
+        self._transfers.begin_step(step)
+
+    def send(self, array: np.ndarray, to: int, sequence: int) -> None:
+        """See `Communicator`."""
+        self._transfers.send(array, to, sequence)
+
+    def receive(self, array: np.ndarray, source: int, sequence: int) -> None:
+        """See `Communicator`."""
+        self._transfers.receive(array, source, sequence)
+
     def close(self) -> None:
         """Close the connections. Other ranks that wait for this one, now or later, get a RankError."""
         self._closed = True
+        self._transfers.close()
         for peer in self._peers.values():
             peer.link.close()
 
     def _exchange(self, call: Collective, array: np.ndarray) -> list[np.ndarray]:
         """Send `array` to all ranks. Return the arrays of all, in their order."""
         if self._closed:
-            raise RankError(f"rank {self.rank} has left the group", "load the bundle again")
+            raise RankError(f"rank {self._number} has left the group", "load the bundle again")
         message = call.pack() + array.tobytes()
         try:
             self._transfer(message, call)
@@ -83,10 +110,10 @@ class TcpCommunicator:
             self.close()  # the others stop waiting, too
             raise
         received: dict[int, bytes | bytearray] = {peer.rank: peer.received for peer in self._peers.values()}
-        received[self.rank] = message
+        received[self._number] = message
         return [
             np.frombuffer(received[rank], np.float32, offset=HEADER_BYTES).reshape(array.shape)
-            for rank in range(self.size)
+            for rank in sorted(received)
         ]
 
     def _transfer(self, message: bytes, call: Collective) -> None:
@@ -105,7 +132,7 @@ class TcpCommunicator:
                 peer = self._peers[number]
                 before = peer.events
                 peer.send(call)
-                peer.receive(call, self.rank)
+                peer.receive(call, self._number)
                 if not peer.events:
                     poll.unregister(number)
                     waiting.remove(number)

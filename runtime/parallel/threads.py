@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from queue import Empty, SimpleQueue
 
 import numpy as np
 
@@ -20,25 +21,38 @@ from llmc.runtime.parallel.communicator import (
     check_parts,
     mismatch,
     no_answer,
+    transfer_of,
 )
 
 _SECONDS = 600  # ranks that share cores may compute long before the last one arrives
 
 
-def thread_group(size: int, timeout: float = _SECONDS) -> list[ThreadCommunicator]:
+def thread_group(size: int, timeout: float = _SECONDS, stages: int = 1) -> list[ThreadCommunicator]:
     """Return the communicators of `size` ranks, each for a thread of its own.
 
-    timeout: the seconds that a collective waits for the other ranks.
+    timeout: the seconds that a rank waits for another one.
+    stages: the number of groups of consecutive ranks
     """
-    group = _Group(size, timeout)
-    return [ThreadCommunicator(group, rank) for rank in range(size)]
+    members = size // stages
+    inboxes: dict[tuple[int, int], _Inbox] = {
+        (source, to): SimpleQueue() for source in range(size) for to in range(size)
+    }
+    result = []
+    for first in range(0, size, members):
+        group = _Group(members, timeout, first)
+        result += [ThreadCommunicator(group, rank, inboxes) for rank in range(first, first + members)]
+    return result
+
+
+# What one rank has sent to another: (the transfer, its array); None: it has left.
+_Inbox = SimpleQueue[tuple[Collective, np.ndarray] | None]
 
 
 class _Group:
     """What the ranks share: the array and the call of each, and a barrier."""
 
-    def __init__(self, size: int, timeout: float) -> None:
-        self.size, self.timeout = size, timeout
+    def __init__(self, size: int, timeout: float, first: int = 0) -> None:
+        self.size, self.timeout, self.first = size, timeout, first
         self.arrays: list[np.ndarray] = [np.empty((0, 0), np.float32)] * size
         self.calls: list[Collective | None] = [None] * size
         self.barrier = threading.Barrier(size)
@@ -48,10 +62,15 @@ class _Group:
 class ThreadCommunicator:
     """A communicator between threads. See `Communicator`."""
 
-    def __init__(self, group: _Group, rank: int) -> None:
-        self.rank, self.size = rank, group.size
-        self._group, self._counter = group, Counter()
-        self.begin_step = self._counter.begin_step
+    def __init__(self, group: _Group, rank: int, inboxes: Mapping[tuple[int, int], _Inbox]) -> None:
+        self.rank, self.size = rank - group.first, group.size
+        self._number, self._group, self._counter = rank, group, Counter()
+        self._inboxes, self._step = inboxes, 0
+
+    def begin_step(self, step: int) -> None:
+        """Count the collectives of a new step from 1."""
+        self._step = step
+        self._counter.begin_step(step)
 
     def all_reduce(self, array: np.ndarray) -> None:
         """Replace `array`, float32 [rows, width], by its sum over the ranks, in their order."""
@@ -71,11 +90,32 @@ class ThreadCommunicator:
         self._wait(call)
         whole[...] = parts
 
+    def send(self, array: np.ndarray, to: int, sequence: int) -> None:
+        """See `Communicator`."""
+        self._inboxes[self._number, to].put((transfer_of(array, sequence, self._step), array.copy()))
+
+    def receive(self, array: np.ndarray, source: int, sequence: int) -> None:
+        """See `Communicator`."""
+        call, inbox = transfer_of(array, sequence, self._step), self._inboxes[source, self._number]
+        try:
+            found = inbox.get(timeout=self._group.timeout)
+        except Empty:
+            raise no_answer(f"rank {source}", self._group.timeout, call) from None
+        if found is None:
+            inbox.put(None)
+            raise RankEnded(source, str(call))
+        if found[0] != call:
+            raise mismatch(call, self._number, found[0], source)
+        array[...] = found[1]
+
     def close(self) -> None:
         """Leave the group. Other ranks that wait for this one, now or later, get a RankError."""
         if self._group.left is None:
-            self._group.left = self.rank
+            self._group.left = self._number
         self._group.barrier.abort()
+        for (source, _), inbox in self._inboxes.items():
+            if source == self._number:
+                inbox.put(None)
 
     def _enter(self, operation: int, array: np.ndarray) -> Collective:
         """Show `array` to the others, and wait until all ranks have called the same collective."""
@@ -84,10 +124,10 @@ class ThreadCommunicator:
         group.arrays[self.rank] = array
         group.calls[self.rank] = call
         self._wait(call)
-        for rank, other in enumerate(group.calls):
+        for rank, other in enumerate(group.calls, group.first):
             if other != call:
                 assert other is not None
-                raise mismatch(call, self.rank, other, rank)
+                raise mismatch(call, self._number, other, rank)
         return call
 
     def _wait(self, call: Collective) -> None:
@@ -100,7 +140,7 @@ class ThreadCommunicator:
         group = self._group
         if group.left is not None:
             return RankEnded(group.left, str(call))
-        missing = [rank for rank, other in enumerate(group.calls) if other != call]
+        missing = [rank for rank, other in enumerate(group.calls, group.first) if other != call]
         who = f"rank {missing[0]}" if missing else "another rank"
         return no_answer(who, group.timeout, call)
 

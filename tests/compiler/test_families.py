@@ -191,5 +191,33 @@ def test_ranks_together_equal_transformers(
     check(reference(source), backend, 256)
 
 
-def build(checkpoint: Path, output: Path, engine: str | None = None, tp: int = 1) -> Path:
-    return compile_model(BuildRequest(str(checkpoint), output, engine=engine, tp=tp, verify=False)).path
+# Four layers with two kinds of windows; layers of one bias and norm for attention and MLP.
+STAGED = (("gemma3-tiny", 1), ("qwen2-tiny", 2), ("gptj", 1))
+
+
+@pytest.mark.parametrize(
+    ("family", "tp"),
+    [
+        pytest.param(family, tp, marks=() if (family, tp) in STAGED else pytest.mark.slow)
+        for family in (*FAMILIES, *OTHERS)
+        for tp in (1, 2)
+    ],
+)
+def test_stages_together_equal_transformers(
+    family: str,
+    tp: int,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    share_traces(monkeypatch)
+    source = checkpoint(family) if family in FAMILIES else write_random(family, tmp_path)
+    bundle = Bundle.open(build(source, tmp_path / "x.llmc", tp=tp, pp=2))
+    assert (bundle.manifest.parallel.pp, len(bundle.manifest.engines)) == (2, 2 * tp)
+    backend = load_ranks(EngineFile("native", bundle.engine_path()), 64, 2 * tp, 2)
+    check(reference(source), backend, 256)
+
+
+def build(checkpoint: Path, output: Path, engine: str | None = None, tp: int = 1, pp: int = 1) -> Path:
+    request = BuildRequest(str(checkpoint), output, engine=engine, tp=tp, pp=pp, verify=False)
+    return compile_model(request).path

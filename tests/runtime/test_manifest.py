@@ -234,6 +234,13 @@ def test_format_4_adds_ranks(sampling):
     assert (tree["sampling"] is None) == (sampling is None)
 
 
+def test_stages_are_ranks():
+    """Two stages of one rank have the engines that two ranks of one stage have."""
+    example = dataclasses.replace(ranks_example(), parallel=Parallel(pp=2, world_size=2))
+    assert Manifest.from_json(example.to_json()) == example
+    assert json.loads(example.to_json())["parallel"] == {"tp": 1, "pp": 2, "ep": 1, "world_size": 2}
+
+
 RANK0, RANK1 = ranks_example().engines
 
 
@@ -249,6 +256,8 @@ RANK0, RANK1 = ranks_example().engines
         ),
         ({"parallel": Parallel(tp=2, world_size=3)}, "parallel.world_size: is not the product"),
         ({"parallel": Parallel(tp=1, world_size=2)}, "parallel.world_size: is not the product"),
+        ({"parallel": Parallel(tp=2, pp=2, world_size=2)}, "parallel.world_size: is not the product"),
+        ({"parallel": Parallel(tp=2, pp=2, world_size=4)}, "engines: must list ranks 0 to 3 in order"),
         ({"parallel": Parallel(tp=2, world_size=0)}, "parallel.world_size: must be at least 1"),
         ({"parallel": Parallel(tp=3, world_size=3)}, "engines: must list ranks 0 to 2 in order"),
         ({"parallel": Parallel(tp=2**62, world_size=2**62)}, "engines: must list ranks 0 to 46116860184"),
@@ -319,7 +328,8 @@ def test_an_integer_where_a_number_belongs_is_written_as_a_number():
         (("geometry", "layers", 0, "window"), 9, "geometry.layers[0].window: 9 does not fit a full layer"),
         (("parallel", "tp"), 0, "parallel.tp: must be at least 1, got 0"),
         (("parallel", "tp"), 2, "parallel.world_size: is not the product of tp, pp and ep"),
-        (("parallel", "pp"), 2, "parallel.pp: must be 1, got 2"),
+        (("parallel", "pp"), 2, "parallel.world_size: is not the product of tp, pp and ep"),
+        (("parallel", "pp"), 0, "parallel.pp: must be at least 1, got 0"),
         (("parallel", "ep"), 2, "parallel.ep: must be 1, got 2"),
         (("target", "engine"), "Open VINO", "target.engine: must be lower-case letters, digits and hyphens"),
         (("target", "name"), "../cpu", "target.name: must be lower-case letters, digits and hyphens"),

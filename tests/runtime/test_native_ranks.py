@@ -6,6 +6,8 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BundleError
 from llmc.runtime.native.executor import Executor
 from llmc.runtime.native.interpreter import Interpreter
-from llmc.runtime.native.program import Program, View
+from llmc.runtime.native.program import Instruction, Program, View
 from llmc.runtime.parallel.communicator import Communicator
 from llmc.runtime.parallel.threads import thread_group
 from support.native_programs import VOCABULARY, Builder, Built, steps
@@ -250,3 +252,115 @@ def test_one_rank_needs_no_part_of_a_table() -> None:
     assert Program.from_json(built[0].to_json()).ranks == 1
     with pytest.raises(BundleError, match="has a part of a table, and there is one rank"):
         Builder(8, begin=1).finish(View(0, 0, 8))
+
+
+def stage_program(number: int) -> Built:
+    """The model of `reference` in two stages: what comes before the second sum, and the rest.
+
+    Two arrays go to the second stage, one of them columns of a buffer.
+    """
+    build = Builder(WIDTH, 0, TABLE)
+
+    def linear(values: np.ndarray, x: View, on: str = "tokens") -> View:
+        name = build.matrix(f"w{len(build.matrices)}", *values.shape, "fp32", values=values)
+        return build.emit("linear", len(values), x, weights=(name,), rows=on)
+
+    def add(x: View, y: View) -> View:
+        return build.emit("binary", WIDTH, x, y, function="add")
+
+    def send(x: View, peer: int, sequence: int) -> None:
+        integers = {"peer": peer, "sequence": sequence}
+        build.instructions.append(Instruction("send", None, 0, (x,), (), "", integers, {}))
+
+    if number == 0:
+        x = View(0, 0, WIDTH)
+        hidden = linear(UP, x)
+        z = add(x, linear(DOWN, build.emit("unary", HIDDEN, hidden, function="relu")))
+        send(z, 1, 0)
+        send(View(hidden.buffer, 0, HIDDEN), 1, 1)
+        return build.finish(build.emit("receive", VOCABULARY, rows="logits", peer=1, sequence=0))
+    build.instructions.clear()
+    build.buffers.clear()
+    z = build.emit("receive", WIDTH, peer=0, sequence=0)
+    hidden = build.emit("receive", HIDDEN, peer=0, sequence=1)
+    twice = build.emit("scalar", WIDTH, linear(MIX, View(z.buffer, 8, 16)), function="mul", value=2.0)
+    result = add(add(z, twice), linear(SKIP, hidden))
+    logits = linear(HEAD, build.emit("gather_rows", WIDTH, result, rows="logits"), "logits")
+    send(logits, 0, 0)
+    program, packed, exact = build.finish(logits)
+    return replace(program, logits=None), packed, exact
+
+
+def test_the_interpreter_of_two_stages_computes_the_whole_model() -> None:
+    inboxes: list[SimpleQueue[np.ndarray]] = [SimpleQueue(), SimpleQueue()]
+
+    def run(rank: int) -> list[np.ndarray]:
+        def transfer(peer: int, array: np.ndarray | None) -> np.ndarray:
+            if array is None:
+                return inboxes[rank].get(timeout=60)
+            inboxes[peer].put(array)
+            return array
+
+        program, _, exact = stage_program(rank)
+        interpreter = Interpreter(program, exact, 12, transfer=transfer)
+        return [interpreter.forward(batch) for batch in batches()]
+
+    first, second = in_threads(run)
+    for got, none, batch in zip(first, second, batches(), strict=True):
+        want = reference(batch)
+        assert none.shape == (0, VOCABULARY)
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.skipif(not ISAS, reason="the native engine does not run on this CPU")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_engine_of_two_stages_computes_the_whole_model(threads: int) -> None:
+    group = thread_group(2, timeout=60, stages=2)
+
+    def run(rank: int) -> list[np.ndarray]:
+        executor = _executor(stage_program(rank), group[rank], threads, ISAS[0])
+        results = [executor.run(batch).copy() for batch in batches()]
+        executor.close()
+        return results
+
+    first, second = in_threads(run)
+    for got, none, batch in zip(first, second, batches(), strict=True):
+        want = reference(batch)
+        assert none.shape == (0, VOCABULARY)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6 * np.abs(want).max(initial=1))
+
+
+def no_send(tree: Tree) -> None:
+    tree["instructions"].remove(of(tree, "send"))
+
+
+def late_send(tree: Tree) -> None:
+    of(tree, "send")["inputs"][0]["buffer"] = of(tree, "receive")["out"] + 1
+
+
+def send_writes(tree: Tree) -> None:
+    of(tree, "send")["out"] = 0
+
+
+@pytest.mark.parametrize(
+    ("rank", "change", "complaint"),
+    [
+        (1, no_send, "the program writes no logits"),
+        (0, set_integer("send", 0, peer=1024), "(send) of the program has a rank that cannot be"),
+        (1, set_integer("receive", 0, peer=1 << 20), "(receive) of the program has a rank that cannot be"),
+        (0, set_integer("send", 0, sequence=-1), "must be 0 to"),
+        (0, set_integer("receive", 0, ranks=2), "(receive) of the program has other parameters"),
+        (0, late_send, "(send) of the program reads a buffer that nothing has written"),
+        (0, send_writes, "(send) of the program writes no buffer"),
+        (0, set_width("receive", 48), "the program's logits are not as wide as its vocabulary"),
+        (1, set_width("receive", 36), "reads past the columns of its buffer"),
+    ],
+)
+def test_a_damaged_program_of_a_stage_is_named(
+    rank: int, change: Callable[[Tree], Any], complaint: str
+) -> None:
+    tree = json.loads(stage_program(rank)[0].to_json())
+    change(tree)
+    with pytest.raises(BundleError) as caught:
+        Program.from_json(json.dumps(tree).encode())
+    assert complaint in caught.value.message

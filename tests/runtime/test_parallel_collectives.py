@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
-import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,9 +15,9 @@ import pytest
 from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BackendError, RankError
 from llmc.runtime.parallel.processes import ProcessCommunicator, mesh
-from llmc.runtime.parallel.tcp import TcpCommunicator
 from llmc.runtime.parallel.threads import LockStepBackend, thread_group
 from support.fake_ranks import STEP, FakeRank, expected
+from support.groups import tcp_group, together
 
 Group = Callable[..., Sequence[Any]]
 
@@ -29,17 +27,6 @@ def process_group(size: int, timeout: float = 600, slot_bytes: int = 1 << 20) ->
     return [ProcessCommunicator(endpoint, timeout) for endpoint in mesh(size, slot_bytes)]
 
 
-def tcp_group(size: int, timeout: float = 600) -> list[TcpCommunicator]:
-    """The communicators of processes of several machines. test_parallel_launch.py has how they meet."""
-    links: list[dict[int, socket.socket]] = [{} for _ in range(size)]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        for first in range(size):
-            for second in range(first):
-                links[first][second] = socket.create_connection(server.getsockname())
-                links[second][first] = server.accept()[0]
-    return [TcpCommunicator(rank, links[rank], timeout, spin=rank == 0) for rank in range(size)]
-
-
 GROUPS = [
     thread_group,
     *(
@@ -47,13 +34,6 @@ GROUPS = [
         for group in (process_group, tcp_group)
     ),
 ]
-
-
-def together(ranks: Sequence[Any], run: Callable[[Any], Any]) -> list[Any]:
-    """Return the result, or the exception, of `run` for each rank, each in a thread."""
-    with ThreadPoolExecutor(len(ranks)) as pool:
-        jobs = [pool.submit(run, rank) for rank in ranks]
-        return [job.exception() or job.result() for job in jobs]
 
 
 def parts_of(size: int, shape: tuple[int, int]) -> list[np.ndarray]:

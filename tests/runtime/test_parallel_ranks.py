@@ -270,24 +270,24 @@ def test_nothing_is_imported_from_the_working_directory(
     backend.close()
 
 
-@pytest.mark.parametrize(("threads", "each"), [(5, 2), (1, 1)])
+@pytest.mark.parametrize(("threads", "each", "pp"), [(5, 2, 1), (1, 1, 1), (5, 1, 2)])
 def test_every_rank_of_a_bundle_gets_the_same_job(
-    monkeypatch: pytest.MonkeyPatch, threads: int, each: int
+    monkeypatch: pytest.MonkeyPatch, threads: int, each: int, pp: int
 ) -> None:
     """The KV cache has as many blocks in every rank, and the ranks share the threads."""
     golden = Bundle.open(GOLDEN)
-    two = replace(golden.manifest, parallel=Parallel(tp=2, world_size=2))  # type: ignore[arg-type]
+    two = replace(golden.manifest, parallel=Parallel(tp=2, pp=pp, world_size=2 * pp))  # type: ignore[arg-type]
     bundle = replace(golden, manifest=two)
     jobs = []
 
-    def start_ranks(*arguments: Any) -> FakeRank:
-        jobs.append(arguments)
+    def start_ranks(*arguments: Any, stages: int) -> FakeRank:
+        jobs.append((*arguments, stages))
         return FakeRank.__new__(FakeRank)
 
     monkeypatch.setattr(parallel, "start_ranks", start_ranks)
     load_engine(bundle, kv_memory=1 << 20, max_batch_tokens=64, max_sequences=8, threads=threads)
-    ((path, size, job, _),) = jobs
-    assert (path, size) == (str(golden.path), 2)
+    ((path, size, job, _, stages),) = jobs
+    assert (path, size, stages) == (str(golden.path), 2 * pp, pp)
     assert job.manifest_sha256 == manifest_sha256(bundle) != manifest_sha256(golden)
     options = LoadOptions(kv_memory=1 << 20, max_tokens=64, max_sequences=8)
     blocks = cpu_blocks(EngineFile.of(bundle), options)

@@ -49,5 +49,5 @@ def _drop_buffers(program: Program) -> Program:
         program,
         buffers=tuple(program.buffers[old] for old in written),
         instructions=tuple(moved(instruction) for instruction in program.instructions),
-        logits=number[program.logits],
+        logits=None if program.logits is None else number[program.logits],
     )

@@ -24,7 +24,9 @@ from llmc.compiler.targets.native.constants import (
 )
 from llmc.compiler.targets.native.fuse import fuse
 from llmc.passes import edit
-from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, PARTIAL_EMBEDDING
+from llmc.passes.geometry import attention_nodes
+from llmc.passes.shard.stages import VOCABULARY, rows_are_logits
+from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, PARTIAL_EMBEDDING, RECV, SEND
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
 from llmc.runtime.errors import UnsupportedError
@@ -93,16 +95,22 @@ class _Lowering:
         default_factory=set
     )  # a number for each token, which its position gives
     positions: int = 0
+    layers: dict[int, int] = field(default_factory=dict)  # of the model -> of the program
 
     def run(self) -> Lowered:
         graph = self.model.graph
         self.offsets = {value: 0 for value in graph.inputs if value.name == "position_ids"}
         self.of_position = set(self.offsets)
+        self.layers = {
+            layer: number for number, layer in enumerate(sorted(map(_layer, attention_nodes(self.model))))
+        }
         for node in graph:
             if not self._is_constant(node.outputs[0]):
                 self._lower(node)
-        logits = self.views.get(graph.outputs[0])
-        if logits is None or logits.width != self.buffers[logits.buffer].width:
+        logits = self.views.get(graph.outputs[0]) if graph.outputs[0].name == "logits" else None
+        if (logits is None and VOCABULARY not in graph.meta) or (
+            logits and logits.width != self.buffers[logits.buffer].width
+        ):
             raise UnsupportedError(
                 "the graph's logits are no buffer of the program", "choose another --engine"
             )
@@ -113,8 +121,8 @@ class _Lowering:
             self.matrices,
             {name: source.elements for name, source in self.constants.items()},
             tuple(self.instructions),
-            logits.buffer,
-            logits.width,
+            None if logits is None else logits.buffer,
+            logits.width if logits else int(graph.meta[VOCABULARY]),
             self.positions,
         )
         program = fuse(program)
@@ -142,7 +150,11 @@ class _Lowering:
         if value is None or value.is_initializer():
             return True
         node = value.producer()
-        return node is not None and all(self._is_constant(operand) for operand in node.inputs)
+        return (
+            node is not None
+            and node.op_type != RECV
+            and all(self._is_constant(operand) for operand in node.inputs)
+        )
 
     def _depends_on_position(self, node: ir.Node) -> bool:
         operands = [operand for operand in node.inputs if not self._is_constant(operand)]
@@ -465,8 +477,7 @@ class _Lowering:
         self.views[node.outputs[0]] = view
 
     def _attention(self, node: ir.Node) -> None:
-        cache_input = edit.operand(node, 3)
-        layer = int(str(cache_input.name).rpartition(".")[2])
+        cache_input, layer = edit.operand(node, 3), self.layers[_layer(node)]
         _, kv_heads, _, width = edit.dims(cache_input)
         if cache_input.dtype != ir.DataType.FLOAT:
             raise refusal(node, f"its KV cache is {cache_input.dtype}")
@@ -494,6 +505,18 @@ class _Lowering:
         gathers = node.op_type == ALL_GATHER
         op, width = ("all_gather", view.width * ranks) if gathers else ("all_reduce", view.width)
         self._emit(node, op, (view,), integers={"ranks": ranks}, width=width)
+
+    def _send(self, node: ir.Node) -> None:
+        integers = {name: int(edit.attribute(node, name)) for name in ("peer", "sequence")}
+        self.instructions.append(Instruction("send", None, 0, (self._view(node, 0),), (), "", integers, {}))
+
+    def _receive(self, node: ir.Node) -> None:
+        out, integers = (
+            node.outputs[0],
+            {name: int(edit.attribute(node, name)) for name in ("peer", "sequence")},
+        )
+        rows = "logits" if rows_are_logits(out) else "tokens"
+        self._emit(node, "receive", integers=integers, width=int(np.prod(edit.dims(out)[1:])), rows=rows)
 
     def _gemm(self, node: ir.Node) -> None:
         if node.attributes.get_int("transA", 0):
@@ -570,7 +593,13 @@ _NODES: Mapping[str, Callable[[_Lowering, ir.Node], None]] = {
     ALL_REDUCE: _Lowering._collective,
     ALL_GATHER: _Lowering._collective,
     PARTIAL_EMBEDDING: _Lowering._partial_embedding,
+    SEND: _Lowering._send,
+    RECV: _Lowering._receive,
 }
+
+
+def _layer(attention: ir.Node) -> int:
+    return int(str(edit.operand(attention, 3).name).rpartition(".")[2])
 
 
 def _block(node: ir.Node, columns: int) -> int:
