@@ -65,6 +65,7 @@ def doctor(
     machine = Machine.current()
     required = libraries()
     native, native_fault = native_engine()
+    nccl = nccl_version()
     installed = any(library.extra == "openvino" and library.version for library in required)
     attention = attention_fault() if installed else None
     openvino = "its attention passed the test" if installed else "not installed"
@@ -91,6 +92,7 @@ def doctor(
                     "fault": None if installed and attention is None else openvino,
                 },
                 "native_engine": {"library": native, "fault": native_fault},
+                "nccl": nccl,
                 "run": fault is None,
                 "build": complete(required, "", "build"),
                 **{target: complete(required, "", "build", "kernels", target) for target in _GPU_TARGETS},
@@ -109,6 +111,7 @@ def doctor(
             ("memory", _memory(machine)),
             ("native engine", native or native_fault or ""),
             ("OpenVINO", openvino),
+            ("NCCL", nccl or "not installed; it is for several ranks on GPUs (`--tp`)"),
         ]
         rows = [("LIBRARY", "FOR", "WANTED", "INSTALLED", "")]
         rows += [(lib.name, _USES[lib.extra], lib.wanted, lib.version or "-", lib.remark) for lib in required]
@@ -180,6 +183,16 @@ def native_engine() -> tuple[str | None, str | None]:
         return library.choose(), None
     except OSError as error:
         return None, str(error)
+
+
+def nccl_version() -> str | None:
+    """Return the version of NCCL that ranks on GPUs would use; None if there is none."""
+    from llmc.runtime.backends.tensorrt.nccl import Nccl
+
+    try:
+        return Nccl().version()
+    except BackendError:
+        return None
 
 
 def _installed(name: str) -> str | None:

@@ -177,8 +177,10 @@ def describe_ranks(bundle: Bundle) -> list[tuple[str, str]]:
     manifest = bundle.manifest
     if manifest.parallel.world_size == 1:
         return []
-    tp, pp = manifest.parallel.tp, manifest.parallel.pp
     sizes = {name: record.bytes for name, record in manifest.files.items()}
+    if manifest.gpu is not None:
+        return _describe_plans(manifest, sizes)
+    tp, pp = manifest.parallel.tp, manifest.parallel.pp
     shared = size(sizes.get(SHARED_WEIGHTS, 0))
     part = (
         "each with a part of every layer" if pp == 1 else f"{pp} stages of {tp}, each with some of the layers"
@@ -210,6 +212,20 @@ def describe_ranks(bundle: Bundle) -> list[tuple[str, str]]:
             ("transfers", f"{sent} for a token to the next stage, {logits} for a row of logits to rank 0")
         )
     return facts
+
+
+def _describe_plans(manifest: Manifest, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Describe the plans of several ranks. sizes: of the files, in bytes"""
+    from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, DOMAIN
+
+    counts = {operator.name: operator.count for operator in manifest.operators}
+    collectives = {name: counts.get(f"{DOMAIN}.{name}", 0) for name in (ALL_REDUCE, ALL_GATHER)}
+    what = " and ".join(f"{count} {name}" for name, count in collectives.items() if count)
+    return [
+        ("ranks", f"{manifest.parallel.tp}, each with a part of every layer and a GPU"),
+        *((f"rank {engine.rank}", f"a plan of {size(sizes[engine.file])}") for engine in manifest.engines),
+        ("collectives", f"{what} a step, on the GPUs"),
+    ]
 
 
 def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:

@@ -137,7 +137,7 @@ def compile_model(request: BuildRequest, progress: Progress | None = None) -> Bu
                 lambda done: clock.progress.bar(min(done, total), total),
             )
             step.discard(writer)
-        target.check_machine(plan.sizes, clock)
+        target.check_machine(resolved, plan.sizes, clock)
         with clock.phase("verify"):
             verification = verify(plan, inputs, writer, clock, process)
         artifact = target.build(resolved, engine, model, plan.sizes, writer, clock)

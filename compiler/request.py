@@ -140,12 +140,18 @@ class BuildRequest:
         for name, count, what, most in (("tp", self.tp, "ranks", MAX_TP), ("pp", self.pp, "stages", MAX_PP)):
             if not 1 <= count <= most:
                 raise BuildError(f"--{name} is {count}", f"give a number of {what}, 1 to {most}", name)
-            if count > 1 and (self.target != "cpu" or self.engine not in (None, "native")):
-                raise BuildError(
-                    f"--{name} is for the native engine, not for {self.engine or self.target}",
-                    f"leave --{name} out, or --engine and --target",
-                    name,
-                )
+        if self.tp > 1 and self.engine not in (None, "native"):
+            raise BuildError(
+                f"--tp is for the native engine and TensorRT, not for {self.engine}",
+                "leave --tp out, or --engine",
+                "tp",
+            )
+        if self.pp > 1 and (self.target != "cpu" or self.engine not in (None, "native")):
+            raise BuildError(
+                f"--pp is for the native engine, not for {self.engine or self.target}",
+                "leave --pp out, or --engine and --target",
+                "pp",
+            )
         if self.tp * self.pp > MAX_RANKS:
             raise BuildError(
                 f"--tp {self.tp} and --pp {self.pp} make {self.tp * self.pp} ranks",

@@ -24,6 +24,7 @@ from llmc.passes.legalize.emulate_16bit import RoundOutputs, RoundSoftmax, Widen
 from llmc.passes.legalize.factor_rotary_tables import FactorRotaryTables
 from llmc.passes.legalize.finalize import Finalize
 from llmc.passes.legalize.keep_16bit_weights import Keep16BitWeights, NarrowPlan
+from llmc.passes.legalize.lower_partial_embedding import LowerPartialEmbedding
 from llmc.passes.legalize.mxfp4_weights import DoubleFP4Weights, FloatScales
 from llmc.passes.legalize.require_dtype import RequireDtype
 from llmc.passes.legalize.unname_dims import UnnameDims
@@ -143,6 +144,7 @@ def legalize_tensorrt(dtype: str) -> list[Pass]:
     narrow = DTYPES[dtype]
     return [
         RequireDtype(narrow, dtype),  # first: no other pass checks the graph's dtype
+        LowerPartialEmbedding(),  # of one of several ranks
         FloatScales(),  # MXFP4: the parser takes no E8M0
         WidenNorms(),
         FactorRotaryTables(),

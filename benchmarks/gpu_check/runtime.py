@@ -51,6 +51,10 @@ _SAMPLED_ROWS = 6
 Images = Callable[[Iterable[Variant]], list[Any]]  # variants -> KernelImage
 
 
+class Absent(Exception):
+    """A check needs something that this machine lacks."""
+
+
 def rows(options: Options) -> Iterator[Row]:
     try:
         importlib.import_module("llmc.runtime.backends.tensorrt.cuda")
@@ -63,6 +67,9 @@ def rows(options: Options) -> Iterator[Row]:
         for name, check in planned[options.share[0] :: options.share[1]]:
             try:
                 wrong = check()
+            except Absent as error:
+                yield {"name": name, "status": "absent", "error": str(error)}
+                continue
             except Exception as error:
                 yield failure(name, error)
                 continue
@@ -83,6 +90,7 @@ def _checks(card: Card, seed: int, cache: Path) -> Iterator[tuple[str, Callable[
         yield f"mixed step, {shape}, {dtypes}", partial(plain_step, mixed, *given)
         yield f"one graph, {shape}, {dtypes}", partial(one_graph, shape, dtypes, DECODES, MAX_LEN, *given)
     yield "sampling", lambda: sampled(sampling_images(card.sm, cache), VOCAB, KS, seed)
+    yield "NCCL in a graph", partial(collectives_in_a_graph, seed)
 
 
 def device(card: Card) -> list[str]:
@@ -291,6 +299,61 @@ def sampled(images: list[Any], vocab: int, ks: tuple[int, ...], seed: int) -> li
                 found = sampler.candidates(len(given), k)
                 wrong = [row for row, one in enumerate(found) if not right_candidates(given[row], k, *one)]
                 problems += [f"k {k}, row {row}" + (", run again" if again else "") for row in wrong]
+    return problems
+
+
+def collectives_in_a_graph(seed: int) -> list[str]:
+    """Return the problems of a single rank's collectives, launched plainly and replayed in a graph.
+
+    They leave the numbers of a single rank as they are. Raises Absent without NCCL.
+    """
+    from llmc.plugins.collectives.tensorrt_plugin import NAMES, Attributes
+    from llmc.runtime.backends.tensorrt.cuda import Cuda
+    from llmc.runtime.backends.tensorrt.nccl import Nccl, NcclCollectives, unique_id
+    from llmc.runtime.errors import BackendError
+    from llmc.runtime.parallel.threads import thread_group
+
+    try:
+        nccl = Nccl()
+    except BackendError as error:
+        raise Absent(error.message) from error
+    rng, count, problems = np.random.default_rng(seed), 4096, []
+    dtypes = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes
+    with ExitStack() as owned:
+        cuda = Cuda()
+        owned.callback(cuda.close)
+        identity = unique_id(nccl, thread_group(1)[0])
+        collectives = NcclCollectives(nccl, 1, 0, identity, len(NAMES), cuda.make_current)
+        owned.callback(collectives.close)
+        host = cuda.pinned(4 * count)
+        source, between, target = (cuda.allocate(4 * count) for _ in range(3))
+
+        def run(dtype: str) -> None:
+            collectives.begin()
+            places = (source, between, target)
+            for number, name in enumerate(NAMES):
+                collectives.run(name, Attributes(1, number), dtype, *places[number:][:2], count, cuda.stream)
+            collectives.end()
+
+        for dtype, size in dtypes.items():
+            graph = None
+            for turn in ("plain", "graph", "graph again"):
+                numbers = rng.integers(1, 100, count * size, np.uint8)  # finite in every type
+                host[: numbers.size] = numbers
+                cuda.upload(host, source)
+                if turn == "plain":
+                    run(dtype)
+                else:
+                    graph = graph or cuda.capture(partial(run, dtype))
+                    graph.launch()
+                collectives.wait(cuda.is_done)
+                host[:] = 0
+                cuda.download(target, host)
+                cuda.wait()
+                if not np.array_equal(host[: numbers.size], numbers):
+                    problems.append(f"{dtype}, {turn}")
+            assert graph is not None
+            graph.close()
     return problems
 
 

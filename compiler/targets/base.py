@@ -156,7 +156,7 @@ class Target(Protocol):
         """
         ...
 
-    def check_machine(self, sizes: Sizes, clock: Clock) -> None:
+    def check_machine(self, resolved: Resolved, sizes: Sizes, clock: Clock) -> None:
         """Raise BuildError if this machine lacks the memory that `build` needs."""
         ...
 

@@ -143,8 +143,8 @@ class CpuTarget:
         writer.path(PROGRAM_FILE.format(0)).write_bytes(lowered.program.to_json())
         write_packed(lowered, writer, on_bytes, sources.made)
 
-    def check_machine(self, sizes: Sizes, clock: Clock) -> None:
-        del sizes, clock
+    def check_machine(self, resolved: Resolved, sizes: Sizes, clock: Clock) -> None:
+        del resolved, sizes, clock
 
     def verification_files(
         self, resolved: Resolved, engine: str, model: ir.Model, writer: BundleWriter

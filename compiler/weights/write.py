@@ -45,14 +45,17 @@ def write_weights(
     writer: BundleWriter,
     on_bytes: Callable[[int], None] = lambda done: None,
     made: Mapping[str, TensorRef] = MappingProxyType({}),
+    file: str = WEIGHTS_FILE,
 ) -> int:
     """Stream every large initializer of `model` to the bundle, and make the graph refer to the file.
 
     tensors: the checkpoint's tensors, by name
     on_bytes: called with the number of bytes written so far
     made: the codes and scales that the build made, by the names of their initializers
+    file: the name of the file, in a directory of the bundle
 
     Each parameter is read from its source tensors, or from `made`, and converted to the dtype of the graph.
+    Of the parameters that one of several ranks has a part of, the whole one is in memory for a moment.
     Returns the bytes written.
     Raises BuildError if a tensor is missing or cannot be converted, CheckpointError for NaN and infinity.
     """
@@ -64,20 +67,18 @@ def write_weights(
 
     def produce(name: str) -> Iterator[memoryview]:
         nonlocal done
-        ref = made.get(name)
-        chunks = _made_chunks(by_name[name], ref) if ref else _chunks(by_name[name], tensors)
-        for chunk in chunks:
+        for chunk in _contents(by_name[name], tensors, made):
             done += chunk.nbytes
             yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
             on_bytes(done)
 
-    path = writer.path(WEIGHTS_FILE)
+    path = writer.path(file)
     sha256, nbytes, spans = write_safetensors(path, entries, produce)
-    writer.add_hash(WEIGHTS_FILE, sha256, nbytes)
+    writer.add_hash(file, sha256, nbytes)
     for value in values:
         offset, length = spans[str(value.name)]
         value.const_value = ir.ExternalTensor(
-            WEIGHTS_FILE,
+            file,
             offset,
             length,
             _dtype(value),
@@ -145,8 +146,24 @@ def main_dtype(model: ir.Model) -> str:
     return _NAMES[sizes.most_common(1)[0][0]]
 
 
+def _contents(
+    value: ir.Value, tensors: Mapping[str, TensorRef], made: Mapping[str, TensorRef]
+) -> Iterator[np.ndarray]:
+    """Return the data of an initializer, in chunks."""
+    record = parameter(value)
+    if record is not None and record.kept:
+        part = _read(value, tensors, made.get(record.file_name))
+        return iter([np.frombuffer(part.tobytes(), np.uint8)])
+    ref = made.get(str(value.name))
+    return _made_chunks(value, ref) if ref else _chunks(value, tensors)
+
+
 def _entry(value: ir.Value, made: Mapping[str, TensorRef]) -> TensorEntry:
-    name = str(value.name)
+    name, record = str(value.name), parameter(value)
+    if record is not None and record.kept:
+        if _dtype(value) in SAFETENSORS:
+            return name, SAFETENSORS[_dtype(value)], _shape(value)
+        return name, "U8", (_nbytes(value),)  # two codes in a byte
     if (ref := made.get(name)) and not _is_converted(value, ref):
         return name, ref.dtype, ref.shape
     return name, SAFETENSORS[_dtype(value)], _shape(value)

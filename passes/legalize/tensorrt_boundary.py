@@ -3,6 +3,10 @@
     llmc.PagedAttention   gets plugin_namespace and plugin_version, by which the parser finds the plugin
     llmc.RoundFP4(x, s)   becomes Cast(DequantizeLinear(q, DequantizeLinear(scales, s))), where q and scales
                           are the outputs of TRT_FP4DynamicQuantize(x, s)
+    llmc.AllReduce(x)     gets them too
+    llmc.AllGather(x)     becomes Reshape(Transpose(llmc.AllGather(x))), because the plugin's output is
+                          [ranks, N, W]
+    collectives           get the result of the one before as another input, unless it precedes them anyway
     function bodies       are removed, because the parser would take the body in place of the plugin
 
 Custom operators of the parser: https://github.com/onnx/onnx-tensorrt (TensorRT-RTX 1.7.1 builds
@@ -12,6 +16,7 @@ operators into the graph itself.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -21,8 +26,9 @@ import onnx_ir as ir
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from llmc.passes.spec import MODULE
+from llmc.plugins.collectives import spec as collectives
+from llmc.plugins.operator import DOMAIN, OPERATORS
 from llmc.plugins.paged_attention import spec as paged_attention
-from llmc.plugins.paged_attention import tensorrt_plugin
 from llmc.plugins.round_fp4 import spec as round_fp4
 from llmc.runtime.errors import BuildError
 
@@ -39,8 +45,9 @@ def to_tensorrt(model: ir.Model) -> onnx.ModelProto:
     G_LOGGER.severity = G_LOGGER.ERROR  # graphsurgeon warns of every type that numpy lacks
     graph = gs.import_onnx(source)
     graph.functions.clear()
+    _order_collectives(graph)
     for node in list(graph.nodes):
-        if node.domain == paged_attention.DOMAIN:
+        if node.domain == DOMAIN:
             if node.op not in _REPLACE:
                 raise BuildError(f"TensorRT has no operator llmc.{node.op}", "please report this")
             _REPLACE[node.op](graph, node)
@@ -52,8 +59,45 @@ def to_tensorrt(model: ir.Model) -> onnx.ModelProto:
 
 def _name_plugin(graph: gs.Graph, node: gs.Node) -> None:
     del graph
-    node.attrs["plugin_namespace"] = tensorrt_plugin.NAMESPACE
-    node.attrs["plugin_version"] = tensorrt_plugin.VERSION
+    node.attrs["plugin_namespace"] = DOMAIN
+    node.attrs["plugin_version"] = str(OPERATORS[node.op].abi)
+
+
+def _order_collectives(graph: gs.Graph) -> None:
+    """Let each collective depend on the one before, so that every rank's engine runs them in this order."""
+    nodes = [node for node in graph.nodes if node.op in (collectives.ALL_REDUCE, collectives.ALL_GATHER)]
+    nodes.sort(key=lambda node: int(node.attrs["sequence"]))
+    for before, node in itertools.pairwise(nodes):
+        if not _precedes(before, node):
+            node.inputs.append(before.outputs[0])
+
+
+def _precedes(first: gs.Node, node: gs.Node) -> bool:
+    """Return whether `node` depends on `first`."""
+    seen, waiting = set(), [node]
+    while waiting:
+        for tensor in waiting.pop().inputs:
+            for producer in tensor.inputs:
+                if producer is first:
+                    return True
+                if id(producer) not in seen:
+                    seen.add(id(producer))
+                    waiting.append(producer)
+    return False
+
+
+def _gather_columns(graph: gs.Graph, node: gs.Node) -> None:
+    """Put the parts of the ranks side by side: [ranks, N, W] to [N, ranks x W]."""
+    _name_plugin(graph, node)
+    (result,) = node.outputs
+    width = int(result.shape[-1])
+    parts, rows = (gs.Variable(f"{node.name}.{name}", result.dtype) for name in ("parts", "rows"))
+    shape = gs.Constant(f"{node.name}.shape", np.array([-1, width], np.int64))
+    node.outputs = [parts]
+    graph.nodes += [
+        gs.Node("Transpose", f"{node.name}.transpose", {"perm": [1, 0, 2]}, [parts], [rows]),
+        gs.Node("Reshape", f"{node.name}.reshape", {}, [rows, shape], [result]),
+    ]
 
 
 def _quantize_fp4(graph: gs.Graph, node: gs.Node) -> None:
@@ -85,6 +129,8 @@ def _quantize_fp4(graph: gs.Graph, node: gs.Node) -> None:
 _REPLACE: dict[str, Callable[[gs.Graph, gs.Node], None]] = {
     paged_attention.NAME: _name_plugin,
     round_fp4.NAME: _quantize_fp4,
+    collectives.ALL_REDUCE: _name_plugin,
+    collectives.ALL_GATHER: _gather_columns,
 }
 
 

@@ -10,20 +10,19 @@ Plugins hold no kernels. The caller that runs an engine provides a launcher for 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import threading
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from llmc.plugins.lent import Lent
 from llmc.plugins.paged_attention.launch import Attention
 from llmc.plugins.paged_attention.spec import ABI_VERSION, DOMAIN, NAME, QUANTIZED_CACHES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 NAMESPACE = DOMAIN
 VERSION = str(ABI_VERSION)
@@ -87,30 +86,9 @@ class Launcher(Protocol):
     ) -> None: ...  # fmt: skip
 
 
-class _CurrentLauncher(threading.local):
-    """A thread's launcher and first error. TensorRT calls plugins in the thread that runs the engine."""
-
-    launcher: Launcher | None = None
-    error: Exception | None = None
-
-
-_current_launcher = _CurrentLauncher()
-
-
-@contextlib.contextmanager
-def use_launcher(launcher: Launcher) -> Iterator[None]:
-    """Let engines that this thread runs in the `with` block launch their attention through `launcher`.
-
-    TensorRT prints the exceptions of plugins and continues. The first one is raised again at the end.
-    """
-    _current_launcher.launcher, _current_launcher.error = launcher, None
-    try:
-        yield
-    finally:
-        error = _current_launcher.error
-        _current_launcher.launcher = _current_launcher.error = None
-        if error is not None:
-            raise error
+_launcher: Lent[Launcher] = Lent(f"{DOMAIN}.{NAME} has no kernels in this process and cannot launch")
+#: Let engines that this thread runs in the `with` block launch their attention through this launcher.
+use_launcher = _launcher.lend
 
 
 @functools.cache
@@ -236,16 +214,8 @@ def make_plugin(trt: Any) -> Any:
             del output_desc, workspace
             if self._builds:
                 return  # the builder times tactics, and this plugin has only one
-            if _current_launcher.launcher is None:
-                raise RuntimeError(
-                    f"{DOMAIN}.{NAME} has no kernels in this process and cannot launch: "
-                    "run the engine through llmc.runtime"
-                )
-            try:
-                self._launch(_current_launcher.launcher, input_desc, inputs, outputs, stream)
-            except Exception as error:
-                _current_launcher.error = _current_launcher.error or error
-                raise
+            with _launcher.borrowed() as launcher:
+                self._launch(launcher, input_desc, inputs, outputs, stream)
 
         def _launch(
             self, launcher: Launcher, described: Sequence[Any], inputs: Sequence[int],

@@ -30,6 +30,7 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 
 
 _CPU_CACHES = {"int8": "native", "u8": "openvino"}  # quantized KV cache -> the engine that has it
+_ONE_RANK = ("openvino", "onnxruntime")  # engines without collectives
 _KV_CACHES = ("fp32", "fp16", "bf16", *_CPU_CACHES, *QUANTIZED_CACHES)
 _PART = r"[A-Za-z0-9_+@=-](?:[A-Za-z0-9_.+@=-]{0,126}[A-Za-z0-9_+@=-])?"
 _PATH = re.compile(rf"{_PART}(?:/{_PART})*")
@@ -449,8 +450,10 @@ def _check_consistent(manifest: Manifest) -> None:
         _bad("operators", "an operator is listed twice")
     if manifest.parallel.world_size != manifest.parallel.tp * manifest.parallel.pp:
         _bad("parallel.world_size", "is not the product of tp, pp and ep")
-    if manifest.parallel.world_size > 1 and manifest.target.engine != "native":
+    if manifest.parallel.world_size > 1 and manifest.target.engine in _ONE_RANK:
         _bad("parallel", f"{manifest.target.engine} runs one rank only")
+    if manifest.parallel.pp > 1 and manifest.gpu is not None:
+        _bad("parallel.pp", f"{manifest.target.engine} has no pipeline stages")
     ranks = [engine.rank for engine in manifest.engines]
     if len(ranks) != manifest.parallel.world_size or ranks != list(range(len(ranks))):
         _bad("engines", f"must list ranks 0 to {manifest.parallel.world_size - 1} in order")

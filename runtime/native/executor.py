@@ -28,7 +28,7 @@ from llmc.runtime.native.plan import (
     plan,
     round_to_lines,
 )
-from llmc.runtime.native.program import Cache, Program, View
+from llmc.runtime.native.program import TRANSFERS, Cache, Program, View
 from llmc.runtime.parallel.communicator import Communicator
 from llmc.runtime.parallel.processes import ProcessCommunicator
 
@@ -67,6 +67,8 @@ class Executor:
         size = communicator.size if communicator else 1
         if size != program.ranks:
             raise ValueError(f"the program is one of {program.ranks} ranks, and {size} run")
+        if communicator is None and any(each.op in TRANSFERS for each in program.instructions):
+            raise ValueError("the program is that of a pipeline stage, and it runs alone")
         self._communicator = communicator
         #: The engine itself runs the collectives of ranks that share memory.
         self._shared = communicator if size > 1 and isinstance(communicator, ProcessCommunicator) else None
@@ -427,7 +429,7 @@ class _Transfer:
 
 
 def _segments(planned: Plan, pauses: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the groups (first, last) that run without a pause: an operation of `pauses`, or all between two."""
+    """Return the groups (first, last) that run in one go: an operation of `pauses`, or all between two."""
     segments: list[tuple[int, int]] = []
     first = 0
     for number, (begin, _) in enumerate(planned.groups):

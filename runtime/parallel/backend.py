@@ -56,9 +56,11 @@ def load_parallel(
 
 def job_of(bundle: Bundle, engine: EngineFile, options: LoadOptions, threads: int, timeout: float) -> Job:
     """Return the job of all ranks. engine: of rank 0; threads: of each rank"""
+    on_gpus = bundle.manifest.gpu is not None
     return Job(
         manifest_sha256=manifest_sha256(bundle),
-        kv_blocks=cpu_blocks(engine, options),
+        kv_blocks=None if on_gpus else cpu_blocks(engine, options),
+        kv_memory=options.kv_memory if on_gpus else None,
         max_tokens=options.max_tokens,
         max_sequences=options.max_sequences,
         threads=threads,
@@ -96,10 +98,13 @@ def start_ranks(
         followers = Followers(path, job, others, module, paths)
         backend = load(communicator)
         followers.wait_until_loaded()
-    except BaseException:
+    except BaseException as error:
+        cause = followers.cause(error) if followers and isinstance(error, RankEnded) else error
         communicator.close()
         if followers is not None:
             followers.close()
+        if cause is not error:
+            raise cause from error
         raise
     return ParallelBackend(backend, communicator, followers, stages)
 

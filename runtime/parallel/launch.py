@@ -6,6 +6,9 @@
     mpirun (MPICH)      PMI_RANK, PMI_SIZE, MPI_LOCALNRANKS
     srun                SLURM_PROCID, SLURM_NTASKS, SLURM_STEP_NUM_NODES
 
+The number among the ranks of a machine, which chooses a GPU, is LOCAL_RANK, OMPI_COMM_WORLD_LOCAL_RANK,
+MPI_LOCALRANKID or SLURM_LOCALID.
+
 The ranks meet at MASTER_ADDR and MASTER_PORT. Without these variables, ranks of one machine meet at 127.0.0.1
 and a port that follows from the job.
 """
@@ -34,6 +37,12 @@ _VARIABLES = (
     ("SLURM_PROCID", "SLURM_NTASKS", ""),
 )
 
+_LOCAL_RANKS = {  # the variable of the size -> that of the rank among those of the machine
+    "WORLD_SIZE": "LOCAL_RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "PMI_SIZE": "MPI_LOCALRANKID",
+    "SLURM_NTASKS": "SLURM_LOCALID",
+}
 #: The variables that hold the number of ranks.
 SIZES = tuple(size for _, size, _ in _VARIABLES)
 
@@ -79,6 +88,17 @@ def place_of(environment: Mapping[str, str]) -> Place | None:
             local = math.ceil(size / _number(environment, "SLURM_STEP_NUM_NODES", 1))
         return Place(rank, size, local, size_name)
     return None
+
+
+def local_rank_of(environment: Mapping[str, str]) -> int | None:
+    """Return the number of this process among those of its machine; None if no launcher started several.
+
+    Raises RankError as `place_of` does, also if the launcher does not say.
+    """
+    place = place_of(environment)
+    if place is None:
+        return None
+    return _number(environment, _LOCAL_RANKS[place.variable], 0, place.size - 1)
 
 
 def meeting_of(environment: Mapping[str, str], place: Place) -> Meeting:

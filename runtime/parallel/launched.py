@@ -21,6 +21,7 @@ from llmc.runtime.cpus import available_cpus, engine_threads
 from llmc.runtime.errors import BackendError, LlmcError, RankError
 from llmc.runtime.native.weights import Weights
 from llmc.runtime.parallel.backend import ParallelBackend, job_of
+from llmc.runtime.parallel.communicator import RankEnded
 from llmc.runtime.parallel.follower import follow, load_rank, manifest_sha256
 from llmc.runtime.parallel.followers import Follower, Followers
 from llmc.runtime.parallel.launch import Place, meeting_of, place_of
@@ -68,6 +69,7 @@ def load_launched(
             f"use `llmc run`, or call follow_if_launched before load_engine, or unset {place.variable}",
         )
     group = gather(place, meeting_of(os.environ, place), manifest_sha256(bundle))
+    followers = None
     try:
         engine = EngineFile.of(bundle, weights)
         job = job_of(bundle, engine, options, threads_of(place, options.threads), timeout)
@@ -76,8 +78,11 @@ def load_launched(
         followers = LaunchedFollowers(group.channels, job)
         backend = load_backend(engine, job.load_options(communicator))
         followers.wait_until_loaded()
-    except BaseException:
+    except BaseException as error:
+        cause = followers.cause(error) if followers and isinstance(error, RankEnded) else error
         group.close()  # the other ranks end, too
+        if cause is not error:
+            raise cause from error
         raise
     stages = bundle.manifest.parallel.pp
     return LaunchedBackend(cast(RankBackend, backend), communicator, followers, stages)

@@ -35,7 +35,8 @@ class Job:
 
     #: The sha256 of the manifest that rank 0 has read.
     manifest_sha256: str
-    kv_blocks: int
+    #: None: the ranks agree on it when they know what their GPUs hold.
+    kv_blocks: int | None
     max_tokens: int
     max_sequences: int
     #: The number of threads of each rank.
@@ -43,11 +44,14 @@ class Job:
     activation_group: int | None
     #: The seconds that a rank waits for another one.
     timeout: float
+    #: The size of the KV cache of all ranks together, in bytes; None: the default.
+    kv_memory: int | None = None
 
     def load_options(self, communicator: Communicator) -> LoadOptions:
         """Return the options for loading a rank with its communicator."""
         return LoadOptions(
             kv_blocks=self.kv_blocks,
+            kv_memory=self.kv_memory,
             max_tokens=self.max_tokens,
             max_sequences=self.max_sequences,
             threads=self.threads,

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from llmc.runtime.bundle.strict_json import DAMAGED
 from llmc.runtime.errors import RankError
 from llmc.runtime.parallel.communicator import (
     HEADER_BYTES,
@@ -56,14 +57,21 @@ class SocketTransfers:
     def send(self, array: np.ndarray, to: int, sequence: int) -> None:
         """See `Communicator.send`."""
         call = transfer_of(array, sequence, self._step)
-        self._links[to].send(call.pack() + array.tobytes(), call)
+        self._link(to).send(call.pack() + array.tobytes(), call)
 
     def receive(self, array: np.ndarray, source: int, sequence: int) -> None:
         """See `Communicator.receive`."""
-        call, link = transfer_of(array, sequence, self._step), self._links[source]
+        call, link = transfer_of(array, sequence, self._step), self._link(source)
         if (other := Collective.unpack(bytes(link.receive(HEADER_BYTES, call)))) != call:
             raise mismatch(call, self._rank, other, source)
         array[...] = np.frombuffer(link.receive(array.size * 4, call), np.float32).reshape(array.shape)
+
+    def _link(self, rank: int) -> _Link:
+        if rank not in self._links:
+            raise RankError(
+                f"the program of rank {self._rank} names rank {rank}, which is not connected", DAMAGED
+            )
+        return self._links[rank]
 
     def close(self) -> None:
         """Close the connections. Other ranks that wait for this one, now or later, get a RankError."""

@@ -110,7 +110,7 @@ def test_requests_for_several_ranks_are_checked(tmp_path: Path) -> None:
     for options in (
         {"tp": 0},
         {"tp": 65},
-        {"tp": 2, "target": "tensorrt-rtx"},
+        {"tp": 2, "engine": "onnxruntime"},
         {"tp": 2, "engine": "openvino"},
     ):
         with pytest.raises(BuildError, match="--tp is") as caught:

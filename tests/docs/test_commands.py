@@ -29,6 +29,7 @@ STANDS_FOR = {
 NOT_RUN = (
     "--target tensorrt",  # tests/compiler/test_tensorrt_bundle.py; `tensorrt` needs a GPU
     "run tales-gpu.llmc",
+    "run tp2-gpu.llmc",
     "run NAME.llmc --chat",  # tests/cli/test_run_prompts.py; tales has no chat template
     "build CHECKPOINT -o olmo2.llmc",  # tests/compiler/test_families.py
 )

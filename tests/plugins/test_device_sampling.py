@@ -381,9 +381,9 @@ def test_a_bundle_carries_the_kernels(tmp_path: Path, monkeypatch: pytest.Monkey
         return tmp_path / file
 
     resolved = Resolved("tensorrt-rtx", "bf16", "bf16", (86, 121))
-    model: Any = None  # `layers` above needs none
+    models: Any = [None]  # `layers` above needs none
     work: Any = SimpleNamespace(path=path)
-    files = kernels.compile_into(model, resolved, work, Silent())
+    files = kernels.compile_into(models, resolved, work, Silent())
     assert [(f.variant, f.sm, f.kind) for f in files] == [
         (f"{name}-abi1", *code) for name in launch.ARGUMENTS for code in ((86, "cubin"), (89, "ptx"))
     ]

@@ -241,6 +241,16 @@ def test_stages_are_ranks():
     assert json.loads(example.to_json())["parallel"] == {"tp": 1, "pp": 2, "ep": 1, "world_size": 2}
 
 
+def test_ranks_may_be_on_gpus():
+    example, on_a_gpu = ranks_example(), gpu_example()
+    kernels = {kernel.file: on_a_gpu.files[kernel.file] for kernel in on_a_gpu.gpu.kernels}
+    changed = dataclasses.replace(
+        example, target=on_a_gpu.target, gpu=on_a_gpu.gpu, files={**example.files, **kernels}
+    )
+    data = changed.to_json()
+    assert Manifest.from_json(data) == changed
+
+
 RANK0, RANK1 = ranks_example().engines
 
 
@@ -274,10 +284,6 @@ RANK0, RANK1 = ranks_example().engines
         (
             {"target": Target("cpu", "onnxruntime", "", {})},
             "parallel: onnxruntime runs one rank only",
-        ),
-        (
-            {"target": gpu_example().target, "gpu": dataclasses.replace(gpu_example().gpu, kernels=())},
-            "parallel: tensorrt-rtx runs one rank only",
         ),
     ],
 )

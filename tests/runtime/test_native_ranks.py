@@ -160,6 +160,8 @@ def test_a_program_runs_with_as_many_ranks_as_it_was_made_for() -> None:
         _executor(rank_program(0), None)
     with pytest.raises(ValueError, match="the program is one of 2 ranks, and 3 run"):
         _executor(rank_program(0), thread_group(3)[0])
+    with pytest.raises(ValueError, match="is that of a pipeline stage, and it runs alone"):
+        _executor(stage_program(0), None)
 
 
 Tree = dict[str, Any]

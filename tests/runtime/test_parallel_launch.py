@@ -23,7 +23,7 @@ import pytest
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BundleError, LlmcError, RankError
 from llmc.runtime.parallel import rendezvous
-from llmc.runtime.parallel.launch import Meeting, Place, meeting_of, place_of
+from llmc.runtime.parallel.launch import Meeting, Place, local_rank_of, meeting_of, place_of
 from llmc.runtime.parallel.launched import LaunchedFollowers
 from llmc.runtime.parallel.messages import END, Job, receive_step
 from llmc.runtime.parallel.rendezvous import Group, Hello, Refused, gather, join
@@ -66,6 +66,25 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "77", "SLURM_
 )
 def test_the_place_of_a_process(environment: Mapping[str, str], place: Place | None) -> None:
     assert place_of(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("environment", "local"),
+    [
+        ({}, None),
+        (TORCHRUN | {"LOCAL_RANK": "1"}, 1),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "2"}, 2),
+        (MPICH | {"MPI_LOCALRANKID": "0"}, 0),
+        (SLURM | {"SLURM_LOCALID": "3"}, 3),
+    ],
+)
+def test_the_number_among_the_ranks_of_a_machine(environment: Mapping[str, str], local: int | None) -> None:
+    assert local_rank_of(environment) == local
+
+
+def test_a_launcher_that_does_not_number_the_ranks_of_a_machine() -> None:
+    with pytest.raises(RankError, match="LOCAL_RANK is not set"):
+        local_rank_of({"RANK": "0", "WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize(

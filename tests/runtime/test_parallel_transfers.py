@@ -176,3 +176,12 @@ def test_nothing_is_left_of_closed_stages() -> None:
     for rank in ranks:
         rank.close()
     assert (os.listdir("/proc/self/fd"), os.listdir("/dev/shm")) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_a_rank_that_is_no_neighbour_is_refused() -> None:
+    first = processes(3, 3)[0]
+    with pytest.raises(RankError, match="the program of rank 0 names rank 7, which is not connected"):
+        first.send(np.zeros((1, 4), np.float32), 7, 0)
+    with pytest.raises(RankError, match="names rank 7"):
+        first.receive(np.zeros((1, 4), np.float32), 7, 0)

@@ -10,6 +10,7 @@ the GPU do as they say. Tests on a GPU (tests/gpu) are for that.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 from llmc.runtime.errors import BackendError
 from support.cuda_stand_in import compile_driver
 from support.gpu_bundle import needs_packages, no_cuda_python, write_files
+from support.nccl_stand_in import compile_library
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -33,11 +35,12 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a libcuda.so.1 that is no NVIDIA driver."""
+    """A directory with a libcuda.so.1 that is no NVIDIA driver, and a libnccl.so.2 that is no NCCL."""
     if (compiler := shutil.which("cc")) is None:
         pytest.skip("there is no C compiler for the stand-in")
     folder = tmp_path_factory.mktemp("driver")
     compile_driver(compiler, folder)
+    compile_library(compiler, folder)
     return folder
 
 
@@ -74,11 +77,33 @@ def test_steps_on_a_stand_in_for_the_gpu(
 
 
 @needs_stand_in
+@needs_packages
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "variables", "said"),
+    [
+        ("serve", {}, "as the reference says"),
+        ("serve", {"LLMC_TEST_WRONG": "order"}, "BackendError: rank 1: .*collective 2 where 1 is due"),
+        ("serve", {"LLMC_TEST_GPUS": "1"}, "BackendError: .* has 2 ranks with a GPU each: 2 are needed here"),
+        ("killed", {}, "RankError: rank 1 was killed by signal 9"),
+    ],
+)
+def test_ranks_on_stand_ins_for_gpus_and_nccl(
+    what: str, variables: dict[str, str], said: str, stand_in: Path, directory: Path
+) -> None:
+    given = {"LLMC_TEST_GPUS": "2", "LLMC_TEST_RANKS": "2", "LLMC_TEST_NCCL": str(stand_in / "libnccl.so.2")}
+    given |= {"XDG_CACHE_HOME": str(directory / "cache"), **variables}
+    line = run_on_stand_in(SUPPORT / "serve_ranks_on_stand_in.py", stand_in, what, str(directory), **given)
+    assert re.match(said, line), line
+
+
+@needs_stand_in
 @pytest.mark.skipif(no_cuda_python, reason="cuda-python is not installed")
 @pytest.mark.slow
 def test_gpu_check_finds_what_is_wrong_with_the_runtime(stand_in: Path) -> None:
     """Its part `runtime`: nothing, with the kernels as they are, and each mistake that is put in."""
-    assert run_on_stand_in(SUPPORT / "gpu_check_on_stand_in.py", stand_in) == "all as expected"
+    said = run_on_stand_in(SUPPORT / "gpu_check_on_stand_in.py", stand_in, str(stand_in / "libnccl.so.2"))
+    assert said == "all as expected"
 
 
 @pytest.mark.skipif(no_cuda_python, reason="cuda-python is not installed")

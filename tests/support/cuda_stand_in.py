@@ -30,17 +30,19 @@ void stand_in(void *f) { event = f; }
 #define SAY(name, a, b, c) (R)event(name, (U)(a), (U)(b), (U)(c))
 static U room(U n) { return (n + 511) / 512 * 512; }
 R cuInit(unsigned f) { return 0; }
+R cuDeviceGetCount(int *n) { const char *v = getenv("LLMC_TEST_GPUS"); *n = v ? atoi(v) : 1; return 0; }
 R cuDeviceGet(int *d, int o) { *d = o; return 0; }
 R cuDriverGetVersion(int *v) { *v = 13040; return 0; }
 R cuDeviceGetName(char *n, int l, int d) { strncpy(n, "stand-in", l); return 0; }
 R cuDeviceGetAttribute(int *v, int a, int d) {
   *v = a == 75 ? 8 : a == 76 ? 9 : a == 16 ? 8 : a == 97 ? 101376 : -1; return 0; }
-R cuDevicePrimaryCtxRetain(U *c, int d) { *c = 17; return SAY("retain", 0, 0, 0); }
+R cuDevicePrimaryCtxRetain(U *c, int d) { *c = 17; return SAY("retain", d, 0, 0); }
 R cuDevicePrimaryCtxRelease(int d) { return SAY("release", 0, 0, 0); }
 R cuCtxSetCurrent(U c) { return c == 17 ? 0 : 201; }
 R cuStreamCreate(U *s, unsigned f) { *s = 34; return f == 1 ? SAY("stream", 0, 0, 0) : 1; }
 R cuStreamDestroy(U s) { return SAY("drop stream", s, 0, 0); }
 R cuStreamSynchronize(U s) { return SAY("wait", s, 0, 0); }
+R cuStreamQuery(U s) { return SAY("ask", s, 0, 0); }
 R cuMemGetInfo(U *f, U *t) { *f = (U)1 << 33; *t = (U)1 << 34; return 0; }
 R cuMemAlloc(U *p, U n) { *p = (U)aligned_alloc(512, room(n)); memset((void *)*p, 255, n);
   return SAY("allocate", *p, n, 0); }
@@ -110,6 +112,7 @@ class StandIn:
         self.sizes = {str(v): (launch.configure(v, 89).num_warps, 0) for v in others}  # warps, shared memory
         self.sizes |= {file.variant: (file.num_warps, file.shared_memory) for file in files}
         self.downloads: list[int] = []  # bytes
+        self.hangs = False  # whether work on the stream waits for something that does not come
 
     def event(self, name: bytes, a: int, b: int, c: int) -> int:
         try:
@@ -117,8 +120,7 @@ class StandIn:
             if what == self.fail:
                 self.recording = None
                 return 900
-            getattr(self, "on_" + what.replace(" ", "_"), lambda *_: None)(a, b, c)
-            return 0
+            return getattr(self, "on_" + what.replace(" ", "_"), lambda *_: None)(a, b, c) or 0
         except BaseException as error:  # would be lost in C
             print(what, repr(error), file=sys.stderr)
             os._exit(1)
@@ -128,6 +130,15 @@ class StandIn:
 
     def on_allocate(self, address: int, size: int, _: int) -> None:
         self.memory[address] = size
+
+    def hang(self, hangs: bool) -> None:
+        self.hangs = hangs
+
+    def on_ask(self, *_: int) -> int:
+        return 600 if self.hangs else 0  # CUDA_ERROR_NOT_READY
+
+    def on_retain(self, device: int, *_: int) -> None:
+        self.device = device
 
     def on_free(self, address: int, *_: int) -> None:
         del self.memory[address]

@@ -1,4 +1,7 @@
-"""A GPU bundle of a model of two layers: its manifest, its files, its engine's tensors and its steps."""
+"""A GPU bundle of a model of two layers: its manifest, its files, its engine's tensors and its steps.
+
+With LLMC_TEST_RANKS in the environment, the tensors are those of one of several ranks.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from llmc.plugins.collectives.tensorrt_plugin import make_plugins
 from llmc.plugins.paged_attention import launch, spec
 from llmc.plugins.paged_attention.launch import Attention
 from llmc.plugins.paged_attention.tensorrt_plugin import make_plugin
@@ -30,6 +34,7 @@ from llmc.runtime.bundle.manifest import (
     Limits,
     Manifest,
     Operator,
+    Parallel,
     Precision,
     Producer,
     Source,
@@ -52,11 +57,14 @@ L40 = Device("NVIDIA L40", 89, (13, 4), 142, 101376)
 
 # A model of two layers, one of them with a sliding window.
 HEADS, KV_HEADS, D, DV, VOCAB, MAX_LEN, WINDOW = 4, 2, 32, 16, 53, 1100, 40
+# Set for the script that serves several ranks on the stand-ins.
+RANKS = int(os.environ.get("LLMC_TEST_RANKS", "1"))
+OWN_HEADS, OWN_KV_HEADS = HEADS // RANKS, KV_HEADS // RANKS  # of one rank
 LAYERS = (
     Layer("full", 0, KV_HEADS, D, DV),
     Layer("sliding", WINDOW, KV_HEADS, D, DV),
 )
-ATTENTION = [Attention(HEADS, KV_HEADS, D, DV, layer.window) for layer in LAYERS]
+ATTENTION = [Attention(OWN_HEADS, OWN_KV_HEADS, D, DV, layer.window) for layer in LAYERS]
 # (key_scale, value_scale) of FP8 caches; None: fp16. Set for the script that serves on the stand-ins.
 KV_SCALES = (0.03, 0.02) if os.environ.get("LLMC_TEST_FP8_CACHE") else None
 CACHE = np.dtype(ml_dtypes.float8_e4m3fn if KV_SCALES else np.float16)
@@ -107,6 +115,23 @@ def manifest(**changes: Any) -> Manifest:
     return replace(made, **changes)
 
 
+def manifest_of_ranks(**changes: Any) -> Manifest:
+    """Return the manifest of the same model for two ranks, with a gather and two sums a step."""
+    made = manifest()
+    plans = [PLAN, PLAN.replace("rank0.plan", "rank1.plan")]
+    counts = {"AllGather": 1, "AllReduce": len(LAYERS)}
+    collectives = tuple(Operator(f"llmc.{name}", 1, count) for name, count in counts.items())
+    changed = replace(
+        made,
+        engines=tuple(Engine(rank, plan) for rank, plan in enumerate(plans)),
+        operators=(*collectives, *made.operators),
+        parallel=Parallel(tp=2, world_size=2),
+        files={**made.files, plans[1]: made.files[PLAN]},
+        format_version=4,
+    )
+    return replace(changed, **changes)
+
+
 def gpu_changes(**changes: Any) -> dict[str, Any]:
     gpu = manifest().gpu
     assert gpu is not None
@@ -128,7 +153,7 @@ def tensors(cache: str = "FP8" if KV_SCALES else "HALF") -> list[Tensor]:
     made = [Tensor(name, True, "INT32", (-1,), (size,)) for name, size in most.items()]
     for i in range(len(LAYERS)):
         for kind, width in (("key", D), ("value", DV)):
-            shape = (-1, KV_HEADS, 32, width)
+            shape = (-1, OWN_KV_HEADS, 32, width)
             made.append(Tensor(f"{kind}_cache.{i}", True, cache, shape, (1000 + width, *shape[1:])))
             made.append(Tensor(f"{kind}_cache_out.{i}", False, cache, shape))
     return [*made, Tensor("logits", False, "FLOAT", (-1, VOCAB))]
@@ -169,11 +194,22 @@ def make_layer(trt: Any, attention: Attention, scale: float) -> Any:
     return plugin.attach_to_context(None), creator
 
 
+def make_collective(trt: Any, sequence: int, operation: str, ranks: int) -> Any:
+    """Return a plugin of a collective as an engine holds it, and its creator."""
+    creator = next(creator for creator in make_plugins(trt) if creator.name == operation)
+    given = trt.PluginFieldCollection([])
+    arrays = [np.array([value], np.int32) for value in (ranks, sequence)]
+    for name, array in zip(("ranks", "sequence"), arrays, strict=True):
+        given.append(trt.PluginField(name, array, trt.PluginFieldType.INT32))
+    plugin = creator.create_plugin("collective", given, trt.TensorRTPhase.RUNTIME)
+    return plugin.attach_to_context(None), creator
+
+
 def described(
     trt: Any, tokens: int, sequences: int, blocks: int, entries: int, fp8: bool = KV_SCALES is not None
 ) -> list[Any]:
-    shapes = [(tokens, HEADS * D), (tokens, KV_HEADS * D), (tokens, KV_HEADS * DV)]
-    shapes += [(blocks, KV_HEADS, 32, D), (blocks, KV_HEADS, 32, DV)]
+    shapes = [(tokens, OWN_HEADS * D), (tokens, OWN_KV_HEADS * D), (tokens, OWN_KV_HEADS * DV)]
+    shapes += [(blocks, OWN_KV_HEADS, 32, D), (blocks, OWN_KV_HEADS, 32, DV)]
     shapes += [(sequences + 1,), (sequences,), (entries,), (sequences + 1,)]
     made = []
     for shape in shapes:

@@ -26,6 +26,7 @@ from llmc.plugins.paged_attention import launch
 from llmc.plugins.sampling import launch as sampling
 from support.cuda_stand_in import StandIn
 from support.gpu_bundle import sampling_kernels
+from support.nccl_stand_in import Hub, StandInNccl
 from support.triton_interpreter import _patch_interpreter
 
 PAIRS = [("8/4x8", "fp16"), ("4/2x16/32 window", "bf16-fp8kv")]
@@ -74,11 +75,20 @@ def main() -> None:
     sized |= {"current": lambda: Card("stand-in", 89, 8, 0, 0, ""), "sampling_images": lambda *_: files}
     vars(runtime).update(sized)
     runtime.aot.image = lambda variant, *_: images([variant])[0]
+    hubs = [Hub(1) for _ in range(2)]
+    library = StandInNccl(Path(sys.argv[1]), hubs[0].address, gpu.submit)
     found = list(runtime.rows(Options(3)))
-    assert [row["status"] for row in found] == ["passed"] * 6, found
-    assert gpu.log.count("instantiate") == len(PAIRS)
-    assert gpu.log.count("replay") == len(PAIRS) * len(DECODES)
-    shares = [list(runtime.rows(Options(3, share=(index, 7)))) for index in (0, 6)]
+    assert [row["status"] for row in found] == ["passed"] * 7, found
+    assert len(hubs[0].calls) == 3 * 3 * 2  # element types, runs, operations
+    assert library.log[-1] == "abort"
+    assert gpu.log.count("instantiate") == len(PAIRS) + 3
+    assert gpu.log.count("replay") == len(PAIRS) * len(DECODES) + 3 * 2
+    library.address = hubs[1].address
+    library.wrong = True
+    assert runtime.collectives_in_a_graph(3) == [
+        f"{dtype}, {turn}" for dtype in ("bf16", "fp16", "fp32") for turn in ("plain", "graph", "graph again")
+    ]
+    shares = [list(runtime.rows(Options(3, share=(index, 8)))) for index in (0, 7)]
     assert [[row["name"] for row in share] for share in shares] == [["the GPU's properties"], []]
 
     assert runtime.device(Card("stand-in", 90, 8, 0, 0, "")) == ["SM 89, torch says 90"]

@@ -1,5 +1,8 @@
 """A stand-in for TensorRT's engine: numpy between the attention layers, which are real plugins.
 
+The engine of one of several ranks has some columns of the embedding, which are gathered, and some heads,
+whose results are summed. Both are done by the real plugins of collectives.
+
 `ReferenceBackend` is the same model with the reference of attention, to compare with.
 """
 
@@ -20,12 +23,16 @@ from support.gpu_bundle import (
     KV_HEADS,
     LAYERS,
     NAMES,
+    OWN_HEADS,
+    OWN_KV_HEADS,
     PLAN_BYTES,
+    RANKS,
     SCALE,
     SCALES,
     VOCAB,
     D,
     described,
+    make_collective,
     make_layer,
     tensors,
 )
@@ -44,6 +51,16 @@ class Model:
         widths = (HEADS * D, KV_HEADS * D, KV_HEADS * DV)
         self.qkv = [[matrix(24, width) for width in widths] for _ in LAYERS]
         self.out = [matrix(HEADS * DV, 24) for _ in LAYERS]
+
+    def keep_part(self, rank: int) -> None:
+        """Keep the part of one of RANKS ranks: columns of the table and heads."""
+
+        def part(matrix: np.ndarray, axis: int) -> np.ndarray:
+            return np.split(matrix, RANKS, axis)[rank]
+
+        self.columns = slice(rank * 24 // RANKS, (rank + 1) * 24 // RANKS)
+        self.qkv = [[part(matrix, 1) for matrix in layer] for layer in self.qkv]
+        self.out = [part(matrix, 0) for matrix in self.out]
 
     def embed(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         return self.table[ids] + np.sin(positions[:, None] / np.arange(1, 25))
@@ -78,8 +95,11 @@ class ReferenceBackend:
 class StandInTensorRt:
     """TensorRT's module, in which engines are stand-ins."""
 
-    def __init__(self, real: Any, gpu: StandIn, capturable: bool, most_contexts: int = 99) -> None:
+    def __init__(
+        self, real: Any, gpu: StandIn, capturable: bool, most_contexts: int = 99, rank: int = 0
+    ) -> None:
         self._real, self.gpu, self.capturable, self.most_contexts = real, gpu, capturable, most_contexts
+        self.rank = rank
         self.cache = StandInCache()
 
     def __getattr__(self, name: str) -> Any:
@@ -101,9 +121,12 @@ class StandInEngine:
 
     def __init__(self, trt: StandInTensorRt) -> None:
         self.trt, self.model, self.contexts = trt, Model(), 0
+        self.model.keep_part(trt.rank)
         self.given = {tensor.name: tensor for tensor in tensors()}
         self.num_io_tensors = len(self.given)
         self.layers = [make_layer(trt._real, attention, SCALE) for attention in ATTENTION]
+        names = ["AllGather", *["AllReduce"] * len(LAYERS)] if RANKS > 1 else []
+        self.collectives = [make_collective(trt._real, *each, RANKS) for each in enumerate(names)]
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.given)[index]
@@ -205,10 +228,13 @@ class StandInContext:
         assert shapes["query_start"] == shapes["block_begins"] == (sequences + 1,)
         widths = {
             "x": 48,
-            "query": HEADS * D,
-            "key": KV_HEADS * D,
-            "value": KV_HEADS * DV,
-            "output": HEADS * DV,
+            "query": OWN_HEADS * D,
+            "key": OWN_KV_HEADS * D,
+            "value": OWN_KV_HEADS * DV,
+            "output": OWN_HEADS * DV,
+            "columns": 48 // RANKS,
+            "gathered": 48,
+            "summand": 48,
         }
         place = {name: self.memory + i * (1 << 17) for i, name in enumerate(widths)}
 
@@ -219,7 +245,27 @@ class StandInContext:
             return gpu.view(at[name], np.int32, shapes[name])
 
         def embed() -> None:
-            array("x", np.float32)[:] = engine.model.embed(integers("input_ids"), integers("position_ids"))
+            whole = engine.model.embed(integers("input_ids"), integers("position_ids"))
+            array("columns", np.float32)[:] = whole[:, engine.model.columns]
+
+        def arrange() -> None:
+            parts = array("gathered" if RANKS > 1 else "columns", np.float32)
+            parts = parts.reshape(RANKS, tokens, 24 // RANKS)
+            array("x", np.float32)[:] = np.concatenate(list(parts), axis=1)
+
+        def collect(number: int, source: str, target: str) -> bool:
+            """Run a collective. Return False if it fails."""
+            if RANKS == 1:
+                return True
+            plugin, _creator = engine.collectives[number]
+            x = engine.trt._real.PluginTensorDesc()
+            x.dims = engine.trt._real.Dims((tokens, widths[source] // 2))
+            x.type = engine.trt._real.DataType.FLOAT
+            try:
+                plugin.enqueue([x], [], [place[source]], [place[target]], 0, stream)
+            except Exception:
+                return False
+            return True
 
         def project(layer: int) -> None:
             for name, made in zip(
@@ -229,14 +275,21 @@ class StandInContext:
                     array(name)[:] = made
             array("output")[:] = np.nan  # it may have held anything
 
-        def add(layer: int) -> None:
-            array("x", np.float32)[:] += array("output").astype(np.float32) @ engine.model.out[layer]
+        def multiply(layer: int) -> None:
+            product = array("output").astype(np.float32) @ engine.model.out[layer]
+            array("summand", np.float32)[:] = product
+
+        def add() -> None:
+            array("x", np.float32)[:] += array("gathered" if RANKS > 1 else "summand", np.float32)
 
         def head() -> None:
             chosen = array("x", np.float32)[integers("logits_index")]
             gpu.view(at["logits"], np.float32, (rows, VOCAB))[:] = chosen @ engine.model.head
 
         gpu.submit(embed)
+        if not collect(0, "columns", "gathered"):
+            return False
+        gpu.submit(arrange)
         for i, (plugin, _creator) in enumerate(engine.layers):
             gpu.submit(lambda i=i: project(i))
             caches = [f"key_cache.{i}", f"value_cache.{i}"]
@@ -255,6 +308,9 @@ class StandInContext:
                 )
             except Exception:
                 return False
-            gpu.submit(lambda i=i: add(i))
+            gpu.submit(lambda i=i: multiply(i))
+            if not collect(1 + i, "summand", "gathered"):
+                return False
+            gpu.submit(add)
         gpu.submit(head)
         return True

@@ -80,6 +80,7 @@ class BuiltEngine:
     plan_bytes: the size of the engine file
     plan_sha256: the hash of the engine file
     attention_layers: the number of attention plugins in the network
+    collectives: the number of collectives in the network
     library_version: the version of TensorRT
     seconds: phase -> its duration
     peak_bytes: the peak memory of the child process
@@ -88,6 +89,7 @@ class BuiltEngine:
     plan_bytes: int
     plan_sha256: str
     attention_layers: int
+    collectives: int
     library_version: str
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0

@@ -10,6 +10,7 @@ import resource
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +19,8 @@ from llmc.compiler.child_process import Messages, serve
 from llmc.compiler.targets.tensorrt.build import BuiltEngine, EngineJob
 from llmc.compiler.targets.tensorrt.errors import REPORT, explain
 from llmc.compiler.targets.tensorrt.mapped_pages import kept_small
-from llmc.plugins.paged_attention.tensorrt_plugin import NAMESPACE, make_plugin
+from llmc.plugins.collectives import tensorrt_plugin as collectives
+from llmc.plugins.paged_attention import tensorrt_plugin as attention
 from llmc.runtime.errors import BuildError, UnsupportedError
 
 _STEPS = 1000  # of the progress bar
@@ -154,8 +156,9 @@ def _configure(trt: Any, builder: Any, job: EngineJob) -> Any:
 def _build(job: EngineJob, messages: Messages) -> BuiltEngine:
     trt = importlib.import_module(job.library)
     modules = _modules(job.onnx)
-    logger, creator = _logger(trt), make_plugin(trt)
-    trt.get_plugin_registry().register_creator(creator, NAMESPACE)
+    logger, creators = _logger(trt), [attention.make_plugin(trt), *collectives.make_plugins(trt)]
+    for creator in creators:
+        trt.get_plugin_registry().register_creator(creator, attention.NAMESPACE)
     builder = trt.Builder(logger)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
@@ -163,7 +166,7 @@ def _build(job: EngineJob, messages: Messages) -> BuiltEngine:
     _parse(trt.OnnxParser(network, logger), job.onnx, modules)
     parsed = time.perf_counter()
     config = _configure(trt, builder, job)
-    monitor = _monitor(trt, messages)  # lives as long as the build, like the creator
+    monitor = _monitor(trt, messages)  # lives as long as the build, like the creators
     config.progress_monitor = monitor
     writer = _writer(trt, job.plan)
     try:
@@ -176,15 +179,26 @@ def _build(job: EngineJob, messages: Messages) -> BuiltEngine:
     if not built:
         raise explain(logger.errors, modules)
     messages.bar(_STEPS, _STEPS)  # TensorRT skips the last steps of its own count
-    plugins = sum(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers))
+    plugins = _count_plugins(trt, network)
     return BuiltEngine(
         plan_bytes=os.path.getsize(job.plan),
         plan_sha256=writer.digest.hexdigest(),
-        attention_layers=plugins,
+        attention_layers=plugins[attention.NAME],
+        collectives=sum(plugins[name] for name in collectives.NAMES),
         library_version=trt.__version__,
         seconds={"parse": round(parsed - start, 3), "build": round(time.perf_counter() - parsed, 3)},
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
     )
+
+
+def _count_plugins(trt: Any, network: Any) -> Counter[str]:
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    found: Counter[str] = Counter()
+    for layer in layers:
+        if layer.type == trt.LayerType.PLUGIN_V3:
+            layer.__class__ = trt.IPluginV3Layer
+            found[layer.plugin.plugin_name] += 1
+    return found
 
 
 def _fix_addresses() -> None:

@@ -6,7 +6,7 @@ driver compiles when it loads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -59,9 +59,11 @@ def codes(sms: tuple[int, ...]) -> list[tuple[int, Literal["cubin", "ptx"]]]:
 
 
 def compile_into(
-    model: ir.Model, resolved: Resolved, writer: BundleWriter, progress: Progress
+    models: Sequence[ir.Model], resolved: Resolved, writer: BundleWriter, progress: Progress
 ) -> tuple[KernelFile, ...]:
-    """Write every kernel that `model` needs to the bundle, compiled or from the cache of earlier builds.
+    """Write every kernel that `models` need to the bundle, compiled or from the cache of earlier builds.
+
+    models: the graph of each rank
 
     Raises BuildError if Triton is missing or cannot compile a kernel.
     """
@@ -71,7 +73,7 @@ def compile_into(
         from llmc.plugins.sampling.compile_kernels import compile_kernel
 
         compilers: dict[str, Callable[[int, Path | None], Kernel]]
-        compilers = {str(v): partial(compile_variant, v) for v in attention_variants(model, resolved)}
+        compilers = {str(v): partial(compile_variant, v) for v in attention_variants(models, resolved)}
         compilers |= {sampling.variant(name): partial(compile_kernel, name) for name in sampling.ARGUMENTS}
         jobs = [(variant, sm, kind) for variant in compilers for sm, kind in codes(resolved.sms)]
         files, cache = [], cache_directory("kernels")
@@ -85,9 +87,10 @@ def compile_into(
     return tuple(files)
 
 
-def attention_variants(model: ir.Model, resolved: Resolved) -> tuple[Variant, ...]:
-    """Return every attention kernel that the model needs, for its dtype and that of its KV cache."""
-    return launch.variants_for(layers(model), [(resolved.dtype, resolved.kv_dtype)])
+def attention_variants(models: Sequence[ir.Model], resolved: Resolved) -> tuple[Variant, ...]:
+    """Return every attention kernel that the models need, for their dtype and that of their KV cache."""
+    attention = list(dict.fromkeys(each for model in models for each in layers(model)))
+    return launch.variants_for(attention, [(resolved.dtype, resolved.kv_dtype)])
 
 
 def layers(model: ir.Model) -> list[Attention]:

@@ -21,7 +21,6 @@ from llmc.compiler.progress import Clock, Progress
 from llmc.compiler.request import BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import (
-    GRAPH_FILE,
     Artifact,
     Resolved,
     Sizes,
@@ -32,23 +31,34 @@ from llmc.compiler.targets.graph_file import write_graph
 from llmc.compiler.targets.tensorrt import build as tensorrt_build
 from llmc.compiler.targets.tensorrt import kernels
 from llmc.compiler.targets.tensorrt.build import EngineJob, EngineLimits
+from llmc.compiler.targets.tensorrt.ranks import (
+    RANK_GRAPH,
+    RANK_WEIGHTS,
+    check_division,
+    discard_whole,
+    joined,
+    read_ranks,
+    write_ranks,
+)
 from llmc.compiler.weights.write import WEIGHTS_FILE
 from llmc.passes import contract, pipeline
 from llmc.passes.contract import Pass
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
+from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE
 from llmc.runtime.bundle.manifest import Gpu
 from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import BuildError, UnsupportedError
 from llmc.runtime.installation import install_hint
 from llmc.runtime.memory import available_memory
 
-PLAN_FILE = "engines/rank0.plan"
+PLAN_FILE = "engines/rank{}.plan"
 # The graph that the verification runs, and the same with a rounded KV cache. The bundle does not keep them.
 ORACLE_FILE, KV_ORACLE_FILE = "rank0.oracle.onnx", "rank0.kv-oracle.onnx"
 _BF16_FROM = 80  # the oldest compute capability with bf16
 _STAND_IN = "the graph that TensorRT is given, in ONNX Runtime with the same roundings"
+_STAND_INS = "the graphs that TensorRT is given, joined, in ONNX Runtime with the same roundings"
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ class TensorRTTarget:
         if not flavor.builds_without_gpu:
             sms = _this_gpu(request.sms)
             self._check_gpus(request, dtype, sms)
-        return Resolved(request.target, dtype, cache_dtype(request, dtype), sms)
+        return Resolved(request.target, dtype, cache_dtype(request, dtype), sms, tp=request.tp)
 
     def _check_gpus(self, request: BuildRequest, dtype: str, sms: tuple[int, ...]) -> None:
         """Raise UnsupportedError if one of `sms` cannot run the request. Empty `sms`: a portable engine."""
@@ -106,7 +116,7 @@ class TensorRTTarget:
             capability.check(request.quant, request.target, sms)
 
     def choose_engine(self, resolved: Resolved, model: ir.Model) -> tuple[Resolved, EngineTarget]:
-        del model
+        check_division(model, resolved.tp)
         return resolved, EngineTarget(
             name=self.flavor.name,
             engine=self.flavor.name,
@@ -117,8 +127,9 @@ class TensorRTTarget:
     def legalize(
         self, resolved: Resolved, engine: str, model: ir.Model, tensors: Mapping[str, TensorRef]
     ) -> list[Pass]:
+        """See `Target`. The graph of several ranks is divided first, and each part is legalized alone."""
         del engine, model, tensors  # the engine stores its weights in the dtype that it computes in
-        return pipeline.legalize_tensorrt(resolved.dtype)
+        return pipeline.legalize_tensorrt(resolved.dtype) if resolved.tp == 1 else []
 
     def write_weights(
         self,
@@ -130,11 +141,16 @@ class TensorRTTarget:
         on_bytes: Callable[[int], None],
     ) -> None:
         """See `Target`. The graph and its weights are for the verification and TensorRT's parser."""
-        del resolved, engine
-        write_graph(model, sources, writer, on_bytes)
+        del engine
+        if resolved.tp > 1:
+            write_ranks(model, resolved.tp, resolved.dtype, sources, writer, on_bytes)
+        else:
+            write_graph(model, sources, writer, on_bytes)
 
-    def check_machine(self, sizes: Sizes, clock: Clock) -> None:
-        needed, available = tensorrt_build.memory_needed(sizes.weight_bytes), available_memory()
+    def check_machine(self, resolved: Resolved, sizes: Sizes, clock: Clock) -> None:
+        """See `Target`. The plans of several ranks are built one after the other."""
+        needed = tensorrt_build.memory_needed(sizes.weight_bytes // resolved.tp)
+        available = available_memory()
         clock.progress.note(f"the TensorRT build needs about {needed / 2**30:.1f} GiB of memory")
         if available is not None and needed > available:
             raise BuildError(
@@ -148,7 +164,9 @@ class TensorRTTarget:
     ) -> VerificationFiles:
         """See `Target`. The loss of a quantized cache is measured separately, with a graph of its own."""
         del engine
-        scratch = [ORACLE_FILE]
+        scratch, stand_in = [ORACLE_FILE], _STAND_IN
+        if resolved.tp > 1:
+            model, stand_in = joined(resolved.tp, writer), _STAND_INS
         oracle = oracle_graph(model, resolved.dtype, round_cache=False)
         writer.path(ORACLE_FILE).write_bytes(serialize(oracle))
         if resolved.kv_dtype != resolved.dtype:
@@ -157,7 +175,7 @@ class TensorRTTarget:
             writer.path(KV_ORACLE_FILE).write_bytes(serialize(rounded))
         kv_graph = KV_ORACLE_FILE if len(scratch) > 1 else ""
         return VerificationFiles(
-            ORACLE_FILE, WEIGHTS_FILE, "onnxruntime", _STAND_IN, kv_graph, scratch=tuple(scratch)
+            ORACLE_FILE, WEIGHTS_FILE, "onnxruntime", stand_in, kv_graph, scratch=tuple(scratch)
         )
 
     def build(
@@ -170,42 +188,56 @@ class TensorRTTarget:
         clock: Clock,
     ) -> Artifact:
         del engine
+        parts, weights = [model], [WEIGHTS_FILE]
+        if resolved.tp > 1:
+            discard_whole(writer)
+            parts = read_ranks(resolved.tp, writer)
+            weights = [RANK_WEIGHTS.format(rank) for rank in range(resolved.tp)]
         with clock.phase("compile the GPU kernels"):
-            compiled = kernels.compile_into(model, resolved, writer, clock.progress)
-        for_parser = to_tensorrt(model).SerializeToString(deterministic=True)
-        writer.path(GRAPH_FILE).write_bytes(for_parser)
+            compiled = kernels.compile_into(parts, resolved, writer, clock.progress)
         limits = EngineLimits(sizes.max_seq_len)
-        with clock.phase("build the TensorRT engine"):
-            self._build(resolved, model, limits, sizes, writer, clock.progress)
-        writer.discard(GRAPH_FILE)
-        writer.discard(WEIGHTS_FILE)
+        plans = tuple(PLAN_FILE.format(rank) for rank in range(resolved.tp))
+        with clock.phase("build the TensorRT engine" + ("s" if resolved.tp > 1 else "")):
+            for rank, (part, weights_file, plan) in enumerate(zip(parts, weights, plans, strict=True)):
+                graph = RANK_GRAPH.format(rank)
+                for_parser = to_tensorrt(part).SerializeToString(deterministic=True)
+                writer.path(graph).write_bytes(for_parser)
+                writer.check_disk_space(writer.path(weights_file).stat().st_size)
+                self._build(resolved, part, limits, graph, plan, writer, clock.progress)
+                writer.discard(graph)
+                writer.discard(weights_file)
         gpu = Gpu(resolved.sms, limits.max_tokens, limits.max_sequences, limits.max_logits, compiled)
-        return Artifact((PLAN_FILE,), (), "in the engine; tied tensors once", gpu)
+        return Artifact(plans, (), "in the engine; tied tensors once", gpu, parts[0])
 
     def _build(
         self,
         resolved: Resolved,
         model: ir.Model,
         limits: EngineLimits,
-        sizes: Sizes,
+        graph: str,
+        plan: str,
         writer: BundleWriter,
         progress: Progress,
     ) -> None:
-        writer.check_disk_space(sizes.weight_bytes)
         job = EngineJob(
             library=self.flavor.library,
-            onnx=str(writer.path(GRAPH_FILE)),
-            plan=str(writer.path(PLAN_FILE)),
+            onnx=str(writer.path(graph)),
+            plan=str(writer.path(plan)),
             profile=tensorrt_build.profile(model, limits),
             compute_capabilities=resolved.sms if self.flavor.builds_without_gpu else (),
         )
         built = tensorrt_build.build(job, progress)
-        writer.add_hash(PLAN_FILE, built.plan_sha256, built.plan_bytes)
-        if built.attention_layers != (expected := len(attention_nodes(model))):
-            raise BuildError(
-                f"TensorRT made {built.attention_layers} attention plugins of {expected} layers",
-                "please report this with the model's config.json",
-            )
+        writer.add_hash(plan, built.plan_sha256, built.plan_bytes)
+        collectives = sum(node.op_type in (ALL_REDUCE, ALL_GATHER) for node in model.graph)
+        for kind, made, expected in (
+            ("attention plugins", built.attention_layers, len(attention_nodes(model))),
+            ("collectives", built.collectives, collectives),
+        ):
+            if made != expected:
+                raise BuildError(
+                    f"TensorRT made {made} {kind} of {expected}",
+                    "please report this with the model's config.json",
+                )
 
 
 def oracle_graph(model: ir.Model, dtype: str, *, round_cache: bool) -> ir.Model:

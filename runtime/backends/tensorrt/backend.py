@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llmc.plugins.collectives.spec import DOMAIN
+from llmc.plugins.collectives.tensorrt_plugin import NAMES as COLLECTIVES
 from llmc.plugins.cuda.driver import CudaError
 from llmc.plugins.cuda.kernel import KernelImage, Kernels
 from llmc.plugins.paged_attention import launch, spec
@@ -19,8 +21,9 @@ from llmc.runtime.backends.base import Candidates
 from llmc.runtime.backends.tensorrt import checks, sizes
 from llmc.runtime.backends.tensorrt.bindings import LOGITS, bind
 from llmc.runtime.backends.tensorrt.checks import Device, Step
-from llmc.runtime.backends.tensorrt.cuda import Cuda
+from llmc.runtime.backends.tensorrt.cuda import Cuda, Graph
 from llmc.runtime.backends.tensorrt.engine import Context, LoadedEngine
+from llmc.runtime.backends.tensorrt.nccl import NcclCollectives, Rank, smallest, unique_id
 from llmc.runtime.backends.tensorrt.sampling import TokenSampler
 from llmc.runtime.backends.tensorrt.step import bucket_of, buckets, room
 from llmc.runtime.backends.tensorrt.step_arrays import StepArrays
@@ -40,17 +43,23 @@ class TensorRtBackend:
     block_size = spec.BLOCK_SIZE
 
     def __init__(
-        self, manifest: Manifest, directory: Path, device: Device, step: Step, kv_memory: int | None
-    ) -> None:
-        """Load a bundle in which `checks.faults` finds no fault. Raises as `tensorrt.load` does."""
+        self, manifest: Manifest, directory: Path, device: Device, step: Step, kv_memory: int | None,
+        rank: Rank | None = None,
+    ) -> None:  # fmt: skip
+        """Load a bundle in which `checks.faults` finds no fault. Raises as `tensorrt.load` does.
+
+        rank: which one of several ranks this is; None: there is one
+        """
         self.name: str = manifest.target.engine
         self._owned = contextlib.ExitStack()  # everything to free, in reverse order
         self._contexts: list[Context] = []
+        self._graphs: list[Graph] = []
         self._decoders: dict[int, Callable[[], None]] = {}
         self._sampler: TokenSampler | None = None
+        self._collectives: NcclCollectives | None = None
         try:
             with _as_backend_error("cannot load the engine"):
-                self._load(manifest, directory, device, step, kv_memory)
+                self._load(manifest, directory, device, step, kv_memory, rank)
             self._warm_up(min(2, step.max_tokens))
             self._engine.keep_compiled()
             self._owned.callback(self._engine.keep_compiled)  # later steps compile more
@@ -59,22 +68,28 @@ class TensorRtBackend:
             raise
 
     def _load(
-        self, manifest: Manifest, directory: Path, device: Device, step: Step, kv_memory: int | None
-    ) -> None:
+        self, manifest: Manifest, directory: Path, device: Device, step: Step, kv_memory: int | None,
+        rank: Rank | None,
+    ) -> None:  # fmt: skip
         assert manifest.gpu is not None
-        cuda = self._cuda = Cuda()
+        file, geometry = manifest.engines[rank.communicator.rank if rank else 0].file, manifest.geometry
+        cuda = self._cuda = Cuda(rank.gpu if rank else 0)
         self._owned.callback(cuda.close)  # freed in reverse order: graphs, contexts, engine, kernels, memory
         chosen = checks.choose_kernels(manifest.gpu.kernels, device)
         kernels = Kernels((_image(directory, file) for file in chosen), launch.ARGUMENTS)
         self._owned.callback(kernels.close)
         engine = self._engine = LoadedEngine(
             checks.MODULES[manifest.target.engine],
-            directory / manifest.engines[0].file,
-            manifest.files[manifest.engines[0].file].sha256,
+            directory / file,
+            manifest.files[file].sha256,
             device,
         )
         self._owned.callback(engine.close)
         table = bind(engine.tensors(), manifest)
+        if rank:
+            self._collectives = self._meet(manifest, rank)
+            own = [cache.block_shape[0] for cache in table.caches[::2]]
+            geometry = sizes.geometry_of_rank(geometry, own, rank.communicator.size)
         self._owned.callback(self._contexts.clear)
 
         self._max_seq_len = manifest.limits.max_seq_len
@@ -99,7 +114,7 @@ class TensorRtBackend:
         self._activations = cuda.allocate(engine.activation_bytes)
         kernel_sm = chosen[0].sm
         scratch = sizes.scratch_bytes(
-            manifest.geometry, step.max_sequences, self._max_seq_len, manifest.precision, kernel_sm,
+            geometry, step.max_sequences, self._max_seq_len, manifest.precision, kernel_sm,
             device.multiprocessors,
         )  # fmt: skip
         self._launcher = AttentionLauncher(
@@ -111,41 +126,70 @@ class TensorRtBackend:
 
         # The KV cache gets the remaining memory.
         free, total = cuda.free_memory()
+        if kv_memory is not None and rank:
+            kv_memory //= rank.communicator.size
         self.num_blocks = sizes.cache_blocks(
             table.block_bytes, free=free, total=total, kv_memory=kv_memory, useful=maximum["block_indices"],
             most=table.max_blocks,
         )  # fmt: skip
+        if rank:
+            self.num_blocks = smallest(self.num_blocks, rank.communicator)
         self._fixed_shapes: dict[str, tuple[int, ...]] = {"block_indices": (maximum["block_indices"],)}
         for cache in table.caches:
             address = cuda.allocate(self.num_blocks * cache.block_bytes)
             self._addresses |= {cache.input: address, cache.output: address}
             self._fixed_shapes[cache.input] = (self.num_blocks, *cache.block_shape)
         context.bind(self._addresses, self._fixed_shapes)
+        self._owned.callback(_drop, self._graphs)
+
+    def _meet(self, manifest: Manifest, rank: Rank) -> NcclCollectives:
+        """Return the communicator of this rank on the GPUs. Raises BackendError and RankError."""
+        communicator, nccl = rank.communicator, rank.nccl
+        identity = unique_id(nccl, communicator)
+        names = {f"{DOMAIN}.{name}" for name in COLLECTIVES}
+        count = sum(operator.count for operator in manifest.operators if operator.name in names)
+        collectives = NcclCollectives(
+            nccl, communicator.size, communicator.rank, identity, count, self._cuda.make_current
+        )
+        self._owned.callback(collectives.close)
+        return collectives
 
     def forward(self, batch: Batch) -> np.ndarray:
-        """Return logits, float32 [N, vocab], for `batch.logits_index`. They are valid until the next call."""
+        """Return logits, float32 [N, vocab], for `batch.logits_index`. They are valid until the next call.
+
+        Nobody reads those of a rank above 0, which returns an array with other contents.
+        """
         logits = self._logits[: len(batch.logits_index)]
+        with self._step():
+            self._run(batch)
+            if len(logits) and not (self._collectives and self._collectives.rank):
+                self._cuda.download(self._addresses[LOGITS], logits)
+        return logits
+
+    @contextlib.contextmanager
+    def _step(self) -> Iterator[None]:
+        """Run a step, and wait until everything on the stream is done.
+
+        The next step fills the pinned arrays: no copy may still read them. After an error of one of several
+        ranks its collectives are ended: they may wait for others forever.
+        """
         with _as_backend_error("the step failed"):
             self._cuda.make_current()
             try:
-                self._run(batch)
-                if len(logits):
-                    self._cuda.download(self._addresses[LOGITS], logits)
-            finally:
-                self._cuda.wait()  # the next step fills the pinned arrays: no copy may still read them
-        return logits
+                yield
+                self._wait()
+            except BaseException:
+                self._end_collectives()
+                self._cuda.wait()
+                raise
 
     def forward_sampled(self, batch: Batch, k: int) -> list[Candidates]:
         """Return the candidates of each row in `batch.logits_index`. See `SamplingBackend`."""
         assert self._sampler is not None  # k is at most max_candidates
         rows = len(batch.logits_index)
-        with _as_backend_error("the step failed"):
-            self._cuda.make_current()
-            try:
-                self._run(batch)
-                return self._sampler.candidates(rows, k) if rows else []
-            finally:
-                self._cuda.wait()
+        with self._step():
+            self._run(batch)
+            return self._sampler.candidates(rows, k) if rows else []
 
     def _run(self, batch: Batch) -> None:
         bucket = bucket_of(batch, self._buckets)
@@ -153,7 +197,7 @@ class TensorRtBackend:
         if bucket is None:
             self._launcher.begin(batch.query_start, batch.past_lengths)
             self._contexts[0].bind({}, _step_shapes(lengths))
-            self._contexts[0].run(self._launcher, self._cuda.stream)
+            self._contexts[0].run(self._launcher, self._cuda.stream, self._collectives)
         elif bucket in self._decoders:
             self._decoders[bucket]()
         else:
@@ -170,7 +214,7 @@ class TensorRtBackend:
 
         def run(context: Context) -> None:
             self._launcher.begin(*longest)
-            context.run(self._launcher, self._cuda.stream)
+            context.run(self._launcher, self._cuda.stream, self._collectives)
 
         def run_in_general() -> None:
             self._contexts[0].bind({}, shapes)
@@ -180,8 +224,10 @@ class TensorRtBackend:
             context = self._engine.context(self._activations, one_shape=True)
             context.bind(self._addresses, {**self._fixed_shapes, **shapes})
             run(context)
-            self._cuda.wait()  # TensorRT's deferred work must be done before a capture
+            self._wait()  # TensorRT's deferred work must be done before a capture
         except (BackendError, CudaError) as error:
+            if self._collectives:
+                raise  # the other ranks have run this step: it cannot be repeated here alone
             _warn_without_graph(bucket, str(error))
             run_in_general()
             return run_in_general
@@ -193,10 +239,25 @@ class TensorRtBackend:
             except (BackendError, CudaError) as error:
                 reason = str(error)
             else:
-                self._owned.callback(graph.close)
+                self._graphs.append(graph)
                 return graph.launch
         _warn_without_graph(bucket, reason)
         return partial(run, context)
+
+    def _wait(self) -> None:
+        if self._collectives:
+            self._collectives.wait(self._cuda.is_done)
+        else:
+            self._cuda.wait()
+
+    def _end_collectives(self) -> None:
+        """End collectives that wait for other ranks, which may have ended.
+
+        The graphs go first: NCCL waits for those that have its collectives.
+        """
+        if self._collectives:
+            _drop(self._graphs)
+            self._collectives.close()
 
     def _warm_up(self, tokens: int) -> None:
         """Run a prefill and a decode step over the unused cache.
@@ -218,11 +279,17 @@ class TensorRtBackend:
         with _as_backend_error("could not free the GPU's memory"), owned:
             if self._contexts:
                 self._cuda.make_current()
+                self._end_collectives()
                 self._cuda.wait()
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self.close()
+
+
+def _drop(graphs: list[Graph]) -> None:
+    while graphs:
+        graphs.pop().close()
 
 
 def _warn_without_graph(bucket: int, reason: str) -> None:

@@ -69,6 +69,8 @@ class Bindings:
 def bind(tensors: Iterable[Tensor], manifest: Manifest) -> Bindings:
     """Assign roles to an engine's tensors.
 
+    The engine of one of several ranks has some of the KV heads of each layer.
+
     Raises BackendError, naming the first tensor that is missing, unknown or different from the manifest: the
     engine would read or write past its memory.
     """
@@ -91,8 +93,13 @@ def bind(tensors: Iterable[Tensor], manifest: Manifest) -> Bindings:
         raise _unfit(f"a KV cache of {manifest.precision.kv_dtype} has no attention kernels")
     dtype, element_bytes = _CACHES[manifest.precision.kv_dtype]
     for index, layer in enumerate(geometry.layers):
+        heads = layer.num_kv_heads
+        if manifest.parallel.tp > 1:
+            given = unassigned.get(f"key_cache.{index}")
+            own = given.shape[1] if given and len(given.shape) == 4 else heads
+            heads = min(max(own, 1), heads)
         for kind, width in (("key", layer.head_dim), ("value", layer.v_head_dim)):
-            block = (layer.num_kv_heads, geometry.block_size, width)
+            block = (heads, geometry.block_size, width)
             name, output = f"{kind}_cache.{index}", f"{kind}_cache_out.{index}"
             limits.append(take(name, True, dtype, (-1, *block)).most[0])
             take(output, False, dtype, (-1, *block))

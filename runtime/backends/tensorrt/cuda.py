@@ -37,6 +37,12 @@ def probe(ordinal: int = 0) -> Device:
     )
 
 
+def count_gpus() -> int:
+    """Return the number of GPUs that this process may use. Raises CudaError without a driver."""
+    call(driver.cuInit, 0)
+    return int(call(driver.cuDeviceGetCount))
+
+
 class Cuda:
     """A GPU's primary context, which TensorRT uses too, with one stream.
 
@@ -91,6 +97,14 @@ class Cuda:
     def wait(self) -> None:
         """Wait until everything on the stream is done."""
         call(driver.cuStreamSynchronize, self.stream)
+
+    def is_done(self) -> bool:
+        """Return whether everything on the stream is done."""
+        status, *_ = driver.cuStreamQuery(self.stream)
+        if status == driver.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        call(driver.cuStreamQuery, self.stream)
+        return True
 
     def capture(self, record: Callable[[], None]) -> Graph:
         """Capture the work that `record` puts on the stream as a graph, without running it.

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import mmap
 from collections import deque
@@ -12,9 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmc.plugins.collectives import tensorrt_plugin as collective_plugins
+from llmc.plugins.collectives.tensorrt_plugin import use_collectives
 from llmc.plugins.paged_attention.tensorrt_plugin import Launcher, register, use_launcher
 from llmc.runtime.backends.tensorrt.bindings import Tensor
 from llmc.runtime.backends.tensorrt.checks import Device
+from llmc.runtime.backends.tensorrt.nccl import NcclCollectives
 from llmc.runtime.backends.tensorrt.runtime_cache import RuntimeCacheFile
 from llmc.runtime.errors import BackendError
 
@@ -32,6 +36,7 @@ class LoadedEngine:
         """
         self._trt = importlib.import_module(module)
         register(self._trt)
+        collective_plugins.register(self._trt)
         self._log = _logger(self._trt)
         self._runtime = self._trt.Runtime(self._log)
         with open(plan, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -126,15 +131,23 @@ class Context:
             if not self._context.set_input_shape(name, tuple(shape)):
                 raise self._engine._error(f"refuses {name} of shape {list(shape)}", "please report this")
 
-    def run(self, launcher: Launcher, stream: int) -> None:
+    def run(self, launcher: Launcher, stream: int, collectives: NcclCollectives | None = None) -> None:
         """Put a run of the engine on the stream. The attention plugin calls `launcher`.
 
-        Raises BackendError. Errors of `launcher` propagate.
+        collectives: those of one of several ranks
+
+        Raises BackendError. Errors of `launcher` and `collectives` propagate.
         """
         self._engine._log.errors.clear()
-        with use_launcher(launcher):
+        with contextlib.ExitStack() as lent:
+            lent.enter_context(use_launcher(launcher))
+            if collectives is not None:
+                collectives.begin()
+                lent.enter_context(use_collectives(collectives))
             if not self._context.execute_async_v3(stream):
                 raise self._engine._error("cannot run the step", "set LLMC_TRACEBACK=1 for where it failed")
+        if collectives is not None:
+            collectives.end()
 
     def can_be_captured(self, stream: int) -> bool:
         """Return whether runs of this context can become a CUDA graph. For TensorRT it is always true."""

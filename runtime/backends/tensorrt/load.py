@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 from typing import TYPE_CHECKING
 
 from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.backends.tensorrt import checks
 from llmc.runtime.backends.tensorrt.checks import Device, Step
+from llmc.runtime.backends.tensorrt.nccl import Nccl, Rank
+from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BackendError, RequestError
+from llmc.runtime.parallel.communicator import Communicator
+from llmc.runtime.parallel.launch import local_rank_of
 
 if TYPE_CHECKING:
     from llmc.runtime.backends.tensorrt.backend import TensorRtBackend
@@ -22,6 +27,7 @@ def load(engine: EngineFile, options: LoadOptions) -> TensorRtBackend:
     Raises BackendError with every reason why the bundle cannot run here, before anything is allocated on the
     GPU. Raises RequestError if the KV cache does not fit, or if `options.activation_group` is set (`fast`).
     Raises ValueError if `engine.bundle` is None.
+    Several ranks have a GPU each. All load at the same time, and agree on the number of KV blocks.
     """
     bundle = engine.bundle
     if bundle is None:
@@ -33,7 +39,8 @@ def load(engine: EngineFile, options: LoadOptions) -> TensorRtBackend:
     manifest, step = bundle.manifest, Step(options.max_tokens, options.max_sequences)
     installed = {library: _version(library) for library in manifest.target.requires}
     installed["cuda-python"] = _version("cuda-bindings")
-    device = _find_device() if installed["cuda-python"] else "without cuda-python no GPU can be found"
+    gpu = _gpu_of(options.communicator, bundle) if options.communicator and installed["cuda-python"] else 0
+    device = _find_device(gpu) if installed["cuda-python"] else "without cuda-python no GPU can be found"
     reasons = checks.faults(manifest, bundle.path, device, installed, step)
     if reasons or isinstance(device, str):
         raise BackendError(
@@ -41,7 +48,8 @@ def load(engine: EngineFile, options: LoadOptions) -> TensorRtBackend:
         )
     from llmc.runtime.backends.tensorrt.backend import TensorRtBackend
 
-    return TensorRtBackend(manifest, bundle.path, device, step, options.kv_memory)
+    rank = Rank(options.communicator, Nccl(), gpu) if options.communicator else None
+    return TensorRtBackend(manifest, bundle.path, device, step, options.kv_memory, rank)
 
 
 def _version(library: str) -> str | None:
@@ -51,12 +59,41 @@ def _version(library: str) -> str | None:
         return None
 
 
-def _find_device() -> Device | str:
+def _gpu_of(communicator: Communicator, bundle: Bundle) -> int:
+    """Return the number of this rank's GPU: its number among the ranks of this machine.
+
+    Raises BackendError if this machine has fewer GPUs, RankError for a malformed environment.
+    """
+    from llmc.plugins.cuda.driver import CudaError
+    from llmc.runtime.backends.tensorrt.cuda import count_gpus
+
+    try:
+        count = count_gpus()
+    except CudaError:
+        return 0  # `checks` has the words for it
+    local = local_rank_of(os.environ)
+    if local is None:  # rank 0 started the others here
+        local, needed = communicator.rank, communicator.size
+    elif count == 1:  # the launcher has shown each process its own
+        return 0
+    else:
+        needed = local + 1
+    if needed > count:
+        raise BackendError(
+            f"{bundle.name} has {communicator.size} ranks with a GPU each: {needed} are needed here, "
+            f"and this process sees {count}",
+            "run it where there are enough, or on several machines with torchrun, mpirun or srun; "
+            "CUDA_VISIBLE_DEVICES may hide some",
+        )
+    return local
+
+
+def _find_device(gpu: int) -> Device | str:
     """Return the GPU, or the reason why there is none."""
     from llmc.plugins.cuda.driver import CudaError
     from llmc.runtime.backends.tensorrt.cuda import probe
 
     try:
-        return probe()
+        return probe(gpu)
     except CudaError as error:
         return f"there is no GPU: {error}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from llmc.plugins.paged_attention import launch
@@ -51,6 +54,24 @@ def cache_blocks(
             "kv_memory" if kv_memory is not None else "",
         )
     return blocks
+
+
+def geometry_of_rank(geometry: Geometry, kv_heads: Sequence[int], ranks: int) -> Geometry:
+    """Return the geometry of the part that one of several ranks has.
+
+    kv_heads: the KV heads that the rank has of each layer
+    """
+    layers = tuple(
+        replace(layer, num_kv_heads=own) for layer, own in zip(geometry.layers, kv_heads, strict=True)
+    )
+    heads = [
+        # Ranks that share a KV head have equal numbers of its heads.
+        own * (geometry.num_heads // layer.num_kv_heads)
+        if layer.num_kv_heads >= ranks
+        else geometry.num_heads // ranks
+        for layer, own in zip(geometry.layers, kv_heads, strict=True)
+    ]
+    return replace(geometry, num_heads=max(heads), num_kv_heads=max(kv_heads), layers=layers)
 
 
 def scratch_bytes(

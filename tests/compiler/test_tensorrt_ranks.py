@@ -1,0 +1,298 @@
+"""Bundles of several ranks for TensorRT: their graphs in ONNX Runtime, and their plans. None is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from llmc.compiler import zoo
+from llmc.compiler.checkpoint.checkpoint import Checkpoint
+from llmc.compiler.checkpoint.config import load_config
+from llmc.compiler.checkpoint.model_keys import read_model
+from llmc.compiler.driver import compile_model, plan_build
+from llmc.compiler.progress import Silent
+from llmc.compiler.request import BuildRequest
+from llmc.compiler.targets.tensorrt import build, target
+from llmc.compiler.targets.tensorrt.ranks import parts_of
+from llmc.compiler.verify.engine_logits import blocks_for, ragged
+from llmc.compiler.weights.write import attach_weights
+from llmc.passes import contract, pipeline
+from llmc.passes.legalize.finalize import serialize
+from llmc.passes.legalize.lower_partial_embedding import LowerPartialEmbedding
+from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
+from llmc.passes.shard.join import join
+from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, DOMAIN, PARTIAL_EMBEDDING
+from llmc.runtime.backends import load_backend
+from llmc.runtime.backends.base import EngineFile, LoadOptions
+from llmc.runtime.errors import BuildError, UnsupportedError
+from support.families import write_random
+from support.traces import share_traces, trace_once
+
+needs_tensorrt = pytest.mark.skipif(
+    not build.is_installed(target.RTX.library), reason="the package tensorrt-rtx is not installed"
+)
+FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
+FAST = ("llama-tiny", 2)
+every_family = pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        pytest.param(name, ranks, marks=() if (name, ranks) == FAST else pytest.mark.slow)
+        for name in FAMILIES
+        for ranks in (2, 4)
+    ],
+)
+LIMITS = build.EngineLimits(max_seq_len=256, max_tokens=64, max_sequences=4)
+RNG = np.random.default_rng(0)
+SEQUENCES = [RNG.integers(0, 256, length).tolist() for length in (70, 9, 33)]
+
+
+def quantized(checkpoint: Path, dtype: str) -> ir.Model:
+    """The canonical graph of a checkpoint, computing in `dtype`, without weights."""
+    model = trace_once(load_config(Checkpoint.open(checkpoint)), dtype, 256).model.clone()
+    contract.run(model, pipeline.canonicalize())
+    return model
+
+
+def logits(model: ir.Model, checkpoint: Path, file: Path) -> list[np.ndarray]:
+    """The logits of SEQUENCES, in mixed steps, of a graph that ONNX Runtime runs in fp32."""
+    contract.run(model, pipeline.oracle("fp32", False))
+    file.write_bytes(serialize(model))
+    options = LoadOptions(kv_blocks=blocks_for(SEQUENCES), threads=1)
+    return ragged(load_backend(EngineFile("onnxruntime", file), options), SEQUENCES)
+
+
+def with_weights(model: ir.Model, checkpoint: Path) -> ir.Model:
+    opened = Checkpoint.open(checkpoint)
+    keys, renamed = read_model(opened, load_config(opened))
+    tensors = renamed.checkpoint.tensors
+    tied = {name: tensors[of] for name, of in keys.tied.items() if of in tensors}
+    attach_weights(model, {**tensors, **tied})
+    return model
+
+
+@every_family
+def test_the_joined_ranks_compute_what_one_rank_does(
+    name: str, ranks: int, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One rank is compared with transformers in test_tensorrt_oracle.py."""
+    source = checkpoint(name)
+    model = quantized(source, "fp32")
+    try:
+        parts = [with_weights(part, source) for part in parts_of(model, ranks, "fp32")]
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    whole = with_weights(model.clone(), source)
+    contract.run(whole, pipeline.legalize_tensorrt("fp32"))
+    expected = logits(whole, source, tmp_path / "whole.onnx")
+    joined = join(parts)
+    caches = {str(value.name) for value in joined.graph.inputs if "_cache." in str(value.name)}
+    assert len(caches) == ranks * sum("_cache." in str(value.name) for value in whole.graph.inputs)
+    for mine, one in zip(logits(joined, source, tmp_path / "ranks.onnx"), expected, strict=True):
+        np.testing.assert_allclose(mine, one, atol=1e-4 * np.abs(one).max())
+
+
+def test_ranks_with_different_collectives_are_not_joined(checkpoint: Callable[[str], Path]) -> None:
+    parts = list(parts_of(quantized(checkpoint("llama-tiny"), "fp32"), 2, "fp32"))
+    node = next(node for node in parts[1].graph if node.op_type == ALL_REDUCE)
+    node.attributes["sequence"] = ir.AttrInt64("sequence", 9)
+    with pytest.raises(BuildError, match="the ranks have different collectives"):
+        join(parts)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_part_of_an_embedding_has_zeros_for_other_tokens(dtype: str) -> None:
+    kind = {"fp32": "float", "fp16": "float16"}[dtype]
+    model = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 23, "llmc" : 1]>
+        g (int32[T] ids, {kind}[3,2] table) => ({kind}[T,2] y) {{
+          y = llmc.{PARTIAL_EMBEDDING} <begin = 4> (ids, table)
+        }}"""
+    )
+    assert LowerPartialEmbedding()(model).count == 1
+    assert LowerPartialEmbedding()(model).count == 0
+    table = np.array([[1, -2], [3, -4], [5, -6]], {"fp32": np.float32, "fp16": np.float16}[dtype])
+    session = ort.InferenceSession(serialize(model))
+    (rows,) = session.run(None, {"ids": np.array([0, 6, 3, 4, 7, 5, 200_000], np.int32), "table": table})
+    np.testing.assert_array_equal(rows, [[0, 0], [5, -6], [0, 0], [1, -2], [0, 0], [3, -4], [0, 0]])
+
+
+def test_the_parser_gets_columns_from_the_layout_of_nccl() -> None:
+    """The plugin puts the ranks' parts one after the other, as NCCL does."""
+    model = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 23, "llmc" : 1]>
+        g (float[N,2] x) => (float[N,6] y) {{
+          y = llmc.{ALL_GATHER} <ranks = 3, sequence = 0> (x)
+        }}"""
+    )
+    proto = to_tensorrt(model)
+    (gather, *others) = proto.graph.node
+    given = {a.name: onnx.helper.get_attribute_value(a) for a in gather.attribute}
+    assert given == {"ranks": 3, "sequence": 0, "plugin_namespace": b"llmc", "plugin_version": b"1"}
+    proto.graph.node.remove(gather)
+    proto.graph.input[0].CopyFrom(
+        onnx.helper.make_tensor_value_info(gather.output[0], onnx.TensorProto.FLOAT, [3, "N", 2])
+    )
+    parts = np.arange(3 * 4 * 2, dtype=np.float32).reshape(3, 4, 2)
+    session = ort.InferenceSession(proto.SerializeToString())
+    (whole,) = session.run(None, {gather.output[0]: parts})
+    np.testing.assert_array_equal(whole, np.concatenate(list(parts), axis=1))
+    assert [node.op_type for node in others] == ["Transpose", "Reshape"]
+
+
+def test_collectives_that_do_not_depend_on_each_other_are_ordered() -> None:
+    """Attention and MLP of a parallel layer: each engine could run either first."""
+    reduce = f"llmc.{ALL_REDUCE} <ranks = 2, sequence = "
+    model = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 23, "llmc" : 1]>
+        g (float[N,2] x) => (float[N,2] y) {{
+          a = Abs (x)
+          b = Neg (x)
+          second = {reduce} 1> (b)
+          first = {reduce} 0> (a)
+          sum = Add (first, second)
+          y = {reduce} 2> (sum)
+        }}"""
+    )
+    nodes = to_tensorrt(model).graph.node
+    inputs = {node.output[0]: list(node.input) for node in nodes if node.op_type == ALL_REDUCE}
+    assert inputs == {"first": ["a"], "second": ["b", "first"], "y": ["sum"]}
+
+
+def plan_of(part: ir.Model, source: Path, directory: Path) -> tuple[build.BuiltEngine, bytes]:
+    directory.mkdir(exist_ok=True)
+    graph, plan = directory / "rank0.onnx", directory / "rank0.plan"
+    graph.write_bytes(to_tensorrt(with_weights(part, source)).SerializeToString())
+    job = build.EngineJob(target.RTX.library, str(graph), str(plan), build.profile(part, LIMITS))
+    return build.build(job, Silent()), plan.read_bytes()
+
+
+@needs_tensorrt
+@every_family
+def test_every_rank_gets_a_plan(
+    name: str, ranks: int, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = checkpoint(name)
+    try:
+        parts = list(parts_of(quantized(source, "bf16"), ranks, "bf16"))
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    layers = zoo.zoo_config(name)["num_hidden_layers"]
+    for rank, part in enumerate(parts):
+        built, plan = plan_of(part, source, tmp_path)
+        nodes = Counter(node.op_type for node in part.graph if node.domain == DOMAIN)
+        assert built.attention_layers == layers
+        assert built.collectives == nodes[ALL_REDUCE] + nodes[ALL_GATHER] > layers
+        assert plan.count(b"sequence") >= built.collectives
+        if rank and (name, ranks) != FAST:  # a second time, where time does not matter
+            assert plan_of(part, source, tmp_path / "in a directory with a longer name")[1] == plan
+
+
+@needs_tensorrt
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gptj", {}),  # parallel layers
+        ("falcon", {}),
+        ("opt", {}),  # biases, learned positions
+        ("gpt2", {}),
+        ("gpt_neox", {}),
+        ("phi", {}),
+        ("qwen3", {"num_attention_heads": 6, "num_key_value_heads": 3}),  # unequal parts
+    ],
+)
+def test_other_families(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    source = write_random(family, tmp_path, **changes)
+    model = quantized(source, "fp32")
+    parts = [with_weights(part, source) for part in parts_of(model, 2, "fp32")]
+    whole = with_weights(model.clone(), source)
+    contract.run(whole, pipeline.legalize_tensorrt("fp32"))
+    expected = logits(whole, source, tmp_path / "whole.onnx")
+    for mine, one in zip(logits(join(parts), source, tmp_path / "ranks.onnx"), expected, strict=True):
+        np.testing.assert_allclose(mine, one, atol=1e-4 * np.abs(one).max())
+    part = list(parts_of(quantized(source, "bf16"), 2, "bf16"))[1]
+    built, _ = plan_of(part, source, tmp_path / "plan")
+    nodes = Counter(node.op_type for node in part.graph if node.domain == DOMAIN)
+    assert built.collectives == nodes[ALL_REDUCE] + nodes[ALL_GATHER]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "fact"),
+    [
+        ({"tp": 3}, UnsupportedError, "4 heads and 2 KV heads, which cannot be divided among 3 ranks"),
+        ({"tp": 4, "quant": "int4-block128"}, UnsupportedError, "128 of which share a scale"),
+        ({"tp": 65}, BuildError, "--tp is 65"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(
+    options: dict[str, Any],
+    error: type[Exception],
+    fact: str,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    share_traces(monkeypatch)
+    monkeypatch.setattr(build, "is_installed", lambda library: True)
+    monkeypatch.setattr(target, "version", lambda library: "1")
+    with pytest.raises(error, match=fact) as caught:
+        plan_build(
+            BuildRequest(str(checkpoint("qwen3-tiny")), tmp_path / "x.llmc", target="tensorrt-rtx", **options)
+        )
+    assert caught.value.argument == "tp"  # type: ignore[attr-defined]
+
+
+@needs_tensorrt
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": "fp16"},
+        {"quant": "int8"},
+        {"quant": "int4"},
+        {"quant": "fp8", "kv_dtype": "fp8", "sms": (89,)},
+        {"quant": "nvfp4", "sms": (120,)},
+        {"quant": "mxfp4", "sms": (120,)},
+    ],
+)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_all_ranks_are_verified_and_built(
+    options: dict[str, Any],
+    ranks: int,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The verification compares the joined graphs with transformers, on the same quantized weights."""
+    share_traces(monkeypatch)
+    source = str(checkpoint("qwen3-tiny"))
+    request = BuildRequest(source, tmp_path / "x.llmc", target="tensorrt-rtx", tp=ranks, **options)
+    manifest = compile_model(request).manifest
+    assert manifest.verification.status == "passed"
+    assert "joined" in manifest.verification.details["compared"]
+    assert [engine.file for engine in manifest.engines] == [f"engines/rank{r}.plan" for r in range(ranks)]
+    counts = {operator.name: operator.count for operator in manifest.operators}
+    assert counts["llmc.AllReduce"] == 5  # the embedding, and two a layer
+    assert counts["llmc.AllGather"] == 1
+    assert "llmc.PartialEmbedding" not in counts
+    assert {path.partition("/")[0] for path in manifest.files} <= {"engines", "kernels", "tokenizer"}
+    said = subprocess.run(
+        [sys.executable, "-m", "llmc", "inspect", str(request.output)], capture_output=True, text=True
+    )
+    assert "collectives" in said.stdout, said.stdout + said.stderr
+    if not options:
+        second = compile_model(dataclasses.replace(request, output=tmp_path / "y.llmc")).manifest
+        assert json.loads(second.to_json()) == json.loads(manifest.to_json())
