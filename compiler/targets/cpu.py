@@ -6,7 +6,7 @@ attention, ONNX Runtime with the function body in the file. The native engine re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -88,12 +88,10 @@ class CpuTarget:
 
     def choose_engine(self, resolved: Resolved, model: ir.Model) -> tuple[Resolved, EngineTarget]:
         faults: dict[str, str] = {}
-        if resolved.ranks > 1:
-            for _ in parts_of(model, resolved):
-                pass  # a model that cannot be divided is refused for that reason
+        parts = list(parts_of(model, resolved))  # a model that cannot be divided is refused for that reason
         candidates = ENGINES if resolved.ranks == 1 else ENGINES[:1]  # the others run one rank
         for engine in candidates if resolved.engine is None else (resolved.engine,):
-            fault = engine_fault(engine, resolved, model)
+            fault = engine_fault(engine, resolved, parts)
             if fault:
                 faults[engine] = fault
                 continue
@@ -190,11 +188,12 @@ class CpuTarget:
         )
 
 
-def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
-    """Return why `engine` cannot run a quantized graph; "" if it can."""
+def engine_fault(engine: str, resolved: Resolved, parts: Sequence[ir.Model]) -> str:
+    """Return why `engine` cannot run the quantized graphs of all ranks; "" if it can."""
+    model = parts[0]
     if engine == "native":
         try:
-            for part in parts_of(model, resolved):
+            for part in parts:
                 lower(part)
         except UnsupportedError as error:
             return error.message
