@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +83,12 @@ def exact_and(
 
 
 def test_fast_rounds_activations_and_stays_near(built: Path) -> None:
-    plan = Bundle.open(built).manifest.quantization
+    manifest = Bundle.open(built).manifest
+    if manifest.target.engine == "openvino" and not re.search(
+        r"\bavx(512)?_vnni\b", Path("/proc/cpuinfo").read_text()
+    ):
+        pytest.skip("OpenVINO rounds activations only where the CPU has VNNI")
+    plan = manifest.quantization
     assert plan is not None
     assert plan["activation_group"] == {"int8": 128, "int4": 32}[plan["format"]]
     exact, fast = exact_and(built, activation_group=plan["activation_group"])

@@ -21,6 +21,7 @@ from llmc.runtime.backends.kv_cache import cpu_blocks
 from llmc.runtime.backends.openvino import attention, int8
 from llmc.runtime.backends.openvino.file_pages import releasing
 from llmc.runtime.backends.openvino.huge_pages import collapse_resident
+from llmc.runtime.backends.openvino.signal_stack import kept_signal_stack
 from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.cpus import default_threads
 from llmc.runtime.errors import BackendError
@@ -44,6 +45,7 @@ def load(engine: EngineFile, options: LoadOptions) -> OpenVinoBackend:
     )
 
 
+@kept_signal_stack()
 def tested_core(
     threads: int | None = None, *, kv_dtype: str = "fp32", activation_group: int | None = None
 ) -> tuple[ov.Core, dict[str, Any]]:
