@@ -282,7 +282,8 @@ def test_all_ranks_are_verified_and_built(
     assert counts["llmc.AllReduce"] == 5  # the embedding, and two a layer
     assert counts["llmc.AllGather"] == 1
     assert "llmc.PartialEmbedding" not in counts
-    assert {path.partition("/")[0] for path in manifest.files} <= {"engines", "kernels", "tokenizer"}
+    folders = {path.partition("/")[0] for path in manifest.files if "/" in path}
+    assert folders <= {"engines", "kernels", "tokenizer"}  # the plans contain the weights
     said = subprocess.run(
         [sys.executable, "-m", "llmc", "inspect", str(request.output)], capture_output=True, text=True
     )
