@@ -77,8 +77,9 @@ def test_the_last_matrix_is_applied_a_few_rows_at_a_time(checkpoint: Callable[[s
     shapes = [chunk.shape for chunks in loss.rows_of(head, states) for chunk in chunks]
     assert shapes == [(64, 384), (36, 384)] * len(windows)
     same = loss.measure(head, states, windows, loss.rows_of(head, states))
-    found = (same.largest, same.kl, same.agreement(), same.perplexity_increase)
-    assert found == pytest.approx((0, 0, 1, 0), abs=1e-12)  # perplexities are sums of rounded numbers
+    assert (same.largest, same.kl, same.agreement()) == (0, 0, 1)
+    # Probabilities add up to 1 but for the last bit, and which way it is rounded depends on the CPU.
+    assert same.perplexity_increase == pytest.approx(0, abs=1e-12)
     assert len(same.top1_gap) == 100 * len(windows)
     whole = [reference.logits(ids) for ids in windows]
     assert loss.perplexity(windows, ([one] for one in whole)) == pytest.approx(same.perplexity, rel=1e-3)
