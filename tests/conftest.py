@@ -51,6 +51,15 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers(interruptible: None) -> Iterator[None]:
+    """Fail a test that leaves a signal handler behind: a later test of signals would fail instead."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_calibration_cache() -> Iterator[None]:
     """Let every build calibrate: a test of two builds would compare one calibration with itself."""
