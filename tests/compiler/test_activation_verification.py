@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llmc.compiler.driver import compile_model
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.texts import EVALUATION_TEXT
 from llmc.compiler.verify import verify_build
-from llmc.compiler.verify.compare import compare
+from llmc.compiler.verify.compare import compare, least_top1_like
 from llmc.compiler.verify.engine_weights import EngineWeight
 from llmc.compiler.verify.job import Findings, Job
 from support.families import write_random
@@ -48,6 +49,17 @@ def test_an_engine_that_quantizes_otherwise_is_refused(
 def rescaled(weight: EngineWeight) -> EngineWeight:
     assert weight.input is not None
     return replace(weight, input=replace(weight.input, scale=1.37 * weight.input.scale))
+
+
+def test_two_engines_of_one_quality_are_accepted_and_a_worse_one_is_refused() -> None:
+    """Counts of positions that disagree, drawn with one chance for both; and with four times the chance."""
+    rng = np.random.default_rng(0)
+    for chance, positions in ((0.003, 356), (0.01, 356), (0.03, 5000)):
+        transformers, engine = rng.binomial(positions, chance, (2, 1000))
+        worse = rng.binomial(positions, 4 * chance + 0.02, 1000)
+        least = np.array([least_top1_like(1 - missed / positions, positions) for missed in transformers])
+        assert (1 - engine / positions >= least).mean() > 0.97
+        assert (1 - worse / positions < least).mean() > 0.85
 
 
 @pytest.mark.parametrize("effect", [0.5, 1.5, float("nan")])
