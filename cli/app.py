@@ -42,6 +42,7 @@ Examples:
 _PANELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "build": {
         "Engine": ("target", "engine", "dtype", "kv_dtype", "sm", "max_seq_len"),
+        "Ranks": ("tp", "pp", "rank_memory"),
         "Quantization": ("quant", "exclude", "calibration", "calibration_method", "rounding"),
     },
     "run": {

@@ -13,6 +13,7 @@ import typer
 from llmc.cli import output
 from llmc.cli.output import Json, print_json
 from llmc.cli.plan_table import plan_lines, prequantized_plan_lines
+from llmc.cli.ranks import describe_ranks, gpu_table, rank_records
 from llmc.cli.text import size, table
 from llmc.compiler.request import DTYPES, ENGINES, KV_DTYPES, METHODS, ROUNDINGS, TARGETS
 from llmc.passes.quantize.formats import FORMATS, get_format
@@ -138,11 +139,14 @@ def build(
         ),
     ] = None,
     tp: Annotated[
-        int,
+        str,
         typer.Option(
-            "--tp", metavar="N", help="Ranks that each compute a part of every layer (tensor parallelism)."
+            "--tp",
+            metavar="N|auto",
+            help="Ranks that each compute a part of every layer (tensor parallelism); auto: the fewest that "
+            "--rank-memory can hold.",
         ),
-    ] = 1,
+    ] = "1",
     pp: Annotated[
         int,
         typer.Option(
@@ -151,6 +155,14 @@ def build(
             help="Stages of --tp ranks that each have some of the layers (pipeline parallelism).",
         ),
     ] = 1,
+    rank_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory of each rank, such as 24GB or 22.5GiB: of its GPU, or its share of a machine. "
+            "A build that needs more for a sequence of the whole context is refused.",
+        ),
+    ] = None,
     revision: Annotated[
         str | None, typer.Option(metavar="R", help="Branch, tag or commit of a hub id.")
     ] = None,
@@ -175,7 +187,7 @@ def build(
       llmc build model_zoo/llama/tales -o tales-int8.llmc --quant int8
       llmc build model_zoo/llama/tales --dry-run
     """
-    from llmc.compiler.request import BuildRequest, parse_sms
+    from llmc.compiler.request import BuildRequest, parse_memory, parse_sms, parse_tp
 
     request = BuildRequest(
         checkpoint=checkpoint,
@@ -191,8 +203,9 @@ def build(
         kv_dtype=kv_dtype,
         sms=parse_sms(sm),
         max_seq_len=max_seq_len,
-        tp=tp,
+        tp=parse_tp(tp),
         pp=pp,
+        rank_memory=parse_memory(rank_memory) if rank_memory is not None else None,
         revision=revision,
         verify=verify,
         force=force,
@@ -339,6 +352,8 @@ def _plan_record(plan: BuildPlan) -> dict[str, Any]:
         "target": asdict(plan.target),
         "tensor_parallel": plan.resolved.tp,
         "stages": [asdict(stage) for stage in plan.stages],
+        "ranks": rank_records(plan.ranks, plan.sizes.max_seq_len),
+        "gpus": [asdict(gpu) for gpu in plan.gpus],
         "precision": {"dtype": plan.resolved.dtype, "kv_dtype": plan.resolved.kv_dtype},
         "quantization": plan.quantization.record() if plan.quantization else None,
         "max_seq_len": plan.sizes.max_seq_len,
@@ -384,31 +399,15 @@ def _plan_text(plan: BuildPlan) -> str:
         ("model", describe_geometry(plan.geometry)),
         ("context", f"{plan.sizes.max_seq_len} tokens"),
         ("engine", f"{describe_target(plan.target)}, {plan.resolved.dtype}: {plan.target.reason}"),
-        *_ranks(plan),
+        *describe_ranks(plan.ranks, plan.resolved.tp, plan.sizes.max_seq_len),
         ("KV cache", f"{plan.resolved.kv_dtype}, {size(_kv_bytes(plan))} a token"),
         ("output", output),
         ("weights", f"{size(plan.sizes.weight_bytes)} to write ({plan.sizes.weight_bytes:,} bytes)"),
         ("verification", verification),
     ]
     quantization = "\n\n" + "\n".join(_quantization_lines(plan.quantization)) if plan.quantization else ""
-    return f"{table(facts)}{quantization}\n\n{_pass_table(plan)}"
-
-
-def _ranks(plan: BuildPlan) -> list[tuple[str, str]]:
-    """Describe the ranks and the stages of a plan."""
-    tp, stages = plan.resolved.tp, plan.stages
-    facts = [("ranks", f"{tp}, each with a part of every layer")] if tp > 1 and not stages else []
-    for number, stage in enumerate(stages):
-        ranks = f"ranks {number * tp}-{number * tp + tp - 1}" if tp > 1 else f"rank {number}"
-        facts.append(
-            (f"stage {number}", f"{ranks}: {layers(stage.first, stage.stop)}, {size(stage.weight_bytes)}")
-        )
-    return facts
-
-
-def layers(first: int, stop: int) -> str:
-    """Describe the layers first .. stop - 1."""
-    return f"layer {first}" if stop == first + 1 else f"layers {first}-{stop - 1}"
+    gpus = f"\n\n{gpu_table(plan.gpus, plan.sizes.max_seq_len)}" if plan.gpus else ""
+    return f"{table(facts)}{gpus}{quantization}\n\n{_pass_table(plan)}"
 
 
 def _quantization_lines(plan: QuantPlan) -> list[str]:

@@ -14,9 +14,9 @@ from llmc.cli.build import (
     describe_kv_cache_loss,
     describe_target,
     describe_verification,
-    layers,
 )
 from llmc.cli.output import Json, print_json
+from llmc.cli.ranks import describe_ranks, rank_records
 from llmc.cli.text import size, table
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def inspect(
     """
     import json
 
+    from llmc.compiler.bundle_ranks import ranks_of
     from llmc.runtime.backends.kv_cache import block_bytes
     from llmc.runtime.bundle.reader import Bundle
     from llmc.runtime.bundle.strict_json import plain
@@ -65,7 +66,7 @@ def inspect(
         return
     manifest = opened.manifest
     geometry, source, tokens = manifest.geometry, manifest.source, manifest.tokens
-    total = total_bytes(opened)
+    total, ranks = total_bytes(opened), ranks_of(opened)
     kv_bytes = block_bytes(geometry, manifest.precision.kv_dtype) // geometry.block_size
     if as_json:
         print_json(
@@ -73,6 +74,7 @@ def inspect(
                 "path": str(opened.path),
                 "bytes": total,
                 "kv_bytes_per_token": kv_bytes,
+                "ranks": rank_records(ranks, manifest.limits.max_seq_len),
                 "hashes_verified": verify,
                 "quantization_loss": quantization_loss(manifest),
                 "manifest": json.loads(manifest.to_json()),
@@ -103,7 +105,7 @@ def inspect(
         ),
         ("operators", ", ".join(f"{o.count} {o.name} (ABI {o.abi})" for o in manifest.operators) or "none"),
         *describe_gpu(manifest),
-        *describe_ranks(opened),
+        *describe_ranks(ranks, manifest.parallel.tp, manifest.limits.max_seq_len),
         ("sampling", describe_sampling(manifest.sampling)),
         ("tokens", f"begin {tokens.bos}, end {', '.join(map(str, tokens.eos)) or 'none'}"),
         ("fidelity", describe_verification(manifest.verification)),
@@ -167,65 +169,6 @@ def program_of(bundle: Bundle, rank: int = 0) -> Program:
     if not 0 <= rank < ranks:
         raise RequestError(f"{bundle.name} has no rank {rank}", f"give one of 0 to {ranks - 1}", "rank")
     return Program.from_json(bundle.engine_path(rank).read_bytes())
-
-
-def describe_ranks(bundle: Bundle) -> list[tuple[str, str]]:
-    """Describe what each of several ranks has, and what they exchange."""
-    from llmc.runtime.native.program import COLLECTIVES
-    from llmc.runtime.native.weights import SHARED_WEIGHTS, is_of
-
-    manifest = bundle.manifest
-    if manifest.parallel.world_size == 1:
-        return []
-    sizes = {name: record.bytes for name, record in manifest.files.items()}
-    if manifest.gpu is not None:
-        return _describe_plans(manifest, sizes)
-    tp, pp = manifest.parallel.tp, manifest.parallel.pp
-    shared = size(sizes.get(SHARED_WEIGHTS, 0))
-    part = (
-        "each with a part of every layer" if pp == 1 else f"{pp} stages of {tp}, each with some of the layers"
-    )
-    facts = [("ranks", f"{tp * pp}, {part}, and {shared} that all have")]
-    first = stop = 0
-    for rank in range(manifest.parallel.world_size):
-        program = program_of(bundle, rank)
-        files = [name for name in manifest.weights.files if is_of(name, rank)]
-        first, stop = (first if rank % tp else stop), (stop if rank % tp else stop + len(program.caches))
-        heads = sorted({cache.num_kv_heads for cache in program.caches})
-        stage = f"{layers(first, stop)}, " if pp > 1 else ""
-        weights = size(sum(sizes[name] for name in files))
-        facts.append(
-            (f"rank {rank}", f"{stage}{weights} of weights, {' or '.join(map(str, heads))} KV heads")
-        )
-    program = program_of(bundle)
-    if tp > 1:
-        collectives = [each for each in program.instructions if each.op in COLLECTIVES]
-        counts = Counter(each.op for each in collectives)
-        exchanged = size(sum(4 * each.inputs[0].width for each in collectives))
-        what = " and ".join(f"{count} {op}" for op, count in sorted(counts.items()))
-        where = " in stage 0" if pp > 1 else ""
-        facts.append(("collectives", f"{what} a step{where}; a rank sends {exchanged} for a token"))
-    if pp > 1:
-        sent = size(sum(4 * each.inputs[0].width for each in program.instructions if each.op == "send"))
-        logits = size(4 * program.vocab_size)
-        facts.append(
-            ("transfers", f"{sent} for a token to the next stage, {logits} for a row of logits to rank 0")
-        )
-    return facts
-
-
-def _describe_plans(manifest: Manifest, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Describe the plans of several ranks. sizes: of the files, in bytes"""
-    from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, DOMAIN
-
-    counts = {operator.name: operator.count for operator in manifest.operators}
-    collectives = {name: counts.get(f"{DOMAIN}.{name}", 0) for name in (ALL_REDUCE, ALL_GATHER)}
-    what = " and ".join(f"{count} {name}" for name, count in collectives.items() if count)
-    return [
-        ("ranks", f"{manifest.parallel.tp}, each with a part of every layer and a GPU"),
-        *((f"rank {engine.rank}", f"a plan of {size(sizes[engine.file])}") for engine in manifest.engines),
-        ("collectives", f"{what} a step, on the GPUs"),
-    ]
 
 
 def quantization_loss(manifest: Manifest) -> dict[str, Any] | None:

@@ -21,9 +21,11 @@ from llmc.cli.html_elements import (
     section,
     tiles,
 )
-from llmc.cli.inspect import describe_gpu, describe_ranks, describe_sampling, describe_weights, total_bytes
+from llmc.cli.inspect import describe_gpu, describe_sampling, describe_weights, total_bytes
+from llmc.cli.ranks import describe_ranks
 from llmc.cli.report_layers import layer_charts
 from llmc.cli.text import size
+from llmc.compiler.bundle_ranks import ranks_of
 
 if TYPE_CHECKING:
     from llmc.cli.benchmark import Benchmark
@@ -89,11 +91,14 @@ def _inside(manifest: Manifest) -> Html:
 
 def _hardware(bundle: Bundle) -> Html:
     manifest, target = bundle.manifest, bundle.manifest.target
+    ranks = []
+    if manifest.parallel.world_size > 1:
+        ranks = describe_ranks(ranks_of(bundle), manifest.parallel.tp, manifest.limits.max_seq_len)
     requires = ", ".join(f"{name} {version}" for name, version in target.requires.items())
     facts = [
         ("runs on", "a CPU" if manifest.gpu is None else "an NVIDIA GPU"),
         *describe_gpu(manifest),
-        *describe_ranks(bundle),
+        *ranks,
         ("engine", describe_target(target)),
         ("chosen because", target.reason),
         ("requires", requires or "nothing besides llmc"),

@@ -18,14 +18,15 @@ from llmc.compiler.checkpoint.sampling import FILE as GENERATION_CONFIG
 from llmc.compiler.checkpoint.sampling import not_followed, sampling_defaults
 from llmc.compiler.progress import Clock, Progress, Silent
 from llmc.compiler.quantize.prequantized_plan import read_prequantized
-from llmc.compiler.request import BuildRequest, quantized_cache
+from llmc.compiler.request import AUTO, BuildRequest, quantized_cache
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import Resolved, Sizes, WeightSources
 from llmc.compiler.verify.job import VERIFICATION
 from llmc.compiler.verify.prepare import evaluate_early
-from llmc.runtime.bundle.manifest import Manifest, Sampling, Verification
+from llmc.runtime.bundle.manifest import Geometry, Manifest, Sampling, Verification
+from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.bundle.reader import Bundle
-from llmc.runtime.errors import BundleError
+from llmc.runtime.errors import BuildError, BundleError, UnsupportedError
 from llmc.runtime.memory import memory_needed
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ if TYPE_CHECKING:
     from llmc.compiler.quantize.prequantized_plan import PrequantizedWeights
     from llmc.compiler.quantize.produce import Produced
     from llmc.compiler.quantize.step import Maker
+    from llmc.compiler.rank_plan import RankPlan
     from llmc.compiler.targets.base import Target
     from llmc.passes.canonicalize.fuse_linears import FusionPlan
+    from llmc.passes.contract import PassReport
     from llmc.passes.quantize.matrix import QuantizedMatrix
     from llmc.passes.quantize.plan import QuantPlan
 
@@ -217,6 +220,7 @@ def plan_build(
         from llmc.compiler.checkpoint.model_keys import read_model
         from llmc.compiler.checkpoint.tokenizer import end_of_sequence, read_bundle_tokenizer
         from llmc.compiler.plan import BuildPlan
+        from llmc.compiler.rank_plan import gpu_sizes
         from llmc.compiler.trace.export import trace
         from llmc.compiler.weights import write
         from llmc.passes import contract, pipeline
@@ -253,9 +257,8 @@ def plan_build(
         matrices = quantization.matrices() if quantization else []
         matches = {"quantize-linears": len(matrices), "quantize-kv-cache": num_layers}
         reports += contract.run(model, pipeline.quantize(quantization, cache), matches)
-        resolved, engine = opened.target.choose_engine(resolved, model)
-        legalize = opened.target.legalize(resolved, engine.engine, model, checkpoint.tensors)
-        reports += contract.run(model, legalize)
+        divided = _divide(request, opened, model, geometry, max_seq_len)
+        resolved, engine, model = divided.resolved, divided.engine, divided.model
 
     def unquantized() -> ir.Model:
         if canonical is not None:
@@ -267,8 +270,21 @@ def plan_build(
     sizes = Sizes(max_seq_len, write.weight_bytes(model), memory_needed(4 * parameters))
     facts = _facts(opened, expected)
     stages = plan_stages(model, resolved.pp) if resolved.pp > 1 else ()
+    ranks = divided.ranks
+    gpus = gpu_sizes(ranks, max_seq_len, opened.target.gpus(resolved))
     plan = BuildPlan(
-        request, facts, resolved, engine, geometry, sizes, quantization, tuple(reports), eos_token_ids, stages
+        request,
+        facts,
+        resolved,
+        engine,
+        geometry,
+        sizes,
+        quantization,
+        (*reports, *divided.reports),
+        eos_token_ids,
+        stages,
+        ranks,
+        gpus,
     )
     tied = {name: checkpoint.tensors[of] for name, of in keys.tied.items() if of in checkpoint.tensors}
     tensors = dict(checkpoint.tensors) | tied
@@ -276,6 +292,68 @@ def plan_build(
         checkpoint, model, tensors, matrices, opened.prequantized, opened.calibration, tokenizer, unquantized
     )
     return plan, inputs
+
+
+@dataclass(frozen=True)
+class _Divided:
+    """The engine that was chosen, and the ranks that its graph is divided among."""
+
+    resolved: Resolved
+    engine: EngineTarget
+    #: The legalized graph.
+    model: ir.Model
+    ranks: tuple[RankPlan, ...]
+    #: Of the passes that legalize the graph and make that of rank 0.
+    reports: list[PassReport]
+
+
+def _divide(
+    request: BuildRequest, opened: _OpenedInputs, quantized: ir.Model, geometry: Geometry, max_seq_len: int
+) -> _Divided:
+    """Choose the engine, legalize the graph, and divide it: for `--tp auto`, among the fewest ranks that fit.
+
+    quantized: the quantized graph, which may be legalized in place
+
+    Raises UnsupportedError if the model cannot be divided, BuildError if `request.rank_memory` is too small.
+    """
+    from llmc.compiler.rank_plan import memory_needed, tp_choices
+    from llmc.compiler.weights.write import weight_bytes
+    from llmc.passes import contract
+
+    target, memory, auto = opened.target, request.rank_memory, request.tp == AUTO
+    choices = tp_choices(request, geometry)
+    weights, fault = 0, ""
+    for tp in choices:
+        if memory is not None and weights // (tp * request.pp) > memory and tp != choices[-1]:
+            continue  # its part of the weights alone does not fit
+        model = quantized.clone() if auto else quantized
+        resolved = replace(opened.resolved, tp=tp)
+        ranks: list[RankPlan] = []
+        try:
+            resolved, engine = target.choose_engine(resolved, model)
+            legalize = target.legalize(resolved, engine.engine, model, opened.checkpoint.tensors)
+            reports = contract.run(model, legalize)
+            weights = weight_bytes(model)
+            for rank, of_rank in target.plan_ranks(resolved, engine.engine, model, geometry):
+                needed = memory_needed(rank, max_seq_len, on_gpu=bool(target.gpus(resolved)))
+                if memory is not None and needed > memory:
+                    break
+                reports += [] if ranks else of_rank
+                ranks.append(rank)
+            else:
+                return _Divided(resolved, engine, model, tuple(ranks), reports)
+        except UnsupportedError as error:
+            if tp == 1 or not auto:
+                raise
+            fault = fault or f"; --tp {tp} is not possible: {error.message}"
+            continue
+        most = f"with --tp {tp}, rank {rank.rank} needs {needed / 1e9:.4g} GB for {max_seq_len} tokens"
+    assert memory is not None
+    raise BuildError(
+        f"{most}, and --rank-memory is {memory / 1e9:.4g} GB{fault}",
+        f"{'' if auto else '--tp auto adds ranks; '}--max-seq-len or --quant lower what a rank needs",
+        "rank_memory",
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmc.compiler.rank_plan import GpuSize, RankPlan
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.targets.base import Resolved, Sizes
 from llmc.passes.contract import PassReport
@@ -54,4 +55,7 @@ class BuildPlan:
     #: The tokens that end a generation.
     eos_token_ids: tuple[int, ...]
     #: The stages of the pipeline; empty without --pp.
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[Stage, ...]
+    ranks: tuple[RankPlan, ...]
+    #: What each size of GPU could hold; empty for a CPU.
+    gpus: tuple[GpuSize, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ TARGETS: Mapping[str, TargetOptions] = {
     "tensorrt-rtx": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
     "tensorrt": TargetOptions(("bf16", "fp16"), {"fp8": "fp8"}),
 }
+AUTO: Literal["auto"] = "auto"  # of --tp: the fewest ranks that --rank-memory can hold
 ENGINES = ("native", "openvino", "onnxruntime")  # of the target cpu, in the order of preference
 MAX_TP, MAX_PP, MAX_RANKS = 64, 64, 256
 METHODS = ("max", "percentile", "mse")  # the calibration methods, the default first
@@ -65,10 +67,13 @@ class BuildRequest:
     sms: tuple[int, ...] = ()
     #: The largest length of a sequence (prompt and answer) in tokens. None: the model's context length.
     max_seq_len: int | None = None
-    #: The number of ranks that each compute a part of every layer (tensor parallelism).
-    tp: int = 1
+    #: The number of ranks that each compute a part of every layer (tensor parallelism). AUTO: the fewest, of
+    #: those that get as many heads each, whose `rank_memory` holds the model and a sequence of the context.
+    tp: int | Literal["auto"] = 1
     #: The number of groups of ranks that each have some of the layers (pipeline parallelism).
     pp: int = 1
+    #: The memory of each rank in bytes: of its GPU, or its share of a machine. None: any.
+    rank_memory: int | None = None
     #: A branch, tag or commit of the hub repository.
     revision: str | None = None
     #: Compare the engine with transformers, and fail the build if they differ.
@@ -137,10 +142,11 @@ class BuildRequest:
             raise BuildError("--calibration needs quantization", "add --quant FORMAT", "calibration")
         if self.sms and self.target == "cpu":
             raise BuildError("--sm names GPUs, and the target is the CPU", "add --target tensorrt-rtx", "sms")
-        for name, count, what, most in (("tp", self.tp, "ranks", MAX_TP), ("pp", self.pp, "stages", MAX_PP)):
+        tp = 1 if self.tp == AUTO else self.tp
+        for name, count, what, most in (("tp", tp, "ranks", MAX_TP), ("pp", self.pp, "stages", MAX_PP)):
             if not 1 <= count <= most:
                 raise BuildError(f"--{name} is {count}", f"give a number of {what}, 1 to {most}", name)
-        if self.tp > 1 and self.engine not in (None, "native"):
+        if self.tp != 1 and self.engine not in (None, "native"):
             raise BuildError(
                 f"--tp is for the native engine and TensorRT, not for {self.engine}",
                 "leave --tp out, or --engine",
@@ -152,11 +158,23 @@ class BuildRequest:
                 "leave --pp out, or --engine and --target",
                 "pp",
             )
-        if self.tp * self.pp > MAX_RANKS:
+        if tp * self.pp > MAX_RANKS:
             raise BuildError(
-                f"--tp {self.tp} and --pp {self.pp} make {self.tp * self.pp} ranks",
+                f"--tp {tp} and --pp {self.pp} make {tp * self.pp} ranks",
                 f"choose both so that there are at most {MAX_RANKS}",
                 "pp",
+            )
+        if self.tp == AUTO and self.rank_memory is None:
+            raise BuildError(
+                "--tp auto needs the memory of a rank: of its GPU, or its share of a machine",
+                "add --rank-memory SIZE, such as 24GB",
+                "rank_memory",
+            )
+        if self.rank_memory is not None and self.rank_memory < 1:
+            raise BuildError(
+                f"--rank-memory is {self.rank_memory} bytes",
+                "give a size such as 24GB or 22.5GiB",
+                "rank_memory",
             )
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise BuildError(
@@ -193,3 +211,31 @@ def parse_sms(text: str) -> tuple[int, ...]:
             f"--sm {text}: {bad[0]!r} is not a compute capability", "write them as in --sm 86,89,120", "sms"
         )
     return tuple(sorted({int(part) for part in parts}))
+
+
+def parse_tp(text: str) -> int | Literal["auto"]:
+    """Return the value of --tp: a number, or AUTO. Raises BuildError for anything else."""
+    if text == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError as error:
+        raise BuildError(
+            f"--tp is {text!r}", f"give a number of ranks, 1 to {MAX_TP}, or auto", "tp"
+        ) from error
+
+
+def parse_memory(text: str) -> int:
+    """Return a size in bytes: "24GB" -> 24 x 10^9, "22.5GiB" -> 22.5 x 2^30.
+
+    Raises BuildError for a text that is not a size, or has no unit.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])(i?)B", text.strip(), re.ASCII | re.IGNORECASE)
+    if match is None:
+        raise BuildError(
+            f"--rank-memory is {text!r}",
+            "give a size in GB, which are 10^9 bytes, as those of a GPU of 24GB; or in GiB",
+            "rank_memory",
+        )
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper())))

@@ -17,25 +17,30 @@ def attention_nodes(model: ir.Model) -> list[ir.Node]:
     return sorted(nodes, key=lambda node: int(str(edit.operand(node, 3).name).rpartition(".")[2]))
 
 
-def read_geometry(model: ir.Model) -> Geometry:
-    """Return the geometry of a canonical graph. The config is not read: the engine runs the graph."""
-    layers, heads = [], 0
+def cached_layers(model: ir.Model) -> tuple[Layer, ...]:
+    """Return the attention layers of a canonical graph, or of a rank's part of one, from their KV caches."""
+    layers = []
     for node in attention_nodes(model):
         _, kv_heads, _, width = edit.dims(edit.operand(node, 3))
         value_width = edit.dims(edit.operand(node, 4))[3]
         window = int(edit.attribute(node, "window"))
-        heads = max(heads, int(edit.attribute(node, "num_heads")))
         kind: Literal["sliding", "full"] = "sliding" if window else "full"
         layers.append(Layer(kind, window, kv_heads, width, value_width))
+    return tuple(layers)
+
+
+def read_geometry(model: ir.Model) -> Geometry:
+    """Return the geometry of a canonical graph. The config is not read: the engine runs the graph."""
+    layers = cached_layers(model)
     embedding = next(node for node in model.graph if node.op_type == "Gather").outputs[0]
     return Geometry(
         num_layers=len(layers),
-        num_heads=heads,
+        num_heads=max(int(edit.attribute(node, "num_heads")) for node in attention_nodes(model)),
         num_kv_heads=max(layer.num_kv_heads for layer in layers),
         head_dim=max(layer.head_dim for layer in layers),
         v_head_dim=max(layer.v_head_dim for layer in layers),
         hidden_size=edit.dims(embedding)[-1],
         vocab_size=edit.dims(model.graph.outputs[0])[-1],
-        layers=tuple(layers),
+        layers=layers,
         block_size=BLOCK_SIZE,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,13 +10,14 @@ from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Clock
 from llmc.compiler.request import BuildRequest
-from llmc.runtime.bundle.manifest import Gpu
+from llmc.runtime.bundle.manifest import Geometry, Gpu
 from llmc.runtime.bundle.manifest import Target as EngineTarget
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from llmc.passes.contract import Pass
+    from llmc.compiler.rank_plan import RankPlan
+    from llmc.passes.contract import Pass, PassReport
 
 GRAPH_FILE = "rank0.onnx"  # beside weights/: ONNX allows external data below the graph's directory only
 
@@ -139,6 +140,22 @@ class Target(Protocol):
         model: the quantized graph, which is not changed
         tensors: the checkpoint's tensors, by name
         """
+        ...
+
+    def plan_ranks(
+        self, resolved: Resolved, engine: str, model: ir.Model, geometry: Geometry
+    ) -> Iterator[tuple[RankPlan, list[PassReport]]]:
+        """Yield the plan of each rank, and the reports of the passes that make its graph of `model`.
+
+        model: the legalized graph
+        geometry: the model's
+
+        Raises UnsupportedError if the model cannot be divided among the ranks.
+        """
+        ...
+
+    def gpus(self, resolved: Resolved) -> tuple[int, ...]:
+        """Return the compute capabilities of common GPUs that the engine runs on; () for a CPU."""
         ...
 
     def write_weights(

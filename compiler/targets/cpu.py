@@ -6,7 +6,7 @@ attention, ONNX Runtime with the function body in the file. The native engine re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -14,7 +14,8 @@ import onnx_ir as ir
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Clock
-from llmc.compiler.request import ENGINES, BuildRequest, cache_dtype, compute_dtype
+from llmc.compiler.rank_plan import RankPlan
+from llmc.compiler.request import AUTO, ENGINES, BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import (
     GRAPH_FILE,
@@ -31,21 +32,27 @@ from llmc.compiler.targets.native.ranks import (
     PROGRAM_FILE,
     WHOLE_FILE,
     discard_whole,
+    divide,
     parts_of,
     stages_of,
     weights_files,
     write_ranks,
 )
+from llmc.compiler.targets.part import rank_plan
 from llmc.compiler.weights.narrow import narrow_plan
-from llmc.compiler.weights.write import WEIGHTS_FILE, attach_weights
+from llmc.compiler.weights.write import WEIGHTS_FILE, attach_weights, weight_bytes
 from llmc.passes import contract, pipeline
-from llmc.passes.contract import Pass
+from llmc.passes.contract import Pass, PassReport
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.drop_activation_quantization import rounded_to
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.spec import module_of
+from llmc.runtime.backends.base import LoadOptions
+from llmc.runtime.backends.native import EXACT_DIGITS
+from llmc.runtime.bundle.manifest import Geometry
 from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import UnsupportedError
+from llmc.runtime.native.plan import plan
 from llmc.runtime.native.weights import WEIGHTS
 
 # The engine without activation quantization, for the verification. It is removed from the bundle afterwards.
@@ -82,16 +89,15 @@ class CpuTarget:
             cache_dtype(request, dtype),
             head_format=head,
             engine=request.engine,
-            tp=request.tp,
+            tp=1 if request.tp == AUTO else request.tp,
             pp=request.pp,
         )
 
     def choose_engine(self, resolved: Resolved, model: ir.Model) -> tuple[Resolved, EngineTarget]:
         faults: dict[str, str] = {}
-        parts = list(parts_of(model, resolved))  # a model that cannot be divided is refused for that reason
         candidates = ENGINES if resolved.ranks == 1 else ENGINES[:1]  # the others run one rank
         for engine in candidates if resolved.engine is None else (resolved.engine,):
-            fault = engine_fault(engine, resolved, parts)
+            fault = engine_fault(engine, resolved, model)
             if fault:
                 faults[engine] = fault
                 continue
@@ -119,6 +125,27 @@ class CpuTarget:
         if engine == "native":
             return pipeline.legalize_native(narrow_plan(model, tensors, bf16_as_fp16=False))
         return pipeline.legalize_onnxruntime()
+
+    def plan_ranks(
+        self, resolved: Resolved, engine: str, model: ir.Model, geometry: Geometry
+    ) -> Iterator[tuple[RankPlan, list[PassReport]]]:
+        """See `Target`. The sizes are those of the packed weights and of the native engine's buffers."""
+        if engine != "native":
+            weights = weight_bytes(model)
+            yield rank_plan(0, model, None, geometry, resolved.kv_dtype, weights, None), []
+            return
+        stages = stages_of(model, resolved)
+        for rank, (part, reports) in enumerate(divide(model, resolved, stages)):
+            program = lower(part).program
+            weights = sum(matrix.nbytes for matrix in program.matrices.values())
+            weights += 4 * sum(program.constants.values())
+            buffers = plan(program, EXACT_DIGITS).row_bytes * LoadOptions.max_tokens
+            stage = stages[rank // resolved.tp] if stages else None
+            yield rank_plan(rank, part, stage, geometry, resolved.kv_dtype, weights, buffers), reports
+
+    def gpus(self, resolved: Resolved) -> tuple[int, ...]:
+        del resolved
+        return ()
 
     def write_weights(
         self,
@@ -188,13 +215,11 @@ class CpuTarget:
         )
 
 
-def engine_fault(engine: str, resolved: Resolved, parts: Sequence[ir.Model]) -> str:
-    """Return why `engine` cannot run the quantized graphs of all ranks; "" if it can."""
-    model = parts[0]
+def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
+    """Return why `engine` cannot run a quantized graph; "" if it can."""
     if engine == "native":
         try:
-            for part in parts:
-                lower(part)
+            lower(model)
         except UnsupportedError as error:
             return error.message
     if engine == "openvino":

@@ -19,7 +19,7 @@ from llmc.runtime.native.executor import Executor
 from llmc.runtime.native.program import Cache, Program
 from llmc.runtime.native.weights import start_reading
 
-_EXACT_DIGITS, _FAST_DIGITS = 3, 1
+EXACT_DIGITS, _FAST_DIGITS = 3, 1
 
 
 def load(engine: EngineFile, options: LoadOptions) -> NativeBackend:
@@ -60,7 +60,7 @@ class NativeBackend:
                 num_blocks=num_blocks,
                 threads=engine_threads(options.threads),
                 kv_dtype=engine.kv_dtype,
-                digits=_EXACT_DIGITS if options.activation_group is None else _FAST_DIGITS,
+                digits=EXACT_DIGITS if options.activation_group is None else _FAST_DIGITS,
                 communicator=options.communicator,
             )
         except OSError as error:

@@ -74,6 +74,8 @@ def test_every_command_prints_the_documented_fields(
         assert record.keys() - HEAD == documented(command) - OPTIONAL, command
         if "machine" in record:
             assert record["machine"].keys() == documented("machine")
+        for rank in record.get("ranks", ()):
+            assert rank.keys() == documented("rank")
 
 
 @pytest.mark.parametrize(

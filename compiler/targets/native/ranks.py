@@ -16,6 +16,7 @@ from llmc.compiler.targets.native.lower import Lowered, lower
 from llmc.compiler.targets.native.pack import write_packed
 from llmc.compiler.weights.write import attach_weights
 from llmc.passes import contract, pipeline
+from llmc.passes.contract import PassReport
 from llmc.passes.shard.shard import is_part
 from llmc.passes.shard.stages import Stage, plan_stages
 from llmc.runtime.native.weights import SHARED_WEIGHTS, WEIGHTS, weights_file
@@ -33,23 +34,29 @@ def stages_of(model: ir.Model, resolved: Resolved) -> tuple[Stage, ...]:
     return plan_stages(model, resolved.pp) if resolved.pp > 1 else ()
 
 
-def parts_of(
+def divide(
     model: ir.Model, resolved: Resolved, stages: Sequence[Stage] | None = None
-) -> Iterator[ir.Model]:
-    """Yield the graph of each rank; `model` itself if it is the only one.
+) -> Iterator[tuple[ir.Model, list[PassReport]]]:
+    """Yield the graph of each rank, with the reports of its passes; `model` itself if it is the only one.
 
     stages: see `stages_of`; None: those of `model`
 
     Raises UnsupportedError if the model cannot be divided among the ranks.
     """
     if resolved.ranks == 1:
-        yield model
+        yield model, []
         return
     stages = stages_of(model, resolved) if stages is None else stages
     for rank in range(resolved.ranks):
         part = model.clone()
-        contract.run(part, pipeline.shard(rank, resolved.tp, stages))
-        yield part
+        yield part, contract.run(part, pipeline.shard(rank, resolved.tp, stages))
+
+
+def parts_of(
+    model: ir.Model, resolved: Resolved, stages: Sequence[Stage] | None = None
+) -> Iterator[ir.Model]:
+    """Yield the graphs of `divide`."""
+    return (part for part, _ in divide(model, resolved, stages))
 
 
 def write_ranks(

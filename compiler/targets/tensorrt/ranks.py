@@ -15,20 +15,15 @@ from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.targets.base import WeightSources
 from llmc.compiler.weights.write import WEIGHTS_FILE, write_weights
 from llmc.passes import contract, pipeline
+from llmc.passes.contract import PassReport
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.shard.join import join
 
 RANK_GRAPH, RANK_WEIGHTS = "rank{}.onnx", "weights/model.rank{}.safetensors"
 
 
-def check_division(model: ir.Model, ranks: int) -> None:
-    """Raise UnsupportedError if a quantized graph cannot be divided among the ranks."""
-    for rank in range(ranks if ranks > 1 else 0):
-        contract.run(model.clone(), pipeline.shard(rank, ranks))
-
-
-def parts_of(model: ir.Model, ranks: int, dtype: str) -> Iterator[ir.Model]:
-    """Yield TensorRT's graph of each of several ranks.
+def divide(model: ir.Model, ranks: int, dtype: str) -> Iterator[tuple[ir.Model, list[PassReport]]]:
+    """Yield TensorRT's graph of each of several ranks, with the reports of its passes.
 
     model: the quantized graph
     dtype: a key of `pipeline.DTYPES`
@@ -37,9 +32,12 @@ def parts_of(model: ir.Model, ranks: int, dtype: str) -> Iterator[ir.Model]:
     """
     for rank in range(ranks):
         part = model.clone()
-        contract.run(part, pipeline.shard(rank, ranks))
-        contract.run(part, pipeline.legalize_tensorrt(dtype))
-        yield part
+        yield part, contract.run(part, [*pipeline.shard(rank, ranks), *pipeline.legalize_tensorrt(dtype)])
+
+
+def parts_of(model: ir.Model, ranks: int, dtype: str) -> Iterator[ir.Model]:
+    """Yield the graphs of `divide`."""
+    return (part for part, _ in divide(model, ranks, dtype))
 
 
 def write_ranks(

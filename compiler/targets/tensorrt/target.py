@@ -9,7 +9,7 @@ Everything else is shared. The engine contains the weights, so the bundle keeps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -18,7 +18,8 @@ import onnx_ir as ir
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Clock, Progress
-from llmc.compiler.request import BuildRequest, cache_dtype, compute_dtype
+from llmc.compiler.rank_plan import RankPlan
+from llmc.compiler.request import AUTO, BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import (
     Artifact,
@@ -28,26 +29,28 @@ from llmc.compiler.targets.base import (
     WeightSources,
 )
 from llmc.compiler.targets.graph_file import write_graph
+from llmc.compiler.targets.part import rank_plan
 from llmc.compiler.targets.tensorrt import build as tensorrt_build
 from llmc.compiler.targets.tensorrt import kernels
+from llmc.compiler.targets.tensorrt.activations import activation_bytes
 from llmc.compiler.targets.tensorrt.build import EngineJob, EngineLimits
 from llmc.compiler.targets.tensorrt.ranks import (
     RANK_GRAPH,
     RANK_WEIGHTS,
-    check_division,
     discard_whole,
+    divide,
     joined,
     read_ranks,
     write_ranks,
 )
-from llmc.compiler.weights.write import WEIGHTS_FILE
+from llmc.compiler.weights.write import WEIGHTS_FILE, weight_bytes
 from llmc.passes import contract, pipeline
-from llmc.passes.contract import Pass
+from llmc.passes.contract import Pass, PassReport
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE
-from llmc.runtime.bundle.manifest import Gpu
+from llmc.runtime.bundle.manifest import Geometry, Gpu
 from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import BuildError, UnsupportedError
 from llmc.runtime.installation import install_hint
@@ -99,7 +102,8 @@ class TensorRTTarget:
         if not flavor.builds_without_gpu:
             sms = _this_gpu(request.sms)
             self._check_gpus(request, dtype, sms)
-        return Resolved(request.target, dtype, cache_dtype(request, dtype), sms, tp=request.tp)
+        tp = 1 if request.tp == AUTO else request.tp
+        return Resolved(request.target, dtype, cache_dtype(request, dtype), sms, tp=tp)
 
     def _check_gpus(self, request: BuildRequest, dtype: str, sms: tuple[int, ...]) -> None:
         """Raise UnsupportedError if one of `sms` cannot run the request. Empty `sms`: a portable engine."""
@@ -116,7 +120,6 @@ class TensorRTTarget:
             capability.check(request.quant, request.target, sms)
 
     def choose_engine(self, resolved: Resolved, model: ir.Model) -> tuple[Resolved, EngineTarget]:
-        check_division(model, resolved.tp)
         return resolved, EngineTarget(
             name=self.flavor.name,
             engine=self.flavor.name,
@@ -130,6 +133,21 @@ class TensorRTTarget:
         """See `Target`. The graph of several ranks is divided first, and each part is legalized alone."""
         del engine, model, tensors  # the engine stores its weights in the dtype that it computes in
         return pipeline.legalize_tensorrt(resolved.dtype) if resolved.tp == 1 else []
+
+    def plan_ranks(
+        self, resolved: Resolved, engine: str, model: ir.Model, geometry: Geometry
+    ) -> Iterator[tuple[RankPlan, list[PassReport]]]:
+        """See `Target`. How much memory TensorRT takes for activations is an estimate."""
+        del engine
+        parts = divide(model, resolved.tp, resolved.dtype) if resolved.tp > 1 else iter([(model, [])])
+        for rank, (part, reports) in enumerate(parts):
+            activations = activation_bytes(part)
+            plan = rank_plan(rank, part, None, geometry, resolved.kv_dtype, weight_bytes(part), activations)
+            yield plan, reports
+
+    def gpus(self, resolved: Resolved) -> tuple[int, ...]:
+        oldest = capability.PORTABLE
+        return resolved.sms or tuple(sm for sm in self.flavor.compute_capabilities if sm >= oldest)
 
     def write_weights(
         self,
