@@ -24,6 +24,7 @@ import numpy as np
 
 from llmc.plugins.collectives.spec import ABI_VERSION, ALL_GATHER, ALL_REDUCE, DOMAIN
 from llmc.plugins.lent import Lent
+from llmc.plugins.tensorrt_plugin import Plugin, add_creator
 
 NAMESPACE = DOMAIN
 VERSION = str(ABI_VERSION)
@@ -76,8 +77,7 @@ def register(trt: Any) -> tuple[Any, ...]:
     """
     creators = make_plugins(trt)
     for creator in creators:
-        if not trt.get_plugin_registry().register_creator(creator, NAMESPACE):
-            raise RuntimeError(f"another {NAMESPACE}.{creator.name} is registered with TensorRT already")
+        add_creator(trt, creator)
     return creators
 
 
@@ -93,27 +93,12 @@ def _make_plugin(trt: Any, name: str) -> Any:
     types = {trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
 
     class CollectivePlugin(
-        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
+        Plugin, trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
     ):
         """One collective."""
 
-        def __init__(self, attributes: Attributes, builds: bool) -> None:
-            trt.IPluginV3.__init__(self)
-            trt.IPluginV3OneCore.__init__(self)
-            trt.IPluginV3OneBuild.__init__(self)
-            trt.IPluginV3OneRuntime.__init__(self)
-            self.plugin_name, self.plugin_version, self.plugin_namespace = name, VERSION, NAMESPACE
-            self.num_outputs = 1
-            self.attributes = attributes
-            self._builds = builds
-            self._stored: list[np.ndarray] = []  # the memory that get_fields_to_serialize points to
-
-        def get_capability_interface(self, kind: Any) -> Any:
-            del kind  # this object is all three
-            return self
-
-        def clone(self) -> Any:
-            return CollectivePlugin(self.attributes, self._builds)
+        identity = (name, VERSION, NAMESPACE)
+        outputs = 1
 
         # Build.
 
@@ -151,23 +136,13 @@ def _make_plugin(trt: Any, name: str) -> Any:
                 ]
             )
 
-        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            del inputs, outputs
-
-        def set_tactic(self, tactic: int) -> None:
-            del tactic
-
-        def attach_to_context(self, context: Any) -> Any:
-            del context
-            return self.clone()
-
         def enqueue(
             self, input_desc: Sequence[Any], output_desc: Sequence[Any], inputs: Sequence[int],
             outputs: Sequence[int], workspace: int, stream: int,
         ) -> None:  # fmt: skip
             del output_desc, workspace
             if self._builds:
-                return  # the builder times tactics, and this plugin has only one
+                return
             with _collectives.borrowed() as collectives:
                 collectives.run(
                     name,

@@ -20,6 +20,7 @@ import numpy as np
 from llmc.plugins.lent import Lent
 from llmc.plugins.paged_attention.launch import Attention
 from llmc.plugins.paged_attention.spec import ABI_VERSION, DOMAIN, NAME, QUANTIZED_CACHES
+from llmc.plugins.tensorrt_plugin import Plugin, add_creator
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -98,8 +99,7 @@ def register(trt: Any) -> Any:
     Raises RuntimeError if another plugin has this name.
     """
     creator = make_plugin(trt)
-    if not trt.get_plugin_registry().register_creator(creator, NAMESPACE):
-        raise RuntimeError(f"another {NAMESPACE}.{NAME} is registered with TensorRT already")
+    add_creator(trt, creator)
     return creator
 
 
@@ -122,27 +122,12 @@ def make_plugin(trt: Any) -> Any:
     }
 
     class PagedAttentionPlugin(
-        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime
+        Plugin, trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime
     ):
         """One attention layer."""
 
-        def __init__(self, attributes: Attributes, builds: bool) -> None:
-            trt.IPluginV3.__init__(self)
-            trt.IPluginV3OneCore.__init__(self)
-            trt.IPluginV3OneBuildV2.__init__(self)
-            trt.IPluginV3OneRuntime.__init__(self)
-            self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, VERSION, NAMESPACE
-            self.num_outputs = _OUTPUTS
-            self.attributes = attributes
-            self._builds = builds
-            self._stored: list[np.ndarray] = []  # the memory that get_fields_to_serialize points to
-
-        def get_capability_interface(self, kind: Any) -> Any:
-            del kind  # this object is all three
-            return self
-
-        def clone(self) -> Any:
-            return PagedAttentionPlugin(self.attributes, self._builds)
+        identity = (NAME, VERSION, NAMESPACE)
+        outputs = _OUTPUTS
 
         # Build.
 
@@ -197,23 +182,13 @@ def make_plugin(trt: Any) -> Any:
                 stored.append(trt.PluginField(name, self._stored[-1], field_type))
             return stored
 
-        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            del inputs, outputs
-
-        def set_tactic(self, tactic: int) -> None:
-            del tactic
-
-        def attach_to_context(self, context: Any) -> Any:
-            del context
-            return self.clone()
-
         def enqueue(
             self, input_desc: Sequence[Any], output_desc: Sequence[Any], inputs: Sequence[int],
             outputs: Sequence[int], workspace: int, stream: int,
         ) -> None:  # fmt: skip
             del output_desc, workspace
             if self._builds:
-                return  # the builder times tactics, and this plugin has only one
+                return
             with _launcher.borrowed() as launcher:
                 self._launch(launcher, input_desc, inputs, outputs, stream)
 
