@@ -377,10 +377,25 @@ def llmc(*arguments: object) -> list[str]:
     return ["-m", "llmc", *map(str, arguments)]
 
 
+@pytest.fixture(scope="session")
+def four_ranks(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of llama-tiny with two stages of two ranks."""
+    from llmc.compiler.driver import compile_model
+    from llmc.compiler.request import BuildRequest
+
+    path = tmp_path_factory.mktemp("ranks") / "four.llmc"
+    return compile_model(BuildRequest(str(checkpoint("llama-tiny")), path, tp=2, pp=2, verify=False)).path
+
+
 @pytest.fixture
 def text(two_ranks: Path) -> tuple[list[str], str]:
     """A command, and what it prints if it starts the ranks itself."""
-    command = llmc("run", two_ranks, "Once upon", "--max-tokens", 12, "--threads", 2)
+    return answer(two_ranks)
+
+
+def answer(bundle: Path) -> tuple[list[str], str]:
+    """Return a command that runs a bundle, and what it prints if it starts the ranks itself."""
+    command = llmc("run", bundle, "Once upon", "--max-tokens", 12, "--threads", 2)
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=LONG, check=True
     )
@@ -393,14 +408,12 @@ def test_run_prints_what_ranks_of_its_own_print(text: tuple[list[str], str], por
     assert ends(ranks) == [(0, "", ""), (0, stdout, "")]
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        pytest.param(["torchrun", "--nproc-per-node", "2", "--no-python"], marks=pytest.mark.slow),
-        pytest.param(["mpirun", "-n", "2"], marks=pytest.mark.slow),
-    ],
-)
-def test_launchers(launcher: list[str], text: tuple[list[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("launcher", [["torchrun", "--no-python", "--nproc-per-node"], ["mpirun", "-n"]])
+def test_launchers(
+    launcher: list[str], ranks: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     program = shutil.which(launcher[0], path=search)
     if program is None:
@@ -408,11 +421,18 @@ def test_launchers(launcher: list[str], text: tuple[list[str], str], monkeypatch
     for name in ("ALLOW_RUN_AS_ROOT", "ALLOW_RUN_AS_ROOT_CONFIRM"):  # of Open MPI
         for prefix in ("OMPI", "PRTE"):
             monkeypatch.setenv(f"{prefix}_{name}", "1")
-    command, stdout = text
-    done = subprocess.run(
-        [program, *launcher[1:], sys.executable, *command], capture_output=True, text=True, timeout=LONG
-    )
+    command, stdout = answer(request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[ranks]))
+    started = [program, *launcher[1:], str(ranks), sys.executable, *command]
+    done = subprocess.run(started, capture_output=True, text=True, timeout=LONG)
     assert (done.returncode, done.stdout) == (0, stdout), done.stderr
+
+
+@pytest.mark.slow
+def test_stages_meet_by_the_variables_of_open_mpi(four_ranks: Path, port: int) -> None:
+    command, stdout = answer(four_ranks)
+    size = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "WORLD_SIZE": "1"}
+    ranks = [start(command, 0, 4, port, **size, OMPI_COMM_WORLD_RANK=str(rank)) for rank in range(4)]
+    assert ends(ranks) == [(0, stdout, ""), *[(0, "", "")] * 3]
 
 
 def test_another_number_of_processes_is_one_error(two_ranks: Path, port: int) -> None:
