@@ -313,6 +313,7 @@ def _result_text(result: BuildResult, request: BuildRequest) -> str:
         size(_total_bytes(result)),
         describe_target(manifest.target),
         manifest.precision.dtype,
+        *([f"{ranks} ranks"] if (ranks := manifest.parallel.world_size) > 1 else []),
         f"{manifest.limits.max_seq_len} tokens of context",
         done,
     )
@@ -334,6 +335,7 @@ def _result_record(result: BuildResult) -> dict[str, Any]:
         "seconds": result.seconds,
         "target": asdict(manifest.target),
         "precision": asdict(manifest.precision),
+        "parallel": asdict(manifest.parallel),
         "max_seq_len": manifest.limits.max_seq_len,
         "geometry": asdict(manifest.geometry),
         "passes": [asdict(report) for report in manifest.passes],

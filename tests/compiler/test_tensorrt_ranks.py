@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -282,12 +283,17 @@ def test_all_ranks_are_verified_and_built(
     assert counts["llmc.AllReduce"] == 5  # the embedding, and two a layer
     assert counts["llmc.AllGather"] == 1
     assert "llmc.PartialEmbedding" not in counts
+    passes = {report.name: report.matches for report in manifest.passes}
+    assert passes["shard"] == 9  # linear layers: four a layer, and lm_head
+    assert passes["widen-logits"] == 1
     folders = {path.partition("/")[0] for path in manifest.files if "/" in path}
     assert folders <= {"engines", "kernels", "tokenizer"}  # the plans contain the weights
     said = subprocess.run(
         [sys.executable, "-m", "llmc", "inspect", str(request.output)], capture_output=True, text=True
     )
-    assert "collectives" in said.stdout, said.stdout + said.stderr
+    assert "5 AllReduce and 1 AllGather a step" in said.stdout, said.stdout + said.stderr
+    heads = {2: "2 heads", 4: "1 head"}[ranks]
+    assert re.search(rf"^ranks 0-{ranks - 1} +layers 0-1, {heads}, 1 KV head; ", said.stdout, re.MULTILINE)
     if not options:
         second = compile_model(dataclasses.replace(request, output=tmp_path / "y.llmc")).manifest
         assert json.loads(second.to_json()) == json.loads(manifest.to_json())
