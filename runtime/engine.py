@@ -8,19 +8,19 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, repeat
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from llmc.runtime.arguments import Prompt, as_params, as_prompt, as_prompts
-from llmc.runtime.backends.base import Backend, SamplingBackend
+from llmc.runtime.backends.base import Backend, PipelineBackend, SamplingBackend
 from llmc.runtime.batch import Batch, build_batch
 from llmc.runtime.block_pool import BlockPool
 from llmc.runtime.detokenizer import TextStream
 from llmc.runtime.errors import RequestError
 from llmc.runtime.sampling import SamplingParams, candidates_needed, sample
-from llmc.runtime.scheduler import Scheduler
-from llmc.runtime.sequence import FinishReason
+from llmc.runtime.scheduler import ScheduledChunk, Scheduler
+from llmc.runtime.sequence import FinishReason, SequenceState
 from llmc.runtime.sequence import Sequence as TokenSequence
 from llmc.runtime.tokenizer import Tokenizer
 from llmc.runtime.turns import Turns
@@ -77,6 +77,14 @@ class _Request:
     finished: RequestOutput | None = None
 
 
+class _Step(NamedTuple):
+    """A step in flight: its chunks, their batch, and the sequence of each row of its logits."""
+
+    chunks: list[ScheduledChunk]
+    batch: Batch
+    sampled: list[TokenSequence]
+
+
 class Engine:
     """A serving engine with one backend.
 
@@ -112,7 +120,11 @@ class Engine:
         self.tokenizer = tokenizer
         self.stats = EngineStats()
         pool = BlockPool(backend.num_blocks, backend.block_size, prefix_cache)
-        self.scheduler = Scheduler(pool, max_batch_tokens, max_sequences, max_seq_len)
+        # A backend with pipeline stages computes several steps at the same time.
+        depth = getattr(backend, "depth", 1)
+        self._pipeline = cast(PipelineBackend, backend) if depth > 1 else None
+        self._in_flight: deque[_Step] = deque()
+        self.scheduler = Scheduler(pool, max_batch_tokens, max_sequences, max_seq_len, depth)
         self._eos = frozenset(eos_token_ids)
         self._vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else 2**31)
         self.default_params = default_params or SamplingParams()
@@ -142,6 +154,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Compute one batch. Return an output for every request that got a token.
 
+        With pipeline stages, this is the oldest of the batches that are computed at the same time.
         Errors of the backend propagate. The requests then stay queued, and the next step computes them again
         from the start, unless the caller aborts them.
         """
@@ -153,22 +166,27 @@ class Engine:
         while self._dropped:
             self._abort(self._dropped.popleft())
         started = time.perf_counter()
-        chunks = self.scheduler.schedule()
-        if not chunks:
-            return []
         try:
-            batch, sampled = build_batch(chunks)
-            rows = self._forward(batch, sampled)
+            while len(self._in_flight) < self.scheduler.depth and (chunks := self.scheduler.schedule()):
+                self._submit(_Step(chunks, *build_batch(chunks)))
+            if not self._in_flight:
+                return []
+            step = self._in_flight.popleft()
+            # A sequence without a token: its request was aborted meanwhile.
             tokens = [
-                sample(logits, s.params, s.token_ids, s.rng, ids)
-                for (ids, logits), s in zip(rows, sampled, strict=True)
+                None
+                if s.state is SequenceState.FINISHED
+                else sample(logits, s.params, s.token_ids, s.rng, ids)
+                for (ids, logits), s in zip(self._collect(step), step.sampled, strict=True)
             ]
         except BaseException:
-            self.scheduler.rollback()
+            self._discard()
             raise
-        self.scheduler.commit(chunks)
-        outputs = [self._append(s, token) for s, token in zip(sampled, tokens, strict=True)]
-        self._count(batch, time.perf_counter() - started)
+        self.scheduler.commit(step.chunks)
+        outputs = [
+            self._append(s, token) for s, token in zip(step.sampled, tokens, strict=True) if token is not None
+        ]
+        self._count(step.batch, time.perf_counter() - started)
         return outputs
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -185,7 +203,9 @@ class Engine:
         with self._turns:
             for request in list(self._requests.values()):
                 self._report(request, "", "abort")
+            self._discard()
             self._closed = True
+            self._pipeline = None
             self.backend = cast(Backend, None)  # frees it; after this `_check_open` lets no call reach it
 
     def generate(
@@ -307,6 +327,32 @@ class Engine:
             self.scheduler.add(request.sequence)
             self._requests[request_id] = request
         return request_id
+
+    def _submit(self, step: _Step) -> None:
+        """Begin a step, if the backend has pipeline stages."""
+        self._in_flight.append(step)
+        if self._pipeline is not None:
+            started = time.perf_counter()
+            self._pipeline.submit(step.batch)
+            self.stats.backend_seconds += time.perf_counter() - started
+
+    def _collect(self, step: _Step) -> Iterable[_Row]:
+        """Run the step, or wait for it. Return what `_forward` returns."""
+        if self._pipeline is None:
+            return self._forward(step.batch, step.sampled)
+        started = time.perf_counter()
+        rows = zip(repeat(None), self._pipeline.collect())
+        self.stats.backend_seconds += time.perf_counter() - started
+        return rows
+
+    def _discard(self) -> None:
+        """Compute everything again that is in the cache or in flight."""
+        self._in_flight.clear()
+        try:
+            if self._pipeline is not None:
+                self._pipeline.discard()
+        finally:
+            self.scheduler.rollback()
 
     def _forward(self, batch: Batch, sampled: list[TokenSequence]) -> Iterable[_Row]:
         """Run the step. Return (token ids, logits) for each row; ids None: the whole vocabulary."""

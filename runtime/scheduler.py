@@ -5,6 +5,11 @@ budget prefills the next prompts in chunks. When blocks run out, the youngest ru
 it frees its blocks and waits at the head of the queue to be computed again (its full blocks usually come from
 the prefix cache). So the oldest sequence always gets the blocks that it needs. The scheduler rejects
 requests that the whole pool cannot hold, so every accepted request finishes.
+
+A backend with pipeline stages computes several steps at the same time. A sequence is in at most one of them,
+because its next token follows from that step. Each step takes its share of the running sequences. Blocks of a
+sequence in flight are not freed: a sequence is not preempted, and an aborted one keeps its blocks until its
+step is committed.
 """
 
 from __future__ import annotations
@@ -30,9 +35,12 @@ class Scheduler:
     max_batch_tokens: the maximum number of tokens in a step.
     max_sequences: the maximum number of sequences that run at the same time.
     max_seq_len: the model's context in tokens, prompt and output together.
+    depth: the maximum number of steps in flight, scheduled but neither committed nor rolled back.
     """
 
-    def __init__(self, pool: BlockPool, max_batch_tokens: int, max_sequences: int, max_seq_len: int) -> None:
+    def __init__(
+        self, pool: BlockPool, max_batch_tokens: int, max_sequences: int, max_seq_len: int, depth: int = 1
+    ) -> None:
         if not 1 <= max_sequences <= max_batch_tokens:
             raise RequestError(
                 f"{max_sequences} sequences at once with {max_batch_tokens} tokens a step",
@@ -42,8 +50,10 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
         self.max_seq_len = max_seq_len
+        self.depth = depth
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
+        self.in_flight: dict[Sequence, int] = {}  # with the number of tokens; some may be finished (aborted)
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # tokens taken from the prefix cache instead of computed
         self._arrivals = 0
@@ -76,30 +86,39 @@ class Scheduler:
             )
 
     def schedule(self) -> list[ScheduledChunk]:
-        """Return the next step's chunks, with blocks for all their tokens. Empty only if nothing is queued.
+        """Return the next step's chunks, with blocks for all their tokens.
 
-        The caller must call `commit` when they are computed, or `rollback` if that failed.
+        Empty only if nothing is queued, or if it has to wait for a step in flight. The caller must call
+        `commit` when the chunks are computed, in the order of the steps, or `rollback` if that failed.
         """
         chunks: list[ScheduledChunk] = []
         budget = self.max_batch_tokens
         short_of_blocks = False
-        # The oldest comes first. Only the youngest can still be in prefill, so no decode waits for a prefill.
-        for sequence in list(self.running):
+        idle = [sequence for sequence in self.running if sequence not in self.in_flight]
+        share = self._share(len(self.running))
+        chosen = idle[:share]
+        decodes = sum(sequence.num_pending == 1 for sequence in chosen)
+        # The oldest comes first. A prefill leaves a token to each decode, so no decode waits for it.
+        for sequence in chosen:
             if sequence.state is not SequenceState.RUNNING:
                 break  # it and all younger ones have just been preempted
-            count = min(sequence.num_pending, budget)
+            decodes -= sequence.num_pending == 1
+            count = min(sequence.num_pending, budget - decodes)
             while count and not self._grow(sequence, count):
                 short_of_blocks = True
-                if self.running[-1] is sequence:
-                    count = 0  # no younger sequence to preempt: keep its blocks and wait for free ones
+                if self.running[-1] is sequence or self.running[-1] in self.in_flight:
+                    count = 0  # nobody can be preempted now: keep its blocks and wait for free ones
                 else:
                     self._preempt_youngest()
                     self.num_preemptions += 1
             if count:
                 chunks.append(ScheduledChunk(sequence, count))
                 budget -= count
-        # A sequence that lacks blocks goes first. A small new one would only be preempted for it.
-        while budget and not short_of_blocks and self.waiting and len(self.running) < self.max_sequences:
+        if short_of_blocks or len(chosen) < len(idle):
+            # A sequence that lacks blocks goes first. A small new one would only be preempted for it.
+            return self._launch(chunks)
+        share = self._share(len(self.running) + len(self.waiting))
+        while budget and self.waiting and len(self.running) < self.max_sequences and len(chunks) < share:
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break
@@ -107,12 +126,16 @@ class Scheduler:
             self._grow(sequence, count)
             chunks.append(ScheduledChunk(sequence, count))
             budget -= count
-        return chunks
+        return self._launch(chunks)
 
     def commit(self, chunks: list[ScheduledChunk]) -> None:
         """Record that the chunks are in the cache. Their full blocks can now be shared."""
         size = self.pool.block_size
         for sequence, count in chunks:
+            del self.in_flight[sequence]
+            if sequence.state is SequenceState.FINISHED:
+                self._release(sequence)
+                continue
             full_before = sequence.num_computed // size
             sequence.num_computed += count
             full = sequence.num_computed // size
@@ -122,20 +145,36 @@ class Scheduler:
                     self.pool.remember(sequence.block_table[index], digests[index])
 
     def rollback(self) -> None:
-        """Discard the cache after a failed step. Every sequence is computed again."""
+        """Discard the cache and all steps in flight after a failed step. Every sequence is computed again.
+
+        The backend must not compute any of these steps any more.
+        """
+        for sequence in self.in_flight:
+            if sequence.state is SequenceState.FINISHED:
+                self._release(sequence)
+        self.in_flight.clear()
         while self.running:
             self._preempt_youngest()
         self.pool.forget()
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Remove a waiting or running sequence and free its blocks."""
+        """Remove a waiting or running sequence and free its blocks, those of a sequence in flight later."""
         if sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
-            self._release(sequence)
+            if sequence not in self.in_flight:
+                self._release(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.state = SequenceState.FINISHED
         sequence.finish_reason = reason
+
+    def _share(self, sequences: int) -> int:
+        """Return how many of so many sequences a step takes, so that all steps in flight have as many."""
+        return -(-min(sequences, self.max_sequences) // self.depth)
+
+    def _launch(self, chunks: list[ScheduledChunk]) -> list[ScheduledChunk]:
+        self.in_flight.update(chunks)
+        return chunks
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
         """Allocate blocks for `count` more computed tokens. If too few are free, only return False."""
@@ -175,19 +214,33 @@ class Scheduler:
         sequence.num_computed = 0
 
     def check(self) -> None:
-        """Check every invariant, between steps. Raises AssertionError with the first that fails."""
+        """Check every invariant, between calls. Raises AssertionError with the first that fails."""
         self.pool.check()
         arrivals = [sequence.arrival for sequence in (*self.running, *self.waiting)]
         invariant(arrivals == sorted(set(arrivals)), f"not in the order of arrival: {arrivals}")
         invariant(len(self.running) <= self.max_sequences, f"{len(self.running)} sequences run")
-        prefilling = [sequence.num_pending > 1 for sequence in self.running[:-1]]
-        invariant(not any(prefilling), "a sequence that is not the youngest is still prefilling")
-        held: dict[int, int] = {}
+        prefilling = [
+            sequence
+            for sequence in self.running
+            if sequence.num_pending - self.in_flight.get(sequence, 0) > 1
+        ]
+        invariant(len(prefilling) <= self.depth, f"{len(prefilling)} sequences are still prefilling")
+        invariant(
+            self.depth > 1 or prefilling in ([], self.running[-1:]),
+            "a sequence that is not the youngest is still prefilling",
+        )
+        aborted = [sequence for sequence in self.in_flight if sequence.state is SequenceState.FINISHED]
         for sequence in self.running:
-            table, computed = sequence.block_table, sequence.num_computed
             invariant(sequence.state is SequenceState.RUNNING, f"{sequence} is among the running")
+        for sequence in self.in_flight:
+            invariant(sequence in self.running or sequence in aborted, f"{sequence} is in flight and waits")
+        held: dict[int, int] = {}
+        for sequence in (*self.running, *aborted):
+            table, computed = sequence.block_table, sequence.num_computed
+            written = computed + self.in_flight.get(sequence, 0)
             invariant(0 <= computed < len(sequence.token_ids), f"{sequence} has nothing left to compute")
-            invariant(len(table) == self.pool.blocks_for(computed), f"{sequence} has the wrong table length")
+            invariant(written <= len(sequence.token_ids), f"{sequence} computes tokens that it lacks")
+            invariant(len(table) == self.pool.blocks_for(written), f"{sequence} has the wrong table length")
             for index, block in enumerate(table):
                 held[block] = held.get(block, 0) + 1
                 shared = self.pool.references(block) > 1

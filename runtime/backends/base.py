@@ -105,6 +105,31 @@ class StageBackend(RankBackend, Protocol):
         ...
 
 
+class PipelineBackend(Backend, Protocol):
+    """A backend with stages that compute different steps at the same time. The engine checks `depth`."""
+
+    #: The most steps in flight that help: submitted, and neither collected nor discarded. 1: use `forward`.
+    depth: int
+
+    def submit(self, batch: Batch) -> None:
+        """Begin a step. It may read what an earlier step writes into the cache.
+
+        Raises BackendError. No step is in flight after an error.
+        """
+        ...
+
+    def collect(self) -> np.ndarray:
+        """Wait for the oldest step in flight. Return its logits as `forward` does.
+
+        They are valid until the next call. Raises BackendError. No step is in flight after an error.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Wait until no step is in flight. The steps may have written into the cache."""
+        ...
+
+
 class Candidates(NamedTuple):
     """The candidates for a row's next token."""
 
