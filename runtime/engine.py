@@ -203,10 +203,13 @@ class Engine:
         with self._turns:
             for request in list(self._requests.values()):
                 self._report(request, "", "abort")
-            self._discard()
-            self._closed = True
-            self._pipeline = None
-            self.backend = cast(Backend, None)  # frees it; after this `_check_open` lets no call reach it
+            try:
+                self._discard()
+            finally:
+                self._closed = True
+                self._pipeline = None
+                # Frees it. After this `_check_open` lets no call reach it.
+                self.backend = cast(Backend, None)
 
     def generate(
         self,

@@ -121,7 +121,8 @@ class PipelineBackend(Backend, Protocol):
     def collect(self) -> np.ndarray:
         """Wait for the oldest step in flight. Return its logits as `forward` does.
 
-        They are valid until the next call. Raises BackendError. No step is in flight after an error.
+        A step without rows of logits may still be computed when this returns float32 [0, 0]. Later steps may
+        read what it writes into the cache. Raises BackendError. No step is in flight after an error.
         """
         ...
 

@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -29,8 +30,11 @@ from llmc.runtime.parallel.tcp import TcpCommunicator
 
 # A step of a pipeline is split into parts, which follow each other through the stages.
 _PARTS = 4  # for each stage: of N parts, each of S stages works N / (N + S - 1) of the time
-_MOST_PARTS = 16  # twice `transfers._AHEAD`, so that no two stages wait for each other to receive
+_MOST_PARTS = 16
 _TOKENS = 32  # of a part, at least: with few, a stage needs as long to read its weights for a part as for all
+_AHEAD = 16  # parts without logits that rank 0 may be ahead of the last stage: their arrays wait in memory
+
+_T = TypeVar("_T")
 
 
 def load_parallel(
@@ -109,8 +113,16 @@ def start_ranks(
     return ParallelBackend(backend, communicator, followers, stages)
 
 
+class _Part(NamedTuple):
+    """A part of a step in flight, which the ranks compute as a step of its own."""
+
+    step: int
+    #: The rows of logits.
+    rows: int
+
+
 class ParallelBackend:
-    """The ranks of a bundle as one backend. See `Backend`.
+    """The ranks of a bundle as one backend. See `Backend`, and `PipelineBackend` if there are stages.
 
     The first error of a rank ends all of them, and so does a second Ctrl-C within a step. Later calls raise
     RankError.
@@ -123,7 +135,10 @@ class ParallelBackend:
         followers: Followers,
         stages: int = 1,
     ) -> None:
-        self._stages = stages
+        #: See `PipelineBackend`: each stage has a step to compute.
+        self.depth = stages
+        self._in_flight: deque[list[_Part]] = deque()
+        self._ahead: deque[_Part] = deque()  # parts of collected steps that the last stage may still compute
         self.name, self.num_blocks, self.block_size = own.name, own.num_blocks, own.block_size
         self._own, self._communicator, self._followers = own, communicator, followers
         self._steps, self._process = 0, os.getpid()
@@ -135,7 +150,34 @@ class ParallelBackend:
         return self._followers.pids
 
     def forward(self, batch: Batch) -> np.ndarray:
-        """Run a step on all ranks. Return the logits of rank 0, which are valid until the next call."""
+        """Run a step on all ranks. Return the logits of rank 0, which are valid until the next call.
+
+        No other step may be in flight.
+        """
+        if self.depth == 1:
+            return self._together(lambda: self._forward(batch))
+        self.submit(batch)
+        return self._together(lambda: self._collect(wait=True))
+
+    def submit(self, batch: Batch) -> None:
+        """See `PipelineBackend`."""
+        self._together(lambda: self._submit(batch))
+
+    def collect(self) -> np.ndarray:
+        """See `PipelineBackend`."""
+        return self._together(lambda: self._collect(wait=False))
+
+    def discard(self) -> None:
+        """See `PipelineBackend`."""
+        while self._in_flight and self._failure is None:
+            self.collect()
+
+    def close(self) -> None:
+        """End all ranks."""
+        self._end("the bundle was closed")
+
+    def _together(self, call: Callable[[], _T]) -> _T:
+        """Return the result of a call in which ranks wait for each other. An error ends them all."""
         if self._failure is not None:
             raise RankError(f"the ranks have ended: {self._failure}", "load the bundle again")
         if self._process != os.getpid():
@@ -144,7 +186,7 @@ class ParallelBackend:
             )
         with _interrupts_later():
             try:
-                return self._forward(batch)
+                return call()
             except RankEnded as error:
                 cause = self._followers.cause(error)
                 self._end(cause)
@@ -153,25 +195,37 @@ class ParallelBackend:
                 self._end(error)
                 raise
 
-    def close(self) -> None:
-        """End all ranks."""
-        self._end("the bundle was closed")
-
     def _forward(self, batch: Batch) -> np.ndarray:
-        parts = self._parts(batch)
-        if len(parts) == 1:
-            self._begin_step(batch)
-            return self._own.forward(batch)
-        own, first = cast(StageBackend, self._own), self._steps + 1
-        for part in parts:
+        self._begin_step(batch)
+        return self._own.forward(batch)
+
+    def _submit(self, batch: Batch) -> None:
+        own, parts = cast(StageBackend, self._own), []
+        for part in self._parts(batch):
             self._begin_step(part)
             own.begin(part)
-        rows = 0
-        for step, part in enumerate(parts, first):
-            self._communicator.begin_step(step)
-            logits = own.finish(rows, len(part.logits_index))
-            rows = len(logits)
+            parts.append(_Part(self._steps, len(part.logits_index)))
+        self._in_flight.append(parts)
+
+    def _collect(self, wait: bool) -> np.ndarray:
+        parts = self._in_flight.popleft()
+        if not wait and not any(part.rows for part in parts):
+            self._ahead.extend(parts)
+            parts = []
+        while self._ahead and (parts or len(self._ahead) > _AHEAD):
+            self._finish(self._ahead.popleft(), 0)
+        logits = np.empty((0, 0), np.float32)
+        for part in parts:
+            logits = self._finish(part, len(logits))
         return logits
+
+    def _finish(self, part: _Part, first: int) -> np.ndarray:
+        """Wait until the last stage has computed a part. Return the logits of all parts of its step so far.
+
+        first: the number of rows of logits of the parts before
+        """
+        self._communicator.begin_step(part.step)
+        return cast(StageBackend, self._own).finish(first, part.rows)
 
     def _begin_step(self, batch: Batch) -> None:
         self._steps += 1
@@ -181,8 +235,8 @@ class ParallelBackend:
     def _parts(self, batch: Batch) -> list[Batch]:
         """Split a step so that all stages work at the same time, if its parts keep them busy long enough."""
         tokens = len(batch.input_ids)
-        count = min(_PARTS * self._stages, _MOST_PARTS, tokens // _TOKENS)
-        if self._stages == 1 or count < 2:
+        count = min(_PARTS * self.depth, _MOST_PARTS, tokens // _TOKENS)
+        if count < 2:
             return [batch]
         return list(batch.split_tokens(-(-tokens // count)))
 
