@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,6 +79,34 @@ class HashBackend:
         return np.array(logits, np.float32).reshape(len(rows), self.vocab)
 
 
+class StagesBackend(HashBackend):
+    """Has `depth` steps in flight, and computes each of them only when it is collected."""
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, vocab: int = VOCAB, depth: int = 2) -> None:
+        super().__init__(num_blocks, block_size, vocab)
+        self.depth, self.in_flight = depth, deque[Batch]()
+        self.most, self.fail_to_submit = 0, False
+
+    def submit(self, batch: Batch) -> None:
+        if self.fail_to_submit:
+            self.in_flight.clear()
+            raise BackendError("the device is gone")
+        self.in_flight.append(batch)
+        self.most = max(self.most, len(self.in_flight))
+        assert self.most <= self.depth
+
+    def collect(self) -> np.ndarray:
+        batch = self.in_flight.popleft()
+        try:
+            return self.forward(batch)
+        except BackendError:
+            self.in_flight.clear()
+            raise
+
+    def discard(self) -> None:
+        self.in_flight.clear()
+
+
 def alone(
     prompt: list[int], params: SamplingParams, max_seq_len: int = 64, vocab: int = VOCAB
 ) -> tuple[list[int], str]:
@@ -116,11 +145,13 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("max_batch_tokens", [4, 7, 512])
 @pytest.mark.parametrize("num_blocks", [16, 64])
-def test_tokens_do_not_depend_on_neighbours_chunks_preemption_or_cache(
-    prefix_cache: bool, max_batch_tokens: int, num_blocks: int
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_tokens_do_not_depend_on_neighbours_chunks_preemption_cache_or_steps_in_flight(
+    prefix_cache: bool, max_batch_tokens: int, num_blocks: int, depth: int
 ) -> None:
+    backend = HashBackend(num_blocks) if depth == 1 else StagesBackend(num_blocks, depth=depth)
     it = engine(
-        HashBackend(num_blocks),
+        backend,
         max_batch_tokens=max_batch_tokens,
         max_sequences=min(8, max_batch_tokens),
         prefix_cache=prefix_cache,
@@ -135,6 +166,9 @@ def test_tokens_do_not_depend_on_neighbours_chunks_preemption_or_cache(
     assert not it.has_unfinished
     if num_blocks == 16 and max_batch_tokens > 4:
         assert it.stats.preemptions
+    if isinstance(backend, StagesBackend):
+        assert backend.most == depth
+        assert not backend.in_flight
     assert bool(it.stats.cached_tokens) == prefix_cache
 
 
@@ -252,6 +286,61 @@ def test_a_failing_backend_leaves_all_requests_whole() -> None:
     assert [list(output.token_ids) for output in finished] == [alone(p, params)[0] for p in prompts(4)]
 
 
+def test_an_aborted_request_in_flight_leaves_no_token_and_no_block() -> None:
+    backend = StagesBackend()
+    it, params = engine(backend), SamplingParams(max_tokens=6, ignore_eos=True)
+    asked = prompts(3)
+    names = [it.add_request(prompt, params) for prompt in asked]
+    it.step()
+    assert len(backend.in_flight) == 1
+    in_flight = [name for name in names if not it._requests[name].output_ids]
+    for name in in_flight:
+        assert it.abort(name) is not None
+        it.add_request([5], params, name)  # the id is free again
+    outputs = []
+    while it.has_unfinished:
+        outputs += it.step()
+        it.scheduler.check()
+    finished = {output.request_id: list(output.token_ids) for output in outputs if output.finish_reason}
+    wanted = {name: [5] if name in in_flight else prompt for name, prompt in zip(names, asked, strict=True)}
+    assert finished == {name: alone(prompt, params)[0] for name, prompt in wanted.items()}
+    assert it.scheduler.pool.num_used == 0
+
+
+def test_an_error_outside_of_the_backend_discards_the_steps_in_flight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = StagesBackend()
+    it, params = engine(backend), SamplingParams(max_tokens=6, ignore_eos=True)
+    asked = prompts(4)
+    for prompt in asked:
+        it.add_request(prompt, params)
+    it.step()
+    with monkeypatch.context() as patch:
+        patch.setattr("llmc.runtime.engine.sample", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            it.step()
+    assert not backend.in_flight
+    assert it.scheduler.pool.num_used == 0
+    it.scheduler.check()
+    finished = []
+    while it.has_unfinished:
+        finished += [output for output in it.step() if output.finish_reason]
+    finished.sort(key=lambda output: output.request_id)
+    assert [list(output.token_ids) for output in finished] == [alone(prompt, params)[0] for prompt in asked]
+
+
+def test_closing_an_engine_leaves_no_step_in_flight() -> None:
+    backend = StagesBackend()
+    it = engine(backend)
+    for prompt in prompts(4):
+        it.add_request(prompt)
+    it.step()
+    assert backend.in_flight
+    it.close()
+    assert not backend.in_flight
+
+
 def test_logits_that_are_not_a_number_fail_the_step_and_leave_all_requests_whole() -> None:
     class Broken(HashBackend):
         def forward(self, batch: Batch) -> np.ndarray:
@@ -350,14 +439,17 @@ def test_the_statistics_add_up() -> None:
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Random requests, steps, failures and aborts on a tiny pool; every result equals that of `alone`."""
+    """Random requests, steps, failures and aborts on a tiny pool; every result equals that of `alone`.
+
+    Up to three steps are in flight.
+    """
 
     @initialize(
         blocks=st.integers(3, 9), size=st.integers(1, 4), tokens=st.integers(1, 9), cache=st.booleans(),
-        sequences=st.integers(1, 4),
+        sequences=st.integers(1, 4), depth=st.integers(1, 3),
     )  # fmt: skip
-    def start(self, blocks: int, size: int, tokens: int, cache: bool, sequences: int) -> None:
-        self.backend = HashBackend(blocks, size)
+    def start(self, blocks: int, size: int, tokens: int, cache: bool, sequences: int, depth: int) -> None:
+        self.backend = StagesBackend(blocks, size, depth=depth)
         self.it = engine(
             self.backend,
             max_batch_tokens=tokens,
@@ -385,6 +477,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(fails=st.integers(0, 9))
     def step(self, fails: int) -> None:
         self.backend.fail = fails == 0
+        self.backend.fail_to_submit = fails == 1
         try:
             outputs = self.it.step()
         except BackendError:
@@ -417,9 +510,11 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(3000):
             if not self.it.has_unfinished:
                 break
-            self.step(fails=1)
+            self.step(fails=2)
             self.holds()
         assert not self.requests, "not finished after 3000 steps"
+        self.it.step()  # what is left of aborted requests
+        self.it.step()
         assert self.it.scheduler.pool.num_used == 0
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+from itertools import chain
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -12,14 +16,14 @@ from llmc.runtime.batch import build_batch
 from llmc.runtime.block_pool import BlockPool
 from llmc.runtime.errors import RequestError
 from llmc.runtime.sampling import SamplingParams
-from llmc.runtime.scheduler import Scheduler
+from llmc.runtime.scheduler import ScheduledChunk, Scheduler
 from llmc.runtime.sequence import Sequence, SequenceState
 
 
 def scheduler(
-    blocks: int = 16, size: int = 4, tokens: int = 8, sequences: int = 4, **pool: bool
+    blocks: int = 16, size: int = 4, tokens: int = 8, sequences: int = 4, depth: int = 1, **pool: bool
 ) -> Scheduler:
-    return Scheduler(BlockPool(blocks, size, **pool), tokens, sequences, max_seq_len=64)
+    return Scheduler(BlockPool(blocks, size, **pool), tokens, sequences, max_seq_len=64, depth=depth)
 
 
 def request(name: str, length: int, max_tokens: int = 4, first: int = 0) -> Sequence:
@@ -169,6 +173,84 @@ def test_more_sequences_than_tokens_in_a_step_are_refused() -> None:
         scheduler(tokens=3)
 
 
+def names(chunks: list[ScheduledChunk]) -> dict[str, int]:
+    return {sequence.request_id: count for sequence, count in chunks}
+
+
+def decode(it: Scheduler, chunks: list[ScheduledChunk]) -> None:
+    """Commits a step; all its sequences get a next token."""
+    it.commit(chunks)
+    for sequence, _ in chunks:
+        sequence.token_ids.append(7)
+    it.check()
+
+
+def test_steps_in_flight_share_the_sequences_evenly() -> None:
+    it = scheduler(depth=2, sequences=8)
+    requests = [request(name, 1) for name in "abcdefg"]
+    for each in requests:
+        it.add(each)
+    first, second = it.schedule(), it.schedule()
+    assert [names(first), names(second)] == [dict.fromkeys("abcd", 1), dict.fromkeys("efg", 1)]
+    assert it.schedule() == []
+    decode(it, first)
+    assert names(it.schedule()) == dict.fromkeys("abcd", 1)
+    decode(it, second)
+    for name in "efg":
+        it.finish(next(each for each in requests if each.request_id == name), "length")
+    assert it.schedule() == []  # all others are in flight
+    decode(it, [ScheduledChunk(each, 1) for each in requests[:4]])
+    first, second = it.schedule(), it.schedule()
+    assert [names(first), names(second)] == [{"a": 1, "b": 1}, {"c": 1, "d": 1}]
+
+
+def test_no_decode_waits_for_an_older_prefill() -> None:
+    it = scheduler(depth=2, tokens=8)
+    a, b = request("a", 30), request("b", 2, first=40)
+    it.add(a)
+    it.add(b)
+    first, second = it.schedule(), it.schedule()
+    assert [names(first), names(second)] == [{"a": 8}, {"b": 2}]
+    it.commit(first)
+    decode(it, second)
+    c = request("c", 1)
+    it.add(c)
+    assert names(it.schedule()) == {"a": 8}  # a step has at most half of the sequences
+    assert names(it.schedule()) == {"b": 1, "c": 1}
+
+
+def test_an_aborted_sequence_in_flight_keeps_its_blocks_until_its_step_is_computed() -> None:
+    it = scheduler(depth=2, blocks=4)
+    a, b = request("a", 8), request("b", 8, first=20)
+    it.add(a)
+    chunks = it.schedule()
+    it.finish(a, "abort")
+    it.check()
+    it.add(b)
+    assert it.pool.num_used == 2
+    assert names(second := it.schedule()) == {"b": 8}
+    it.commit(chunks)
+    it.check()
+    assert it.pool.num_used == 2
+    assert not set(b.block_table) & set(a.block_table)
+    assert it.schedule() == []
+    decode(it, second)
+
+
+def test_a_sequence_in_flight_is_not_preempted() -> None:
+    it = scheduler(depth=2, blocks=4, prefix_cache=False)
+    a, b = request("a", 8, max_tokens=8), request("b", 8, max_tokens=8, first=20)
+    it.add(a)
+    it.add(b)
+    first, second = it.schedule(), it.schedule()
+    decode(it, first)
+    assert it.schedule() == []  # a needs a third block, and b is in flight
+    decode(it, second)
+    assert names(it.schedule()) == {"a": 1}
+    assert b.state is SequenceState.WAITING
+    assert it.num_preemptions == 1
+
+
 def test_after_a_failed_step_every_block_is_free_and_everybody_waits_in_order() -> None:
     it = scheduler()
     for name in "abc":
@@ -209,17 +291,29 @@ def test_a_batch_from_the_middle_of_a_prompt_wants_no_logits() -> None:
     assert sampled == []
 
 
+class Flight(NamedTuple):
+    """A step in flight: its chunks, the block table of each, and the blocks that it writes."""
+
+    chunks: list[ScheduledChunk]
+    tables: list[list[int]]
+    written: set[int]
+
+
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random requests, steps, failures and aborts; tiny pools, so that blocks run out all the time."""
+    """Random requests, steps, failures and aborts; tiny pools, so that blocks run out all the time.
+
+    Up to `depth` steps are in flight. What they compute is written down when they are scheduled.
+    """
 
     @initialize(
         blocks=st.integers(3, 8), size=st.integers(1, 4), tokens=st.integers(1, 9), cache=st.booleans(),
-        sequences=st.integers(1, 4),
+        sequences=st.integers(1, 4), depth=st.integers(1, 3),
     )  # fmt: skip
-    def start(self, blocks: int, size: int, tokens: int, cache: bool, sequences: int) -> None:
+    def start(self, blocks: int, size: int, tokens: int, cache: bool, sequences: int, depth: int) -> None:
         pool = BlockPool(blocks, size, cache)
-        self.it = Scheduler(pool, tokens, min(sequences, tokens), max_seq_len=20)
+        self.it = Scheduler(pool, tokens, min(sequences, tokens), max_seq_len=20, depth=depth)
         self.alive: list[Sequence] = []
+        self.flights: deque[Flight] = deque()
 
     @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=12), max_tokens=st.integers(1, 8))
     def add(self, prompt: list[int], max_tokens: int) -> None:
@@ -231,25 +325,45 @@ class SchedulerMachine(RuleBasedStateMachine):
             needed = min(len(prompt) + max_tokens, 20) - 1
             assert needed > self.it.pool.num_blocks * self.it.pool.block_size
 
-    @rule(token=st.integers(0, 1), fails=st.integers(0, 9))
-    def step(self, token: int, fails: int) -> None:
+    @precondition(lambda self: len(self.flights) < self.it.depth)
+    @rule()
+    def schedule(self) -> None:
         it = self.it
         chunks = it.schedule()
-        assert bool(chunks) == bool(self.alive), "a step with nothing to do although somebody waits"
+        if not self.flights:
+            assert bool(chunks) == bool(self.alive), "a step with nothing to do although somebody waits"
+        if not chunks:
+            return
         assert sum(count for _, count in chunks) <= it.max_batch_tokens
-        written: list[int] = []
+        flight = Flight(chunks, [list(sequence.block_table) for sequence, _ in chunks], set())
         for sequence, count in chunks:
             assert 1 <= count <= sequence.num_pending
             end = sequence.num_computed + count
             assert len(sequence.block_table) == it.pool.blocks_for(end)
-            written += sequence.block_table[sequence.num_computed // it.pool.block_size :]
-        assert all(it.pool.references(block) == 1 for block in written), "a shared block would be written"
+            written = sequence.block_table[sequence.num_computed // it.pool.block_size :]
+            assert all(it.pool.references(block) == 1 for block in written), "a shared block is written"
+            flight.written.update(written)
+        for other in self.flights:
+            assert not {s for s, _ in chunks} & {s for s, _ in other.chunks}, "a sequence is in two steps"
+            assert flight.written.isdisjoint(chain(*other.tables)), "a block in flight is given away"
+            assert other.written.isdisjoint(chain(*flight.tables)), "a block is read before it is written"
+        self.flights.append(flight)
+
+    @precondition(lambda self: self.flights)
+    @rule(token=st.integers(0, 1), fails=st.integers(0, 9))
+    def commit(self, token: int, fails: int) -> None:
+        it = self.it
         if fails == 0:
             it.rollback()
+            self.flights.clear()
             return
+        chunks, tables, _ = self.flights.popleft()
+        for (sequence, _), table in zip(chunks, tables, strict=True):
+            assert list(sequence.block_table) == table
+            assert all(it.pool.references(block) for block in table), "a block in flight is free"
         it.commit(chunks)
         for sequence, _ in chunks:
-            if not sequence.num_pending:
+            if not sequence.num_pending and sequence.state is not SequenceState.FINISHED:
                 sequence.token_ids.append(token)
                 if sequence.num_output == sequence.params.max_tokens or len(sequence.token_ids) == 20:
                     it.finish(sequence, "length")
@@ -270,13 +384,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "it"):
             return
         for _ in range(2000):
-            if not self.alive:
+            while len(self.flights) < self.it.depth:
+                before = len(self.flights)
+                self.schedule()
+                self.it.check()
+                if len(self.flights) == before:
+                    break
+            if not self.flights:
                 break
-            self.step(token=1, fails=1)
+            self.commit(token=1, fails=1)
             self.it.check()
         assert not self.alive, "not finished after 2000 steps"
         assert self.it.pool.num_used == 0
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=40)
+TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=50)
