@@ -105,6 +105,8 @@ class Executor:
         counters = len(self._plan.groups) * library.COUNTER
         self._next = np.zeros((_SETS, counters), np.int32)
         self._done = np.zeros((_SETS, counters), np.int32)
+        if communicator is not None:
+            communicator.watch(self._done)
         self._turn = 0
         self._workers = [_Worker(self.library) for _ in range(threads - 1)]
         self.close = weakref.finalize(self, _end, self._workers)

@@ -15,7 +15,7 @@ import numpy as np
 from llmc.runtime.bundle.strict_json import DAMAGED
 from llmc.runtime.errors import RankError
 
-ALL_REDUCE, ALL_GATHER, TRANSFER = 1, 2, 3
+ALL_REDUCE, ALL_GATHER, TRANSFER, PULSE = 1, 2, 3, 4
 _NAMES = {ALL_REDUCE: "all_reduce", ALL_GATHER: "all_gather", TRANSFER: "transfer"}
 _HEADER = struct.Struct("<IIQII")
 HEADER_BYTES = _HEADER.size
@@ -51,14 +51,21 @@ class Communicator(Protocol):
         to: the rank, among all
         sequence: the number of the transfer in a step
 
-        Raises RankError if the rank ended, or does not receive what was sent before.
+        Raises RankError if the rank ended.
         """
         ...
 
     def receive(self, array: np.ndarray, source: int, sequence: int) -> None:
         """Fill `array`, float32 [rows, width], with what a rank of another group sends.
 
-        Raises RankError if the rank ended, does not send in time, or sends something else.
+        Raises RankError if the rank ended, makes no progress in time, or sends something else.
+        """
+        ...
+
+    def watch(self, counters: np.ndarray) -> None:
+        """Show progress to ranks of other groups, which wait for this one's arrays as long as it makes any.
+
+        counters: integers that change while this rank computes
         """
         ...
 

@@ -35,7 +35,7 @@ from llmc.runtime.parallel.communicator import (
     mismatch,
     no_answer,
 )
-from llmc.runtime.parallel.transfers import PATIENCE, SocketTransfers
+from llmc.runtime.parallel.transfers import SocketTransfers
 
 #: The seconds that a rank waits for another one.
 TIMEOUT = 60.0
@@ -162,7 +162,7 @@ class ProcessCommunicator:
         )
         self.exchange.slice[1] = int(1e9 * self._slice)
         self._links, self._first, self._number = endpoint.links, endpoint.first, endpoint.number
-        self._transfers = SocketTransfers(endpoint.number, endpoint.transfers, PATIENCE * timeout)
+        self._transfers = SocketTransfers(endpoint.number, endpoint.transfers, timeout, self.size)
 
     def begin_step(self, step: int) -> None:
         """Count the collectives of a new step from 1."""
@@ -217,6 +217,10 @@ class ProcessCommunicator:
         """See `Communicator`."""
         self._transfers.receive(array, source, sequence)
 
+    def watch(self, counters: np.ndarray) -> None:
+        """See `Communicator`."""
+        self._transfers.watch(counters)
+
     def close(self) -> None:
         """Close the sockets. Other ranks that wait for this one, now or later, get a RankError."""
         self._transfers.close()
@@ -255,6 +259,8 @@ class ProcessCommunicator:
         call = self._call(posts[self.rank], message)
         if gone := [rank for rank in late if rank in ended]:
             raise RankEnded(self._first + gone[0], str(call))
+        if late:
+            self._transfers.waits()
         if patience.wait(message if late else None) >= self._timeout:
             raise no_answer(f"rank {self._first + late[0]}", self._timeout, call)
 

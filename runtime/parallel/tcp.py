@@ -28,7 +28,7 @@ from llmc.runtime.parallel.communicator import (
     no_answer,
 )
 from llmc.runtime.parallel.processes import TIMEOUT
-from llmc.runtime.parallel.transfers import PATIENCE, SocketTransfers
+from llmc.runtime.parallel.transfers import SocketTransfers
 
 _SPIN = 100e-6  # seconds of polling before a rank blocks, because it takes about 50 us to wake up a process
 _SLICE = 1.0  # seconds
@@ -61,7 +61,7 @@ class TcpCommunicator:
         }
         self._peers = {link.fileno(): _Peer(other, link) for other, link in ours.items()}
         others = {other: link for other, link in links.items() if other not in ours}
-        self._transfers = SocketTransfers(rank, others, PATIENCE * timeout)
+        self._transfers = SocketTransfers(rank, others, timeout, self.size)
         self._timeout, self._spin = timeout, _SPIN if spin else 0.0
         self._closed = False
 
@@ -91,6 +91,10 @@ class TcpCommunicator:
     def receive(self, array: np.ndarray, source: int, sequence: int) -> None:
         """See `Communicator`."""
         self._transfers.receive(array, source, sequence)
+
+    def watch(self, counters: np.ndarray) -> None:
+        """See `Communicator`."""
+        self._transfers.watch(counters)
 
     def close(self) -> None:
         """Close the connections. Other ranks that wait for this one, now or later, get a RankError."""
@@ -148,6 +152,7 @@ class TcpCommunicator:
         # A process that is stopped, as by Ctrl-Z, loses one of these waits, not all its time.
         slices = math.ceil(self._timeout / _SLICE)
         for _ in range(slices):
+            self._transfers.waits()
             if ready := poll.poll(1000 * self._timeout / slices):
                 return ready
         return []

@@ -4,7 +4,10 @@ A header before each array describes the transfer, so ranks that are out of step
 array decides about all sizes.
 
 Sending does not wait for the receiver. What the socket does not take at once is left to a thread, so that a
-stage computes its next step while the next stage is still in the one before.
+stage computes its next step while the next stage is still in the one before. Rank 0 limits what is on its way.
+
+A rank may compute for long before it sends. So it sends a pulse each second in which it has made progress, or
+waits for another rank for a limited time. A rank whose process is stopped sends none, nor one that hangs.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import queue
 import select
 import socket
 import threading
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,6 +28,7 @@ from llmc.runtime.bundle.strict_json import DAMAGED
 from llmc.runtime.errors import RankError
 from llmc.runtime.parallel.communicator import (
     HEADER_BYTES,
+    PULSE,
     Collective,
     RankEnded,
     mismatch,
@@ -30,10 +36,8 @@ from llmc.runtime.parallel.communicator import (
     transfer_of,
 )
 
-#: How many times as long a rank waits for another stage, which computes meanwhile, as in a collective.
-PATIENCE = 10
-_AHEAD = 8  # arrays for one rank that wait to be sent
 _SLICE = 1.0  # seconds
+_PULSE = Collective(PULSE, 0, 0, 0, 0).pack()
 
 
 class SocketTransfers:
@@ -41,14 +45,34 @@ class SocketTransfers:
 
     rank: this rank, among all
     links: rank -> the connection to it, a stream, which is closed here
-    timeout: the seconds to wait for another rank. The time that the process is stopped, as by Ctrl-Z, does
-        not count.
+    timeout: the seconds that another rank may take to send an array or to make progress. The time that this
+        process is stopped, as by Ctrl-Z, does not count.
+    members: the number of ranks of a stage
     """
 
-    def __init__(self, rank: int, links: Mapping[int, socket.socket], timeout: float) -> None:
-        self._rank, self._timeout = rank, timeout
-        self._links = {other: _Link(other, link, timeout) for other, link in links.items()}
+    def __init__(self, rank: int, links: Mapping[int, socket.socket], timeout: float, members: int) -> None:
+        self._rank = rank
+        self._progress = _Progress(np.zeros(0, np.int32))
+        self._links = {
+            other: _Link(other, link, timeout, self._progress, other < rank) for other, link in links.items()
+        }
         self._step = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        receiver = rank + members if rank + members in links else 0  # of the logits, behind the last stage
+        if receiver in links:
+            link, seconds = weakref.ref(self._links[receiver]), min(_SLICE, timeout / 4)
+            arguments = (link, self._progress, self._stop, seconds)
+            self._thread = threading.Thread(target=_send_pulses, args=arguments, name="llmc-pulse", daemon=True)
+            self._thread.start()
+
+    def watch(self, counters: np.ndarray) -> None:
+        """See `Communicator.watch`."""
+        self._progress.counters = counters
+
+    def waits(self) -> None:
+        """Show progress: this rank waits for another one, and not forever."""
+        self._progress.waits += 1
 
     def begin_step(self, step: int) -> None:
         """Transfer arrays of another step from now on."""
@@ -62,7 +86,9 @@ class SocketTransfers:
     def receive(self, array: np.ndarray, source: int, sequence: int) -> None:
         """See `Communicator.receive`."""
         call, link = transfer_of(array, sequence, self._step), self._link(source)
-        if (other := Collective.unpack(bytes(link.receive(HEADER_BYTES, call)))) != call:
+        while (header := bytes(link.receive(HEADER_BYTES, call))) == _PULSE:
+            pass
+        if (other := Collective.unpack(header)) != call:
             raise mismatch(call, self._rank, other, source)
         array[...] = np.frombuffer(link.receive(array.size * 4, call), np.float32).reshape(array.shape)
 
@@ -75,42 +101,85 @@ class SocketTransfers:
 
     def close(self) -> None:
         """Close the connections. Other ranks that wait for this one, now or later, get a RankError."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
         for link in self._links.values():
             link.close()
 
 
-class _Link:
-    """The connection to one rank."""
+@dataclass
+class _Progress:
+    """What changes while a rank computes, or waits for a limited time."""
 
-    def __init__(self, rank: int, link: socket.socket, timeout: float) -> None:
+    counters: np.ndarray
+    waits: int = 0
+
+    def sum(self) -> int:
+        return self.waits + int(self.counters.sum())
+
+
+def _send_pulses(
+    link: weakref.ref[_Link], progress: _Progress, stop: threading.Event, seconds: float
+) -> None:
+    """Send a pulse to a rank after every `seconds` with progress, until `stop`, or until nobody uses `link`."""
+    before = progress.sum()
+    while not stop.wait(seconds):
+        if (found := link()) is None:
+            return
+        if (now := progress.sum()) != before:
+            found.pulse()
+        before = now
+        del found
+
+
+class _Link:
+    """The connection to one rank.
+
+    progress: of this rank
+    shows: whether its waits for the other rank count as progress. Rank 0 waits for the last stage after it has
+        sent everything, so no other rank waits for it then.
+    """
+
+    def __init__(
+        self, rank: int, link: socket.socket, timeout: float, progress: _Progress, shows: bool
+    ) -> None:
         self._rank, self._socket, self._timeout = rank, link, timeout
+        self._progress, self._shows = progress, shows
         link.settimeout(None)
         self._poll = select.poll()
         self._poll.register(link, select.POLLIN)
-        self._waiting: queue.Queue[memoryview | None] = queue.Queue(_AHEAD)
+        self._waiting: queue.Queue[memoryview | None] = queue.Queue()
+        self._lock = threading.Lock()  # of what is sent next
         self._thread: threading.Thread | None = None
         self._lost = self._closed = False
 
     def send(self, data: bytes, call: Collective) -> None:
         """Send `data`, or leave what does not go at once to a thread."""
         self._check(call)
-        rest = memoryview(data)
-        if not self._waiting.unfinished_tasks:
+        with self._lock:
             try:
-                rest = rest[self._socket.send(rest, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
-            except BlockingIOError:
-                pass
+                self._send(memoryview(data))
             except OSError as error:
                 raise RankEnded(self._rank, str(call)) from error
+
+    def pulse(self) -> None:
+        """Send a pulse. If the socket does not take it, the other rank has not read what it waits for."""
+        # The next transfer notices the end of the other rank.
+        with self._lock, contextlib.suppress(OSError):
+            if not (self._closed or self._lost or self._waiting.unfinished_tasks):
+                self._send(memoryview(_PULSE))
+
+    def _send(self, rest: memoryview) -> None:
+        if not self._waiting.unfinished_tasks:
+            with contextlib.suppress(BlockingIOError):
+                rest = rest[self._socket.send(rest, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
         if not rest:
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._send_waiting, name="llmc-send", daemon=True)
             self._thread.start()
-        try:
-            self._waiting.put(rest, timeout=self._timeout)
-        except queue.Full:
-            raise no_answer(f"rank {self._rank}", self._timeout, call) from None
+        self._waiting.put(rest)
 
     def receive(self, count: int, call: Collective) -> bytearray:
         """Return the next `count` bytes. Raises RankError if the rank ended or does not send them in time."""
@@ -132,14 +201,14 @@ class _Link:
         return data
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
         with contextlib.suppress(OSError):  # the other end may be gone
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes up the thread
         if self._thread is not None:
-            with contextlib.suppress(queue.Full):  # then the thread notices the end
-                self._waiting.put_nowait(None)
+            self._waiting.put(None)
             self._thread.join()
         self._socket.close()
 
@@ -163,4 +232,8 @@ class _Link:
     def _arrives(self) -> bool:
         # A process that is stopped, as by Ctrl-Z, loses one of these waits, not all its time.
         slices = math.ceil(self._timeout / _SLICE)
-        return any(self._poll.poll(1000 * self._timeout / slices) for _ in range(slices))
+        for _ in range(slices):
+            self._progress.waits += self._shows
+            if self._poll.poll(1000 * self._timeout / slices):
+                return True
+        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from llmc.runtime.errors import RankError
 from llmc.runtime.parallel.processes import ProcessCommunicator, pipeline
 from llmc.runtime.parallel.threads import thread_group
 from support.groups import tcp_group, together
+from support.waiting import LONG
 
 Ranks = Callable[..., Sequence[Any]]
 
@@ -140,21 +142,72 @@ def test_a_rank_that_leaves_is_named(kind: Ranks) -> None:
 def test_a_rank_that_sends_nothing_is_named(kind: Ranks) -> None:
     first, _ = kind(2, 2, timeout=0.01)
     first.begin_step(4)
-    with pytest.raises(RankError, match=r"rank 1 did not answer within 0\.1? ?.*s in transfer 3 of step 4"):
+    with pytest.raises(RankError, match=r"rank 1 did not answer within 0\.01 s in transfer 3 of step 4"):
         first.receive(np.zeros((1, 2), np.float32), 1, 3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
-def test_a_rank_that_receives_nothing_is_named() -> None:
-    first, second = processes(2, 2, timeout=0.02)
+@pytest.mark.parametrize("kind", [processes, tcp])
+def test_ranks_wait_for_one_that_computes_and_for_no_other(kind: Ranks) -> None:
+    """Rank 2 waits for rank 1, which waits for rank 0. It computes for three times the timeout."""
+    timeout = 0.4
+    ranks = kind(3, 3, timeout)
+    counters = np.zeros(3, np.int32)
+    ranks[0].watch(counters)
+    for rank in ranks:
+        rank.begin_step(1)
+    rows = [np.zeros((1, 2), np.float32) for _ in ranks]
+
+    def run(number: int) -> None:
+        if number:
+            ranks[number].receive(rows[number], number - 1, 0)
+        else:
+            for _ in range(24):
+                time.sleep(timeout / 8)
+                counters[1] += 1
+        if number < 2:
+            ranks[number].send(rows[number] + 1, number + 1, 0)
+
+    assert together(range(3), run) == [None] * 3
+    assert rows[2].tolist() == [[2, 2]]
+    begun = time.perf_counter()
+    with pytest.raises(RankError, match=r"rank 0 did not answer within 0\.4 s in transfer 0 of step 1"):
+        ranks[1].receive(rows[1], 0, 0)  # it computes nothing any more
+    assert time.perf_counter() - begun < LONG
+    for rank in ranks:
+        rank.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+@pytest.mark.parametrize("kind", [processes, tcp])
+def test_ranks_do_not_wait_for_each_other_forever(kind: Ranks) -> None:
+    ranks = kind(2, 2, timeout=0.2)
+
+    def run(number: int) -> None:
+        ranks[number].begin_step(1)
+        ranks[number].receive(np.zeros((1, 2), np.float32), 1 - number, 0)
+
+    assert any(isinstance(error, RankError) for error in together(range(2), run))
+    for rank in ranks:
+        rank.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+@pytest.mark.parametrize("kind", [processes, tcp])
+def test_sending_does_not_wait(kind: Ranks) -> None:
+    threads = threading.active_count()
+    first, second = kind(2, 2, timeout=0.02)
     first.begin_step(1)
-    with pytest.raises(RankError, match=r"rank 1 did not answer within 0\.2 s in transfer 0 of step 1"):  # noqa: PT012
-        for _ in range(20):
-            first.send(np.zeros((500, 1000), np.float32), 1, 0)
-    before = threading.active_count()
+    for number in range(40):  # far more than the socket holds
+        first.send(np.full((500, 1000), number, np.float32), 1, number)
+    second.begin_step(1)
+    got = np.zeros((500, 1000), np.float32)
+    for number in range(20):
+        second.receive(got, 0, number)
+        assert (got == number).all()
     first.close()  # although its thread waits for the other rank
-    assert threading.active_count() == before - 1
     second.close()
+    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize("kind", KINDS)
