@@ -32,7 +32,7 @@ from llmc.runtime.parallel.follower import manifest_sha256
 from llmc.runtime.parallel.messages import Job
 from support import fake_ranks
 from support.fake_ranks import STEP, FakeRank, expected
-from support.waiting import wait_until
+from support.waiting import alive, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks in processes run on Linux only")
 
@@ -49,14 +49,6 @@ def plan(tmp_path: Path) -> Plan:
         return tmp_path / "plan"
 
     return write
-
-
-def alive(process: int) -> bool:
-    """A zombie, which waits for a parent to ask for its exit code, is dead."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def failure(path: Path, size: int = 2, timeout: float = 600) -> LlmcError:
@@ -193,7 +185,7 @@ def test_a_rank_that_hangs_is_named(plan: Plan) -> None:
 def test_a_follower_does_not_wait_forever(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = fake_ranks.start(plan(rank=0, step=2, place=2, do="wait"), timeout=0.2)
     (pid,) = backend.pids
-    monkeypatch.setattr(fake_ranks, "_act", lambda what, communicator: wait_until(lambda: not alive(pid)))
+    monkeypatch.setattr(fake_ranks, "act", lambda what, communicator: wait_until(lambda: not alive(pid)))
     backend.forward(STEP)
     message = r"rank 1: rank 0 did not answer within 0\.2 s in all_gather 2 of step 2"
     with pytest.raises(RankError, match=message):  # noqa: PT012

@@ -72,10 +72,11 @@ class FakeRank:
     def _act(self, place: int) -> None:
         plan = json.loads(Path(self._path).read_text())
         if (plan.get("rank"), plan.get("step"), plan.get("place", 0)) == (self._rank, self._step, place):
-            _act(plan["do"], self._communicator)
+            act(plan["do"], self._communicator)
 
 
-def _act(what: str, communicator: Communicator) -> None:
+def act(what: str, communicator: Communicator) -> None:
+    """Do what a plan says, in this rank."""
     if what == "gather":  # where the others reduce
         communicator.all_gather(
             np.zeros((1, 2), np.float32), np.zeros((1, 2 * communicator.size), np.float32)
