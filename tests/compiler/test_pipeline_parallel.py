@@ -15,6 +15,7 @@ import pytest
 
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.request import BuildRequest
+from llmc.runtime.backends.kv_cache import block_bytes
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, RankError, UnsupportedError
@@ -42,6 +43,37 @@ def generated(path: Path, prompts: list[list[int]]) -> list[tuple[int, ...]]:
         engine.close()
 
 
+def served(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Serve requests that arrive one after the other, with few blocks. Return their text and tokens."""
+    blocks = block_bytes(Bundle.open(path).manifest.geometry, "fp32") * 9
+    engine = load_engine(path, max_batch_tokens=24, max_sequences=6, threads=1, kv_memory=blocks)
+    assert engine.backend.num_blocks == 9
+    random = np.random.default_rng(7)
+    shared = random.integers(3, 384, 40).tolist()  # more than a block
+    results = {}
+    for number in range(60):
+        if number % 4 == 0 and number < 40:
+            prompt = [*shared[: 40 if number % 8 else 7], *random.integers(3, 384, 5).tolist()]
+            params = SamplingParams(
+                max_tokens=30, ignore_eos=True, temperature=0.8 * (number % 3), seed=number, top_k=50
+            )
+            engine.add_request(prompt, params, f"{number}")
+        if number == 22:
+            assert engine.abort("20")
+        for output in engine.step():
+            if output.finish_reason:
+                results[output.request_id] = output.token_ids, output.text
+    while engine.has_unfinished:
+        for output in engine.step():
+            if output.finish_reason:
+                results[output.request_id] = output.token_ids, output.text
+    assert engine.stats.preemptions
+    assert engine.stats.cached_tokens
+    engine.scheduler.check()
+    engine.close()
+    return results
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_real_processes_generate_what_one_rank_does(
     tp: int,
@@ -51,10 +83,13 @@ def test_real_processes_generate_what_one_rank_does(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Several requests, so that some are prefilled while others decode."""
+    """Several requests, so that some are prefilled while others decode. Stages have several steps in flight."""
     share_traces(monkeypatch)
     built = build(checkpoint("llama-tiny"), tmp_path / "x.llmc", tp=tp, pp=pp)
     assert generated(built.path, PROMPTS) == generated(bundle("llama-tiny"), PROMPTS)
+    ones = served(bundle("llama-tiny"))
+    assert served(built.path) == ones
+    assert len(ones) == 9
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
