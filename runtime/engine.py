@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from llmc.runtime.backends.base import Backend, PipelineBackend, SamplingBackend
 from llmc.runtime.batch import Batch, build_batch
 from llmc.runtime.block_pool import BlockPool
 from llmc.runtime.detokenizer import TextStream
-from llmc.runtime.errors import RequestError
+from llmc.runtime.errors import BackendError, RequestError
 from llmc.runtime.sampling import SamplingParams, candidates_needed, sample
 from llmc.runtime.scheduler import ScheduledChunk, Scheduler
 from llmc.runtime.sequence import FinishReason, SequenceState
@@ -204,7 +205,8 @@ class Engine:
             for request in list(self._requests.values()):
                 self._report(request, "", "abort")
             try:
-                self._discard()
+                with contextlib.suppress(BackendError):  # nobody waits for the steps in flight
+                    self._discard()
             finally:
                 self._closed = True
                 self._pipeline = None

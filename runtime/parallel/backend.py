@@ -30,7 +30,7 @@ from llmc.runtime.parallel.tcp import TcpCommunicator
 
 # A step of a pipeline is split into parts, which follow each other through the stages.
 _PARTS = 4  # for each stage: of N parts, each of S stages works N / (N + S - 1) of the time
-_MOST_PARTS = 16
+_MOST_PARTS = 16  # other steps in flight fill the gaps that remain
 _TOKENS = 32  # of a part, at least: with few, a stage needs as long to read its weights for a part as for all
 _AHEAD = 16  # parts without logits that rank 0 may be ahead of the last stage: their arrays wait in memory
 
@@ -169,8 +169,8 @@ class ParallelBackend:
 
     def discard(self) -> None:
         """See `PipelineBackend`."""
-        while self._in_flight and self._failure is None:
-            self.collect()
+        if self._failure is None and (self._in_flight or self._ahead):
+            self._together(self._discard)
 
     def close(self) -> None:
         """End all ranks."""
@@ -218,6 +218,12 @@ class ParallelBackend:
         for part in parts:
             logits = self._finish(part, len(logits))
         return logits
+
+    def _discard(self) -> None:
+        while self._in_flight:
+            self._collect(wait=True)
+        while self._ahead:
+            self._finish(self._ahead.popleft(), 0)
 
     def _finish(self, part: _Part, first: int) -> np.ndarray:
         """Wait until the last stage has computed a part. Return the logits of all parts of its step so far.

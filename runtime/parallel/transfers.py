@@ -59,7 +59,9 @@ class SocketTransfers:
         self._step = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        receiver = rank + members if rank + members in links else 0  # of the logits, behind the last stage
+        receiver = rank + members
+        if receiver not in links and rank % members == 0:
+            receiver = 0  # the first rank of the last stage sends logits
         if receiver in links:
             link, seconds = weakref.ref(self._links[receiver]), min(_SLICE, timeout / 4)
             arguments = (link, self._progress, self._stop, seconds)
@@ -164,9 +166,8 @@ class _Link:
                 raise RankEnded(self._rank, str(call)) from error
 
     def pulse(self) -> None:
-        """Send a pulse. If the socket does not take it, the other rank has not read what it waits for."""
-        # The next transfer notices the end of the other rank.
-        with self._lock, contextlib.suppress(OSError):
+        """Send a pulse, unless the other rank has yet to read an array."""
+        with self._lock, contextlib.suppress(OSError):  # the next transfer notices the end of the other rank
             if not (self._closed or self._lost or self._waiting.unfinished_tasks):
                 self._send(memoryview(_PULSE))
 
