@@ -176,7 +176,9 @@ def compare() -> None:
     for name, found in zip(names, runs, strict=True):
         rates = [run.tokens / run.seconds for run in found]
         shares = [
-            ", ".join(f"{share:.0%}" for share in np.median([values / run.seconds for run, values in each], 0))
+            ", ".join(
+                f"{share:.0%}" for share in np.median([values / run.seconds for run, values in each], 0)
+            )
             for each in ([(run, run.computing) for run in found], [(run, run.cpu) for run in found])
         ]
         print(f"| {name} | {np.median(rates):.1f}, {max(rates):.1f} | {' | '.join(shares)} |")

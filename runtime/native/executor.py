@@ -244,7 +244,7 @@ class Executor:
         return _Transfer(sends, planned.per_logit, source.integers["peer"], source.integers["sequence"], rows)
 
     def _move(self, transfer: _Transfer, first: int, rows: int) -> None:
-        """Send or receive the rows first .. first + rows - 1. Without rows, ranks still wait for each other."""
+        """Send or receive the rows first .. first + rows - 1. Without rows, the receiver still waits."""
         assert self._communicator is not None
         move = self._communicator.send if transfer.sends else self._communicator.receive
         move(transfer.array[first : first + rows], transfer.peer, transfer.sequence)

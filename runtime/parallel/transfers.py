@@ -4,7 +4,8 @@ A header before each array describes the transfer, so ranks that are out of step
 array decides about all sizes.
 
 Sending does not wait for the receiver. What the socket does not take at once is left to a thread, so that a
-stage computes its next step while the next stage is still in the one before. Rank 0 limits what is on its way.
+stage computes its next step while the next stage is still in the one before. Rank 0 limits the number of
+arrays on their way: it waits for logits, even for none, before it begins more steps.
 
 A rank may compute for long before it sends. So it sends a pulse each second in which it has made progress, or
 waits for another rank for a limited time. A rank whose process is stopped sends none, nor one that hangs.
@@ -65,7 +66,9 @@ class SocketTransfers:
         if receiver in links:
             link, seconds = weakref.ref(self._links[receiver]), min(_SLICE, timeout / 4)
             arguments = (link, self._progress, self._stop, seconds)
-            self._thread = threading.Thread(target=_send_pulses, args=arguments, name="llmc-pulse", daemon=True)
+            self._thread = threading.Thread(
+                target=_send_pulses, args=arguments, name="llmc-pulse", daemon=True
+            )
             self._thread.start()
 
     def watch(self, counters: np.ndarray) -> None:
@@ -124,7 +127,7 @@ class _Progress:
 def _send_pulses(
     link: weakref.ref[_Link], progress: _Progress, stop: threading.Event, seconds: float
 ) -> None:
-    """Send a pulse to a rank after every `seconds` with progress, until `stop`, or until nobody uses `link`."""
+    """Send a pulse after every `seconds` with progress, until `stop`, or until nobody uses the link."""
     before = progress.sum()
     while not stop.wait(seconds):
         if (found := link()) is None:
@@ -139,8 +142,8 @@ class _Link:
     """The connection to one rank.
 
     progress: of this rank
-    shows: whether its waits for the other rank count as progress. Rank 0 waits for the last stage after it has
-        sent everything, so no other rank waits for it then.
+    shows: whether this rank's waits for the other one are progress. Those of rank 0 for the last stage are
+        not: it has sent everything before, so no rank waits for it.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ def generated(path: Path, prompts: list[list[int]]) -> list[tuple[int, ...]]:
 
 
 def served(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Serve requests that arrive one after the other, with few blocks. Return their text and tokens."""
+    """Serve requests that arrive one after the other, with few blocks. Return their tokens and text."""
     blocks = block_bytes(Bundle.open(path).manifest.geometry, "fp32") * 9
     engine = load_engine(path, max_batch_tokens=24, max_sequences=6, threads=1, kv_memory=blocks)
     assert engine.backend.num_blocks == 9
@@ -83,7 +83,7 @@ def test_real_processes_generate_what_one_rank_does(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Several requests, so that some are prefilled while others decode. Stages have several steps in flight."""
+    """Several requests, so that some are prefilled while others decode, and steps are in flight."""
     share_traces(monkeypatch)
     built = build(checkpoint("llama-tiny"), tmp_path / "x.llmc", tp=tp, pp=pp)
     assert generated(built.path, PROMPTS) == generated(bundle("llama-tiny"), PROMPTS)

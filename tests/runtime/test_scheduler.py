@@ -228,7 +228,8 @@ def test_an_aborted_sequence_in_flight_keeps_its_blocks_until_its_step_is_comput
     it.check()
     it.add(b)
     assert it.pool.num_used == 2
-    assert names(second := it.schedule()) == {"b": 8}
+    second = it.schedule()
+    assert names(second) == {"b": 8}
     it.commit(chunks)
     it.check()
     assert it.pool.num_used == 2
