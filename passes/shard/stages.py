@@ -48,8 +48,10 @@ class Stage:
 
 
 def plan_stages(model: ir.Model, count: int) -> tuple[Stage, ...]:
-    """Divide the layers of a quantized graph into stages whose largest has the fewest bytes of weights.
+    """Divide the layers of a quantized graph into stages that take as long as each other, as far as possible.
 
+    The time of a stage is taken to be proportional to the bytes of weights that a step reads. Of a table of
+    embeddings or positions it reads only some rows, which are not counted.
     Raises UnsupportedError if there are fewer layers.
     """
     order = list(model.graph)
@@ -62,8 +64,10 @@ def plan_stages(model: ir.Model, count: int) -> tuple[Stage, ...]:
             "pp",
         )
     bounds = [0, *(cut.place for cut in cuts), len(order)]
-    sizes = [_weight_bytes(order[begin:end]) for begin, end in itertools.pairwise(bounds)]
-    return tuple(Stage(first, stop, sum(sizes[first:stop])) for first, stop in balanced(sizes, count))
+    parts = [order[begin:end] for begin, end in itertools.pairwise(bounds)]
+    held = [_weight_bytes(nodes) for nodes in parts]
+    read = [_weight_bytes(nodes, tables=False) for nodes in parts]
+    return tuple(Stage(first, stop, sum(held[first:stop])) for first, stop in balanced(read, count))
 
 
 def balanced(sizes: Sequence[int], count: int) -> list[tuple[int, int]]:
@@ -199,8 +203,8 @@ def _of_tokens(order: Sequence[ir.Node]) -> set[ir.Value]:
     return found
 
 
-def _weight_bytes(nodes: Sequence[ir.Node]) -> int:
-    """Return the bytes of the weights that some nodes read."""
+def _weight_bytes(nodes: Sequence[ir.Node], tables: bool = True) -> int:
+    """Return the bytes of the weights of some nodes. tables: count those of which only some rows are read"""
     found: set[ir.Value] = set()
 
     def add(value: ir.Value | None) -> None:
@@ -213,13 +217,19 @@ def _weight_bytes(nodes: Sequence[ir.Node]) -> int:
                 add(operand)
 
     for node in nodes:
-        for value in node.inputs:
+        for value in node.inputs[0 if tables or not _looks_up(node) else 1 :]:
             add(value)
     return sum(
         -(-math.prod(edit.dims(value)) * value.dtype.bitwidth // 8)
         for value in found
         if value.dtype is not None
     )
+
+
+def _looks_up(node: ir.Node) -> bool:
+    """Return whether a node reads the rows of a table that tokens or positions choose."""
+    chosen = node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
+    return chosen and not _is_constant(edit.operand(node, 1))
 
 
 def _is_constant(value: ir.Value | None) -> bool:

@@ -138,6 +138,26 @@ def test_the_bytes_of_stages_count_embedding_and_head(checkpoint: Callable[[str]
     assert first.weight_bytes > sizes["model.embed_tokens.weight"]
 
 
+def test_a_large_table_of_embeddings_does_not_take_layers_from_its_stage(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    """A step reads a row for each token. `lm_head` is read as a whole."""
+    model, _ = canonical(checkpoint("qwen2-tiny"))
+    model = model.clone()
+    before = plan_stages(model, 2)
+    assert [(stage.first, stage.stop) for stage in before] == [(0, 2), (2, 4)]
+    table = edit.operand(next(node for node in model.graph if node.op_type == "Gather"), 0)
+    rows, width = edit.dims(table)
+    table.shape = ir.Shape([100 * rows, width])
+    after = plan_stages(model, 2)
+    assert [(stage.first, stage.stop) for stage in after] == [(0, 2), (2, 4)]
+    assert after[0].weight_bytes - before[0].weight_bytes == 99 * rows * width * 4
+    head = next(value for value, record in parameters(model) if "lm_head" in record.file_name)
+    rows, width = edit.dims(head)
+    head.shape = ir.Shape([100 * rows, width])
+    assert [(stage.first, stage.stop) for stage in plan_stages(model, 2)] == [(0, 3), (3, 4)]
+
+
 def test_more_stages_than_layers_are_refused(checkpoint: Callable[[str], Path]) -> None:
     model, _ = canonical(checkpoint("llama-tiny"))
     with pytest.raises(UnsupportedError, match="3 stages cannot divide the 2 layers") as error:
