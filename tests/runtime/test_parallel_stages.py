@@ -139,7 +139,7 @@ def test_an_error_of_a_stage_ends_all_steps_in_flight(plan: Plan, what: str, mes
         raise failure(plan(rank=1, step=4, do=what), 3)
 
 
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stage_that_hangs_is_named(plan: Plan, rank: int) -> None:
     begun = time.perf_counter()
     error = failure(plan(rank=rank, step=5, do="SIGSTOP"), 3, timeout=1.0)
@@ -147,6 +147,7 @@ def test_a_stage_that_hangs_is_named(plan: Plan, rank: int) -> None:
     assert time.perf_counter() - begun < LONG
 
 
+@pytest.mark.slow
 def test_a_stage_that_computes_for_long_does_not_hang(plan: Plan) -> None:
     engine = serve(fake_stages.start(plan(rank=1, step=3, do="slow"), 3, timeout=1.0))
     outputs = [output for _ in range(60) for output in engine.step() if output.finish_reason]

@@ -400,4 +400,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=50)
+TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=50)
