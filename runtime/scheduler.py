@@ -97,13 +97,14 @@ class Scheduler:
         idle = [sequence for sequence in self.running if sequence not in self.in_flight]
         share = self._share(len(self.running))
         chosen = idle[:share]
-        decodes = sum(sequence.num_pending == 1 for sequence in chosen)
+        pending = [sequence.num_pending for sequence in chosen]
+        decodes = pending.count(1)
         # The oldest comes first. A prefill leaves a token to each decode, so no decode waits for it.
-        for sequence in chosen:
+        for sequence, wanted in zip(chosen, pending, strict=True):
             if sequence.state is not SequenceState.RUNNING:
                 break  # it and all younger ones have just been preempted
-            decodes -= sequence.num_pending == 1
-            count = min(sequence.num_pending, budget - decodes)
+            decodes -= wanted == 1
+            count = min(wanted, budget - decodes)
             while count and not self._grow(sequence, count):
                 short_of_blocks = True
                 if self.running[-1] is sequence or self.running[-1] in self.in_flight:
