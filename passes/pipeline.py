@@ -12,6 +12,7 @@ from llmc.passes.canonicalize.fuse_linears import FuseLinears, FusionPlan
 from llmc.passes.canonicalize.fuse_partial_rope import FusePartialRope
 from llmc.passes.canonicalize.gather_logits import GatherLogits
 from llmc.passes.canonicalize.gather_rows import GatherRows
+from llmc.passes.canonicalize.lower_experts import LowerExperts
 from llmc.passes.canonicalize.lower_layers import LowerLinear, LowerRMSNorm
 from llmc.passes.canonicalize.lower_rope import LowerRope
 from llmc.passes.canonicalize.pack_tokens import PackTokens
@@ -66,6 +67,7 @@ def canonicalize(fusion: FusionPlan = FusionPlan()) -> list[Pass]:  # noqa: B008
         # 3. Layers: standard operators, now that activations are [T, features].
         LowerLinear(),
         LowerRMSNorm(),
+        LowerExperts(),
         FuseLinears(fusion),  # after LowerLinear: it joins Gemms
         # 4. Output: needs the lm_head as a Gemm.
         GatherLogits(),

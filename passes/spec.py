@@ -3,7 +3,7 @@
 TRACED           the tracer's output: [1, T, ...] tensors, operators `llmc.Traced*`.
 PAGED            attention reads and writes a paged KV cache: no `llmc.TracedAttention`, no `llmc.TracedRope`.
 PACKED           no batch axis: every activation is [T, ...] and T is the tokens of all sequences end to end.
-CANONICAL        standard ONNX operators and `llmc.PagedAttention` only; logits for the wanted rows only.
+CANONICAL        standard ONNX operators, `llmc.PagedAttention` and `llmc.Experts` only; logits for the wanted rows only.
 QUANTIZED        also QuantizeLinear, DequantizeLinear, `llmc.RoundFP4`; quantized caches have scales. One of
                  several ranks has collectives.
 FOR_NATIVE       for the native engine: what `compiler/targets/native/lower.py` takes; no function bodies.
@@ -24,6 +24,7 @@ import onnx_ir as ir
 
 from llmc.passes.parameter import parameter
 from llmc.plugins.collectives.spec import OF_RANKS, SEND
+from llmc.plugins.experts.spec import NAME as EXPERTS
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES, STEP_INPUTS
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
@@ -58,7 +59,8 @@ STRUCTURAL = frozenset((
 ))
 _SAME_DTYPE = frozenset(("Add", "Concat", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "Sub"))
 _LAYERS = frozenset((
-    "Gemm", "LayerNormalization", "MatMul", "RMSNormalization", "RotaryEmbedding", "Softmax",
+    "Gemm", "LayerNormalization", "MatMul", "RMSNormalization", "ReduceSum", "RotaryEmbedding",
+    "Softmax", "TopK",
 ))
 # fmt: on
 _CANONICAL = ELEMENTWISE | STRUCTURAL | _LAYERS
@@ -75,13 +77,14 @@ _ONNX_OPERATORS = {
     Stage.FOR_TENSORRT: _QUANTIZED,
     Stage.ORACLE: _UNPACKED,
 }
-_TRACED = {"TracedLinear", "TracedRMSNorm", "TracedRope", "TracedAttention"}
+_LAYERS_OF_TRACE = {"TracedLinear", "TracedRMSNorm", "TracedExperts", ATTENTION, EXPERTS}
 _LLMC_OPERATORS = {
-    Stage.TRACED: _TRACED | {ATTENTION},
-    Stage.PAGED: {"TracedLinear", "TracedRMSNorm", ATTENTION},
-    Stage.PACKED: {"TracedLinear", "TracedRMSNorm", ATTENTION},
-    Stage.CANONICAL: {ATTENTION},
+    Stage.TRACED: _LAYERS_OF_TRACE | {"TracedRope", "TracedAttention"},
+    Stage.PAGED: _LAYERS_OF_TRACE,
+    Stage.PACKED: _LAYERS_OF_TRACE,
+    Stage.CANONICAL: {ATTENTION, EXPERTS},
     Stage.FOR_OPENVINO: {ATTENTION},
+    Stage.FOR_TENSORRT: {ATTENTION, ROUND_FP4, *OF_RANKS},
 }
 _BEFORE_PACKED = (Stage.TRACED, Stage.PAGED)
 _FINAL = (Stage.FOR_NATIVE, Stage.FOR_OPENVINO, Stage.FOR_ONNXRUNTIME, Stage.FOR_TENSORRT, Stage.ORACLE)
@@ -133,7 +136,7 @@ def check(model: ir.Model, stage: Stage) -> list[str]:
 
 def _node_problems(node: ir.Node, stage: Stage) -> Iterator[str]:
     if node.domain == "llmc":
-        if node.op_type not in _LLMC_OPERATORS.get(stage, {ATTENTION, ROUND_FP4, *OF_RANKS}):
+        if node.op_type not in _LLMC_OPERATORS.get(stage, {ATTENTION, EXPERTS, ROUND_FP4, *OF_RANKS}):
             yield "is not allowed here"
     elif node.domain != "" or node.op_type not in _ONNX_OPERATORS.get(stage, _CANONICAL):
         yield "is outside the operators llmc knows"

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from llmc.plugins.collectives import spec as collectives
+from llmc.plugins.experts import spec as experts
 from llmc.plugins.paged_attention import spec as paged_attention
 from llmc.plugins.round_fp4 import spec as round_fp4
 
@@ -42,6 +43,7 @@ OPERATORS: Mapping[str, Operator] = {
     for operator in (
         Operator(round_fp4.NAME, round_fp4.ABI_VERSION, "llmc.plugins.round_fp4.body"),
         Operator(paged_attention.NAME, paged_attention.ABI_VERSION, "llmc.plugins.paged_attention.body"),
+        Operator(experts.NAME, experts.ABI_VERSION, "llmc.plugins.experts.body"),
         *(Operator(name, collectives.ABI_VERSION) for name in collectives.OF_RANKS),
     )
 }

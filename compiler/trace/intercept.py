@@ -108,6 +108,8 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
                 raise
             except Exception as error:  # model code that the probes call raises many kinds
                 raise unlike(name, module) from error
+        if interception.replaced["experts"]:
+            _intercept_routers(interception)
         for repeat in repeats:
             _intercept_apply_rotary(model, interception, repeat)
         if not repeats:
@@ -138,6 +140,9 @@ def _intercept_module(
         return {table.repeat for table in tables.values()}
     elif _is_custom_layer_norm(module) and (epsilon := probes.layer_norm(module)) is not None:
         interception.set_forward(module, _layer_norm(module, epsilon), "layer_norm")
+    elif kind.endswith("Experts"):
+        forward = _experts(module, probes.experts(name, module))
+        interception.set_forward(module, forward, "experts")
     elif hasattr(type(module), "_attn"):
         interception.set_inline_attention(module, *probes.inline_attention(name, module))
     else:
@@ -148,10 +153,6 @@ def _intercept_module(
 def _refuse(name: str, module: nn.Module, model: PreTrainedModel) -> None:
     """Raise UnsupportedError for a kind of module that llmc cannot compile."""
     kind = type(module).__name__
-    if kind.endswith("Experts"):
-        raise UnsupportedError(
-            f"module {name} ({kind}) is a mixture of experts", "llmc compiles dense models so far"
-        )
     if hasattr(module, "kv_b_proj"):
         raise UnsupportedError(
             f"module {name} ({kind}) is multi-head latent attention",
@@ -169,6 +170,14 @@ def _refuse(name: str, module: nn.Module, model: PreTrainedModel) -> None:
 def _linear(module: nn.Linear) -> Callable[..., torch.Tensor]:
     # The parameters are read at call time: a captured tensor would lose its checkpoint name.
     return lambda x: torch.ops.llmc.linear(x, module.weight, module.bias)
+
+
+def _experts(module: nn.Module, activation: str) -> Callable[..., torch.Tensor]:
+    def forward(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        # The parameters are read at call time, as in `_linear`.
+        return torch.ops.llmc.experts(x, ids, weights, module.gate_up_proj, module.down_proj, activation)
+
+    return forward
 
 
 def _rms_norm(
@@ -211,6 +220,15 @@ def _rotary(module: nn.Module, tables: dict[str, probes.RotaryTable]) -> Callabl
         return cos.to(x.dtype), sin.to(x.dtype)
 
     return forward
+
+
+def _intercept_routers(interception: Interception) -> None:
+    """Replace torch's function `linear`, which routers call with a weight of their own."""
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.ops.llmc.linear(x, weight, bias)
+
+    interception.set_attribute(nn.functional, "linear", linear)
 
 
 def _intercept_apply_rotary(

@@ -21,23 +21,27 @@ SIGNATURES: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
         [],
         {"scale": "FLOAT", "softcap": "FLOAT", "window": "INT", "layer": "INT"},
     ),
+    "TracedExperts": (["x", "ids", "weights", "gate_up", "down"], [], {"activation": "STRING"}),
 }
+# Inputs of another type than the others.
+_TYPES = {"ids": "tensor(int64)", "weights": "W"}
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
 
 def _register_schemas() -> None:
-    for name, (inputs, optional, attributes) in SIGNATURES.items():
-        if onnx.defs.has(name, DOMAIN):
+    for operator, (inputs, optional, attributes) in SIGNATURES.items():
+        if onnx.defs.has(operator, DOMAIN):
             continue
         formal = onnx.defs.OpSchema.FormalParameter
         option = onnx.defs.OpSchema.FormalParameterOption
         schema = onnx.defs.OpSchema(
-            name,
+            operator,
             DOMAIN,
             1,
-            inputs=[formal(i, "T") for i in inputs]
+            inputs=[formal(i, _TYPES.get(i, "T")) for i in inputs]
             + [formal(i, "T", param_option=option.Optional) for i in optional],
             outputs=[formal("y", "T")],
-            type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
+            type_constraints=[(name, _FLOATS, "") for name in ("T", "W")[: 1 + ("weights" in inputs)]],
             attributes=[
                 onnx.defs.OpSchema.Attribute(key, getattr(onnx.defs.OpSchema.AttrType, kind))
                 for key, kind in attributes.items()
@@ -63,7 +67,11 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     def attention(query, key, value, scale: float, softcap: float, window: int, layer: int):  # type: ignore[no-untyped-def]
         return op.TracedAttention(query, key, value, scale=scale, softcap=softcap, window=window, layer=layer)
 
+    def experts(x, ids, weights, gate_up, down, activation: str):  # type: ignore[no-untyped-def]
+        return op.TracedExperts(x, ids, weights, gate_up, down, activation=activation)
+
     return {
+        torch.ops.llmc.experts.default: experts,
         torch.ops.llmc.linear.default: linear,
         torch.ops.llmc.rms_norm.default: rms_norm,
         torch.ops.llmc.rope.default: rope,

@@ -106,3 +106,36 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int, layer: int
 ) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
+
+
+#: The gating functions of `experts`.
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}
+
+
+@torch.library.custom_op("llmc::experts", mutates_args=())
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """Compute a mixture of experts: y[t] = sum over k of weights[t, k] * expert ids[t, k] of x[t].
+
+    Expert e of x is down[e] @ (f(gate) * up), where [gate; up] = gate_up[e] @ x.
+
+    x: [T, D]
+    ids: the chosen experts, int64 [T, K]
+    weights: [T, K]
+    gate_up: [E, 2*I, D]
+    down: [E, D, I]
+    activation: a key of ACTIVATIONS
+
+    Returns [T, D]. Shazeer et al. 2017, arXiv:1701.06538; gated as in Mixtral, arXiv:2401.04088.
+    """
+    y = torch.zeros_like(x, dtype=torch.float32)
+    for choice in range(ids.shape[1]):
+        for token in range(len(x)):
+            expert = ids[token, choice]
+            gate, up = (gate_up[expert] @ x[token]).chunk(2)
+            y[token] += weights[token, choice] * (down[expert] @ (ACTIVATIONS[activation](gate) * up))
+    return y.to(x.dtype)
+
+
+@experts.register_fake
+def _(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    return torch.empty_like(x)

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from llmc.compiler.trace import ops
 from llmc.runtime.errors import UnsupportedError
 
 TOLERANCE = 1e-5  # fp32, values of order 1
@@ -269,6 +270,43 @@ def _causal_mask(length: int, window: int) -> torch.Tensor:
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     hidden = (distance < 0) | (distance >= window) if window else distance < 0
     return torch.zeros(1, 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
+
+
+def experts(name: str, module: nn.Module) -> str:
+    """Return the activation with which `ops.experts` equals `module`, a mixture of experts.
+
+    name: the module's name, for errors
+
+    Raises UnsupportedError if the module computes something else.
+    """
+    tokens, count, width, inner = 5, 3, 8, 6
+    shapes = {"gate_up_proj": (count, 2 * inner, width), "down_proj": (count, width, inner)}
+    refusal = UnsupportedError(
+        f"module {name} ({type(module).__name__}) is a mixture of experts that computes something else than "
+        "llmc's",
+        "llmc supports experts of a gated MLP without biases, with gate_up_proj [experts, 2 x inner, width]",
+    )
+    if set(module._parameters) != set(shapes):
+        raise refusal
+    probe = copy.copy(module)
+    probe._parameters = {
+        key: nn.Parameter(_random(*shape), requires_grad=False) for key, shape in shapes.items()
+    }
+    for attribute in ("num_experts", "num_local_experts"):
+        if hasattr(module, attribute):
+            setattr(probe, attribute, count)
+    if (config := getattr(module, "config", None)) is not None:
+        probe.config = copy.copy(config)
+        probe.config._experts_implementation = "eager"  # the model's own code
+    x, weights = _random(tokens, width), _random(tokens, 2)
+    ids = torch.tensor([[0, 1], [2, 0], [0, 2], [1, 2], [0, 1]])
+    with torch.no_grad(), contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):
+        expected = type(module).forward(probe, x, ids, weights)
+        for activation in ops.ACTIVATIONS:
+            ours = torch.ops.llmc.experts(x, ids, weights, probe.gate_up_proj, probe.down_proj, activation)
+            if _close(ours / 4, expected / 4):  # values of order 4
+                return activation
+    raise refusal
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ after   q, k, v = Split(Gemm(x, [Wq; Wk; Wv]))
 Reading one large weight uses the memory bandwidth better than reading several small ones. On the CPU it
 also keeps the activation after a gate projection from being fused into a slower kernel
 (docs/explanation/performance.md).
+Routers and gates of experts stay apart. They are small, and they stay in the checkpoint's dtype where the layers
+that read the same input are quantized.
 The fused initializer has no data yet; its Parameter lists its parts in order.
 """
 
@@ -21,7 +23,7 @@ import onnx_ir as ir
 from llmc.passes import edit
 from llmc.passes.contract import Matches
 from llmc.passes.parameter import joined, new_parameter, parameter
-from llmc.passes.spec import Stage, module_of
+from llmc.passes.spec import ELEMENTWISE, Stage, module_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class FuseLinears:
         matches = Matches()
         groups: defaultdict[ir.Value, list[ir.Node]] = defaultdict(list)
         for node in model.graph:
-            if node.op_type == "Gemm" and "transB" in node.attributes and edit.attribute(node, "transB"):
+            is_linear = node.op_type == "Gemm" and "transB" in node.attributes
+            if is_linear and edit.attribute(node, "transB") and not _is_gate(node):
                 groups[edit.operand(node, 0)].append(node)
         for nodes in groups.values():
             if len(nodes) < 2:
@@ -88,6 +91,19 @@ class FuseLinears:
             matches.count += 1
         edit.remove_unused(model)
         return matches
+
+
+def _is_gate(node: ir.Node) -> bool:
+    """Return whether a linear layer has one output, or chooses among its outputs as a router does."""
+    readers = [use.node for use in node.outputs[0].uses()]
+    while readers:
+        reader = readers.pop()
+        if reader.op_type == "TopK":
+            return True
+        if reader.op_type in ELEMENTWISE or reader.op_type == "Softmax":
+            widths = {edit.dims(value)[-1] for value in (*reader.outputs, node.outputs[0])}
+            readers += [use.node for use in reader.outputs[0].uses()] if len(widths) == 1 else []
+    return edit.dims(node.outputs[0])[-1] == 1
 
 
 def _why_not(nodes: list[ir.Node]) -> str:

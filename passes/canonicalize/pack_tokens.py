@@ -42,6 +42,7 @@ class PackTokens:
             value.type = ir.TensorType(ir.DataType.INT32)
         for node in list(graph):
             _pack(graph, node, batched)
+            _name_tokens(node)
             _narrow_integers(graph, node)
         edit.remove_unused(model)
         return Matches(1)
@@ -75,6 +76,13 @@ def _pack(graph: ir.Graph, node: ir.Node, batched: set[ir.Value]) -> None:
         _require(node.op_type in _ROWWISE, node, "has no rule for packed tokens")
     for value in outputs:
         value.shape = ir.Shape([edit.TOKENS if dim == -1 else dim for dim in edit.dims(value)[1:]])
+
+
+def _name_tokens(node: ir.Node) -> None:
+    """Name the tokens of values that never had a batch axis, as the router's of a mixture of experts."""
+    for value in node.outputs:
+        if value.shape is not None and len(value.shape) and edit.dims(value)[0] == -1:
+            value.shape = ir.Shape([edit.TOKENS, *value.shape[1:]])
 
 
 def _has_batch(value: ir.Value) -> bool:

@@ -8,13 +8,14 @@
 #include "wait.c"
 #include "rows.c"
 #include "../linear/cpu/linear.c"
+#include "../experts/cpu/experts.c"
 #include "../paged_attention/cpu/cache.c"
 #include "../paged_attention/cpu/attention.c"
 #include "../collectives/cpu/collective.c"
 #include "measure.c"
 
 #define EXPORT __attribute__((visibility("default")))
-enum { VERSION = 7, PER_THREAD = 6 };
+enum { VERSION = 8, PER_THREAD = 6 };
 
 // Asks the system for what this library needs. Returns 0, or the number of a system's error.
 EXPORT int32_t llmc_prepare(void) {
@@ -76,7 +77,9 @@ EXPORT int32_t llmc_read(const uint8_t *p, int64_t bytes) { return read_all(p, b
 EXPORT int64_t llmc_float_products(int64_t turns) { return float_products(turns); }
 EXPORT int64_t llmc_integer_products(int64_t turns) { return integer_products(turns); }
 
-static int rows_of(const instruction *i, const step *s) { return i->per_logit ? s->logits : s->tokens; }
+static int rows_of(const instruction *i, const step *s) {
+  return i->choices ? s->tokens * i->choices : i->per_logit ? s->logits : s->tokens;
+}
 
 // Runs row-wise instructions, each row after the other. Keys and values of many rows are written together.
 static void run_rows(const instruction *first, const instruction *last, const step *s, int begin, int end) {
@@ -107,6 +110,7 @@ static int run(const step *s, position *at) {
   waiter w = {SPINS, s->exchange, at};
   for (int g = at ? at->group : 0; g < s->num_groups; g++) {
     const instruction *first = s->code + s->groups[g].first, *last = s->code + s->groups[g].last;
+    const int experts = first->op == OP_EXPERTS_INT || first->op == OP_EXPERTS_FLOAT;
     const int rows = rows_of(first, s), combines = first->op == OP_ALL_REDUCE || first->op == OP_ALL_GATHER;
     int items, each = 1, outcome = FINISHED;
     tile_items tiles = {0, 0, 0, 0};
@@ -114,8 +118,9 @@ static int run(const step *s, position *at) {
     collective_work pieces = {0, 0, 0, 0, 0};
     if (first->op == OP_ATTENTION) work = attention_items(first, s, parts), items = work.items;
     else if (combines) pieces = collective_items(first, s, rows), items = pieces.items;
-    else if (first->op == OP_LINEAR_INT || first->op == OP_LINEAR_FLOAT) {
-      tiles = items_of(rows ? linear_tiles(first) : 0, s->threads);
+    else if (first->op == OP_SORT_ROWS) items = 1;
+    else if (experts || first->op == OP_LINEAR_INT || first->op == OP_LINEAR_FLOAT) {
+      tiles = items_of(experts ? expert_tiles(first) : rows ? linear_tiles(first) : 0, s->threads);
       for (items = 0; first_tile(&tiles, items) < tiles.tiles;) items++;
     } else {
       each = upto(rows / parts, 16);
@@ -134,6 +139,8 @@ static int run(const step *s, position *at) {
       }
       const int begin = item * each, end = begin + each;
       if (first->op == OP_ATTENTION) attention(first, s, item, work);
+      else if (first->op == OP_SORT_ROWS) sort_rows(first, s->tokens);
+      else if (experts) expert_linear(first, first_tile(&tiles, item), first_tile(&tiles, item + 1));
       else if (first->op == OP_LINEAR_INT) linear_int(first, first_tile(&tiles, item), first_tile(&tiles, item + 1), rows);
       else if (first->op == OP_LINEAR_FLOAT) linear_float(first, first_tile(&tiles, item), first_tile(&tiles, item + 1), rows);
       else run_rows(first, last, s, begin, end < rows ? end : rows);

@@ -8,7 +8,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-VERSION = 7
+VERSION = 8
 LIBRARIES = Path(__file__).parent / "lib"
 COUNTER = 16  # int32 elements per counter: each group's counter has a cache line
 
@@ -24,7 +24,8 @@ _NEEDS = {
 }
 
 EMBED, GATHER, COPY, UNARY, BINARY, VECTOR, SCALAR, RMSNORM, LAYERNORM, ROPE, WRITE_KV = range(11)
-GLU, ROUND, SLICE, QUANTIZE, LINEAR_INT, LINEAR_FLOAT, ATTENTION, ALL_REDUCE, ALL_GATHER = range(11, 20)
+GLU, ROUND, SLICE, SOFTMAX, SUM, TOP_K, SORTED_ROWS, SUM_CHOICES, QUANTIZE = range(11, 20)
+LINEAR_INT, LINEAR_FLOAT, EXPERTS_INT, EXPERTS_FLOAT, SORT_ROWS, ATTENTION, ALL_REDUCE, ALL_GATHER = range(20, 28)
 KINDS = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3}
 CACHES = {"fp32": 0, "fp16": 1, "int8": 2}
 
@@ -41,9 +42,10 @@ class Instruction(ctypes.Structure):
     _fields_ = (
         ("op", ctypes.c_int32),
         ("per_logit", ctypes.c_int32),
+        ("choices", ctypes.c_int32),
         *((name, _pointer) for name in ("out", "a", "b", "v", "v2", "w")),
         *((name, ctypes.c_int64) for name in ("out_stride", "a_stride", "b_stride")),
-        *((name, _pointer) for name in ("q", "scales", "sums", "keys", "values")),
+        *((name, _pointer) for name in ("q", "scales", "sums", "order", "keys", "values")),
         ("block_stride", ctypes.c_int64),
         ("n", ctypes.c_int32 * 8),
         ("x", ctypes.c_float * 2),

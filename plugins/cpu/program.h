@@ -10,7 +10,7 @@ enum op {
   OP_GATHER = 1,   // out (a row of logits) = row logits_index[row] of a; n: width
   OP_COPY = 2,     // out = a; n: width
   OP_UNARY = 3,    // out = f(a); n: width, function; x: its parameter
-  OP_BINARY = 4,   // out = f(a, b); n: width, function
+  OP_BINARY = 4,   // out = f(a, b); n: width, function, whether b is one number
   OP_VECTOR = 5,   // out = f(a, v), v a vector of weights; n: width, function
   OP_SCALAR = 6,   // out = f(a, x); n: width, function
   OP_RMSNORM = 7,  // out = a / rms(a) * v, in groups; n: groups, width of a group; x: epsilon
@@ -21,21 +21,30 @@ enum op {
   OP_GLU = 11,     // out = f(a) x b; n: width, function
   OP_ROUND = 12,   // out = a rounded to a format times the scale v[0]; n: width, format
   OP_SLICE = 13,   // out = columns of every group of a; n: groups, width of a group of a, first column, width
-  OP_QUANTIZE = 14, // q, scales, sums = a in int8 digits; n: width, group, digits; v: null or their scale
+  OP_SOFTMAX = 14, // out = exp(a) / its sum; n: width
+  OP_SUM = 15,     // out = the sum of a, one number; n: width
+  OP_TOP_K = 16,   // out = the largest k of a in falling order, then their columns; n: width, k
+  OP_SORTED_ROWS = 17, // out (a row of a choice, sorted by expert) = the token's row of a; n: width, choices, experts
+  OP_SUM_CHOICES = 18, // out = the sum of the token's rows of a, times b; n: width, choices, experts
+  OP_QUANTIZE = 19, // q, scales, sums = a in int8 digits; n: width, group, digits; v: null or their scale
   // Operations on many rows at once.
-  OP_LINEAR_INT = 15,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
-  OP_LINEAR_FLOAT = 16, // out = a x w; n: rows of w, columns, element type
-  OP_ATTENTION = 17,    // out = attention of a (queries); v: null or the sinks; n: heads, kv heads, key width, value
+  OP_LINEAR_INT = 20,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
+  OP_LINEAR_FLOAT = 21, // out = a x w; n: rows of w, columns, element type
+  OP_EXPERTS_INT = 22,   // as OP_LINEAR_INT with w of the row's expert, whose rows of w n has; n[7]: experts
+  OP_EXPERTS_FLOAT = 23, // as OP_LINEAR_FLOAT, likewise
+  OP_SORT_ROWS = 24,    // order = the choices of all tokens, a, sorted by expert; n: choices, experts
+  OP_ATTENTION = 25,    // out = attention of a (queries); v: null or the sinks; n: heads, kv heads, key width, value
                         // width, window, digits of queries (of a cache of 8 bits), cache, chunk; x: scale, softcap
   // Operations of all ranks of a machine together.
-  OP_ALL_REDUCE = 18, // out = the sum of a of all ranks; n: width
-  OP_ALL_GATHER = 19, // out = the columns of a of all ranks; n: width of a
+  OP_ALL_REDUCE = 26, // out = the sum of a of all ranks; n: width
+  OP_ALL_GATHER = 27, // out = the columns of a of all ranks; n: width of a
 };
 enum kind { F32 = 0, F16 = 1, BF16 = 2, E4M3 = 3 }; // element types
 enum cache { FP32_CACHE = 0, FP16_CACHE = 1, INT8_CACHE = 2 };
 
 typedef struct {
   int32_t op, per_logit; // per_logit: the rows are those of logits_index, not those of the tokens
+  int32_t choices;       // 0, or the number of experts of a token: the rows are those of all choices, sorted by expert
   float *out;
   const float *a, *b, *v, *v2;
   const uint8_t *w;
@@ -43,6 +52,7 @@ typedef struct {
   int8_t *q;                              // [rows][digits][width], or in tiles: see tiled
   float *scales;                          // [rows][width / group]
   int32_t *sums;                          // [rows][digits][width / group]
+  int32_t *order;                         // of choices: see plugins/experts/cpu/experts.c
   uint8_t *keys, *values;                 // the cache of a layer; a block has
                                           //   floats: [kv heads][key width][32], [kv heads][32][value width, padded]
                                           //   8 bits, code + 128, and fp32 scales:

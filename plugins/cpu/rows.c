@@ -222,7 +222,7 @@ INLINE float to_digits(const int DIGITS, int width, const float *a, int8_t *q, i
   return digits_of(DIGITS, largest_of(width, a), width, a, q, digit, width, 0, sums, 1);
 }
 
-// i->v: null, or the scale of all groups, whose numbers are multiples of it.
+// i->v: null, or the scale of all groups, whose numbers are multiples of it. rows: 0: the digits are not in tiles.
 static void quantize(const instruction *i, int row, int rows, const float *a) {
   const int width = i->n[0], group = i->n[1], digits = i->n[2], groups = width / group, tiled_rows = tiled(rows);
   const int step = tiled_rows ? digit_step(group) : group;
@@ -235,6 +235,34 @@ static void quantize(const instruction *i, int row, int rows, const float *a) {
     const float scale = digits == 1 ? digits_of(1, most, group, a, q, digit, step, DIGIT_ROWS * step, sums, groups)
                                     : digits_of(3, most, group, a, q, digit, step, DIGIT_ROWS * step, sums, groups);
     i->scales[tiled_rows ? (int64_t)g * tiled_rows + row : (int64_t)row * groups + g] = i->v ? *i->v : scale;
+  }
+}
+
+static void softmax_row(int width, const float *a, float *out) {
+  float most = a[0];
+  for (int k = 1; k < width; k++) most = a[k] > most ? a[k] : most;
+  vf s = allf(0);
+  LOOP(width) {
+    const vf power = expf_fast(loadf(a + k) - most), x = width - k >= LANES ? power : head_of(power, width - k);
+    storef(out + k, x);
+    s += x;
+  }
+  const float total = sum(s);
+  LOOP(width) storef(out + k, loadf(out + k) / total);
+}
+static float sum_of(int width, const float *a) {
+  vf s = allf(0);
+  LOOP(width) s += load_tail(a, k, width);
+  return sum(s);
+}
+// Of equal numbers, the one in the lowest column comes first.
+static void top_k(int width, int k, const float *a, float *out) {
+  for (int column = 0, found = 0; column < width; column++) {
+    const float x = a[column];
+    if (found == k && !(x > out[k - 1])) continue;
+    int at = found < k ? found++ : k - 1;
+    for (; at > 0 && x > out[at - 1]; at--) out[at] = out[at - 1], out[k + at] = out[k + at - 1];
+    out[at] = x, out[k + at] = (float)column;
   }
 }
 
@@ -257,6 +285,8 @@ static void embed(const instruction *i, int token, float *out) {
   }
 }
 
+#include "../experts/cpu/rows.c"
+
 static void run_row(const instruction *i, const step *s, int row) {
   float *out = i->out + row * i->out_stride;
   const float *a = i->a + row * i->a_stride;
@@ -269,7 +299,17 @@ static void run_row(const instruction *i, const step *s, int row) {
     }
     case OP_COPY: for (int k = 0; k < i->n[0]; k++) out[k] = a[k]; break;
     case OP_UNARY: unary(i->n[1], i->n[0], a, out); break;
-    case OP_BINARY: binary(i->n[1], i->n[0], a, i->b + row * i->b_stride, out); break;
+    case OP_BINARY: {
+      const float *b = i->b + row * i->b_stride;
+      if (i->n[2]) scalar(i->n[1], i->n[0], a, *b, out);
+      else binary(i->n[1], i->n[0], a, b, out);
+      break;
+    }
+    case OP_SOFTMAX: softmax_row(i->n[0], a, out); break;
+    case OP_SUM: *out = sum_of(i->n[0], a); break;
+    case OP_TOP_K: top_k(i->n[0], i->n[1], a, out); break;
+    case OP_SORTED_ROWS: sorted_row(i, row, out); break;
+    case OP_SUM_CHOICES: sum_choices(i, s->tokens, row, out); break;
     case OP_GLU: glu(i->n[1], i->n[0], a, i->b + row * i->b_stride, out); break;
     case OP_SLICE:
       for (int g = 0; g < i->n[0]; g++, out += i->n[3])
@@ -285,6 +325,6 @@ static void run_row(const instruction *i, const step *s, int row) {
       rope(i->n, i->v + at, i->v2 + at, a, out);
       break;
     }
-    case OP_QUANTIZE: quantize(i, row, i->per_logit ? s->logits : s->tokens, a); break;
+    case OP_QUANTIZE: quantize(i, row, i->choices ? 0 : i->per_logit ? s->logits : s->tokens, a); break;
   }
 }

@@ -19,6 +19,7 @@ from llmc.runtime.memory import allocate
 from llmc.runtime.native.plan import (
     COLLECTIVES,
     LINE,
+    LINEAR,
     TRANSFER,
     Group,
     Place,
@@ -74,8 +75,8 @@ class Executor:
         self._shared = communicator if size > 1 and isinstance(communicator, ProcessCommunicator) else None
         #: The engine's library.
         self.library = library.load(isa)
-        self._program, self._weights = program, weights
         self._plan = plan(program, digits)
+        self._program, self._weights = self._plan.program, weights
         self._max_tokens, self._num_blocks, self._threads = max_tokens, num_blocks, threads
         self._capacity = -(-max_tokens // _DIGIT_ROWS) * _DIGIT_ROWS
         self._arena = allocate(self._plan.row_bytes * self._capacity + (1 << 16))
@@ -279,9 +280,12 @@ class Executor:
             for item in planned
         )
         head = planned[0]
-        if head.op not in (library.LINEAR_INT, library.LINEAR_FLOAT):
+        if head.op not in LINEAR:
             return Group(names, head.per_logit)
         matrix = self._program.matrices[head.source.weights[0]]
+        if experts := head.source.integers.get("experts"):  # which ones, only a step knows
+            shape = f"{matrix.rows // experts} x {matrix.columns} {matrix.element}"
+            return Group(f"linear of {experts} experts {shape}", head.per_logit)
         name = f"linear {matrix.rows} x {matrix.columns} {matrix.element}"
         digits = head.digits.digits if head.digits else 1
         products = matrix.rows * matrix.columns * digits
@@ -328,19 +332,24 @@ class Executor:
         """Return the address of a column of a buffer's first row, and the fp32 numbers between rows."""
         root, offset = self._plan.aliases.get(buffer, (buffer, 0))
         place = self._plan.buffers[root]
-        return self._base + self._offset(place) + 4 * (offset + column), place.row_bytes // 4
+        stride = self._plan.strides.get(buffer, place.row_bytes // 4)
+        return self._base + self._offset(place) + 4 * (offset + column), stride
 
     def _bind(self, planned: Planned) -> library.Instruction:
         source, n = planned.source, numbers(self._program, planned)
-        bound = library.Instruction(op=planned.op, per_logit=planned.per_logit)
+        bound = library.Instruction(op=planned.op, per_logit=planned.per_logit, choices=planned.choices)
         bound.n[: len(n)] = n
         if planned.op == library.WRITE_KV:
             bound.n[3] = library.CACHES[self._kv_dtype]
         if planned.op == library.ATTENTION:
             bound.n[5:7] = self._digits, library.CACHES[self._kv_dtype]
+        if planned.op == library.SORT_ROWS:
+            bound.order, _ = self._find(source.out or 0, 0)
+        elif "experts" in source.integers and source.op != "glu":
+            bound.order, _ = self._find(source.inputs[-1].buffer, 0)
         if source.out is not None and planned.op != library.QUANTIZE:
             bound.out, bound.out_stride = self._find(source.out, source.offset)
-        views = () if planned.op == library.LINEAR_INT else source.inputs
+        views = () if planned.op in (library.LINEAR_INT, library.EXPERTS_INT) else source.inputs[:2]
         for name, view in zip(("a", "b"), views, strict=False):
             address, stride = self._find(view.buffer, view.offset)
             setattr(bound, name, address)
@@ -349,13 +358,14 @@ class Executor:
             place, digits = self._plan.digits[planned.digits], planned.digits
             groups = digits.width // digits.group
             bound.q = self._base + self._offset(place)
-            bound.scales = bound.q + round_to_lines(digits.digits * digits.width) * self._capacity
-            bound.sums = bound.scales + round_to_lines(4 * groups) * self._capacity
+            rows = self._capacity * digits.choices
+            bound.scales = bound.q + round_to_lines(digits.digits * digits.width) * rows
+            bound.sums = bound.scales + round_to_lines(4 * groups) * rows
             if planned.op == library.QUANTIZE and digits.scale:
                 bound.v = self._weights[digits.scale].ctypes.data
         if planned.op != library.QUANTIZE:
             addresses = [self._weights[name].ctypes.data for name in source.weights]
-            if planned.op in (library.EMBED, library.LINEAR_INT, library.LINEAR_FLOAT):
+            if planned.op == library.EMBED or planned.op in LINEAR:
                 bound.w = addresses[0]
             else:
                 for name, address in zip(("v", "v2"), addresses, strict=False):

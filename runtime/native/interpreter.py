@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from llmc.plugins.experts.reference import experts, top_k
 from llmc.plugins.paged_attention.reference import paged_attention
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.batch import Batch
@@ -138,6 +139,17 @@ class Interpreter:
             return _BINARY[instruction.function](x, weights[0])
         if instruction.op == "scalar":
             return _BINARY[instruction.function](x, np.array(instruction.floats["value"]))
+        if instruction.op == "softmax":
+            powers = np.exp(x - x.max(axis=1, keepdims=True))
+            return powers / powers.sum(axis=1, keepdims=True)
+        if instruction.op == "sum":
+            return x.sum(axis=1, keepdims=True)
+        if instruction.op == "top_k":
+            return np.concatenate(top_k(x, instruction.integers["k"]), axis=1)
+        if instruction.op == "experts":
+            count, activation = instruction.integers["experts"], _UNARY[instruction.function]
+            ids = np.where((inputs[1] >= 0) & (inputs[1] < count), inputs[1], 0).astype(np.int64)
+            return experts(x, ids, inputs[2], *weights, num_experts=count, activation=activation)
         if instruction.op == "linear":
             return x @ weights[0].T
         if instruction.op == "rms_norm":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmc.plugins.cpu import library
+from llmc.runtime.native.experts import expand
 from llmc.runtime.native.program import BINARY, ROUND, UNARY, Instruction, Matrix, Program, View
 
 LINE = 64  # bytes of a cache line
@@ -13,6 +14,9 @@ _LARGEST_GROUP = 128  # activations that share a scale
 COLLECTIVES = (library.ALL_REDUCE, library.ALL_GATHER)  # operations of all ranks
 TRANSFER = 100  # an operation between two ranks, which the executor runs between those of the library
 _ROWWISE = library.QUANTIZE  # operations up to this number work on one row at a time
+LINEAR = (library.LINEAR_INT, library.LINEAR_FLOAT, library.EXPERTS_INT, library.EXPERTS_FLOAT)
+_OF_DIGITS = (library.LINEAR_INT, library.EXPERTS_INT)
+_OF_TOKENS = (library.SORT_ROWS, library.SUM_CHOICES)  # though they are part of a mixture of experts
 _IN_PLACE = (
     *("unary", "binary", "glu", "round", "vector", "scalar"),
     *("rms_norm", "layer_norm", "rope", "all_reduce"),
@@ -29,8 +33,13 @@ class Planned:
     per_logit: bool
     #: The program's instruction.
     source: Instruction
-    #: The input in int8 digits, which QUANTIZE writes and LINEAR_INT reads.
+    #: The input in int8 digits, which QUANTIZE writes, and LINEAR_INT or EXPERTS_INT reads.
     digits: Digits | None = None
+
+    @property
+    def choices(self) -> int:
+        """The rows that a token has, one for each of its experts; 0 if each token or logit has one row."""
+        return 0 if self.op in _OF_TOKENS else self.source.integers.get("choices", 0)
 
 
 @dataclass(eq=False)
@@ -45,10 +54,12 @@ class Digits:
     digits: int
     #: The scale of all groups, a constant of the weights file; "": each group has its own.
     scale: str = ""
+    #: Rows of a token.
+    choices: int = 1
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row's digits, scales and sums."""
+        """Bytes of the digits, scales and sums of a row."""
         groups = self.width // self.group
         return (
             round_to_lines(self.digits * self.width)
@@ -75,6 +86,8 @@ class Place:
 class Plan:
     """A program as groups of planned instructions, and the memory that they write."""
 
+    #: The program with the instructions and buffers of `experts.py`.
+    program: Program
     instructions: list[Planned] = field(default_factory=list)
     #: The instructions (begin, end) of each group.
     groups: list[tuple[int, int]] = field(default_factory=list)
@@ -82,6 +95,8 @@ class Plan:
     buffers: dict[int, Place] = field(default_factory=dict)
     #: A buffer without memory of its own -> the buffer whose memory it shares, and its first column there.
     aliases: dict[int, tuple[int, int]] = field(default_factory=dict)
+    #: A buffer with several rows for a token -> the fp32 numbers from one row to the next.
+    strides: Mapping[int, int] = field(default_factory=dict)
     #: A quantized input -> its memory.
     digits: dict[Digits, Place] = field(default_factory=dict)
     #: The size of all memory, in bytes per token of a step.
@@ -115,7 +130,9 @@ def plan(program: Program, digits: int) -> Plan:
     digits: int8 digits of an activation that a matrix of integers reads: 3 (24 bits) or 1 (8 bits).
         Activations that were rounded to int8 need only one.
     """
-    result = Plan()
+    expanded = expand(program)
+    program = expanded.program
+    result = Plan(program, strides=expanded.strides)
     known: dict[tuple[View, int], Digits] = {}
     rounded: dict[int, str] = {}  # a buffer that was rounded to int8 -> its scale
     for instruction in program.instructions:
@@ -127,20 +144,21 @@ def plan(program: Program, digits: int) -> Plan:
             instruction.out if instruction.out is not None else instruction.inputs[0].buffer
         ].rows
         per_logit = rows == "logits"
-        if instruction.op != "linear":
+        if instruction.op not in ("linear", "expert_linear"):
             result.instructions.append(Planned(_code(instruction), per_logit, instruction))
             known = {key: value for key, value in known.items() if key[0].buffer != instruction.out}
             continue
-        matrix = program.matrices[instruction.weights[0]]
+        matrix, choices = program.matrices[instruction.weights[0]], instruction.integers.get("choices", 0)
+        of_floats, of_digits = (LINEAR[2:] if choices else LINEAR[:2])[::-1]
         if matrix.element not in ("int8", "int4"):
-            result.instructions.append(Planned(library.LINEAR_FLOAT, per_logit, instruction))
+            result.instructions.append(Planned(of_floats, per_logit, instruction))
             continue
         view, group = instruction.inputs[0], group_of(matrix)
         if (view, group) not in known:
             scale = rounded.get(view.buffer, "")
-            known[view, group] = Digits(view.width, group, 1 if scale else digits, scale)
+            known[view, group] = Digits(view.width, group, 1 if scale else digits, scale, choices or 1)
             result.instructions.append(Planned(library.QUANTIZE, per_logit, instruction, known[view, group]))
-        result.instructions.append(Planned(library.LINEAR_INT, per_logit, instruction, known[view, group]))
+        result.instructions.append(Planned(of_digits, per_logit, instruction, known[view, group]))
     _make_groups(result)
     _place(program, result)
     return result
@@ -162,6 +180,12 @@ def _code(instruction: Instruction) -> int:
         "rms_norm": library.RMSNORM,
         "layer_norm": library.LAYERNORM,
         "rope": library.ROPE,
+        "softmax": library.SOFTMAX,
+        "sum": library.SUM,
+        "top_k": library.TOP_K,
+        "sort_rows": library.SORT_ROWS,
+        "sorted_rows": library.SORTED_ROWS,
+        "sum_choices": library.SUM_CHOICES,
         "write_kv": library.WRITE_KV,
         "attention": library.ATTENTION,
         "all_reduce": library.ALL_REDUCE,
@@ -180,19 +204,21 @@ def _make_groups(result: Plan) -> None:
             and planned.op <= _ROWWISE
             and following.op <= _ROWWISE
             and following.op != library.GATHER  # it reads other rows than its own
-            and planned.per_logit == following.per_logit
+            and (planned.per_logit, planned.choices) == (following.per_logit, following.choices)
         )
         if not continues:
             result.groups.append((first, index + 1))
             first = index + 1
 
 
-def _aliases(program: Program) -> dict[int, tuple[int, int]]:
+def _aliases(program: Program, strides: Mapping[int, int]) -> dict[int, tuple[int, int]]:
     """Return the buffers that share the memory of an input that nothing reads later, to save memory traffic.
 
     Returns buffer -> (the buffer that it overwrites, its first column there), for whole vectors of columns,
     because operations write whole vectors. An output takes the place of an input exactly: if it shared only
     some columns with another input, they would be overwritten before they are read.
+
+    strides: as in Plan; such buffers do not share
     """
     last_read = {
         view.buffer: number
@@ -203,7 +229,7 @@ def _aliases(program: Program) -> dict[int, tuple[int, int]]:
         last_read[program.logits] = len(program.instructions)
     result: dict[int, tuple[int, int]] = {}
     for number, instruction in enumerate(program.instructions):
-        if instruction.op not in _IN_PLACE or instruction.out is None:
+        if instruction.op not in _IN_PLACE or instruction.out is None or instruction.out in strides:
             continue
         places = []
         for view in instruction.inputs:
@@ -223,17 +249,16 @@ def _aliases(program: Program) -> dict[int, tuple[int, int]]:
 
 def _place(program: Program, result: Plan) -> None:
     """Give every buffer and every quantized input memory that nothing else uses in the same groups."""
-    result.aliases = _aliases(program)
+    result.aliases = _aliases(program, result.strides)
     for number, (first, last) in enumerate(result.groups):
         for planned in result.instructions[first:last]:
             if planned.digits is not None:
-                place = result.digits.setdefault(
-                    planned.digits, Place(planned.digits.row_bytes, number, number)
-                )
+                row_bytes = planned.digits.row_bytes * planned.digits.choices
+                place = result.digits.setdefault(planned.digits, Place(row_bytes, number, number))
                 place.last = number
-            reads = (
-                [] if planned.op == library.LINEAR_INT else [view.buffer for view in planned.source.inputs]
-            )
+            reads = [view.buffer for view in planned.source.inputs]
+            if planned.op in _OF_DIGITS:  # the input was quantized; the others are still needed
+                reads = reads[1:]
             writes = (
                 [] if planned.op == library.QUANTIZE or planned.source.out is None else [planned.source.out]
             )
@@ -274,8 +299,16 @@ def numbers(program: Program, planned: Planned) -> Sequence[int]:
         return width, UNARY.index(source.function)
     if planned.op == library.ROUND:
         return width, ROUND.index(source.function)
-    if planned.op in (library.BINARY, library.VECTOR, library.SCALAR):
+    if planned.op == library.BINARY:
+        return width, BINARY.index(source.function), source.inputs[1].width == 1 != width
+    if planned.op in (library.VECTOR, library.SCALAR):
         return width, BINARY.index(source.function)
+    if planned.op == library.TOP_K:
+        return width, integers["k"]
+    if planned.op == library.SORT_ROWS:
+        return integers["choices"], integers["experts"]
+    if planned.op in (library.SORTED_ROWS, library.SUM_CHOICES):
+        return width, integers["choices"], integers["experts"]
     if planned.op == library.RMSNORM:
         return integers["groups"], width // integers["groups"]
     if planned.op == library.LAYERNORM:
@@ -293,15 +326,16 @@ def numbers(program: Program, planned: Planned) -> Sequence[int]:
     if planned.op == library.QUANTIZE:
         assert planned.digits is not None
         return width, planned.digits.group, planned.digits.digits
-    if planned.op == library.LINEAR_FLOAT:
-        matrix = program.matrices[source.weights[0]]
-        return matrix.rows, matrix.columns, library.KINDS[matrix.element]
-    if planned.op == library.LINEAR_INT:
+    if planned.op in (library.LINEAR_FLOAT, library.EXPERTS_FLOAT):
+        matrix, experts = program.matrices[source.weights[0]], integers.get("experts", 1)
+        return matrix.rows // experts, matrix.columns, library.KINDS[matrix.element], 0, 0, 0, 0, experts
+    if planned.op in _OF_DIGITS:
         assert planned.digits is not None
-        matrix = program.matrices[source.weights[0]]
+        matrix, experts = program.matrices[source.weights[0]], integers.get("experts", 1)
         bits = 4 if matrix.element == "int4" else 8
         group, digits = planned.digits.group, planned.digits.digits
-        return matrix.rows, matrix.columns, bits, matrix.block, group, digits, matrix.scales == "fp16"
+        rows = matrix.rows // experts
+        return rows, matrix.columns, bits, matrix.block, group, digits, matrix.scales == "fp16", experts
     return (width,)
 
 

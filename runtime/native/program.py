@@ -159,7 +159,7 @@ OPERATIONS: Mapping[str, Operation] = {
     # out = columns begin .. begin + width - 1 of each of `groups` groups of columns
     "slice": Operation(integers=("groups", "begin")),
     "unary": Operation(functions=UNARY),
-    # out = f(first input, second input)
+    # out = f(first input, second input); the second one may have a single column
     "binary": Operation(inputs=2, functions=BINARY),
     # out = f(first input) x second input, f as of "unary"
     "glu": Operation(inputs=2, functions=UNARY),
@@ -178,6 +178,16 @@ OPERATIONS: Mapping[str, Operation] = {
     "rope": Operation(weights=(2, 2), integers=("heads", "rotated", "interleaved")),
     # keys and values of the step's tokens go to the cache of `layer`
     "write_kv": Operation(inputs=2, integers=("layer",), writes=False),
+    # out = exp(input), divided by its sum
+    "softmax": Operation(),
+    # out = the sum of the input's columns, one number
+    "sum": Operation(),
+    # out = the `k` largest numbers of the input in falling order, then their columns. Of equal numbers, the one in
+    # the lowest column comes first
+    "top_k": Operation(integers=("k",)),
+    # out = the experts (second input) of the first input, weighted by the third. Weights: the matrices of all experts
+    # one below the other, gates and ups, then down. As llmc.Experts
+    "experts": Operation(inputs=3, weights=(2, 2), functions=UNARY, integers=("experts",)),
     # out = input x matrix^T
     "linear": Operation(weights=(1, 1)),
     # out = attention of queries over the cache of `layer`; as llmc.PagedAttention. A weight: the sinks
@@ -342,6 +352,7 @@ _SAME_WIDTH = (
     "rms_norm",
     "layer_norm",
     "rope",
+    "softmax",
     "all_reduce",
 )
 
@@ -356,7 +367,7 @@ def _shape_complaints(program: Program, instruction: Instruction) -> Iterator[st
             yield "must go from tokens to rows of logits"
     elif out is not None and rows - {out.rows}:
         yield "mixes rows of tokens and of logits"
-    if instruction.op in ("embed", "embed_positions", "rope", "write_kv", "attention") and (
+    if instruction.op in ("embed", "embed_positions", "rope", "write_kv", "attention", "experts") and (
         rows | ({out.rows} if out else set())
     ) != {"tokens"}:
         yield "works on tokens only"
@@ -367,7 +378,10 @@ def _shape_complaints(program: Program, instruction: Instruction) -> Iterator[st
         assert first is not None
         if instruction.offset + first.width > width:
             yield "writes past the columns of its buffer"
-    elif instruction.op in _SAME_WIDTH and any(view.width != width for view in instruction.inputs):
+    elif instruction.op in _SAME_WIDTH and any(
+        view.width != width and not (instruction.op == "binary" and number == 1 and view.width == 1)
+        for number, view in enumerate(instruction.inputs)
+    ):
         yield "has inputs of another width than its output"
     yield from _operand_complaints(program, instruction, width)
 
@@ -413,6 +427,14 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
             yield "has a table of another shape"
         elif matrix.scales:
             yield "has a table of quantized numbers"
+    if instruction.op == "sum" and width != 1:
+        yield "has an output of several columns"
+    if instruction.op == "top_k" and (
+        first is None or not 1 <= integers["k"] <= first.width or width != 2 * integers["k"]
+    ):
+        yield "has an output of another width"
+    if instruction.op == "experts":
+        yield from _expert_complaints(program, instruction, width)
     if instruction.op == "linear":
         matrix = program.matrices.get(instruction.weights[0])
         if matrix is None or first is None or matrix.columns != first.width or matrix.rows != width:
@@ -427,6 +449,22 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
         yield "has a rank that cannot be"
     if instruction.op in ("write_kv", "attention"):
         yield from _cache_complaints(program, instruction, width)
+
+
+def _expert_complaints(program: Program, instruction: Instruction, width: int) -> Iterator[str]:
+    x, ids, weights = instruction.inputs
+    gate_up, down = (program.matrices.get(name) for name in instruction.weights)
+    experts = instruction.integers["experts"]
+    if gate_up is None or down is None or experts < 1:
+        yield "has no experts"
+    elif (gate_up.rows, gate_up.columns, down.rows) != (2 * experts * down.columns, x.width, experts * width):
+        yield "has matrices of another shape"
+    elif 2 * down.columns % TILE or width % TILE:
+        yield f"has experts whose rows are no multiple of {TILE}"
+    elif ids.width != weights.width:
+        yield "has another number of weights than of experts"
+    elif (ids.width + 1) * (2 * down.columns + width + x.width + experts) > _MAX:
+        yield "has more numbers for a token than the engine can hold"
 
 
 def _cache_complaints(program: Program, instruction: Instruction, width: int) -> Iterator[str]:

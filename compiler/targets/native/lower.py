@@ -27,10 +27,12 @@ from llmc.passes import edit
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.shard.stages import VOCABULARY, rows_are_logits
 from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, PARTIAL_EMBEDDING, RECV, SEND
+from llmc.plugins.experts.spec import ACTIVATIONS
+from llmc.plugins.experts.spec import NAME as EXPERTS
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
 from llmc.runtime.errors import UnsupportedError
-from llmc.runtime.native.program import Buffer, Cache, Instruction, Matrix, Program, View, check
+from llmc.runtime.native.program import TILE, Buffer, Cache, Instruction, Matrix, Program, View, check
 
 _UNARY = {
     "Sigmoid": "sigmoid",
@@ -370,12 +372,13 @@ class _Lowering:
             if function not in _COMMUTATIVE:
                 raise refusal(node, "its first operand is a constant")
             left, right = right, left
-        view = self.views.get(left)
+        view, other = self.views.get(left), self.views.get(right)
+        if view and other and view.width == 1 and function in _COMMUTATIVE:
+            view, other = other, view
         if view is None:
             raise refusal(node, "an operand is not a row of numbers")
         if not self._is_constant(right):
-            other = self.views.get(right)
-            if other is None or other.width != view.width:
+            if other is None or other.width not in (1, view.width):
                 raise refusal(node, "its operands have different widths")
             self._emit(node, "binary", (view, other), function=function)
             return
@@ -389,6 +392,43 @@ class _Lowering:
             raise refusal(
                 node, f"a constant of shape {edit.dims(right)} has no place in a row of {view.width}"
             )
+
+    def _softmax(self, node: ir.Node) -> None:
+        self._require_last_axis(node)
+        self._emit(node, "softmax", (self._view(node, 0),))
+
+    def _reduce_sum(self, node: ir.Node) -> None:
+        rank = len(edit.dims(edit.operand(node, 0)))
+        axes = integers(node.inputs[1]) if len(node.inputs) > 1 else []
+        if rank != 2 or axes not in ([-1], [1]):
+            raise refusal(node, "it adds something else than the columns of a row")
+        self._emit(node, "sum", (self._view(node, 0),), width=1)
+
+    def _top_k(self, node: ir.Node) -> None:
+        self._require_last_axis(node)
+        if not node.attributes.get_int("largest", 1) or not self._is_constant(node.inputs[1]):
+            raise refusal(node, "it takes the smallest numbers, or a number of them that varies")
+        (k,) = integers(node.inputs[1])
+        self._emit(node, "top_k", (self._view(node, 0),), integers={"k": k}, width=2 * k)
+        both = self.views[node.outputs[0]]
+        self.views[node.outputs[0]] = replace(both, width=k)
+        self.views[node.outputs[1]] = View(both.buffer, k, k)
+
+    def _require_last_axis(self, node: ir.Node) -> None:
+        rank = len(edit.dims(edit.operand(node, 0)))
+        if rank != 2 or node.attributes.get_int("axis", -1) not in (-1, 1):
+            raise refusal(node, "it works along another axis than the columns of a row")
+
+    def _experts(self, node: ir.Node) -> None:
+        experts = int(edit.attribute(node, "experts"))
+        names = tuple(self._matrix(edit.operand(node, index), node) for index in (3, 4))
+        for name in names:
+            if self.matrices[name].rows // experts % TILE:
+                rows = self.matrices[name].rows // experts
+                raise refusal(node, f"a matrix of its experts has {rows} rows, which is no multiple of {TILE}")
+        function = ACTIVATIONS[int(edit.attribute(node, "activation"))]
+        views = tuple(self._view(node, index) for index in range(3))
+        self._emit(node, "experts", views, weights=names, function=function, integers={"experts": experts})
 
     def _clip(self, node: ir.Node) -> None:
         view = self._view(node, 0)
@@ -589,6 +629,10 @@ _NODES: Mapping[str, Callable[[_Lowering, ir.Node], None]] = {
     "LayerNormalization": _Lowering._layer_norm,
     "RotaryEmbedding": _Lowering._rope,
     "Gemm": _Lowering._gemm,
+    "Softmax": _Lowering._softmax,
+    "ReduceSum": _Lowering._reduce_sum,
+    "TopK": _Lowering._top_k,
+    EXPERTS: _Lowering._experts,
     ATTENTION: _Lowering._attention,
     ALL_REDUCE: _Lowering._collective,
     ALL_GATHER: _Lowering._collective,

@@ -162,11 +162,9 @@ INLINE void run_integer(const instruction *i, int first, int last, int rows, int
   }
 }
 
-static void linear_int(const instruction *i, int first, int last, int rows) {
+// The digits are not in tiles.
+static void linear_rows(const instruction *i, int first, int last, int rows) {
   const int bits = i->n[2], digits = i->n[5], half = i->n[6];
-#if defined(__AMX_INT8__)
-  if (tiled(rows)) return run_amx(i, first, last, rows);
-#endif
 #define CASE(D, B, H, ...)                         \
   if (digits == D && bits == B && half == H)       \
     return run_integer(i, first, last, rows, integer_1_##D##_##B##_##H, integer_2_##D##_##B##_##H, __VA_ARGS__);
@@ -180,10 +178,19 @@ static void linear_int(const instruction *i, int first, int last, int rows) {
   CASE(3, 8, 1, 0, 0)
 #undef CASE
 }
+static void linear_int(const instruction *i, int first, int last, int rows) {
+#if defined(__AMX_INT8__)
+  if (tiled(rows)) return run_amx(i, first, last, rows);
+#endif
+  linear_rows(i, first, last, rows);
+}
 
+INLINE int64_t float_tile_bytes(const int KIND, int columns) {
+  return KIND == E4M3 ? 128 + (int64_t)columns * 32 : (int64_t)columns * (KIND == F32 ? 128 : 64);
+}
 INLINE void run_float(const int KIND, const instruction *i, int first, int last, int rows) {
   const int columns = i->n[1];
-  const int64_t tile = KIND == E4M3 ? 128 + (int64_t)columns * 32 : (int64_t)columns * (KIND == F32 ? 128 : 64);
+  const int64_t tile = float_tile_bytes(KIND, columns);
   for (int t = first; t < last; t++) {
     const uint8_t *w = i->w + t * tile;
     for (int r = 0; r < rows;) {
