@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -28,7 +30,7 @@ from llmc.compiler.checkpoint.config import load_wrapper
 from llmc.compiler.checkpoint.names import Shaped, collapse, compare_names
 from llmc.compiler.checkpoint.prequantized.module import KV_NAMES, ROLES, is_auxiliary
 from llmc.compiler.checkpoint.prequantized.recognize import is_quantized
-from llmc.compiler.checkpoint.safetensors import CHUNK_BYTES, TensorRef
+from llmc.compiler.checkpoint.safetensors import CHUNK_BYTES, StackedTensor, TensorRef
 from llmc.runtime.dtypes import FLOATS
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 
@@ -95,8 +97,11 @@ class ModelKeys:
 
         Raises CheckpointError if two tensors have the same name in the model.
         """
-        names, unused, converted = self._names(checkpoint.tensors)
-        tensors: dict[str, TensorRef] = {}
+        names, unused, sources = self._names(checkpoint.tensors)
+        converted = {name: each.first for name, each in sources.items() if not each.stacked}
+        tensors: dict[str, TensorRef] = {
+            name: each.stack(name, checkpoint) for name, each in sources.items() if each.stacked
+        }
         for stored, name in names.items():
             if name in tensors:
                 raise CheckpointError(
@@ -123,10 +128,14 @@ class ModelKeys:
             if _is_stored(alias, tensors) and not _equal(alias, name, tensors)
         ]
 
-    def _names(self, stored: Mapping[str, TensorRef]) -> tuple[dict[str, str], list[str], dict[str, str]]:
-        """Return stored name -> name in the model, stored names that the model lacks, and `converted`.
+    def _names(
+        self, stored: Mapping[str, TensorRef]
+    ) -> tuple[dict[str, str], list[str], dict[str, _Conversion]]:
+        """Return stored name -> name in the model, stored names that the model lacks, and the conversions.
 
-        stored: the checkpoint's tensors, by name. See `RenamedCheckpoint` for `converted`.
+        stored: the checkpoint's tensors, by name
+
+        A conversion belongs to a parameter, by its name in the model.
         """
         mapping = get_model_conversion_mapping(self._loaded)
         renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
@@ -135,13 +144,15 @@ class ModelKeys:
         names: dict[str, str] = {}
         modules: dict[str, str] = {}
         others: list[str] = []
-        converted: dict[str, str] = {}
+        converted: dict[str, _Conversion] = {}
         sources: set[str] = set()
 
         def loaded_name(key: str) -> str | None:
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name in state and pattern is not None:
-                converted.setdefault(self._inner_name(name) or name, key)
+                rule = next(rule for rule in converters if pattern in rule.source_patterns)
+                conversion = converted.setdefault(self._inner_name(name) or name, _Conversion(rule, key))
+                conversion.stored.setdefault(pattern, []).append(key)
                 sources.add(key)
                 return None
             if name not in state:
@@ -172,6 +183,44 @@ class ModelKeys:
             else:
                 unused.append(key)
         return names, unused, converted
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """A parameter that transformers computes from stored tensors."""
+
+    rule: WeightConverter
+    #: The stored name of the first tensor.
+    first: str
+    #: Pattern of the rule -> stored names, in the order of the numbers in them.
+    stored: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter is a stack of the tensors, as of experts that are stored one by one."""
+        operations = [(type(each), each.dim) for each in self.rule.operations if hasattr(each, "dim")]
+        one = [(MergeModulelist, 0)]
+        several = [*one, (Concatenate, 1)]
+        is_stack = operations == (several if len(self.rule.source_patterns) > 1 else one)
+        return is_stack and len(operations) == len(self.rule.operations)
+
+    def stack(self, name: str, checkpoint: Checkpoint) -> StackedTensor:
+        """Return the parameter. Raises CheckpointError if some of its tensors are missing or do not fit."""
+        columns = [self.stored.get(pattern, []) for pattern in self.rule.source_patterns]
+        if len({len(column) for column in columns}) > 1:
+            counts = " and ".join(
+                f"{len(column)} {pattern}" for column, pattern in zip(columns, self.rule.source_patterns, strict=True)
+            )
+            raise CheckpointError(
+                f"{checkpoint.path} is incomplete: {name} is made of {counts}", hint="download it again"
+            )
+        refs = [[checkpoint.tensors[key] for key in row] for row in zip(*columns, strict=True)]
+        if other := next((ref for row in refs for ref in row if ref.dtype not in FLOATS), None):
+            raise UnsupportedError(
+                f"{other.name} is {other.dtype}: the experts of this checkpoint are quantized already",
+                "llmc quantizes the experts of an unquantized checkpoint: --quant int8 or --quant int4",
+            )
+        return StackedTensor.of(name, refs)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,48 @@ class TensorRef:
         step = max(1, max_bytes * self.shape[0] // self.nbytes)
         for first in range(0, self.shape[0], step):
             yield self.read(slice(first, first + step))
+
+
+@dataclass(frozen=True)
+class StackedTensor(TensorRef):
+    """Tensors on disk as one with a new first axis, as transformers makes it of a layer's experts.
+
+    file, offset: those of the first part. nbytes: of all parts.
+    """
+
+    #: For each index of the first axis, tensors of one dtype that are concatenated along their rows.
+    parts: tuple[tuple[TensorRef, ...], ...] = ()
+
+    @classmethod
+    def of(cls, name: str, parts: Sequence[Sequence[TensorRef]]) -> StackedTensor:
+        """Stack `parts`, matrices. Raises CheckpointError if they differ in their shapes or dtypes."""
+        first, refs = parts[0][0], [part for each in parts for part in each]
+        shapes = {tuple(part.shape for part in each) for each in parts}
+        columns = {part.shape[1:] for part in refs if len(part.shape) == 2}
+        if len({part.dtype for part in refs}) > 1 or len(shapes) > 1 or len(columns) != 1:
+            other = next((part for part in refs if (part.dtype, part.shape) != (first.dtype, first.shape)), first)
+            raise CheckpointError(
+                f"{first.name} is {first.dtype} {list(first.shape)} and {other.name} is {other.dtype} "
+                f"{list(other.shape)}; they cannot be one tensor {name}",
+                hint="the checkpoint is damaged or incomplete; download it again",
+            )
+        shape = (len(parts), sum(part.shape[0] for part in parts[0]), *columns.pop())
+        nbytes = sum(part.nbytes for part in refs)
+        whole = tuple(tuple(each) for each in parts)
+        return cls(name, first.file, first.dtype, shape, first.offset, nbytes, whole)
+
+    def read(self, rows: slice | None = None) -> np.ndarray:
+        """Read the stack, or `rows` of its first axis. See `TensorRef.read`."""
+        chosen = self.parts if rows is None else self.parts[rows]
+        if not chosen:
+            return np.empty((0, *self.shape[1:]), numpy_dtype(self.dtype))
+        return np.stack([np.concatenate([part.read() for part in each]) for each in chosen])
+
+    def iter_chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
+        """Yield consecutive blocks of rows of the parts, [n, ...]: the stack with its first two axes as one."""
+        for each in self.parts:
+            for part in each:
+                yield from part.iter_chunks(max_bytes)
 
 
 def read_header(path: Path | str) -> dict[str, TensorRef]:

@@ -153,5 +153,8 @@ def input_scale(matrix: QuantizedMatrix, amax: float, dtype: str) -> np.ndarray:
 
 
 def chunks(ref: TensorRef) -> Iterator[np.ndarray]:
-    """Return an iterator over consecutive blocks of rows of a tensor, in its dtype."""
-    return ref.iter_chunks(_CHUNK_BYTES)
+    """Return an iterator over consecutive blocks of rows of a tensor, [n, in], in its dtype.
+
+    The rows of a stack of experts are those of all experts.
+    """
+    return (block.reshape(-1, block.shape[-1]) for block in ref.iter_chunks(_CHUNK_BYTES))

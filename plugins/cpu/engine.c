@@ -120,7 +120,7 @@ static int run(const step *s, position *at) {
     else if (combines) pieces = collective_items(first, s, rows), items = pieces.items;
     else if (first->op == OP_SORT_ROWS) items = 1;
     else if (experts || first->op == OP_LINEAR_INT || first->op == OP_LINEAR_FLOAT) {
-      tiles = items_of(experts ? expert_tiles(first) : rows ? linear_tiles(first) : 0, s->threads);
+      tiles = items_of(experts ? most_expert_tiles(first, rows) : rows ? linear_tiles(first) : 0, s->threads);
       for (items = 0; first_tile(&tiles, items) < tiles.tiles;) items++;
     } else {
       each = upto(rows / parts, 16);
@@ -140,7 +140,7 @@ static int run(const step *s, position *at) {
       const int begin = item * each, end = begin + each;
       if (first->op == OP_ATTENTION) attention(first, s, item, work);
       else if (first->op == OP_SORT_ROWS) sort_rows(first, s->tokens);
-      else if (experts) expert_linear(first, first_tile(&tiles, item), first_tile(&tiles, item + 1));
+      else if (experts) expert_linear(first, first_tile(&tiles, item), first_tile(&tiles, item + 1), tiles.tiles);
       else if (first->op == OP_LINEAR_INT) linear_int(first, first_tile(&tiles, item), first_tile(&tiles, item + 1), rows);
       else if (first->op == OP_LINEAR_FLOAT) linear_float(first, first_tile(&tiles, item), first_tile(&tiles, item + 1), rows);
       else run_rows(first, last, s, begin, end < rows ? end : rows);

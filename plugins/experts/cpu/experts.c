@@ -29,14 +29,18 @@ static void sort_rows(const instruction *i, int tokens) {
   begins[0] = 0;
 }
 
-// The tiles of all experts that have rows.
-static int expert_tiles(const instruction *i) { return i->order[i->n[7] + 1] * linear_tiles(i); }
+// The most tiles that experts with rows can have. The number of items must follow from the shapes alone: a thread that
+// comes late to a group that is finished finds other numbers in `order`.
+static int most_expert_tiles(const instruction *i, int rows) {
+  return (rows < i->n[7] ? rows : i->n[7]) * linear_tiles(i);
+}
 
-// Computes the tiles first .. last - 1 of `expert_tiles`.
-static void expert_linear(const instruction *i, int first, int last) {
+// Computes the part first / most .. last / most of the tiles of the experts that have rows.
+static void expert_linear(const instruction *i, int first, int last, int most) {
   const int tiles = linear_tiles(i), columns = i->n[1], integers = i->op == OP_EXPERTS_INT;
   const int32_t *begins = i->order, *active = begins + i->n[7] + 2;
-  const int64_t tile_bytes = integers ? integer_tile_bytes(i) : float_tile_bytes(i->n[2], columns);
+  const int64_t tile_bytes = integers ? integer_tile_bytes(i) : float_tile_bytes(i->n[2], columns), all = active[-1] * tiles;
+  first = (int)(first * all / most), last = (int)(last * all / most);
   while (first < last) {
     const int e = active[first / tiles], tile = first % tiles, left = tile + last - first;
     const int end = left < tiles ? left : tiles, begin = begins[e], rows = begins[e + 1] - begin;
