@@ -288,6 +288,8 @@ def plan_build(
     )
     tied = {name: checkpoint.tensors[of] for name, of in keys.tied.items() if of in checkpoint.tensors}
     tensors = dict(checkpoint.tensors) | tied
+    # In the graph, a matrix of experts is a module with the name of the model's parameter.
+    tensors |= {f"{name}.weight": ref for name, ref in checkpoint.tensors.items() if len(ref.shape) == 3}
     inputs = BuildInputs(
         checkpoint, model, tensors, matrices, opened.prequantized, opened.calibration, tokenizer, unquantized
     )

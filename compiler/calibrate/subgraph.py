@@ -102,7 +102,8 @@ def read_float32(record: Parameter, shape: Sequence[int], tensors: Mapping[str, 
         if not ref.shape:
             array[...] = ref.read()
             continue
-        for chunk in ref.iter_chunks():
+        for block in ref.iter_chunks():
+            chunk = block.reshape(-1, *shape[1:])  # the rows of a stack of experts are those of all experts
             array[first : first + len(chunk)] = chunk
             first += len(chunk)
     return array

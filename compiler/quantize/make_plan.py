@@ -9,8 +9,10 @@ from llmc.compiler.quantize.prequantized_plan import (
     PrequantizedWeights,
     make_prequantized_plan,
 )
+from llmc.passes.quantize.formats import get_format
 from llmc.passes.quantize.plan import QuantPlan, make_plan
 from llmc.passes.quantize.survey import survey
+from llmc.runtime.errors import RequestError, UnsupportedError
 
 
 def plan_weights(
@@ -30,9 +32,15 @@ def plan_weights(
     scales: as in `make_plan`
     head: the format of lm_head; None: not quantized
 
-    Raises RequestError as `make_plan` does.
+    Raises RequestError as `make_plan` does, and for a format that quantizes the inputs of experts.
     """
     linears = survey(model, with_tied=head is not None)
+    if linears.experts and get_format(fmt).activations:
+        raise RequestError(
+            f"{fmt} quantizes the inputs of layers, which llmc cannot do for experts ({linears.experts[0]})",
+            "choose a weight-only format: int8, int4, int4-block128, mxfp4 or nvfp4-weight-only",
+            "quant",
+        )
     return make_plan(
         linears.shapes, fmt, exclude, recipe_exclude, groups=linears.groups, scales=scales,
         stored_bits=stored_bits, other_params=linears.other_params, head=head, tied=linears.tied,
@@ -44,9 +52,14 @@ def plan_prequantized(model: ir.Model, stored: PrequantizedWeights, stored_bits:
 
     stored_bits: bits per value of the other weights
 
-    Raises UnsupportedError as `make_prequantized_plan` does.
+    Raises UnsupportedError as `make_prequantized_plan` does, and for a mixture of experts.
     """
     linears = survey(model)
+    if linears.experts:
+        raise UnsupportedError(
+            f"the checkpoint is pre-quantized and has experts ({linears.experts[0]})",
+            "llmc quantizes the experts of the unquantized checkpoint: --quant int8 or --quant int4",
+        )
     return make_prequantized_plan(
         stored, linears.shapes, linears.groups, stored_bits=stored_bits, other_params=linears.other_params
     )

@@ -78,17 +78,21 @@ class Reference:
         headers = {weight.file: read_header(weight.file) for weight in weights.values() if weight.arrays}
 
         def replace(name: str) -> None:
-            weight, module = weights[name], self._module_of(name)
+            weight = weights[name]
+            module, attribute = self._parameter_of(name)
+            parameter = getattr(module, attribute)
             values = torch.from_numpy(weight.read(headers[weight.file]))
-            if values.shape != module.weight.shape:
-                got, wanted = list(values.shape), list(module.weight.shape)
+            if parameter.dim() == 3:  # experts, whose matrices are one in the engine
+                values = values.view(len(parameter), -1, values.shape[-1])
+            if values.shape != parameter.shape:
+                got, wanted = list(values.shape), list(parameter.shape)
                 raise BuildError(
                     f"the engine has {name} as {got}, transformers as {wanted}", "please report this"
                 )
-            before = module.weight.float()
+            before = parameter.float()
             if (values - before).norm() > _UNRELATED * before.norm():
                 raise BuildError(f"the engine's {name} is not the checkpoint's", "please report this")
-            module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
+            setattr(module, attribute, nn.Parameter(values.to(parameter.dtype), requires_grad=False))
 
         with ThreadPoolExecutor(available_cpus()) as pool:
             for _ in pool.map(replace, [name for name, weight in weights.items() if weight.arrays]):
@@ -98,18 +102,26 @@ class Reference:
         """Quantize the inputs of linear layers as the engine does. weights: as in `use_weights`."""
         for name, weight in weights.items():
             if weight.input is not None:
-                self._module_of(name).register_forward_pre_hook(_quantizer(weight.input))
+                module, _ = self._parameter_of(name)
+                module.register_forward_pre_hook(_quantizer(weight.input))
 
-    def _module_of(self, name: str) -> Any:
-        try:
-            module = self.model.get_submodule(self._name(name.removesuffix(".weight")))
-        except AttributeError:
-            module = None
-        if not name.endswith(".weight") or not isinstance(getattr(module, "weight", None), nn.Parameter):
-            raise BuildError(
-                f"transformers' model has no {name}, which the engine quantizes", "please report this"
-            )
-        return module
+    def _parameter_of(self, name: str) -> tuple[Any, str]:
+        """Return the module of a quantized weight, and the name of its parameter there.
+
+        That of experts has the name of the engine's module.
+        """
+        whole = self._name(name.removesuffix(".weight"))
+        outer, _, last = whole.rpartition(".")
+        for module_name, attribute in ((whole, "weight"), (outer, last)):
+            try:
+                module = self.model.get_submodule(module_name)
+            except AttributeError:
+                continue
+            if name.endswith(".weight") and isinstance(getattr(module, attribute, None), nn.Parameter):
+                return module, attribute
+        raise BuildError(
+            f"transformers' model has no {name}, which the engine quantizes", "please report this"
+        )
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> np.ndarray:
@@ -190,6 +202,7 @@ class Head:
     def logits(self, states: torch.Tensor) -> np.ndarray:
         """Turn hidden states [n, hidden] into logits, float32 [n, vocabulary]."""
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
+        output.router_logits = None  # type: ignore[attr-defined]  # mixtures of experts return them
         with (
             self._original_lm_head(),
             _forward(self._model.get_submodule(self._decoder), lambda *args, **options: output),

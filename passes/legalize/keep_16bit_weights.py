@@ -21,6 +21,7 @@ from llmc.passes import edit
 from llmc.passes.contract import Matches
 from llmc.passes.parameter import Parameter, parameter, set_parameter
 from llmc.passes.spec import Stage
+from llmc.plugins.experts.spec import MATRICES as EXPERT_MATRICES
 from llmc.plugins.experts.spec import NAME as EXPERTS
 
 _NARROW = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
@@ -74,7 +75,7 @@ class Keep16BitWeights:
 
 def read_as_matrix(weight: ir.Value) -> bool:
     """Return whether only Gemms and Experts, as their matrix, and Gathers, as their table, read `weight`."""
-    places = {"Gemm": (1,), "Gather": (0,), EXPERTS: (3, 4)}
+    places = {"Gemm": (1,), "Gather": (0,), EXPERTS: EXPERT_MATRICES}
     return all(index in places.get(node.op_type, ()) for node, index in weight.uses())
 
 

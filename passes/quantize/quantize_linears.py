@@ -9,6 +9,8 @@
     with AWQ           Gemm(Mul(x, pre_quant_scale), ...), quantized after the Mul
     int8-smoothquant   the same, multiplied and quantized in fp32: Cast(x), Cast(input_scale) if x has 16 bits
 
+The matrices of `llmc.Experts` are quantized likewise, weight-only.
+
 A Cast follows where the scale's type is not the graph's compute dtype. Weights with fp32 scales also have
 fp32 input scales, between two Casts, so that no scale is rounded to 16 bits. TensorRT-RTX 1.7.1 builds that,
 with plans of the same size (FP8, SM89 and SM120, 2026-11-26). OpenVINO keeps these forms compressed, TensorRT
@@ -27,7 +29,7 @@ from llmc.passes.quantize import qdq
 from llmc.passes.quantize.formats import Format
 from llmc.passes.quantize.matrix import QuantizedMatrix
 from llmc.passes.quantize.plan import InputFactors, QuantPlan
-from llmc.passes.quantize.survey import linear
+from llmc.passes.quantize.survey import matrices
 from llmc.passes.spec import Stage
 from llmc.plugins.round_fp4 import spec as round_fp4
 
@@ -47,10 +49,11 @@ class QuantizeLinears:
         modules = self._plan.quantized()
         matches = Matches()
         for node in list(model.graph):
-            record = linear(node)
-            matrix = pending.pop(record.modules, None) if record else None
-            if matrix is not None:
-                _quantize(model.graph, node, matrix, modules[matrix.modules[0]].pre_quant_scale)
+            for index, record in matrices(node):
+                matrix = pending.pop(record.modules, None)
+                if matrix is None:
+                    continue
+                _quantize(model.graph, node, index, matrix, modules[matrix.modules[0]].pre_quant_scale)
                 matches.count += 1
                 if matrix.format.activations == "e2m1":
                     model.graph.opset_imports[round_fp4.DOMAIN] = round_fp4.ABI_VERSION
@@ -58,8 +61,11 @@ class QuantizeLinears:
         return matches
 
 
-def _quantize(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix, factors: InputFactors | None) -> None:
-    node.replace_input_with(1, _dequantized(graph, node, matrix))
+def _quantize(
+    graph: ir.Graph, node: ir.Node, index: int, matrix: QuantizedMatrix, factors: InputFactors | None
+) -> None:
+    """Quantize input `index` of a node, and its first input where the format quantizes activations."""
+    node.replace_input_with(index, _dequantized(graph, node, index, matrix))
     if factors:
         node.replace_input_with(0, qdq.multiplied_input(graph, node, matrix, factors))
     if matrix.format.smoothed:
@@ -68,9 +74,9 @@ def _quantize(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix, factors: 
         node.replace_input_with(0, qdq.rounded_input(graph, node, matrix))
 
 
-def _dequantized(graph: ir.Graph, node: ir.Node, matrix: QuantizedMatrix) -> ir.Value:
-    """Insert the dequantized weight of `node`, in the dtype of its other operand."""
-    fmt, weight, x = matrix.format, edit.operand(node, 1), edit.operand(node, 0)
+def _dequantized(graph: ir.Graph, node: ir.Node, index: int, matrix: QuantizedMatrix) -> ir.Value:
+    """Insert the dequantized weight of `node`, its input `index`, in the dtype of its first operand."""
+    fmt, weight, x = matrix.format, edit.operand(node, index), edit.operand(node, 0)
     wanted, name = x.dtype, str(weight.name)
     assert wanted is not None
     weight.type = ir.TensorType(qdq.CODES[fmt.element])  # a new object: types may be shared

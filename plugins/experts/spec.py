@@ -21,5 +21,7 @@ from __future__ import annotations
 DOMAIN = "llmc"
 NAME = "Experts"
 ABI_VERSION = 1
+#: The places of the matrices among the inputs.
+MATRICES = (3, 4)
 #: Names of the native engine's functions. gelu is the one with erf.
 ACTIVATIONS = ("silu", "gelu")

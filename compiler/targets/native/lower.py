@@ -27,7 +27,7 @@ from llmc.passes import edit
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.shard.stages import VOCABULARY, rows_are_logits
 from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, PARTIAL_EMBEDDING, RECV, SEND
-from llmc.plugins.experts.spec import ACTIVATIONS
+from llmc.plugins.experts.spec import ACTIVATIONS, MATRICES
 from llmc.plugins.experts.spec import NAME as EXPERTS
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
@@ -421,7 +421,7 @@ class _Lowering:
 
     def _experts(self, node: ir.Node) -> None:
         experts = int(edit.attribute(node, "experts"))
-        names = tuple(self._matrix(edit.operand(node, index), node) for index in (3, 4))
+        names = tuple(self._matrix(edit.operand(node, index), node) for index in MATRICES)
         for name in names:
             if self.matrices[name].rows // experts % TILE:
                 rows = self.matrices[name].rows // experts
