@@ -173,6 +173,7 @@ def _weights(directory: Path) -> dict[str, Weight]:
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
@@ -181,10 +182,14 @@ def _weights(directory: Path) -> dict[str, Weight]:
     family = Family(**_table(model.config.model_type).get("weights", {}))
     gain = 1.0 if family.scaled_embeddings else 2.0
     weights: dict[str, Weight] = {}
-    for name, tensor in model.state_dict().items():
+    known = model.state_dict()
+    for name, tensor in revert_weight_conversion(model, known).items():
         if name in tied:
             continue
         shape = tuple(tensor.shape)
+        if name not in known:  # a matrix of experts or of their router, which checkpoints store otherwise
+            weights[name] = Weight(shape, 0.0, 1.0 / math.sqrt(shape[-1]))
+            continue
         module = model.get_submodule(name.rpartition(".")[0])
         class_name = type(module).__name__
         if name.endswith(".bias"):

@@ -3,7 +3,8 @@
 TRACED           the tracer's output: [1, T, ...] tensors, operators `llmc.Traced*`.
 PAGED            attention reads and writes a paged KV cache: no `llmc.TracedAttention`, no `llmc.TracedRope`.
 PACKED           no batch axis: every activation is [T, ...] and T is the tokens of all sequences end to end.
-CANONICAL        standard ONNX operators, `llmc.PagedAttention` and `llmc.Experts` only; logits for the wanted rows only.
+CANONICAL        standard ONNX operators, `llmc.PagedAttention` and `llmc.Experts` only; logits for the wanted
+                 rows only.
 QUANTIZED        also QuantizeLinear, DequantizeLinear, `llmc.RoundFP4`; quantized caches have scales. One of
                  several ranks has collectives.
 FOR_NATIVE       for the native engine: what `compiler/targets/native/lower.py` takes; no function bodies.

@@ -209,7 +209,8 @@ class _Conversion:
         columns = [self.stored.get(pattern, []) for pattern in self.rule.source_patterns]
         if len({len(column) for column in columns}) > 1:
             counts = " and ".join(
-                f"{len(column)} {pattern}" for column, pattern in zip(columns, self.rule.source_patterns, strict=True)
+                f"{len(column)} {pattern}"
+                for column, pattern in zip(columns, self.rule.source_patterns, strict=True)
             )
             raise CheckpointError(
                 f"{checkpoint.path} is incomplete: {name} is made of {counts}", hint="download it again"

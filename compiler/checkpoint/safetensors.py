@@ -105,7 +105,7 @@ class StackedTensor(TensorRef):
         shapes = {tuple(part.shape for part in each) for each in parts}
         columns = {part.shape[1:] for part in refs if len(part.shape) == 2}
         if len({part.dtype for part in refs}) > 1 or len(shapes) > 1 or len(columns) != 1:
-            other = next((part for part in refs if (part.dtype, part.shape) != (first.dtype, first.shape)), first)
+            other = [*{(part.dtype, part.shape): part for part in refs}.values()][-1]
             raise CheckpointError(
                 f"{first.name} is {first.dtype} {list(first.shape)} and {other.name} is {other.dtype} "
                 f"{list(other.shape)}; they cannot be one tensor {name}",
@@ -124,7 +124,7 @@ class StackedTensor(TensorRef):
         return np.stack([np.concatenate([part.read() for part in each]) for each in chosen])
 
     def iter_chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
-        """Yield consecutive blocks of rows of the parts, [n, ...]: the stack with its first two axes as one."""
+        """Yield consecutive blocks of rows of the parts: of the stack with its first two axes as one."""
         for each in self.parts:
             for part in each:
                 yield from part.iter_chunks(max_bytes)

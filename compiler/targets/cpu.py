@@ -47,6 +47,7 @@ from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.drop_activation_quantization import rounded_to
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.spec import module_of
+from llmc.plugins.experts.spec import NAME as EXPERTS
 from llmc.runtime.backends.base import LoadOptions
 from llmc.runtime.backends.native import EXACT_DIGITS
 from llmc.runtime.bundle.manifest import Geometry
@@ -230,6 +231,9 @@ def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
         for node in attention_nodes(model):
             if node.attributes["softcap"].as_float():
                 return f"{module_of(node)} has an attention softcap"
+        for node in model.graph:
+            if node.op_type == EXPERTS:
+                return f"{module_of(node)} is a mixture of experts"
     if engine == "onnxruntime" and resolved.kv_dtype != resolved.dtype:
         return f"it has no KV cache of {resolved.kv_dtype}"
     return ""

@@ -6,6 +6,8 @@ The Python bodies define the operators. The probes compare them with the modules
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 Tensor = torch.Tensor
@@ -109,11 +111,13 @@ def _(
 
 
 #: The gating functions of `experts`.
-ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}
 
 
 @torch.library.custom_op("llmc::experts", mutates_args=())
-def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str
+) -> Tensor:
     """Compute a mixture of experts: y[t] = sum over k of weights[t, k] * expert ids[t, k] of x[t].
 
     Expert e of x is down[e] @ (f(gate) * up), where [gate; up] = gate_up[e] @ x.

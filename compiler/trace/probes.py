@@ -296,8 +296,9 @@ def experts(name: str, module: nn.Module) -> str:
         if hasattr(module, attribute):
             setattr(probe, attribute, count)
     if (config := getattr(module, "config", None)) is not None:
-        probe.config = copy.copy(config)
-        probe.config._experts_implementation = "eager"  # the model's own code
+        own = copy.copy(config)
+        own._experts_implementation = "eager"  # the model's own code
+        probe.config = own
     x, weights = _random(tokens, width), _random(tokens, 2)
     ids = torch.tensor([[0, 1], [2, 0], [0, 2], [1, 2], [0, 1]])
     with torch.no_grad(), contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):

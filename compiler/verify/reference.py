@@ -202,7 +202,7 @@ class Head:
     def logits(self, states: torch.Tensor) -> np.ndarray:
         """Turn hidden states [n, hidden] into logits, float32 [n, vocabulary]."""
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
-        output.router_logits = None  # type: ignore[attr-defined]  # mixtures of experts return them
+        output.router_logits = None  # mixtures of experts return them
         with (
             self._original_lm_head(),
             _forward(self._model.get_submodule(self._decoder), lambda *args, **options: output),

@@ -6,8 +6,8 @@ after   q, k, v = Split(Gemm(x, [Wq; Wk; Wv]))
 Reading one large weight uses the memory bandwidth better than reading several small ones. On the CPU it
 also keeps the activation after a gate projection from being fused into a slower kernel
 (docs/explanation/performance.md).
-Routers and gates of experts stay apart. They are small, and they stay in the checkpoint's dtype where the layers
-that read the same input are quantized.
+Routers and gates of experts stay apart. They are small, and they stay in the checkpoint's dtype where the
+layers that read the same input are quantized.
 The fused initializer has no data yet; its Parameter lists its parts in order.
 """
 

@@ -60,7 +60,7 @@ def has_rows_first(node: ir.Node) -> bool:
 
 
 def matrices(node: ir.Node) -> list[tuple[int, Parameter]]:
-    """Return the matrices of a Gemm or of experts that nothing else reads, each with its place among the inputs."""
+    """Return the matrices of a Gemm or of experts that nothing else reads, with their places as inputs."""
     if node.op_type == EXPERTS:
         places = [(index, edit.operand(node, index)) for index in EXPERT_MATRICES]
         records = [(index, parameter(value)) for index, value in places if len(value.uses()) == 1]

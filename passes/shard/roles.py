@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from llmc.passes import edit
 from llmc.passes.spec import ELEMENTWISE, module_of
+from llmc.plugins.experts.spec import NAME as EXPERTS
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
 from llmc.runtime.errors import UnsupportedError
@@ -42,8 +43,15 @@ def find_roles(model: ir.Model, ranks: int) -> Roles:
     """Divide a quantized graph among `ranks` ranks.
 
     A linear layer whose outputs meet whole values, or are normalized together, stays whole.
-    Raises UnsupportedError for attention whose output does so.
+    Raises UnsupportedError for attention whose output does so, and for a mixture of experts.
     """
+    for node in model.graph:
+        if node.op_type == EXPERTS:
+            raise UnsupportedError(
+                f"{module_of(node)} is a mixture of experts, which --tp does not divide",
+                f"--pp {ranks} divides the layers among as many ranks",
+                "tp",
+            )
     whole: set[ir.Node] = set()
     while True:
         roles, conflicts = _propagate(model, ranks, whole)

@@ -1,7 +1,7 @@
 """`llmc.Experts` as a function of standard ONNX operators, which any ONNX runtime executes in fp32.
 
-It computes all experts for all tokens and gives those that were not chosen the weight 0. This takes E / K times
-the arithmetic of an engine, which computes only the chosen ones.
+It computes all experts for all tokens and gives those that were not chosen the weight 0. This takes E / K
+times the arithmetic of an engine, which computes only the chosen ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def Experts(x, ids, weights, gate_up, down, experts: int, activation: int):
     width = op.Shape(x, start=1, end=2)
     all_up = op.Transpose(op.Reshape(gate_up, op.Concat(count, last, width, axis=0)), perm=[0, 2, 1])
     all_down = op.Transpose(op.Reshape(down, op.Concat(count, width, last, axis=0)), perm=[0, 2, 1])
-    gate, up = op.Split(op.MatMul(op.Unsqueeze(x, op.Constant(value_ints=[0])), all_up), num_outputs=2, axis=2)
+    gate, up = op.Split(
+        op.MatMul(op.Unsqueeze(x, op.Constant(value_ints=[0])), all_up), num_outputs=2, axis=2
+    )
     is_silu = op.Equal(op.Constant(value_int=activation), zero)
     hidden = op.Mul(op.Where(is_silu, op.Mul(gate, op.Sigmoid(gate)), op.Gelu(gate)), up)  # [E, T, I]
     chosen = op.OneHot(ids, count, op.Constant(value_floats=[0.0, 1.0]))  # [T, K, E]

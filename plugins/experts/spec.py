@@ -1,8 +1,9 @@
 """The specification of `llmc.Experts`, the gated MLPs of a mixture of experts.
 
-Each token has K experts among E, which the model's router chose, with a weight for each. Expert e of a token x
-is down_e · (f(gate) * up), where [gate; up] = gate_up_e · x. The token's output is the weighted sum of its
-experts. An expert may be chosen more than once, and then counts more than once.
+Each token has K experts among E, which the model's router chose, with a weight for each. Expert e of a token
+x is down_e · (f(gate) * up), where [gate; up] = gate_up_e · x. The token's output is the weighted sum of its
+experts. An expert may be chosen more than once, and then counts more than once. Routers choose with TopK: of
+equal numbers, the one of the lowest expert comes first.
 
     inputs      x        [T, D]         model dtype
                 ids      [T, K]         int64, 0 .. E - 1
@@ -12,8 +13,8 @@ experts. An expert may be chosen more than once, and then counts more than once.
     output      y        [T, D]         model dtype: the sum over k = 0 .. K - 1
     attributes  experts: E; activation: the place of f in ACTIVATIONS
 
-The matrices are those of all experts in order, one below the other. So quantization, packing and parts of rows
-treat them as those of any linear layer.
+The matrices are those of all experts in order, one below the other. So quantization, packing and parts of
+rows treat them as those of any linear layer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A mixture of experts as the operations of the native library.
 
-Each token has as many rows as chosen experts, its choices. The rows of all tokens are sorted by expert, so that the
-rows of an expert lie together and its matrices are read once:
+Each token has as many rows as chosen experts, its choices. The rows of all tokens are sorted by expert, so
+that the rows of an expert lie together and its matrices are read once:
 
     sort_rows    order = the places of rows sorted by expert
     sorted_rows  s = rows of x, sorted

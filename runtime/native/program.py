@@ -182,11 +182,11 @@ OPERATIONS: Mapping[str, Operation] = {
     "softmax": Operation(),
     # out = the sum of the input's columns, one number
     "sum": Operation(),
-    # out = the `k` largest numbers of the input in falling order, then their columns. Of equal numbers, the one in
-    # the lowest column comes first
+    # out = the `k` largest numbers of the input in falling order, then their columns. Of equal numbers, the
+    # one in the lowest column comes first
     "top_k": Operation(integers=("k",)),
-    # out = the experts (second input) of the first input, weighted by the third. Weights: the matrices of all experts
-    # one below the other, gates and ups, then down. As llmc.Experts
+    # out = the experts (second input) of the first input, weighted by the third. Weights: the matrices of all
+    # experts one below the other, gates and ups, then down. As llmc.Experts
     "experts": Operation(inputs=3, weights=(2, 2), functions=UNARY, integers=("experts",)),
     # out = input x matrix^T
     "linear": Operation(weights=(1, 1)),

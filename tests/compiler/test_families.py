@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,13 +28,14 @@ from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
 from llmc.runtime.errors import UnsupportedError
 from llmc.runtime.sampling import SamplingParams
-from support.families import FAST, OTHERS, write_random
+from support.families import FAST, MIXTURES, OTHERS, WITH_EXPERTS, write_random
 from support.traces import share_traces
 
 TOLERANCE = 1e-4  # fp32 logits
 FAMILIES = [entry.name for entry in list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 ENGINES = ("native", "openvino", "onnxruntime")
-SOFTCAP = "gemma2-tiny"  # OpenVINO's attention lacks it
+SOFTCAP = "gemma2-tiny"
+NOT_OPENVINO = (SOFTCAP, *MIXTURES)  # OpenVINO's attention has no softcap, and it has no mixture of experts
 NEW_TOKENS = 64
 # The number of tokens of each of three sequences, step by step: prefill, mixed, decode.
 STEPS = [(70, 5, 33), (1, 40, 9), (1, 0, 17), (0, 32, 1), *[(1, 1, 1)] * 10]
@@ -114,13 +116,13 @@ def check(expected: Reference, backend: Backend, max_seq_len: int) -> None:
 def test_logits_and_greedy_text_equal_transformers(
     name: str, engine: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
-    if (name, engine) == (SOFTCAP, "openvino"):
-        pytest.skip("OpenVINO's attention has no softcap")
+    if name in NOT_OPENVINO and engine == "openvino":
+        pytest.skip("OpenVINO lacks an operator of this family")
     if engine == "native":
         built = bundle(name)
         assert Bundle.open(built).manifest.target.engine == "native"  # the default
     else:
-        built = bundle(name, "onnxruntime" if name == SOFTCAP else "openvino")
+        built = bundle(name, "onnxruntime" if name in NOT_OPENVINO else "openvino")
     check(reference(checkpoint(name)), backend_for(built, engine), 256)
 
 
@@ -129,11 +131,24 @@ def test_every_recipe_is_tested_here() -> None:
     assert set(known_families()) <= tested
 
 
-def test_openvino_lacks_the_softcap(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    request = BuildRequest(str(checkpoint(SOFTCAP)), tmp_path / "x.llmc", engine="openvino")
-    with pytest.raises(
-        UnsupportedError, match=r"OpenVINO cannot run this model: .* has an attention softcap"
-    ):
+@pytest.mark.parametrize("options", [{"tp": 2}, {"target": "tensorrt-rtx"}])
+def test_experts_elsewhere_are_refused(
+    options: dict[str, Any], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    request = BuildRequest(str(checkpoint("mixtral-tiny")), tmp_path / "x.llmc", dtype="fp16", **options)
+    with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.mlp\.experts is a mixture of experts"):
+        plan_build(request)
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [(SOFTCAP, "has an attention softcap"), ("mixtral-tiny", "is a mixture of experts")],
+)
+def test_openvino_names_what_it_lacks(
+    name: str, lacks: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    request = BuildRequest(str(checkpoint(name)), tmp_path / "x.llmc", engine="openvino")
+    with pytest.raises(UnsupportedError, match=rf"OpenVINO cannot run this model: .* {lacks}"):
         plan_build(request)
 
 
@@ -153,14 +168,15 @@ def test_trained_checkpoint_equals_transformers(
 def test_families_without_a_zoo_model_equal_transformers(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the native engine, which has all operators of these families, and on OpenVINO."""
+    """On the native engine, which has all operators of these families, and on OpenVINO or ONNX Runtime."""
     share_traces(monkeypatch)
     checkpoint = write_random(family, tmp_path)
     built = build(checkpoint, tmp_path / "x.llmc")
     assert Bundle.open(built).manifest.target.engine == "native"
     check(reference(checkpoint), backend_for(built, "native"), 256)
-    built = build(checkpoint, tmp_path / "y.llmc", "openvino")
-    check(reference(checkpoint), backend_for(built, "openvino"), 256)
+    other = "onnxruntime" if family in WITH_EXPERTS else "openvino"
+    built = build(checkpoint, tmp_path / "y.llmc", other)
+    check(reference(checkpoint), backend_for(built, other), 256)
 
 
 # Grouped queries and tied embeddings; more ranks than KV heads, and softcaps; one layer for queries, keys and
@@ -173,6 +189,7 @@ DIVIDED = (("llama-tiny", 2), ("gemma2-tiny", 4), ("falcon", 2))
     [
         pytest.param(family, ranks, marks=() if (family, ranks) in DIVIDED else pytest.mark.slow)
         for number, family in enumerate((*FAMILIES, *OTHERS))
+        if family not in (*MIXTURES, *WITH_EXPERTS)
         for ranks in ((2, 4) if family in FAMILIES else (2, 4)[number % 2 : number % 2 + 1])
     ],
 )
@@ -200,7 +217,7 @@ STAGED = (("gemma3-tiny", 1), ("qwen2-tiny", 2), ("gptj", 1))
     [
         pytest.param(family, tp, marks=() if (family, tp) in STAGED else pytest.mark.slow)
         for family in (*FAMILIES, *OTHERS)
-        for tp in (1, 2)
+        for tp in ((1,) if family in (*MIXTURES, *WITH_EXPERTS) else (1, 2))
     ],
 )
 def test_stages_together_equal_transformers(

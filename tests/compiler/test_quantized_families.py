@@ -1,4 +1,4 @@
-"""Every format on every target that supports it, for every dense family of the zoo: built and verified.
+"""Every format on every target that supports it, for every family of the zoo: built and verified.
 
 The build itself verifies: it compares the engine (or TensorRT's graph, in ONNX Runtime) with transformers,
 with the same codes dequantized in numpy and the same activation quantization, within the tolerances of
@@ -27,12 +27,15 @@ from llmc.compiler.verify.job import Findings, Job
 from llmc.passes.quantize.formats import FORMATS
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.errors import RequestError
+from support.families import DENSE, MIXTURES
 from support.traces import share_traces
 
 FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 NARROW = ("llama-tiny", "mistral-tiny", "olmo2-tiny")  # no block of 128 divides their 64 columns
 OLDEST_SM = {"int8": 80, "int4": 80, "e4m3": 89, "e2m1": 120}  # by the element type of the weights
-PAIRS = [(n, f) for n in FAMILIES for f in FORMATS if f != "int4-block128" or n not in NARROW]
+PAIRS = [(n, f) for n in DENSE for f in FORMATS if f != "int4-block128" or n not in NARROW]
+WEIGHT_ONLY = ("int8", "int4", "mxfp4", "nvfp4-weight-only")
+WITH_EXPERTS = [(name, fmt) for name in MIXTURES for fmt in WEIGHT_ONLY]
 needs_tensorrt = pytest.mark.skipif(
     not tensorrt_build.is_installed("tensorrt_rtx"), reason="the package tensorrt-rtx is not installed"
 )
@@ -62,11 +65,10 @@ def build(checkpoint: Path, output: Path, fmt: str, **options: Any) -> Manifest:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "fmt"), PAIRS)
+@pytest.mark.parametrize(("name", "fmt"), PAIRS + WITH_EXPERTS)
 def test_on_the_cpu(name: str, fmt: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """On the native engine, which is the default, and on the first of the others that runs the model."""
-    softcap = "gemma2" in name
-    in_openvino = FORMATS[fmt].activations in ("", "int8") and not softcap
+    in_openvino = FORMATS[fmt].activations in ("", "int8") and name not in ("gemma2-tiny", *MIXTURES)
     for engine in (None, "openvino" if in_openvino else "onnxruntime"):
         manifest = build(checkpoint(name), tmp_path / f"{engine}.llmc", fmt, engine=engine)
         assert manifest.target.engine == (engine or "native")
@@ -88,6 +90,11 @@ def test_for_tensorrt(name: str, fmt: str, checkpoint: Callable[[str], Path], tm
     assert manifest.operators[0].count == manifest.geometry.num_layers
     assert "engine" in manifest.verification.details["quantization_loss"]
     assert asdict(manifest.precision) == {"dtype": dtype, "kv_dtype": dtype}
+
+
+def test_inputs_of_experts_are_not_quantized(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"fp8 quantizes the inputs of layers, .* for experts"):
+        build(checkpoint("mixtral-tiny"), tmp_path / "x.llmc", "fp8")
 
 
 @pytest.mark.parametrize("name", NARROW)

@@ -14,7 +14,6 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from llmc.compiler import zoo
 from llmc.compiler.calibrate import subgraph
 from llmc.compiler.calibrate.run_layers import layers
 from llmc.compiler.calibrate.source import default_text
@@ -30,11 +29,11 @@ from llmc.compiler.verify.verification_texts import TEXTS
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.quantize.formats import get_format
 from llmc.runtime.errors import BuildError, UnsupportedError
+from support.families import DENSE
 from support.traces import canonical
 
-FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 SOME = ("llama-tiny", "mistral-tiny", "gemma2-tiny")  # no special feature, window, softcap and widened norms
-NAMES = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+NAMES = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in DENSE]
 LENGTHS = (70, 1, 33, 200, 300)  # several in a step, and one longer than a step and than all windows
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from llmc.cli import main
-from llmc.compiler import zoo
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.request import BuildRequest, compute_dtype
@@ -20,6 +19,7 @@ from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BackendError, BuildError, UnsupportedError
 from llmc.runtime.load import load_engine
+from support.families import DENSE
 
 pytestmark = pytest.mark.skipif(
     not build.is_installed("tensorrt_rtx"), reason="the package tensorrt-rtx is not installed"
@@ -78,7 +78,7 @@ def test_two_builds_are_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("name", [entry.name for entry in zoo.list_zoo() if entry.name.endswith("-tiny")])
+@pytest.mark.parametrize("name", [name for name in DENSE if name.endswith("-tiny")])
 def test_every_family_becomes_a_bundle(
     name: str, dtype: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

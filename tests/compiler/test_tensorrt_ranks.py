@@ -38,19 +38,18 @@ from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, DOMAIN, PARTIA
 from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.errors import BuildError, UnsupportedError
-from support.families import write_random
+from support.families import DENSE, write_random
 from support.traces import share_traces, trace_once
 
 needs_tensorrt = pytest.mark.skipif(
     not build.is_installed(target.RTX.library), reason="the package tensorrt-rtx is not installed"
 )
-FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 FAST = ("llama-tiny", 2)
 every_family = pytest.mark.parametrize(
     ("name", "ranks"),
     [
         pytest.param(name, ranks, marks=() if (name, ranks) == FAST else pytest.mark.slow)
-        for name in FAMILIES
+        for name in DENSE
         for ranks in (2, 4)
     ],
 )

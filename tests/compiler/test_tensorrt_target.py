@@ -37,9 +37,9 @@ from llmc.passes.pipeline import DTYPES, canonicalize
 from llmc.plugins.paged_attention.tensorrt_plugin import Attributes, make_plugin
 from llmc.runtime.errors import BuildError, UnsupportedError
 from llmc.runtime.installation import install_hint
+from support.families import DENSE
 from support.passes import lower_for_tensorrt
 
-FAMILIES = [entry.name for entry in zoo.list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SAFETENSORS = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16", "INT64": "I64"}
 LIMITS = build.EngineLimits(max_seq_len=256, max_tokens=512, max_sequences=16)
@@ -125,7 +125,7 @@ def engine(
 @needs_tensorrt
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", DENSE)
 def test_every_family_builds(name: str, dtype: str, tmp_path: Path) -> None:
     built, plan, _ = engine(name, dtype, tmp_path)
     layers = zoo.zoo_config(name)["num_hidden_layers"]

@@ -55,7 +55,9 @@ def mixture(
     return build.finish(build.emit("binary", width, y, View(0, 3, 1), function="mul"))
 
 
-def run(built: Built, batches: list[Batch], threads: int = 2, digits: int = 3, isa: str | None = None) -> list:
+def run(
+    built: Built, batches: list[Batch], threads: int = 2, digits: int = 3, isa: str | None = None
+) -> list:
     executor = Executor(
         built[0], built[1], max_tokens=300, num_blocks=12, threads=threads, digits=digits, isa=isa
     )  # type: ignore[arg-type]
@@ -92,7 +94,9 @@ def test_experts_are_the_interpreters(element: str) -> None:
         lambda: mixture(experts=40, choices=3, width=32, inner=16),  # more experts than tokens
         lambda: mixture(function="gelu"),
         lambda: mixture(router=np.zeros((6, 64))),  # ties
-        lambda: mixture(choices=1, router=np.outer(np.arange(6), np.ones(64)), function="relu"),  # one or the other
+        lambda: mixture(
+            choices=1, router=np.outer(np.arange(6), np.ones(64)), function="relu"
+        ),  # one or the other
     ],
 )
 def test_any_choice_of_experts_is_the_interpreters(built: Callable[[], Built]) -> None:

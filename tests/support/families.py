@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llmc.compiler.zoo import list_zoo
+
 # fmt: off
 OTHERS = (
     "arcee", "biogpt", "codegen", "cohere", "cohere2", "ctrl", "cwm", "ernie4_5", "exaone4", "falcon",
     "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj",
-    "granite", "helium", "hunyuan_v1_dense", "ministral", "ministral3", "nemotron", "olmo", "olmo3", "opt",
-    "persimmon", "phi", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "granite", "granitemoe", "helium", "hunyuan_v1_dense", "ministral", "ministral3", "nemotron", "olmo",
+    "olmo3", "olmoe", "opt", "persimmon", "phi", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )
 # fmt: on
 _SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -38,6 +40,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
     },
     "gptj": _GPT | {"rotary_dim": 8},
+    "granitemoe": _COMMON | {"num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32},
     "ministral3": _COMMON
     | {
         "rope_parameters": {
@@ -48,11 +51,18 @@ _SETTINGS: dict[str, dict[str, Any]] = {
             "llama_4_scaling_beta": 0.1,
         }
     },
+    "olmoe": _COMMON | {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32},
     "opt": _SIZES | {"ffn_dim": 128, "word_embed_proj_dim": 32},
     "persimmon": _SIZES | {"intermediate_size": 128},
     "phi": _COMMON | {"qk_layernorm": True},
     "stablelm": _COMMON | {"qk_layernorm": True, "use_parallel_residual": True},
 }
+#: Families of OTHERS, and zoo models, with experts. OpenVINO, TensorRT and ranks with --tp lack them.
+WITH_EXPERTS = ("granitemoe", "olmoe")
+MIXTURES = ("mixtral-tiny", "qwen2-moe-tiny", "qwen3-moe-tiny")
+#: The zoo's small models without experts.
+_TINY = [entry.name for entry in list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
+DENSE = [name for name in _TINY if name not in MIXTURES]
 #: One family for each way to a graph: rope of a part by token and attention without the interface, attention
 #: of torch and repeated heads, queries scaled by their position, positions with an offset.
 FAST = ("falcon", "gptj", "ministral3", "opt")

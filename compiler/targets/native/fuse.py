@@ -24,8 +24,8 @@ def fuse(program: Program) -> Program:
             continue
         for view, other in (instruction.inputs, instruction.inputs[::-1]):
             activation = instructions[writers[view.buffer]]
-            if activation.op != "unary" or reads[view.buffer] > 1:
-                continue
+            if activation.op != "unary" or reads[view.buffer] > 1 or view.width != other.width:
+                continue  # another width: a gate of one number
             (x,) = activation.inputs
             if activation.function == "sigmoid" and x == other:
                 instructions[number] = replace(activation, function="silu", out=instruction.out)

@@ -425,7 +425,9 @@ class _Lowering:
         for name in names:
             if self.matrices[name].rows // experts % TILE:
                 rows = self.matrices[name].rows // experts
-                raise refusal(node, f"a matrix of its experts has {rows} rows, which is no multiple of {TILE}")
+                raise refusal(
+                    node, f"a matrix of its experts has {rows} rows, which is no multiple of {TILE}"
+                )
         function = ACTIVATIONS[int(edit.attribute(node, "activation"))]
         views = tuple(self._view(node, index) for index in range(3))
         self._emit(node, "experts", views, weights=names, function=function, integers={"experts": experts})

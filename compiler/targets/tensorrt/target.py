@@ -49,7 +49,9 @@ from llmc.passes.contract import Pass, PassReport
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
+from llmc.passes.spec import module_of
 from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE
+from llmc.plugins.experts.spec import NAME as EXPERTS
 from llmc.runtime.bundle.manifest import Geometry, Gpu
 from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import BuildError, UnsupportedError
@@ -120,6 +122,13 @@ class TensorRTTarget:
             capability.check(request.quant, request.target, sms)
 
     def choose_engine(self, resolved: Resolved, model: ir.Model) -> tuple[Resolved, EngineTarget]:
+        for node in model.graph:
+            if node.op_type == EXPERTS:
+                raise UnsupportedError(
+                    f"{module_of(node)} is a mixture of experts, which llmc cannot build for GPUs yet",
+                    "build it for --target cpu",
+                    "target",
+                )
         return resolved, EngineTarget(
             name=self.flavor.name,
             engine=self.flavor.name,
