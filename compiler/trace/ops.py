@@ -111,7 +111,10 @@ def _(
 
 
 #: The gating functions of `experts`.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+}
 
 
 @torch.library.custom_op("llmc::experts", mutates_args=())

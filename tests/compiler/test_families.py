@@ -131,11 +131,11 @@ def test_every_recipe_is_tested_here() -> None:
     assert set(known_families()) <= tested
 
 
-@pytest.mark.parametrize("options", [{"tp": 2}, {"target": "tensorrt-rtx"}])
+@pytest.mark.parametrize("options", [{"tp": 2}, {"target": "tensorrt-rtx", "dtype": "fp16"}])
 def test_experts_elsewhere_are_refused(
     options: dict[str, Any], checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    request = BuildRequest(str(checkpoint("mixtral-tiny")), tmp_path / "x.llmc", dtype="fp16", **options)
+    request = BuildRequest(str(checkpoint("mixtral-tiny")), tmp_path / "x.llmc", **options)
     with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.mlp\.experts is a mixture of experts"):
         plan_build(request)
 
