@@ -15,6 +15,7 @@ from llmc.plugins.experts import body, reference, spec
 from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BundleError
 from llmc.runtime.native.executor import Executor
+from llmc.runtime.native.interpreter import _UNARY as UNARY
 from llmc.runtime.native.interpreter import Interpreter
 from llmc.runtime.native.program import View, check
 from support.native_programs import VOCABULARY, Builder, Built, steps
@@ -119,6 +120,27 @@ def test_a_row_has_the_same_bits_alone_and_among_300(element: str) -> None:
         assert np.concatenate(alone)[tokens].tobytes() == want.tobytes(), isa
 
 
+def test_more_threads_than_cores_give_the_same_bits() -> None:
+    """A thread that comes late finds the order of a later layer in the memory of an earlier one."""
+    build = Builder(64)
+    y = View(0, 0, 64)
+    for layer, (experts, inner) in enumerate(((3, 96), (12, 32), (2, 16), (12, 32))):
+        router = build.matrix(f"router{layer}", experts, 64, "fp32")
+        scores = build.emit("softmax", experts, build.emit("linear", experts, y, weights=(router,)))
+        chosen = build.emit("top_k", 4, scores, k=2)
+        matrices = (
+            build.matrix(f"gate_up{layer}", 2 * experts * inner, 64, "fp32"),
+            build.matrix(f"down{layer}", experts * 64, inner, "fp32"),
+        )
+        inputs = (y, View(chosen.buffer, 2, 2), View(chosen.buffer, 0, 2))
+        y = build.emit("experts", 64, *inputs, weights=matrices, function="silu", experts=experts)
+        y = build.emit("rms_norm", 64, y, weights=(build.vector(f"n{layer}", 64),), groups=1, epsilon=1e-5)
+    built, batches = build.finish(y), [*steps(), *[long_step(np.arange(50))] * 40]
+    assert [each.tobytes() for each in run(built, batches, 6)] == [
+        each.tobytes() for each in run(built, batches, 1)
+    ]
+
+
 def test_the_lowest_of_equal_experts_comes_first_as_in_onnx() -> None:
     rng = np.random.default_rng(0)
     x = rng.integers(0, 3, (50, 9)).astype(np.float32)  # many ties
@@ -168,10 +190,8 @@ def test_the_onnx_body_is_the_reference(activation: int) -> None:
     )
     model = ir.Model(graph, ir_version=10, functions=[body.function()])
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
-    from llmc.runtime.native.interpreter import _UNARY
-
     want = reference.experts(
-        *feeds.values(), num_experts=experts, activation=_UNARY[spec.ACTIVATIONS[activation]]
+        *feeds.values(), num_experts=experts, activation=UNARY[spec.ACTIVATIONS[activation]]
     )
     np.testing.assert_allclose(session.run(None, feeds)[0], want, rtol=0, atol=1e-5 * np.abs(want).max())
 

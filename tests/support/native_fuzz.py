@@ -31,18 +31,36 @@ def random_program(seed: int) -> Built:
     names = (f"w{number}" for number in range(100))
     x = View(0, 0, build.buffers[0].width)
 
-    def linear(x: View, rows: int) -> View:
+    def matrix(rows: int, columns: int) -> str:
         element, scales = rng.choice(("fp32", "fp16", "bf16", "fp8", "int8", "int4")), ""
         block = 0
-        if x.width % 16 and element in ("int8", "int4"):
+        if columns % 16 and element in ("int8", "int4"):
             element = "fp32"
         if element == "fp8":
-            block, scales = x.width, "fp32"
+            block, scales = columns, "fp32"
         if element in ("int8", "int4"):
-            block = rng.choice([size for size in range(16, x.width + 1, 16) if x.width % size == 0])
+            block = rng.choice([size for size in range(16, columns + 1, 16) if columns % size == 0])
             scales = rng.choice(("fp16", "fp32"))
-        matrix = build.matrix(next(names), rows, x.width, element, block, scales)
-        return build.emit("linear", rows, x, weights=(matrix,))
+        return build.matrix(next(names), rows, columns, element, block, scales)
+
+    def linear(x: View, rows: int) -> View:
+        return build.emit("linear", rows, x, weights=(matrix(rows, x.width),))
+
+    def experts(x: View) -> View:
+        """Experts that the token chooses: an error in the last place would choose others. Some are equal."""
+        count, inner = rng.randint(1, 9), 16 * rng.randint(1, 5)
+        k = rng.randint(1, count)
+        table = build.rng.integers(0, 4, (VOCABULARY, count))
+        table_name = build.matrix(next(names), VOCABULARY, count, "fp32", values=table)
+        chosen = build.emit("top_k", 2 * k, build.emit("embed", count, weights=(table_name,)), k=k)
+        values, ids = View(chosen.buffer, 0, k), View(chosen.buffer, k, k)
+        weights = build.emit("softmax", k, values)
+        if rng.random() < 0.5:
+            weights = build.emit("binary", k, weights, build.emit("sum", 1, weights), function="div")
+        names_of = (matrix(2 * count * inner, x.width), matrix(count * x.width, inner))
+        function = rng.choice(("silu", "gelu"))
+        settings = {"weights": names_of, "function": function, "experts": count}
+        return build.emit("experts", x.width, x, ids, weights, **settings)  # type: ignore[arg-type]
 
     def norm(x: View, groups: int = 1) -> View:
         if rng.random() < 0.3:
@@ -120,6 +138,8 @@ def random_program(seed: int) -> Built:
         down = linear(hidden, x.width)
         x = build.emit("binary", x.width, x, down, function=rng.choice(("add", "sub", "max")))
         x = build.emit("scalar", x.width, x, function="mul", value=rng.choice((0.5, 1.5)))
+        if x.width % 32 == 0 and rng.random() < 0.5:
+            x = build.emit("binary", x.width, x, experts(norm(x)), function="add")
         if x.width > 16 and rng.random() < 0.3:  # views of one buffer that overlap
             shift = rng.choice((0, 16, rng.randrange(x.width)))
             part = x.width - shift

@@ -26,7 +26,7 @@ static int run_file(const char *path) {
   for (int64_t k = 0; k < h.instructions; k++) {
     instruction *i = (instruction *)s->code + k;
     MOVE(i->out), MOVE(i->a), MOVE(i->b), MOVE(i->v), MOVE(i->v2), MOVE(i->w);
-    MOVE(i->q), MOVE(i->scales), MOVE(i->sums), MOVE(i->keys), MOVE(i->values);
+    MOVE(i->q), MOVE(i->scales), MOVE(i->sums), MOVE(i->order), MOVE(i->keys), MOVE(i->values);
   }
   llmc_run(s);
   for (int row = 0; row < s->logits; row++)

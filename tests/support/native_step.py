@@ -16,7 +16,7 @@ from llmc.runtime.batch import Batch
 from llmc.runtime.native.executor import Executor
 from support.native_programs import Built
 
-_POINTERS = ("out", "a", "b", "v", "v2", "w", "q", "scales", "sums", "keys", "values")
+_POINTERS = ("out", "a", "b", "v", "v2", "w", "q", "scales", "sums", "order", "keys", "values")
 _HEADER = struct.Struct("6q")
 _PAGE = 4096
 SOURCE = Path(__file__).with_suffix(".c")
