@@ -52,7 +52,11 @@ def _pack(graph: ir.Graph, node: ir.Node, batched: set[ir.Value]) -> None:
     outputs = [value for value in node.outputs if value in batched]
     if not outputs:
         data = node.inputs[0] if node.inputs else None
-        removes = node.op_type in {"Gather", *_AXIS, *_AXES_INPUT} and data is not None and data in batched
+        removes = (
+            node.op_type in {"Gather", "ReduceSum", "TopK", *_AXIS, *_AXES_INPUT}
+            and data is not None
+            and data in batched
+        )
         _require(not removes, node, "removes the batch axis or the tokens")
         return
     shape = edit.dims(outputs[0])

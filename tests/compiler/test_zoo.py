@@ -141,7 +141,7 @@ def test_geometries_distinguish_dimensions() -> None:
     for config in configs.values():
         assert config["num_key_value_heads"] < config["num_attention_heads"]
     wide = {n for n, c in configs.items() if 4 * c.get("head_dim", c["hidden_size"] // 4) != c["hidden_size"]}
-    assert wide == {"qwen3-tiny", "gemma2-tiny", "gemma3-tiny"}
+    assert wide == {"qwen3-tiny", "qwen3-moe-tiny", "gemma2-tiny", "gemma3-tiny"}
     assert {c["tie_word_embeddings"] for c in configs.values()} == {True, False}
 
 

@@ -40,9 +40,9 @@ def test_an_operator_of_another_abi_is_refused(bundle: Callable[[str], Path]) ->
     newer = replace(opened.manifest, operators=(Operator("llmc.PagedAttention", 2, 2),))
     with pytest.raises(BundleError, match="PagedAttention at ABI 2"):
         load_engine(replace(opened, manifest=newer))
-    other = replace(opened.manifest, operators=(Operator("llmc.Experts", 1, 2),))
+    other = replace(opened.manifest, operators=(Operator("llmc.Convolution", 1, 2),))
     with pytest.raises(
-        BundleError, match=r"needs operator llmc\.Experts at ABI 1, this llmc has llmc\.AllGather"
+        BundleError, match=r"needs operator llmc\.Convolution at ABI 1, this llmc has llmc\.AllGather"
     ):
         load_engine(replace(opened, manifest=other))
 
