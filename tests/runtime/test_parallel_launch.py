@@ -421,6 +421,8 @@ def test_launchers(
     for name in ("ALLOW_RUN_AS_ROOT", "ALLOW_RUN_AS_ROOT_CONFIRM"):  # of Open MPI
         for prefix in ("OMPI", "PRTE"):
             monkeypatch.setenv(f"{prefix}_{name}", "1")
+    # Else Open MPI starts no more processes than there are cores.
+    monkeypatch.setenv("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
     command, stdout = answer(request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[ranks]))
     started = [program, *launcher[1:], str(ranks), sys.executable, *command]
     done = subprocess.run(started, capture_output=True, text=True, timeout=LONG)
