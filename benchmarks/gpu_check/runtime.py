@@ -117,7 +117,7 @@ class Layer:
         case: the layer; its step does not matter. hosts: the steps (`steps.make`) that must fit.
         """
         from llmc.plugins.cuda.kernel import Kernels
-        from llmc.plugins.paged_attention.launcher import AttentionLauncher, scratch_layout
+        from llmc.plugins.paged_attention.launcher import AttentionLauncher
         from llmc.runtime.backends.tensorrt.cuda import Cuda
         from llmc.runtime.backends.tensorrt.step_arrays import StepArrays
 
@@ -135,7 +135,7 @@ class Layer:
         plan = launch.plan(
             a, case.dtype, case.kv_dtype, *self.longest, sm=sm, multiprocessors=multiprocessors
         )
-        scratch = scratch_layout(plan)[1]
+        scratch = launch.scratch_layout(plan)[1]
         self.launcher = AttentionLauncher(kernels, sm, multiprocessors, self.cuda.allocate(scratch), scratch)
         # Each tensor in its largest size, full of NaN.
         self.empty = {

@@ -7,6 +7,7 @@ multiples of 16 bytes, because the kernels are compiled for that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,10 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     | {"num_splits": "i32", **_SCALARS},
     "reduce": {"output": "*model", **_PARTIAL, "query_start": "*i32", "num_splits": "i32"},
 }
+
+
+#: In bytes. The kernels are compiled for tensors that begin at multiples of it.
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,15 @@ class Plan:
     def scratch_bytes(self) -> int:
         """Bytes of all scratch tensors."""
         return sum(4 * int(np.prod(shape)) for shape in self.scratch.values())
+
+
+def scratch_layout(plan: Plan) -> tuple[dict[str, int], int]:
+    """Return the offset of each of a plan's scratch tensors by name, and their total size, in bytes."""
+    offsets, end = {}, 0
+    for name, shape in plan.scratch.items():
+        offsets[name] = end
+        end += -(-4 * math.prod(shape) // ALIGNMENT) * ALIGNMENT
+    return offsets, end
 
 
 def variant(kernel: str, attention: Attention, dtype: str, kv_dtype: str | None = None) -> Variant:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -11,17 +10,6 @@ import numpy as np
 from llmc.plugins.cuda.kernel import Kernels
 from llmc.plugins.paged_attention import launch
 from llmc.plugins.paged_attention.launch import Attention, Plan
-
-_ALIGNMENT = 16  # bytes; the kernels are compiled for tensors that begin at multiples of it
-
-
-def scratch_layout(plan: Plan) -> tuple[dict[str, int], int]:
-    """Return the offset of each of a plan's scratch tensors by name, and their total size, in bytes."""
-    offsets, end = {}, 0
-    for name, shape in plan.scratch.items():
-        offsets[name] = end
-        end += -(-4 * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
-    return offsets, end
 
 
 class AttentionLauncher:
@@ -77,8 +65,8 @@ class AttentionLauncher:
                 f"a step of {query_start[-1]} tokens, {len(past_lengths)} sequences does not fit tensors of "
                 f"{tokens} and {sequences}"
             )
-        if misaligned := [name for name, address in tensors.items() if address % _ALIGNMENT]:
-            raise ValueError(f"{misaligned[0]} does not begin at a multiple of {_ALIGNMENT} bytes")
+        if misaligned := [name for name, address in tensors.items() if address % launch.ALIGNMENT]:
+            raise ValueError(f"{misaligned[0]} does not begin at a multiple of {launch.ALIGNMENT} bytes")
         kind = (attention, dtype, kv_dtype)
         if kind not in self._plans:
             self._plans[kind] = self._prepare(*kind)
@@ -93,7 +81,7 @@ class AttentionLauncher:
         assert self._lengths is not None
         plan = self._plan(attention, dtype, kv_dtype)
         shared: dict[str, float] = {"sinks": 0, "partial_sums": 0, "partial_top": 0, "partial_total": 0}
-        shared |= {name: self._scratch + at for name, at in scratch_layout(plan)[0].items()}
+        shared |= {name: self._scratch + at for name, at in launch.scratch_layout(plan)[0].items()}
         shared |= {"num_sequences": len(self._lengths[1]), "num_splits": plan.num_splits}
         return plan, shared | {"softcap": attention.softcap, "window": attention.window}
 
@@ -103,9 +91,9 @@ class AttentionLauncher:
         start, past = self._lengths
         make = partial(launch.plan, sm=self._sm, multiprocessors=self._multiprocessors)
         plan = make(attention, dtype, kv_dtype, start, past)
-        needed = scratch_layout(plan)[1]
+        needed = launch.scratch_layout(plan)[1]
         if needed > self._scratch_bytes:
-            padding = 3 * _ALIGNMENT * plan.num_splits
+            padding = 3 * launch.ALIGNMENT * plan.num_splits
             fewer = max(1, plan.num_splits * self._scratch_bytes // (needed + padding))
             plan = make(attention, dtype, kv_dtype, start, past, num_splits=fewer)
         return plan

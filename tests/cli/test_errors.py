@@ -278,10 +278,10 @@ def test_zoo_make_of_an_unknown_name(fails, tmp_path):
     assert "llama-tiny" in hint
 
 
-def test_missing_build_libraries_stop_builds_only(tiny, model):
+def test_missing_build_libraries_stop_builds_only(tiny, model, tmp_path_factory):
     code = (
         "import sys\n"
-        f"for name in {LIBRARIES}: sys.modules[name] = None\n"
+        f"for name in {(*LIBRARIES, 'cuda')}: sys.modules[name] = None\n"
         "from llmc.cli.main import main\n"
         "print([main(command.split('|')) for command in sys.argv[1:]])"
     )
@@ -290,6 +290,7 @@ def test_missing_build_libraries_stop_builds_only(tiny, model):
         f"zoo|make|llama-tiny|{model.parent / 'new'}",
         f"run|{tiny}|Once|--max-tokens|2",
         f"inspect|{tiny}",
+        f"report|{tiny}|--output|{tmp_path_factory.mktemp('report') / 'page.html'}",
         "zoo|list",
     ]
     done = subprocess.run(
@@ -298,7 +299,7 @@ def test_missing_build_libraries_stop_builds_only(tiny, model):
     lines = without_phases(done.stderr)
     missing = ["error: this command needs torch, which is not installed", f"hint: {install_hint('build')}"]
     assert lines == missing * 2
-    assert done.stdout.splitlines()[-1] == "[1, 1, 0, 0, 0]"
+    assert done.stdout.splitlines()[-1] == "[1, 1, 0, 0, 0, 0]"
     assert os.listdir(model.parent) == ["model"]
 
 

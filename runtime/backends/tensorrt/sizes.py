@@ -9,7 +9,6 @@ import numpy as np
 
 from llmc.plugins.paged_attention import launch
 from llmc.plugins.paged_attention.launch import Attention
-from llmc.plugins.paged_attention.launcher import scratch_layout
 from llmc.runtime.bundle.manifest import Geometry, Precision
 from llmc.runtime.errors import RequestError
 
@@ -94,7 +93,7 @@ def scratch_bytes(
             plan = launch.plan(
                 kind, precision.dtype, precision.kv_dtype, start, past, sm=sm, multiprocessors=multiprocessors
             )
-            largest = max(largest, scratch_layout(plan)[1])
+            largest = max(largest, launch.scratch_layout(plan)[1])
     return largest
 
 
