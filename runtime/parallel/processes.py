@@ -231,7 +231,7 @@ class ProcessCommunicator:
     def _run_one(self, operation: int, part: np.ndarray, whole: np.ndarray) -> None:
         """Run a collective as a step of its own. part, whole: contiguous arrays that it reads and writes."""
         rows, width = part.shape
-        code = library.Instruction(operation, 0, whole.ctypes.data, part.ctypes.data)
+        code = library.Instruction(op=operation, out=whole.ctypes.data, a=part.ctypes.data)
         code.a_stride, code.out_stride, code.n[0] = width, whole.shape[1], width
         group = library.Group(0, 1)
         counters = np.zeros((2, library.COUNTER), np.int32)
