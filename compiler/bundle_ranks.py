@@ -13,6 +13,8 @@ from llmc.runtime.backends.native import EXACT_DIGITS
 from llmc.runtime.backends.tensorrt.sizes import geometry_of_rank
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.bundle.reader import Bundle
+from llmc.runtime.bundle.strict_json import DAMAGED
+from llmc.runtime.errors import BundleError
 from llmc.runtime.native.plan import plan
 from llmc.runtime.native.program import Program
 
@@ -36,6 +38,9 @@ def ranks_of(bundle: Bundle) -> tuple[RankPlan, ...]:
 def _of_program(manifest: Manifest, rank: int, program: Program, first: int) -> RankPlan:
     """Return the rank of a program whose first layer is the model's layer `first`."""
     stop = first + len(program.caches)
+    heads = [each.integers["heads"] for each in program.instructions if each.op == "attention"]
+    if not heads or not first < stop <= len(manifest.geometry.layers):
+        raise BundleError(f"the program of rank {rank} has other layers than the manifest says", DAMAGED)
     layers = tuple(
         replace(layer, num_kv_heads=cache.num_kv_heads)
         for layer, cache in zip(manifest.geometry.layers[first:stop], program.caches, strict=True)
@@ -44,7 +49,7 @@ def _of_program(manifest: Manifest, rank: int, program: Program, first: int) -> 
         rank,
         first,
         stop,
-        max(each.integers["heads"] for each in program.instructions if each.op == "attention"),
+        max(heads),
         max(layer.num_kv_heads for layer in layers),
         sum(matrix.nbytes for matrix in program.matrices.values()) + 4 * sum(program.constants.values()),
         block_bytes(replace(manifest.geometry, layers=layers), manifest.precision.kv_dtype),

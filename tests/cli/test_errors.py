@@ -19,6 +19,7 @@ from llmc.cli import errors, main
 from llmc.cli.build import LIBRARIES
 from llmc.runtime.bundle.manifest import FileRecord, Manifest
 from llmc.runtime.installation import install_hint, upgrade_hint
+from support.mutated_bundles import seal
 from support.waiting import LONG, wait_until
 
 
@@ -301,6 +302,15 @@ def test_missing_build_libraries_stop_builds_only(tiny, model, tmp_path_factory)
     assert lines == missing * 2
     assert done.stdout.splitlines()[-1] == "[1, 1, 0, 0, 0, 0]"
     assert os.listdir(model.parent) == ["model"]
+
+
+def test_inspect_of_a_program_with_other_layers(fails, tiny):
+    path = tiny / "rank0.program.json"
+    program = json.loads(path.read_bytes())
+    program["caches"] *= 2
+    path.write_text(json.dumps(program))
+    seal(tiny, path.name)
+    assert "layers" in fails("inspect", tiny)[0]
 
 
 @pytest.mark.slow

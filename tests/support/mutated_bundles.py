@@ -52,7 +52,7 @@ def mutate(bundle: Path, seed: int) -> str:
         how, changed = _mutate_bytes(data, rng)
         file.write_bytes(changed)
     if rng.random() < 0.9:
-        _seal(bundle, name)
+        seal(bundle, name)
         how += ", sealed"
     return f"{name}: {how}"
 
@@ -123,7 +123,7 @@ def _mutate_bytes(data: bytes, rng: random.Random) -> tuple[str, bytes]:
     return kind, bytes(changed)
 
 
-def _seal(bundle: Path, name: str) -> None:
+def seal(bundle: Path, name: str) -> None:
     """Make the manifest fit the file `name`, as far as it still is a manifest."""
     path = bundle / "manifest.json"
     try:
