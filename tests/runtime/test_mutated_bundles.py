@@ -53,7 +53,7 @@ def test_a_mutated_bundle_runs_or_is_refused(seed: int, server: tuple[Server, Pa
     what = mutate(path, seed)
     page = ("report", str(path), "--output", str(home / "page.html"), "--force")
     text = ("run", str(path), "Once", "--max-tokens", "2", "--kv-memory", "8MB")
-    for command in (text, page):
+    for command in (text, page, ("inspect", str(path), "--program")):
         answer = run(*command, writable=home)
         assert answer["code"] in (0, 1, 2), (what, signal_name(answer["code"]), answer["err"])
         assert answer["opened"] == [], what
