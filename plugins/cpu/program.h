@@ -26,18 +26,21 @@ enum op {
   OP_TOP_K = 16,   // out = the largest k of a in falling order, then their columns; n: width, k
   OP_SORTED_ROWS = 17, // out (a row of a choice, sorted by expert) = the token's row of a; n: width, choices, experts
   OP_SUM_CHOICES = 18, // out = the sum of the token's rows of a, times b; n: width, choices, experts
-  OP_QUANTIZE = 19, // q, scales, sums = a in int8 digits; n: width, group, digits; v: null or their scale
+  OP_EXPERT_BIAS = 19, // out (a row of a choice) = a + the row of v of its expert; n: width, choices, experts
+  OP_CLAMPED_SWIGLU = 20, // out = (clamp(u, -limit, limit) + 1) g sigmoid(alpha g), g = min(gate, limit), for pairs
+                       // (gate, u) of a; n: pairs; x: limit, alpha
+  OP_QUANTIZE = 21, // q, scales, sums = a in int8 digits; n: width, group, digits; v: null or their scale
   // Operations on many rows at once.
-  OP_LINEAR_INT = 20,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
-  OP_LINEAR_FLOAT = 21, // out = a x w; n: rows of w, columns, element type
-  OP_EXPERTS_INT = 22,   // as OP_LINEAR_INT with w of the row's expert, whose rows of w n has; n[7]: experts
-  OP_EXPERTS_FLOAT = 23, // as OP_LINEAR_FLOAT, likewise
-  OP_SORT_ROWS = 24,    // order = the choices of all tokens, a, sorted by expert; n: choices, experts
-  OP_ATTENTION = 25,    // out = attention of a (queries); v: null or the sinks; n: heads, kv heads, key width, value
+  OP_LINEAR_INT = 22,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
+  OP_LINEAR_FLOAT = 23, // out = a x w; n: rows of w, columns, element type
+  OP_EXPERTS_INT = 24,   // as OP_LINEAR_INT with w of the row's expert, whose rows of w n has; n[7]: experts
+  OP_EXPERTS_FLOAT = 25, // as OP_LINEAR_FLOAT, likewise
+  OP_SORT_ROWS = 26,    // order = the choices of all tokens, a, sorted by expert; n: choices, experts
+  OP_ATTENTION = 27,    // out = attention of a (queries); v: null or the sinks; n: heads, kv heads, key width, value
                         // width, window, digits of queries (of a cache of 8 bits), cache, chunk; x: scale, softcap
   // Operations of all ranks of a machine together.
-  OP_ALL_REDUCE = 26, // out = the sum of a of all ranks; n: width
-  OP_ALL_GATHER = 27, // out = the columns of a of all ranks; n: width of a
+  OP_ALL_REDUCE = 28, // out = the sum of a of all ranks; n: width
+  OP_ALL_GATHER = 29, // out = the columns of a of all ranks; n: width of a
 };
 enum kind { F32 = 0, F16 = 1, BF16 = 2, E4M3 = 3 }; // element types
 enum cache { FP32_CACHE = 0, FP16_CACHE = 1, INT8_CACHE = 2 };

@@ -89,6 +89,15 @@ static void unary(int f, int width, const float *a, float *out) {
 static void glu(int f, int width, const float *a, const float *b, float *out) {
   switch (f) { UNARIES(EACH_GLU) }
 }
+// Columns 2k of `a` are gates, columns 2k + 1 are ups.
+static void clamped_swiglu(int pairs, float limit, float alpha, const float *a, float *out) {
+  for (int k = 0; k < pairs; k += LANES) {
+    const vf x = loadf(a + 2 * k), y = loadf(a + 2 * k + LANES);
+    const vf gate = minf(__builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), allf(limit));
+    const vf up = __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    storef(out + k, (minf(maxf(up, allf(-limit)), allf(limit)) + 1.0f) * gate * sigmoid_each(alpha * gate));
+  }
+}
 #define EACH_BINARY(F) case F: LOOP(width) storef(out + k, binary_each(F, loadf(a + k), loadf(b + k))); break;
 static void binary(int f, int width, const float *a, const float *b, float *out) {
   switch (f) { EACH_BINARY(ADD) EACH_BINARY(SUB) EACH_BINARY(MUL) EACH_BINARY(DIV) EACH_BINARY(MIN) EACH_BINARY(MAX) }
@@ -310,6 +319,8 @@ static void run_row(const instruction *i, const step *s, int row) {
     case OP_TOP_K: top_k(i->n[0], i->n[1], a, out); break;
     case OP_SORTED_ROWS: sorted_row(i, row, out); break;
     case OP_SUM_CHOICES: sum_choices(i, s->tokens, row, out); break;
+    case OP_EXPERT_BIAS: expert_bias(i, row, a, out); break;
+    case OP_CLAMPED_SWIGLU: clamped_swiglu(i->n[0], i->x[0], i->x[1], a, out); break;
     case OP_GLU: glu(i->n[1], i->n[0], a, i->b + row * i->b_stride, out); break;
     case OP_SLICE:
       for (int g = 0; g < i->n[0]; g++, out += i->n[3])

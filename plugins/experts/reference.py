@@ -16,20 +16,49 @@ def experts(
     weights: np.ndarray,
     gate_up: np.ndarray,
     down: np.ndarray,
+    gate_up_bias: np.ndarray | None = None,
+    down_bias: np.ndarray | None = None,
     *,
     num_experts: int,
-    activation: Callable[[np.ndarray], np.ndarray],
+    gated: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """Return the output, float64 [T, D]. Shapes are as in `spec.py`."""
+    """Return the output, float64 [T, D]. Shapes are as in `spec.py`.
+
+    gated: makes [I] of an expert's gates and ups [2 * I]: `of_halves` or `clamped_swiglu`
+    """
     wide = x.astype(np.float64)
     gate_ups = gate_up.reshape(num_experts, -1, x.shape[1])
     downs = down.reshape(num_experts, x.shape[1], -1)
+    biases = [
+        np.zeros((num_experts, 1)) if bias is None else bias.reshape(num_experts, -1).astype(np.float64)
+        for bias in (gate_up_bias, down_bias)
+    ]
     output = np.zeros_like(wide)
     for token, (chosen, factors) in enumerate(zip(ids, weights, strict=True)):
         for expert, factor in zip(chosen, factors, strict=True):
-            gate, up = np.split(gate_ups[expert] @ wide[token], 2)
-            output[token] += factor * (downs[expert] @ (activation(gate) * up))
+            hidden = gated(gate_ups[expert] @ wide[token] + biases[0][expert])
+            output[token] += factor * (downs[expert] @ hidden + biases[1][expert])
     return output
+
+
+def of_halves(activation: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the function activation(gates) * ups of gates that come before the ups."""
+
+    def gated(hidden: np.ndarray) -> np.ndarray:
+        gate, up = np.split(hidden, 2)
+        return activation(gate) * up
+
+    return gated
+
+
+def clamped_swiglu(limit: float, alpha: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the activation "clamped_swiglu" of gates and ups that alternate."""
+
+    def gated(hidden: np.ndarray) -> np.ndarray:
+        gate, up = np.minimum(hidden[::2], limit), np.clip(hidden[1::2], -limit, limit)
+        return (up + 1) * gate / (1 + np.exp(-alpha * gate))
+
+    return gated
 
 
 def top_k(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,12 @@ equal numbers, the one of the lowest expert comes first.
                 weights  [T, K]         model dtype
                 gate_up  [E * 2*I, D]   model dtype: of each expert I rows of gates, then I rows of ups
                 down     [E * D, I]     model dtype: of each expert D rows
+                gate_up_bias [E, 2*I], down_bias [E, D]   optional, both or none: model dtype
     output      y        [T, D]         model dtype: the sum over k = 0 .. K - 1
-    attributes  experts: E; activation: the place of f in ACTIVATIONS
+    attributes  experts: E; activation: the place of f in ACTIVATIONS; limit, alpha: of clamped_swiglu
+
+With the activation clamped_swiglu (gpt-oss) the rows of gate_up alternate: a gate, its up, the next gate. An
+expert is then down_e · ((clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g)) with g = min(gate, limit).
 
 The matrices are those of all experts in order, one below the other. So quantization, packing and parts of
 rows treat them as those of any linear layer.
@@ -25,4 +29,6 @@ ABI_VERSION = 1
 #: The places of the matrices among the inputs.
 MATRICES = (3, 4)
 #: Names of the native engine's functions. gelu is the one with erf.
-ACTIVATIONS = ("silu", "gelu")
+ACTIVATIONS = ("silu", "gelu", "clamped_swiglu")
+#: The number of inputs without biases.
+REQUIRED = 5

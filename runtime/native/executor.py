@@ -345,7 +345,7 @@ class Executor:
             bound.n[5:7] = self._digits, library.CACHES[self._kv_dtype]
         if planned.op == library.SORT_ROWS:
             bound.order, _ = self._find(source.out or 0, 0)
-        elif "experts" in source.integers and source.op != "glu":
+        elif "experts" in source.integers and source.op not in ("glu", "clamped_swiglu"):
             bound.order, _ = self._find(source.inputs[-1].buffer, 0)
         if source.out is not None and planned.op != library.QUANTIZE:
             bound.out, bound.out_stride = self._find(source.out, source.offset)
@@ -374,7 +374,7 @@ class Executor:
             bound.keys, bound.values = self._layers[source.integers["layer"]]
             bound.block_stride = self._block_bytes
         for name, value in source.floats.items():
-            bound.x[1 if name == "softcap" else 0] = value
+            bound.x[1 if name in ("softcap", "alpha") else 0] = value
         return bound
 
 

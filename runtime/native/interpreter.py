@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from llmc.plugins.experts.reference import experts, top_k
+from llmc.plugins.experts.reference import clamped_swiglu, experts, of_halves, top_k
 from llmc.plugins.paged_attention.reference import paged_attention
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.batch import Batch
-from llmc.runtime.native.program import Instruction, Program, View
+from llmc.runtime.native.program import CLAMPED_SWIGLU, Instruction, Program, View
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 _UNARY: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -37,6 +37,11 @@ _BINARY: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "min": np.minimum,
     "max": np.maximum,
 }
+
+
+def gated(function: str, **parameters: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what the experts of an instruction make of their gates and ups [2 * I]: [I]."""
+    return clamped_swiglu(**parameters) if function == CLAMPED_SWIGLU else of_halves(_UNARY[function])
 
 
 class Interpreter:
@@ -147,9 +152,10 @@ class Interpreter:
         if instruction.op == "top_k":
             return np.concatenate(top_k(x, instruction.integers["k"]), axis=1)
         if instruction.op == "experts":
-            count, activation = instruction.integers["experts"], _UNARY[instruction.function]
+            count = instruction.integers["experts"]
             ids = np.where((inputs[1] >= 0) & (inputs[1] < count), inputs[1], 0).astype(np.int64)
-            return experts(x, ids, inputs[2], *weights, num_experts=count, activation=activation)
+            gate = gated(instruction.function, **instruction.floats)
+            return experts(x, ids, inputs[2], *weights, num_experts=count, gated=gate)
         if instruction.op == "linear":
             return x @ weights[0].T
         if instruction.op == "rms_norm":

@@ -186,6 +186,8 @@ def _code(instruction: Instruction) -> int:
         "sort_rows": library.SORT_ROWS,
         "sorted_rows": library.SORTED_ROWS,
         "sum_choices": library.SUM_CHOICES,
+        "expert_bias": library.EXPERT_BIAS,
+        "clamped_swiglu": library.CLAMPED_SWIGLU,
         "write_kv": library.WRITE_KV,
         "attention": library.ATTENTION,
         "all_reduce": library.ALL_REDUCE,
@@ -307,7 +309,9 @@ def numbers(program: Program, planned: Planned) -> Sequence[int]:
         return width, integers["k"]
     if planned.op == library.SORT_ROWS:
         return integers["choices"], integers["experts"]
-    if planned.op in (library.SORTED_ROWS, library.SUM_CHOICES):
+    if planned.op == library.CLAMPED_SWIGLU:
+        return (width // 2,)
+    if planned.op in (library.SORTED_ROWS, library.SUM_CHOICES, library.EXPERT_BIAS):
         return width, integers["choices"], integers["experts"]
     if planned.op == library.RMSNORM:
         return integers["groups"], width // integers["groups"]

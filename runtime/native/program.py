@@ -41,6 +41,9 @@ UNARY = (
 )
 BINARY = ("add", "sub", "mul", "div", "min", "max")
 ROUND = ("fp8", "fp4", "int8")
+#: (clamp(up, -limit, limit) + 1) x gate x sigmoid(alpha x gate), gate at most limit. The rows of a matrix of
+#: gates and ups alternate.
+CLAMPED_SWIGLU = "clamped_swiglu"
 
 
 def _size(value: int) -> str:
@@ -143,6 +146,8 @@ class Operation:
     optional: tuple[str, ...] = ()
     #: The names of float parameters.
     floats: tuple[str, ...] = ()
+    #: The names of float parameters that only some functions have.
+    optional_floats: tuple[str, ...] = ()
     #: Whether it writes a buffer.
     writes: bool = True
 
@@ -186,8 +191,14 @@ OPERATIONS: Mapping[str, Operation] = {
     # one in the lowest column comes first
     "top_k": Operation(integers=("k",)),
     # out = the experts (second input) of the first input, weighted by the third. Weights: the matrices of all
-    # experts one below the other, gates and ups, then down. As llmc.Experts
-    "experts": Operation(inputs=3, weights=(2, 2), functions=UNARY, integers=("experts",)),
+    # experts one below the other, gates and ups, then down; none or both of their biases. As llmc.Experts
+    "experts": Operation(
+        inputs=3,
+        weights=(2, 4),
+        functions=(*UNARY, CLAMPED_SWIGLU),
+        integers=("experts",),
+        optional_floats=("alpha", "limit"),
+    ),
     # out = input x matrix^T
     "linear": Operation(weights=(1, 1)),
     # out = attention of queries over the cache of `layer`; as llmc.PagedAttention. A weight: the sinks
@@ -318,7 +329,8 @@ def _complaints(
     if not operation.weights[0] <= len(instruction.weights) <= operation.weights[1]:
         yield f"has {len(instruction.weights)} weights"
     integers = set(instruction.integers) - set(operation.optional)
-    if integers != set(operation.integers) or set(instruction.floats) != set(operation.floats):
+    floats = set(instruction.floats) - set(operation.optional_floats)
+    if integers != set(operation.integers) or floats != set(operation.floats):
         yield "has other parameters than its operation"
     if instruction.function not in (operation.functions or ("",)):
         yield f"has no function {instruction.function!r}"
@@ -453,16 +465,21 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
 
 def _expert_complaints(program: Program, instruction: Instruction, width: int) -> Iterator[str]:
     x, ids, weights = instruction.inputs
-    gate_up, down = (program.matrices.get(name) for name in instruction.weights)
-    experts = instruction.integers["experts"]
+    gate_up, down = (program.matrices.get(name) for name in instruction.weights[:2])
+    biases = [program.constants.get(name) for name in instruction.weights[2:]]
+    experts, clamped = instruction.integers["experts"], instruction.function == CLAMPED_SWIGLU
     if gate_up is None or down is None or experts < 1:
         yield "has no experts"
     elif (gate_up.rows, gate_up.columns, down.rows) != (2 * experts * down.columns, x.width, experts * width):
         yield "has matrices of another shape"
     elif 2 * down.columns % TILE or width % TILE:
         yield f"has experts whose rows are no multiple of {TILE}"
+    elif biases and biases != [gate_up.rows, down.rows]:
+        yield "has biases of another size"
     elif ids.width != weights.width:
         yield "has another number of weights than of experts"
+    elif set(instruction.floats) != ({"alpha", "limit"} if clamped else set()):
+        yield "has other parameters than its function"
     elif (ids.width + 1) * (2 * down.columns + width + x.width + experts) > _MAX:
         yield "has more numbers for a token than the engine can hold"
 

@@ -15,8 +15,7 @@ from llmc.plugins.experts import body, reference, spec
 from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BundleError
 from llmc.runtime.native.executor import Executor
-from llmc.runtime.native.interpreter import _UNARY as UNARY
-from llmc.runtime.native.interpreter import Interpreter
+from llmc.runtime.native.interpreter import Interpreter, gated
 from llmc.runtime.native.program import View, check
 from support.native_programs import VOCABULARY, Builder, Built, steps
 
@@ -39,6 +38,7 @@ def mixture(
     inner: int = 96,
     router: np.ndarray | None = None,
     function: str = "silu",
+    biases: bool = False,
 ) -> Built:
     """Softmax, the largest choices, their weights divided by their sum, experts and a gate of one number."""
     build = Builder(width)
@@ -51,8 +51,13 @@ def mixture(
     shapes = {"gate_up": (2 * experts * inner, width), "down": (experts * width, inner)}
     for name, (rows, columns) in shapes.items():
         build.matrix(name, rows, columns, kind, columns if block < 0 else block, scales)
-    inputs = (View(0, 0, width), ids, weights)
-    y = build.emit("experts", width, *inputs, weights=tuple(shapes), function=function, experts=experts)
+    inputs, names = (View(0, 0, width), ids, weights), list(shapes)
+    if biases:
+        names += [build.vector(f"{name}_bias", rows) for name, (rows, _) in shapes.items()]
+    floats = {"limit": 2.0, "alpha": 1.702} if function == "clamped_swiglu" else {}
+    y = build.emit(
+        "experts", width, *inputs, weights=tuple(names), function=function, experts=experts, **floats
+    )
     return build.finish(build.emit("binary", width, y, View(0, 3, 1), function="mul"))
 
 
@@ -94,6 +99,9 @@ def test_experts_are_the_interpreters(element: str) -> None:
         lambda: mixture(experts=1, choices=1),
         lambda: mixture(experts=40, choices=3, width=32, inner=16),  # more experts than tokens
         lambda: mixture(function="gelu"),
+        lambda: mixture(biases=True),
+        lambda: mixture(biases=True, function="clamped_swiglu", experts=40, choices=3, width=32, inner=16),
+        lambda: mixture("int8", biases=True, function="clamped_swiglu"),
         lambda: mixture(router=np.zeros((6, 64))),  # ties
         lambda: mixture(
             choices=1, router=np.outer(np.arange(6), np.ones(64)), function="relu"
@@ -107,9 +115,10 @@ def test_any_choice_of_experts_is_the_interpreters(built: Callable[[], Built]) -
         check_close(got, interpreter.forward(batch))
 
 
-@pytest.mark.parametrize("element", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("element", ["fp32", "bf16", "int8", "int4", "clamped"])
 def test_a_row_has_the_same_bits_alone_and_among_300(element: str) -> None:
-    built = mixture(element)
+    clamped = element == "clamped"
+    built = mixture("int8", biases=True, function="clamped_swiglu") if clamped else mixture(element)
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, 300)
     (want,) = run(built, [long_step(tokens)], 1)
     for isa in ISAS:
@@ -165,8 +174,9 @@ def test_the_lowest_of_equal_experts_comes_first_as_in_onnx() -> None:
         check_close(got, interpreter.forward(batch))
 
 
+@pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("activation", range(len(spec.ACTIVATIONS)))
-def test_the_onnx_body_is_the_reference(activation: int) -> None:
+def test_the_onnx_body_is_the_reference(activation: int, biases: bool) -> None:
     experts, tokens, choices, width, inner = 5, 7, 3, 16, 24
     rng = np.random.default_rng(activation)
     arrays = {
@@ -176,23 +186,29 @@ def test_the_onnx_body_is_the_reference(activation: int) -> None:
         "gate_up": rng.standard_normal((experts * 2 * inner, width)),
         "down": rng.standard_normal((experts * width, inner)),
     }
+    if biases:
+        arrays |= {
+            "gate_up_bias": rng.standard_normal((experts, 2 * inner)),
+            "down_bias": rng.standard_normal((experts, width)),
+        }
     feeds = {name: a if name == "ids" else a.astype(np.float32) for name, a in arrays.items()}
     types = {name: ir.DataType.INT64 if name == "ids" else ir.DataType.FLOAT for name in feeds}
     inputs = [
         ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(types[name]))
         for name, array in feeds.items()
     ]
-    attributes = {"experts": experts, "activation": activation}
+    parameters = {"limit": 2.0, "alpha": 1.702}
+    attributes = {"experts": experts, "activation": activation} | parameters
     node = ir.node(spec.NAME, inputs, attributes, domain=spec.DOMAIN)
     node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph(
         inputs, node.outputs, nodes=[node], opset_imports={"": 23, spec.DOMAIN: spec.ABI_VERSION}, name="g"
     )
-    model = ir.Model(graph, ir_version=10, functions=[body.function()])
+    model = ir.Model(graph, ir_version=10, functions=[body.function(biases)])
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
-    want = reference.experts(
-        *feeds.values(), num_experts=experts, activation=UNARY[spec.ACTIVATIONS[activation]]
-    )
+    function = spec.ACTIVATIONS[activation]
+    gate = gated(function, **(parameters if function == "clamped_swiglu" else {}))
+    want = reference.experts(*feeds.values(), num_experts=experts, gated=gate)
     np.testing.assert_allclose(session.run(None, feeds)[0], want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
@@ -203,10 +219,14 @@ def test_the_onnx_body_is_the_reference(activation: int) -> None:
         ({"integers": {"experts": 3}}, "has matrices of another shape"),
         ({"weights": ("gate_up", "router")}, "has matrices of another shape"),
         ({"integers": {"experts": 0}}, "has no experts"),
+        ({"weights": ("gate_up", "down", "gate_up_bias", "gate_up_bias")}, "has biases of another size"),
+        ({"weights": ("gate_up", "down", "gate_up_bias")}, "has biases of another size"),
+        ({"function": "clamped_swiglu"}, "has other parameters than its function"),
+        ({"floats": {"limit": 7.0}}, "has other parameters than its function"),
     ],
 )
 def test_a_program_with_other_experts_is_refused(change: dict, complaint: str) -> None:
-    program, _, _ = mixture()
+    program, _, _ = mixture(biases=True)
     instructions = [
         dataclasses.replace(each, **change) if each.op == "experts" else each for each in program.instructions
     ]
