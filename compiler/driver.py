@@ -252,6 +252,7 @@ def plan_build(
     with clock.phase("rewrite the graph"):
         reports = contract.run(model, pipeline.canonicalize(opened.fusion), expected)
         geometry, parameters = read_geometry(model), write.num_elements(model)
+        checkpoint = _as_in_graph(checkpoint, model)
         canonical = model.clone() if opened.calibration is not None and resolved.dtype == "fp32" else None
         quantization = _quantization_plan(request, opened, model)
         matrices = quantization.matrices() if quantization else []
@@ -406,6 +407,17 @@ def _needed(keys: ModelKeys, model: ir.Model) -> dict[str, tuple[int, ...]]:
 
     used = {source.tensor for _, record in parameters(model) for source in record.sources}
     return {**keys.parameters, **{name: keys.buffers[name] for name in sorted(used & keys.buffers.keys())}}
+
+
+def _as_in_graph(checkpoint: Checkpoint, model: ir.Model) -> Checkpoint:
+    """Return the checkpoint with the matrices of experts as the graph has them (`Source.transposed`)."""
+    from llmc.compiler.checkpoint.safetensors import TransposedTensor
+    from llmc.passes.parameter import parameters
+
+    sources = {source for _, record in parameters(model) for source in record.sources if source.transposed}
+    stored = {source.tensor: checkpoint.tensors.get(source.tensor) for source in sources}
+    transposed = {name: TransposedTensor.of(ref) for name, ref in stored.items() if ref is not None}
+    return replace(checkpoint, tensors={**checkpoint.tensors, **transposed})
 
 
 def _facts(opened: _OpenedInputs, expected: dict[str, int]) -> CheckpointFacts:

@@ -21,6 +21,8 @@ class Source:
     """A tensor of the checkpoint."""
 
     tensor: str
+    #: Whether the checkpoint has the rows of each matrix of a stack as columns: [experts, in, out].
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -26,15 +26,21 @@ class Operator:
     #: The module whose `function()` returns the body. A name, because the runtime must not import onnx_ir.
     #: "": the operator has no body.
     module: str = ""
+    #: The number of inputs that every node has. 0: all nodes have the same inputs.
+    required: int = 0
 
     @property
     def full_name(self) -> str:
         """The name in a manifest, such as "llmc.PagedAttention"."""
         return f"{DOMAIN}.{self.name}"
 
-    def body(self) -> Any:
-        """Return the operator as a function of standard ONNX operators, an `onnx_ir.Function`."""
-        return import_module(self.module).function()
+    def body(self, *, optional: bool = False) -> Any:
+        """Return the operator as a function of standard ONNX operators, an `onnx_ir.Function`.
+
+        optional: whether the nodes have the optional inputs
+        """
+        function = import_module(self.module).function
+        return function(optional) if self.required else function()
 
 
 # The order is that of the bodies in an ONNX file.
@@ -42,17 +48,21 @@ OPERATORS: Mapping[str, Operator] = {
     operator.name: operator
     for operator in (
         Operator(round_fp4.NAME, round_fp4.ABI_VERSION, "llmc.plugins.round_fp4.body"),
-        Operator(paged_attention.NAME, paged_attention.ABI_VERSION, "llmc.plugins.paged_attention.body"),
-        Operator(experts.NAME, experts.ABI_VERSION, "llmc.plugins.experts.body"),
+        Operator(paged_attention.NAME, paged_attention.ABI_VERSION, "llmc.plugins.paged_attention.body", paged_attention.SINKS),
+        Operator(experts.NAME, experts.ABI_VERSION, "llmc.plugins.experts.body", experts.REQUIRED),
         *(Operator(name, collectives.ABI_VERSION) for name in collectives.OF_RANKS),
     )
 }
 
 
-def bodies_for(names: Iterable[str]) -> list[Any]:
-    """Return the bodies, `onnx_ir.Function`, of the custom operators among `names`."""
+def bodies_for(names: Iterable[str], optional: Container[str] = ()) -> list[Any]:
+    """Return the bodies, `onnx_ir.Function`, of the custom operators among `names`.
+
+    optional: the operators whose nodes have their optional inputs
+    """
     used = set(names)
-    return [operator.body() for name, operator in OPERATORS.items() if name in used and operator.module]
+    operators = (operator for operator in OPERATORS.values() if operator.name in used and operator.module)
+    return [operator.body(optional=operator.name in optional) for operator in operators]
 
 
 def unsupported(needed: Iterable[tuple[str, int]]) -> list[str]:

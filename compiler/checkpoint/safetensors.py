@@ -130,6 +130,34 @@ class StackedTensor(TensorRef):
                 yield from part.iter_chunks(max_bytes)
 
 
+@dataclass(frozen=True)
+class TransposedTensor(TensorRef):
+    """A stack of matrices whose rows are the columns of those on disk.
+
+    shape: [stack, columns on disk, rows on disk]
+    """
+
+    stored: TensorRef | None = None
+
+    @classmethod
+    def of(cls, stored: TensorRef) -> TransposedTensor:
+        """Transpose the matrices of `stored`, a tensor of three dimensions."""
+        count, rows, columns = stored.shape
+        shape = (count, columns, rows)
+        return cls(stored.name, stored.file, stored.dtype, shape, stored.offset, stored.nbytes, stored)
+
+    def read(self, rows: slice | None = None) -> np.ndarray:
+        """Read the stack, or `rows` of its first axis. See `TensorRef.read`."""
+        assert self.stored is not None
+        return np.ascontiguousarray(self.stored.read(rows).swapaxes(1, 2))
+
+    def iter_chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
+        """Yield the matrices one by one: a matrix on disk is read as a whole."""
+        del max_bytes
+        for index in range(self.shape[0]):
+            yield self.read(slice(index, index + 1))
+
+
 def read_header(path: Path | str) -> dict[str, TensorRef]:
     """Return every tensor of one safetensors file, by name. Raises CheckpointError for anything malformed."""
     file = Path(path)

@@ -48,6 +48,7 @@ from llmc.passes.legalize.drop_activation_quantization import rounded_to
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.spec import module_of
 from llmc.plugins.experts.spec import NAME as EXPERTS
+from llmc.plugins.paged_attention.spec import SINKS
 from llmc.runtime.backends.base import LoadOptions
 from llmc.runtime.backends.native import EXACT_DIGITS
 from llmc.runtime.bundle.manifest import Geometry
@@ -231,6 +232,8 @@ def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
         for node in attention_nodes(model):
             if node.attributes["softcap"].as_float():
                 return f"{module_of(node)} has an attention softcap"
+            if len(node.inputs) > SINKS:
+                return f"{module_of(node)} has attention sinks"
         for node in model.graph:
             if node.op_type == EXPERTS:
                 return f"{module_of(node)} is a mixture of experts"

@@ -50,7 +50,7 @@ class Interception:
 
         def attend(query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
             _refuse_mask(type(module).__name__, attention_mask)
-            return attention(query, key, value, scale, 0.0, window, layer).transpose(1, 2), None
+            return attention(query, key, value, None, scale, 0.0, window, layer).transpose(1, 2), None
 
         module.__dict__["_attn"] = attend
         self._restore.append(lambda: module.__dict__.pop("_attn"))
@@ -172,10 +172,10 @@ def _linear(module: nn.Linear) -> Callable[..., torch.Tensor]:
     return lambda x: torch.ops.llmc.linear(x, module.weight, module.bias)
 
 
-def _experts(module: nn.Module, activation: str) -> Callable[..., torch.Tensor]:
+def _experts(module: nn.Module, form: probes.ExpertsForm) -> Callable[..., torch.Tensor]:
     def forward(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         # The parameters are read at call time, as in `_linear`.
-        return torch.ops.llmc.experts(x, ids, weights, module.gate_up_proj, module.down_proj, activation)
+        return form.compute(module, x, ids, weights)
 
     return forward
 
@@ -325,7 +325,7 @@ def _intercept_masks(model: PreTrainedModel, interception: Interception) -> None
                 "llmc does not support this attention yet",
             )
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        attended = torch.ops.llmc.attention(query, key, value, scale, 0.0, 0, next(layers))
+        attended = torch.ops.llmc.attention(query, key, value, None, scale, 0.0, 0, next(layers))
         return attended.transpose(1, 2)
 
     for owner in _python_modules(model):
@@ -372,7 +372,6 @@ def _attention(
     where = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
     refusals = {
         "a custom attention mask": attention_mask is not None,
-        "attention sinks": kwargs.get("s_aux") is not None,
         "attention that is not causal": not kwargs.get("is_causal", getattr(module, "is_causal", True)),
         "attention in chunks": "chunked" in str(getattr(module, "layer_type", "")),
     }
@@ -380,10 +379,19 @@ def _attention(
         if refused:
             raise UnsupportedError(f"{where} uses {what}", "llmc does not support this attention yet")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    call = probes.AttentionCall(module, scale, float(softcap or 0.0), int(sliding_window or 0))
+    sinks = kwargs.get("s_aux")
+    of_sinks = next((name for name, parameter in module.named_parameters() if parameter is sinks), "")
+    if sinks is not None and not of_sinks:
+        raise UnsupportedError(
+            f"{where} computes its attention sinks", "llmc supports sinks that are a parameter of the module"
+        )
+    call = probes.AttentionCall(module, scale, float(softcap or 0.0), int(sliding_window or 0), of_sinks)
     _active[-1].attention_calls.append(call)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    return torch.ops.llmc.attention(query, key, value, call.scale, call.softcap, call.window, layer), None
+    attended = torch.ops.llmc.attention(
+        query, key, value, sinks, call.scale, call.softcap, call.window, layer
+    )
+    return attended, None
 
 
 # The name is not in transformers' mask registry too, so that transformers makes no masks for it.

@@ -18,10 +18,14 @@ SIGNATURES: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
     "TracedRope": (["x", "cos", "sin"], [], {"interleaved": "INT"}),
     "TracedAttention": (
         ["query", "key", "value"],
-        [],
+        ["sinks"],
         {"scale": "FLOAT", "softcap": "FLOAT", "window": "INT", "layer": "INT"},
     ),
-    "TracedExperts": (["x", "ids", "weights", "gate_up", "down"], [], {"activation": "STRING"}),
+    "TracedExperts": (
+        ["x", "ids", "weights", "gate_up", "down"],
+        ["gate_up_bias", "down_bias"],
+        {"activation": "STRING", "transposed": "INT", "limit": "FLOAT", "alpha": "FLOAT"},
+    ),
 }
 # Inputs of another type than the others.
 _TYPES = {"ids": "tensor(int64)", "weights": "W"}
@@ -64,11 +68,19 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     def rope(x, cos, sin, interleaved: bool):  # type: ignore[no-untyped-def]
         return op.TracedRope(x, cos, sin, interleaved=int(interleaved))
 
-    def attention(query, key, value, scale: float, softcap: float, window: int, layer: int):  # type: ignore[no-untyped-def]
-        return op.TracedAttention(query, key, value, scale=scale, softcap=softcap, window=window, layer=layer)
+    def attention(query, key, value, sinks, scale: float, softcap: float, window: int, layer: int):  # type: ignore[no-untyped-def]
+        return op.TracedAttention(
+            query, key, value, sinks, scale=scale, softcap=softcap, window=window, layer=layer
+        )
 
-    def experts(x, ids, weights, gate_up, down, activation: str):  # type: ignore[no-untyped-def]
-        return op.TracedExperts(x, ids, weights, gate_up, down, activation=activation)
+    def experts(  # type: ignore[no-untyped-def]
+        x, ids, weights, gate_up, down, gate_up_bias, down_bias, activation: str, transposed: bool,
+        limit: float, alpha: float,
+    ):  # fmt: skip
+        return op.TracedExperts(
+            x, ids, weights, gate_up, down, gate_up_bias, down_bias,
+            activation=activation, transposed=int(transposed), limit=limit, alpha=alpha,
+        )  # fmt: skip
 
     return {
         torch.ops.llmc.experts.default: experts,

@@ -75,13 +75,22 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 @torch.library.custom_op("llmc::attention", mutates_args=())
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int, layer: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    layer: int,
 ) -> Tensor:
     """Compute causal grouped-query self-attention of one sequence.
 
     query: [1, Hq, T, D]
     key: [1, Hkv, T, D]
     value: [1, Hkv, T, Dv]
+    sinks: [Hq], a score without a value for each head, which takes a share of its softmax (gpt-oss; Xiao et
+        al. 2023, arXiv:2309.17453)
     scale: the factor of the scores
     softcap: if positive, scores become softcap * tanh(scores / softcap) before the mask (Gemma 2,
         arXiv:2408.00118)
@@ -99,50 +108,108 @@ def attention(
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     visible = (distance >= 0) & (distance < window) if window > 0 else distance >= 0
     scores = scores.masked_fill(~visible, float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :length].to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous()
 
 
 @attention.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int, layer: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    layer: int,
 ) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
 
 
-#: The gating functions of `experts`.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
+def _silu(hidden: Tensor, limit: float, alpha: float) -> Tensor:
+    gate, up = hidden.chunk(2)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _gelu(hidden: Tensor, limit: float, alpha: float) -> Tensor:
+    gate, up = hidden.chunk(2)
+    return torch.nn.functional.gelu(gate) * up
+
+
+def _clamped_swiglu(hidden: Tensor, limit: float, alpha: float) -> Tensor:
+    gate, up = hidden[::2].clamp(max=limit), hidden[1::2].clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate)
+
+
+#: What `experts` makes of the gates and ups of an expert: (hidden [2*I], limit, alpha) -> [I].
+ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "clamped_swiglu": _clamped_swiglu,
 }
 
 
 @torch.library.custom_op("llmc::experts", mutates_args=())
 def experts(
-    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    transposed: bool,
+    limit: float,
+    alpha: float,
 ) -> Tensor:
     """Compute a mixture of experts: y[t] = sum over k of weights[t, k] * expert ids[t, k] of x[t].
 
-    Expert e of x is down[e] @ (f(gate) * up), where [gate; up] = gate_up[e] @ x.
+    Expert e of x is down[e] @ f(gate_up[e] @ x + gate_up_bias[e]) + down_bias[e].
 
     x: [T, D]
     ids: the chosen experts, int64 [T, K]
     weights: [T, K]
-    gate_up: [E, 2*I, D]
-    down: [E, D, I]
-    activation: a key of ACTIVATIONS
+    gate_up: [E, 2*I, D], or [E, D, 2*I] if transposed
+    down: [E, D, I], or [E, I, D] if transposed
+    gate_up_bias: [E, 2*I]; None: no biases
+    down_bias: [E, D], likewise
+    activation: a key of ACTIVATIONS, f. Gates and ups are halves, or alternate for "clamped_swiglu".
+    limit, alpha: of "clamped_swiglu"
 
-    Returns [T, D]. Shazeer et al. 2017, arXiv:1701.06538; gated as in Mixtral, arXiv:2401.04088.
+    Returns [T, D]. Shazeer et al. 2017, arXiv:1701.06538; gated as in Mixtral, arXiv:2401.04088, or as in
+    gpt-oss, arXiv:2508.10925.
     """
+    if transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     y = torch.zeros_like(x, dtype=torch.float32)
     for choice in range(ids.shape[1]):
         for token in range(len(x)):
             expert = ids[token, choice]
-            gate, up = (gate_up[expert] @ x[token]).chunk(2)
-            y[token] += weights[token, choice] * (down[expert] @ (ACTIVATIONS[activation](gate) * up))
+            hidden = gate_up[expert] @ x[token]
+            if gate_up_bias is not None:
+                hidden = hidden + gate_up_bias[expert]
+            output = down[expert] @ ACTIVATIONS[activation](hidden, limit, alpha)
+            if down_bias is not None:
+                output = output + down_bias[expert]
+            y[token] += weights[token, choice] * output
     return y.to(x.dtype)
 
 
 @experts.register_fake
-def _(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+def _(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    transposed: bool,
+    limit: float,
+    alpha: float,
+) -> Tensor:
     return torch.empty_like(x)

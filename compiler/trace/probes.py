@@ -122,7 +122,7 @@ def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, R
     max_seq_len: the number of positions
 
     Raises UnsupportedError if the angles of a position depend on the length of the sequence (dynamic NTK;
-    LongRoPE beyond its original context length), or if the module does not return each angle twice.
+    LongRoPE beyond its original context length).
     """
     takes_type = "layer_type" in inspect.signature(type(module).forward).parameters
     kinds: list[str | None] = list(module.layer_types) if takes_type else [None]  # type: ignore[arg-type]
@@ -146,18 +146,17 @@ def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, R
                 f"which a KV cache does not allow at {max_seq_len} positions",
                 f"build with --max-seq-len {original or 'the original context length'} or less",
             )
-        for repeat in (_halves, _pairs):
+        for repeat in (_halves, _pairs, _once):  # `apply_rotary` tells whether the last one is right
             once = [
-                angle[..., ::2] if repeat is _pairs else angle[..., : angle.shape[-1] // 2]
+                angle
+                if repeat is _once
+                else angle[..., ::2]
+                if repeat is _pairs
+                else angle[..., : angle.shape[-1] // 2]
                 for angle in (cos, sin)
             ]
             if all(_close(repeat(half), angle) for half, angle in zip(once, (cos, sin), strict=True)):
                 break
-        else:
-            raise UnsupportedError(
-                f"module {name} ({type(module).__name__}) does not return each angle twice",
-                "llmc does not support the rotary embedding of this architecture",
-            )
         tables[f"_{kind}" if kind else ""] = RotaryTable(
             once[0][0].contiguous(), once[1][0].contiguous(), repeat
         )
@@ -174,6 +173,11 @@ def _pairs(angle: torch.Tensor) -> torch.Tensor:
     return angle.repeat_interleave(2, -1)
 
 
+def _once(angle: torch.Tensor) -> torch.Tensor:
+    """Return the angles, as gpt-oss passes them to its layers."""
+    return angle
+
+
 @dataclass(frozen=True)
 class RotaryTable:
     """The cosines and sines of a rotary embedding."""
@@ -182,7 +186,7 @@ class RotaryTable:
     cos: torch.Tensor
     #: [positions, R], fp32.
     sin: torch.Tensor
-    #: Repeats R angles to the 2*R angles that the model passes to its layers.
+    #: Makes of R angles those that the model passes to its layers, usually 2*R.
     repeat: Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -253,7 +257,7 @@ def inline_attention(name: str, module: nn.Module) -> tuple[float, int]:
         q, k, v = (_random(1, 2, length, width + index)[..., :width] for index in range(3))
         attended, _ = module._attn(q, k, v, _causal_mask(length, 0))  # type: ignore[operator]
         for scale in (1.0, width**-0.5):
-            ours = torch.ops.llmc.attention(q, k, v, scale, 0.0, window, 0)
+            ours = torch.ops.llmc.attention(q, k, v, None, scale, 0.0, window, 0)
             if _close(ours.transpose(1, 2), attended):
                 return scale, window
     raise UnsupportedError(
@@ -272,42 +276,75 @@ def _causal_mask(length: int, window: int) -> torch.Tensor:
     return torch.zeros(1, 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
 
 
-def experts(name: str, module: nn.Module) -> str:
-    """Return the activation with which `ops.experts` equals `module`, a mixture of experts.
+_BIASES = ("gate_up_proj_bias", "down_proj_bias")
+
+
+@dataclass(frozen=True)
+class ExpertsForm:
+    """How `ops.experts` computes a module. See there."""
+
+    activation: str
+    transposed: bool
+    limit: float = 0.0
+    alpha: float = 0.0
+
+    def compute(
+        self, module: nn.Module, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the output [T, D] of the operator with the parameters of `module`."""
+        biases = (module._parameters.get(name) for name in _BIASES)
+        matrices = (module.gate_up_proj, module.down_proj)
+        output: torch.Tensor = torch.ops.llmc.experts(
+            x, ids, weights, *matrices, *biases, self.activation, self.transposed, self.limit, self.alpha
+        )
+        return output
+
+
+def experts(name: str, module: nn.Module) -> ExpertsForm:
+    """Return the form in which `ops.experts` equals `module`, a mixture of experts.
 
     name: the module's name, for errors
 
     Raises UnsupportedError if the module computes something else.
     """
     tokens, count, width, inner = 5, 3, 8, 6
-    shapes = {"gate_up_proj": (count, 2 * inner, width), "down_proj": (count, width, inner)}
-    refusal = UnsupportedError(
+    limit, alpha = (float(getattr(module, key, None) or 0.0) for key in ("limit", "alpha"))
+    for transposed in (False, True):
+        shapes = {"gate_up_proj": (count, 2 * inner, width), "down_proj": (count, width, inner)}
+        if transposed:
+            shapes = {key: (count, columns, rows) for key, (_, rows, columns) in shapes.items()}
+        if set(_BIASES) <= set(module._parameters):
+            shapes |= dict(zip(_BIASES, ((count, 2 * inner), (count, width)), strict=True))
+        if set(module._parameters) != set(shapes):
+            break
+        probe = copy.copy(module)
+        probe._parameters = {
+            key: nn.Parameter(_random(*shape) * max(1.0, limit), requires_grad=False)  # some are clamped
+            for key, shape in shapes.items()
+        }
+        for attribute in ("num_experts", "num_local_experts"):
+            if hasattr(module, attribute):
+                setattr(probe, attribute, count)
+        if (config := getattr(module, "config", None)) is not None:
+            own = copy.copy(config)
+            own._experts_implementation = "eager"  # the model's own code
+            probe.config = own
+        x, weights = _random(tokens, width), _random(tokens, 2)
+        ids = torch.tensor([[0, 1], [2, 0], [0, 2], [1, 2], [0, 1]])
+        with torch.no_grad(), contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):
+            expected = type(module).forward(probe, x, ids, weights)
+            size = 4 * max(1.0, limit) ** 3  # the order of the values
+            for activation in ops.ACTIVATIONS:
+                parameters = (limit, alpha) if activation == "clamped_swiglu" else ()
+                form = ExpertsForm(activation, transposed, *parameters)
+                if _close(form.compute(probe, x, ids, weights) / size, expected / size):
+                    return form
+    raise UnsupportedError(
         f"module {name} ({type(module).__name__}) is a mixture of experts that computes something else than "
         "llmc's",
-        "llmc supports experts of a gated MLP without biases, with gate_up_proj [experts, 2 x inner, width]",
+        "llmc supports experts of a gated MLP, with silu, gelu or the clamped SwiGLU of gpt-oss, whose "
+        "parameters are gate_up_proj and down_proj, and the biases of both",
     )
-    if set(module._parameters) != set(shapes):
-        raise refusal
-    probe = copy.copy(module)
-    probe._parameters = {
-        key: nn.Parameter(_random(*shape), requires_grad=False) for key, shape in shapes.items()
-    }
-    for attribute in ("num_experts", "num_local_experts"):
-        if hasattr(module, attribute):
-            setattr(probe, attribute, count)
-    if (config := getattr(module, "config", None)) is not None:
-        own = copy.copy(config)
-        own._experts_implementation = "eager"  # the model's own code
-        probe.config = own
-    x, weights = _random(tokens, width), _random(tokens, 2)
-    ids = torch.tensor([[0, 1], [2, 0], [0, 2], [1, 2], [0, 1]])
-    with torch.no_grad(), contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):
-        expected = type(module).forward(probe, x, ids, weights)
-        for activation in ops.ACTIVATIONS:
-            ours = torch.ops.llmc.experts(x, ids, weights, probe.gate_up_proj, probe.down_proj, activation)
-            if _close(ours / 4, expected / 4):  # values of order 4
-                return activation
-    raise refusal
 
 
 @dataclass(frozen=True)
@@ -318,6 +355,8 @@ class AttentionCall:
     scale: float
     softcap: float
     window: int
+    #: The name of the module's parameter that holds the sinks; "" without sinks.
+    sinks: str = ""
 
 
 def attention(calls: list[AttentionCall]) -> None:
@@ -327,7 +366,7 @@ def attention(calls: list[AttentionCall]) -> None:
     """
     seen = set()
     for call in calls:
-        kind = (type(call.module), call.scale, call.softcap, call.window)
+        kind = (type(call.module), call.scale, call.softcap, call.window, call.sinks)
         if kind in seen:
             continue
         seen.add(kind)
@@ -340,11 +379,15 @@ def attention(calls: list[AttentionCall]) -> None:
         groups = int(getattr(call.module, "num_key_value_groups", 1))
         length = call.window + 4 if 0 < call.window <= 64 else 9
         q, k, v = _random(1, 2 * groups, length, 8), _random(1, 2, length, 8), _random(1, 2, length, 8) * 2
-        mask = _causal_mask(length, call.window)
+        mask, module, sinks = _causal_mask(length, call.window), call.module, None
+        if call.sinks:
+            sinks = nn.Parameter(_random(2 * groups), requires_grad=False)
+            module = copy.copy(module)
+            module._parameters = {**module._parameters, call.sinks: sinks}
         expected, _ = eager(
-            call.module, q, k, v, mask, scaling=call.scale, dropout=0.0, softcap=call.softcap or None
+            module, q, k, v, mask, scaling=call.scale, dropout=0.0, softcap=call.softcap or None
         )
-        attended = torch.ops.llmc.attention(q, k, v, call.scale, call.softcap, call.window, 0)
+        attended = torch.ops.llmc.attention(q, k, v, sinks, call.scale, call.softcap, call.window, 0)
         if not _close(attended, expected):
             raise UnsupportedError(
                 f"the attention of {type(call.module).__name__} computes something else than llmc's",

@@ -84,6 +84,8 @@ class Reference:
             values = torch.from_numpy(weight.read(headers[weight.file]))
             if parameter.dim() == 3:  # experts, whose matrices are one in the engine
                 values = values.view(len(parameter), -1, values.shape[-1])
+                if _is_transposed(module):
+                    values = values.transpose(1, 2).contiguous()
             if values.shape != parameter.shape:
                 got, wanted = list(values.shape), list(parameter.shape)
                 raise BuildError(
@@ -188,6 +190,11 @@ class Reference:
         for name, module in list(decoder.named_children()):
             if isinstance(module, nn.ModuleList):
                 setattr(decoder, name, nn.ModuleList())
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Return whether experts have their matrices as [experts, in, out]. transformers sets the attribute."""
+    return bool(getattr(module, "is_transposed", False))
 
 
 class Head:

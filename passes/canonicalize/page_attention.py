@@ -1,7 +1,8 @@
 """PageAttention: replace attention of a sequence with itself by attention over a paged KV cache.
 
-before  TracedAttention(q [1,Hq,T,D], k [1,Hkv,T,D], v [1,Hkv,T,Dv]) -> [1,T,Hq,Dv]
-after   llmc.PagedAttention(q [T,Hq*D], k [T,Hkv*D], v [T,Hkv*Dv], key_cache.N, value_cache.N, step inputs)
+before  TracedAttention(q [1,Hq,T,D], k [1,Hkv,T,D], v [1,Hkv,T,Dv], sinks) -> [1,T,Hq,Dv]
+after   llmc.PagedAttention(q [T,Hq*D], k [T,Hkv*D], v [T,Hkv*Dv], key_cache.N, value_cache.N, step inputs,
+                            sinks)
 
 The pass adds graph inputs for the batch of a step and for each layer's caches. The updated caches are graph
 outputs. Engines that can write in place give both the same memory.
@@ -51,6 +52,7 @@ def _page(graph: ir.Graph, node: ir.Node, step: list[ir.Value]) -> None:
         x = edit.operand(node, index)
         _, heads, _, width = edit.dims(x)
         flat.append(edit.reshape(node, token_major(node, x), [-1, heads * width], f"{module}.{role}"))
+    sinks = [value for value in node.inputs[3:] if value is not None]
     _, heads, _, width = edit.dims(edit.operand(node, 0))
     _, kv_heads, _, value_width = edit.dims(edit.operand(node, 2))
     dtype = flat[0].dtype
@@ -68,7 +70,7 @@ def _page(graph: ir.Graph, node: ir.Node, step: list[ir.Value]) -> None:
         output.type = ir.TensorType(dtype)
     paged = ir.node(
         operator.NAME,
-        [*flat, *caches, *step],
+        [*flat, *caches, *step, *sinks],
         {
             "num_heads": heads,
             "num_kv_heads": kv_heads,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from llmc.passes.contract import Matches
-from llmc.passes.spec import Stage
-from llmc.plugins.operator import bodies_for
+from llmc.passes.spec import Stage, module_of
+from llmc.plugins.operator import OPERATORS, bodies_for
+from llmc.runtime.errors import UnsupportedError
 
 
 class AttachBodies:
@@ -17,11 +18,27 @@ class AttachBodies:
     ensures = Stage.QUANTIZED
 
     def __call__(self, model: ir.Model) -> Matches:
-        return _attach(model, bodies_for(node.op_type for node in model.graph))
+        functions = bodies_for((node.op_type for node in model.graph), _with_optional_inputs(model))
+        added = [function for function in functions if function.identifier() not in model.functions]
+        for function in added:
+            model.functions[function.identifier()] = function
+        return Matches(len(added))
 
 
-def _attach(model: ir.Model, functions: list[ir.Function]) -> Matches:
-    added = [function for function in functions if function.identifier() not in model.functions]
-    for function in added:
-        model.functions[function.identifier()] = function
-    return Matches(len(added))
+def _with_optional_inputs(model: ir.Model) -> set[str]:
+    """Return the operators whose nodes have their optional inputs.
+
+    Raises UnsupportedError if only some of the nodes have them: an operator has one body.
+    """
+    result: set[str] = set()
+    for name, operator in OPERATORS.items():
+        nodes = [node for node in model.graph if operator.required and node.op_type == name]
+        given = [node for node in nodes if len(node.inputs) > operator.required]
+        if given and len(given) < len(nodes):
+            raise UnsupportedError(
+                f"{module_of(given[0])} has optional inputs of {operator.full_name}, and other layers have none",
+                "only the native engine runs such a model: --engine native",
+            )
+        if given:
+            result.add(name)
+    return result

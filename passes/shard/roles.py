@@ -17,6 +17,7 @@ from llmc.passes import edit
 from llmc.passes.spec import ELEMENTWISE, module_of
 from llmc.plugins.experts.spec import NAME as EXPERTS
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
+from llmc.plugins.paged_attention.spec import SINKS
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
 from llmc.runtime.errors import UnsupportedError
 
@@ -43,9 +44,16 @@ def find_roles(model: ir.Model, ranks: int) -> Roles:
     """Divide a quantized graph among `ranks` ranks.
 
     A linear layer whose outputs meet whole values, or are normalized together, stays whole.
-    Raises UnsupportedError for attention whose output does so, and for a mixture of experts.
+    Raises UnsupportedError for attention whose output does so, for attention sinks, and for a mixture of
+    experts.
     """
     for node in model.graph:
+        if node.op_type == ATTENTION and len(node.inputs) > SINKS:
+            raise UnsupportedError(
+                f"{module_of(node)} has attention sinks, which --tp does not divide",
+                f"--pp {ranks} divides the layers among as many ranks",
+                "tp",
+            )
         if node.op_type == EXPERTS:
             raise UnsupportedError(
                 f"{module_of(node)} is a mixture of experts, which --tp does not divide",

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxscript
 from onnxscript import opset23 as op
 
-from llmc.plugins.paged_attention.spec import ABI_VERSION, BLOCK_SIZE, DOMAIN
+from llmc.plugins.paged_attention.spec import ABI_VERSION, BLOCK_SIZE, DOMAIN, SINKS
 
 _INT64, _FLOAT = 7, 1  # TensorProto.DataType
 
@@ -30,6 +30,7 @@ def PagedAttention(
     past_lengths,
     block_indices,
     block_begins,
+    sinks,
     num_heads: int,
     num_kv_heads: int,
     scale: float,
@@ -111,7 +112,14 @@ def PagedAttention(
     near = op.Or(op.LessOrEqual(width, zero), op.Less(distance, width))
     visible = op.And(op.And(own, op.GreaterOrEqual(distance, zero)), near)
     hidden = op.Constant(value_float=-3.0e38)
-    weights = op.Softmax(op.Where(visible, scores, hidden), axis=-1)
+    masked = op.Where(visible, scores, hidden)
+
+    # The sink of a head is a last column, without a value.
+    one_1 = op.Constant(value_ints=[1])
+    of_heads = op.Reshape(op.Cast(sinks, to=1), op.Concat(kv_heads_1, group_1, one_1, one_1, axis=0))
+    sink_column = op.Expand(of_heads, op.Concat(kv_heads_1, group_1, tokens_1, one_1, axis=0))
+    shares = op.Softmax(op.Concat(masked, sink_column, axis=-1), axis=-1)
+    weights = op.Slice(shares, first, last, last)
 
     weights_flat = op.Reshape(weights, op.Concat(kv_heads_1, last, op.Shape(slot), axis=0))
     mixed = op.MatMul(weights_flat, op.Cast(step_values, to=1))
@@ -121,7 +129,29 @@ def PagedAttention(
     return output, key_cache_out, value_cache_out
 
 
-def function() -> ir.Function:
-    """Return the function body as an `onnx_ir.Function`, to be stored in a model that uses the operator."""
+def function(sinks: bool = False) -> ir.Function:
+    """Return the function body as an `onnx_ir.Function`, to be stored in a model that uses the operator.
+
+    sinks: whether the nodes have the optional input
+    """
     body: Any = PagedAttention
-    return ir.serde.deserialize_function(body.to_function_proto())
+    made = ir.serde.deserialize_function(body.to_function_proto())
+    if not sinks:
+        (softmax,) = (node for node in made if node.op_type == "Softmax")
+        ((cut, _),) = softmax.outputs[0].uses()
+        joined = softmax.inputs[0]
+        assert joined is not None
+        concat = joined.producer()
+        assert concat is not None
+        softmax.replace_input_with(0, concat.inputs[0])
+        ir.convenience.replace_all_uses_with(cut.outputs[0], softmax.outputs[0])
+        _remove_unused(made)
+        del made.inputs[SINKS:]
+    return made
+
+
+def _remove_unused(function: ir.Function) -> None:
+    """Remove the nodes whose outputs nothing reads."""
+    for node in reversed(list(function)):
+        if not any(list(output.uses()) or output.is_graph_output() for output in node.outputs):
+            function.remove(node, safe=True)

@@ -12,20 +12,22 @@ token at position p attends to positions 0..p, or p-window+1..p if window > 0.
                 key_cache    [blocks, num_kv_heads, 32, D]     model dtype, or that of a quantized cache
                 value_cache  [blocks, num_kv_heads, 32, Dv]
                 query_start [S+1], past_lengths [S], block_indices [n], block_begins [S+1]   int32
+                sinks        [num_heads]              optional: model dtype
     outputs     output [T, num_heads*Dv]; key_cache_out, value_cache_out: the caches after the writes.
                 An engine writes in place: output cache and input cache are the same memory.
     attributes  num_heads, num_kv_heads, scale, window (0: none), softcap (0: none);
                 key_scale, value_scale (default 1.0), of quantized caches
 
 Query head h reads key/value head h // (num_heads // num_kv_heads). With softcap c, a score s becomes
-c*tanh(s/c) before the mask. D and Dv may differ.
+c*tanh(s/c) before the mask. D and Dv may differ. A sink is a score of its head without a key and a value: the
+weights of a token's keys are their shares of a softmax over their scores and the sink.
 
 A quantized cache (QUANTIZED_CACHES) holds codes: x / key_scale (for values x / value_scale), divided in fp32,
 rounded to nearest even and saturated at the largest code. A token attends to code x scale, also for tokens of
 its own step. Caches in the model's dtype have no scales.
 
-A new attribute keeps ABI 1 if a node without it means the same as before. An older plugin refuses a node with
-it, as it refuses every attribute that it does not know.
+A new attribute or optional input keeps ABI 1 if a node without it means the same as before. An older plugin
+refuses a node with it, as it refuses every attribute that it does not know.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ DOMAIN = "llmc"
 NAME = "PagedAttention"
 ABI_VERSION = 1
 E4M3_MAX = 448.0
+#: The place of the sinks among the inputs.
+SINKS = 9
 BLOCK_SIZE = 32  # tokens per block, fixed by OpenVINO's PagedAttention on the CPU
 
 

@@ -27,12 +27,23 @@ from llmc.passes import edit
 from llmc.passes.geometry import attention_nodes
 from llmc.passes.shard.stages import VOCABULARY, rows_are_logits
 from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, PARTIAL_EMBEDDING, RECV, SEND
-from llmc.plugins.experts.spec import ACTIVATIONS, MATRICES
+from llmc.plugins.experts.spec import ACTIVATIONS, MATRICES, REQUIRED
 from llmc.plugins.experts.spec import NAME as EXPERTS
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
+from llmc.plugins.paged_attention.spec import SINKS
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
 from llmc.runtime.errors import UnsupportedError
-from llmc.runtime.native.program import TILE, Buffer, Cache, Instruction, Matrix, Program, View, check
+from llmc.runtime.native.program import (
+    CLAMPED_SWIGLU,
+    TILE,
+    Buffer,
+    Cache,
+    Instruction,
+    Matrix,
+    Program,
+    View,
+    check,
+)
 
 _UNARY = {
     "Sigmoid": "sigmoid",
@@ -429,8 +440,12 @@ class _Lowering:
                     node, f"a matrix of its experts has {rows} rows, which is no multiple of {TILE}"
                 )
         function = ACTIVATIONS[int(edit.attribute(node, "activation"))]
+        names += tuple(self._constant(value) for value in node.inputs[REQUIRED:] if value is not None)
+        clamp = ("limit", "alpha") if function == CLAMPED_SWIGLU else ()
+        floats = {name: float(edit.attribute(node, name)) for name in clamp}
         views = tuple(self._view(node, index) for index in range(3))
-        self._emit(node, "experts", views, weights=names, function=function, integers={"experts": experts})
+        integers = {"experts": experts}
+        self._emit(node, "experts", views, weights=names, function=function, integers=integers, floats=floats)
 
     def _clip(self, node: ir.Node) -> None:
         view = self._view(node, 0)
@@ -531,6 +546,7 @@ class _Lowering:
             node,
             "attention",
             (query,),
+            weights=tuple(self._constant(value) for value in node.inputs[SINKS:] if value is not None),
             width=heads * self.caches[layer].v_head_dim,
             integers={"heads": heads, "layer": layer, "window": int(edit.attribute(node, "window"))},
             floats={name: float(edit.attribute(node, name)) for name in ("scale", "softcap")},

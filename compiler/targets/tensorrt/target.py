@@ -52,6 +52,8 @@ from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.passes.spec import module_of
 from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE
 from llmc.plugins.experts.spec import NAME as EXPERTS
+from llmc.plugins.paged_attention.spec import NAME as ATTENTION
+from llmc.plugins.paged_attention.spec import SINKS
 from llmc.runtime.bundle.manifest import Geometry, Gpu
 from llmc.runtime.bundle.manifest import Target as EngineTarget
 from llmc.runtime.errors import BuildError, UnsupportedError
@@ -123,6 +125,12 @@ class TensorRTTarget:
 
     def choose_engine(self, resolved: Resolved, model: ir.Model) -> tuple[Resolved, EngineTarget]:
         for node in model.graph:
+            if node.op_type == ATTENTION and len(node.inputs) > SINKS:
+                raise UnsupportedError(
+                    f"{module_of(node)} has attention sinks, which llmc cannot build for GPUs yet",
+                    "build it for --target cpu",
+                    "target",
+                )
             if node.op_type == EXPERTS:
                 raise UnsupportedError(
                     f"{module_of(node)} is a mixture of experts, which llmc cannot build for GPUs yet",
