@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.falcon import modeling_falcon
 from transformers.models.gpt_neo import modeling_gpt_neo
+from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
@@ -180,13 +181,31 @@ def test_differing_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         trace(AutoConfig.for_model("qwen3", **TINY, head_dim=16), "fp32", 128)
 
 
+GPT_OSS = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}
+
+
+def test_attention_that_computes_without_its_sinks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        modeling_gpt_oss, "eager_attention_forward", modeling_qwen3.eager_attention_forward
+    )
+    with pytest.raises(UnsupportedError, match="attention of GptOssAttention computes something else"):
+        trace(AutoConfig.for_model("gpt_oss", **TINY | GPT_OSS), "fp32", 128)
+
+
+def test_differing_experts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unclamped(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+        return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
+
+    monkeypatch.setattr(modeling_gpt_oss.GptOssExperts, "_apply_gate", unclamped)
+    message = r"module model\.layers\.0\.mlp\.experts .* is a mixture of experts that computes something else"
+    with pytest.raises(UnsupportedError, match=message):
+        trace(AutoConfig.for_model("gpt_oss", **TINY | GPT_OSS), "fp32", 128)
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        (
-            {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16},
-            r"module model\.layers\.0\.mlp\.experts .* is a mixture of experts that computes something else",
-        ),
         ({"model_type": "mamba", "state_size": 4, "num_hidden_layers": 1}, "Mamba"),
         ({"model_type": "bloom"}, "adds position biases to the attention scores"),
         ({"model_type": "falcon", "alibi": True}, "adds position biases to the attention scores"),
