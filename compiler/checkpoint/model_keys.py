@@ -28,7 +28,12 @@ from transformers.initialization import no_init_weights
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.config import load_wrapper
 from llmc.compiler.checkpoint.names import Shaped, collapse, compare_names
-from llmc.compiler.checkpoint.prequantized.module import KV_NAMES, ROLES, is_auxiliary
+from llmc.compiler.checkpoint.prequantized.module import (
+    KV_NAMES,
+    ROLES,
+    is_auxiliary,
+    stack_role,
+)
 from llmc.compiler.checkpoint.prequantized.recognize import is_quantized
 from llmc.compiler.checkpoint.safetensors import CHUNK_BYTES, StackedTensor, TensorRef
 from llmc.runtime.dtypes import FLOATS
@@ -165,6 +170,9 @@ class ModelKeys:
                 if (name := self._inner_name(loaded)) is not None:
                     names[key] = name
                     _add_modules(modules, key, name)
+            elif (stack := stack_role(stored[key])) and (loaded := loaded_name(stack[0])) is not None:
+                if (name := self._inner_name(loaded)) is not None:
+                    names[key] = name + key.removeprefix(stack[0])
             elif key not in sources:
                 others.append(key)
                 weight = loaded_name(f"{module}.weight") if last in ROLES else None

@@ -52,12 +52,12 @@ def plan_prequantized(model: ir.Model, stored: PrequantizedWeights, stored_bits:
 
     stored_bits: bits per value of the other weights
 
-    Raises UnsupportedError as `make_prequantized_plan` does, and for a mixture of experts.
+    Raises UnsupportedError as `make_prequantized_plan` does, and for experts that are not quantized in it.
     """
     linears = survey(model)
-    if linears.experts:
+    if apart := [name for name in linears.experts if name not in stored.modules]:
         raise UnsupportedError(
-            f"the checkpoint is pre-quantized and has experts ({linears.experts[0]})",
+            f"the checkpoint is pre-quantized and has experts in another form ({apart[0]})",
             "llmc quantizes the experts of the unquantized checkpoint: --quant int8 or --quant int4",
         )
     return make_prequantized_plan(

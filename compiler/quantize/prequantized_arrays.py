@@ -50,6 +50,8 @@ def arrays_of(stored: PrequantizedModule, fmt: Format) -> dict[str, np.ndarray]:
         arrays = {"weight": module.tensors["weight"].read(), "weight_scale": _read_scales(module)}
         assert stored.global_scale is not None
         return arrays | {"weight_scale_2": np.asarray(stored.global_scale)}
+    if module.format == "mxfp4":
+        return {"weight": module.tensors["weight"].read(), "weight_scale": _read_scales(module)}
     codes = _codes(module)
     return {
         "weight": pack(codes) if fmt.packed else codes,

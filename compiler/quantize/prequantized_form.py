@@ -4,6 +4,7 @@
     fp8, fp8-channel            E4M3, one scale or one per row
     fp8-block [h, w]            E4M3, a scale for w columns; those of h rows are repeated
     nvfp4                       E2M1, the same two scales
+    mxfp4 (experts)             E2M1, the same scales
     int4-awq, int4-packed       4 bits, a scale for each group or row
     int4-packed, zero points    int8: code - zero point is within -15..15
     int8, int8-packed           int8, a scale for each group or row
@@ -37,6 +38,7 @@ _CODES = {
     "fp8-channel": "e4m3",
     "fp8-block": "e4m3",
     "nvfp4": "e2m1",
+    "mxfp4": "e2m1",
     "int4-awq": "int4",
     "int4-packed": "int4",
     "int8-packed": "int8",
@@ -82,13 +84,18 @@ def read_module(module: QuantizedModule, schemes: DeclaredSchemes | None, dtype:
         activations = "e4m3" if element == "e4m3" or declared == "fp8" else "e2m1"
     stored = module.tensors["weight_scale"].dtype
     keep = stored in ("F32", "F16", "BF16") and dtype in ("F32", stored) and not activations
-    scales = "F8_E4M3" if element == "e2m1" else stored if keep else "F32"
+    if element == "e2m1":
+        scales = stored
+    else:
+        scales = stored if keep else "F32"
     fmt = systematic_format(element, block, scales, activations)
     if reason := fmt.why_not(module.shape):
         raise UnsupportedError(f"module {module.name} is {module.format}: {reason}", _WAY_OUT)
-    if element == "e2m1" and block != 16:
+    if element == "e2m1" and block != (width := 32 if module.format == "mxfp4" else 16):
         raise UnsupportedError(
-            f"module {module.name} is NVFP4 in groups of {block}; engines support groups of 16", _WAY_OUT
+            f"module {module.name} is {module.format.upper()} in groups of {block}; engines support groups of "
+            f"{width}",
+            _WAY_OUT,
         )
     factor = module.tensors.get("pre_quant_scale")
     values = factor.read().astype(np.float32) if factor else np.ones(1, np.float32)

@@ -21,7 +21,7 @@ from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.config import load_config, load_wrapper
 from llmc.compiler.checkpoint.context import choose_context
 from llmc.compiler.checkpoint.model_keys import read_model
-from llmc.compiler.checkpoint.prequantized.dequantize import iter_rows
+from llmc.compiler.checkpoint.prequantized.dequantize import dequantize, iter_rows
 from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint, read_quantized
 from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
 from llmc.compiler.checkpoint.safetensors import CHUNK_BYTES, TensorRef, read_header
@@ -304,6 +304,11 @@ def _fill(model: Any, quantized: QuantizedCheckpoint) -> None:
 
 def _values(name: str, quantized: QuantizedCheckpoint) -> Iterator[np.ndarray]:
     """Yield blocks of rows of a parameter; nothing if the checkpoint lacks it."""
+    if (stack := quantized.modules.get(name)) is not None and stack.experts:
+        rows = stack.shape[0] // stack.experts
+        for first in range(0, stack.shape[0], rows):
+            yield dequantize(stack, slice(first, first + rows)).T[None]
+        return
     module_name, _, last = name.rpartition(".")
     module = quantized.modules.get(module_name)
     if module is None or last not in ("weight", "bias"):

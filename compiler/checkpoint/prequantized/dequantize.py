@@ -1,6 +1,7 @@
 """Dequantize the weight of a module to float32, a block of rows at a time.
 
     fp8, fp8-channel, fp8-block, int8    code * weight_scale
+    mxfp4                                code * weight_scale
     nvfp4 (ModelOpt)                     code * (weight_scale * weight_scale_2)
     nvfp4 (compressed-tensors)           code * (weight_scale / weight_global_scale)
     int4-awq                             code * weight_scale
@@ -53,7 +54,7 @@ def _codes(module: QuantizedModule, first: int, stop: int) -> np.ndarray:
         pairs = weight.read(slice(first // 2, -(-stop // 2)))
         return unpack_int4_along_out(pairs)[first % 2 :][: stop - first].astype(np.float32)
     stored = weight.read(slice(first, stop))
-    if module.format == "nvfp4":
+    if module.format in ("nvfp4", "mxfp4"):
         return decode(unpack(stored, "e2m1"), "e2m1")
     if module.format in ("int4-packed", "int8-packed"):
         return unpack_int32(stored, code_bits(module), columns).astype(np.float32)

@@ -6,11 +6,19 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmc.compiler.checkpoint.checkpoint import CONFIG, Checkpoint
 from llmc.compiler.checkpoint.finding import Finding
-from llmc.compiler.checkpoint.prequantized.module import KV_NAMES, ROLES, QuantizedModule, Role, is_auxiliary
+from llmc.compiler.checkpoint.prequantized.module import (
+    KV_NAMES,
+    ROLES,
+    QuantizedModule,
+    Role,
+    Stack,
+    is_auxiliary,
+    stack_role,
+)
 from llmc.compiler.checkpoint.prequantized.read_config import read_schemes
 from llmc.compiler.checkpoint.prequantized.recognize import is_quantized, recognize
 from llmc.compiler.checkpoint.prequantized.scheme import DeclaredSchemes
@@ -47,9 +55,12 @@ class QuantizedCheckpoint:
         return self.schemes is not None or bool(self.modules) or bool(self.unread)
 
     @property
-    def named(self) -> dict[str, QuantizedModule | TensorRef]:
+    def named(self) -> dict[str, QuantizedModule | Stack | TensorRef]:
         """The parameters of the model, by name. A quantized weight is represented by its module."""
-        weights = {f"{name}.weight": module for name, module in self.modules.items()}
+        weights = {
+            name if module.experts else f"{name}.weight": module.parameter
+            for name, module in self.modules.items()
+        }
         biases = [module.tensors["bias"] for module in self.modules.values() if "bias" in module.tensors]
         return {**self.plain, **weights, **{ref.name: ref for ref in biases}}
 
@@ -71,9 +82,15 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     parts: defaultdict[str, dict[Role, TensorRef]] = defaultdict(dict)
     others: dict[str, TensorRef] = {}
     kv_scales: dict[str, TensorRef] = {}
+    experts: dict[str, int] = {}
     for name, ref in checkpoint.tensors.items():
         module, _, last = name.rpartition(".")
-        if last in KV_NAMES:
+        if (stack := stack_role(ref)) is not None:
+            stacked, role = stack
+            parts[stacked][role] = _as_matrix(ref, role)
+            if role == "weight":
+                experts[stacked] = ref.shape[0]
+        elif last in KV_NAMES:
             kv_scales[name] = ref
         elif (role := ROLES.get(last)) is None or role in parts[module]:
             others[name] = ref
@@ -90,7 +107,7 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
         recognized, contradictions = recognize(name, tensors, schemes.of(name) if schemes else None)
         findings += contradictions
         if recognized is not None:
-            modules[name] = recognized
+            modules[name] = replace(recognized, experts=experts.get(name, 0))
         else:
             unread.add(name)
     for name, ref in others.items():
@@ -109,6 +126,14 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     return QuantizedCheckpoint(
         schemes, modules, tuple(sorted(unread)), plain, kv_scales, tuple(excluded), tuple(findings)
     )
+
+
+def _as_matrix(ref: TensorRef, role: Role) -> TensorRef:
+    """Return a tensor of a stack of experts as that of one matrix, with the same bytes."""
+    rows = ref.shape[0] * ref.shape[1]
+    if role == "weight":
+        return replace(ref, shape=(rows, ref.shape[2] * ref.shape[3]))
+    return replace(ref, shape=(rows, ref.shape[2]), dtype="F8_E8M0")
 
 
 def _matrices(plain: Mapping[str, TensorRef]) -> dict[str, TensorRef]:

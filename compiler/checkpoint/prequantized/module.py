@@ -18,6 +18,7 @@ Format = Literal[
     "int4-packed",  # compressed-tensors: eight values in an int32
     "int8-packed",  # compressed-tensors: four values in an int32
     "int8",  # one byte per value, one scale or a scale for each row
+    "mxfp4",  # E2M1, an E8M0 scale for each 32 values of a row: the experts of gpt-oss
 ]
 Role = Literal[
     "weight",
@@ -51,6 +52,10 @@ ROLES: dict[str, Role] = {
 }
 # The last parts of the names of KV cache tensors, which belong to attention modules or k_proj and v_proj.
 KV_NAMES = ("k_scale", "v_scale", "q_scale", "k_bias", "v_bias")
+# A stack of experts in MXFP4: X_blocks U8 [experts, out, in / 32, 16], two codes in a byte, the even column in the
+# low nibble, and X_scales U8 [experts, out, in / 32], E8M0. X is the name of the model's parameter.
+# https://huggingface.co/openai/gpt-oss-20b
+STACK_ROLES: dict[str, Role] = {"_blocks": "weight", "_scales": "weight_scale"}
 _SCALE_LIKE = re.compile(
     r"(weight|input|output)_.*(scale|zero_point).*|weight_(packed|shape|g_idx)|pre_quant_scale"
     r"|qweight|qzeros|scales|g_idx|svdquant_.*"
@@ -62,9 +67,24 @@ def is_auxiliary(name: str) -> bool:
     return _SCALE_LIKE.fullmatch(name.rpartition(".")[2]) is not None
 
 
+def stack_role(ref: TensorRef) -> tuple[str, Role] | None:
+    """Return the parameter and the role of a tensor of a stack of experts in MXFP4; None for another tensor."""
+    for end, role in STACK_ROLES.items():
+        if ref.name.endswith(end) and ref.dtype == "U8" and len(ref.shape) == (4 if role == "weight" else 3):
+            return ref.name.removesuffix(end), role
+    return None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack of experts as a parameter of the model, whose matrices are [in, out]."""
+
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class QuantizedModule:
-    """A quantized linear layer of a checkpoint."""
+    """A quantized linear layer of a checkpoint, or the matrices of all experts, one below the other."""
 
     name: str
     format: Format
@@ -74,6 +94,14 @@ class QuantizedModule:
     block: tuple[int, int]
     #: The layer's tensors as stored on disk, by role.
     tensors: Mapping[Role, TensorRef]
+    #: The number of experts; 0: a linear layer.
+    experts: int = 0
+
+    @property
+    def parameter(self) -> QuantizedModule | Stack:
+        """The shape of the model's parameter that it stands for."""
+        rows, columns = self.shape
+        return Stack((self.experts, columns, rows // self.experts)) if self.experts else self
 
     @property
     def group_size(self) -> int | None:

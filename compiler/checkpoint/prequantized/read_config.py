@@ -1,6 +1,6 @@
 """Read the quantization scheme that the configuration files of a checkpoint declare.
 
-    config.json           `quantization_config`: ModelOpt, compressed-tensors, or `fp8` (DeepSeek)
+    config.json           `quantization_config`: ModelOpt, compressed-tensors, `fp8` (DeepSeek), `mxfp4` (gpt-oss)
     hf_quant_config.json  ModelOpt
 
 The tensors decide the format of a module. They are compared with these schemes.
@@ -28,7 +28,12 @@ from llmc.compiler.checkpoint.safetensors import refuse_lfs_pointer
 from llmc.runtime.errors import CheckpointError, UnsupportedError
 
 MODELOPT_FILE = "hf_quant_config.json"
-METHODS = {"modelopt": "ModelOpt", "compressed-tensors": "compressed-tensors", "fp8": "block FP8 (DeepSeek)"}
+METHODS = {
+    "modelopt": "ModelOpt",
+    "compressed-tensors": "compressed-tensors",
+    "fp8": "block FP8 (DeepSeek)",
+    "mxfp4": "MXFP4 (gpt-oss)",
+}
 _KEY = "quantization_config"
 
 
@@ -62,6 +67,8 @@ def read_schemes(checkpoint: Checkpoint) -> DeclaredSchemes | None:
         return _compressed_tensors(declared)
     if method == "fp8":
         return _fp8(declared)
+    if method == "mxfp4":
+        return _mxfp4(declared)
     schemes = _modelopt(declared)
     return schemes if modelopt is None else _compare(schemes, _modelopt(modelopt))
 
@@ -196,6 +203,18 @@ def _fp8(config: Mapping[str, Any]) -> DeclaredSchemes:
         ((("Linear",), scheme),),
         names(exclude),
         kv_format(config.get("kv_cache_scheme")),
+    )
+
+
+def _mxfp4(config: Mapping[str, Any]) -> DeclaredSchemes:
+    scheme = DeclaredScheme("mxfp4", group_size=32)
+    return DeclaredSchemes(
+        method="mxfp4",
+        label=METHODS["mxfp4"],
+        producer="",
+        groups=((("*.experts.*",), scheme),),
+        exclude=names(config.get("modules_to_not_convert")),
+        kv_cache="",
     )
 
 

@@ -18,7 +18,11 @@ from llmc.compiler.checkpoint.safetensors import TensorRef
 
 _FLOATS = ("F32", "F16", "BF16")
 _INDICES = ("I32", "I64")
-_SCALE_DTYPES: dict[str, tuple[str, ...]] = {"nvfp4": ("F8_E4M3",), "fp8-block": (*_FLOATS, "F8_E8M0")}
+_SCALE_DTYPES: dict[str, tuple[str, ...]] = {
+    "nvfp4": ("F8_E4M3",),
+    "mxfp4": ("F8_E8M0",),
+    "fp8-block": (*_FLOATS, "F8_E8M0"),
+}
 _CODES = ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4")
 
 
@@ -117,6 +121,8 @@ def _format(tensors: Mapping[Role, TensorRef], scheme: DeclaredScheme | None) ->
     if weight.dtype == "U8":
         if {"global_scale", "inverse_global_scale"} & tensors.keys():
             return "nvfp4"
+        if weight.name.endswith("_blocks"):
+            return "mxfp4"
         return None if packed else "int4-awq"
     if weight.dtype == "I32" and packed:
         if tensors["shape"].dtype not in _INDICES:

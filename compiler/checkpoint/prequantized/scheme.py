@@ -29,7 +29,7 @@ class DeclaredScheme:
 class DeclaredSchemes:
     """The schemes that a checkpoint's configuration declares."""
 
-    #: The quantization method: "modelopt", "compressed-tensors" or "fp8".
+    #: The quantization method: "modelopt", "compressed-tensors", "fp8" or "mxfp4".
     method: str
     #: A description of the method and the formats.
     label: str

@@ -17,7 +17,7 @@ def lay_out(
     """Return the module with its shape [out, in] and block, or a finding about the first wrong shape."""
     weight, scale = tensors["weight"], tensors["weight_scale"]
     rows, columns = weight.shape
-    if fmt == "nvfp4":
+    if fmt in ("nvfp4", "mxfp4"):
         columns *= 2
     elif fmt == "int4-awq":
         rows *= 2
