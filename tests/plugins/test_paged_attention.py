@@ -80,7 +80,9 @@ def attributes(shape: tuple[Any, ...]) -> dict[str, Any]:
     }
 
 
-def make_model(shape: tuple[Any, ...], largest: tuple[float, float] | None = None) -> bytes:
+def make_model(
+    shape: tuple[Any, ...], largest: tuple[float, float] | None = None, sinks: bool = False
+) -> bytes:
     """A graph of one PagedAttention node, with its function body; `largest` keys and values: FP8 caches."""
     heads, kv_heads, width, value_width, *_ = shape
     cache = ["blocks", kv_heads, spec.BLOCK_SIZE]
@@ -98,6 +100,9 @@ def make_model(shape: tuple[Any, ...], largest: tuple[float, float] | None = Non
         ir.Value(name=n, shape=ir.Shape([s]), type=ir.TensorType(ir.DataType.INT32))
         for n, s in spec.STEP_INPUTS.items()
     ]
+    if sinks:
+        one = ir.Value(name="sinks", shape=ir.Shape([heads]), type=ir.TensorType(ir.DataType.FLOAT))
+        inputs.append(one)
     outputs = [
         ir.Value(name=name, shape=ir.Shape(size), type=ir.TensorType(ir.DataType.FLOAT))
         for name, size in (
@@ -109,7 +114,7 @@ def make_model(shape: tuple[Any, ...], largest: tuple[float, float] | None = Non
     node = ir.node(spec.NAME, inputs, attributes(shape), domain=spec.DOMAIN, outputs=outputs)
     opsets = {"": 23, spec.DOMAIN: spec.ABI_VERSION}
     graph = ir.Graph(inputs, outputs, nodes=[node], opset_imports=opsets, name="one")
-    model = ir.Model(graph, ir_version=10, functions=[body.function()])
+    model = ir.Model(graph, ir_version=10, functions=[body.function(sinks)])
     if largest:
         for cache in inputs[3:5]:
             cache.name = f"{cache.name}.0"
@@ -131,6 +136,20 @@ def test_the_function_body_is_the_reference(shape: tuple[Any, ...]) -> None:
         assert np.abs(output - expected).max() < TOLERANCE
         assert np.array_equal(keys, step["key_cache"])
         assert np.array_equal(values, step["value_cache"])
+
+
+@pytest.mark.parametrize("name", ["grouped", "softcap and window"])
+def test_the_function_body_with_sinks_is_the_reference(name: str) -> None:
+    shape = SHAPES[name]
+    model = make_model(shape, sinks=True)
+    onnx.checker.check_model(onnx.load_from_string(model))
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    sinks = np.linspace(-3, 6, shape[0]).astype(np.float32)  # from almost nothing to most of the softmax
+    for past, new in STEPS.values():
+        step = make_step(shape, past, new)
+        output, *_ = session.run(None, step | {"sinks": sinks})
+        expected = reference.paged_attention(**step, **attributes(shape), sinks=sinks)
+        assert np.abs(output - expected).max() < TOLERANCE
 
 
 def e4m3(x: np.ndarray, scale: float) -> np.ndarray:

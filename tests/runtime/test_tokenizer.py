@@ -65,7 +65,83 @@ GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
 {% set role = 'model' if message['role'] == 'assistant' else message['role'] %}
 {{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}
 {% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"""
-TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA}
+#: The constructs of gpt-oss's harmony format: macros that call each other and themselves, channels, the calls of
+#: tools and their results, and a system message that the template writes.
+HARMONY = """
+{%- macro type_of(spec, level=0, optional=false) -%}
+    {%- if spec.enum is defined and spec.enum -%}
+        {%- for item in spec.enum -%}{{ '"' ~ item ~ '"' }}{%- if not loop.last %} | {% endif -%}{%- endfor -%}
+    {%- elif spec.type is string and spec.type == 'array' -%}
+        {{- type_of(spec['items'], level + 1) ~ '[]' -}}
+    {%- elif spec.type == 'object' and spec.properties -%}
+        {{- '{' }}
+        {%- for key, value in spec.properties.items() -%}
+            {{- key + (': ' if key in (spec.required or []) else '?: ') + type_of(value, level=level + 1) -}}
+            {%- if not loop.last -%}, {% endif -%}
+        {%- endfor -%}
+        {{- '}' }}
+    {%- elif spec.type is iterable and spec.type is not string -%}
+        {{- spec.type | join(' | ') -}}
+    {%- else -%}
+        {{- spec.type | default('any') -}}
+    {%- endif -%}
+    {%- if optional and level == 0 %} | null{% endif -%}
+{%- endmacro -%}
+{%- macro tools_of(namespace_name, functions) -%}
+    {{- '## ' + namespace_name + '\n\n' }}
+    {%- for each in functions -%}
+        {%- set function = each.function -%}
+        {{- '// ' + function.description | trim + '\n' if function.description else '' }}
+        {{- 'type ' + function.name + ' = (_: ' + type_of(function.parameters) + ') => any;\n' }}
+    {%- endfor -%}
+{%- endmacro -%}
+{%- if reasoning_effort is not defined %}{%- set reasoning_effort = 'medium' %}{%- endif %}
+{{- '<|start|>system<|message|>Today: ' + strftime_now('%Y-%m-%d') + '\nEffort: ' + reasoning_effort + '\n' }}
+{%- if builtin_tools is defined and 'python' in builtin_tools %}{{- 'python\n' }}{%- endif -%}
+{{- '<|end|>' }}
+{%- if messages[0].role == 'developer' or messages[0].role == 'system' %}
+    {%- set developer = messages[0].content %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set developer = '' %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{%- if developer or tools %}
+    {{- '<|start|>developer<|message|>' + developer }}
+    {%- if tools %}{{- tools_of('functions', tools) }}{%- endif %}
+    {{- '<|end|>' }}
+{%- endif %}
+{%- set last = namespace(name=none) %}
+{%- for message in loop_messages -%}
+    {%- if message.role == 'assistant' -%}
+        {%- if 'thinking' in message and '<|channel|>' in message.thinking %}
+            {{- raise_exception('the reasoning holds a channel') }}
+        {%- endif %}
+        {%- if message.tool_calls is defined and message.tool_calls %}
+            {%- set call = message.tool_calls[0].function if message.tool_calls[0].function else message.tool_calls[0] %}
+            {%- if message.thinking and not loop.last %}
+                {{- '<|start|>assistant<|channel|>analysis<|message|>' + message.thinking + '<|end|>' }}
+            {%- endif %}
+            {{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}
+            {{- call.arguments | tojson + '<|call|>' }}
+            {%- set last.name = call.name %}
+        {%- elif loop.last and not add_generation_prompt %}
+            {{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|return|>' }}
+        {%- else %}
+            {{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|end|>' }}
+            {%- set last.name = none %}
+        {%- endif %}
+    {%- elif message.role == 'tool' -%}
+        {%- if last.name is none %}{{- raise_exception('a result without a call') }}{%- endif %}
+        {{- '<|start|>functions.' + last.name + ' to=assistant<|channel|>commentary<|message|>' }}
+        {{- message.content | tojson + '<|end|>' }}
+    {%- elif message.role == 'user' -%}
+        {{- '<|start|>user<|message|>' + message.content + '<|end|>' }}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}
+"""
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "harmony": HARMONY}
 
 #: The library takes a prefix longer than a token from its merges.
 PANICS_AT_LOAD = json.dumps(
@@ -217,6 +293,39 @@ def test_tools_and_other_variables_reach_the_template_as_in_transformers(tmp_pat
     assert ours == theirs
     assert "größe" in ours
     assert "left out" not in ours
+
+
+def test_channels_and_the_calls_of_tools_are_rendered_as_in_transformers(tmp_path: Path) -> None:
+    directory = save(tmp_path, byte_level(), chat_template=HARMONY)
+    unit = {"type": "string", "enum": ["°C", "°F"]}
+    properties = {
+        "place": {"type": "object", "properties": {"at": {"type": "array", "items": {"type": "number"}}}},
+        "unit": unit,
+        "days": {"type": ["integer", "null"]},
+    }
+    parameters = {"type": "object", "properties": properties, "required": ["place"]}
+    function = {"name": "weather", "description": " Look it up. ", "parameters": parameters}
+    variables: dict[str, Any] = {
+        "tools": [{"type": "function", "function": function}],
+        "reasoning_effort": "high",
+        "builtin_tools": ["python"],
+    }
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"unit": "°C"}}}
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "", "thinking": "I look.", "tool_calls": [call]},
+        {"role": "tool", "content": {"rain": True}},
+    ]
+    ours = Tokenizer.load(directory).apply_chat_template(chat, **variables)
+    theirs = auto_tokenizer(directory).apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True, **variables
+    )
+    assert ours == theirs
+    assert 'type weather = (_: {place: {at?: number[]}, unit?: "°C" | "°F", days?: integer | null})' in ours
+    assert "<|channel|>analysis<|message|>I look.<|end|>" in ours
+    assert '<|channel|>commentary json<|message|>{"unit": "°C"}<|call|>' in ours
+    assert '<|start|>functions.weather to=assistant<|channel|>commentary<|message|>{"rain": true}' in ours
 
 
 def test_reasoning_is_found_under_all_its_names_as_in_transformers(tmp_path: Path) -> None:

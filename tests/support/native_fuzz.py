@@ -58,8 +58,12 @@ def random_program(seed: int) -> Built:
         if rng.random() < 0.5:
             weights = build.emit("binary", k, weights, build.emit("sum", 1, weights), function="div")
         names_of = (matrix(2 * count * inner, x.width), matrix(count * x.width, inner))
-        function = rng.choice(("silu", "gelu"))
-        settings = {"weights": names_of, "function": function, "experts": count}
+        if rng.random() < 0.5:
+            sizes = (2 * count * inner, count * x.width)
+            names_of += tuple(build.vector(next(names), size) for size in sizes)
+        function = rng.choice(("silu", "gelu", "clamped_swiglu"))
+        floats = {"limit": rng.choice((0.5, 7.0)), "alpha": 1.702} if function == "clamped_swiglu" else {}
+        settings = {"weights": names_of, "function": function, "experts": count, **floats}
         return build.emit("experts", x.width, x, ids, weights, **settings)  # type: ignore[arg-type]
 
     def norm(x: View, groups: int = 1) -> View:
