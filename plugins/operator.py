@@ -48,7 +48,12 @@ OPERATORS: Mapping[str, Operator] = {
     operator.name: operator
     for operator in (
         Operator(round_fp4.NAME, round_fp4.ABI_VERSION, "llmc.plugins.round_fp4.body"),
-        Operator(paged_attention.NAME, paged_attention.ABI_VERSION, "llmc.plugins.paged_attention.body", paged_attention.SINKS),
+        Operator(
+            paged_attention.NAME,
+            paged_attention.ABI_VERSION,
+            "llmc.plugins.paged_attention.body",
+            paged_attention.SINKS,
+        ),
         Operator(experts.NAME, experts.ABI_VERSION, "llmc.plugins.experts.body", experts.REQUIRED),
         *(Operator(name, collectives.ABI_VERSION) for name in collectives.OF_RANKS),
     )

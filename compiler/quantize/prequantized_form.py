@@ -83,18 +83,16 @@ def read_module(module: QuantizedModule, schemes: DeclaredSchemes | None, dtype:
         # ModelOpt's W4A8_NVFP4_FP8: NVFP4 weights, E4M3 inputs.
         activations = "e4m3" if element == "e4m3" or declared == "fp8" else "e2m1"
     stored = module.tensors["weight_scale"].dtype
-    keep = stored in ("F32", "F16", "BF16") and dtype in ("F32", stored) and not activations
-    if element == "e2m1":
-        scales = stored
-    else:
-        scales = stored if keep else "F32"
-    fmt = systematic_format(element, block, scales, activations)
+    of_floats = stored in ("F32", "F16", "BF16") and dtype in ("F32", stored) and not activations
+    keep = of_floats or element == "e2m1"  # E4M3 of NVFP4, E8M0 of MXFP4
+    fmt = systematic_format(element, block, stored if keep else "F32", activations)
     if reason := fmt.why_not(module.shape):
         raise UnsupportedError(f"module {module.name} is {module.format}: {reason}", _WAY_OUT)
-    if element == "e2m1" and block != (width := 32 if module.format == "mxfp4" else 16):
+    width = 32 if module.format == "mxfp4" else 16
+    if element == "e2m1" and block != width:
         raise UnsupportedError(
-            f"module {module.name} is {module.format.upper()} in groups of {block}; engines support groups of "
-            f"{width}",
+            f"module {module.name} is {module.format.upper()} in groups of {block}; engines support groups "
+            f"of {width}",
             _WAY_OUT,
         )
     factor = module.tensors.get("pre_quant_scale")

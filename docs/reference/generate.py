@@ -160,7 +160,7 @@ def _engines() -> str:
         "native": ("none", "every format; families with a zoo model, and some others"),
         "openvino": (
             "`openvino`",
-            "every family but those with an attention softcap or experts; no activations in FP8 or FP4",
+            "every family but those with attention softcaps, sinks or experts; no FP8 or FP4 activations",
         ),
         "onnxruntime": ("`onnxruntime`", "every family and format, slowly; no quantized KV cache"),
     }

@@ -36,7 +36,7 @@ def _with_optional_inputs(model: ir.Model) -> set[str]:
         given = [node for node in nodes if len(node.inputs) > operator.required]
         if given and len(given) < len(nodes):
             raise UnsupportedError(
-                f"{module_of(given[0])} has optional inputs of {operator.full_name}, and other layers have none",
+                f"{module_of(given[0])} has optional inputs of {operator.full_name} that others lack",
                 "only the native engine runs such a model: --engine native",
             )
         if given:

@@ -119,9 +119,11 @@ def test_the_published_layout_builds_with_its_codes(
             rf"{GATE_UP}_blocks its weight_scale is missing",
         ),
         (
-            lambda tensors: tensors.update({f"{GATE_UP}_scales": tensors[f"{GATE_UP}_scales"][..., :1].clone()}),
+            lambda tensors: tensors.update(
+                {f"{GATE_UP}_scales": torch.full((6, 192, 1), 120, dtype=torch.uint8)}
+            ),
             CheckpointError,
-            rf"{GATE_UP}_blocks|{GATE_UP}_scales",
+            rf"{GATE_UP}_scales has 1 scales per row of 64: groups of 64, but the configuration says 32",
         ),
         (
             lambda tensors: tensors[f"{GATE_UP}_scales"].fill_(255),
@@ -161,7 +163,11 @@ def test_damaged_experts_are_refused(
     ],
 )
 def test_what_cannot_run_it_says_so(
-    options: dict, message: str, checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict,
+    message: str,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     share_traces(monkeypatch)
     path = published(checkpoint("gpt-oss-tiny"), tmp_path / "x")

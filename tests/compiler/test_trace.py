@@ -185,9 +185,7 @@ GPT_OSS = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}
 
 
 def test_attention_that_computes_without_its_sinks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        modeling_gpt_oss, "eager_attention_forward", modeling_qwen3.eager_attention_forward
-    )
+    monkeypatch.setattr(modeling_gpt_oss, "eager_attention_forward", modeling_qwen3.eager_attention_forward)
     with pytest.raises(UnsupportedError, match="attention of GptOssAttention computes something else"):
         trace(AutoConfig.for_model("gpt_oss", **TINY | GPT_OSS), "fp32", 128)
 

@@ -65,12 +65,14 @@ GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
 {% set role = 'model' if message['role'] == 'assistant' else message['role'] %}
 {{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}
 {% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"""
-#: The constructs of gpt-oss's harmony format: macros that call each other and themselves, channels, the calls of
-#: tools and their results, and a system message that the template writes.
+#: The constructs of gpt-oss's harmony format: macros that call each other and themselves, channels, the calls
+#: of tools and their results, and a system message that the template writes.
 HARMONY = """
 {%- macro type_of(spec, level=0, optional=false) -%}
     {%- if spec.enum is defined and spec.enum -%}
-        {%- for item in spec.enum -%}{{ '"' ~ item ~ '"' }}{%- if not loop.last %} | {% endif -%}{%- endfor -%}
+        {%- for item in spec.enum -%}
+            {{- '"' ~ item ~ '"' }}{%- if not loop.last %} | {% endif -%}
+        {%- endfor -%}
     {%- elif spec.type is string and spec.type == 'array' -%}
         {{- type_of(spec['items'], level + 1) ~ '[]' -}}
     {%- elif spec.type == 'object' and spec.properties -%}
@@ -118,7 +120,8 @@ HARMONY = """
             {{- raise_exception('the reasoning holds a channel') }}
         {%- endif %}
         {%- if message.tool_calls is defined and message.tool_calls %}
-            {%- set call = message.tool_calls[0].function if message.tool_calls[0].function else message.tool_calls[0] %}
+            {%- set first = message.tool_calls[0] %}
+            {%- set call = first.function if first.function else first %}
             {%- if message.thinking and not loop.last %}
                 {{- '<|start|>assistant<|channel|>analysis<|message|>' + message.thinking + '<|end|>' }}
             {%- endif %}

@@ -27,6 +27,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "cohere": _COMMON | {"use_qk_norm": True, "logit_scale": 1.0},
     "cohere2": _COMMON | {"logit_scale": 1.0, "sliding_window": 24, "sliding_window_pattern": 2},
     "ctrl": _GPT | {"dff": 128},
+    "exaone4": _COMMON | {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
     "falcon": _SIZES | {"num_kv_heads": 2, "new_decoder_architecture": True},
     "gpt2": _GPT,
     "gpt_bigcode": _GPT,
@@ -40,6 +41,13 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
     },
     "gptj": _GPT | {"rotary_dim": 8},
+    "granite": _COMMON
+    | {
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 3.0,
+    },
     "granitemoe": _COMMON | {"num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32},
     "ministral3": _COMMON
     | {
@@ -51,10 +59,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
             "llama_4_scaling_beta": 0.1,
         }
     },
+    "olmo3": _COMMON | {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
     "olmoe": _COMMON | {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32},
     "opt": _SIZES | {"ffn_dim": 128, "word_embed_proj_dim": 32},
     "persimmon": _SIZES | {"intermediate_size": 128},
     "phi": _COMMON | {"qk_layernorm": True},
+    "smollm3": _COMMON | {"no_rope_layers": [1, 0]},
     "stablelm": _COMMON | {"qk_layernorm": True, "use_parallel_residual": True},
 }
 #: Families of OTHERS, and zoo models, with experts. OpenVINO, TensorRT and ranks with --tp lack them.

@@ -52,8 +52,8 @@ ROLES: dict[str, Role] = {
 }
 # The last parts of the names of KV cache tensors, which belong to attention modules or k_proj and v_proj.
 KV_NAMES = ("k_scale", "v_scale", "q_scale", "k_bias", "v_bias")
-# A stack of experts in MXFP4: X_blocks U8 [experts, out, in / 32, 16], two codes in a byte, the even column in the
-# low nibble, and X_scales U8 [experts, out, in / 32], E8M0. X is the name of the model's parameter.
+# A stack of experts in MXFP4: X_blocks U8 [experts, out, in / 32, 16], two codes in a byte, the even column
+# in the low nibble, and X_scales U8 [experts, out, in / 32], E8M0. X is the name of the model's parameter.
 # https://huggingface.co/openai/gpt-oss-20b
 STACK_ROLES: dict[str, Role] = {"_blocks": "weight", "_scales": "weight_scale"}
 _SCALE_LIKE = re.compile(
@@ -68,7 +68,7 @@ def is_auxiliary(name: str) -> bool:
 
 
 def stack_role(ref: TensorRef) -> tuple[str, Role] | None:
-    """Return the parameter and the role of a tensor of a stack of experts in MXFP4; None for another tensor."""
+    """Return the parameter and the role of a tensor of experts in MXFP4; None for another tensor."""
     for end, role in STACK_ROLES.items():
         if ref.name.endswith(end) and ref.dtype == "U8" and len(ref.shape) == (4 if role == "weight" else 3):
             return ref.name.removesuffix(end), role

@@ -1,6 +1,7 @@
 """Read the quantization scheme that the configuration files of a checkpoint declare.
 
-    config.json           `quantization_config`: ModelOpt, compressed-tensors, `fp8` (DeepSeek), `mxfp4` (gpt-oss)
+    config.json           `quantization_config`: ModelOpt, compressed-tensors, `fp8` (DeepSeek), or `mxfp4`
+                          (gpt-oss)
     hf_quant_config.json  ModelOpt
 
 The tensors decide the format of a module. They are compared with these schemes.
