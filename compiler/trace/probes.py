@@ -310,9 +310,11 @@ def experts(name: str, module: nn.Module) -> ExpertsForm:
     tokens, count, width, inner = 5, 3, 8, 6
     limit, alpha = (float(getattr(module, key, None) or 0.0) for key in ("limit", "alpha"))
     for transposed in (False, True):
-        shapes = {"gate_up_proj": (count, 2 * inner, width), "down_proj": (count, width, inner)}
-        if transposed:
-            shapes = {key: (count, columns, rows) for key, (_, rows, columns) in shapes.items()}
+        matrices = {"gate_up_proj": (2 * inner, width), "down_proj": (width, inner)}
+        shapes: dict[str, tuple[int, ...]] = {
+            key: (count, columns, rows) if transposed else (count, rows, columns)
+            for key, (rows, columns) in matrices.items()
+        }
         if set(_BIASES) <= set(module._parameters):
             shapes |= dict(zip(_BIASES, ((count, 2 * inner), (count, width)), strict=True))
         if set(module._parameters) != set(shapes):

@@ -86,10 +86,9 @@ def read_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     for name, ref in checkpoint.tensors.items():
         module, _, last = name.rpartition(".")
         if (stack := stack_role(ref)) is not None:
-            stacked, role = stack
-            parts[stacked][role] = _as_matrix(ref, role)
-            if role == "weight":
-                experts[stacked] = ref.shape[0]
+            parts[stack[0]][stack[1]] = _as_matrix(ref, stack[1])
+            if stack[1] == "weight":
+                experts[stack[0]] = ref.shape[0]
         elif last in KV_NAMES:
             kv_scales[name] = ref
         elif (role := ROLES.get(last)) is None or role in parts[module]:
