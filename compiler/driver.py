@@ -268,7 +268,8 @@ def plan_build(
         contract.run(fp32_model, pipeline.canonicalize(), expected)
         return fp32_model
 
-    sizes = Sizes(max_seq_len, write.weight_bytes(model), memory_needed(4 * parameters))
+    largest = max(rank.weight_bytes for rank in divided.ranks)
+    sizes = Sizes(max_seq_len, write.weight_bytes(model), largest, memory_needed(4 * parameters))
     facts = _facts(opened, expected)
     stages = plan_stages(model, resolved.pp) if resolved.pp > 1 else ()
     ranks = divided.ranks

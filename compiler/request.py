@@ -152,10 +152,10 @@ class BuildRequest:
                 "leave --tp out, or --engine",
                 "tp",
             )
-        if self.pp > 1 and (self.target != "cpu" or self.engine not in (None, "native")):
+        if self.pp > 1 and self.engine not in (None, "native"):
             raise BuildError(
-                f"--pp is for the native engine, not for {self.engine or self.target}",
-                "leave --pp out, or --engine and --target",
+                f"--pp is for the native engine and TensorRT, not for {self.engine}",
+                "leave --pp out, or --engine",
                 "pp",
             )
         if tp * self.pp > MAX_RANKS:

@@ -85,17 +85,18 @@ def quantize(plan: QuantPlan | None, cache: QuantizedCache | None) -> list[Pass]
     return [*linears, *([QuantizeKVCache(cache)] if cache else [])]
 
 
-def shard(rank: int, tp: int, stages: Sequence[PipelineStage] = ()) -> list[Pass]:
+def shard(rank: int, tp: int, stages: Sequence[PipelineStage] = (), *, logits: bool = True) -> list[Pass]:
     """Return the passes from a quantized graph to the part of it that a rank computes.
 
     rank: 0 .. tp - 1 in the first stage, tp .. 2 x tp - 1 in the second one, and so on
     tp: the ranks of a stage
     stages: the stages of a pipeline; none: every rank has all layers
+    logits: see `CutStage`
     """
     stage, place = divmod(rank, tp)
     passes: list[Pass] = [Shard(place, tp)] if tp > 1 else []
     if stages:
-        passes.append(CutStage(stages, stage, place, tp))  # last: collectives need no stages
+        passes.append(CutStage(stages, stage, place, tp, logits))  # last: collectives need no stages
     return passes
 
 

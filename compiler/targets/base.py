@@ -57,6 +57,8 @@ class Sizes:
     max_seq_len: int
     #: The size of the weights in bytes, without the file's header.
     weight_bytes: int
+    #: The largest size of the weights of a rank.
+    rank_bytes: int
     #: The memory that the verification needs, in bytes.
     verification_bytes: int
 

@@ -6,7 +6,11 @@
     llmc.AllReduce(x)     gets them too
     llmc.AllGather(x)     becomes Reshape(Transpose(llmc.AllGather(x))), because the plugin's output is
                           [ranks, N, W]
-    collectives           get the result of the one before as another input, unless it precedes them anyway
+    llmc.Send(x)          gets them too. Its output is one number, the graph output `sent.N`
+    llmc.Recv()           becomes Recv(input_ids), whose length is that of the received rows, with their width
+                          and dtype as attributes
+    Recv, collectives,    get the result of the one before as another input, unless it precedes them anyway:
+    Send                  first every Recv, then the collectives, then every Send
     function bodies       are removed, because the parser would take the body in place of the plugin
 
 Custom operators of the parser: https://github.com/onnx/onnx-tensorrt (TensorRT-RTX 1.7.1 builds
@@ -17,6 +21,7 @@ operators into the graph itself.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -34,6 +39,13 @@ from llmc.runtime.errors import BuildError
 
 _TRT = "trt"  # the domain of the parser's custom operators
 _FP8 = onnx.TensorProto.FLOAT8E4M3FN
+#: The place of an exchange with other ranks in the order of a step.
+_PHASES = {
+    collectives.RECV: 0,
+    collectives.ALL_REDUCE: 1,
+    collectives.ALL_GATHER: 1,
+    collectives.SEND: 2,
+}
 
 
 def to_tensorrt(model: ir.Model) -> onnx.ModelProto:
@@ -45,7 +57,7 @@ def to_tensorrt(model: ir.Model) -> onnx.ModelProto:
     G_LOGGER.severity = G_LOGGER.ERROR  # graphsurgeon warns of every type that numpy lacks
     graph = gs.import_onnx(source)
     graph.functions.clear()
-    _order_collectives(graph)
+    _order_exchanges(graph)
     for node in list(graph.nodes):
         if node.domain == DOMAIN:
             if node.op not in _REPLACE:
@@ -63,10 +75,16 @@ def _name_plugin(graph: gs.Graph, node: gs.Node) -> None:
     node.attrs["plugin_version"] = str(OPERATORS[node.op].abi)
 
 
-def _order_collectives(graph: gs.Graph) -> None:
-    """Let each collective depend on the one before, so that every rank's engine runs them in this order."""
-    nodes = [node for node in graph.nodes if node.op in (collectives.ALL_REDUCE, collectives.ALL_GATHER)]
-    nodes.sort(key=lambda node: int(node.attrs["sequence"]))
+def _order_exchanges(graph: gs.Graph) -> None:
+    """Let each collective or transfer depend on the one before: every rank's engine runs them in one order.
+
+    Nothing that is received depends on this rank. Nothing that a rank computes depends on what it sends.
+    """
+    nodes = [node for node in graph.nodes if node.domain == DOMAIN and node.op in _PHASES]
+    nodes.sort(key=lambda node: (_PHASES[node.op], int(node.attrs["sequence"])))
+    for node in nodes:
+        if node.op == collectives.RECV:
+            node.inputs = [graph.tensors()["input_ids"]]
     for before, node in itertools.pairwise(nodes):
         if not _precedes(before, node):
             node.inputs.append(before.outputs[0])
@@ -100,13 +118,41 @@ def _gather_columns(graph: gs.Graph, node: gs.Node) -> None:
     ]
 
 
+def _send(graph: gs.Graph, node: gs.Node) -> None:
+    """Send any number of numbers. TensorRT would remove a node without an output of the graph."""
+    _name_plugin(graph, node)
+    (sent,) = node.outputs
+    sent.name, sent.shape = f"{collectives.SENT}{node.attrs['sequence']}", [1]
+
+
+def _receive(graph: gs.Graph, node: gs.Node) -> None:
+    """Receive rows of numbers, and give them their shape."""
+    _name_plugin(graph, node)
+    (result,) = node.outputs
+    first, *rest = result.shape
+    del first
+    width = math.prod(map(int, rest))
+    node.attrs |= {"width": width, "dtype": _onnx_type(result)}
+    if len(rest) == 1:
+        return
+    rows = gs.Variable(f"{node.name}.rows", result.dtype)
+    shape = gs.Constant(f"{node.name}.shape", np.array([-1, *map(int, rest)], np.int64))
+    node.outputs = [rows]
+    graph.nodes.append(gs.Node("Reshape", f"{node.name}.reshape", {}, [rows, shape], [result]))
+
+
+def _onnx_type(tensor: gs.Variable) -> int:
+    """Return the number of a tensor's type in ONNX."""
+    dtype = tensor.dtype
+    return int(dtype) if isinstance(dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+
 def _quantize_fp4(graph: gs.Graph, node: gs.Node) -> None:
     x, global_scale = node.inputs
     codes, scales, wide, values = (
         gs.Variable(f"{node.name}.{name}") for name in ("codes", "scales", "wide_scales", "values")
     )
     blocks = {"axis": -1, "block_size": round_fp4.BLOCK}
-    dtype = x.dtype if isinstance(x.dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(x.dtype))
     result = node.outputs[0]
     node.outputs.clear()
     graph.nodes += [
@@ -120,7 +166,7 @@ def _quantize_fp4(graph: gs.Graph, node: gs.Node) -> None:
         ),
         gs.Node("DequantizeLinear", f"{node.name}.dequantize_scales", {}, [scales, global_scale], [wide]),
         gs.Node("DequantizeLinear", f"{node.name}.dequantize", blocks, [codes, wide], [values]),
-        gs.Node("Cast", node.name, {"to": int(dtype)}, [values], [result]),
+        gs.Node("Cast", node.name, {"to": _onnx_type(x)}, [values], [result]),
     ]
     if not any(opset.domain == _TRT for opset in graph.import_domains):
         graph.import_domains.append(onnx.helper.make_opsetid(_TRT, 1))
@@ -131,6 +177,8 @@ _REPLACE: dict[str, Callable[[gs.Graph, gs.Node], None]] = {
     round_fp4.NAME: _quantize_fp4,
     collectives.ALL_REDUCE: _name_plugin,
     collectives.ALL_GATHER: _gather_columns,
+    collectives.SEND: _send,
+    collectives.RECV: _receive,
 }
 
 

@@ -14,7 +14,10 @@ from llmc.passes.spec import Stage
 
 
 class WidenLogits:
-    """Cast the logits to fp32. Counts 1, or 0 if they are fp32 already. Nodes are out of order afterwards."""
+    """Cast the logits to fp32. Counts 1, or 0 if they are fp32 already or in another pipeline stage.
+
+    Nodes are out of order afterwards.
+    """
 
     name = "widen-logits"
     requires = Stage.QUANTIZED
@@ -22,7 +25,7 @@ class WidenLogits:
 
     def __call__(self, model: ir.Model) -> Matches:
         logits = model.graph.outputs[0]
-        if logits.dtype == ir.DataType.FLOAT:
+        if logits.name != "logits" or logits.dtype == ir.DataType.FLOAT:
             return Matches()
         last = logits.producer()
         assert last is not None

@@ -10,7 +10,8 @@ that depend on tokens or on KV caches are transferred. What depends on positions
 stage that needs it.
 
 Rank = stage x tp + rank in the stage. The ranks of a stage are a tensor-parallel group. Each sends to the
-rank with its own place in the next stage. Rank 0 gets the logits from the first rank of the last stage.
+rank with its own place in the next stage. Rank 0 gets the logits from the first rank of the last stage: in its
+graph, or outside of the graphs (`logits`).
 """
 
 from __future__ import annotations
@@ -100,14 +101,20 @@ def balanced(sizes: Sequence[int], count: int) -> list[tuple[int, int]]:
 
 
 class CutStage:
-    """Keep stage `number` of `stages` in the graph of rank `rank` of `tp` in its stage. Counts its layers."""
+    """Keep stage `number` of `stages` in the graph of rank `rank` of `tp` in its stage. Counts its layers.
+
+    logits: whether rank 0 receives the logits in its graph. Otherwise only the last stage has them.
+    """
 
     name = "cut-stage"
     requires = GraphStage.QUANTIZED
     ensures = GraphStage.QUANTIZED
 
-    def __init__(self, stages: Sequence[Stage], number: int, rank: int = 0, tp: int = 1) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], number: int, rank: int = 0, tp: int = 1, logits: bool = True
+    ) -> None:
         self._stages, self._number, self._rank, self._tp = stages, number, rank, tp
+        self._logits = logits
 
     def __call__(self, model: ir.Model) -> Matches:
         graph, stage = model.graph, self._stages[self._number]
@@ -136,9 +143,9 @@ class CutStage:
             for number, value in enumerate(cuts[stage.stop - 1].values):
                 value = received.get(value, value)
                 sent.append(_send(graph, value, me + links, number))
-        if self._rank == 0 and self._number == last:
+        if self._logits and self._rank == 0 and self._number == last:
             sent.append(_send(graph, logits, 0, 0))
-        if self._rank == 0 and self._number == 0:
+        if self._logits and self._rank == 0 and self._number == 0:
             outputs = [_like(logits, "logits")]
             logits.name = "logits.computed"
             # Behind everything else: what is sent leads to the logits.

@@ -1,4 +1,4 @@
-"""`llmc.AllReduce` and `llmc.AllGather` as TensorRT plugins in Python.
+"""`llmc.AllReduce`, `llmc.AllGather`, `llmc.Send` and `llmc.Recv` as TensorRT plugins in Python.
 
 They describe shapes to the builder, and hold no communicator. The caller that runs an engine provides the
 collectives for the call (`use_collectives`). TensorRT's own DistCollective loses the group of a collective
@@ -7,8 +7,10 @@ collectives for the call (`use_collectives`). TensorRT's own DistCollective lose
     llmc.AllReduce   x [N, W]   ->   y [N, W]
     llmc.AllGather   x [N, W]   ->   y [ranks, N, W], the layout of NCCL. `tensorrt_boundary.to_tensorrt`
                                      transposes it to the columns of spec.py.
+    llmc.Send        x [N, ...]   ->  y [1], which nobody writes or reads: TensorRT keeps what leads to outputs
+    llmc.Recv        ids [N]   ->   y [N, width], with the dtype of that number in ONNX
 
-A second input, which is not read, is the result of the collective before, where nothing else keeps TensorRT
+A second input, which is not read, is the result of the operator before, where nothing else keeps TensorRT
 from running this one first. All ranks must run them in the same order.
 """
 
@@ -17,45 +19,60 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from llmc.plugins.collectives.spec import ABI_VERSION, ALL_GATHER, ALL_REDUCE, DOMAIN
+from llmc.plugins.collectives.spec import ABI_VERSION, ALL_GATHER, ALL_REDUCE, DOMAIN, RECV, SEND
 from llmc.plugins.lent import Lent
 from llmc.plugins.tensorrt_plugin import Plugin, add_creator
 
 NAMESPACE = DOMAIN
 VERSION = str(ABI_VERSION)
-NAMES = (ALL_REDUCE, ALL_GATHER)
+#: Operator -> its fields in an engine.
+_FIELDS = {
+    ALL_REDUCE: ("ranks", "sequence"),
+    ALL_GATHER: ("ranks", "sequence"),
+    SEND: ("peer", "sequence"),
+    RECV: ("peer", "sequence", "width", "dtype"),
+}
+NAMES = tuple(_FIELDS)
+_ONNX = {1: "fp32", 10: "fp16", 16: "bf16"}  # the number of a type in ONNX -> its name
+_LEAST = {"ranks": 1, "width": 1}  # field -> its smallest value, if that is not 0
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """The node's attributes, as `spec.py` defines them."""
+    """The node's attributes, as `spec.py` defines them. An operator has some of them."""
 
-    ranks: int
-    sequence: int
+    ranks: int = 0
+    sequence: int = 0
+    peer: int = 0
+    #: The columns that are received.
+    width: int = 0
+    #: The number of their dtype in ONNX.
+    dtype: int = 0
 
     @classmethod
     def read(cls, name: str, given: Mapping[str, int]) -> Attributes:
         """Read a node's or an engine's fields. Raises ValueError if they are not those of the operator."""
-        known = {field.name for field in fields(cls)}
-        if given.keys() != known:
+        if given.keys() != set(_FIELDS[name]):
             raise ValueError(f"{DOMAIN}.{name} has the fields {', '.join(sorted(given))}")
-        if given["ranks"] < 1 or given["sequence"] < 0:
+        if any(value < _LEAST.get(field, 0) for field, value in given.items()) or (
+            name == RECV and given["dtype"] not in _ONNX
+        ):
             raise ValueError(f"{DOMAIN}.{name} has the fields {dict(given)}")
         return cls(**given)
 
 
 class Collectives(Protocol):
-    """The collectives that a plugin needs to run, such as `nccl.NcclCollectives`.
+    """The collectives and transfers that a plugin needs to run, such as `nccl.NcclCollectives`.
 
     operation: one of NAMES
     dtype: "fp32", "fp16" or "bf16"
-    source, target: the addresses of the input and the output
-    count: the number of elements of the input
+    source, target: the addresses of the input and the output. A Send has no output, a Recv no input.
+    count: the number of elements of the input, or of what a Recv receives
     """
 
     def run(
@@ -91,11 +108,12 @@ def make_plugins(trt: Any) -> tuple[Any, ...]:
 
 def _make_plugin(trt: Any, name: str) -> Any:
     types = {trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
+    known = {value: key for key, value in types.items()}
 
     class CollectivePlugin(
         Plugin, trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
     ):
-        """One collective."""
+        """One collective or transfer."""
 
         identity = (name, VERSION, NAMESPACE)
         outputs = 1
@@ -103,7 +121,7 @@ def _make_plugin(trt: Any, name: str) -> Any:
         # Build.
 
         def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
-            return [input_types[0]]
+            return [known[_ONNX[self.attributes.dtype]] if name == RECV else input_types[0]]
 
         def get_output_shapes(
             self, inputs: Sequence[Any], shape_inputs: Sequence[Any], expr: Any
@@ -112,6 +130,10 @@ def _make_plugin(trt: Any, name: str) -> Any:
             x = inputs[0]
             if name == ALL_REDUCE:
                 return [trt.DimsExprs(x)]
+            if name == SEND:
+                return [trt.DimsExprs([expr.constant(1)])]
+            if name == RECV:
+                return [trt.DimsExprs([x[0], expr.constant(self.attributes.width)])]
             return [trt.DimsExprs([expr.constant(self.attributes.ranks), x[0], x[1]])]
 
         def supports_format_combination(self, pos: int, in_out: Sequence[Any], num_inputs: int) -> bool:
@@ -119,6 +141,10 @@ def _make_plugin(trt: Any, name: str) -> Any:
             if num_inputs > 2 or tensor.format != trt.TensorFormat.LINEAR:
                 return False
             free = num_inputs == 2 and pos == 1  # the result before may have another type
+            if name == RECV and not free:
+                return bool(
+                    tensor.type == (known[_ONNX[self.attributes.dtype]] if pos else trt.DataType.INT32)
+                )
             return tensor.type in types and (free or tensor.type == in_out[0].desc.type)
 
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -127,7 +153,7 @@ def _make_plugin(trt: Any, name: str) -> Any:
         # Runtime.
 
         def get_fields_to_serialize(self) -> Any:
-            values = {field.name: getattr(self.attributes, field.name) for field in fields(Attributes)}
+            values = {field: getattr(self.attributes, field) for field in _FIELDS[name]}
             self._stored = [np.array([value], np.int32) for value in values.values()]
             return trt.PluginFieldCollection(
                 [
@@ -143,16 +169,13 @@ def _make_plugin(trt: Any, name: str) -> Any:
             del output_desc, workspace
             if self._builds:
                 return
+            x, attributes = input_desc[0], self.attributes
+            count = math.prod(x.dims) * (attributes.width if name == RECV else 1)
+            dtype = _ONNX[attributes.dtype] if name == RECV else types[x.type]
+            source = 0 if name == RECV else inputs[0]
+            target = 0 if name == SEND else outputs[0]
             with _collectives.borrowed() as collectives:
-                collectives.run(
-                    name,
-                    self.attributes,
-                    types[input_desc[0].type],
-                    inputs[0],
-                    outputs[0],
-                    math.prod(input_desc[0].dims),
-                    stream,
-                )
+                collectives.run(name, attributes, dtype, source, target, count, stream)
 
     class CollectiveCreator(trt.IPluginCreatorV3One):
         """Makes the plugin, for a node of the ONNX file or for one stored in an engine."""
@@ -160,7 +183,7 @@ def _make_plugin(trt: Any, name: str) -> Any:
         def __init__(self) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.name, self.plugin_version, self.plugin_namespace = name, VERSION, NAMESPACE
-            described = [trt.PluginField(field.name) for field in fields(Attributes)]
+            described = [trt.PluginField(field) for field in _FIELDS[name]]
             self.field_names = trt.PluginFieldCollection(described)
 
         def create_plugin(self, given_name: str, given: Any, phase: Any) -> Any:

@@ -34,7 +34,8 @@ from llmc.passes.legalize.finalize import serialize
 from llmc.passes.legalize.lower_partial_embedding import LowerPartialEmbedding
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.passes.shard.join import join
-from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, DOMAIN, PARTIAL_EMBEDDING
+from llmc.passes.shard.stages import Stage, plan_stages
+from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, DOMAIN, PARTIAL_EMBEDDING, RECV, SEND
 from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.errors import BuildError, UnsupportedError
@@ -44,13 +45,13 @@ from support.traces import share_traces, trace_once
 needs_tensorrt = pytest.mark.skipif(
     not build.is_installed(target.RTX.library), reason="the package tensorrt-rtx is not installed"
 )
-FAST = ("llama-tiny", 2)
+FAST = {("llama-tiny", 2, 1), ("llama-tiny", 2, 2)}
+#: The family, the ranks of a stage, and the stages.
 every_family = pytest.mark.parametrize(
-    ("name", "ranks"),
+    ("name", "tp", "pp"),
     [
-        pytest.param(name, ranks, marks=() if (name, ranks) == FAST else pytest.mark.slow)
-        for name in DENSE
-        for ranks in (2, 4)
+        pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
+        for case in ((name, tp, pp) for name in DENSE for tp, pp in ((2, 1), (4, 1), (1, 2), (2, 2)))
     ],
 )
 LIMITS = build.EngineLimits(max_seq_len=256, max_tokens=64, max_sequences=4)
@@ -82,21 +83,28 @@ def with_weights(model: ir.Model, checkpoint: Path) -> ir.Model:
     return model
 
 
+def stages(model: ir.Model, pp: int) -> tuple[Stage, ...]:
+    return plan_stages(model, pp) if pp > 1 else ()
+
+
 @every_family
 def test_the_joined_ranks_compute_what_one_rank_does(
-    name: str, ranks: int, checkpoint: Callable[[str], Path], tmp_path: Path
+    name: str, tp: int, pp: int, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """One rank is compared with transformers in test_tensorrt_oracle.py."""
     source = checkpoint(name)
     model = quantized(source, "fp32")
-    parts = [with_weights(part, source) for part in parts_of(model, ranks, "fp32")]
+    parts = [with_weights(part, source) for part in parts_of(model, tp, "fp32", stages(model, pp))]
+    assert len(parts) == tp * pp
     whole = with_weights(model.clone(), source)
     contract.run(whole, pipeline.legalize_tensorrt("fp32"))
     expected = logits(whole, source, tmp_path / "whole.onnx")
-    joined = join(parts)
+    joined = join(parts, tp)
     caches = {str(value.name) for value in joined.graph.inputs if "_cache." in str(value.name)}
-    assert len(caches) == ranks * sum("_cache." in str(value.name) for value in whole.graph.inputs)
+    assert len(caches) == tp * sum("_cache." in str(value.name) for value in whole.graph.inputs)
     for mine, one in zip(logits(joined, source, tmp_path / "ranks.onnx"), expected, strict=True):
+        if tp == 1:
+            np.testing.assert_array_equal(mine, one)
         np.testing.assert_allclose(mine, one, atol=1e-4 * np.abs(one).max())
 
 
@@ -106,6 +114,18 @@ def test_ranks_with_different_collectives_are_not_joined(checkpoint: Callable[[s
     node.attributes["sequence"] = ir.AttrInt64("sequence", 9)
     with pytest.raises(BuildError, match="the ranks have different collectives"):
         join(parts)
+
+
+def test_ranks_that_do_not_receive_what_others_send_are_not_joined(checkpoint: Callable[[str], Path]) -> None:
+    model = quantized(checkpoint("llama-tiny"), "fp32")
+    parts = list(parts_of(model, 1, "fp32", stages(model, 2)))
+    (send,) = [node for node in parts[0].graph if node.op_type == SEND]
+    send.attributes["peer"] = ir.AttrInt64("peer", 0)
+    with pytest.raises(BuildError, match="rank 1 receives what rank 0 does not send"):
+        join(parts, 1)
+    del parts[1]
+    with pytest.raises(BuildError, match="rank 0 sends what rank 0 does not receive"):
+        join(parts, 1)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -178,19 +198,26 @@ def plan_of(part: ir.Model, source: Path, directory: Path) -> tuple[build.BuiltE
 @needs_tensorrt
 @every_family
 def test_every_rank_gets_a_plan(
-    name: str, ranks: int, checkpoint: Callable[[str], Path], tmp_path: Path
+    name: str, tp: int, pp: int, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = checkpoint(name)
-    parts = list(parts_of(quantized(source, "bf16"), ranks, "bf16"))
+    model = quantized(source, "bf16")
+    parts = list(parts_of(model, tp, "bf16", stages(model, pp)))
     layers = zoo.zoo_config(name)["num_hidden_layers"]
+    attention = 0
     for rank, part in enumerate(parts):
         built, plan = plan_of(part, source, tmp_path)
         nodes = Counter(node.op_type for node in part.graph if node.domain == DOMAIN)
-        assert built.attention_layers == layers
-        assert built.collectives == nodes[ALL_REDUCE] + nodes[ALL_GATHER] > layers
+        attention += built.attention_layers
+        reduced = nodes[ALL_REDUCE] + nodes[ALL_GATHER]
+        assert built.collectives == reduced + nodes[SEND] + nodes[RECV] > 0
+        assert tp == 1 or reduced > built.attention_layers
+        assert nodes[SEND] == (rank < tp * (pp - 1))
+        assert nodes[RECV] == (rank >= tp and pp > 1)
         assert plan.count(b"sequence") >= built.collectives
-        if rank and (name, ranks) != FAST:  # a second time, where time does not matter
+        if rank and (name, tp, pp) not in FAST:  # a second time, where time does not matter
             assert plan_of(part, source, tmp_path / "in a directory with a longer name")[1] == plan
+    assert attention == layers * tp
 
 
 @needs_tensorrt

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from llmc.compiler.targets.tensorrt.build import EngineLimits
 from llmc.passes import edit
 from llmc.passes.spec import STRUCTURAL
+from llmc.plugins.collectives.spec import RECV
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 
 
@@ -28,7 +29,7 @@ def activation_bytes(model: ir.Model) -> int:
         read = frozenset[ir.Value]().union(*(holds.get(value, ()) for value in inputs))
         last.update(dict.fromkeys(read, number))
         outputs = node.outputs[:1] if node.op_type == ATTENTION else node.outputs  # caches are in place
-        for output in outputs if inputs else ():
+        for output in outputs if inputs or node.op_type == RECV else ():
             holds[output] = read if node.op_type in STRUCTURAL and read else frozenset((output,))
             last.update(dict.fromkeys(holds[output], number))
     ends: dict[int, int] = {}

@@ -80,7 +80,7 @@ class BuiltEngine:
     plan_bytes: the size of the engine file
     plan_sha256: the hash of the engine file
     attention_layers: the number of attention plugins in the network
-    collectives: the number of collectives in the network
+    collectives: the number of collectives and transfers in the network
     library_version: the version of TensorRT
     seconds: phase -> its duration
     peak_bytes: the peak memory of the child process

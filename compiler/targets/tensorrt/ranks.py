@@ -7,43 +7,58 @@ a weights file, which its plan is built from. The verification runs all ranks as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import onnx_ir as ir
 
 from llmc.compiler.bundle_writer import BundleWriter
-from llmc.compiler.targets.base import WeightSources
+from llmc.compiler.targets.base import Resolved, WeightSources
 from llmc.compiler.weights.write import WEIGHTS_FILE, write_weights
 from llmc.passes import contract, pipeline
 from llmc.passes.contract import PassReport
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.shard.join import join
+from llmc.passes.shard.stages import Stage, plan_stages
 
 RANK_GRAPH, RANK_WEIGHTS = "rank{}.onnx", "weights/model.rank{}.safetensors"
 
 
-def divide(model: ir.Model, ranks: int, dtype: str) -> Iterator[tuple[ir.Model, list[PassReport]]]:
+def stages_of(model: ir.Model, resolved: Resolved) -> tuple[Stage, ...]:
+    """Return the stages of a quantized graph; () if every rank has all layers.
+
+    Raises UnsupportedError if the model has fewer layers.
+    """
+    return plan_stages(model, resolved.pp) if resolved.pp > 1 else ()
+
+
+def divide(
+    model: ir.Model, tp: int, dtype: str, stages: Sequence[Stage] = ()
+) -> Iterator[tuple[ir.Model, list[PassReport]]]:
     """Yield TensorRT's graph of each of several ranks, with the reports of its passes.
 
+    The ranks send the logits outside of their graphs.
+
     model: the quantized graph
+    tp: the ranks of a stage
     dtype: a key of `pipeline.DTYPES`
+    stages: see `stages_of`
 
     Raises UnsupportedError if the model cannot be divided among the ranks.
     """
-    for rank in range(ranks):
+    for rank in range(tp * max(1, len(stages))):
         part = model.clone()
-        yield part, contract.run(part, [*pipeline.shard(rank, ranks), *pipeline.legalize_tensorrt(dtype)])
+        passes = pipeline.shard(rank, tp, stages, logits=False)
+        yield part, contract.run(part, [*passes, *pipeline.legalize_tensorrt(dtype)])
 
 
-def parts_of(model: ir.Model, ranks: int, dtype: str) -> Iterator[ir.Model]:
+def parts_of(model: ir.Model, tp: int, dtype: str, stages: Sequence[Stage] = ()) -> Iterator[ir.Model]:
     """Yield the graphs of `divide`."""
-    return (part for part, _ in divide(model, ranks, dtype))
+    return (part for part, _ in divide(model, tp, dtype, stages))
 
 
 def write_ranks(
     model: ir.Model,
-    ranks: int,
-    dtype: str,
+    resolved: Resolved,
     sources: WeightSources,
     writer: BundleWriter,
     on_bytes: Callable[[int], None],
@@ -58,13 +73,14 @@ def write_ranks(
     def report(done: int) -> None:
         on_bytes(written + done)
 
-    for rank, part in enumerate(parts_of(model, ranks, dtype)):
+    parts = parts_of(model, resolved.tp, resolved.dtype, stages_of(model, resolved))
+    for rank, part in enumerate(parts):
         file = RANK_WEIGHTS.format(rank)
         written += write_weights(part, sources.tensors, writer, report, sources.made, file)
         writer.path(RANK_GRAPH.format(rank)).write_bytes(serialize(part))
     if sources.made:
         whole = model.clone()
-        contract.run(whole, pipeline.legalize_tensorrt(dtype))
+        contract.run(whole, pipeline.legalize_tensorrt(resolved.dtype))
         write_weights(whole, sources.tensors, writer, report, sources.made)
 
 
@@ -73,9 +89,9 @@ def read_ranks(ranks: int, writer: BundleWriter) -> list[ir.Model]:
     return [ir.load(writer.path(RANK_GRAPH.format(rank))) for rank in range(ranks)]
 
 
-def joined(ranks: int, writer: BundleWriter) -> ir.Model:
+def joined(resolved: Resolved, writer: BundleWriter) -> ir.Model:
     """Return the graphs of all ranks as one, for the verification."""
-    return join(read_ranks(ranks, writer))
+    return join(read_ranks(resolved.ranks, writer), resolved.tp)
 
 
 def discard_whole(writer: BundleWriter) -> None:

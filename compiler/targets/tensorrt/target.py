@@ -10,7 +10,7 @@ Everything else is shared. The engine contains the weights, so the bundle keeps 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import onnx_ir as ir
@@ -18,7 +18,7 @@ import onnx_ir as ir
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Clock, Progress
-from llmc.compiler.rank_plan import RankPlan
+from llmc.compiler.rank_plan import Exchange, RankPlan
 from llmc.compiler.request import AUTO, BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import (
@@ -41,6 +41,7 @@ from llmc.compiler.targets.tensorrt.ranks import (
     divide,
     joined,
     read_ranks,
+    stages_of,
     write_ranks,
 )
 from llmc.compiler.weights.write import WEIGHTS_FILE, weight_bytes
@@ -50,7 +51,8 @@ from llmc.passes.geometry import attention_nodes
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.passes.spec import module_of
-from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE
+from llmc.plugins.collectives.spec import SEND
+from llmc.plugins.collectives.tensorrt_plugin import NAMES as COLLECTIVES
 from llmc.plugins.experts.spec import NAME as EXPERTS
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.plugins.paged_attention.spec import SINKS
@@ -107,7 +109,7 @@ class TensorRTTarget:
             sms = _this_gpu(request.sms)
             self._check_gpus(request, dtype, sms)
         tp = 1 if request.tp == AUTO else request.tp
-        return Resolved(request.target, dtype, cache_dtype(request, dtype), sms, tp=tp)
+        return Resolved(request.target, dtype, cache_dtype(request, dtype), sms, tp=tp, pp=request.pp)
 
     def _check_gpus(self, request: BuildRequest, dtype: str, sms: tuple[int, ...]) -> None:
         """Raise UnsupportedError if one of `sms` cannot run the request. Empty `sms`: a portable engine."""
@@ -149,17 +151,24 @@ class TensorRTTarget:
     ) -> list[Pass]:
         """See `Target`. The graph of several ranks is divided first, and each part is legalized alone."""
         del engine, model, tensors  # the engine stores its weights in the dtype that it computes in
-        return pipeline.legalize_tensorrt(resolved.dtype) if resolved.tp == 1 else []
+        return pipeline.legalize_tensorrt(resolved.dtype) if resolved.ranks == 1 else []
 
     def plan_ranks(
         self, resolved: Resolved, engine: str, model: ir.Model, geometry: Geometry
     ) -> Iterator[tuple[RankPlan, list[PassReport]]]:
         """See `Target`. How much memory TensorRT takes for activations is an estimate."""
         del engine
-        parts = divide(model, resolved.tp, resolved.dtype) if resolved.tp > 1 else iter([(model, [])])
+        stages = stages_of(model, resolved)
+        parts: Iterator[tuple[ir.Model, list[PassReport]]] = iter([(model, [])])
+        if resolved.ranks > 1:
+            parts = divide(model, resolved.tp, resolved.dtype, stages)
         for rank, (part, reports) in enumerate(parts):
+            stage = stages[rank // resolved.tp] if stages else None
             activations = activation_bytes(part)
-            plan = rank_plan(rank, part, None, geometry, resolved.kv_dtype, weight_bytes(part), activations)
+            plan = rank_plan(rank, part, stage, geometry, resolved.kv_dtype, weight_bytes(part), activations)
+            if stages and rank == resolved.ranks - resolved.tp:
+                logits = Exchange(SEND, 1, 0, 4 * geometry.vocab_size)  # through the memory of the CPU
+                plan = replace(plan, exchanges=(*plan.exchanges, logits))
             yield plan, reports
 
     def gpus(self, resolved: Resolved) -> tuple[int, ...]:
@@ -177,14 +186,15 @@ class TensorRTTarget:
     ) -> None:
         """See `Target`. The graph and its weights are for the verification and TensorRT's parser."""
         del engine
-        if resolved.tp > 1:
-            write_ranks(model, resolved.tp, resolved.dtype, sources, writer, on_bytes)
+        if resolved.ranks > 1:
+            write_ranks(model, resolved, sources, writer, on_bytes)
         else:
             write_graph(model, sources, writer, on_bytes)
 
     def check_machine(self, resolved: Resolved, sizes: Sizes, clock: Clock) -> None:
         """See `Target`. The plans of several ranks are built one after the other."""
-        needed = tensorrt_build.memory_needed(sizes.weight_bytes // resolved.tp)
+        del resolved
+        needed = tensorrt_build.memory_needed(sizes.rank_bytes)
         available = available_memory()
         clock.progress.note(f"the TensorRT build needs about {needed / 2**30:.1f} GiB of memory")
         if available is not None and needed > available:
@@ -200,8 +210,8 @@ class TensorRTTarget:
         """See `Target`. The loss of a quantized cache is measured separately, with a graph of its own."""
         del engine
         scratch, stand_in = [ORACLE_FILE], _STAND_IN
-        if resolved.tp > 1:
-            model, stand_in = joined(resolved.tp, writer), _STAND_INS
+        if resolved.ranks > 1:
+            model, stand_in = joined(resolved, writer), _STAND_INS
         oracle = oracle_graph(model, resolved.dtype, round_cache=False)
         writer.path(ORACLE_FILE).write_bytes(serialize(oracle))
         if resolved.kv_dtype != resolved.dtype:
@@ -224,15 +234,15 @@ class TensorRTTarget:
     ) -> Artifact:
         del engine
         parts, weights = [model], [WEIGHTS_FILE]
-        if resolved.tp > 1:
+        if resolved.ranks > 1:
             discard_whole(writer)
-            parts = read_ranks(resolved.tp, writer)
-            weights = [RANK_WEIGHTS.format(rank) for rank in range(resolved.tp)]
+            parts = read_ranks(resolved.ranks, writer)
+            weights = [RANK_WEIGHTS.format(rank) for rank in range(resolved.ranks)]
         with clock.phase("compile the GPU kernels"):
             compiled = kernels.compile_into(parts, resolved, writer, clock.progress)
         limits = EngineLimits(sizes.max_seq_len)
-        plans = tuple(PLAN_FILE.format(rank) for rank in range(resolved.tp))
-        with clock.phase("build the TensorRT engine" + ("s" if resolved.tp > 1 else "")):
+        plans = tuple(PLAN_FILE.format(rank) for rank in range(resolved.ranks))
+        with clock.phase("build the TensorRT engine" + ("s" if resolved.ranks > 1 else "")):
             for rank, (part, weights_file, plan) in enumerate(zip(parts, weights, plans, strict=True)):
                 graph = RANK_GRAPH.format(rank)
                 for_parser = to_tensorrt(part).SerializeToString(deterministic=True)
@@ -263,10 +273,10 @@ class TensorRTTarget:
         )
         built = tensorrt_build.build(job, progress)
         writer.add_hash(plan, built.plan_sha256, built.plan_bytes)
-        collectives = sum(node.op_type in (ALL_REDUCE, ALL_GATHER) for node in model.graph)
+        collectives = sum(node.op_type in COLLECTIVES for node in model.graph)
         for kind, made, expected in (
             ("attention plugins", built.attention_layers, len(attention_nodes(model))),
-            ("collectives", built.collectives, collectives),
+            ("collectives and transfers", built.collectives, collectives),
         ):
             if made != expected:
                 raise BuildError(
