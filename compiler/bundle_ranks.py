@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from llmc.compiler.rank_plan import Exchange, RankPlan
 from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, DOMAIN, SEND
@@ -11,7 +11,7 @@ from llmc.runtime.backends.base import LoadOptions
 from llmc.runtime.backends.kv_cache import block_bytes
 from llmc.runtime.backends.native import EXACT_DIGITS
 from llmc.runtime.backends.tensorrt.sizes import geometry_of_rank
-from llmc.runtime.bundle.manifest import Manifest
+from llmc.runtime.bundle.manifest import Manifest, RankRecord
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.bundle.strict_json import DAMAGED
 from llmc.runtime.errors import BundleError
@@ -72,25 +72,35 @@ def _exchanges(program: Program) -> tuple[Exchange, ...]:
 def _of_manifest(manifest: Manifest, rank: int) -> RankPlan:
     """Return a rank of another engine. Its heads are those that `passes/shard/parts.py` gives it."""
     geometry, tp = manifest.geometry, manifest.parallel.tp
+    record = manifest.ranks[rank] if manifest.ranks else RankRecord(0, geometry.num_layers, ())
+    geometry = replace(geometry, layers=geometry.layers[record.first : record.stop])
+    place = rank % tp
     kv_heads = [
-        layer.num_kv_heads // tp + (rank < layer.num_kv_heads % tp) if layer.num_kv_heads >= tp else 1
+        layer.num_kv_heads // tp + (place < layer.num_kv_heads % tp) if layer.num_kv_heads >= tp else 1
         for layer in geometry.layers
     ]
     part = geometry_of_rank(geometry, kv_heads, tp)
-    counts = {operator.name: operator.count for operator in manifest.operators}
     gpu = manifest.gpu is not None
     return RankPlan(
         rank,
-        0,
-        geometry.num_layers,
+        record.first,
+        record.stop,
         part.num_heads,
         part.num_kv_heads,
         manifest.files[manifest.engines[rank].file].bytes if gpu else manifest.weights.bytes,
         block_bytes(part, manifest.precision.kv_dtype),
         None,
-        tuple(
-            Exchange(operation, counts[f"{DOMAIN}.{operation}"], None, None)
-            for operation in (ALL_REDUCE, ALL_GATHER)
-            if f"{DOMAIN}.{operation}" in counts
-        ),
+        tuple(Exchange(**asdict(each)) for each in record.exchanges)
+        if manifest.ranks
+        else _counted(manifest),
+    )
+
+
+def _counted(manifest: Manifest) -> tuple[Exchange, ...]:
+    """Return the collectives of a bundle of format 4, whose bytes are unknown."""
+    counts = {operator.name: operator.count for operator in manifest.operators}
+    return tuple(
+        Exchange(operation, counts[f"{DOMAIN}.{operation}"], None, None)
+        for operation in (ALL_REDUCE, ALL_GATHER)
+        if f"{DOMAIN}.{operation}" in counts
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -15,11 +16,13 @@ from llmc import __version__
 from llmc.compiler.build_key import source_name
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.plan import BuildPlan
+from llmc.compiler.rank_plan import RankPlan
 from llmc.compiler.targets.base import Artifact
 from llmc.compiler.weights import write
 from llmc.plugins.operator import DOMAIN, OPERATORS
 from llmc.runtime.bundle.manifest import (
     Engine,
+    ExchangeRecord,
     Limits,
     Manifest,
     Operator,
@@ -27,6 +30,7 @@ from llmc.runtime.bundle.manifest import (
     PassRecord,
     Precision,
     Producer,
+    RankRecord,
     Source,
     Tokens,
     Verification,
@@ -54,6 +58,7 @@ def manifest(
     quantization: the record of `quantize.step.record`; None if the weights are not quantized
     """
     resolved = plan.resolved
+    ranks = _ranks(plan.ranks) if artifact.gpu and resolved.ranks > 1 else None
     parallel = Parallel(tp=resolved.tp, pp=resolved.pp, world_size=resolved.ranks)
     architectures = checkpoint.config.get("architectures") or ["unknown"]
     config = json.dumps(checkpoint.config, sort_keys=True).encode()
@@ -87,7 +92,18 @@ def manifest(
         gpu=artifact.gpu,
         sampling=plan.checkpoint.sampling,
         parallel=parallel,
-        format_version=oldest_format(parallel, gpu=artifact.gpu, sampling=plan.checkpoint.sampling),
+        ranks=ranks,
+        format_version=oldest_format(
+            parallel, gpu=artifact.gpu, sampling=plan.checkpoint.sampling, ranks=ranks
+        ),
+    )
+
+
+def _ranks(ranks: Sequence[RankPlan]) -> tuple[RankRecord, ...]:
+    """Return what the ranks of TensorRT engines have and exchange, which their engines do not tell."""
+    return tuple(
+        RankRecord(rank.first, rank.stop, tuple(ExchangeRecord(**asdict(each)) for each in rank.exchanges))
+        for rank in ranks
     )
 
 

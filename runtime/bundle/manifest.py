@@ -1,4 +1,4 @@
-"""The manifest of a bundle, formats 1 to 4: frozen dataclasses, a strict reader and a deterministic writer.
+"""The manifest of a bundle, formats 1 to 5: frozen dataclasses, a strict reader and a deterministic writer.
 
 The dataclasses are the schema: `strict_json.decode` reads their type hints, so each field is declared once.
 FORMAT.md documents each field. Every rule holds in both directions: `to_json` does not write a manifest that
@@ -20,9 +20,9 @@ from llmc.runtime.bundle.strict_json import DAMAGED, decode, no_constants, plain
 from llmc.runtime.errors import BundleError
 from llmc.runtime.installation import upgrade_hint
 
-FormatVersion = Literal[1, 2, 3, 4]
-FORMAT_VERSION: Final = 4
-_ADDED_IN: Final = {"gpu": 2, "sampling": 3}  # field -> the first format that has it
+FormatVersion = Literal[1, 2, 3, 4, 5]
+FORMAT_VERSION: Final = 5
+_ADDED_IN: Final = {"gpu": 2, "sampling": 3, "ranks": 5}  # field -> the first format that has it
 _RANKS_IN: Final = 4  # the first format of bundles with several ranks
 MANIFEST_NAME = "manifest.json"
 SEAL = "manifest_sha256"  # the one field that is not in the dataclasses
@@ -291,6 +291,29 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class ExchangeRecord:
+    """What a rank gives to one kind of collective, or sends to other ranks, in a step."""
+
+    operation: Literal["AllReduce", "AllGather", "Send"]
+    #: How many of them a step has.
+    count: Positive
+    #: The bytes for each token of the step, all together.
+    token_bytes: Count
+    #: The bytes for each row of logits, all together.
+    logits_bytes: Count
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """What one of several ranks has and exchanges."""
+
+    #: Its layers: first .. stop - 1.
+    first: Count
+    stop: Positive
+    exchanges: tuple[ExchangeRecord, ...]
+
+
+@dataclass(frozen=True)
 class Weights:
     """The weight files."""
 
@@ -334,6 +357,8 @@ class Manifest:
     gpu: Gpu | None = None
     #: None: the checkpoint has no sampling defaults.
     sampling: Sampling | None = None
+    #: Several ranks of TensorRT only, which bundles of format 4 lack. Programs say it for the native engine.
+    ranks: tuple[RankRecord, ...] | None = None
     #: The oldest format that has all the fields in use.
     format_version: FormatVersion = 1
 
@@ -424,6 +449,29 @@ def _refuse_newer(tree: Any) -> None:
     raise BundleError(f"bundle format {shown(version)} {message}; {known}", hint)
 
 
+def _check_ranks(manifest: Manifest) -> None:
+    """Check the layers of the ranks of TensorRT engines."""
+    records, parallel = manifest.ranks, manifest.parallel
+    if records is None:
+        if parallel.pp > 1 and manifest.gpu is not None:
+            _bad("ranks", f"missing for the pipeline stages of {manifest.target.engine}")
+        return
+    if manifest.gpu is None or parallel.world_size == 1:
+        _bad("ranks", "given for a bundle that is not one of several ranks with TensorRT engines")
+    if len(records) != parallel.world_size:
+        _bad("ranks", f"has {len(records)} ranks, parallel.world_size is {parallel.world_size}")
+    begin = stop = 0
+    for rank, record in enumerate(records):
+        if rank % parallel.tp == 0:
+            begin, stop = stop, record.stop
+        if not (record.first, record.stop) == (begin, stop) or begin >= stop:
+            _bad(f"ranks[{rank}]", f"has the layers {record.first} to {record.stop}, not those of its stage")
+        if len({exchange.operation for exchange in record.exchanges}) != len(record.exchanges):
+            _bad(f"ranks[{rank}].exchanges", "an operation is listed twice")
+    if stop != manifest.geometry.num_layers:
+        _bad("ranks", f"have {stop} layers, num_layers is {manifest.geometry.num_layers}")
+
+
 def _check_consistent(manifest: Manifest) -> None:
     """Check the rules that involve more than one field."""
     geometry, verification, weights = manifest.geometry, manifest.verification, manifest.weights
@@ -452,8 +500,7 @@ def _check_consistent(manifest: Manifest) -> None:
         _bad("parallel.world_size", "is not the product of tp, pp and ep")
     if manifest.parallel.world_size > 1 and manifest.target.engine in _ONE_RANK:
         _bad("parallel", f"{manifest.target.engine} runs one rank only")
-    if manifest.parallel.pp > 1 and manifest.gpu is not None:
-        _bad("parallel.pp", f"{manifest.target.engine} has no pipeline stages")
+    _check_ranks(manifest)
     ranks = [engine.rank for engine in manifest.engines]
     if len(ranks) != manifest.parallel.world_size or ranks != list(range(len(ranks))):
         _bad("engines", f"must list ranks 0 to {manifest.parallel.world_size - 1} in order")

@@ -289,10 +289,11 @@ def test_what_cannot_be_divided_is_refused(
         {"quant": "mxfp4", "sms": (120,)},
     ],
 )
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (1, 2), (2, 2)])
 def test_all_ranks_are_verified_and_built(
     options: dict[str, Any],
-    ranks: int,
+    tp: int,
+    pp: int,
     checkpoint: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -300,30 +301,47 @@ def test_all_ranks_are_verified_and_built(
     """The verification compares the joined graphs with transformers, on the same quantized weights."""
     share_traces(monkeypatch)
     source = str(checkpoint("qwen3-tiny"))
-    request = BuildRequest(source, tmp_path / "x.llmc", target="tensorrt-rtx", tp=ranks, **options)
+    request = BuildRequest(source, tmp_path / "x.llmc", target="tensorrt-rtx", tp=tp, pp=pp, **options)
     manifest = compile_model(request).manifest
     assert manifest.verification.status == "passed"
     assert "joined" in manifest.verification.details["compared"]
-    assert [engine.file for engine in manifest.engines] == [f"engines/rank{r}.plan" for r in range(ranks)]
-    counts = {operator.name: operator.count for operator in manifest.operators}
-    assert counts["llmc.AllReduce"] == 5  # the embedding, and two a layer
-    assert counts["llmc.AllGather"] == 1
+    assert [engine.file for engine in manifest.engines] == [f"engines/rank{r}.plan" for r in range(tp * pp)]
+    counts = {operator.name: operator.count for operator in manifest.operators}  # of rank 0
+    if tp > 1:
+        assert counts["llmc.AllReduce"] == (5 if pp == 1 else 3)  # the embedding, and two a layer
+    assert counts.get("llmc.AllGather", 0) == (tp > 1 and pp == 1)
+    assert counts.get("llmc.Send", 0) == (pp > 1)
     assert "llmc.PartialEmbedding" not in counts
     passes = {report.name: report.matches for report in manifest.passes}
-    assert passes["shard"] == 9  # linear layers: four a layer, and lm_head
-    assert passes["widen-logits"] == 1
+    if tp > 1:
+        assert passes["shard"] == 9  # linear layers: four a layer, and lm_head
+    assert passes["widen-logits"] == (pp == 1)
     folders = {path.partition("/")[0] for path in manifest.files if "/" in path}
     assert folders <= {"engines", "kernels", "tokenizer"}  # the plans contain the weights
     said = subprocess.run(
         [sys.executable, "-m", "llmc", "inspect", str(request.output)], capture_output=True, text=True
     )
-    assert "5 AllReduce and 1 AllGather a step" in said.stdout, said.stdout + said.stderr
-    heads = {2: "2 heads", 4: "1 head"}[ranks]
+    assert manifest.ranks is not None
+    assert [(rank.first, rank.stop) for rank in manifest.ranks] == [
+        (stage * 2 // pp, (stage + 1) * 2 // pp) for stage in range(pp) for _ in range(tp)
+    ]
+    width, vocabulary = manifest.geometry.hidden_size, manifest.geometry.vocab_size
+    if (tp, pp) == (2, 1):  # in 16 bits
+        assert (
+            f"5 AllReduce and 1 AllGather a step; a rank gives {5 * 2 * width} bytes for a token and "
+            f"{vocabulary} bytes for a row of logits"
+        ) in said.stdout, said.stdout + said.stderr
+    if pp > 1:
+        assert f"{2 * width} bytes for a token to the next stage" in said.stdout, said.stdout + said.stderr
+        assert f"{4 * vocabulary / 1024:.1f} KiB for a row of logits to rank 0" in said.stdout
+    heads = {1: "4 heads", 2: "2 heads", 4: "1 head"}[tp]
+    kv_heads = "2 KV heads" if tp == 1 else "1 KV head"
+    shown_layers = "layers 0-1" if pp == 1 else r"layer [01]"
     # Ranks whose plans are of different sizes have different lines.
-    line = rf"^ranks? (\d)(?:-(\d))? +layers 0-1, {heads}, 1 KV head; "
+    line = rf"^ranks? (\d)(?:-(\d))? +{shown_layers}, {heads}, {kv_heads}; "
     runs = re.findall(line, said.stdout, re.MULTILINE)
     shown = [rank for first, last in runs for rank in range(int(first), int(last or first) + 1)]
-    assert shown == list(range(ranks)), said.stdout
+    assert shown == list(range(tp * pp)), said.stdout
     if not options:
         second = compile_model(dataclasses.replace(request, output=tmp_path / "y.llmc")).manifest
         assert json.loads(second.to_json()) == json.loads(manifest.to_json())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llmc.runtime.bundle.manifest import (
     MAX_MANIFEST_BYTES,
     Engine,
+    ExchangeRecord,
     FileRecord,
     Geometry,
     Gpu,
@@ -26,6 +27,7 @@ from llmc.runtime.bundle.manifest import (
     PassRecord,
     Precision,
     Producer,
+    RankRecord,
     Sampling,
     Source,
     Target,
@@ -167,7 +169,7 @@ def test_a_gpu_engine_is_described_fully_or_not_at_all(changes, expected):
         dataclasses.replace(gpu_example(), **changes).to_json()
 
 
-@pytest.mark.parametrize("field", ["gpu", "sampling"])
+@pytest.mark.parametrize("field", ["gpu", "sampling", "ranks"])
 def test_format_1_has_no_later_field(field):
     tree = {**example_tree(), field: None}
     assert f"{field}: unknown field" in fault(sealed(tree))
@@ -292,11 +294,75 @@ def test_ranks_that_are_refused(changes, expected):
     with pytest.raises(BundleError, match=re.escape(expected)):
         changed.to_json()
     tree = dataclasses.asdict(changed)
+    del tree["ranks"]
     if changed.format_version < 3:
         del tree["sampling"]
     if changed.format_version < 2:
         del tree["gpu"]
     assert expected in fault(sealed(tree))
+
+
+def records_example():
+    """Two stages of two ranks with TensorRT engines."""
+    on_a_gpu = gpu_example()
+    plans = [f"engines/rank{rank}.plan" for rank in range(4)]
+    kernels = {kernel.file: on_a_gpu.files[kernel.file] for kernel in on_a_gpu.gpu.kernels}
+    ranks = [
+        RankRecord(0, 1, (ExchangeRecord("AllReduce", 3, 96, 0), ExchangeRecord("Send", 1, 32, 0))),
+        RankRecord(1, 2, (ExchangeRecord("AllReduce", 2, 64, 0), ExchangeRecord("Send", 1, 0, 1024))),
+    ]
+    return dataclasses.replace(
+        on_a_gpu,
+        format_version=5,
+        parallel=Parallel(tp=2, pp=2, world_size=4),
+        engines=tuple(Engine(rank, file) for rank, file in enumerate(plans)),
+        weights=Weights((), 0, "bf16"),
+        ranks=(ranks[0], ranks[0], ranks[1], ranks[1]),
+        files={**kernels, **{plan: FileRecord(640, ZERO) for plan in plans}},
+    )
+
+
+def test_format_5_adds_what_the_ranks_of_tensorrt_have():
+    example = records_example()
+    data = example.to_json()
+    assert Manifest.from_json(data) == example
+    assert json.loads(data)["ranks"][3]["exchanges"][1] == {
+        "operation": "Send",
+        "count": 1,
+        "token_bytes": 0,
+        "logits_bytes": 1024,
+    }
+
+
+STAGES = records_example().ranks
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"ranks": None, "format_version": 4}, "ranks: missing for the pipeline stages of tensorrt-rtx"),
+        ({"format_version": 4}, "format_version: 4 does not fit: the fields in use need 5"),
+        ({"ranks": STAGES[:3]}, "ranks: has 3 ranks, parallel.world_size is 4"),
+        ({"ranks": STAGES[:2] * 2}, "ranks[2]: has the layers 0 to 1, not those of its stage"),
+        ({"ranks": STAGES[::2] * 2}, "ranks[1]: has the layers 1 to 2, not those of its stage"),
+        (
+            {"ranks": (*STAGES[:2], *[dataclasses.replace(STAGES[2], stop=3)] * 2)},
+            "ranks: have 3 layers, num_layers is 2",
+        ),
+        (
+            {"ranks": (*STAGES[:3], dataclasses.replace(STAGES[3], exchanges=STAGES[3].exchanges * 2))},
+            "ranks[3].exchanges: an operation is listed twice",
+        ),
+        (
+            {"parallel": Parallel(), "engines": records_example().engines[:1], "ranks": STAGES[:1]},
+            "ranks: given for a bundle that is not one of several ranks",
+        ),
+    ],
+)
+def test_ranks_of_tensorrt_that_are_refused(changes, expected):
+    changed = dataclasses.replace(records_example(), **changes)
+    with pytest.raises(BundleError, match=re.escape(expected)):
+        changed.to_json()
 
 
 def test_order_of_construction_does_not_show():
@@ -314,8 +380,8 @@ def test_an_integer_where_a_number_belongs_is_written_as_a_number():
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        (("format_version",), 0, "format_version: must be 1 or 2 or 3 or 4, got 0"),
-        (("format_version",), True, "format_version: must be 1 or 2 or 3 or 4, got True"),
+        (("format_version",), 0, "format_version: must be 1 or 2 or 3 or 4 or 5, got 0"),
+        (("format_version",), True, "format_version: must be 1 or 2 or 3 or 4 or 5, got True"),
         (("producer",), [], "producer: must be an object, got a list"),
         (("source", "config_sha256"), "ABC", "source.config_sha256: must be 64 lowercase hexadecimal digits"),
         (
@@ -432,17 +498,17 @@ def test_another_spelling_is_refused(spelling):
 
 
 def test_a_newer_format_names_the_llmc_it_needs():
-    newer = {"format_version": 5, "producer": {"llmc": "9.1.0", "new": 1}, "anything": [1]}
+    newer = {"format_version": 6, "producer": {"llmc": "9.1.0", "new": 1}, "anything": [1]}
     with pytest.raises(BundleError) as caught:
         Manifest.from_json(json.dumps(newer).encode())
-    assert caught.value.message == "bundle format 5 needs llmc >= 9.1.0; this llmc reads formats 1 to 4"
+    assert caught.value.message == "bundle format 6 needs llmc >= 9.1.0; this llmc reads formats 1 to 5"
     assert caught.value.hint == upgrade_hint("9.1.0")
 
 
 @pytest.mark.parametrize("producer", [None, {}, {"llmc": 3}, {"llmc": "1; rm -rf /"}])
 def test_a_newer_format_with_an_odd_producer(producer):
-    message = fault(json.dumps({"format_version": 5, "producer": producer}).encode())
-    assert message.startswith("bundle format 5 needs a newer llmc")
+    message = fault(json.dumps({"format_version": 6, "producer": producer}).encode())
+    assert message.startswith("bundle format 6 needs a newer llmc")
 
 
 @pytest.mark.parametrize(
