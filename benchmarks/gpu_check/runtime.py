@@ -307,7 +307,8 @@ def collectives_in_a_graph(seed: int) -> list[str]:
 
     They leave the numbers of a single rank as they are. Raises Absent without NCCL.
     """
-    from llmc.plugins.collectives.tensorrt_plugin import NAMES, Attributes
+    from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE
+    from llmc.plugins.collectives.tensorrt_plugin import Attributes
     from llmc.runtime.backends.tensorrt.cuda import Cuda
     from llmc.runtime.backends.tensorrt.nccl import Nccl, NcclCollectives, unique_id
     from llmc.runtime.errors import BackendError
@@ -318,12 +319,13 @@ def collectives_in_a_graph(seed: int) -> list[str]:
     except BackendError as error:
         raise Absent(error.message) from error
     rng, count, problems = np.random.default_rng(seed), 4096, []
+    names = (ALL_REDUCE, ALL_GATHER)
     dtypes = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes
     with ExitStack() as owned:
         cuda = Cuda()
         owned.callback(cuda.close)
         identity = unique_id(nccl, thread_group(1)[0])
-        collectives = NcclCollectives(nccl, 1, 0, identity, len(NAMES), cuda.make_current)
+        collectives = NcclCollectives(nccl, 1, 0, identity, len(names), cuda.make_current)
         owned.callback(collectives.close)
         host = cuda.pinned(4 * count)
         source, between, target = (cuda.allocate(4 * count) for _ in range(3))
@@ -331,7 +333,7 @@ def collectives_in_a_graph(seed: int) -> list[str]:
         def run(dtype: str) -> None:
             collectives.begin()
             places = (source, between, target)
-            for number, name in enumerate(NAMES):
+            for number, name in enumerate(names):
                 collectives.run(name, Attributes(1, number), dtype, *places[number:][:2], count, cuda.stream)
             collectives.end()
 

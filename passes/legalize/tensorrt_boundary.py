@@ -30,6 +30,7 @@ import onnx_graphsurgeon as gs
 import onnx_ir as ir
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from llmc.passes.shard.stages import unread_inputs
 from llmc.passes.spec import MODULE
 from llmc.plugins.collectives import spec as collectives
 from llmc.plugins.operator import DOMAIN, OPERATORS
@@ -57,6 +58,8 @@ def to_tensorrt(model: ir.Model) -> onnx.ModelProto:
     G_LOGGER.severity = G_LOGGER.ERROR  # graphsurgeon warns of every type that numpy lacks
     graph = gs.import_onnx(source)
     graph.functions.clear()
+    lacks = unread_inputs(model)
+    graph.inputs = [value for value in graph.inputs if value.name not in lacks]
     _order_exchanges(graph)
     for node in list(graph.nodes):
         if node.domain == DOMAIN:

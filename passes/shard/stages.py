@@ -282,3 +282,15 @@ def _send(graph: ir.Graph, value: ir.Value, peer: int, sequence: int) -> ir.Valu
 def rows_are_logits(value: ir.Value) -> bool:
     """Return whether a value has one row for each row of logits, not for each token."""
     return value.shape is not None and str(value.shape[0]) == ROWS
+
+
+def unread_inputs(model: ir.Model) -> set[str]:
+    """Return the names of the step's inputs that a pipeline stage on a GPU does not read.
+
+    A stage that receives reads the number of tokens from `input_ids`.
+    """
+    transfers = {node.op_type for node in model.graph} & {spec.SEND, spec.RECV}
+    if not transfers:
+        return set()
+    unread = {str(value.name) for value in model.graph.inputs if not list(value.uses())}
+    return unread - ({_TOKENS} if spec.RECV in transfers else set())

@@ -17,6 +17,7 @@ from llmc.compiler.child_process import Child
 from llmc.compiler.progress import Progress
 from llmc.compiler.targets.tensorrt.errors import REPORT
 from llmc.passes import edit
+from llmc.passes.shard.stages import unread_inputs
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.batch import STEP_INPUTS
 from llmc.runtime.errors import BuildError
@@ -116,7 +117,10 @@ def profile(model: ir.Model, limits: EngineLimits) -> dict[str, Range]:
     }
     most["S_plus_1"] = limits.max_sequences + 1
     ranges: dict[str, Range] = {}
+    unread = unread_inputs(model)
     for value in model.graph.inputs:
+        if value.name in unread:
+            continue
         axis = "blocks" if "_cache." in str(value.name) else STEP_INPUTS.get(str(value.name))
         first, *rest = edit.dims(value)
         if axis is None or first != -1 or -1 in rest:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from llmc.plugins.collectives.spec import DOMAIN
-from llmc.plugins.collectives.tensorrt_plugin import NAMES as COLLECTIVES
 from llmc.plugins.cuda.driver import CudaError
 from llmc.plugins.cuda.kernel import KernelImage, Kernels
 from llmc.plugins.paged_attention import launch, spec
@@ -23,17 +22,29 @@ from llmc.runtime.backends.tensorrt.bindings import LOGITS, bind
 from llmc.runtime.backends.tensorrt.checks import Device, Step
 from llmc.runtime.backends.tensorrt.cuda import Cuda, Graph
 from llmc.runtime.backends.tensorrt.engine import Context, LoadedEngine
-from llmc.runtime.backends.tensorrt.nccl import NcclCollectives, Rank, smallest, unique_id
+from llmc.runtime.backends.tensorrt.nccl import NcclCollectives, Neighbors, unique_id
 from llmc.runtime.backends.tensorrt.sampling import TokenSampler
+from llmc.runtime.backends.tensorrt.stages import (
+    LOGITS as LOGITS_TRANSFER,
+)
+from llmc.runtime.backends.tensorrt.stages import (
+    Place,
+    Rank,
+    exchanges_of,
+    id_of_all,
+    smallest_of_all,
+)
 from llmc.runtime.backends.tensorrt.step import bucket_of, buckets, room
 from llmc.runtime.backends.tensorrt.step_arrays import StepArrays
-from llmc.runtime.batch import STEP_INPUTS, Batch
+from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import KernelFile, Manifest
 from llmc.runtime.errors import BackendError
 
+_SENT_BYTES = 256  # for an output of one number that nobody reads
+
 
 class TensorRtBackend:
-    """A TensorRT engine, its attention kernels and its paged KV cache, on one GPU.
+    """A TensorRT engine, its attention kernels and its paged KV cache, on one GPU. See also `StageBackend`.
 
     Steps with one new token per sequence run as CUDA graphs, from the second step of each bucket (`step.py`).
     Other steps are launched kernel by kernel. TensorRT requires a separate context for each graph. All
@@ -57,6 +68,8 @@ class TensorRtBackend:
         self._decoders: dict[int, Callable[[], None]] = {}
         self._sampler: TokenSampler | None = None
         self._collectives: NcclCollectives | None = None
+        self._place = rank.place if rank else Place(0, 1, 1)
+        self._communicator = rank.communicator if rank else None
         try:
             with _as_backend_error("cannot load the engine"):
                 self._load(manifest, directory, device, step, kv_memory, rank)
@@ -72,7 +85,7 @@ class TensorRtBackend:
         rank: Rank | None,
     ) -> None:  # fmt: skip
         assert manifest.gpu is not None
-        file, geometry = manifest.engines[rank.communicator.rank if rank else 0].file, manifest.geometry
+        file, geometry = manifest.engines[self._place.number].file, manifest.geometry
         cuda = self._cuda = Cuda(rank.gpu if rank else 0)
         self._owned.callback(cuda.close)  # freed in reverse order: graphs, contexts, engine, kernels, memory
         chosen = checks.choose_kernels(manifest.gpu.kernels, device)
@@ -85,27 +98,37 @@ class TensorRtBackend:
             device,
         )
         self._owned.callback(engine.close)
-        table = bind(engine.tensors(), manifest)
+        table = bind(engine.tensors(), manifest, self._place)
         if rank:
             self._collectives = self._meet(manifest, rank)
             own = [cache.block_shape[0] for cache in table.caches[::2]]
-            geometry = sizes.geometry_of_rank(geometry, own, rank.communicator.size)
+            if manifest.ranks:
+                record = manifest.ranks[self._place.number]
+                geometry = replace(geometry, layers=geometry.layers[record.first : record.stop])
+            geometry = sizes.geometry_of_rank(geometry, own, self._place.tp)
         self._owned.callback(self._contexts.clear)
 
         self._max_seq_len = manifest.limits.max_seq_len
         maximum = room(step.max_tokens, step.max_sequences, self._max_seq_len)
-        if small := [name for name in STEP_INPUTS if maximum[name] > table.step[name]]:
+        if small := [name for name, most in table.step.items() if maximum[name] > most]:
             raise BackendError(
                 f"the engine takes {table.step[small[0]]} {small[0]}, {maximum[small[0]]} are asked for",
                 "lower max_batch_tokens or max_sequences",
             )
         self._step_arrays = StepArrays(cuda, maximum)
-        self._addresses = dict(self._step_arrays.addresses)
+        self._step_inputs = tuple(table.step)
+        self._addresses = {name: self._step_arrays.addresses[name] for name in self._step_inputs}
         logits_bytes = 4 * step.max_sequences * table.vocab_size
-        self._logits = cuda.pinned(logits_bytes).view(np.float32).reshape(-1, table.vocab_size)
-        self._addresses[LOGITS] = cuda.allocate(logits_bytes)
+        #: Of the last stage, and of rank 0.
+        self._logits = np.empty((0, table.vocab_size), np.float32)
+        if table.has_logits or self._place.number == 0:
+            self._logits = cuda.pinned(logits_bytes).view(np.float32).reshape(-1, table.vocab_size)
+        if table.has_logits:
+            self._addresses[LOGITS] = cuda.allocate(logits_bytes)
+        if table.sent:
+            self._addresses |= dict.fromkeys(table.sent, cuda.allocate(_SENT_BYTES))
         sampling = checks.choose_sampling_kernels(manifest.gpu.kernels, device)
-        if sampling and table.vocab_size <= MAX_VOCAB:
+        if sampling and table.vocab_size <= MAX_VOCAB and self._place.pp == 1:
             images = (_image(directory, file) for file in sampling)
             self._sampler = TokenSampler(cuda, images, self._addresses[LOGITS], self._logits)
             self._owned.callback(self._sampler.close)
@@ -127,13 +150,13 @@ class TensorRtBackend:
         # The KV cache gets the remaining memory.
         free, total = cuda.free_memory()
         if kv_memory is not None and rank:
-            kv_memory //= rank.communicator.size
+            kv_memory //= self._place.size
         self.num_blocks = sizes.cache_blocks(
             table.block_bytes, free=free, total=total, kv_memory=kv_memory, useful=maximum["block_indices"],
             most=table.max_blocks,
         )  # fmt: skip
         if rank:
-            self.num_blocks = smallest(self.num_blocks, rank.communicator)
+            self.num_blocks = smallest_of_all(self.num_blocks, rank.communicator, self._place)
         self._fixed_shapes: dict[str, tuple[int, ...]] = {"block_indices": (maximum["block_indices"],)}
         for cache in table.caches:
             address = cuda.allocate(self.num_blocks * cache.block_bytes)
@@ -143,14 +166,19 @@ class TensorRtBackend:
         self._owned.callback(_drop, self._graphs)
 
     def _meet(self, manifest: Manifest, rank: Rank) -> NcclCollectives:
-        """Return the communicator of this rank on the GPUs. Raises BackendError and RankError."""
-        communicator, nccl = rank.communicator, rank.nccl
-        identity = unique_id(nccl, communicator)
-        names = {f"{DOMAIN}.{name}" for name in COLLECTIVES}
-        count = sum(operator.count for operator in manifest.operators if operator.name in names)
+        """Return the communicators of this rank on the GPUs. Raises BackendError and RankError."""
+        communicator, nccl, place = rank.communicator, rank.nccl, self._place
+        count, neighbors = exchanges_of(manifest, place), None
+        if place.pp > 1:
+            everyone = id_of_all(nccl, communicator, place)
+            neighbors = Neighbors(
+                everyone, place.number, place.size, place.before, count.receives, place.behind, count.sends
+            )
+        identity = unique_id(nccl, communicator) if place.tp > 1 else b""
         collectives = NcclCollectives(
-            nccl, communicator.size, communicator.rank, identity, count, self._cuda.make_current
-        )
+            nccl, communicator.size, communicator.rank, identity, count.collectives, self._cuda.make_current,
+            neighbors=neighbors,
+        )  # fmt: skip
         self._owned.callback(collectives.close)
         return collectives
 
@@ -159,12 +187,36 @@ class TensorRtBackend:
 
         Nobody reads those of a rank above 0, which returns an array with other contents.
         """
+        self.begin(batch)
+        rows = len(batch.logits_index)
+        return self._logits[:rows] if self._place.number else self.finish(0, rows)
+
+    def begin(self, batch: Batch) -> None:
+        """See `StageBackend`. Returns when the GPU has computed this stage's part of the step.
+
+        Sending waits for the next stage, which may still compute the step before.
+        """
         logits = self._logits[: len(batch.logits_index)]
+        owns_logits = self._place.number == self._place.owner
         with self._step():
             self._run(batch)
-            if len(logits) and not (self._collectives and self._collectives.rank):
+            if len(logits) and owns_logits:
                 self._cuda.download(self._addresses[LOGITS], logits)
-        return logits
+        if owns_logits and self._place.number:
+            assert self._communicator is not None
+            self._communicator.send(logits, 0, LOGITS_TRANSFER)
+
+    def finish(self, first: int, rows: int) -> np.ndarray:
+        """See `StageBackend`. Without stages, the logits of `begin` are there."""
+        if first + rows > len(self._logits):
+            raise BackendError(
+                f"the step needs {first + rows} rows of logits, the engine was loaded for {len(self._logits)}",
+                "raise max_sequences",
+            )
+        if self._place.owner:
+            assert self._communicator is not None
+            self._communicator.receive(self._logits[first : first + rows], self._place.owner, LOGITS_TRANSFER)
+        return self._logits[: first + rows]
 
     @contextlib.contextmanager
     def _step(self) -> Iterator[None]:
@@ -196,7 +248,7 @@ class TensorRtBackend:
         lengths = self._step_arrays.upload(batch, bucket)
         if bucket is None:
             self._launcher.begin(batch.query_start, batch.past_lengths)
-            self._contexts[0].bind({}, _step_shapes(lengths))
+            self._contexts[0].bind({}, self._step_shapes(lengths))
             self._contexts[0].run(self._launcher, self._cuda.stream, self._collectives)
         elif bucket in self._decoders:
             self._decoders[bucket]()
@@ -209,7 +261,7 @@ class TensorRtBackend:
         In the first run TensorRT and CUDA compile and load whatever they cannot during a capture. If the GPU
         has no memory for a separate context, the bucket's steps run in the context that takes every shape.
         """
-        shapes = _step_shapes(lengths)
+        shapes = self._step_shapes(lengths)
         longest = sizes.longest_decode(bucket, self._max_seq_len)
 
         def run(context: Context) -> None:
@@ -243,6 +295,10 @@ class TensorRtBackend:
                 return graph.launch
         _warn_without_graph(bucket, reason)
         return partial(run, context)
+
+    def _step_shapes(self, lengths: dict[str, int]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the engine's inputs that a step changes."""
+        return {name: (lengths[name],) for name in self._step_inputs if name != "block_indices"}
 
     def _wait(self) -> None:
         if self._collectives:
@@ -294,10 +350,6 @@ def _drop(graphs: list[Graph]) -> None:
 
 def _warn_without_graph(bucket: int, reason: str) -> None:
     warnings.warn(f"steps of {bucket} sequences go without a CUDA graph: {reason}", stacklevel=3)
-
-
-def _step_shapes(lengths: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    return {name: (length,) for name, length in lengths.items() if name != "block_indices"}
 
 
 def _image(directory: Path, file: KernelFile) -> KernelImage:

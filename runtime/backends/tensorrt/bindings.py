@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from llmc.plugins.collectives.spec import SENT
 from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES
+from llmc.runtime.backends.tensorrt.stages import Place, exchanges_of
 from llmc.runtime.batch import STEP_INPUTS
 from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.errors import BackendError
@@ -51,7 +53,7 @@ class Cache:
 class Bindings:
     """The tensors of an engine by their roles."""
 
-    #: Array of `Batch` -> the maximum number of elements that the engine takes.
+    #: Array of `Batch` -> the maximum number of elements that the engine takes. A pipeline stage may lack some.
     step: Mapping[str, int]
     #: The caches of keys and values, in the order of the layers.
     caches: tuple[Cache, ...]
@@ -59,6 +61,10 @@ class Bindings:
     max_blocks: int
     #: The number of logits of a row.
     vocab_size: int
+    #: Whether the engine computes logits. Of a pipeline, only the last stage does.
+    has_logits: bool = True
+    #: The outputs of transfers to the next pipeline stage, which nobody reads.
+    sent: tuple[str, ...] = ()
 
     @property
     def block_bytes(self) -> int:
@@ -66,10 +72,11 @@ class Bindings:
         return sum(cache.block_bytes for cache in self.caches)
 
 
-def bind(tensors: Iterable[Tensor], manifest: Manifest) -> Bindings:
+def bind(tensors: Iterable[Tensor], manifest: Manifest, place: Place = Place(0, 1, 1)) -> Bindings:  # noqa: B008 (it is frozen)
     """Assign roles to an engine's tensors.
 
-    The engine of one of several ranks has some of the KV heads of each layer.
+    The engine of one of several ranks has some of the KV heads of each layer, and that of a pipeline stage
+    some of the layers.
 
     Raises BackendError, naming the first tensor that is missing, unknown or different from the manifest: the
     engine would read or write past its memory.
@@ -87,12 +94,19 @@ def bind(tensors: Iterable[Tensor], manifest: Manifest) -> Bindings:
         return tensor
 
     geometry = manifest.geometry
-    step = {name: take(name, True, "INT32", (-1,)).most[0] for name in STEP_INPUTS}
+    has_logits = place.behind is None
+    lacks = {name for name in ("position_ids", "logits_index") if place.pp > 1 and name not in unassigned}
+    if has_logits:
+        lacks.discard("logits_index")
+    step = {name: take(name, True, "INT32", (-1,)).most[0] for name in STEP_INPUTS if name not in lacks}
     caches, limits = [], []
     if manifest.precision.kv_dtype not in _CACHES:
         raise _unfit(f"a KV cache of {manifest.precision.kv_dtype} has no attention kernels")
     dtype, element_bytes = _CACHES[manifest.precision.kv_dtype]
-    for index, layer in enumerate(geometry.layers):
+    first, stop = 0, geometry.num_layers
+    if manifest.ranks is not None:
+        first, stop = manifest.ranks[place.number].first, manifest.ranks[place.number].stop
+    for index, layer in enumerate(geometry.layers[first:stop], first):
         heads = layer.num_kv_heads
         if manifest.parallel.tp > 1:
             given = unassigned.get(f"key_cache.{index}")
@@ -105,10 +119,14 @@ def bind(tensors: Iterable[Tensor], manifest: Manifest) -> Bindings:
             take(output, False, dtype, (-1, *block))
             nbytes = block[0] * block[1] * block[2] * element_bytes
             caches.append(Cache(name, output, block, nbytes))
-    take(LOGITS, False, "FLOAT", (-1, geometry.vocab_size))
+    if has_logits:
+        take(LOGITS, False, "FLOAT", (-1, geometry.vocab_size))
+    sent = tuple(f"{SENT}{number}" for number in range(exchanges_of(manifest, place).sends))
+    for name in sent:
+        take(name, False, _CACHES[manifest.precision.dtype][0], (1,))
     if unassigned:
         raise _unfit(f"it has {', '.join(sorted(unassigned))}, which the model does not")
-    return Bindings(step, tuple(caches), min(limits), geometry.vocab_size)
+    return Bindings(step, tuple(caches), min(limits), geometry.vocab_size, has_logits, sent)
 
 
 def _unfit(problem: str) -> BackendError:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.backends.tensorrt import checks
 from llmc.runtime.backends.tensorrt.checks import Device, Step
-from llmc.runtime.backends.tensorrt.nccl import Nccl, Rank
+from llmc.runtime.backends.tensorrt.nccl import Nccl
+from llmc.runtime.backends.tensorrt.stages import Place, Rank
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BackendError, RequestError
-from llmc.runtime.parallel.communicator import Communicator
 from llmc.runtime.parallel.launch import local_rank_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def load(engine: EngineFile, options: LoadOptions) -> TensorRtBackend:
     manifest, step = bundle.manifest, Step(options.max_tokens, options.max_sequences)
     installed = {library: _version(library) for library in manifest.target.requires}
     installed["cuda-python"] = _version("cuda-bindings")
-    gpu = _gpu_of(options.communicator, bundle) if options.communicator and installed["cuda-python"] else 0
+    place = Place(engine.rank, manifest.parallel.tp, manifest.parallel.pp)
+    gpu = _gpu_of(place, bundle) if options.communicator and installed["cuda-python"] else 0
     device = _find_device(gpu) if installed["cuda-python"] else "without cuda-python no GPU can be found"
     reasons = checks.faults(manifest, bundle.path, device, installed, step)
     if reasons or isinstance(device, str):
@@ -48,7 +49,7 @@ def load(engine: EngineFile, options: LoadOptions) -> TensorRtBackend:
         )
     from llmc.runtime.backends.tensorrt.backend import TensorRtBackend
 
-    rank = Rank(options.communicator, Nccl(), gpu) if options.communicator else None
+    rank = Rank(options.communicator, Nccl(), gpu, place) if options.communicator else None
     return TensorRtBackend(manifest, bundle.path, device, step, options.kv_memory, rank)
 
 
@@ -59,7 +60,7 @@ def _version(library: str) -> str | None:
         return None
 
 
-def _gpu_of(communicator: Communicator, bundle: Bundle) -> int:
+def _gpu_of(place: Place, bundle: Bundle) -> int:
     """Return the number of this rank's GPU: its number among the ranks of this machine.
 
     Raises BackendError if this machine has fewer GPUs, RankError for a malformed environment.
@@ -73,14 +74,14 @@ def _gpu_of(communicator: Communicator, bundle: Bundle) -> int:
         return 0  # `checks` has the words for it
     local = local_rank_of(os.environ)
     if local is None:  # rank 0 started the others here
-        local, needed = communicator.rank, communicator.size
+        local, needed = place.number, place.size
     elif count == 1:  # the launcher has shown each process its own
         return 0
     else:
         needed = local + 1
     if needed > count:
         raise BackendError(
-            f"{bundle.name} has {communicator.size} ranks with a GPU each: {needed} are needed here, "
+            f"{bundle.name} has {place.size} ranks with a GPU each: {needed} are needed here, "
             f"and this process sees {count}",
             "run it where there are enough, or on several machines with torchrun, mpirun or srun; "
             "CUDA_VISIBLE_DEVICES may hide some",

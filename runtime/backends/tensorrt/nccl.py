@@ -1,7 +1,8 @@
-"""The collectives of ranks on GPUs: NCCL, through ctypes.
+"""The collectives and transfers of ranks on GPUs: NCCL, through ctypes.
 
-The library is that of the package nvidia-nccl-cu13, or of the system. The ranks of a bundle form one
-communicator. Its id travels over the communicator that the ranks have on the CPU.
+The library is that of the package nvidia-nccl-cu13, or of the system. The ranks of a stage form a
+communicator for their collectives, and the ranks of all stages another one for transfers. Their ids travel
+over the communicator that the ranks have on the CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE
+from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, RECV, SEND
 from llmc.plugins.collectives.tensorrt_plugin import Attributes
 from llmc.runtime.errors import BackendError, RankError
 from llmc.runtime.parallel.communicator import Communicator, RankEnded
@@ -27,6 +28,8 @@ LIBRARY = "libnccl.so.2"
 SECONDS = 60.0  # that a rank waits for the others, on the GPU and when they meet
 _PAUSE = 20e-6  # seconds between two questions to the stream
 _SUM = 0
+_GROUP, _ALL = "group", "all"  # communicators
+_COLLECTIVE = "collective"  # a kind of exchange, beside SEND and RECV
 _DTYPES = {"fp16": 6, "fp32": 7, "bf16": 9}  # ncclDataType_t
 _ID_BYTES = 128
 
@@ -44,6 +47,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ncclCommInitRank": (_POINTER, _INT, UniqueId, _INT),
     "ncclAllReduce": (_POINTER, _POINTER, _SIZE, _INT, _INT, _POINTER, _POINTER),
     "ncclAllGather": (_POINTER, _POINTER, _SIZE, _INT, _POINTER, _POINTER),
+    "ncclSend": (_POINTER, _SIZE, _INT, _INT, _POINTER, _POINTER),
+    "ncclRecv": (_POINTER, _SIZE, _INT, _INT, _POINTER, _POINTER),
     "ncclCommGetAsyncError": (_POINTER, _POINTER),
     "ncclCommAbort": (_POINTER,),
 }
@@ -100,14 +105,20 @@ def packaged() -> Path | None:
 
 
 @dataclass(frozen=True)
-class Rank:
-    """What a rank has beside its engine."""
+class Neighbors:
+    """The ranks of other pipeline stages that a rank exchanges arrays with in a step."""
 
-    #: Its communicator on the CPU, for what the ranks agree on while they load.
-    communicator: Communicator
-    nccl: Nccl
-    #: The number of its GPU.
-    gpu: int
+    #: From `stages.id_of_all`, the same for all ranks.
+    unique_id: bytes
+    #: The number of this rank among all, and how many there are.
+    number: int
+    size: int
+    #: The rank of the stage before; None: there is none. The number of arrays that it sends.
+    before: int | None
+    receives: int
+    #: The rank of the next stage; None: there is none. The number of arrays that it gets.
+    behind: int | None
+    sends: int
 
 
 class Unanswered(RankEnded):
@@ -123,79 +134,126 @@ class Unanswered(RankEnded):
 
 
 class NcclCollectives:
-    """The communicator of a rank, for the plugins of its engine. See `Collectives`."""
+    """The communicators of a rank, for the plugins of its engine. See `Collectives`.
+
+    A step first receives, then runs its collectives, and then sends.
+    """
 
     def __init__(
         self, nccl: Nccl, size: int, rank: int, unique_id: bytes, count: int,
         in_context: Callable[[], None] = lambda: None, timeout: float | None = None,
+        neighbors: Neighbors | None = None,
     ) -> None:  # fmt: skip
         """Meet the other ranks.
 
-        unique_id: from `unique_id`, the same for all ranks
+        size, rank: of the group of this rank, which is its stage
+        unique_id: from `unique_id`, the same for the ranks of a group; b"": the group has no collectives
         count: the number of collectives of a step
         in_context: makes the GPU's context that of the calling thread
         timeout: the seconds to wait for the others; None: SECONDS
+        neighbors: None: there is one stage
 
         Raises BackendError, and Unanswered.
         """
-        self.size, self.rank = size, rank
-        timeout = SECONDS if timeout is None else timeout
-        self._nccl, self._count, self._next, self._timeout = nccl, count, 0, timeout
-        self._handle: ctypes.c_void_p | None = None
+        self.size, self.rank, self._neighbors = size, rank, neighbors
+        self._nccl, self._next = nccl, 0
+        self._timeout = SECONDS if timeout is None else timeout
+        receives, sends = (neighbors.receives, neighbors.sends) if neighbors else (0, 0)
+        phases = ((RECV, receives), (_COLLECTIVE, count), (SEND, sends))
+        #: What a step runs: (kind, number).
+        self._order = [(kind, number) for kind, most in phases for number in range(most)]
+        #: Of the group, and of all ranks.
+        self._handles: dict[str, ctypes.c_void_p] = {}
+        try:
+            if unique_id:
+                self._handles[_GROUP] = self._meet(unique_id, size, rank, in_context)
+            if neighbors:
+                self._handles[_ALL] = self._meet(
+                    neighbors.unique_id, neighbors.size, neighbors.number, in_context
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _meet(
+        self, unique_id: bytes, size: int, rank: int, in_context: Callable[[], None]
+    ) -> ctypes.c_void_p:
+        """Return a communicator of `size` ranks when all are there."""
         handle, errors = ctypes.c_void_p(), list[Exception]()
 
         def meet() -> None:
             try:
                 in_context()
                 identity = UniqueId.from_buffer_copy(unique_id)
-                nccl.call("ncclCommInitRank", ctypes.byref(handle), size, identity, rank)
+                self._nccl.call("ncclCommInitRank", ctypes.byref(handle), size, identity, rank)
             except Exception as error:
                 errors.append(error)
 
         meeting = threading.Thread(target=meet, name="llmc-nccl", daemon=True)
         meeting.start()
-        meeting.join(timeout)
+        meeting.join(self._timeout)
         if meeting.is_alive():
-            raise Unanswered(timeout, "while the ranks met in NCCL")
+            raise Unanswered(self._timeout, "while the ranks met in NCCL")
         if errors:
             raise errors[0]
-        self._handle = handle
+        return handle
 
     def begin(self) -> None:
-        """Begin a run of the engine: its collectives are counted from 0."""
+        """Begin a run of the engine: its collectives and transfers are counted from 0."""
         self._next = 0
 
     def end(self) -> None:
-        """End a run. Raises BackendError if the engine left out collectives."""
-        if self._next != self._count:
+        """End a run. Raises BackendError if the engine left out collectives or transfers."""
+        if self._next != len(self._order):
+            what = "collectives and transfers" if self._neighbors else "collectives"
             raise BackendError(
-                f"the engine ran {self._next} of {self._count} collectives", "build the bundle again"
+                f"the engine ran {self._next} of {len(self._order)} {what}", "build the bundle again"
             )
 
     def run(
         self, operation: str, attributes: Attributes, dtype: str, source: int, target: int, count: int,
         stream: int,
     ) -> None:  # fmt: skip
-        """Put a collective on the stream. Raises BackendError unless it is the next one of the step.
+        """Put a collective or a transfer on the stream. Raises BackendError unless it is the next of the step.
 
         NCCL does not notice that ranks call different collectives: it mixes up their data, or waits forever.
         """
-        if attributes.ranks != self.size:
+        self._check(operation, attributes)
+        self._next += 1
+        kind, group, all_ranks = _DTYPES[dtype], self._handles.get(_GROUP), self._handles.get(_ALL)
+        if operation == SEND:
+            self._nccl.call("ncclSend", source, count, kind, attributes.peer, all_ranks, stream)
+        elif operation == RECV:
+            self._nccl.call("ncclRecv", target, count, kind, attributes.peer, all_ranks, stream)
+        elif operation == ALL_REDUCE:
+            self._nccl.call("ncclAllReduce", source, target, count, kind, _SUM, group, stream)
+        else:
+            assert operation == ALL_GATHER
+            self._nccl.call("ncclAllGather", source, target, count, kind, group, stream)
+
+    def _check(self, operation: str, attributes: Attributes) -> None:
+        """Raise BackendError if this is not what the engine of this rank is to run now."""
+        kind = operation if operation in (SEND, RECV) else _COLLECTIVE
+        if kind == _COLLECTIVE and attributes.ranks != self.size:
             raise BackendError(
                 f"the engine is one of {attributes.ranks} ranks, here are {self.size}", "build it again"
             )
-        if attributes.sequence != self._next:
+        due = self._order[self._next] if self._next < len(self._order) else None
+        if (kind, attributes.sequence) != due:
+            wanted = f"{due[0]} {due[1]}" if due else "nothing"
             raise BackendError(
-                f"the engine runs collective {attributes.sequence} where {self._next} is due",
+                f"the engine runs {kind} {attributes.sequence} where {wanted} is due",
                 "build the bundle again, and report this if it does not help",
             )
-        self._next += 1
-        kind = _DTYPES[dtype]
-        if operation == ALL_REDUCE:
-            self._nccl.call("ncclAllReduce", source, target, count, kind, _SUM, self._handle, stream)
-        else:
-            assert operation == ALL_GATHER
-            self._nccl.call("ncclAllGather", source, target, count, kind, self._handle, stream)
+        if kind == _COLLECTIVE:
+            return
+        assert self._neighbors is not None  # transfers are due
+        peer = self._neighbors.behind if kind == SEND else self._neighbors.before
+        if attributes.peer != peer:
+            raise BackendError(
+                f"the engine runs {kind} {attributes.sequence} with rank {attributes.peer}, not rank {peer}",
+                "build the bundle again",
+            )
 
     def wait(self, is_done: Callable[[], bool]) -> None:
         """Wait until `is_done`, which asks the stream.
@@ -204,21 +262,22 @@ class NcclCollectives:
         """
         end = time.monotonic() + self._timeout
         while not is_done():
-            status = ctypes.c_int()
-            self._nccl.call("ncclCommGetAsyncError", self._handle, ctypes.byref(status))
-            self._nccl.check("a collective", status.value)
+            for handle in self._handles.values():
+                status = ctypes.c_int()
+                self._nccl.call("ncclCommGetAsyncError", handle, ctypes.byref(status))
+                self._nccl.check("a collective", status.value)
             if time.monotonic() > end:
                 raise Unanswered(self._timeout, "in a collective on the GPU")
             time.sleep(_PAUSE)
 
     def close(self) -> None:
-        """End collectives that wait for other ranks, and free the communicator.
+        """End collectives that wait for other ranks, and free the communicators.
 
         Graphs that hold collectives must be gone. ncclCommDestroy would wait for the other ranks, which may
         have ended.
         """
-        if self._handle is not None:
-            handle, self._handle = self._handle, None
+        while self._handles:
+            _, handle = self._handles.popitem()
             self._nccl.call("ncclCommAbort", handle)
 
 
