@@ -464,7 +464,7 @@ def _check_ranks(manifest: Manifest) -> None:
     for rank, record in enumerate(records):
         if rank % parallel.tp == 0:
             begin, stop = stop, record.stop
-        if not (record.first, record.stop) == (begin, stop) or begin >= stop:
+        if (record.first, record.stop) != (begin, stop) or begin >= stop:
             _bad(f"ranks[{rank}]", f"has the layers {record.first} to {record.stop}, not those of its stage")
         if len({exchange.operation for exchange in record.exchanges}) != len(record.exchanges):
             _bad(f"ranks[{rank}].exchanges", "an operation is listed twice")

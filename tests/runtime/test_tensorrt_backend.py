@@ -83,7 +83,11 @@ def test_steps_on_a_stand_in_for_the_gpu(
     ("what", "variables", "said"),
     [
         ("serve", {}, "as the reference says"),
-        ("serve", {"LLMC_TEST_WRONG": "order"}, "BackendError: rank 1: .*collective 2 where 1 is due"),
+        (
+            "serve",
+            {"LLMC_TEST_WRONG": "order"},
+            "BackendError: rank 1: .*collective 2 where collective 1 is due",
+        ),
         ("serve", {"LLMC_TEST_GPUS": "1"}, "BackendError: .* has 2 ranks with a GPU each: 2 are needed here"),
         ("killed", {}, "RankError: rank 1 was killed by signal 9"),
     ],

@@ -196,10 +196,15 @@ def make_layer(trt: Any, attention: Attention, scale: float) -> Any:
 
 def make_collective(trt: Any, sequence: int, operation: str, ranks: int) -> Any:
     """Return a plugin of a collective as an engine holds it, and its creator."""
+    return make_exchange(trt, operation, ranks=ranks, sequence=sequence)
+
+
+def make_exchange(trt: Any, operation: str, **fields: int) -> Any:
+    """Return a plugin of a collective or transfer as an engine holds it, and its creator."""
     creator = next(creator for creator in make_plugins(trt) if creator.name == operation)
     given = trt.PluginFieldCollection([])
-    arrays = [np.array([value], np.int32) for value in (ranks, sequence)]
-    for name, array in zip(("ranks", "sequence"), arrays, strict=True):
+    arrays = {name: np.array([value], np.int32) for name, value in fields.items()}
+    for name, array in arrays.items():
         given.append(trt.PluginField(name, array, trt.PluginFieldType.INT32))
     plugin = creator.create_plugin("collective", given, trt.TensorRTPhase.RUNTIME)
     return plugin.attach_to_context(None), creator

@@ -75,7 +75,7 @@ def main() -> None:
     sized |= {"current": lambda: Card("stand-in", 89, 8, 0, 0, ""), "sampling_images": lambda *_: files}
     vars(runtime).update(sized)
     runtime.aot.image = lambda variant, *_: images([variant])[0]
-    hubs = [Hub(1) for _ in range(2)]
+    hubs = [Hub() for _ in range(2)]
     library = StandInNccl(Path(sys.argv[1]), hubs[0].address, gpu.submit)
     found = list(runtime.rows(Options(3)))
     assert [row["status"] for row in found] == ["passed"] * 7, found

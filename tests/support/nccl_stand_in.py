@@ -1,20 +1,22 @@
 """A stand-in for NCCL: a library compiled by cc, whose collectives meet in a hub that checks them.
 
 The hub runs in the process of the test. Ranks are threads of it or other processes. A collective of all ranks
-must be the same operation, with the same number of elements and the same type: real NCCL would mix up data,
-or wait forever. Sums are rounded after each addition, in the order of the ranks.
+of a communicator must be the same operation, with the same number of elements and the same type: real NCCL
+would mix up data, or wait forever. A Send and its Recv must have the same numbers, too. A Send waits for its
+Recv, which real NCCL does for large arrays. Sums are rounded after each addition, in the order of the ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import subprocess
 import threading
 from collections.abc import Callable
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +35,10 @@ int ncclAllReduce(const void *s, void *r, size_t n, int t, int op, void *c, void
   SAY("AllReduce", (U)s, (U)r, n, t, (U)c, (U)st, op); }
 int ncclAllGather(const void *s, void *r, size_t n, int t, void *c, void *st) {
   SAY("AllGather", (U)s, (U)r, n, t, (U)c, (U)st, 0); }
+int ncclSend(const void *s, size_t n, int t, int peer, void *c, void *st) {
+  SAY("Send", (U)s, 0, n, t, (U)c, (U)st, peer); }
+int ncclRecv(void *r, size_t n, int t, int peer, void *c, void *st) {
+  SAY("Recv", 0, (U)r, n, t, (U)c, (U)st, peer); }
 int ncclCommGetAsyncError(void *c, int *e) { SAY("ask", (U)c, (U)e); }
 int ncclCommAbort(void *c) { SAY("abort", (U)c); }
 const char *ncclGetErrorString(int e) { return e == 5 ? "invalid usage" : "as it was told to"; }
@@ -48,53 +54,92 @@ def compile_library(compiler: str, folder: Path) -> None:
     subprocess.run(command, check=True)
 
 
+class Call(NamedTuple):
+    """What a rank calls."""
+
+    name: str
+    count: int
+    dtype: str
+    #: Of a transfer; 0 for collectives.
+    peer: int
+
+
 class Hub:
     """Where the ranks meet.
 
-    calls: the collectives that all ranks called. wrong: the calls of each rank where they differed
+    calls: the collectives that all ranks of a communicator called, and transfers, as "Send 0 to 1"
+    wrong: the calls of each rank where they differed
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self) -> None:
         self._listener = Listener(family="AF_UNIX")
         self.address = str(self._listener.address)
-        self.size = size
         self.calls: list[tuple[str, int, str]] = []
         self.wrong: list[list[Any]] = []
-        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
-    def _serve(self) -> None:
-        ranks: dict[int, Connection] = {}
-        while len(ranks) < self.size:
-            connection = self._listener.accept()
-            ranks[connection.recv()] = connection
-        others = [ranks[rank] for rank in range(self.size)]
-        for connection in others:
-            connection.send("all are here")
+    def _accept(self) -> None:
+        """Let the ranks of each communicator meet."""
+        groups: dict[bytes, dict[int, Connection]] = {}
         while True:
             try:
-                given = [connection.recv() for connection in others]
+                connection = self._listener.accept()
+                identity, rank, size = connection.recv()
             except (EOFError, OSError):
-                break
-            calls = [call for call, _ in given]
-            if any(call != calls[0] for call in calls):
-                self.wrong.append(calls)
-                answer = None
-            else:
-                self.calls.append(calls[0])
-                answer = _combined(calls[0], [data for _, data in given])
-            for connection in others:
-                with contextlib.suppress(OSError):  # it has gone
-                    connection.send(answer)
-        for connection in others:
-            connection.close()
+                return
+            ranks = groups.setdefault(identity, {})
+            ranks[rank] = connection
+            if len(ranks) == size:
+                del groups[identity]
+                threading.Thread(target=self._serve, args=(ranks,), daemon=True).start()
+
+    def _serve(self, ranks: dict[int, Connection]) -> None:
+        """Serve the ranks of a communicator. Each waits for the answer to its call."""
+        number = {connection: rank for rank, connection in ranks.items()}
+        calls: dict[int, tuple[Call, bytes]] = {}
+        for connection in ranks.values():
+            connection.send("all are here")
+        try:
+            while True:
+                for connection in wait(list(number)):
+                    calls[number[connection]] = connection.recv()  # type: ignore[index]
+                for rank, answer in self._answers(calls, len(ranks)).items():
+                    del calls[rank]
+                    with contextlib.suppress(OSError):  # it has gone
+                        ranks[rank].send(answer)
+        except (EOFError, OSError):
+            for connection in ranks.values():
+                connection.close()
+
+    def _answers(self, calls: dict[int, tuple[Call, bytes]], size: int) -> dict[int, bytes | None]:
+        """Return what the calls of some ranks give; None: they do not fit."""
+        for rank, (call, data) in calls.items():
+            if call.name != "Send" or call.peer not in calls:
+                continue
+            other = calls[call.peer][0]
+            if (other.name, other.peer) == ("Recv", rank):
+                if (call.count, call.dtype) != (other.count, other.dtype):
+                    self.wrong.append([call, other])
+                    return {rank: None, call.peer: None}
+                self.calls.append((f"Send {rank} to {call.peer}", call.count, call.dtype))
+                return {rank: b"", call.peer: data}
+        if len(calls) < size:
+            return {}
+        given = [calls[rank] for rank in range(size)]
+        found = [call for call, _ in given]
+        if any(call != found[0] or call.name in ("Send", "Recv") for call in found):
+            self.wrong.append(found)
+            return dict.fromkeys(range(size))
+        self.calls.append(found[0][:3])
+        return dict.fromkeys(range(size), _combined(found[0], [data for _, data in given]))
 
     def close(self) -> None:
         self._listener.close()
 
 
-def _combined(call: tuple[str, int, str], parts: list[bytes]) -> bytes:
-    name, _, dtype = call
+def _combined(call: Call, parts: list[bytes]) -> bytes:
+    name, _, dtype, _ = call
     if name == "AllGather":
         return b"".join(parts)
     kind = next(kind for kind in DTYPES.values() if kind.name == dtype)
@@ -123,7 +168,8 @@ class StandInNccl:
         self.log: list[str] = []
         self.asked = 0  # the error that NCCL has found
         self.wrong = False  # whether it changes a bit of each sum
-        self._ranks: dict[int, Connection] = {}
+        self._ranks: dict[int, Connection] = {}  # handle of a communicator -> the connection to the hub
+        self._last, self._lock = 0, threading.Lock()
         self.size = 0
         self._kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint64))
         self._callback = self._kind(self._event)
@@ -132,20 +178,24 @@ class StandInNccl:
     def _event(self, name: bytes, given: Any) -> int:
         what = name.decode()
         self.log.append(what)
-        if what in ("AllReduce", "AllGather"):
+        if what in ("AllReduce", "AllGather", "Send", "Recv"):
             return self._collective(what, *given[:7])
         return getattr(self, f"_{what}")(given)
 
     def _id(self, given: Any) -> int:
-        ctypes.memmove(given[0], self.address.encode().ljust(128, b"\0"), 128)
+        identity = self.address.encode() + b" " + os.urandom(4).hex().encode()
+        ctypes.memmove(given[0], identity.ljust(128, b"\0"), 128)
         return 0
 
     def _init(self, given: Any) -> int:
-        place, self.size, identity, rank = given[:4]
-        connection = Client(ctypes.string_at(identity).decode(), family="AF_UNIX")
-        connection.send(rank)
+        place, self.size, address, rank = given[:4]
+        identity = ctypes.string_at(address)
+        connection = Client(identity.decode().partition(" ")[0], family="AF_UNIX")
+        connection.send((identity, rank, self.size))
         assert connection.recv() == "all are here"
-        self._ranks[handle := rank + 1] = connection
+        with self._lock:
+            self._last += 1
+            self._ranks[handle := self._last] = connection
         ctypes.c_uint64.from_address(place).value = handle
         return 0
 
@@ -162,14 +212,16 @@ class StandInNccl:
     def _collective(
         self, name: str, source: int, target: int, count: int, dtype: int, handle: int, stream: int, op: int
     ) -> int:
-        assert (stream, op) == (34, 0)
+        transfers = name in ("Send", "Recv")
+        assert stream == 34
+        assert transfers or op == 0
         connection, kind = self._ranks[handle], DTYPES[dtype]
         status: list[int] = []  # empty while a graph is recorded
 
         def work() -> None:
-            data = ctypes.string_at(source, count * kind.itemsize)
+            data = b"" if name == "Recv" else ctypes.string_at(source, count * kind.itemsize)
             try:
-                connection.send(((name, count, kind.name), data))
+                connection.send((Call(name, count, kind.name, op if transfers else 0), data))
                 answer = connection.recv()
             except (EOFError, OSError):
                 status.append(0 if self.on_hang else FAILED)
@@ -179,7 +231,7 @@ class StandInNccl:
             status.append(MISMATCH if answer is None else 0)
             if answer is None:
                 self.asked = MISMATCH
-            else:
+            elif name != "Send":
                 ctypes.memmove(target, answer, len(answer))
                 if self.wrong and name == "AllReduce":
                     ctypes.c_uint8.from_address(target).value ^= 64

@@ -81,7 +81,7 @@ def main() -> None:
 
 def serve_requests(what: str, directory: Path) -> None:
     """Serve requests. Check every step."""
-    hub = Hub(2)
+    hub = Hub()
     os.environ[HUB] = hub.address
     bundle = Bundle(directory, made())
     for file in kernels((89, "cubin")):
