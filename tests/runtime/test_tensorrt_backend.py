@@ -76,6 +76,9 @@ def test_steps_on_a_stand_in_for_the_gpu(
     assert said == "as the reference says"
 
 
+STAGES = {"LLMC_TEST_STAGES": "2"}
+
+
 @needs_stand_in
 @needs_packages
 @pytest.mark.slow
@@ -90,6 +93,20 @@ def test_steps_on_a_stand_in_for_the_gpu(
         ),
         ("serve", {"LLMC_TEST_GPUS": "1"}, "BackendError: .* has 2 ranks with a GPU each: 2 are needed here"),
         ("killed", {}, "RankError: rank 1 was killed by signal 9"),
+        ("serve", {"LLMC_TEST_RANKS": "1", **STAGES}, "as the reference says"),
+        ("serve", {"LLMC_TEST_GPUS": "4", **STAGES}, "as the reference says"),
+        (
+            "serve",
+            {"LLMC_TEST_RANKS": "1", "LLMC_TEST_WRONG": "transfers", **STAGES},
+            "BackendError: rank 1: .*Recv 1 where Recv 0 is due",
+        ),
+        (
+            "serve",
+            {"LLMC_TEST_GPUS": "4", "LLMC_TEST_WRONG": "order", **STAGES},
+            "BackendError: rank 1: .*collective 2 where collective 1 is due",
+        ),
+        ("serve", STAGES, "BackendError: .* has 4 ranks with a GPU each: 4 are needed here"),
+        ("killed", {"LLMC_TEST_RANKS": "1", **STAGES}, "RankError: rank 1 was killed by signal 9"),
     ],
 )
 def test_ranks_on_stand_ins_for_gpus_and_nccl(

@@ -1,6 +1,7 @@
 """A GPU bundle of a model of two layers: its manifest, its files, its engine's tensors and its steps.
 
-With LLMC_TEST_RANKS in the environment, the tensors are those of one of several ranks.
+With LLMC_TEST_RANKS in the environment, the tensors are those of one of several ranks of a stage, and with
+LLMC_TEST_STAGES there are stages of a layer each.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from llmc.runtime.backends.tensorrt.checks import Device, Step
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import (
     Engine,
+    ExchangeRecord,
     FileRecord,
     Geometry,
     Gpu,
@@ -37,6 +39,7 @@ from llmc.runtime.bundle.manifest import (
     Parallel,
     Precision,
     Producer,
+    RankRecord,
     Source,
     Target,
     Tokens,
@@ -59,6 +62,7 @@ L40 = Device("NVIDIA L40", 89, (13, 4), 142, 101376)
 HEADS, KV_HEADS, D, DV, VOCAB, MAX_LEN, WINDOW = 4, 2, 32, 16, 53, 1100, 40
 # Set for the script that serves several ranks on the stand-ins.
 RANKS = int(os.environ.get("LLMC_TEST_RANKS", "1"))
+STAGES = int(os.environ.get("LLMC_TEST_STAGES", "1"))
 OWN_HEADS, OWN_KV_HEADS = HEADS // RANKS, KV_HEADS // RANKS  # of one rank
 LAYERS = (
     Layer("full", 0, KV_HEADS, D, DV),
@@ -116,20 +120,33 @@ def manifest(**changes: Any) -> Manifest:
 
 
 def manifest_of_ranks(**changes: Any) -> Manifest:
-    """Return the manifest of the same model for two ranks, with a gather and two sums a step."""
+    """Return the manifest of the same model for two ranks, with a gather and two sums a step.
+
+    With stages: for all their ranks.
+    """
     made = manifest()
-    plans = [PLAN, PLAN.replace("rank0.plan", "rank1.plan")]
+    tp = RANKS if STAGES > 1 else 2
+    plans = [PLAN.replace("rank0.plan", f"rank{rank}.plan") for rank in range(tp * STAGES)]
     counts = {"AllGather": 1, "AllReduce": len(LAYERS)}
     collectives = tuple(Operator(f"llmc.{name}", 1, count) for name, count in counts.items())
     changed = replace(
         made,
         engines=tuple(Engine(rank, plan) for rank, plan in enumerate(plans)),
         operators=(*collectives, *made.operators),
-        parallel=Parallel(tp=2, world_size=2),
-        files={**made.files, plans[1]: made.files[PLAN]},
-        format_version=4,
+        parallel=Parallel(tp=tp, pp=STAGES, world_size=tp * STAGES),
+        files={**made.files, **dict.fromkeys(plans, made.files[PLAN])},
+        ranks=tuple(_record(rank // tp) for rank in range(tp * STAGES)) if STAGES > 1 else None,
+        format_version=5 if STAGES > 1 else 4,
     )
     return replace(changed, **changes)
+
+
+def _record(stage: int) -> RankRecord:
+    first = stage == 0
+    counts = {"AllGather": int(first), "AllReduce": 1} if RANKS > 1 else {}
+    found = [ExchangeRecord(name, count, 1, 0) for name, count in counts.items() if count]  # type: ignore[arg-type]
+    sent = ExchangeRecord("Send", 1, 96, 0) if first else ExchangeRecord("Send", 1, 0, 4 * VOCAB)
+    return RankRecord(stage, stage + 1, (*found, sent))
 
 
 def gpu_changes(**changes: Any) -> dict[str, Any]:
@@ -146,16 +163,25 @@ def write_files(folder: Path) -> Path:
     return folder
 
 
-def tensors(cache: str = "FP8" if KV_SCALES else "HALF") -> list[Tensor]:
+def own_layers(stage: int) -> range:
+    """Return the layers of a stage."""
+    return range(len(LAYERS)) if STAGES == 1 else range(stage, stage + 1)
+
+
+def tensors(cache: str = "FP8" if KV_SCALES else "HALF", stage: int = 0) -> list[Tensor]:
     """Return the tensors of a valid engine, as TensorRT lists them, with caches of that dtype."""
     most = {"input_ids": 512, "position_ids": 512, "query_start": 17, "past_lengths": 16, "block_begins": 17}
     most |= {"block_indices": 16 * 35, "logits_index": 32}
+    if STAGES > 1:  # an engine lacks the inputs that it does not read
+        del most["position_ids" if stage else "logits_index"]
     made = [Tensor(name, True, "INT32", (-1,), (size,)) for name, size in most.items()]
-    for i in range(len(LAYERS)):
+    for i in own_layers(stage):
         for kind, width in (("key", D), ("value", DV)):
             shape = (-1, OWN_KV_HEADS, 32, width)
             made.append(Tensor(f"{kind}_cache.{i}", True, cache, shape, (1000 + width, *shape[1:])))
             made.append(Tensor(f"{kind}_cache_out.{i}", False, cache, shape))
+    if stage < STAGES - 1:
+        return [*made, Tensor("sent.0", False, "HALF", (1,))]
     return [*made, Tensor("logits", False, "FLOAT", (-1, VOCAB))]
 
 

@@ -1,6 +1,6 @@
-"""A script that serves requests with two ranks on the stand-ins for the driver, TensorRT and NCCL.
+"""A script that serves requests with several ranks on the stand-ins for the driver, TensorRT and NCCL.
 
-Rank 0 starts the other one, whose process runs this module. test_tensorrt_backend.py starts the script.
+Rank 0 starts the others, whose process runs this module. test_tensorrt_backend.py starts the script.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,16 @@ from llmc.runtime.parallel.messages import Job
 from llmc.runtime.sampling import SamplingParams
 from support import tensorrt_stand_in as stand_in
 from support.cuda_stand_in import StandIn
-from support.gpu_bundle import MAX_LEN, PLAN_BYTES, RANKS, VOCAB, gpu_changes, kernels, manifest_of_ranks
+from support.gpu_bundle import (
+    MAX_LEN,
+    PLAN_BYTES,
+    RANKS,
+    STAGES,
+    VOCAB,
+    gpu_changes,
+    kernels,
+    manifest_of_ranks,
+)
 from support.nccl_stand_in import Hub, StandInNccl
 from support.tensorrt_stand_in import ReferenceBackend, StandInTensorRt
 
@@ -45,12 +55,13 @@ def made() -> Manifest:
 
 def load(path: str, rank: int, job: Job, communicator: Communicator) -> RankBackend:
     """Load a rank, as `follower.load_rank` does."""
-    assert RANKS == 2
     gpu = StandIn()
     trt: Any = StandInTensorRt(importlib.import_module("tensorrt_rtx"), gpu, capturable=True, rank=rank)
     sys.modules["tensorrt_rtx"] = trt
     if rank and os.environ.get(WRONG) == "order":
         _swap_sums()
+    if rank and os.environ.get(WRONG) == "transfers":
+        _misnumber_transfers()
     nccl.SECONDS = 3
     library = StandInNccl(Path(os.environ["LLMC_TEST_NCCL"]), os.environ[HUB], gpu.submit, gpu.hang)
     _alive.extend((gpu, library))
@@ -58,8 +69,11 @@ def load(path: str, rank: int, job: Job, communicator: Communicator) -> RankBack
     options = job.load_options(communicator)
     backend = load_backend(EngineFile.of(bundle, None, rank), options)
     assert gpu.device == rank  # each has a GPU
-    assert ("download" in gpu.log) == (rank == 0)  # only rank 0 reads logits
-    assert {"AllGather", "AllReduce"} <= set(library.log)
+    stage, _ = divmod(rank, RANKS)
+    assert ("download" in gpu.log) == (rank == RANKS * (STAGES - 1))  # only this rank has logits to give
+    wanted = ({"AllReduce"} if stage else {"AllGather", "AllReduce"}) if RANKS > 1 else set()
+    wanted |= ({"Recv"} if stage else set()) | ({"Send"} if stage < STAGES - 1 else set())
+    assert {"AllGather", "AllReduce", "Send", "Recv"} & set(library.log) == wanted
     assert "instantiate" in gpu.log  # a step with collectives became a CUDA graph
     return cast(RankBackend, backend)
 
@@ -72,6 +86,16 @@ def _swap_sums() -> None:
         return real(trt, (0, 2, 1)[sequence], operation, ranks)
 
     stand_in.make_collective = make
+
+
+def _misnumber_transfers() -> None:
+    """Let the engine receive an array that does not come."""
+    real = stand_in.make_exchange
+
+    def make(trt: Any, operation: str, **fields: int) -> Any:
+        return real(trt, operation, **{**fields, "sequence": 1})
+
+    stand_in.make_exchange = make
 
 
 def main() -> None:
@@ -88,11 +112,17 @@ def serve_requests(what: str, directory: Path) -> None:
         (directory / file.file).write_bytes(file.variant.encode())
     for engine in bundle.manifest.engines:
         (directory / engine.file).write_bytes(PLAN_BYTES)
-    options = LoadOptions(kv_memory=40 * 6144 * 2, max_sequences=6, max_tokens=64)
+    options = LoadOptions(kv_memory=40 * 12288, max_sequences=6, max_tokens=64)
     job = job_of(bundle, EngineFile.of(bundle), options, 1, 20)
     path = str(directory)
     backend = start_ranks(
-        path, 2, job, lambda c: load(path, 0, job, c), "support.serve_ranks_on_stand_in", [TESTS]
+        path,
+        RANKS * STAGES,
+        job,
+        lambda c: load(path, 0, job, c),
+        "support.serve_ranks_on_stand_in",
+        [TESTS],
+        STAGES,
     )
     assert backend.num_blocks == 40
     expected = ReferenceBackend(backend.num_blocks)
@@ -100,6 +130,8 @@ def serve_requests(what: str, directory: Path) -> None:
         os.kill(backend.pids[0], signal.SIGKILL)
         backend.forward(Batch.pack([([1, 2, 3], 0, [0], True)]))
     replayed: list[int] = []
+    submitted: deque[np.ndarray] = deque()
+    most = 0
 
     class Both:
         name, num_blocks, block_size = backend.name, backend.num_blocks, backend.block_size
@@ -110,12 +142,35 @@ def serve_requests(what: str, directory: Path) -> None:
             replayed.append(_alive[0].log.count("replay"))
             return logits
 
+        # For stages.
+        depth = backend.depth
+
+        def submit(self, step: Batch) -> None:
+            nonlocal most
+            backend.submit(step)
+            submitted.append(expected.forward(step))
+            most = max(most, len(submitted))
+
+        def collect(self) -> np.ndarray:
+            logits, wanted = backend.collect(), submitted.popleft()
+            if len(wanted):
+                np.testing.assert_allclose(logits, wanted, atol=0.02)
+            replayed.append(_alive[0].log.count("replay"))
+            return logits
+
+        def discard(self) -> None:
+            backend.discard()
+            submitted.clear()
+
     engine = ServingEngine(Both(), None, (), MAX_LEN, 64, 6, vocab_size=VOCAB)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, VOCAB, length).tolist() for length in (150, 3, 40, 1)]
     engine.generate(prompts, [SamplingParams(max_tokens=answer) for answer in (6, 3, 5, 7)])
     assert replayed[-1] > 3
-    assert hub.calls.count(("AllGather", 1 * 12, "float32")) > 0
+    assert (hub.calls.count(("AllGather", 1 * 12, "float32")) > 0) == (RANKS > 1)
+    for rank in range(RANKS * (STAGES - 1)):
+        assert hub.calls.count((f"Send {rank} to {rank + RANKS}", 1 * 24, "float32")) > 0
+    assert most == (STAGES if STAGES > 1 else 0)  # steps in flight
     assert not hub.wrong
     backend.close()
     assert not _alive[0].memory

@@ -1,7 +1,8 @@
 """A stand-in for TensorRT's engine: numpy between the attention layers, which are real plugins.
 
 The engine of one of several ranks has some columns of the embedding, which are gathered, and some heads,
-whose results are summed. Both are done by the real plugins of collectives.
+whose results are summed. Both are done by the real plugins of collectives. The engine of a stage has one of
+the layers, and real plugins of transfers.
 
 `ReferenceBackend` is the same model with the reference of attention, to compare with.
 """
@@ -29,11 +30,14 @@ from support.gpu_bundle import (
     RANKS,
     SCALE,
     SCALES,
+    STAGES,
     VOCAB,
     D,
     described,
     make_collective,
+    make_exchange,
     make_layer,
+    own_layers,
     tensors,
 )
 
@@ -99,7 +103,7 @@ class StandInTensorRt:
         self, real: Any, gpu: StandIn, capturable: bool, most_contexts: int = 99, rank: int = 0
     ) -> None:
         self._real, self.gpu, self.capturable, self.most_contexts = real, gpu, capturable, most_contexts
-        self.rank = rank
+        self.stage, self.rank = divmod(rank, RANKS)
         self.cache = StandInCache()
 
     def __getattr__(self, name: str) -> Any:
@@ -122,10 +126,19 @@ class StandInEngine:
     def __init__(self, trt: StandInTensorRt) -> None:
         self.trt, self.model, self.contexts = trt, Model(), 0
         self.model.keep_part(trt.rank)
-        self.given = {tensor.name: tensor for tensor in tensors()}
+        self.given = {tensor.name: tensor for tensor in tensors(stage=trt.stage)}
         self.num_io_tensors = len(self.given)
         self.layers = [make_layer(trt._real, attention, SCALE) for attention in ATTENTION]
-        names = ["AllGather", *["AllReduce"] * len(LAYERS)] if RANKS > 1 else []
+        self.own = own_layers(trt.stage)
+        gathers = ["AllGather"] if trt.stage == 0 else []
+        names = [*gathers, *["AllReduce"] * len(self.own)] if RANKS > 1 else []
+        number = RANKS * trt.stage + trt.rank
+        self.receive = self.send = None
+        if trt.stage:
+            fields = {"peer": number - RANKS, "sequence": 0, "width": 24, "dtype": 1}
+            self.receive = make_exchange(trt._real, "Recv", **fields)
+        if trt.stage < STAGES - 1:
+            self.send = make_exchange(trt._real, "Send", peer=number + RANKS, sequence=0)
         self.collectives = [make_collective(trt._real, *each, RANKS) for each in enumerate(names)]
 
     def get_tensor_name(self, index: int) -> str:
@@ -223,8 +236,9 @@ class StandInContext:
         assert set(shapes) == {tensor.name for tensor in engine.given.values() if tensor.is_input}
         self.seen.add(tuple(sorted(shapes.items())))
         assert not self.one_shape or len(self.seen) == 1
-        (tokens,), (sequences,), (rows,) = shapes["input_ids"], shapes["past_lengths"], shapes["logits_index"]
-        assert shapes["position_ids"] == (tokens,)
+        (tokens,), (sequences,) = shapes["input_ids"], shapes["past_lengths"]
+        if "position_ids" in shapes:
+            assert shapes["position_ids"] == (tokens,)
         assert shapes["query_start"] == shapes["block_begins"] == (sequences + 1,)
         widths = {
             "x": 48,
@@ -267,6 +281,16 @@ class StandInContext:
                 return False
             return True
 
+        def transfer(plugin: Any, kind: Any, dims: tuple[int, ...], source: int, target: int) -> bool:
+            """Run a transfer. Return False if it fails."""
+            x = engine.trt._real.PluginTensorDesc()
+            x.dims, x.type = engine.trt._real.Dims(dims), kind
+            try:
+                plugin[0].enqueue([x], [], [source], [target], 0, stream)
+            except Exception:
+                return False
+            return True
+
         def project(layer: int) -> None:
             for name, made in zip(
                 widths, [None, *engine.model.project(layer, array("x", np.float32))], strict=False
@@ -284,13 +308,21 @@ class StandInContext:
 
         def head() -> None:
             chosen = array("x", np.float32)[integers("logits_index")]
+            (rows,) = shapes["logits_index"]
             gpu.view(at["logits"], np.float32, (rows, VOCAB))[:] = chosen @ engine.model.head
 
-        gpu.submit(embed)
-        if not collect(0, "columns", "gathered"):
-            return False
-        gpu.submit(arrange)
-        for i, (plugin, _creator) in enumerate(engine.layers):
+        types, done = engine.trt._real.DataType, 0
+        if engine.receive:
+            if not transfer(engine.receive, types.INT32, (tokens,), at["input_ids"], place["x"]):
+                return False
+        else:
+            gpu.submit(embed)
+            if not collect(done, "columns", "gathered"):
+                return False
+            done += 1
+            gpu.submit(arrange)
+        for i in engine.own:
+            plugin, _creator = engine.layers[i]
             gpu.submit(lambda i=i: project(i))
             caches = [f"key_cache.{i}", f"value_cache.{i}"]
             inputs = [place[name] for name in ("query", "key", "value")] + [at[name] for name in caches]
@@ -309,8 +341,11 @@ class StandInContext:
             except Exception:
                 return False
             gpu.submit(lambda i=i: multiply(i))
-            if not collect(1 + i, "summand", "gathered"):
+            if not collect(done, "summand", "gathered"):
                 return False
+            done += 1
             gpu.submit(add)
+        if engine.send:
+            return transfer(engine.send, types.FLOAT, (tokens, 24), place["x"], at["sent.0"])
         gpu.submit(head)
         return True
