@@ -10,8 +10,8 @@ that depend on tokens or on KV caches are transferred. What depends on positions
 stage that needs it.
 
 Rank = stage x tp + rank in the stage. The ranks of a stage are a tensor-parallel group. Each sends to the
-rank with its own place in the next stage. Rank 0 gets the logits from the first rank of the last stage: in its
-graph, or outside of the graphs (`logits`).
+rank with its own place in the next stage. Rank 0 gets the logits from the first rank of the last stage, in
+its graph or outside of the graphs (`logits` of CutStage).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ ALL_REDUCE = "AllReduce"
 ALL_GATHER = "AllGather"
 PARTIAL_EMBEDDING = "PartialEmbedding"
 SEND, RECV = "Send", "Recv"
-#: With a sequence number: the output of a Send in the engine of TensorRT, which is one number and means nothing.
+#: With a sequence number: the output of a Send in TensorRT's engine, one number that means nothing.
 SENT = "sent."
 OF_RANKS = (ALL_REDUCE, ALL_GATHER, PARTIAL_EMBEDDING, SEND, RECV)
 ABI_VERSION = 1

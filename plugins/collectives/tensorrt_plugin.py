@@ -7,7 +7,7 @@ collectives for the call (`use_collectives`). TensorRT's own DistCollective lose
     llmc.AllReduce   x [N, W]   ->   y [N, W]
     llmc.AllGather   x [N, W]   ->   y [ranks, N, W], the layout of NCCL. `tensorrt_boundary.to_tensorrt`
                                      transposes it to the columns of spec.py.
-    llmc.Send        x [N, ...]   ->  y [1], which nobody writes or reads: TensorRT keeps what leads to outputs
+    llmc.Send        x [N, ...]   ->  y [1], which nobody writes or reads: it keeps the node
     llmc.Recv        ids [N]   ->   y [N, width], with the dtype of that number in ONNX
 
 A second input, which is not read, is the result of the operator before, where nothing else keeps TensorRT

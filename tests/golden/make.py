@@ -4,6 +4,7 @@
     python tests/golden/make.py tests/golden/format-2 tensorrt-rtx 89    # for a GPU
     python tests/golden/make.py tests/golden/format-3                    # with sampling defaults
     python tests/golden/make.py tests/golden/format-4 cpu "" 2           # for two ranks
+    python tests/golden/make.py tests/golden/format-5 tensorrt-rtx 89 1 2    # for two stages on GPUs
 
 Writes DIR.llmc and DIR.json: the tokens that transformers generates greedily from a prompt. The sampling
 defaults came with format 3. The repetition penalty among them changes these tokens.
@@ -28,7 +29,7 @@ NEW_TOKENS = 40
 SAMPLING = {"do_sample": False, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.2}
 
 
-def main(name: Path, target: str = "cpu", sms: str = "", tp: str = "1") -> None:
+def main(name: Path, target: str = "cpu", sms: str = "", tp: str = "1", pp: str = "1") -> None:
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -54,7 +55,8 @@ def main(name: Path, target: str = "cpu", sms: str = "", tp: str = "1") -> None:
         generation = SAMPLING | {"bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 259}
         (source / "generation_config.json").write_text(json.dumps(generation))
         output = name.with_suffix(".llmc")
-        compile_model(BuildRequest(str(source), output, target=target, sms=parse_sms(sms), tp=int(tp)))
+        ranks = {"tp": int(tp), "pp": int(pp)}
+        compile_model(BuildRequest(str(source), output, target=target, sms=parse_sms(sms), **ranks))
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         tokens = model.generate(
             torch.tensor([PROMPT]), do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS

@@ -27,12 +27,14 @@ def test_a_frozen_bundle_opens_and_is_whole(version: int) -> None:
     bundle = Bundle.open(GOLDEN / f"format-{version}.llmc")
     bundle.verify()
     assert bundle.manifest.format_version == version
-    assert (bundle.manifest.gpu is not None) == (version == 2)
+    assert (bundle.manifest.gpu is not None) == (version in (2, 5))
     assert (bundle.manifest.sampling is not None) == (version >= 3)
     assert bundle.manifest.parallel.tp == (2 if version == 4 else 1)
+    assert bundle.manifest.parallel.pp == (2 if version == 5 else 1)
+    assert (bundle.manifest.ranks is not None) == (version == 5)
 
 
-@pytest.mark.parametrize("version", [1, 3, 4])  # format 2 is for GPUs
+@pytest.mark.parametrize("version", [1, 3, 4])  # formats 2 and 5 are for GPUs
 def test_a_frozen_bundle_generates_what_transformers_did(version: int) -> None:
     path = GOLDEN / f"format-{version}.llmc"
     expected = json.loads(path.with_suffix(".json").read_text())

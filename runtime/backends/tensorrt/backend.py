@@ -25,9 +25,7 @@ from llmc.runtime.backends.tensorrt.engine import Context, LoadedEngine
 from llmc.runtime.backends.tensorrt.nccl import NcclCollectives, Neighbors, unique_id
 from llmc.runtime.backends.tensorrt.sampling import TokenSampler
 from llmc.runtime.backends.tensorrt.stages import (
-    LOGITS as LOGITS_TRANSFER,
-)
-from llmc.runtime.backends.tensorrt.stages import (
+    LOGITS_TRANSFER,
     Place,
     Rank,
     exchanges_of,
@@ -210,7 +208,7 @@ class TensorRtBackend:
         """See `StageBackend`. Without stages, the logits of `begin` are there."""
         if first + rows > len(self._logits):
             raise BackendError(
-                f"the step needs {first + rows} rows of logits, the engine was loaded for {len(self._logits)}",
+                f"a step of {first + rows} rows of logits, the engine was loaded for {len(self._logits)}",
                 "raise max_sequences",
             )
         if self._place.owner:

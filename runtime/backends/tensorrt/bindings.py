@@ -53,7 +53,7 @@ class Cache:
 class Bindings:
     """The tensors of an engine by their roles."""
 
-    #: Array of `Batch` -> the maximum number of elements that the engine takes. A pipeline stage may lack some.
+    #: Array of `Batch` -> the maximum number of elements that the engine takes. A stage may lack some.
     step: Mapping[str, int]
     #: The caches of keys and values, in the order of the layers.
     caches: tuple[Cache, ...]

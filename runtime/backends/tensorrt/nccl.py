@@ -214,7 +214,7 @@ class NcclCollectives:
         self, operation: str, attributes: Attributes, dtype: str, source: int, target: int, count: int,
         stream: int,
     ) -> None:  # fmt: skip
-        """Put a collective or a transfer on the stream. Raises BackendError unless it is the next of the step.
+        """Put a collective or transfer on the stream. Raises BackendError unless it is the next of the step.
 
         NCCL does not notice that ranks call different collectives: it mixes up their data, or waits forever.
         """

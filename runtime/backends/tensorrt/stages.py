@@ -18,7 +18,7 @@ from llmc.runtime.bundle.manifest import Manifest
 from llmc.runtime.parallel.communicator import Communicator
 
 #: The number of the transfer of logits in a step.
-LOGITS = 0
+LOGITS_TRANSFER = 0
 _COLLECTIVES = {name for name in NAMES if name not in (SEND, RECV)}
 
 
@@ -81,7 +81,9 @@ def exchanges_of(manifest: Manifest, place: Place) -> Exchanges:
         names = {f"{DOMAIN}.{name}" for name in _COLLECTIVES}
         counts = [operator.count for operator in manifest.operators if operator.name in names]
         return Exchanges(0, sum(counts), 0)
-    counted = [{each.operation: each.count for each in record.exchanges} for record in manifest.ranks]
+    counted: list[dict[str, int]] = [
+        {each.operation: each.count for each in record.exchanges} for record in manifest.ranks
+    ]
     own = counted[place.number]
     collectives = sum(own.get(name, 0) for name in _COLLECTIVES)
     sends = own.get(SEND, 0) if place.behind is not None else 0
