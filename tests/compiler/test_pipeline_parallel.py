@@ -232,8 +232,10 @@ def test_the_plan_has_the_stages(
     [
         ({"pp": 0}, "--pp is 0"),
         ({"pp": 65}, "--pp is 65"),
-        ({"pp": 2, "target": "tensorrt-rtx"}, "--pp is for the native engine"),
-        ({"pp": 2, "engine": "onnxruntime"}, "--pp is for the native engine"),
+        (
+            {"pp": 2, "engine": "onnxruntime"},
+            "--pp is for the native engine and TensorRT, not for onnxruntime",
+        ),
         ({"pp": 64, "tp": 8}, "--tp 8 and --pp 64 make 512 ranks"),
     ],
 )

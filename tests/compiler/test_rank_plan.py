@@ -213,6 +213,15 @@ def test_tensorrt_ranks_are_planned(
         assert rank.activation_bytes is not None
         logits = build.EngineLimits.max_logits * 384 * 4
         assert logits < rank.activation_bytes < 100 * logits
+    first, second = plan_build(replace(request, tp=1, pp=2))[0].ranks
+    assert first.exchanges == (Exchange(SEND, 1, 64 * 2, 0),)
+    assert second.exchanges == (Exchange(SEND, 1, 0, 384 * 4),)  # logits in fp32
+    assert [(rank.first, rank.stop) for rank in (first, second)] == [(0, 1), (1, 2)]
+    (whole,) = plan_build(replace(request, tp=1))[0].ranks
+    assert whole.activation_bytes is not None
+    for rank in (first, second):  # each layer needs as much as the other one
+        assert rank.activation_bytes is not None
+        assert whole.activation_bytes / 2 < rank.activation_bytes <= whole.activation_bytes
     assert sum(rank.weight_bytes for rank in plan.ranks) > plan.sizes.weight_bytes  # norms on both
     names = Counter(report.name for report in plan.passes)
     assert names["shard"] == names["factor-rotary-tables"] == names["finalize"] == 1

@@ -12,9 +12,17 @@ import pytest
 
 from llmc.runtime.backends.tensorrt import sizes
 from llmc.runtime.backends.tensorrt.bindings import Tensor, bind
+from llmc.runtime.backends.tensorrt.stages import Place
 from llmc.runtime.backends.tensorrt.step import bucket_of, buckets, fill, room
 from llmc.runtime.batch import STEP_INPUTS, Batch
-from llmc.runtime.bundle.manifest import Precision
+from llmc.runtime.bundle.manifest import (
+    Engine,
+    ExchangeRecord,
+    Manifest,
+    Parallel,
+    Precision,
+    RankRecord,
+)
 from llmc.runtime.errors import BackendError, RequestError
 from support.gpu_bundle import (
     DV,
@@ -22,6 +30,8 @@ from support.gpu_bundle import (
     KV_HEADS,
     LAYERS,
     MAX_LEN,
+    PLAN,
+    VOCAB,
     D,
     batch,
     manifest,
@@ -119,6 +129,48 @@ def test_fp8_caches_are_half_as_large() -> None:
 def test_an_engine_of_another_model_is_refused(change: Callable[[Any], Any], message: str) -> None:
     with pytest.raises(BackendError, match=message):
         bind(change(tensors()), manifest())
+
+
+def stages() -> Manifest:
+    """The manifest of two stages of a layer each."""
+    plans = [PLAN, PLAN.replace("rank0.plan", "rank1.plan")]
+    sent = [ExchangeRecord("Send", 1, 96, 0), ExchangeRecord("Send", 1, 0, 4 * VOCAB)]
+    return manifest(
+        engines=tuple(Engine(rank, plan) for rank, plan in enumerate(plans)),
+        parallel=Parallel(pp=2, world_size=2),
+        ranks=tuple(RankRecord(stage, stage + 1, (sent[stage],)) for stage in range(2)),
+    )
+
+
+def of_stage(number: int) -> list[Tensor]:
+    """The tensors of an engine of `stages`."""
+    lacks = [("logits_index", "logits"), ("position_ids",)][number]
+    own = [t for t in tensors() if t.name not in lacks and not t.name.endswith(f".{1 - number}")]
+    return own if number else [*own, Tensor("sent.0", False, "HALF", (1,))]
+
+
+def test_the_table_of_a_stage_has_its_layers_and_what_it_reads() -> None:
+    first, last = (bind(of_stage(number), stages(), Place(number, 1, 2)) for number in range(2))
+    assert [cache.input for cache in first.caches] == ["key_cache.0", "value_cache.0"]
+    assert [cache.input for cache in last.caches] == ["key_cache.1", "value_cache.1"]
+    assert (first.has_logits, first.sent, last.has_logits, last.sent) == (False, ("sent.0",), True, ())
+    assert set(STEP_INPUTS) - first.step.keys() == {"logits_index"}
+    assert set(STEP_INPUTS) - last.step.keys() == {"position_ids"}
+
+
+@pytest.mark.parametrize(
+    ("number", "tensors", "message"),
+    [
+        (0, of_stage(1), r"it lacks input key_cache\.0"),
+        (1, of_stage(0), r"it lacks input logits_index"),
+        (0, of_stage(0)[:-1], r"it lacks output sent\.0, HALF \[1\]"),
+        (1, [*of_stage(1), of_stage(0)[-1]], r"it has sent\.0, which the model does not"),
+        (1, tensors(), r"it has key_cache\.0, .*, which the model does not"),
+    ],
+)
+def test_an_engine_of_another_stage_is_refused(number: int, tensors: list[Tensor], message: str) -> None:
+    with pytest.raises(BackendError, match=message):
+        bind(tensors, stages(), Place(number, 1, 2))
 
 
 # Steps.
