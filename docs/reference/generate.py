@@ -144,6 +144,8 @@ def capabilities_page() -> str:
                 _gpus(),
                 "## KV caches (`--kv-dtype`)",
                 _caches(),
+                "## Ranks (`--tp`, `--pp`)",
+                _ranks(),
                 "## What the tests build",
                 _tested(),
                 "",
@@ -170,6 +172,21 @@ def _engines() -> str:
         "another. `llmc build --dry-run` shows the engine and the reason.\n\n"
         f"{_table(('engine', 'extra to install', 'runs'), rows)}\n\n"
         "The native engine is part of llmc, for Linux on x86-64 with AVX2 or on ARM with dot products."
+    )
+
+
+def _ranks() -> str:
+    from llmc.compiler.request import MAX_PP, MAX_RANKS, MAX_TP, TARGETS
+
+    rows = [
+        ("`--tp N`", f"ranks that divide every layer, up to {MAX_TP}"),
+        ("`--pp N`", f"stages that divide the layers, up to {MAX_PP}"),
+        ("`--tp N --pp M`", f"stages of several ranks, up to {MAX_RANKS} ranks"),
+    ]
+    return (
+        f"The targets {_names(list(TARGETS))} take them, with every KV cache, and every format whose\n"
+        "blocks can be divided. On the CPU they need the native engine. See [how to divide a model](../how-to/tensor-parallel.md).\n\n"
+        f"{_table(('option', ''), rows)}"
     )
 
 
