@@ -185,7 +185,8 @@ def _ranks() -> str:
     ]
     return (
         f"The targets {_names(list(TARGETS))} take them, with every KV cache, and every format whose\n"
-        "blocks can be divided. On the CPU they need the native engine. See [how to divide a model](../how-to/tensor-parallel.md).\n\n"
+        "blocks can be divided. On the CPU they need the native engine. See\n"
+        "[how to divide a model](../how-to/tensor-parallel.md).\n\n"
         f"{_table(('option', ''), rows)}"
     )
 
