@@ -104,10 +104,11 @@ class Hub:
             while True:
                 for connection in wait(list(number)):
                     calls[number[connection]] = connection.recv()  # type: ignore[index]
-                for rank, answer in self._answers(calls, len(ranks)).items():
-                    del calls[rank]
-                    with contextlib.suppress(OSError):  # it has gone
-                        ranks[rank].send(answer)
+                while answers := self._answers(calls, len(ranks)):  # two transfers may wait
+                    for rank, answer in answers.items():
+                        del calls[rank]
+                        with contextlib.suppress(OSError):  # it has gone
+                            ranks[rank].send(answer)
         except (EOFError, OSError):
             for connection in ranks.values():
                 connection.close()
