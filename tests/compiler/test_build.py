@@ -218,11 +218,11 @@ def test_a_family_without_a_recipe_gets_an_honest_try(tmp_path: Path) -> None:
 
     settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    config = AutoConfig.for_model("granite", **settings, **heads, attention_multiplier=0.3)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "granite")
-    result = compile_model(BuildRequest(str(tmp_path / "granite"), tmp_path / "granite.llmc"))
+    config = AutoConfig.for_model("ernie4_5", **settings, **heads, head_dim=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "ernie4_5")
+    result = compile_model(BuildRequest(str(tmp_path / "ernie4_5"), tmp_path / "ernie4_5.llmc"))
     assert result.manifest.verification.status == "passed"
-    assert not recipe.load("granite").known
+    assert not recipe.load("ernie4_5").known
 
 
 def test_every_zoo_family_has_a_recipe() -> None:
