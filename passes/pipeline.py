@@ -106,7 +106,6 @@ def legalize_native(narrow: NarrowPlan) -> list[Pass]:
     narrow: the matrices that stay 16-bit
     """
     return [
-        DoubleFP4Weights(),  # MXFP4 as int8
         Keep16BitWeights(narrow),
         Finalize(Stage.FOR_NATIVE),
     ]

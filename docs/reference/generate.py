@@ -235,7 +235,8 @@ def _formats() -> str:
     return (
         f"{_table(header, rows)}\n\n"
         "*Bits* is the storage of one weight of a 1,024 x 1,024 matrix, its share of the scales included.\n"
-        "On the CPU the native engine runs every format, and stores E2M1 in 8 bits (int8 of twice the value)."
+        "On the CPU the native engine runs every format. OpenVINO and ONNX Runtime store MXFP4 in 8 bits\n"
+        "(int8 of twice the value)."
     )
 
 

@@ -8,7 +8,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-VERSION = 9
+VERSION = 10
 LIBRARIES = Path(__file__).parent / "lib"
 COUNTER = 16  # int32 elements per counter: each group's counter has a cache line
 
@@ -29,6 +29,7 @@ EXPERT_BIAS, CLAMPED_SWIGLU, QUANTIZE = range(19, 22)
 LINEAR_INT, LINEAR_FLOAT, EXPERTS_INT, EXPERTS_FLOAT, SORT_ROWS = range(22, 27)
 ATTENTION, ALL_REDUCE, ALL_GATHER = range(27, 30)
 KINDS = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3}
+CODES = {"int8": 0, "int4": 1, "fp4": 2}
 CACHES = {"fp32": 0, "fp16": 1, "int8": 2}
 
 # What a step ends with, as program.h has it.

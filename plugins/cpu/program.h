@@ -31,7 +31,7 @@ enum op {
                        // (gate, u) of a; n: pairs; x: limit, alpha
   OP_QUANTIZE = 21, // q, scales, sums = a in int8 digits; n: width, group, digits; v: null or their scale
   // Operations on many rows at once.
-  OP_LINEAR_INT = 22,   // out = q x w; n: rows of w, columns, bits, block, group, digits, fp16 scales
+  OP_LINEAR_INT = 22,   // out = q x w; n: rows of w, columns, codes, block, group, digits, fp16 scales
   OP_LINEAR_FLOAT = 23, // out = a x w; n: rows of w, columns, element type
   OP_EXPERTS_INT = 24,   // as OP_LINEAR_INT with w of the row's expert, whose rows of w n has; n[7]: experts
   OP_EXPERTS_FLOAT = 25, // as OP_LINEAR_FLOAT, likewise
@@ -43,6 +43,7 @@ enum op {
   OP_ALL_GATHER = 29, // out = the columns of a of all ranks; n: width of a
 };
 enum kind { F32 = 0, F16 = 1, BF16 = 2, E4M3 = 3 }; // element types
+enum codes { I8 = 0, I4 = 1, E2M1 = 2 };          // element types with integer products
 enum cache { FP32_CACHE = 0, FP16_CACHE = 1, INT8_CACHE = 2 };
 
 typedef struct {

@@ -94,7 +94,7 @@ INLINE vf expf_fast(vf x) {
   return select(tiny, allf(0.0f), p * power);
 }
 
-// c plus the dot products of four unsigned bytes of u with four signed bytes of s, lane by lane. small: all u < 16.
+// c plus the dot products of four unsigned bytes of u with four signed bytes of s, lane by lane. small: all u < 128.
 #if defined(__AVX512VNNI__)
 INLINE vi dot4(vi c, vi u, vi s, int small) {
   (void)small;
@@ -146,5 +146,32 @@ INLINE vi dot4(vi c, vi u, vi s, int small) {
   union { vi v; uint8_t u[64]; int8_t s[64]; } x = {u}, y = {s};
   for (int i = 0; i < 64; i++) c[i / 4] += x.u[i] * y.s[i];
   return c;
+}
+#endif
+
+// The bytes of a table that the bytes of x, all below 16, are the numbers of.
+#if defined(__AVX512BW__)
+INLINE vi lookup(const uint8_t table[16], vi x) {
+  return (vi)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), (__m512i)x);
+}
+#elif defined(__AVX2__)
+INLINE vi lookup(const uint8_t table[16], vi x) {
+  const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+  union { vi v; __m256i half[2]; } a = {x};
+  for (int i = 0; i < 2; i++) a.half[i] = _mm256_shuffle_epi8(bytes, a.half[i]);
+  return a.v;
+}
+#elif defined(__aarch64__)
+INLINE vi lookup(const uint8_t table[16], vi x) {
+  const uint8x16_t bytes = vld1q_u8(table);
+  union { vi v; uint8x16_t q[4]; } a = {x};
+  for (int i = 0; i < 4; i++) a.q[i] = vqtbl1q_u8(bytes, a.q[i]);
+  return a.v;
+}
+#else
+INLINE vi lookup(const uint8_t table[16], vi x) {
+  union { vi v; uint8_t u[64]; } a = {x};
+  for (int i = 0; i < 64; i++) a.u[i] = table[a.u[i]];
+  return a.v;
 }
 #endif

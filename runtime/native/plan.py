@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from llmc.plugins.cpu import library
 from llmc.runtime.native.experts import expand
-from llmc.runtime.native.program import BINARY, ROUND, UNARY, Instruction, Matrix, Program, View
+from llmc.runtime.native.program import BINARY, INTEGERS, ROUND, UNARY, Instruction, Matrix, Program, View
 
 LINE = 64  # bytes of a cache line
 _LARGEST_GROUP = 128  # activations that share a scale
@@ -150,7 +150,7 @@ def plan(program: Program, digits: int) -> Plan:
             continue
         matrix, choices = program.matrices[instruction.weights[0]], instruction.integers.get("choices", 0)
         of_floats, of_digits = (LINEAR[2:] if choices else LINEAR[:2])[::-1]
-        if matrix.element not in ("int8", "int4"):
+        if matrix.element not in INTEGERS:
             result.instructions.append(Planned(of_floats, per_logit, instruction))
             continue
         view, group = instruction.inputs[0], group_of(matrix)
@@ -336,10 +336,9 @@ def numbers(program: Program, planned: Planned) -> Sequence[int]:
     if planned.op in _OF_DIGITS:
         assert planned.digits is not None
         matrix, experts = program.matrices[source.weights[0]], integers.get("experts", 1)
-        bits = 4 if matrix.element == "int4" else 8
-        group, digits = planned.digits.group, planned.digits.digits
+        codes, group, digits = library.CODES[matrix.element], planned.digits.group, planned.digits.digits
         rows = matrix.rows // experts
-        return rows, matrix.columns, bits, matrix.block, group, digits, matrix.scales == "fp16", experts
+        return rows, matrix.columns, codes, matrix.block, group, digits, matrix.scales == "fp16", experts
     return (width,)
 
 

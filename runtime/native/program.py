@@ -77,25 +77,29 @@ class View:
     width: Size
 
 
+#: The elements of matrices that are multiplied as integers. fp4 is E2M1, whose values are halves of integers.
+INTEGERS = ("int8", "int4", "fp4")
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A matrix [rows, columns] of the weights file, packed in tiles of 32 rows."""
 
     rows: Size
     columns: Size
-    element: Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
+    element: Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4", "fp4"]
     #: Columns that share a scale, for fp8 all; 0 without scales.
     block: Index = 0
-    #: The dtype of the scales of fp8, int8 and int4; otherwise "".
+    #: The dtype of the scales of fp8 and of INTEGERS; otherwise "".
     scales: Literal["", "fp16", "fp32"] = ""
 
     @property
     def nbytes(self) -> int:
         """The bytes of the packed matrix."""
         tiles = -(-self.rows // TILE)
-        if self.element in ("int8", "int4"):
+        if self.element in INTEGERS:
             scale = TILE * (2 if self.scales == "fp16" else 4)
-            codes = self.columns * TILE // (2 if self.element == "int4" else 1)
+            codes = self.columns * TILE // (1 if self.element == "int8" else 2)
             return tiles * (self.columns // self.block * scale + codes)
         if self.element == "fp8":
             return tiles * TILE * (4 + self.columns)
@@ -306,7 +310,7 @@ def check(program: Program) -> None:
 
 def _matrix_complaint(matrix: Matrix) -> str:
     """Return why a matrix cannot be packed, or ""."""
-    if matrix.element in ("int8", "int4"):
+    if matrix.element in INTEGERS:
         if not matrix.scales or matrix.block < 16 or matrix.columns % matrix.block or matrix.block % 16:
             return "has blocks that do not fit"
     elif matrix.element == "fp8":

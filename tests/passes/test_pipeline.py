@@ -46,8 +46,7 @@ def check(model: ir.Model, passes: list[Pass], stage: Stage, matches: dict[str, 
 @pytest.mark.parametrize("fmt", [None, *FORMATS])
 def test_graphs_for_the_native_engine_can_be_lowered(fmt: str | None) -> None:
     model = quantized(fmt)
-    doubled = {"double-fp4-weights": 3} if fmt == "mxfp4" else {}
-    check(model, pipeline.legalize_native(NarrowPlan()), Stage.FOR_NATIVE, doubled)
+    check(model, pipeline.legalize_native(NarrowPlan()), Stage.FOR_NATIVE, {})
     program = lower(model).program
     rounds = {instruction.function for instruction in program.instructions if instruction.op == "round"}
     assert len(rounds) == len(rounded_to(model))

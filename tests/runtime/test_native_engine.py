@@ -242,6 +242,8 @@ PROGRAMS: dict[str, Callable[[], Built]] = {
     "int4 block 32": lambda: linear("int4", 32, "fp16"),
     "int4 block 128": lambda: linear("int4", 128, "fp16", rows=77),
     "int4 fp32 scales": lambda: linear("int4", 64, "fp32"),
+    "fp4 block 16": lambda: linear("fp4", 16, "fp32"),
+    "fp4 block 32": lambda: linear("fp4", 32, "fp32", rows=77),
     "int8 per row": lambda: linear("int8", 256, "fp32"),
     "int8 blocks": lambda: linear("int8", 32, "fp16"),
     "int8 blocks of 48": lambda: linear("int8", 48, "fp32", columns=240),
@@ -257,7 +259,9 @@ def test_an_instruction_is_the_interpreters(name: str) -> None:
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * size)
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "int4 block 32", "int8 blocks", "int8 per row"])
+@pytest.mark.parametrize(
+    "name", ["fp32", "fp16", "bf16", "int4 block 32", "fp4 block 16", "int8 blocks", "int8 per row"]
+)
 def test_a_linear_layer_is_exact_to_a_millionth(name: str) -> None:
     """Relative to the norms of row and input, which is what rounding errors scale with."""
     built = PROGRAMS[name]()
@@ -268,7 +272,8 @@ def test_a_linear_layer_is_exact_to_a_millionth(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gelu", "norms", "attention", "softcap", "bf16", "int4 block 32", "int8 per row"]
+    "name",
+    ["gelu", "norms", "attention", "softcap", "bf16", "int4 block 32", "fp4 block 16", "int8 per row"],
 )
 def test_threads_and_instruction_sets_give_the_same_bits(name: str) -> None:
     built = PROGRAMS[name]()
@@ -282,7 +287,10 @@ def test_threads_and_instruction_sets_give_the_same_bits(name: str) -> None:
 @pytest.mark.parametrize("digits", [1, 3])
 @pytest.mark.parametrize(
     ("element", "block", "scales"),
-    [("int4", 128, "fp16"), ("int4", 32, "fp16"), ("int8", 640, "fp32"), ("int8", 80, "fp32")],
+    [
+        *[("int4", 128, "fp16"), ("int4", 32, "fp16"), ("int8", 640, "fp32"), ("int8", 80, "fp32")],
+        *[("fp4", 16, "fp32"), ("fp4", 32, "fp32")],
+    ],
 )
 def test_a_row_of_a_long_step_is_that_row_alone(element: str, block: int, scales: str, digits: int) -> None:
     """300 rows are more than a panel of AMX, and no multiple of its tiles."""
@@ -581,6 +589,7 @@ def test_check_names_the_instruction() -> None:
         Matrix(4, 32, "int4", 16),
         Matrix(4, 32, "int8", 48, "fp16"),
         Matrix(4, 32, "int4", 8, "fp16"),
+        Matrix(4, 32, "fp4", 32),
         Matrix(4, 32, "fp8", 16, "fp32"),
         Matrix(4, 32, "fp16", 32, "fp32"),
     ],

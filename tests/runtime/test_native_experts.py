@@ -27,6 +27,7 @@ ELEMENTS = {
     "fp8": ("fp8", -1, "fp32"),
     "int8": ("int8", -1, "fp32"),
     "int4": ("int4", 32, "fp16"),
+    "fp4": ("fp4", 32, "fp32"),
 }
 
 
@@ -115,7 +116,7 @@ def test_any_choice_of_experts_is_the_interpreters(built: Callable[[], Built]) -
         check_close(got, interpreter.forward(batch))
 
 
-@pytest.mark.parametrize("element", ["fp32", "bf16", "int8", "int4", "clamped"])
+@pytest.mark.parametrize("element", ["fp32", "bf16", "int8", "int4", "fp4", "clamped"])
 def test_a_row_has_the_same_bits_alone_and_among_300(element: str) -> None:
     clamped = element == "clamped"
     built = mixture("int8", biases=True, function="clamped_swiglu") if clamped else mixture(element)

@@ -14,7 +14,17 @@ import numpy as np
 
 from llmc.runtime.batch import Batch
 from llmc.runtime.errors import BundleError
-from llmc.runtime.native.program import BINARY, OPERATIONS, ROUND, UNARY, Cache, Instruction, Program, View
+from llmc.runtime.native.program import (
+    BINARY,
+    INTEGERS,
+    OPERATIONS,
+    ROUND,
+    UNARY,
+    Cache,
+    Instruction,
+    Program,
+    View,
+)
 from support.native_programs import POSITIONS, VOCABULARY, Builder, Built
 
 BLOCK = 32
@@ -32,13 +42,13 @@ def random_program(seed: int) -> Built:
     x = View(0, 0, build.buffers[0].width)
 
     def matrix(rows: int, columns: int) -> str:
-        element, scales = rng.choice(("fp32", "fp16", "bf16", "fp8", "int8", "int4")), ""
+        element, scales = rng.choice(("fp32", "fp16", "bf16", "fp8", *INTEGERS)), ""
         block = 0
-        if columns % 16 and element in ("int8", "int4"):
+        if columns % 16 and element in INTEGERS:
             element = "fp32"
         if element == "fp8":
             block, scales = columns, "fp32"
-        if element in ("int8", "int4"):
+        if element in INTEGERS:
             block = rng.choice([size for size in range(16, columns + 1, 16) if columns % size == 0])
             scales = rng.choice(("fp16", "fp32"))
         return build.matrix(next(names), rows, columns, element, block, scales)

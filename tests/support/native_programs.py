@@ -9,7 +9,16 @@ import numpy as np
 
 from llmc.compiler.targets.native.pack import pack_floats, pack_fp8, pack_integers
 from llmc.runtime.batch import Batch
-from llmc.runtime.native.program import Buffer, Cache, Instruction, Matrix, Program, View, check
+from llmc.runtime.native.program import (
+    INTEGERS,
+    Buffer,
+    Cache,
+    Instruction,
+    Matrix,
+    Program,
+    View,
+    check,
+)
 
 VOCABULARY, POSITIONS = 50, 128
 #: A program, its packed weights, and the same for the interpreter.
@@ -84,12 +93,14 @@ class Builder:
     ) -> str:
         """A random matrix, or one of float `values`, packed for the engine and exact for the interpreter."""
         one = self.matrices[name] = Matrix(rows, columns, element, block, scales)  # type: ignore[arg-type]
-        if element in ("int8", "int4"):
-            largest = 7 if element == "int4" else 127
-            codes = self.rng.integers(-largest, largest + 1, (rows, columns)).astype(np.int8)
+        if element in INTEGERS:
+            least, most = {"int8": (-127, 127), "int4": (-7, 7), "fp4": (0, 15)}[element]
+            codes = self.rng.integers(least, most + 1, (rows, columns)).astype(np.int8)
             dtype = np.float16 if scales == "fp16" else np.float32
             factors = self.rng.uniform(0.001, 0.01, (rows, columns // block)).astype(dtype)
             self.packed[name] = pack_integers(codes, factors, one)
+            if element == "fp4":
+                codes = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64) * 2
             self.exact[name] = codes * np.repeat(factors.astype(np.float64), block, axis=1)
             return name
         data = self.rng.standard_normal((rows, columns)) if values is None else values

@@ -65,10 +65,13 @@ def unpack(matrix: Matrix, packed: np.ndarray) -> Unpacked:
         values = values.reshape(tiles, columns, 32).transpose(0, 2, 1)
     else:
         lanes = codes.reshape(tiles, blocks, -1, 32, 4)
-        if matrix.element == "int4":
+        if matrix.element != "int8":
             lanes = np.concatenate([lanes & 15, lanes >> 4], axis=-1)
-        signed = lanes.astype(np.int16) - (8 if matrix.element == "int4" else 128)
-        values = signed.astype(np.int8).transpose(0, 3, 1, 2, 4)
+        if matrix.element == "fp4":  # the scales are those of twice the values
+            values = lanes.view(ml_dtypes.float4_e2m1fn).astype(np.float32) * 2
+        else:
+            values = lanes.astype(np.int16) - (8 if matrix.element == "int4" else 128)
+        values = values.astype(np.int8).transpose(0, 3, 1, 2, 4)
     return Unpacked(matrix.element, _rows(matrix, values), _rows(matrix, scales.transpose(0, 2, 1)))
 
 

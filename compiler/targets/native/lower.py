@@ -58,14 +58,14 @@ _UNARY = {
 }
 _BINARY = {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "Min": "min", "Max": "max"}
 _COMMUTATIVE = ("add", "mul", "min", "max")
-_ELEMENTS: Mapping[ir.DataType, Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]] = {
+_ELEMENTS: Mapping[ir.DataType, Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4", "fp4"]] = {
     ir.DataType.FLOAT: "fp32",
     ir.DataType.FLOAT16: "fp16",
     ir.DataType.BFLOAT16: "bf16",
     ir.DataType.INT8: "int8",
     ir.DataType.INT4: "int4",
     ir.DataType.FLOAT8E4M3FN: "fp8",
-    ir.DataType.FLOAT4E2M1: "int8",  # twice the value, with half the scale
+    ir.DataType.FLOAT4E2M1: "fp4",
 }
 _ROUND = {ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT8: "int8"}
 _EMPTY: Mapping[str, int] = MappingProxyType({})

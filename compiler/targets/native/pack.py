@@ -12,7 +12,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-import onnx_ir as ir
 
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import TensorRef
@@ -140,10 +139,10 @@ def _pack_rows(matrix: Matrix, data: np.ndarray, scales: np.ndarray | None) -> n
         return pack_floats(data)
     if matrix.element == "fp8":
         return pack_fp8(data, scales.astype(np.float32))
-    if data.dtype == ir.DataType.FLOAT4E2M1.numpy():
-        data, scales = data.astype(np.float32) * 2, scales.astype(np.float32) / 2
-    dtype = np.float16 if matrix.scales == "fp16" else np.float32
-    return pack_integers(data.astype(np.int8), scales.astype(dtype), matrix)
+    scales = scales.astype(np.float16 if matrix.scales == "fp16" else np.float32)
+    if matrix.element == "fp4":
+        return pack_integers(data.view(np.int8), scales / 2, matrix)  # the scales of twice the values
+    return pack_integers(data.astype(np.int8), scales, matrix)
 
 
 def pack_floats(data: np.ndarray) -> np.ndarray:
@@ -173,17 +172,17 @@ def pack_fp8(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 def pack_integers(codes: np.ndarray, scales: np.ndarray, matrix: Matrix) -> np.ndarray:
     """Return the tiles of a quantized matrix as bytes, uint8 and flat.
 
-    codes: int8 [rows, columns]
+    codes: int8 [rows, columns]; of fp4 the bits of E2M1
     scales: fp16 or fp32 [rows, columns / block]
 
     For every tile and block of columns, the 32 scales come first, then the codes.
     """
-    step, zero = (8, 8) if matrix.element == "int4" else (4, 128)
+    step, zero = {"int8": (4, 128), "int4": (8, 8), "fp4": (8, 0)}[matrix.element]
     unsigned = _whole_tiles((codes.astype(np.int16) + zero).astype(np.uint8), zero)
     tiles, _, columns = unsigned.shape
     blocks = columns // matrix.block
     groups = unsigned.reshape(tiles, TILE, blocks, matrix.block // step, step)
-    if matrix.element == "int4":
+    if step == 8:
         groups = groups[..., :4] | groups[..., 4:] << 4
     lanes = groups.transpose(0, 2, 3, 1, 4).reshape(tiles, blocks, -1)
     factors = np.ascontiguousarray(_whole_tiles(np.ascontiguousarray(scales)).transpose(0, 2, 1))

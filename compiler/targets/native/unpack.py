@@ -6,9 +6,11 @@ import ml_dtypes
 import numpy as np
 
 from llmc.compiler.checkpoint.safetensors import TensorRef
+from llmc.passes.quantize.elements import E2M1_VALUES
 from llmc.runtime.native.program import TILE, Matrix
 
 _TOGETHER = 1 << 18  # elements that are unpacked together: arrays that the caches hold
+_TWICE_E2M1 = (2 * E2M1_VALUES).astype(np.int8)
 _DTYPES = {
     "fp32": np.float32,
     "fp16": np.float16,
@@ -49,13 +51,15 @@ def _dequantize(matrix: Matrix, tiles: np.ndarray, out: np.ndarray) -> None:
         codes = codes.transpose(0, 3, 1, 2).astype(np.float32)
     else:  # lanes of four codes
         lanes = stored.view(np.uint32).reshape(len(tiles), blocks, -1, TILE)
-        if matrix.element == "int4":
+        if matrix.element != "int8":
             lanes = np.stack([lanes & 0x0F0F0F0F, lanes >> 4 & 0x0F0F0F0F], axis=3).reshape(
                 len(tiles), blocks, -1, TILE
             )
-        zero = 8 if matrix.element == "int4" else 128
-        codes = np.ascontiguousarray(lanes.transpose(0, 3, 1, 2)).view(np.uint8) - np.uint8(zero)
-        codes = codes.view(np.int8)
+        codes = np.ascontiguousarray(lanes.transpose(0, 3, 1, 2)).view(np.uint8)
+        if matrix.element == "fp4":
+            codes = _TWICE_E2M1[codes]
+        else:
+            codes = (codes - np.uint8(8 if matrix.element == "int4" else 128)).view(np.int8)
     shape = len(tiles), TILE, blocks, matrix.block
     factors = scales.astype(np.float32).transpose(0, 2, 1)[..., None]
     np.multiply(codes.reshape(shape), factors, out=out.reshape(shape), dtype=np.float32)

@@ -34,12 +34,21 @@ INLINE bytes64 nibbles(bytes64 x, const int HIGH) {
   return (bytes64)_mm512_gf2p8affine_epi64_epi8((__m512i)x, _mm512_set1_epi64(rows_of_bits), 0xf8);
 }
 
+// Twice the value of each E2M1 code, for bytes below 16.
+INLINE bytes64 fp4_values(bytes64 x) {
+  return (bytes64)lookup(twice_fp4, (vi)x) - 12;
+}
+
 // Unpacks pieces of 128 bytes of a group's codes to signed bytes: [column / 4][32 rows][4].
-INLINE void unpack(int bits, const uint8_t *w, int pieces, uint8_t *out) {
+INLINE void unpack(int kind, const uint8_t *w, int pieces, uint8_t *out) {
   for (; pieces > 0; pieces--, w += 128) {
     const bytes64 u0 = *(const bytes64 *)w, u1 = *(const bytes64 *)(w + 64);
     READ_AHEAD(w), READ_AHEAD(w + 64);
-    if (bits == 4) {
+    if (kind == E2M1) {
+      *(bytes64 *)out = fp4_values(u0 & 15), *(bytes64 *)(out + 64) = fp4_values(u1 & 15);
+      *(bytes64 *)(out + 128) = fp4_values(u0 >> 4), *(bytes64 *)(out + 192) = fp4_values(u1 >> 4);
+      out += 256;
+    } else if (kind == I4) {
       *(bytes64 *)out = nibbles(u0, 0), *(bytes64 *)(out + 64) = nibbles(u1, 0);
       *(bytes64 *)(out + 128) = nibbles(u0, 1), *(bytes64 *)(out + 192) = nibbles(u1, 1);
       out += 256;
@@ -96,7 +105,7 @@ INLINE void store_sums(const int DIGITS, const int SECOND, sums_of_rows sums) {
 
 // A group of columns, for the rows of a panel. The digits and codes of `next` are those of the group that follows.
 typedef struct {
-  int rows, group, step, bits, has_next;
+  int rows, group, step, kind, has_next;
   const int8_t *q, *next_q;
   const uint8_t *codes, *next_codes;
   const uint8_t *packed; // the packed codes of the next group, and where they go
@@ -138,8 +147,8 @@ INLINE void run_pass(const int DIGITS, const int FIRST, const int LAST, const pa
   float *part = p->part, *to = p->to, *result = p->result;
   for (int left = p->rows, pieces = p->pieces; left > 0; left -= DIGIT_ROWS) {
     const int now = each < pieces ? each : pieces, more = left > DIGIT_ROWS, start = more || p->has_next;
-    unpack(p->bits, packed, now, unpacked);
-    pieces -= now, packed += now * 128, unpacked += now * (p->bits == 4 ? 256 : 128);
+    unpack(p->kind, packed, now, unpacked);
+    pieces -= now, packed += now * 128, unpacked += now * (p->kind == I8 ? 128 : 256);
     if (result) {
       for (int m = 0; m < DIGIT_ROWS && m < left; m++, result += p->result_stride)
         __builtin_prefetch(result, 1, 3), __builtin_prefetch(result + 16, 1, 3);
@@ -165,15 +174,15 @@ PASS(1, 0, 0) PASS(1, 0, 1) PASS(1, 1, 0) PASS(1, 1, 1) PASS(3, 0, 0) PASS(3, 0,
 
 // One tile of 32 rows of the matrix for all rows of activations.
 INLINE void amx_tile(const int DIGITS, const instruction *i, const uint8_t *weights, int rows, float *out) {
-  const int columns = i->n[1], bits = i->n[2], block = i->n[3], group = i->n[4], half = i->n[6];
-  const int groups = columns / group, in_block = block / group, scales = half ? 64 : 128, pieces = group * bits / 32;
+  const int columns = i->n[1], kind = i->n[2], block = i->n[3], group = i->n[4], half = i->n[6];
+  const int groups = columns / group, in_block = block / group, scales = half ? 64 : 128, pieces = group * (kind == I8 ? 8 : 4) / 32;
   const int64_t tiled_rows = tiled(rows), of_block = (int64_t)DIGITS * DIGIT_ROWS * group;
   static const float zeros[TILE];
   _Alignas(64) float f[PANEL][TILE], part[PANEL][TILE];
   _Alignas(64) sums_of_rows sums[2];
   _Alignas(64) uint8_t codes[2][MOST_GROUP * TILE];
-  pass p = {.group = group, .step = digit_step(group), .bits = bits, .part = part[0], .next_q = i->q, .next_codes = codes[0]};
-  unpack(bits, weights + scales, pieces, codes[0]);
+  pass p = {.group = group, .step = digit_step(group), .kind = kind, .part = part[0], .next_q = i->q, .next_codes = codes[0]};
+  unpack(kind, weights + scales, pieces, codes[0]);
   start_sums(DIGITS, 0, p.next_q, codes[0], group, p.step);
   start_sums(DIGITS, 1, p.next_q, codes[0], group, p.step);
   store_sums(DIGITS, 0, sums[0]);

@@ -1,9 +1,10 @@
 // A linear layer: rows of activations times a packed matrix.
 //
 // The matrix [N, K] is stored in tiles of 32 rows, which gives 32 lanes of sums without horizontal additions.
-//   integers   For every block of columns: 32 scales (fp16 or fp32), then for every 8 (int4) or 4 (int8) columns 64 bytes
-//              of rows 0-15 and 64 bytes of rows 16-31. A lane of 4 bytes belongs to a row. For int4, its low nibbles are
-//              columns 0-3 and its high nibbles columns 4-7. Codes are unsigned: the weight plus 8 (int4) or 128 (int8).
+//   integers   For every block of columns: 32 scales (fp16 or fp32), then for every 8 columns (of 4 bits) or 4 (int8) 64
+//              bytes of rows 0-15 and 64 bytes of rows 16-31. A lane of 4 bytes belongs to a row. Of 4 bits, its low
+//              nibbles are columns 0-3 and its high nibbles columns 4-7. Codes of int4 and int8 are unsigned: the weight
+//              plus 8 or 128. Codes of fp4 are E2M1, which stand for the integers of twice_fp4 below.
 //   floats     For every column 32 numbers: fp32, fp16 or bf16.
 #include "../../cpu/program.h"
 #include "../../cpu/vec.h"
@@ -25,10 +26,13 @@ typedef struct {
   int64_t q_row, scales_row, sums_row; // elements from one row to the next
 } digits_of_rows;
 
+// Twice the value of each E2M1 code, plus 12.
+static const uint8_t twice_fp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
 // Computes out[m][0..31] for M rows whose numbers have DIGITS int8 digits each. HALF: the scales are fp16.
-INLINE void integer_tile(const int M, const int DIGITS, const int BITS, const int HALF, const uint8_t *w, int columns,
+INLINE void integer_tile(const int M, const int DIGITS, const int CODES, const int HALF, const uint8_t *w, int columns,
                          int block, int group, digits_of_rows x, float *out, int64_t out_stride) {
-  const int STEP = BITS == 4 ? 8 : 4, ZERO = BITS == 4 ? 8 : 128, groups = columns / group;
+  const int STEP = CODES == I8 ? 4 : 8, ZERO = CODES == I8 ? 128 : CODES == I4 ? 8 : 12, groups = columns / group;
   vf f[MOST][2];
   UNROLL for (int m = 0; m < M; m++) f[m][0] = f[m][1] = allf(0);
   for (int column = 0, g = 0; column < columns;) {
@@ -52,8 +56,11 @@ INLINE void integer_tile(const int M, const int DIGITS, const int BITS, const in
       for (int k = 0; k < group; k += STEP, w += 128) {
         const vi u0 = (vi) * (const bytes64 *)w, u1 = (vi) * (const bytes64 *)(w + 64);
         READ_AHEAD(w), READ_AHEAD(w + 64);
-        if (BITS == 4) {
-          const vi l0 = u0 & 0x0f0f0f0f, l1 = u1 & 0x0f0f0f0f, h0 = (u0 >> 4) & 0x0f0f0f0f, h1 = (u1 >> 4) & 0x0f0f0f0f;
+        if (CODES != I8) {
+          vi l0 = u0 & 0x0f0f0f0f, l1 = u1 & 0x0f0f0f0f, h0 = (u0 >> 4) & 0x0f0f0f0f, h1 = (u1 >> 4) & 0x0f0f0f0f;
+          if (CODES == E2M1) {
+            l0 = lookup(twice_fp4, l0), l1 = lookup(twice_fp4, l1), h0 = lookup(twice_fp4, h0), h1 = lookup(twice_fp4, h1);
+          }
           UNROLL for (int m = 0; m < M; m++) UNROLL for (int d = 0; d < DIGITS; d++) {
             const int8_t *p = q + m * x.q_row + (int64_t)d * columns + k;
             int32_t low, high;
@@ -117,27 +124,27 @@ INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int column
 
 // The kernels below compute one tile for M rows; run_integer and run_float compute tiles first .. last - 1 for all rows.
 // out has room for whole tiles: its stride is at least 32 * tiles.
-#define INTEGER(M, D, B, H)                                                                                        \
-  static __attribute__((noinline)) void integer_##M##_##D##_##B##_##H(const uint8_t *w, int columns, int block,   \
+#define INTEGER(M, D, C, H)                                                                                        \
+  static __attribute__((noinline)) void integer_##M##_##D##_##C##_##H(const uint8_t *w, int columns, int block,   \
       int group, const digits_of_rows *x, float *out, int64_t out_stride) {                                       \
-    integer_tile(M, D, B, H, w, columns, block, group, *x, out, out_stride);                                      \
+    integer_tile(M, D, C, H, w, columns, block, group, *x, out, out_stride);                                      \
   }
-#define INTEGERS(B, H) INTEGER(1, 1, B, H) INTEGER(2, 1, B, H) INTEGER(1, 3, B, H) INTEGER(2, 3, B, H)
-INTEGERS(4, 0) INTEGERS(4, 1) INTEGERS(8, 0) INTEGERS(8, 1)
 #if defined(__AVX512F__)
-INTEGER(4, 1, 4, 0) INTEGER(4, 1, 4, 1) INTEGER(4, 1, 8, 0) INTEGER(4, 1, 8, 1)
-INTEGER(6, 1, 4, 0) INTEGER(6, 1, 4, 1) INTEGER(6, 1, 8, 0) INTEGER(6, 1, 8, 1)
-#define MANY(B, H) integer_4_1_##B##_##H, integer_6_1_##B##_##H
+#define WIDE(C, H) INTEGER(4, 1, C, H) INTEGER(6, 1, C, H)
+#define MANY(C, H) integer_4_1_##C##_##H, integer_6_1_##C##_##H
 #else
-#define MANY(B, H) 0, 0
+#define WIDE(C, H)
+#define MANY(C, H) 0, 0
 #endif
+#define INTEGERS(C, H) INTEGER(1, 1, C, H) INTEGER(2, 1, C, H) INTEGER(1, 3, C, H) INTEGER(2, 3, C, H) WIDE(C, H)
+INTEGERS(I8, 0) INTEGERS(I8, 1) INTEGERS(I4, 0) INTEGERS(I4, 1) INTEGERS(E2M1, 0) INTEGERS(E2M1, 1)
 typedef void (*integer_kernel)(const uint8_t *, int, int, int, const digits_of_rows *, float *, int64_t);
 
 static int linear_tiles(const instruction *i) { return (i->n[0] + TILE - 1) / TILE; }
 
 INLINE int64_t integer_tile_bytes(const instruction *i) {
-  const int columns = i->n[1], bits = i->n[2], block = i->n[3], half = i->n[6];
-  return (int64_t)columns / block * (half ? 64 : 128) + (int64_t)columns / (bits == 4 ? 8 : 4) * 128;
+  const int columns = i->n[1], codes = i->n[2], block = i->n[3], half = i->n[6];
+  return (int64_t)columns / block * (half ? 64 : 128) + (int64_t)columns / (codes == I8 ? 4 : 8) * 128;
 }
 #include "amx.c"
 INLINE digits_of_rows digits_from(const instruction *i, int64_t row) {
@@ -164,18 +171,13 @@ INLINE void run_integer(const instruction *i, int first, int last, int rows, int
 
 // The digits are not in tiles.
 static void linear_rows(const instruction *i, int first, int last, int rows) {
-  const int bits = i->n[2], digits = i->n[5], half = i->n[6];
-#define CASE(D, B, H, ...)                         \
-  if (digits == D && bits == B && half == H)       \
-    return run_integer(i, first, last, rows, integer_1_##D##_##B##_##H, integer_2_##D##_##B##_##H, __VA_ARGS__);
-  CASE(1, 4, 0, MANY(4, 0))
-  CASE(1, 4, 1, MANY(4, 1))
-  CASE(1, 8, 0, MANY(8, 0))
-  CASE(1, 8, 1, MANY(8, 1))
-  CASE(3, 4, 0, 0, 0)
-  CASE(3, 4, 1, 0, 0)
-  CASE(3, 8, 0, 0, 0)
-  CASE(3, 8, 1, 0, 0)
+  const int codes = i->n[2], digits = i->n[5], half = i->n[6];
+#define CASE(D, C, H, ...)                         \
+  if (digits == D && codes == C && half == H)      \
+    return run_integer(i, first, last, rows, integer_1_##D##_##C##_##H, integer_2_##D##_##C##_##H, __VA_ARGS__);
+#define CASES(C, H) CASE(1, C, H, MANY(C, H)) CASE(3, C, H, 0, 0)
+  CASES(I8, 0) CASES(I8, 1) CASES(I4, 0) CASES(I4, 1) CASES(E2M1, 0) CASES(E2M1, 1)
+#undef CASES
 #undef CASE
 }
 static void linear_int(const instruction *i, int first, int last, int rows) {
