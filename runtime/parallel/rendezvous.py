@@ -121,13 +121,17 @@ def join(place: Place, meeting: Meeting, manifest_sha256: str) -> Group:
         address = channel.getsockname()[0]
         with socket.create_server((address, 0), family=channel.family, backlog=place.size) as listener:
             port = listener.getsockname()[1]
-            _send(0, channel, Hello(place.rank, place.size, manifest, _sha256(meeting.job), port).pack())
+            hello = Hello(place.rank, place.size, manifest, _sha256(meeting.job), port)
+            try:
+                _send(0, channel, hello.pack())
+            except RankEnded as error:  # it has refused another rank
+                raise _no_rank0(meeting) from error
             token, addresses = _table(channel, place, deadline, meeting)
             addresses[0] = (meeting.host, meeting.port)
-            hello = Hello(place.rank, place.size, manifest, token).pack()
+            hello = Hello(place.rank, place.size, manifest, token)
             for rank in range(place.rank):
                 group.links[rank] = _connect(rank, *addresses[rank], deadline, meeting)
-                _send(rank, group.links[rank], hello)
+                _send(rank, group.links[rank], hello.pack())
             higher = set(range(place.rank + 1, place.size))
             _accept_links(group, listener, token, higher, deadline, meeting)
         channel.settimeout(None)
@@ -266,10 +270,7 @@ def _table(
     except TimeoutError:
         raise _late("rank 0 did not send the addresses of the ranks", meeting) from None
     except (ValueError, TypeError, KeyError) as error:
-        raise RankError(
-            f"rank 0 ended early, or {meeting.host}, port {meeting.port} is another program",
-            "see the error of rank 0, or set MASTER_PORT to another free port",
-        ) from error
+        raise _no_rank0(meeting) from error
 
 
 def _send(rank: int, link: socket.socket, data: bytes) -> None:
@@ -296,6 +297,13 @@ def _tuned(link: socket.socket) -> socket.socket:
         link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
     return link
+
+
+def _no_rank0(meeting: Meeting) -> RankError:
+    return RankError(
+        f"rank 0 ended early, or {meeting.host}, port {meeting.port} is another program",
+        "see the error of rank 0, or set MASTER_PORT to another free port",
+    )
 
 
 def _late(what: str, meeting: Meeting) -> RankError:

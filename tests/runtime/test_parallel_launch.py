@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -303,6 +304,21 @@ def test_another_program_answers(answer: bytes) -> None:
         with pytest.raises(RankError, match=f"127.0.0.1, port {port} is another program"):
             join(Place(1, 2, 2, ""), Meeting("127.0.0.1", port, "", LONG), SHA)
         other.join()
+
+
+def test_rank_0_is_gone_before_the_hello(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 has refused another rank. It ended when this one had connected."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        link = socket.create_connection(server.getsockname())
+        client, _ = server.accept()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
+        client.close()
+        with pytest.raises(ConnectionResetError):
+            link.recv(1)  # now it has come
+    monkeypatch.setattr(rendezvous, "_connect", lambda *_: link)
+    with pytest.raises(RankError, match="rank 0 ended early") as error:
+        join(Place(1, 2, 2, ""), Meeting("127.0.0.1", 29500, "", LONG), SHA)
+    assert type(error.value) is RankError
 
 
 def test_a_message_of_another_collective_allocates_nothing(port: int) -> None:

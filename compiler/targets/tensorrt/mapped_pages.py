@@ -7,11 +7,11 @@ is needed again, it comes from the page cache.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 _MADV_DONTNEED = 4  # madvise(2) on Linux; a private mapping that is only read loses no data
 _PERIOD = 0.1  # seconds
@@ -22,8 +22,9 @@ _MAPS_BYTES = 4 << 20  # far more than any process's list of mappings
 def kept_small(suffix: str) -> Iterator[None]:
     """Drop the pages of memory-mapped files whose names end with `suffix`, periodically while the block runs.
 
-    Only Linux is supported; on other systems nothing happens. The thread allocates no memory once the block
-    has begun, so that the block's allocations get the same addresses in every run.
+    Only Linux is supported; on other systems nothing happens. The block's allocations get the same addresses
+    in every run: the thread allocates nothing once the block has begun, and no thread allocates in order to
+    wait, as `threading.Thread.start` and `threading.Event.wait` do if the other thread is late.
     """
     ranges = _mapped(suffix)
     if not ranges:
@@ -31,25 +32,29 @@ def kept_small(suffix: str) -> Iterator[None]:
         return
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    started, running = threading.Event(), threading.Lock()
+    starting, running, ending = (_thread.allocate_lock() for _ in range(3))
 
     def drop() -> None:
-        while True:
-            for address, length in ranges:
-                madvise(address, length, _MADV_DONTNEED)
-            started.set()
-            if running.acquire(timeout=_PERIOD):  # an Event would allocate a lock for every wait
-                return
+        _drop(madvise, ranges)
+        starting.release()
+        while not running.acquire(timeout=_PERIOD):
+            _drop(madvise, ranges)
+        ending.release()
 
-    thread = threading.Thread(target=drop, daemon=True)
-    running.acquire()
-    thread.start()
-    started.wait()
+    for lock in (starting, running, ending):
+        lock.acquire()
+    _thread.start_new_thread(drop, ())
+    starting.acquire()
     try:
         yield
     finally:
         running.release()
-        thread.join()
+        ending.acquire()
+
+
+def _drop(madvise: Callable[[int, int, int], int], ranges: Iterable[tuple[int, int]]) -> None:
+    for address, length in ranges:
+        madvise(address, length, _MADV_DONTNEED)
 
 
 def _mapped(suffix: str) -> list[tuple[int, int]]:
