@@ -16,7 +16,7 @@ from llmc.plugins.cuda.gpus import SMS
 from llmc.plugins.paged_attention.compile_kernels import compile_variant
 from llmc.plugins.paged_attention.launch import ARGUMENTS, FP8, Attention, variants_for
 
-# Head shapes of the table, and of the full compile test.
+# Head shapes of the table, and of a test of tests/plugins/test_kernels.py.
 COMMON = {
     "heads of 64, groups of 4": Attention(32, 8, 64, 64),
     "heads of 64, window, sinks (gpt-oss)": Attention(64, 8, 64, 64, window=128, sinks=True),

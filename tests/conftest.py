@@ -68,6 +68,15 @@ def no_calibration_cache() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def fast_builds() -> Iterator[None]:
+    """Let builds verify in this process and share traces: for tests that are not about child processes."""
+    from support import fast_builds
+
+    with fast_builds.fast_builds():
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """zoo name -> directory of a random checkpoint."""

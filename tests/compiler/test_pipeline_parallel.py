@@ -23,6 +23,7 @@ from llmc.runtime.load import load_engine
 from llmc.runtime.native.program import Program
 from llmc.runtime.native.weights import start_reading
 from llmc.runtime.sampling import SamplingParams
+from support.sampled import every_nth
 from support.traces import share_traces
 
 GREEDY = SamplingParams(max_tokens=16, ignore_eos=True)
@@ -200,13 +201,13 @@ def arrays(bundle: Bundle, rank: int | None) -> Mapping[str, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", ["int8", "int4", "fp8", "nvfp4", "int8-smoothquant", "mxfp4"])
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(
+    ("tp", "quant"), every_nth(2, (1, 2), ("int4", "int8", "fp8", "nvfp4", "mxfp4", "int8-smoothquant"))
+)
 def test_quantized_stages_are_verified(
-    quant: str, tp: int, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quant: str, tp: int, checkpoint: Checkpoint, tmp_path: Path, fast_builds: None
 ) -> None:
     """The verification compares all ranks with transformers on the same quantized weights."""
-    share_traces(monkeypatch)
     options: dict[str, Any] = {"tp": tp, "pp": 2, "quant": quant, "verify": True}
     first = build(checkpoint("qwen3-tiny"), tmp_path / "x.llmc", **options)
     assert first.manifest.verification.status == "passed"

@@ -21,6 +21,7 @@ from llmc.runtime.errors import BuildError, UnsupportedError
 from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
 from support.families import write_random
+from support.sampled import every_nth
 from support.traces import share_traces, trace_once
 
 GREEDY = SamplingParams(max_tokens=16, ignore_eos=True)
@@ -119,17 +120,21 @@ def test_requests_for_several_ranks_are_checked(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", [None, "int8", "int4", "fp8", "nvfp4", "int8-smoothquant", "mxfp4"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("ranks", "quant"),
+    every_nth(2, (2, 4), (None, "int8", "int4", "fp8", "mxfp4", "nvfp4", "int8-smoothquant")),
+)
 def test_quantized_ranks_are_verified(
     quant: str | None,
     ranks: int,
     checkpoint: Callable[[str], Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    fast_builds: None,
 ) -> None:
-    """The verification compares all ranks with transformers on the same quantized weights."""
-    share_traces(monkeypatch)
+    """The verification compares all ranks with transformers on the same quantized weights.
+
+    Each format with 2 or 4 ranks here, and as stages of 1 or 2 ranks in test_pipeline_parallel.py.
+    """
     request = BuildRequest(str(checkpoint("qwen3-tiny")), tmp_path / "x.llmc", tp=ranks, quant=quant)
     first = compile_model(request).manifest
     assert first.verification.status == "passed"

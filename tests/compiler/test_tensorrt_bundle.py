@@ -20,6 +20,7 @@ from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BackendError, BuildError, UnsupportedError
 from llmc.runtime.load import load_engine
 from support.families import DENSE
+from support.sampled import every_nth
 
 pytestmark = pytest.mark.skipif(
     not build.is_installed("tensorrt_rtx"), reason="the package tensorrt-rtx is not installed"
@@ -77,11 +78,11 @@ def test_two_builds_are_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("name", [name for name in DENSE if name.endswith("-tiny")])
+@pytest.mark.parametrize(("name", "dtype"), every_nth(2, DENSE, ("fp16", "bf16")))
 def test_every_family_becomes_a_bundle(
-    name: str, dtype: str, checkpoint: Callable[[str], Path], tmp_path: Path
+    name: str, dtype: str, checkpoint: Callable[[str], Path], tmp_path: Path, fast_builds: None
 ) -> None:
+    """test_tensorrt_oracle.py verifies the graph of every family in both dtypes."""
     result = compile_model(request(checkpoint(name), tmp_path / "x.llmc", sms=(89,), dtype=dtype))
     manifest = result.manifest
     assert manifest.verification.status == "passed"

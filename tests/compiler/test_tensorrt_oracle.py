@@ -38,7 +38,7 @@ from llmc.passes.spec import STRUCTURAL
 from llmc.runtime.errors import VerificationError
 from support.families import DENSE, OTHERS, WITH_EXPERTS, write_random
 from support.passes import lower_for_tensorrt, oracle_graph
-from support.sampled import sampled
+from support.sampled import every_nth, sampled
 
 SOME = (
     "llama-tiny",
@@ -165,12 +165,14 @@ def test_positions_beyond_the_rows_of_a_small_rotary_table(rope: str, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [name for name in OTHERS if name not in WITH_EXPERTS])
-def test_families_without_a_zoo_model_are_as_exact_too(family: str, tmp_path: Path) -> None:
-    checkpoint = write_random(family, tmp_path)
-    for dtype in ("fp16", "bf16"):
-        findings = compare(prepare(checkpoint, dtype, tmp_path / dtype))
-        assert not verify_build.faults(findings, dtype), dtype
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    every_nth(2, [name for name in OTHERS if name not in WITH_EXPERTS], ("fp16", "bf16")),
+)
+def test_families_without_a_zoo_model_are_as_exact_too(family: str, dtype: str, tmp_path: Path) -> None:
+    """In one of the two dtypes: the graphs differ in their Casts alone, as those above in both show."""
+    findings = compare(prepare(write_random(family, tmp_path), dtype, tmp_path / dtype))
+    assert not verify_build.faults(findings, dtype)
 
 
 # What it must not let through.
