@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,15 @@ from llmc.compiler.verify.compare import compare, least_top1_like
 from llmc.compiler.verify.engine_weights import EngineWeight
 from llmc.compiler.verify.job import Findings, Job
 from support.families import write_random
+from support.fast_builds import fast_builds
 
 TALES = Path(__file__).parents[2] / "model_zoo" / "llama" / "tales"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast() -> Iterator[None]:
+    with fast_builds():
+        yield
 
 
 def test_an_engine_that_quantizes_otherwise_is_refused(

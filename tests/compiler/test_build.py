@@ -122,7 +122,9 @@ def test_a_plan_writes_nothing(checkpoint: Callable[[str], Path], tmp_path: Path
     assert plan.sizes.weight_bytes > 135_488 * 4
 
 
-def test_the_context_is_a_limit_of_the_bundle(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_context_is_a_limit_of_the_bundle(
+    checkpoint: Callable[[str], Path], tmp_path: Path, fast_builds: None
+) -> None:
     request = BuildRequest(str(checkpoint("llama-tiny")), tmp_path / "x.llmc", max_seq_len=40, verify=False)
     engine = load_engine(compile_model(request).path)
     output = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=500, ignore_eos=True))[0]
@@ -213,7 +215,7 @@ def test_a_value_that_transformers_refuses_is_a_checkpoint_error(
         plan_build(BuildRequest(str(source), tmp_path / "x.llmc"))
 
 
-def test_a_family_without_a_recipe_gets_an_honest_try(tmp_path: Path) -> None:
+def test_a_family_without_a_recipe_gets_an_honest_try(tmp_path: Path, fast_builds: None) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}

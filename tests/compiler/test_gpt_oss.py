@@ -116,7 +116,9 @@ def test_the_published_layout_builds_with_its_codes(
 
 
 @pytest.mark.slow
-def test_a_build_verifies_the_published_layout(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_build_verifies_the_published_layout(
+    checkpoint: Callable[[str], Path], tmp_path: Path, fast_builds: None
+) -> None:
     path = published(checkpoint("gpt-oss-tiny"), tmp_path / "x", dtype="bfloat16")
     record = compile_model(BuildRequest(str(path), tmp_path / "x.llmc")).manifest.verification
     assert record.status == "passed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +44,7 @@ from llmc.runtime.errors import BuildError, BundleError, UnsupportedError
 from llmc.runtime.installation import upgrade_hint
 from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
+from support.fast_builds import fast_builds
 from support.passes import lower_for_tensorrt, oracle_graph, set_kv_scales
 from support.traces import share_traces
 
@@ -295,6 +296,12 @@ def test_caches_are_fp8_together_or_have_the_models_dtype() -> None:
 
 
 # Builds.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast() -> Iterator[None]:
+    with fast_builds():
+        yield
 
 
 @pytest.fixture(scope="module")

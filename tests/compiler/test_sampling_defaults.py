@@ -110,7 +110,7 @@ def test_settings_without_a_counterpart_are_named(model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_bundle_has_the_defaults_and_its_verification_stays_greedy(model: Path) -> None:
+def test_a_bundle_has_the_defaults_and_its_verification_stays_greedy(model: Path, fast_builds: None) -> None:
     class Notes(Silent):
         def note(self, text: str) -> None:
             notes.append(text)

@@ -24,7 +24,6 @@ from llmc.compiler.checkpoint.context import choose_context
 from llmc.compiler.checkpoint.model_keys import read_model
 from llmc.compiler.progress import Silent
 from llmc.compiler.targets.tensorrt.target import ORACLE_FILE
-from llmc.compiler.trace.export import trace
 from llmc.compiler.verify import verify_build
 from llmc.compiler.verify.compare import compare
 from llmc.compiler.verify.difference import Difference
@@ -39,6 +38,7 @@ from llmc.runtime.errors import VerificationError
 from support.families import DENSE, OTHERS, WITH_EXPERTS, write_random
 from support.passes import lower_for_tensorrt, oracle_graph
 from support.sampled import every_nth, sampled
+from support.traces import trace_once
 
 SOME = (
     "llama-tiny",
@@ -69,7 +69,7 @@ class Directory:
 @functools.cache
 def canonical(checkpoint: Path, dtype: str) -> ir.Model:
     config = load_config(Checkpoint.open(checkpoint))
-    model = trace(config, dtype, choose_context(config, None).max_seq_len).model
+    model = trace_once(config, dtype, choose_context(config, None).max_seq_len).model
     contract.run(model, canonicalize())
     return model
 

@@ -94,7 +94,7 @@ def test_a_shown_command_is_valid(one: Shown) -> None:
 
 @pytest.mark.slow
 def test_shown_commands_do_what_the_pages_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fast_builds: None
 ) -> None:
     """All in one directory, in the order of the pages. A repeated command is run once."""
     (tmp_path / "model_zoo").symlink_to(ROOT / "model_zoo")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -20,10 +21,17 @@ from llmc.runtime.backends.openvino.backend import OpenVinoBackend
 from llmc.runtime.batch import Batch
 from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
+from support.fast_builds import fast_builds
 from support.packed_weights import read_packed
 from support.sampled import sampled
 
 MODELS = [("qwen3-tiny", "bfloat16"), ("phi3-tiny", "bfloat16"), ("qwen3-tiny", "float16")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast() -> Iterator[None]:
+    with fast_builds():
+        yield
 
 
 def narrow_checkpoint(name: str, dtype: str, path: Path) -> Path:

@@ -29,6 +29,15 @@ def copy_of(done: Trace) -> Trace:
     return Trace(model, done.parameters, done.tied, done.replaced)
 
 
+@functools.cache
+def keep_translations() -> None:
+    """Let torch take the list of onnxscript's translations once. Every trace makes it anew otherwise."""
+    from torch.onnx._internal._lazy_import import onnxscript_apis
+
+    found = onnxscript_apis.get_torchlib_ops
+    onnxscript_apis._module.get_torchlib_ops = functools.cache(found)  # type: ignore[attr-defined]
+
+
 _traced: dict[tuple[str, str, int], Trace] = {}
 
 
@@ -36,6 +45,7 @@ def trace_once(config: Any, dtype: str, max_seq_len: int) -> Trace:
     """`trace` for builds that differ in what comes after it: the same model is traced once."""
     key = (config.to_json_string(use_diff=False), dtype, max_seq_len)
     if key not in _traced:
+        keep_translations()
         _traced[key] = trace(config, dtype, max_seq_len)
     return copy_of(_traced[key])
 
