@@ -231,7 +231,7 @@ def test_every_rank_gets_a_plan(
         assert nodes[SEND] == (rank < tp * (pp - 1))
         assert nodes[RECV] == (rank >= tp and pp > 1)
         assert plan.count(b"sequence") >= built.collectives
-        if rank and (name, tp, pp) != FAST:  # a second time, where time does not matter
+        if rank and pp == 2 and (name, tp, pp) != FAST:  # a second time, where time does not matter
             assert plan_of(part, source, tmp_path / "in a directory with a longer name")[1] == plan
 
 

@@ -93,7 +93,8 @@ def main(graphs: str, directory: Path) -> None:
 
     engine = ServingEngine(Both(), None, (), MAX_LEN, 64, 6, vocab_size=VOCAB)
     rng = np.random.default_rng(1)
-    lengths, answers = [300, 3, 70, 1, 33, 5, 40], [8, 3, 6, 9, 2, 4, 5]
+    longest = 130 if graphs.startswith("no ") else 300  # beyond 256, decode is split
+    lengths, answers = [longest, 3, 70, 1, 33, 5, 40], [8, 3, 6, 9, 2, 4, 5]
     prompts = [rng.integers(0, VOCAB, length).tolist() for length in lengths]
     engine.generate(prompts, [SamplingParams(max_tokens=answer) for answer in answers])
     decodes = [count for tokens, count in sizes if tokens == count]
@@ -119,7 +120,8 @@ def main(graphs: str, directory: Path) -> None:
             else "CUDA_ERROR_STAND_IN: as it was told"
         )
         assert reason in told[0]
-    sample_on(backend, gpu)
+    if graphs in ("graphs", "no graphs"):
+        sample_on(backend, gpu)
     steps = gpu.log[gpu.log.index("wait") :]
     assert steps.count("allocate") == steps.count("pin") == 0  # nothing is allocated for a step
     before = gpu.log.count("upload")
