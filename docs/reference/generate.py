@@ -300,8 +300,8 @@ def _tested() -> str:
     return (
         "*CPU*: the tests build an engine and verify it. *TRT*: the tests verify the graph that TensorRT\n"
         "compiles, in fp16 or bf16. For a third of the quantized models, with every model and every format,\n"
-        "they also build a `tensorrt-rtx` engine, where that package is installed. No such engine has run on a\n"
-        "GPU yet ([the build for a GPU](../how-to/build-for-a-gpu.md)).\n\n"
+        "they also build a `tensorrt-rtx` engine, where that package is installed. No such engine has run\n"
+        "on a GPU yet ([the build for a GPU](../how-to/build-for-a-gpu.md)).\n\n"
         f"{_table(header, rows)}\n\n"
         f"The FP8 KV cache is compared with transformers for {_names(sorted(caches))}.\n"
         "The tests are `tests/compiler/test_families.py`, `tests/compiler/test_tensorrt_oracle.py`,\n"
