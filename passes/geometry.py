@@ -17,15 +17,20 @@ def attention_nodes(model: ir.Model) -> list[ir.Node]:
     return sorted(nodes, key=lambda node: int(str(edit.operand(node, 3).name).rpartition(".")[2]))
 
 
+def value_width(attention: ir.Node) -> int:
+    """Return the number of the numbers of a key that are its value; 0 if values have a cache of their own."""
+    return attention.attributes.get_int("value_width", 0)
+
+
 def cached_layers(model: ir.Model) -> tuple[Layer, ...]:
     """Return the attention layers of a canonical graph, or of a rank's part of one, from their KV caches."""
     layers = []
     for node in attention_nodes(model):
         _, kv_heads, _, width = edit.dims(edit.operand(node, 3))
-        value_width = edit.dims(edit.operand(node, 4))[3]
+        values = node.inputs[4]
         window = int(edit.attribute(node, "window"))
         kind: Literal["sliding", "full"] = "sliding" if window else "full"
-        layers.append(Layer(kind, window, kv_heads, width, value_width))
+        layers.append(Layer(kind, window, kv_heads, width, edit.dims(values)[3] if values else 0))
     return tuple(layers)
 
 

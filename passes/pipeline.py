@@ -13,6 +13,7 @@ from llmc.passes.canonicalize.fuse_partial_rope import FusePartialRope
 from llmc.passes.canonicalize.gather_logits import GatherLogits
 from llmc.passes.canonicalize.gather_rows import GatherRows
 from llmc.passes.canonicalize.lower_experts import LowerExperts
+from llmc.passes.canonicalize.lower_head_linears import LowerHeadLinears
 from llmc.passes.canonicalize.lower_layers import LowerLinear, LowerRMSNorm
 from llmc.passes.canonicalize.lower_rope import LowerRope
 from llmc.passes.canonicalize.pack_tokens import PackTokens
@@ -63,6 +64,7 @@ def canonicalize(fusion: FusionPlan = FusionPlan()) -> list[Pass]:  # noqa: B008
         PageAttention(),
         # 2. Tokens: only attention mixes them, so the batch axis can go once attention is paged.
         PackTokens(),
+        LowerHeadLinears(),  # it leaves reshapes
         FoldReshapes(),  # the rewrites above leave pairs of reshapes around attention
         # 3. Layers: standard operators, now that activations are [T, features].
         LowerLinear(),

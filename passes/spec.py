@@ -3,8 +3,8 @@
 TRACED           the tracer's output: [1, T, ...] tensors, operators `llmc.Traced*`.
 PAGED            attention reads and writes a paged KV cache: no `llmc.TracedAttention`, no `llmc.TracedRope`.
 PACKED           no batch axis: every activation is [T, ...] and T is the tokens of all sequences end to end.
-CANONICAL        standard ONNX operators, `llmc.PagedAttention` and `llmc.Experts` only; logits for the wanted
-                 rows only.
+CANONICAL        standard ONNX operators, `llmc.PagedAttention`, `llmc.Experts`, `llmc.GroupedTopK` and
+                 `llmc.HeadLinear` only; logits for the wanted rows only.
 QUANTIZED        also QuantizeLinear, DequantizeLinear, `llmc.RoundFP4`; quantized caches have scales. One of
                  several ranks has collectives.
 FOR_NATIVE       for the native engine: what `compiler/targets/native/lower.py` takes; no function bodies.
@@ -26,6 +26,8 @@ import onnx_ir as ir
 from llmc.passes.parameter import parameter
 from llmc.plugins.collectives.spec import OF_RANKS, SEND
 from llmc.plugins.experts.spec import NAME as EXPERTS
+from llmc.plugins.grouped_top_k.spec import NAME as GROUPED_TOP_K
+from llmc.plugins.head_linear.spec import NAME as HEAD_LINEAR
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES, STEP_INPUTS
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
@@ -78,12 +80,13 @@ _ONNX_OPERATORS = {
     Stage.FOR_TENSORRT: _QUANTIZED,
     Stage.ORACLE: _UNPACKED,
 }
-_LAYERS_OF_TRACE = {"TracedLinear", "TracedRMSNorm", "TracedExperts", ATTENTION, EXPERTS}
+_ON_CPU = {ATTENTION, EXPERTS, GROUPED_TOP_K, HEAD_LINEAR}
+_LAYERS_OF_TRACE = {"TracedLinear", "TracedHeadLinear", "TracedRMSNorm", "TracedExperts", *_ON_CPU}
 _LLMC_OPERATORS = {
     Stage.TRACED: _LAYERS_OF_TRACE | {"TracedRope", "TracedAttention"},
     Stage.PAGED: _LAYERS_OF_TRACE,
     Stage.PACKED: _LAYERS_OF_TRACE,
-    Stage.CANONICAL: {ATTENTION, EXPERTS},
+    Stage.CANONICAL: _ON_CPU,
     Stage.FOR_OPENVINO: {ATTENTION},
     Stage.FOR_TENSORRT: {ATTENTION, ROUND_FP4, *OF_RANKS},
 }
@@ -137,7 +140,7 @@ def check(model: ir.Model, stage: Stage) -> list[str]:
 
 def _node_problems(node: ir.Node, stage: Stage) -> Iterator[str]:
     if node.domain == "llmc":
-        if node.op_type not in _LLMC_OPERATORS.get(stage, {ATTENTION, EXPERTS, ROUND_FP4, *OF_RANKS}):
+        if node.op_type not in _LLMC_OPERATORS.get(stage, {*_ON_CPU, ROUND_FP4, *OF_RANKS}):
             yield "is not allowed here"
     elif node.domain != "" or node.op_type not in _ONNX_OPERATORS.get(stage, _CANONICAL):
         yield "is outside the operators llmc knows"

@@ -9,6 +9,8 @@ from typing import Any
 
 from llmc.plugins.collectives import spec as collectives
 from llmc.plugins.experts import spec as experts
+from llmc.plugins.grouped_top_k import spec as grouped_top_k
+from llmc.plugins.head_linear import spec as head_linear
 from llmc.plugins.paged_attention import spec as paged_attention
 from llmc.plugins.round_fp4 import spec as round_fp4
 
@@ -34,12 +36,15 @@ class Operator:
         """The name in a manifest, such as "llmc.PagedAttention"."""
         return f"{DOMAIN}.{self.name}"
 
-    def body(self, *, optional: bool = False) -> Any:
+    def body(self, *, optional: bool = False, latent: bool = False) -> Any:
         """Return the operator as a function of standard ONNX operators, an `onnx_ir.Function`.
 
         optional: whether the nodes have the optional inputs
+        latent: whether the values of attention are numbers of its keys
         """
         function = import_module(self.module).function
+        if latent:
+            return function(optional, latent=True)
         return function(optional) if self.required else function()
 
 
@@ -55,19 +60,27 @@ OPERATORS: Mapping[str, Operator] = {
             paged_attention.SINKS,
         ),
         Operator(experts.NAME, experts.ABI_VERSION, "llmc.plugins.experts.body", experts.REQUIRED),
+        Operator(head_linear.NAME, head_linear.ABI_VERSION, "llmc.plugins.head_linear.body"),
+        Operator(grouped_top_k.NAME, grouped_top_k.ABI_VERSION, "llmc.plugins.grouped_top_k.body"),
         *(Operator(name, collectives.ABI_VERSION) for name in collectives.OF_RANKS),
     )
 }
 
 
-def bodies_for(names: Iterable[str], optional: Container[str] = ()) -> list[Any]:
+def bodies_for(
+    names: Iterable[str], optional: Container[str] = (), latent: Container[str] = ()
+) -> list[Any]:
     """Return the bodies, `onnx_ir.Function`, of the custom operators among `names`.
 
     optional: the operators whose nodes have their optional inputs
+    latent: the operators of attention whose values are numbers of its keys
     """
     used = set(names)
     operators = (operator for operator in OPERATORS.values() if operator.name in used and operator.module)
-    return [operator.body(optional=operator.name in optional) for operator in operators]
+    return [
+        operator.body(optional=operator.name in optional, latent=operator.name in latent)
+        for operator in operators
+    ]
 
 
 def unsupported(needed: Iterable[tuple[str, int]]) -> list[str]:

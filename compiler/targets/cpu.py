@@ -43,7 +43,7 @@ from llmc.compiler.weights.narrow import narrow_plan
 from llmc.compiler.weights.write import WEIGHTS_FILE, attach_weights, weight_bytes
 from llmc.passes import contract, pipeline
 from llmc.passes.contract import Pass, PassReport
-from llmc.passes.geometry import attention_nodes
+from llmc.passes.geometry import attention_nodes, value_width
 from llmc.passes.legalize.drop_activation_quantization import rounded_to
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.spec import module_of
@@ -224,6 +224,9 @@ def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
             lower(model)
         except UnsupportedError as error:
             return error.message
+        latent = [module_of(node) for node in attention_nodes(model) if value_width(node)]
+        if latent and resolved.kv_dtype == "int8":
+            return f"{latent[0]} is multi-head latent attention, whose cache cannot be {resolved.kv_dtype}"
     if engine == "openvino":
         if resolved.kv_dtype == "fp16":
             return "it has no KV cache of fp16"
@@ -234,6 +237,8 @@ def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
                 return f"{module_of(node)} has an attention softcap"
             if len(node.inputs) > SINKS:
                 return f"{module_of(node)} has attention sinks"
+            if value_width(node):
+                return f"{module_of(node)} is multi-head latent attention"
         for node in model.graph:
             if node.op_type == EXPERTS:
                 return f"{module_of(node)} is a mixture of experts"

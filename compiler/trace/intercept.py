@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from llmc.compiler.trace import grouped_router, latent_attention, probes
 from llmc.compiler.trace import ops as ops  # registers torch.ops.llmc
-from llmc.compiler.trace import probes
 from llmc.compiler.trace.refusal import unlike
 from llmc.runtime.errors import LlmcError, UnsupportedError
 
@@ -110,8 +110,9 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
                 raise unlike(name, module) from error
         if interception.replaced["experts"]:
             _intercept_routers(interception)
-        for repeat in repeats:
-            _intercept_apply_rotary(model, interception, repeat)
+        if not interception.replaced["latent_attention"]:  # which rotates by itself
+            for repeat in repeats:
+                _intercept_apply_rotary(model, interception, repeat)
         if not repeats:
             _intercept_rotary_by_token(model, interception)
         _intercept_masks(model, interception)
@@ -143,6 +144,11 @@ def _intercept_module(
     elif kind.endswith("Experts"):
         forward = _experts(module, probes.experts(name, module))
         interception.set_forward(module, forward, "experts")
+    elif latent_attention.is_latent(module):
+        forward = latent_attention.replacement(name, module)
+        interception.set_forward(module, forward, "latent_attention")
+    elif grouped_router.is_grouped(module) and (router := grouped_router.replacement(module)) is not None:
+        interception.set_forward(module, router, "router")
     elif hasattr(type(module), "_attn"):
         interception.set_inline_attention(module, *probes.inline_attention(name, module))
     else:
@@ -152,12 +158,6 @@ def _intercept_module(
 
 def _refuse(name: str, module: nn.Module, model: PreTrainedModel) -> None:
     """Raise UnsupportedError for a kind of module that llmc cannot compile."""
-    kind = type(module).__name__
-    if hasattr(module, "kv_b_proj"):
-        raise UnsupportedError(
-            f"module {name} ({kind}) is multi-head latent attention",
-            "llmc has a cache for keys and values of heads, not for latent vectors",
-        )
     if isinstance(module, nn.Conv1d):
         owner = name.rpartition(".")[0]
         mixer = type(model.get_submodule(owner)).__name__

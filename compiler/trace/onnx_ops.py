@@ -17,9 +17,19 @@ SIGNATURES: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
     "TracedRMSNorm": (["x", "weight"], [], {"epsilon": "FLOAT", "offset": "FLOAT", "rounds_once": "INT"}),
     "TracedRope": (["x", "cos", "sin"], [], {"interleaved": "INT"}),
     "TracedAttention": (
-        ["query", "key", "value"],
-        ["sinks"],
-        {"scale": "FLOAT", "softcap": "FLOAT", "window": "INT", "layer": "INT"},
+        ["query", "key"],
+        ["value", "sinks"],
+        {"scale": "FLOAT", "softcap": "FLOAT", "window": "INT", "layer": "INT", "value_width": "INT"},
+    ),
+    "TracedHeadLinear": (
+        ["x", "weight"],
+        [],
+        {"heads": "INT", "begin": "INT", "rows": "INT", "transposed": "INT"},
+    ),
+    "GroupedTopK": (
+        ["x", "choice"],
+        [],
+        {"groups": "INT", "kept": "INT", "scored": "INT", "k": "INT"},
     ),
     "TracedExperts": (
         ["x", "ids", "weights", "gate_up", "down"],
@@ -44,7 +54,7 @@ def _register_schemas() -> None:
             1,
             inputs=[formal(i, _TYPES.get(i, "T")) for i in inputs]
             + [formal(i, "T", param_option=option.Optional) for i in optional],
-            outputs=[formal("y", "T")],
+            outputs=[formal("y", "T"), *([formal("ids", "tensor(int64)")] if operator == "GroupedTopK" else [])],
             type_constraints=[(name, _FLOATS, "") for name in ("T", "W")[: 1 + ("weights" in inputs)]],
             attributes=[
                 onnx.defs.OpSchema.Attribute(key, getattr(onnx.defs.OpSchema.AttrType, kind))
@@ -70,8 +80,23 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     def attention(query, key, value, sinks, scale: float, softcap: float, window: int, layer: int):  # type: ignore[no-untyped-def]
         return op.TracedAttention(
-            query, key, value, sinks, scale=scale, softcap=softcap, window=window, layer=layer
+            query, key, value, sinks,
+            scale=scale, softcap=softcap, window=window, layer=layer, value_width=0,
+        )  # fmt: skip
+
+    def latent_attention(query, key, scale: float, value_width: int, layer: int):  # type: ignore[no-untyped-def]
+        return op.TracedAttention(
+            query, key, None, None,
+            scale=scale, softcap=0.0, window=0, layer=layer, value_width=value_width,
+        )  # fmt: skip
+
+    def head_linear(x, weight, heads: int, begin: int, rows: int, transposed: bool):  # type: ignore[no-untyped-def]
+        return op.TracedHeadLinear(
+            x, weight, heads=heads, begin=begin, rows=rows, transposed=int(transposed)
         )
+
+    def grouped_top_k(x, choice, groups: int, kept: int, scored: int, k: int):  # type: ignore[no-untyped-def]
+        return op.GroupedTopK(x, choice, groups=groups, kept=kept, scored=scored, k=k)
 
     def experts(  # type: ignore[no-untyped-def]
         x, ids, weights, gate_up, down, gate_up_bias, down_bias, activation: str, transposed: bool,
@@ -88,4 +113,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.llmc.rms_norm.default: rms_norm,
         torch.ops.llmc.rope.default: rope,
         torch.ops.llmc.attention.default: attention,
+        torch.ops.llmc.latent_attention.default: latent_attention,
+        torch.ops.llmc.head_linear.default: head_linear,
+        torch.ops.llmc.grouped_top_k.default: grouped_top_k,
     }

@@ -128,6 +128,70 @@ def _(
     return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
 
 
+@torch.library.custom_op("llmc::latent_attention", mutates_args=())
+def latent_attention(query: Tensor, key: Tensor, scale: float, value_width: int, layer: int) -> Tensor:
+    """Compute causal attention of one sequence whose values are the first numbers of its keys.
+
+    query: [1, Hq, T, D]
+    key: [1, Hkv, T, D]
+    scale: the factor of the scores
+    value_width: the number of the numbers of a key that are its value
+    layer: the index of the layer, which the exported node keeps
+
+    Returns [1, T, Hq, value_width]. DeepSeek-AI 2024, arXiv:2405.04434, in the absorbed form.
+    """
+    return attention(query, key, key[..., :value_width].contiguous(), None, scale, 0.0, 0, layer)
+
+
+@latent_attention.register_fake
+def _(query: Tensor, key: Tensor, scale: float, value_width: int, layer: int) -> Tensor:
+    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value_width))
+
+
+@torch.library.custom_op("llmc::head_linear", mutates_args=())
+def head_linear(x: Tensor, weight: Tensor, heads: int, begin: int, rows: int, transposed: bool) -> Tensor:
+    """Multiply each head by a matrix of its own: y[..., h, :] = W_h @ x[..., h, :].
+
+    x: [1, T, H, K]
+    weight: [H*each, columns], a matrix [each, columns] for each head. W_h is its rows begin .. begin + rows - 1.
+    transposed: multiply by W_h^T, so that K is `rows`; else K is `columns`
+
+    Returns [1, T, H, columns] if transposed, else [1, T, H, rows].
+    """
+    matrices = weight.view(heads, -1, weight.shape[1])[:, begin : begin + rows]
+    return torch.einsum("bthk,hkn->bthn" if transposed else "bthk,hnk->bthn", x, matrices)
+
+
+@head_linear.register_fake
+def _(x: Tensor, weight: Tensor, heads: int, begin: int, rows: int, transposed: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1] if transposed else rows))
+
+
+@torch.library.custom_op("llmc::grouped_top_k", mutates_args=())
+def grouped_top_k(
+    x: Tensor, choice: Tensor, groups: int, kept: int, scored: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """Choose the columns with the k largest numbers of `choice` among those of the best groups of columns.
+
+    x, choice: [T, E]
+    groups: the number of groups, of E / groups neighbouring columns
+    kept: the number of groups whose columns can be chosen: those with the largest scores
+    scored: the score of a group is the sum of so many of its largest numbers
+
+    Returns the chosen columns of x, [T, k], and their indices, int64 [T, k], in falling order of `choice`.
+    """
+    of_group = choice.view(len(choice), groups, -1)
+    scores = of_group.topk(scored, dim=-1)[0].sum(dim=-1)
+    chosen = torch.zeros_like(scores).scatter(1, scores.topk(kept, dim=-1)[1], 1.0).bool()
+    ids = of_group.masked_fill(~chosen[..., None], float("-inf")).flatten(1).topk(k, dim=-1)[1]
+    return x.gather(1, ids), ids
+
+
+@grouped_top_k.register_fake
+def _(x: Tensor, choice: Tensor, groups: int, kept: int, scored: int, k: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int64)
+
+
 def _silu(hidden: Tensor, limit: float, alpha: float) -> Tensor:
     gate, up = hidden.chunk(2)
     return torch.nn.functional.silu(gate) * up

@@ -131,8 +131,10 @@ def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, R
         extra = {"layer_type": kind} if kind else {}
         x = torch.zeros(1, 1, 1)
         with torch.no_grad():
-            short = type(module).forward(module, x, torch.arange(min(8, max_seq_len))[None], **extra)
-            cos, sin = type(module).forward(module, x, torch.arange(max_seq_len)[None], **extra)
+            short, (cos, sin) = (
+                _angles(type(module).forward(module, x, torch.arange(length)[None], **extra))
+                for length in (min(8, max_seq_len), max_seq_len)
+            )
         if not (
             _close(cos[:, : short[0].shape[1]], short[0]) and _close(sin[:, : short[1].shape[1]], short[1])
         ):
@@ -161,6 +163,11 @@ def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, R
             once[0][0].contiguous(), once[1][0].contiguous(), repeat
         )
     return tables
+
+
+def _angles(made: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cosines and sines that a rotary embedding made, some (DeepSeek-V2) as complex numbers."""
+    return (made.real, made.imag) if isinstance(made, torch.Tensor) else made
 
 
 def _halves(angle: torch.Tensor) -> torch.Tensor:

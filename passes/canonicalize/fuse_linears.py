@@ -24,6 +24,7 @@ from llmc.passes import edit
 from llmc.passes.contract import Matches
 from llmc.passes.parameter import joined, new_parameter, parameter
 from llmc.passes.spec import ELEMENTWISE, Stage, module_of
+from llmc.plugins.grouped_top_k.spec import NAME as GROUPED_TOP_K
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _is_gate(node: ir.Node) -> bool:
     readers = [use.node for use in node.outputs[0].uses()]
     while readers:
         reader = readers.pop()
-        if reader.op_type == "TopK":
+        if reader.op_type in ("TopK", GROUPED_TOP_K):
             return True
         if reader.op_type in ELEMENTWISE or reader.op_type == "Softmax":
             widths = {edit.dims(value)[-1] for value in (*reader.outputs, node.outputs[0])}

@@ -17,7 +17,7 @@ from llmc.passes.contract import Matches
 from llmc.passes.spec import ELEMENTWISE, STRUCTURAL, Stage, module_of
 from llmc.runtime.errors import UnsupportedError
 
-_ROWWISE = {"TracedLinear", "TracedRMSNorm", "RotaryEmbedding", "PagedAttention"}
+_ROWWISE = {"TracedLinear", "TracedHeadLinear", "TracedRMSNorm", "RotaryEmbedding", "PagedAttention"}
 _AXIS = {"Concat", "LayerNormalization", "Softmax", "Split"}
 _AXES_INPUT = {"Slice": 3, "Squeeze": 1, "Unsqueeze": 1}  # operator -> the input that names its axes
 _KEEPS_DTYPE = (ELEMENTWISE | STRUCTURAL) - {"Cast", "Gather"}

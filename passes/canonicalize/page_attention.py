@@ -4,6 +4,8 @@ before  TracedAttention(q [1,Hq,T,D], k [1,Hkv,T,D], v [1,Hkv,T,Dv], sinks) -> [
 after   llmc.PagedAttention(q [T,Hq*D], k [T,Hkv*D], v [T,Hkv*Dv], key_cache.N, value_cache.N, step inputs,
                             sinks)
 
+Latent attention has no values: the cache of a layer is that of its keys alone.
+
 The pass adds graph inputs for the batch of a step and for each layer's caches. The updated caches are graph
 outputs. Engines that can write in place give both the same memory.
 """
@@ -48,35 +50,41 @@ def _input(
 def _page(graph: ir.Graph, node: ir.Node, step: list[ir.Value]) -> None:
     module, layer = module_of(node), int(edit.attribute(node, "layer"))
     flat = []
-    for index, role in enumerate(("query", "key", "value")):
+    latent = int(edit.attribute(node, "value_width"))  # numbers of a key that are its value
+    for index, role in enumerate(("query", "key") if latent else ("query", "key", "value")):
         x = edit.operand(node, index)
         _, heads, _, width = edit.dims(x)
         flat.append(edit.reshape(node, token_major(node, x), [-1, heads * width], f"{module}.{role}"))
     sinks = [value for value in node.inputs[3:] if value is not None]
     _, heads, _, width = edit.dims(edit.operand(node, 0))
-    _, kv_heads, _, value_width = edit.dims(edit.operand(node, 2))
+    _, kv_heads, _, value_width = edit.dims(edit.operand(node, 1 if latent else 2))
+    value_width = latent or value_width
     dtype = flat[0].dtype
     assert dtype is not None
     caches = [
         _input(graph, f"{role}_cache.{layer}", ["blocks", kv_heads, operator.BLOCK_SIZE, size], dtype)
-        for role, size in (("key", width), ("value", value_width))
+        for role, size in (("key", width), ("value", 0 if latent else value_width))
+        if size
     ]
     outputs = [
         ir.Value(name=f"{module}.attention", shape=ir.Shape([edit.TOKENS, heads * value_width])),
-        ir.Value(name=f"key_cache_out.{layer}", shape=caches[0].shape),
-        ir.Value(name=f"value_cache_out.{layer}", shape=caches[1].shape),
+        *(
+            ir.Value(name=str(cache.name).replace("_cache.", "_cache_out."), shape=cache.shape)
+            for cache in caches
+        ),
     ]
     for output in outputs:
         output.type = ir.TensorType(dtype)
     paged = ir.node(
         operator.NAME,
-        [*flat, *caches, *step, *sinks],
+        [*flat, None, *caches, None, *step, *sinks] if latent else [*flat, *caches, *step, *sinks],
         {
             "num_heads": heads,
             "num_kv_heads": kv_heads,
             "scale": float(edit.attribute(node, "scale")),
             "window": int(edit.attribute(node, "window")),
             "softcap": float(edit.attribute(node, "softcap")),
+            **({"value_width": latent} if latent else {}),
         },
         domain=operator.DOMAIN,
         outputs=outputs,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from llmc.passes.contract import Matches
+from llmc.passes.geometry import value_width
 from llmc.passes.spec import Stage, module_of
 from llmc.plugins.operator import OPERATORS, bodies_for
+from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.runtime.errors import UnsupportedError
 
 
@@ -18,11 +20,27 @@ class AttachBodies:
     ensures = Stage.QUANTIZED
 
     def __call__(self, model: ir.Model) -> Matches:
-        functions = bodies_for((node.op_type for node in model.graph), _with_optional_inputs(model))
+        names = (node.op_type for node in model.graph)
+        functions = bodies_for(names, _with_optional_inputs(model), _latent(model))
         added = [function for function in functions if function.identifier() not in model.functions]
         for function in added:
             model.functions[function.identifier()] = function
         return Matches(len(added))
+
+
+def _latent(model: ir.Model) -> set[str]:
+    """Return the operators of attention whose values are numbers of its keys.
+
+    Raises UnsupportedError if that is so for only some of the nodes: an operator has one body.
+    """
+    nodes = [node for node in model.graph if node.op_type == ATTENTION]
+    latent = [node for node in nodes if value_width(node)]
+    if latent and len(latent) < len(nodes):
+        raise UnsupportedError(
+            f"{module_of(latent[0])} is multi-head latent attention, and attention of other layers is not",
+            "only the native engine runs such a model: --engine native",
+        )
+    return {ATTENTION} if latent else set()
 
 
 def _with_optional_inputs(model: ir.Model) -> set[str]:

@@ -23,6 +23,8 @@ from llmc.passes.parameter import Parameter, parameter, set_parameter
 from llmc.passes.spec import Stage
 from llmc.plugins.experts.spec import MATRICES as EXPERT_MATRICES
 from llmc.plugins.experts.spec import NAME as EXPERTS
+from llmc.plugins.head_linear.spec import MATRICES as HEAD_MATRICES
+from llmc.plugins.head_linear.spec import NAME as HEAD_LINEAR
 
 _NARROW = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
 
@@ -74,8 +76,8 @@ class Keep16BitWeights:
 
 
 def read_as_matrix(weight: ir.Value) -> bool:
-    """Return whether only Gemms and Experts, as their matrix, and Gathers, as their table, read `weight`."""
-    places = {"Gemm": (1,), "Gather": (0,), EXPERTS: EXPERT_MATRICES}
+    """Return whether only linear layers and Experts, as their matrix, and Gathers, as their table, read it."""
+    places = {"Gemm": (1,), "Gather": (0,), EXPERTS: EXPERT_MATRICES, HEAD_LINEAR: (HEAD_MATRICES,)}
     return all(index in places.get(node.op_type, ()) for node, index in weight.uses())
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from llmc.passes import edit
+from llmc.passes.geometry import value_width
 from llmc.passes.spec import ELEMENTWISE, module_of
 from llmc.plugins.experts.spec import NAME as EXPERTS
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
@@ -51,6 +52,12 @@ def find_roles(model: ir.Model, ranks: int) -> Roles:
         if node.op_type == ATTENTION and len(node.inputs) > SINKS:
             raise UnsupportedError(
                 f"{module_of(node)} has attention sinks, which --tp does not divide",
+                f"--pp {ranks} divides the layers among as many ranks",
+                "tp",
+            )
+        if node.op_type == ATTENTION and value_width(node):
+            raise UnsupportedError(
+                f"{module_of(node)} is multi-head latent attention, which --tp does not divide",
                 f"--pp {ranks} divides the layers among as many ranks",
                 "tp",
             )

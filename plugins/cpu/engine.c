@@ -15,7 +15,7 @@
 #include "measure.c"
 
 #define EXPORT __attribute__((visibility("default")))
-enum { VERSION = 10, PER_THREAD = 6 };
+enum { VERSION = 11, PER_THREAD = 6 };
 
 // Asks the system for what this library needs. Returns 0, or the number of a system's error.
 EXPORT int32_t llmc_prepare(void) {

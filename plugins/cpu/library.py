@@ -8,7 +8,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-VERSION = 10
+VERSION = 11
 LIBRARIES = Path(__file__).parent / "lib"
 COUNTER = 16  # int32 elements per counter: each group's counter has a cache line
 
@@ -25,9 +25,9 @@ _NEEDS = {
 
 EMBED, GATHER, COPY, UNARY, BINARY, VECTOR, SCALAR, RMSNORM, LAYERNORM, ROPE, WRITE_KV = range(11)
 GLU, ROUND, SLICE, SOFTMAX, SUM, TOP_K, SORTED_ROWS, SUM_CHOICES = range(11, 19)
-EXPERT_BIAS, CLAMPED_SWIGLU, QUANTIZE = range(19, 22)
-LINEAR_INT, LINEAR_FLOAT, EXPERTS_INT, EXPERTS_FLOAT, SORT_ROWS = range(22, 27)
-ATTENTION, ALL_REDUCE, ALL_GATHER = range(27, 30)
+EXPERT_BIAS, CLAMPED_SWIGLU, JOIN, GROUPED_TOP_K, QUANTIZE = range(19, 24)
+LINEAR_INT, LINEAR_FLOAT, EXPERTS_INT, EXPERTS_FLOAT, SORT_ROWS = range(24, 29)
+ATTENTION, ALL_REDUCE, ALL_GATHER = range(29, 32)
 KINDS = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3}
 CODES = {"int8": 0, "int4": 1, "fp4": 2}
 CACHES = {"fp32": 0, "fp16": 1, "int8": 2}

@@ -29,18 +29,21 @@ enum op {
   OP_EXPERT_BIAS = 19, // out (a row of a choice) = a + the row of v of its expert; n: width, choices, experts
   OP_CLAMPED_SWIGLU = 20, // out = (clamp(u, -limit, limit) + 1) g sigmoid(alpha g), g = min(gate, limit), for pairs
                        // (gate, u) of a; n: pairs; x: limit, alpha
-  OP_QUANTIZE = 21, // q, scales, sums = a in int8 digits; n: width, group, digits; v: null or their scale
+  OP_JOIN = 21, // out = of each group, columns of a, then of b; n: groups, width of a group of a, of b
+  OP_GROUPED_TOP_K = 22, // out = k columns of a, then their places, by the numbers of b in the best groups; n: width,
+                       // groups, groups that are chosen from, numbers that make up the score of one, k
+  OP_QUANTIZE = 23, // q, scales, sums = a in int8 digits; n: width, group, digits; v: null or their scale
   // Operations on many rows at once.
-  OP_LINEAR_INT = 22,   // out = q x w; n: rows of w, columns, codes, block, group, digits, fp16 scales
-  OP_LINEAR_FLOAT = 23, // out = a x w; n: rows of w, columns, element type
-  OP_EXPERTS_INT = 24,   // as OP_LINEAR_INT with w of the row's expert, whose rows of w n has; n[7]: experts
-  OP_EXPERTS_FLOAT = 25, // as OP_LINEAR_FLOAT, likewise
-  OP_SORT_ROWS = 26,    // order = the choices of all tokens, a, sorted by expert; n: choices, experts
-  OP_ATTENTION = 27,    // out = attention of a (queries); v: null or the sinks; n: heads, kv heads, key width, value
+  OP_LINEAR_INT = 24,   // out = q x w; n: rows of w, columns, codes, block, group, digits, fp16 scales
+  OP_LINEAR_FLOAT = 25, // out = a x w; n: rows of w, columns, element type, groups of columns of a, one for each part of w
+  OP_EXPERTS_INT = 26,   // as OP_LINEAR_INT with w of the row's expert, whose rows of w n has; n[7]: experts
+  OP_EXPERTS_FLOAT = 27, // as OP_LINEAR_FLOAT, likewise
+  OP_SORT_ROWS = 28,    // order = the choices of all tokens, a, sorted by expert; n: choices, experts
+  OP_ATTENTION = 29,    // out = attention of a (queries); v: null or the sinks; n: heads, kv heads, key width, value
                         // width, window, digits of queries (of a cache of 8 bits), cache, chunk; x: scale, softcap
   // Operations of all ranks of a machine together.
-  OP_ALL_REDUCE = 28, // out = the sum of a of all ranks; n: width
-  OP_ALL_GATHER = 29, // out = the columns of a of all ranks; n: width of a
+  OP_ALL_REDUCE = 30, // out = the sum of a of all ranks; n: width
+  OP_ALL_GATHER = 31, // out = the columns of a of all ranks; n: width of a
 };
 enum kind { F32 = 0, F16 = 1, BF16 = 2, E4M3 = 3 }; // element types
 enum codes { I8 = 0, I4 = 1, E2M1 = 2 };          // element types with integer products
@@ -62,6 +65,8 @@ typedef struct {
                                           //   8 bits, code + 128, and fp32 scales:
                                           //     [kv heads][key width / 4][32][4], [kv heads][32];
                                           //     [kv heads][32 / 4][value width, padded][4], [kv heads][32]
+                                          //   latent keys, floats, at both addresses: [kv heads][32][key width];
+                                          //     OP_WRITE_KV has them as values, and keys of no numbers
   int64_t block_stride;                   // bytes from one block to the next
   int32_t n[8];
   float x[2];

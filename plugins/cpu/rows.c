@@ -295,6 +295,7 @@ static void embed(const instruction *i, int token, float *out) {
 }
 
 #include "../experts/cpu/rows.c"
+#include "../grouped_top_k/cpu/grouped_top_k.c"
 
 static void run_row(const instruction *i, const step *s, int row) {
   float *out = i->out + row * i->out_stride;
@@ -317,6 +318,13 @@ static void run_row(const instruction *i, const step *s, int row) {
     case OP_SOFTMAX: softmax_row(i->n[0], a, out); break;
     case OP_SUM: *out = sum_of(i->n[0], a); break;
     case OP_TOP_K: top_k(i->n[0], i->n[1], a, out); break;
+    case OP_GROUPED_TOP_K: grouped_top_k(i->n, a, i->b + row * i->b_stride, out); break;
+    case OP_JOIN:
+      for (int g = 0; g < i->n[0]; g++) {
+        for (int k = 0; k < i->n[1]; k++) *out++ = a[g * i->n[1] + k];
+        for (int k = 0; k < i->n[2]; k++) *out++ = i->b[row * i->b_stride + g * i->n[2] + k];
+      }
+      break;
     case OP_SORTED_ROWS: sorted_row(i, row, out); break;
     case OP_SUM_CHOICES: sum_choices(i, s->tokens, row, out); break;
     case OP_EXPERT_BIAS: expert_bias(i, row, a, out); break;

@@ -129,10 +129,11 @@ def PagedAttention(
     return output, key_cache_out, value_cache_out
 
 
-def function(sinks: bool = False) -> ir.Function:
+def function(sinks: bool = False, *, latent: bool = False) -> ir.Function:
     """Return the function body as an `onnx_ir.Function`, to be stored in a model that uses the operator.
 
     sinks: whether the nodes have the optional input
+    latent: whether they have the attribute value_width, and no values
     """
     body: Any = PagedAttention
     made = ir.serde.deserialize_function(body.to_function_proto())
@@ -147,7 +148,35 @@ def function(sinks: bool = False) -> ir.Function:
         ir.convenience.replace_all_uses_with(cut.outputs[0], softmax.outputs[0])
         _remove_unused(made)
         del made.inputs[SINKS:]
+    if latent:
+        _take_values_from_keys(made)
     return made
+
+
+def _take_values_from_keys(function: ir.Function) -> None:
+    """Make values of the first `value_width` numbers of keys. The nodes leave out values and their cache."""
+    mixed = [node for node in function if node.op_type == "MatMul"][-1]
+    cast = mixed.inputs[1].producer()  # type: ignore[union-attr]
+    flat_keys = [node for node in function if node.op_type == "MatMul"][0].inputs[1].producer()  # type: ignore[union-attr]
+    assert cast is not None
+    assert flat_keys is not None
+    keys = flat_keys.inputs[0].producer().inputs[0]  # type: ignore[union-attr]
+    name, last = "value_width", ir.Value(name="last_axis")
+    width, width_1, zero = ir.Value(name="width"), ir.Value(name="width_1"), ir.Value(name="zero_1")
+    function.attributes.add(ir.Attr(name, ir.AttributeType.INT, None))
+    nodes = [
+        ir.node("Constant", [], {"value_ints": [0]}, outputs=[zero]),
+        ir.node("Constant", [], {"value_ints": [-1]}, outputs=[last]),
+        ir.Node(
+            "", "Constant", [], [ir.RefAttr("value_int", name, ir.AttributeType.INT)], outputs=[width]
+        ),
+        ir.node("Unsqueeze", [width, zero], outputs=[width_1]),
+        ir.node("Slice", [keys, zero, width_1, last]),
+    ]
+    function.insert_before(cast, nodes)
+    cast.replace_input_with(0, nodes[-1].outputs[0])
+    function.outputs.pop()  # the cache of the values
+    _remove_unused(function)
 
 
 def _remove_unused(function: ir.Function) -> None:

@@ -13,9 +13,9 @@ from llmc.plugins.paged_attention.spec import BLOCK_SIZE, E4M3_MAX
 def paged_attention(
     query: np.ndarray,
     key: np.ndarray,
-    value: np.ndarray,
+    value: np.ndarray | None,
     key_cache: np.ndarray,
-    value_cache: np.ndarray,
+    value_cache: np.ndarray | None,
     query_start: np.ndarray,
     past_lengths: np.ndarray,
     block_indices: np.ndarray,
@@ -30,19 +30,24 @@ def paged_attention(
     key_scale: float = 1.0,
     value_scale: float = 1.0,
     sinks: np.ndarray | None = None,
+    value_width: int = 0,
 ) -> np.ndarray:
     """Write the new keys and values into the caches in place, and return the output.
 
     Shapes are as in `spec.py`. The arithmetic is float64. Caches may be `ml_dtypes.float8_e4m3fn`.
     chunk: 0, or a query sees only the keys of its own chunk of `chunk` positions.
     key_scale, value_scale: the scales of such caches.
+    value_width: of latent attention, which has no value and value_cache (None)
     sinks: float [num_heads], logits without a value. Each takes a share of its head's softmax.
     Returns [T, num_heads*Dv] in the query's dtype.
     """
     tokens = query.shape[0]
     queries = query.reshape(tokens, num_heads, -1).astype(np.float64)
     keys = _entries(key.reshape(tokens, num_kv_heads, -1), key_cache, key_scale)
-    values = _entries(value.reshape(tokens, num_kv_heads, -1), value_cache, value_scale)
+    if value is None or value_cache is None:
+        values, value_cache = keys[..., :value_width], key_cache[..., :value_width]
+    else:
+        values = _entries(value.reshape(tokens, num_kv_heads, -1), value_cache, value_scale)
     output = np.zeros((tokens, num_heads, values.shape[-1]))
     for s, past in enumerate(past_lengths):
         table = block_indices[block_begins[s] : block_begins[s + 1]]

@@ -108,8 +108,8 @@ class Layer:
     num_kv_heads: Positive
     #: The width of a query or key head.
     head_dim: Positive
-    #: The width of a value head.
-    v_head_dim: Positive
+    #: The width of a value head. 0: values are numbers of the keys, which alone are cached (latent attention).
+    v_head_dim: Count
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Geometry:
     #: The largest `num_kv_heads` of a layer. The same holds for the widths of heads.
     num_kv_heads: Positive
     head_dim: Positive
-    v_head_dim: Positive
+    v_head_dim: Count
     hidden_size: Positive
     #: The number of logits of a row.
     vocab_size: Positive

@@ -70,6 +70,8 @@ class Executor:
             raise ValueError(f"the program is one of {program.ranks} ranks, and {size} run")
         if communicator is None and any(each.op in TRANSFERS for each in program.instructions):
             raise ValueError("the program is that of a pipeline stage, and it runs alone")
+        if kv_dtype == "int8" and any(not cache.v_head_dim for cache in program.caches):
+            raise ValueError("latent keys have no cache of int8")
         self._communicator = communicator
         #: The engine itself runs the collectives of ranks that share memory.
         self._shared = communicator if size > 1 and isinstance(communicator, ProcessCommunicator) else None
@@ -86,9 +88,10 @@ class Executor:
         self._block_bytes = sum(sizes)
         self._cache = allocate(num_blocks * self._block_bytes + LINE)
         begins = _address(self._cache) + np.cumsum([0, *sizes])
-        #: The addresses of each layer's keys and values in block 0.
+        #: The addresses of each layer's keys and values in block 0. Latent keys are at both.
         self._layers = [
-            (int(begins[2 * layer]), int(begins[2 * layer + 1])) for layer in range(len(sizes) // 2)
+            (int(begins[2 * layer + (0 if cache.v_head_dim else 1)]), int(begins[2 * layer + 1]))
+            for layer, cache in enumerate(program.caches)
         ]
         self._parts = allocate(_PART_BYTES)
         self._merged = np.zeros(threads * library.COUNTER, np.int32)
@@ -286,7 +289,9 @@ class Executor:
         if experts := head.source.integers.get("experts"):  # which ones, only a step knows
             shape = f"{matrix.rows // experts} x {matrix.columns} {matrix.element}"
             return Group(f"linear of {experts} experts {shape}", head.per_logit)
-        name = f"linear {matrix.rows} x {matrix.columns} {matrix.element}"
+        heads = head.source.integers.get("heads", 1)
+        of_heads = f" of {heads} heads" if heads > 1 else ""
+        name = f"linear{of_heads} {matrix.rows // heads} x {matrix.columns} {matrix.element}"
         digits = head.digits.digits if head.digits else 1
         products = matrix.rows * matrix.columns * digits
         return Group(name, head.per_logit, matrix.nbytes, products, head.digits is not None)
@@ -350,6 +355,8 @@ class Executor:
         if source.out is not None and planned.op != library.QUANTIZE:
             bound.out, bound.out_stride = self._find(source.out, source.offset)
         views = () if planned.op in (library.LINEAR_INT, library.EXPERTS_INT) else source.inputs[:2]
+        if source.op == "write_keys":
+            views *= 2  # as keys of no numbers, and as values
         for name, view in zip(("a", "b"), views, strict=False):
             address, stride = self._find(view.buffer, view.offset)
             setattr(bound, name, address)
@@ -451,8 +458,13 @@ def _segments(planned: Plan, pauses: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _block_bytes(cache: Cache, kv_dtype: str) -> tuple[int, int]:
-    """Return the bytes of a block's keys and of its values, which are padded to whole vectors."""
+    """Return the bytes of a block's keys and of its values, which are padded to whole vectors.
+
+    Latent keys are stored as values are.
+    """
     per_number = cache.num_kv_heads * BLOCK_SIZE
+    if not cache.v_head_dim:
+        return 0, per_number * cache.head_dim * (2 if kv_dtype == "fp16" else 4)
     value_width = -(-cache.v_head_dim // 16) * 16
     if kv_dtype == "int8":
         return per_number * (-(-cache.head_dim // 4) * 4 + 4), per_number * (value_width + 4)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from llmc.plugins.experts.reference import clamped_swiglu, experts, of_halves, top_k
+from llmc.plugins.grouped_top_k.reference import grouped_top_k
+from llmc.plugins.head_linear.reference import head_linear
 from llmc.plugins.paged_attention.reference import paged_attention
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.batch import Batch
@@ -69,7 +71,9 @@ class Interpreter:
         self._caches = [
             (
                 np.zeros((num_blocks, cache.num_kv_heads, BLOCK_SIZE, cache.head_dim)),
-                np.zeros((num_blocks, cache.num_kv_heads, BLOCK_SIZE, cache.v_head_dim)),
+                np.zeros((num_blocks, cache.num_kv_heads, BLOCK_SIZE, cache.v_head_dim))
+                if cache.v_head_dim
+                else None,
             )
             for cache in program.caches
         ]
@@ -77,16 +81,17 @@ class Interpreter:
     def forward(self, batch: Batch) -> np.ndarray:
         """Run a step. Return the logits, float64 [N, vocab]; no rows in a rank without logits."""
         buffers: dict[int, np.ndarray] = {}
-        pending: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        pending: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         for instruction in self._program.instructions:
             inputs = [_columns(buffers, view) for view in instruction.inputs]
-            if instruction.op == "write_kv":  # the reference of attention writes them itself
+            if instruction.op in ("write_kv", "write_keys"):  # the reference of attention writes them itself
                 heads = self._program.caches[instruction.integers["layer"]].num_kv_heads
                 if self._kv_dtype == "int8":
                     inputs = [_rounded(x, heads) for x in inputs]
                 if self._kv_dtype == "fp16":
                     inputs = [_to_fp16(x) for x in inputs]
-                pending[instruction.integers["layer"]] = (inputs[0], inputs[1])
+                values = inputs[1] if len(inputs) > 1 else None
+                pending[instruction.integers["layer"]] = (inputs[0], values)
                 continue
             if instruction.op == "send":
                 assert self._transfer is not None
@@ -128,6 +133,9 @@ class Interpreter:
             return x[batch.logits_index]
         if instruction.op == "copy":
             return x
+        if instruction.op == "join":
+            parts = [each.reshape(len(each), instruction.integers["groups"], -1) for each in inputs]
+            return np.concatenate(parts, axis=2).reshape(len(x), -1)
         if instruction.op == "all_reduce":
             return np.sum(np.stack(self._exchange(x)), axis=0)
         if instruction.op == "all_gather":
@@ -151,13 +159,17 @@ class Interpreter:
             return x.sum(axis=1, keepdims=True)
         if instruction.op == "top_k":
             return np.concatenate(top_k(x, instruction.integers["k"]), axis=1)
+        if instruction.op == "grouped_top_k":
+            return np.concatenate(grouped_top_k(*inputs, **instruction.integers), axis=1)
         if instruction.op == "experts":
             count = instruction.integers["experts"]
             ids = np.where((inputs[1] >= 0) & (inputs[1] < count), inputs[1], 0).astype(np.int64)
             gate = gated(instruction.function, **instruction.floats)
             return experts(x, ids, inputs[2], *weights, num_experts=count, gated=gate)
         if instruction.op == "linear":
-            return x @ weights[0].T
+            heads = instruction.integers.get("heads", 1)
+            rows = len(weights[0]) // heads
+            return head_linear(x, weights[0], heads=heads, begin=0, rows=rows, transposed=False)
         if instruction.op == "rms_norm":
             groups = x.reshape(len(x), instruction.integers["groups"], -1)
             square = np.mean(groups**2, axis=-1, keepdims=True)
@@ -174,7 +186,11 @@ class Interpreter:
         raise ValueError(f"no operation {instruction.op}")
 
     def _attention(
-        self, instruction: Instruction, query: np.ndarray, new: tuple[np.ndarray, np.ndarray], batch: Batch
+        self,
+        instruction: Instruction,
+        query: np.ndarray,
+        new: tuple[np.ndarray, np.ndarray | None],
+        batch: Batch,
     ) -> np.ndarray:
         keys, values = self._caches[instruction.integers["layer"]]
         return paged_attention(
@@ -193,6 +209,7 @@ class Interpreter:
             softcap=instruction.floats["softcap"],
             chunk=instruction.integers.get("chunk", 0),
             sinks=self._weights[instruction.weights[0]] if instruction.weights else None,
+            value_width=instruction.integers.get("value_width", 0),
         )
 
 

@@ -171,6 +171,7 @@ def _code(instruction: Instruction) -> int:
         "slice": library.SLICE,
         "gather_rows": library.GATHER,
         "copy": library.COPY,
+        "join": library.JOIN,
         "unary": library.UNARY,
         "binary": library.BINARY,
         "glu": library.GLU,
@@ -183,12 +184,14 @@ def _code(instruction: Instruction) -> int:
         "softmax": library.SOFTMAX,
         "sum": library.SUM,
         "top_k": library.TOP_K,
+        "grouped_top_k": library.GROUPED_TOP_K,
         "sort_rows": library.SORT_ROWS,
         "sorted_rows": library.SORTED_ROWS,
         "sum_choices": library.SUM_CHOICES,
         "expert_bias": library.EXPERT_BIAS,
         "clamped_swiglu": library.CLAMPED_SWIGLU,
         "write_kv": library.WRITE_KV,
+        "write_keys": library.WRITE_KV,
         "attention": library.ATTENTION,
         "all_reduce": library.ALL_REDUCE,
         "all_gather": library.ALL_GATHER,
@@ -307,6 +310,11 @@ def numbers(program: Program, planned: Planned) -> Sequence[int]:
         return width, BINARY.index(source.function)
     if planned.op == library.TOP_K:
         return width, integers["k"]
+    if planned.op == library.JOIN:
+        groups = integers["groups"]
+        return groups, width // groups, source.inputs[1].width // groups
+    if planned.op == library.GROUPED_TOP_K:
+        return width, *(integers[name] for name in ("groups", "kept", "scored", "k"))
     if planned.op == library.SORT_ROWS:
         return integers["choices"], integers["experts"]
     if planned.op == library.CLAMPED_SWIGLU:
@@ -323,7 +331,9 @@ def numbers(program: Program, planned: Planned) -> Sequence[int]:
         return integers["heads"], width // integers["heads"], integers["rotated"], integers["interleaved"]
     if planned.op in (library.WRITE_KV, library.ATTENTION):
         cache = program.caches[integers["layer"]]
-        sizes = (cache.num_kv_heads, cache.head_dim, cache.v_head_dim)
+        if source.op == "write_keys":  # they are stored as values are
+            return cache.num_kv_heads, 0, cache.head_dim
+        sizes = (cache.num_kv_heads, cache.head_dim, integers.get("value_width", cache.v_head_dim))
         if planned.op == library.WRITE_KV:
             return sizes
         return integers["heads"], *sizes, integers["window"], 0, 0, integers.get("chunk", 0)
@@ -332,7 +342,8 @@ def numbers(program: Program, planned: Planned) -> Sequence[int]:
         return width, planned.digits.group, planned.digits.digits
     if planned.op in (library.LINEAR_FLOAT, library.EXPERTS_FLOAT):
         matrix, experts = program.matrices[source.weights[0]], integers.get("experts", 1)
-        return matrix.rows // experts, matrix.columns, library.KINDS[matrix.element], 0, 0, 0, 0, experts
+        heads = integers.get("heads", 1)
+        return matrix.rows // experts, matrix.columns, library.KINDS[matrix.element], heads, 0, 0, 0, experts
     if planned.op in _OF_DIGITS:
         assert planned.digits is not None
         matrix, experts = program.matrices[source.weights[0]], integers.get("experts", 1)

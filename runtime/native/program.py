@@ -20,7 +20,9 @@ PROGRAM_VERSION = 1
 MAX_PROGRAM_BYTES = 64 << 20
 MAX_INSTRUCTIONS = 1 << 14  # and buffers; a model of 126 layers has some 2,000
 MAX_RANKS = 1 << 10
+MAX_GROUPS, MAX_SCORED = 256, 16  # of grouped_top_k, as plugins/grouped_top_k/cpu/grouped_top_k.c has room for
 TILE = 32  # rows of a packed matrix that lie together
+VECTOR = 16  # numbers of a vector, which the size of latent keys is a multiple of
 _MAX = 1 << 27  # of sizes and indices
 _MAX_KEYS, _MAX_VALUES = 576, 512  # of a head, as plugins/paged_attention/cpu/attention.c has room for
 
@@ -112,7 +114,8 @@ class Cache:
 
     num_kv_heads: Size
     head_dim: Size
-    v_head_dim: Size
+    #: 0: values are the first numbers of keys, and only keys are cached.
+    v_head_dim: Index
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,8 @@ OPERATIONS: Mapping[str, Operation] = {
     "gather_rows": Operation(),
     # columns offset .. of out = the input
     "copy": Operation(),
+    # out = for each of `groups` groups of columns, those of the first input, then those of the second
+    "join": Operation(inputs=2, integers=("groups",)),
     # out = columns begin .. begin + width - 1 of each of `groups` groups of columns
     "slice": Operation(integers=("groups", "begin")),
     "unary": Operation(functions=UNARY),
@@ -187,6 +192,8 @@ OPERATIONS: Mapping[str, Operation] = {
     "rope": Operation(weights=(2, 2), integers=("heads", "rotated", "interleaved")),
     # keys and values of the step's tokens go to the cache of `layer`
     "write_kv": Operation(inputs=2, integers=("layer",), writes=False),
+    # keys of the step's tokens go to the cache of `layer`, which has no values
+    "write_keys": Operation(integers=("layer",), writes=False),
     # out = exp(input), divided by its sum
     "softmax": Operation(),
     # out = the sum of the input's columns, one number
@@ -194,6 +201,8 @@ OPERATIONS: Mapping[str, Operation] = {
     # out = the `k` largest numbers of the input in falling order, then their columns. Of equal numbers, the
     # one in the lowest column comes first
     "top_k": Operation(integers=("k",)),
+    # out = k columns of the first input, then their places: as llmc.GroupedTopK
+    "grouped_top_k": Operation(inputs=2, integers=("groups", "kept", "scored", "k")),
     # out = the experts (second input) of the first input, weighted by the third. Weights: the matrices of all
     # experts one below the other, gates and ups, then down; none or both of their biases. As llmc.Experts
     "experts": Operation(
@@ -203,13 +212,14 @@ OPERATIONS: Mapping[str, Operation] = {
         integers=("experts",),
         optional_floats=("alpha", "limit"),
     ),
-    # out = input x matrix^T
-    "linear": Operation(weights=(1, 1)),
-    # out = attention of queries over the cache of `layer`; as llmc.PagedAttention. A weight: the sinks
+    # out = input x matrix^T; with `heads`, each group of columns of the input x the rows of its own
+    "linear": Operation(weights=(1, 1), optional=("heads",)),
+    # out = attention of queries over the cache of `layer`; as llmc.PagedAttention. A weight: the sinks.
+    # value_width: of a cache without values
     "attention": Operation(
         weights=(0, 1),
         integers=("heads", "layer", "window"),
-        optional=("chunk",),
+        optional=("chunk", "value_width"),
         floats=("scale", "softcap"),
     ),
     # out = the sum of every rank's input, added in the order of the ranks
@@ -287,6 +297,9 @@ def check(program: Program) -> None:
     for layer, cache in enumerate(program.caches):
         if cache.head_dim % 2 or cache.head_dim > _MAX_KEYS or cache.v_head_dim > _MAX_VALUES:
             complaint = f"has heads of an odd size, or of more than {_MAX_KEYS} keys or {_MAX_VALUES} values"
+            raise BundleError(f"cache {layer} of the program {complaint}", DAMAGED)
+        if not cache.v_head_dim and cache.head_dim % VECTOR:
+            complaint = f"has latent keys whose size is no multiple of {VECTOR}"
             raise BundleError(f"cache {layer} of the program {complaint}", DAMAGED)
     written: set[int] = set()
     finished: set[int] = set()  # buffers that no other instruction may write
@@ -383,7 +396,7 @@ def _shape_complaints(program: Program, instruction: Instruction) -> Iterator[st
             yield "must go from tokens to rows of logits"
     elif out is not None and rows - {out.rows}:
         yield "mixes rows of tokens and of logits"
-    if instruction.op in ("embed", "embed_positions", "rope", "write_kv", "attention", "experts") and (
+    if instruction.op in ("embed", "embed_positions", "rope", "write_kv", "write_keys", "attention", "experts") and (
         rows | ({out.rows} if out else set())
     ) != {"tokens"}:
         yield "works on tokens only"
@@ -449,12 +462,22 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
         first is None or not 1 <= integers["k"] <= first.width or width != 2 * integers["k"]
     ):
         yield "has an output of another width"
+    if instruction.op == "join":
+        second, groups = instruction.inputs[1], integers["groups"]
+        if groups < 1 or first is None or first.width % groups or second.width % groups:
+            yield "has groups that do not fit"
+        elif width != first.width + second.width:
+            yield "has an output of another width"
+    if instruction.op == "grouped_top_k":
+        yield from _group_complaints(instruction, width)
     if instruction.op == "experts":
         yield from _expert_complaints(program, instruction, width)
     if instruction.op == "linear":
-        matrix = program.matrices.get(instruction.weights[0])
-        if matrix is None or first is None or matrix.columns != first.width or matrix.rows != width:
+        matrix, heads = program.matrices.get(instruction.weights[0]), integers.get("heads", 1)
+        if matrix is None or first is None or matrix.columns * heads != first.width or matrix.rows != width:
             yield "has a matrix of another shape"
+        elif heads != 1 and (heads < 1 or matrix.rows % (heads * TILE) or matrix.scales):
+            yield f"has heads whose rows are quantized, or are no multiple of {TILE}"
     if instruction.op in COLLECTIVES:
         ranks = integers["ranks"]
         if not 2 <= ranks <= MAX_RANKS or ranks != program.ranks:
@@ -463,8 +486,19 @@ def _operand_complaints(program: Program, instruction: Instruction, width: int) 
             yield "has an output that is not as wide as the inputs of all ranks"
     if instruction.op in TRANSFERS and integers["peer"] >= MAX_RANKS:
         yield "has a rank that cannot be"
-    if instruction.op in ("write_kv", "attention"):
+    if instruction.op in ("write_kv", "write_keys", "attention"):
         yield from _cache_complaints(program, instruction, width)
+
+
+def _group_complaints(instruction: Instruction, width: int) -> Iterator[str]:
+    x, choice = instruction.inputs
+    groups, kept, scored, k = (instruction.integers[name] for name in ("groups", "kept", "scored", "k"))
+    if x.width != choice.width or not 1 <= groups <= MAX_GROUPS or x.width % groups:
+        yield "has groups that do not fit"
+    elif not 1 <= kept <= groups or not 1 <= scored <= min(MAX_SCORED, x.width // groups):
+        yield "keeps or scores what its groups lack"
+    elif not 1 <= k <= kept * (x.width // groups) or width != 2 * k:
+        yield "has an output of another width"
 
 
 def _expert_complaints(program: Program, instruction: Instruction, width: int) -> Iterator[str]:
@@ -494,15 +528,25 @@ def _cache_complaints(program: Program, instruction: Instruction, width: int) ->
         yield "has no such cache"
         return
     cache = program.caches[layer]
+    if instruction.op == "write_keys":
+        if cache.v_head_dim or instruction.inputs[0].width != cache.num_kv_heads * cache.head_dim:
+            yield "has keys of another width, or its cache has values"
+        return
     if instruction.op == "write_kv":
+        if not cache.v_head_dim:
+            yield "writes values to a cache that has none"
         sizes = (cache.num_kv_heads * cache.head_dim, cache.num_kv_heads * cache.v_head_dim)
         if tuple(view.width for view in instruction.inputs) != sizes:
             yield "has keys or values of another width"
         return
-    heads = instruction.integers["heads"]
-    if heads < 1 or heads % cache.num_kv_heads or heads // cache.num_kv_heads > 32:
-        yield "has heads that the cache's heads do not divide, or more than 32 for one"
-    elif instruction.inputs[0].width != heads * cache.head_dim or width != heads * cache.v_head_dim:
+    heads, value_width = instruction.integers["heads"], instruction.integers.get("value_width", 0)
+    if bool(value_width) == bool(cache.v_head_dim) or value_width > min(cache.head_dim, _MAX_VALUES):
+        yield "takes values from elsewhere than its cache has them"
+    elif heads < 1 or heads % cache.num_kv_heads:
+        yield "has heads that the cache's heads do not divide"
+    elif instruction.inputs[0].width != heads * cache.head_dim or width != heads * (
+        value_width or cache.v_head_dim
+    ):
         yield "has queries of another width"
     elif any(program.constants.get(name) != heads for name in instruction.weights):
         yield "has sinks for another number of heads"

@@ -26,6 +26,23 @@ ELEMENTWISE = frozenset((*_FUNCTIONS, "Cast", "Reshape"))
 
 
 @dataclass(frozen=True)
+class HeadRows:
+    """Some rows of the matrix of each head, which lie one below the other. As `llmc.HeadLinear`."""
+
+    heads: int
+    begin: int
+    rows: int
+    #: Whether each part becomes its transpose.
+    transposed: bool
+
+    def take(self, matrix: np.ndarray) -> np.ndarray:
+        """Return the rows of all heads, [heads * N, K]."""
+        columns = matrix.shape[1]
+        part = matrix.reshape(self.heads, -1, columns)[:, self.begin : self.begin + self.rows]
+        return part.transpose(0, 2, 1).reshape(-1, self.rows) if self.transposed else part.reshape(-1, columns)
+
+
+@dataclass(frozen=True)
 class MatrixSource:
     """The constant values of the graph that a matrix of the program is made of."""
 
@@ -39,6 +56,8 @@ class MatrixSource:
     transposed: bool = False
     #: Rows of the graph's matrix that the program's leaves out.
     skip: int = 0
+    #: The rows of each head, of which the program's matrix has some.
+    heads: HeadRows | None = None
 
 
 @dataclass(frozen=True)

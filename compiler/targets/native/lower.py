@@ -17,6 +17,7 @@ import onnx_ir as ir
 from llmc.compiler.targets.native.constants import (
     ELEMENTWISE,
     ConstantSource,
+    HeadRows,
     MatrixSource,
     evaluate,
     integers,
@@ -24,18 +25,23 @@ from llmc.compiler.targets.native.constants import (
 )
 from llmc.compiler.targets.native.fuse import fuse
 from llmc.passes import edit
-from llmc.passes.geometry import attention_nodes
+from llmc.passes.geometry import attention_nodes, value_width
 from llmc.passes.shard.stages import VOCABULARY, rows_are_logits
 from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, PARTIAL_EMBEDDING, RECV, SEND
 from llmc.plugins.experts.spec import ACTIVATIONS, MATRICES, REQUIRED
 from llmc.plugins.experts.spec import NAME as EXPERTS
+from llmc.plugins.grouped_top_k.spec import NAME as GROUPED_TOP_K
+from llmc.plugins.head_linear.spec import NAME as HEAD_LINEAR
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
 from llmc.plugins.paged_attention.spec import SINKS
 from llmc.plugins.round_fp4.spec import NAME as ROUND_FP4
 from llmc.runtime.errors import UnsupportedError
 from llmc.runtime.native.program import (
     CLAMPED_SWIGLU,
+    MAX_GROUPS,
+    MAX_SCORED,
     TILE,
+    VECTOR,
     Buffer,
     Cache,
     Instruction,
@@ -314,8 +320,13 @@ class _Lowering:
         parts = [self._view(node, index) for index in range(len(node.inputs))]
         shape = edit.dims(node.outputs[0])
         axis = int(edit.attribute(node, "axis")) % len(shape)
-        if axis == 0 or int(np.prod(shape[1:axis])) != 1:
+        groups = int(np.prod(shape[1:axis]))
+        if axis == 0 or (groups != 1 and len(parts) != 2):
             raise refusal(node, "it joins something else than columns")
+        if groups != 1:
+            width = parts[0].width + parts[1].width
+            self._emit(node, "join", (parts[0], parts[1]), integers={"groups": groups}, width=width)
+            return
         self.buffers.append(Buffer(sum(part.width for part in parts), self.buffers[parts[0].buffer].rows))
         out, offset = len(self.buffers) - 1, 0
         for part in parts:
@@ -421,6 +432,18 @@ class _Lowering:
             raise refusal(node, "it takes the smallest numbers, or a number of them that varies")
         (k,) = integers(node.inputs[1])
         self._emit(node, "top_k", (self._view(node, 0),), integers={"k": k}, width=2 * k)
+        both = self.views[node.outputs[0]]
+        self.views[node.outputs[0]] = replace(both, width=k)
+        self.views[node.outputs[1]] = View(both.buffer, k, k)
+
+    def _grouped_top_k(self, node: ir.Node) -> None:
+        names = ("groups", "kept", "scored", "k")
+        integers = {name: int(edit.attribute(node, name)) for name in names}
+        if integers["groups"] > MAX_GROUPS or integers["scored"] > MAX_SCORED:
+            raise refusal(node, f"it has more than {MAX_GROUPS} groups, or scores more than {MAX_SCORED}")
+        k = integers["k"]
+        views = (self._view(node, 0), self._view(node, 1))
+        self._emit(node, "grouped_top_k", views, integers=integers, width=2 * k)
         both = self.views[node.outputs[0]]
         self.views[node.outputs[0]] = replace(both, width=k)
         self.views[node.outputs[1]] = View(both.buffer, k, k)
@@ -538,17 +561,22 @@ class _Lowering:
         _, kv_heads, _, width = edit.dims(cache_input)
         if cache_input.dtype != ir.DataType.FLOAT:
             raise refusal(node, f"its KV cache is {cache_input.dtype}")
-        self.caches[layer] = Cache(kv_heads, width, edit.dims(edit.operand(node, 4))[3])
-        query, key, value = (self._view(node, index) for index in range(3))
-        self.instructions.append(Instruction("write_kv", None, 0, (key, value), (), "", {"layer": layer}, {}))
-        heads = int(edit.attribute(node, "num_heads"))
+        latent = value_width(node)
+        if latent and width % VECTOR:
+            raise refusal(node, f"its latent keys have {width} numbers, which is no multiple of {VECTOR}")
+        self.caches[layer] = Cache(kv_heads, width, 0 if latent else edit.dims(edit.operand(node, 4))[3])
+        query, *new = (self._view(node, index) for index in range(2 if latent else 3))
+        write = "write_keys" if latent else "write_kv"
+        self.instructions.append(Instruction(write, None, 0, tuple(new), (), "", {"layer": layer}, {}))
+        heads, window = (int(edit.attribute(node, name)) for name in ("num_heads", "window"))
         self._emit(
             node,
             "attention",
             (query,),
             weights=tuple(self._constant(value) for value in node.inputs[SINKS:] if value is not None),
-            width=heads * self.caches[layer].v_head_dim,
-            integers={"heads": heads, "layer": layer, "window": int(edit.attribute(node, "window"))},
+            width=heads * (latent or self.caches[layer].v_head_dim),
+            integers={"heads": heads, "layer": layer, "window": window}
+            | ({"value_width": latent} if latent else {}),
             floats={name: float(edit.attribute(node, name)) for name in ("scale", "softcap")},
         )
 
@@ -587,6 +615,27 @@ class _Lowering:
         if bias is not None:
             out = self.views[node.outputs[0]]
             self._emit(node, "vector", (out,), function="add", weights=(self._constant(bias),))
+
+    def _head_linear(self, node: ir.Node) -> None:
+        weight, (heads, begin, rows, transposed) = edit.operand(node, 1), (
+            int(edit.attribute(node, name)) for name in ("heads", "begin", "rows", "transposed")
+        )
+        source = weight
+        while (producer := source.producer()) is not None and producer.op_type == "Cast":
+            source = edit.operand(producer, 0)
+        element = _ELEMENTS.get(source.dtype) if source.dtype is not None else None
+        if producer is not None or element not in ("fp32", "fp16", "bf16"):
+            raise refusal(node, "its matrices of heads are quantized")
+        columns = edit.dims(weight)[1]
+        outputs, width = (columns, rows) if transposed else (rows, columns)
+        if outputs % TILE:
+            raise refusal(node, f"a matrix of its heads has {outputs} rows, which is no multiple of {TILE}")
+        name = f"{source.name}:{begin}"
+        self.matrices[name] = Matrix(heads * outputs, width, element)
+        of_heads = HeadRows(heads, begin, rows, bool(transposed))
+        self.sources[name] = MatrixSource(source, heads=of_heads)
+        integers, view = {"heads": heads}, self._view(node, 0)
+        self._emit(node, "linear", (view,), weights=(name,), integers=integers, width=heads * outputs)
 
     def _matrix(self, weight: ir.Value, node: ir.Node, skip: int = 0, *, transposed: bool = False) -> str:
         """Record a matrix of the program, see `MatrixSource`, and return its name."""
@@ -651,6 +700,8 @@ _NODES: Mapping[str, Callable[[_Lowering, ir.Node], None]] = {
     "ReduceSum": _Lowering._reduce_sum,
     "TopK": _Lowering._top_k,
     EXPERTS: _Lowering._experts,
+    GROUPED_TOP_K: _Lowering._grouped_top_k,
+    HEAD_LINEAR: _Lowering._head_linear,
     ATTENTION: _Lowering._attention,
     ALL_REDUCE: _Lowering._collective,
     ALL_GATHER: _Lowering._collective,

@@ -125,6 +125,8 @@ def pack(matrix: Matrix, source: MatrixSource) -> Iterator[np.ndarray]:
     else:
         data = evaluate(source.codes)
         data = (data.T if source.transposed else data)[source.skip :]
+        if source.heads is not None:
+            data = source.heads.take(data)
         if source.scales is not None:
             scales = evaluate(source.scales)
             scales = scales.reshape(-1, 1) if scales.ndim < 2 else scales

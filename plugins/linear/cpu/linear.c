@@ -191,12 +191,12 @@ INLINE int64_t float_tile_bytes(const int KIND, int columns) {
   return KIND == E4M3 ? 128 + (int64_t)columns * 32 : (int64_t)columns * (KIND == F32 ? 128 : 64);
 }
 INLINE void run_float(const int KIND, const instruction *i, int first, int last, int rows) {
-  const int columns = i->n[1];
+  const int columns = i->n[1], tiles_of_head = i->n[3] > 1 ? linear_tiles(i) / i->n[3] : linear_tiles(i);
   const int64_t tile = float_tile_bytes(KIND, columns);
   for (int t = first; t < last; t++) {
     const uint8_t *w = i->w + t * tile;
     for (int r = 0; r < rows;) {
-      const float *x = i->a + r * i->a_stride;
+      const float *x = i->a + r * i->a_stride + t / tiles_of_head * columns;
       float *out = i->out + r * i->out_stride + t * TILE;
       const int left = rows - r;
 #define ROWS(M) float_tile(M, KIND, w, columns, x, i->a_stride, out, i->out_stride), r += M

@@ -4,6 +4,9 @@
 // their order. A row (a query of one head) gets the same bits wherever it is computed: alone or in a tile, with all parts
 // in one item or each in another thread.
 //
+// The values of latent attention are the first numbers of its keys. Such a cache has one array, which is laid out as
+// values are: keys and values are at the same address.
+//
 // A cache of floats is multiplied as floats. A cache of 8 bits has one scale for each token and head. Its keys are
 // multiplied as integers with queries in int8 digits, and its values with the weights of the softmax in three digits,
 // which are as exact as fp32.
@@ -20,9 +23,19 @@ enum { AT_ONCE = 8, CODED_AT_ONCE = 2, SOFTMAX_AT_ONCE = 4, SUMS = 24 };
 enum { AT_ONCE = 2, CODED_AT_ONCE = 1, SOFTMAX_AT_ONCE = 1, SUMS = 6 };
 #endif
 
+// Query heads of one item, which share a KV head: all of them, or as large a part as makes at most MAX_ROWS rows.
+static int item_heads(const instruction *i) {
+  const int shared = i->n[0] / i->n[1];
+  int parts = (shared + MAX_ROWS - 1) / MAX_ROWS;
+  while (shared % parts) parts++;
+  return shared / parts;
+}
 // Query tokens of one item. Their heads make at most MAX_ROWS rows.
-static int attention_tokens(const instruction *i) { return MAX_ROWS / (i->n[0] / i->n[1]); }
+static int attention_tokens(const instruction *i) { return MAX_ROWS / item_heads(i); }
+static int is_latent(const instruction *i) { return i->keys == i->values; }
 static int padded_values(const instruction *i) { return (i->n[3] + LANES - 1) / LANES * LANES; }
+// Numbers of the cache from the value of one token to that of the next.
+static int value_stride(const instruction *i) { return is_latent(i) ? i->n[2] : padded_values(i); }
 // The first key that the query at `position` sees.
 static int first_key(const instruction *i, int position) {
   const int window = i->n[4], chunk = i->n[7];
@@ -42,7 +55,7 @@ static int parts_of(const instruction *i, const step *s, int sequence) {
   return count ? (position + count - 1) / PART - first_key(i, position) / PART + 1 : 0;
 }
 static attention_work attention_items(const instruction *i, const step *s, int wanted) {
-  const int tokens = attention_tokens(i), heads = i->n[1];
+  const int tokens = attention_tokens(i), shared = item_heads(i), heads = i->n[0] / shared;
   int tiles = 0, most = 0;
   int64_t parts = 0;
   for (int q = 0; q < s->sequences; q++) {
@@ -51,7 +64,7 @@ static attention_work attention_items(const instruction *i, const step *s, int w
     most = count > most ? count : most;
     parts += (int64_t)parts_of(i, s, q) * heads;
   }
-  const int64_t part_floats = most * (i->n[0] / heads) * (2 + (int64_t)padded_values(i));
+  const int64_t part_floats = most * shared * (2 + (int64_t)padded_values(i));
   if (s->threads == 1 || tiles >= wanted || most > tokens || parts * part_floats > s->part_floats) return (attention_work){tiles, 0, 0};
   const int each = upto((int)((parts + wanted - 1) / wanted), 1 << 30);
   int items = 0;
@@ -65,7 +78,7 @@ typedef struct {
   const float *key_scales, *value_scales; // of a cache of 8 bits
 } kv_block;
 INLINE kv_block block_of(const int CACHE, const instruction *i, int block, int head) {
-  const int kv_heads = i->n[1], width = i->n[2], padded = padded_values(i);
+  const int kv_heads = i->n[1], width = i->n[2], padded = value_stride(i);
   const uint8_t *keys = i->keys + block * i->block_stride, *values = i->values + block * i->block_stride;
   const int size = CACHE == INT8_CACHE ? 1 : CACHE == FP16_CACHE ? 2 : 4;
   const int64_t key_bytes = (int64_t)(CACHE == INT8_CACHE ? (width + 3) / 4 * 4 : width) * BLOCK * size, value_bytes = (int64_t)BLOCK * padded * size;
@@ -76,6 +89,7 @@ INLINE kv_block block_of(const int CACHE, const instruction *i, int block, int h
 // A tile of queries, and what attention makes of it. Rows lie `width` or `padded` numbers apart.
 typedef struct {
   int rows, width, padded, position, shared; // position: of the first query; shared: rows with the same position
+  int value_stride;                          // of the cache
   int stride;                                // of digits
   int step;                                  // numbers of a query that a tile of AMX holds; 0: AMX is not used
   union {
@@ -116,6 +130,27 @@ INLINE void float_scores(const int R, const int CACHE, int width, const uint8_t 
     }
   }
   UNROLL for (int r = 0; r < R; r++) storef(out + r * ROW, s[r][0]), storef(out + r * ROW + 16, s[r][1]);
+}
+// The same with latent keys, whose numbers lie side by side: the sum over the lanes is the last step.
+INLINE void latent_scores(const int R, const int CACHE, int width, const uint8_t *keys, const uint8_t *next, const float *queries, float *out) {
+  enum { KEYS = 2 };
+  const int SIZE = CACHE == FP16_CACHE ? 2 : 4;
+  for (int t = 0; t < BLOCK; t += KEYS) {
+    vf s[AT_ONCE][KEYS];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int k = 0; k < KEYS; k++) s[r][k] = allf(0);
+    for (int d = 0; d < width; d += LANES) {
+      vf x[KEYS];
+      UNROLL for (int k = 0; k < KEYS; k++) {
+        const int64_t at = (int64_t)(t + k) * width + d;
+        x[k] = load_number(CACHE, keys, at), PREFETCH(next + at * SIZE);
+      }
+      UNROLL for (int r = 0; r < R; r++) {
+        const vf q = loadf(queries + r * width + d);
+        UNROLL for (int k = 0; k < KEYS; k++) s[r][k] = fma(x[k], q, s[r][k]);
+      }
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int k = 0; k < KEYS; k++) out[r * ROW + t + k] = sum(s[r][k]);
+  }
 }
 INLINE void digit_scores(const int R, const int DIGITS, const kv_block *kv, const uint8_t *next, const query_tile *q, int first, float *out) {
   const int8_t *digits = q->digits + first * 3 * q->stride;
@@ -205,12 +240,12 @@ INLINE void softmax(const int R, const int CACHE, const instruction *i, const qu
 
 // out += weights x values, for R rows and V vectors of a value, over the keys first .. last - 1 of a block.
 INLINE void weigh(const int R, const int V, const int CACHE, int first, int last, const float *weights, const uint8_t *values,
-                  const uint8_t *next, int padded, float *out, int d) {
+                  const uint8_t *next, int stride, int padded, float *out, int d) {
   const int SIZE = CACHE == FP16_CACHE ? 2 : 4;
   vf o[AT_ONCE][2 * AT_ONCE];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) o[r][v] = loadf(out + r * padded + d + 16 * v);
   for (int t = first; t < last; t++) {
-    const int64_t at = (int64_t)t * padded + d;
+    const int64_t at = (int64_t)t * stride + d;
     vf x[2 * AT_ONCE];
     UNROLL for (int v = 0; v < V; v++) x[v] = load_number(CACHE, values, at + 16 * v);
     UNROLL for (int v = 0; v < V; v += 4 / SIZE) PREFETCH(next + (at + 16 * v) * SIZE);
@@ -222,11 +257,11 @@ INLINE void weigh(const int R, const int V, const int CACHE, int first, int last
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) storef(out + r * padded + d + 16 * v, o[r][v]);
 }
 INLINE void weigh_rows(const int R, const int CACHE, int first, int last, const float *weights, const uint8_t *values, const uint8_t *next,
-                       int padded, float *out) {
+                       int stride, int padded, float *out) {
   const int V = 2 * AT_ONCE / R; // independent sums hide the latency of additions
   int d = 0;
-  for (; d + 16 * V <= padded; d += 16 * V) weigh(R, V, CACHE, first, last, weights, values, next, padded, out, d);
-  for (; d < padded; d += 16) weigh(R, 1, CACHE, first, last, weights, values, next, padded, out, d);
+  for (; d + 16 * V <= padded; d += 16 * V) weigh(R, V, CACHE, first, last, weights, values, next, stride, padded, out, d);
+  for (; d < padded; d += 16) weigh(R, 1, CACHE, first, last, weights, values, next, stride, padded, out, d);
 }
 // out = weights x values of a part, for R rows and V vectors. stream: the values of its blocks, and memory that is read soon.
 INLINE void weigh_codes(const int R, const int V, const coded_weights *weights, int first, int begin, int blocks, const uint8_t *const *stream,
@@ -291,6 +326,7 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
   for (int b = 0; b < blocks; b++) {
 #define NEXT (r ? kv[b].keys : stream[b + AHEAD_BLOCKS])
 #define FLOATS(R) float_scores(R, CACHE, q->width, kv[b].keys, NEXT, q->x + r * q->width, weights + r * ROW + begin + b * BLOCK);
+#define LATENT(R) latent_scores(R, CACHE, q->width, kv[b].keys, NEXT, q->x + r * q->width, weights + r * ROW + begin + b * BLOCK);
 #if defined(__AMX_INT8__)
     if (CACHE == INT8_CACHE && q->step) {
       if (b == 0) configure_attention(q->step);
@@ -302,7 +338,8 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
     }
 #endif
 #define CODES(R) digit_scores(R, DIGITS, kv + b, NEXT, q, r, weights + r * ROW + begin + b * BLOCK);
-    if (CACHE != INT8_CACHE) EACH_ROWS(AT_ONCE, FLOATS)
+    if (CACHE != INT8_CACHE && is_latent(i)) EACH_ROWS(AT_ONCE, LATENT)
+    else if (CACHE != INT8_CACHE) EACH_ROWS(AT_ONCE, FLOATS)
     else if (DIGITS == 1) EACH_ROWS(4, CODES)
     else EACH_ROWS(2, CODES)
   }
@@ -327,12 +364,13 @@ INLINE void attend(const int CACHE, const int DIGITS, const instruction *i, cons
     const int key = begin + b * BLOCK, low = seen - from > key ? seen - from - key : 0; // keys that any row sees
     const int high = end_key - from - key < BLOCK ? end_key - from - key : BLOCK;
 #define WEIGH(R)                                                                                                             \
-  weigh_rows(R, CACHE, low, high, weights + r * ROW + key, kv[b].values, r ? kv[b].values : stream[blocks + b + AHEAD_BLOCKS], padded, \
-             out.values + r * padded);
+  weigh_rows(R, CACHE, low, high, weights + r * ROW + key, kv[b].values, r ? kv[b].values : stream[blocks + b + AHEAD_BLOCKS], \
+             q->value_stride, padded, out.values + r * padded);
     EACH_ROWS(AT_ONCE, WEIGH)
   }
 }
 #undef FLOATS
+#undef LATENT
 #undef CODES
 #undef SOFTMAX
 #undef NEXT
@@ -357,7 +395,8 @@ static partial part_at(const step *s, attention_work work, int number, int rows)
 }
 
 INLINE void attention_item(const int CACHE, const int DIGITS, const instruction *i, const step *s, int item, attention_work work) {
-  const int heads = i->n[0], kv_heads = i->n[1], shared = heads / kv_heads, most = attention_tokens(i), each = work.each;
+  const int shared = item_heads(i), kv_heads = i->n[0] / shared, most = attention_tokens(i), each = work.each;
+  const int parts_of_head = kv_heads / i->n[1]; // several items share a KV head that has many query heads
   item = work.items - 1 - item; // the last tiles of a prompt see most: they are first
   int sequence = 0, items = 0, number = 0, of_step = 0; // number: of the sequence's first part; of_step: its first head
   for (;; sequence++) {
@@ -367,14 +406,14 @@ INLINE void attention_item(const int CACHE, const int DIGITS, const instruction 
     item -= items * kv_heads, number += parts * kv_heads, of_step += count ? kv_heads : 0;
   }
   // The items of a head follow each other, because they read the same keys and values.
-  const int head = item / items, begin = s->query_start[sequence] + (each ? 0 : item % items * most);
+  const int head = item / items, kv_head = head / parts_of_head, begin = s->query_start[sequence] + (each ? 0 : item % items * most);
   const int end = begin + most < s->query_start[sequence + 1] ? begin + most : s->query_start[sequence + 1];
   const int32_t *table = s->block_indices + s->block_begins[sequence];
 
   _Alignas(64) query_tile q;
   q.rows = (end - begin) * shared, q.shared = shared, q.position = s->past_lengths[sequence] + begin - s->query_start[sequence];
   q.step = 0;
-  q.width = i->n[2], q.stride = (q.width + LANES - 1) / LANES * LANES, q.padded = padded_values(i);
+  q.width = i->n[2], q.stride = (q.width + LANES - 1) / LANES * LANES, q.padded = padded_values(i), q.value_stride = value_stride(i);
   const int ahead = begin - s->threads * most >= s->query_start[sequence] ? s->threads * most : 0; // what this thread probably does next
   for (int r = 0; r < q.rows; r++) {
     const float *from = i->a + (begin + r / shared) * i->a_stride + (int64_t)(head * shared + r % shared) * q.width;
@@ -396,7 +435,7 @@ INLINE void attention_item(const int CACHE, const int DIGITS, const instruction 
     const int parts = last - first + 1, piece = item % items;
     number += head * parts;
     for (int p = piece * each; p < (piece + 1) * each && p < parts; p++)
-      attend(CACHE, DIGITS, i, table, head, &q, (first + p) * PART, part_at(s, work, number + p, q.rows));
+      attend(CACHE, DIGITS, i, table, kv_head, &q, (first + p) * PART, part_at(s, work, number + p, q.rows));
     int32_t *finished = s->merged + of_step + head;
     if (__atomic_add_fetch(finished, 1, __ATOMIC_ACQ_REL) < items) return;
     *finished = 0; // for the next instruction
@@ -406,7 +445,7 @@ INLINE void attention_item(const int CACHE, const int DIGITS, const instruction 
     _Alignas(64) float part_values[MAX_ROWS * MAX_VALUE_WIDTH], part_maximum[MAX_ROWS], part_total[MAX_ROWS];
     const partial part = {part_values, part_maximum, part_total};
     for (int p = first; p <= last; p++) {
-      attend(CACHE, DIGITS, i, table, head, &q, p * PART, p > first ? part : all);
+      attend(CACHE, DIGITS, i, table, kv_head, &q, p * PART, p > first ? part : all);
       if (p > first) merge(q.rows, q.padded, part, all);
     }
   }
