@@ -263,8 +263,10 @@ def describe_target(target: Target) -> str:
 
 def describe_geometry(geometry: Geometry) -> str:
     """Describe the shape of a model in one line."""
-    heads = f"{geometry.num_heads} heads, {geometry.num_kv_heads} KV heads of {geometry.head_dim}"
-    if geometry.v_head_dim != geometry.head_dim:
+    latent = any(layer.v_head_dim == 0 for layer in geometry.layers)
+    kind = "latent KV heads" if latent else "KV heads"
+    heads = f"{geometry.num_heads} heads, {geometry.num_kv_heads} {kind} of {geometry.head_dim}"
+    if geometry.v_head_dim != geometry.head_dim and not latent:
         heads += f" (values {geometry.v_head_dim})"
     windows = sorted({layer.window for layer in geometry.layers if layer.window})
     sliding = sum(layer.kind == "sliding" for layer in geometry.layers)

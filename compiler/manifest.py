@@ -94,7 +94,11 @@ def manifest(
         parallel=parallel,
         ranks=ranks,
         format_version=oldest_format(
-            parallel, gpu=artifact.gpu, sampling=plan.checkpoint.sampling, ranks=ranks
+            parallel,
+            plan.geometry.layers,
+            gpu=artifact.gpu,
+            sampling=plan.checkpoint.sampling,
+            ranks=ranks,
         ),
     )
 

@@ -1,4 +1,4 @@
-"""The manifest of a bundle, formats 1 to 5: frozen dataclasses, a strict reader and a deterministic writer.
+"""The manifest of a bundle, formats 1 to 6: frozen dataclasses, a strict reader and a deterministic writer.
 
 The dataclasses are the schema: `strict_json.decode` reads their type hints, so each field is declared once.
 FORMAT.md documents each field. Every rule holds in both directions: `to_json` does not write a manifest that
@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, NoReturn
 
@@ -20,10 +20,11 @@ from llmc.runtime.bundle.strict_json import DAMAGED, decode, no_constants, plain
 from llmc.runtime.errors import BundleError
 from llmc.runtime.installation import upgrade_hint
 
-FormatVersion = Literal[1, 2, 3, 4, 5]
-FORMAT_VERSION: Final = 5
+FormatVersion = Literal[1, 2, 3, 4, 5, 6]
+FORMAT_VERSION: Final = 6
 _ADDED_IN: Final = {"gpu": 2, "sampling": 3, "ranks": 5}  # field -> the first format that has it
 _RANKS_IN: Final = 4  # the first format of bundles with several ranks
+_LATENT_IN: Final = 6  # the first format of bundles whose layers cache keys alone
 MANIFEST_NAME = "manifest.json"
 SEAL = "manifest_sha256"  # the one field that is not in the dataclasses
 MAX_MANIFEST_BYTES = 16 * 2**20
@@ -411,10 +412,12 @@ def _json(tree: dict[str, Any]) -> bytes:
     return json.dumps(tree, sort_keys=True, indent=1, allow_nan=False).encode("ascii") + b"\n"
 
 
-def oldest_format(parallel: Parallel = Parallel(), **fields: Any) -> FormatVersion:
-    """Return the oldest format that has all of `fields` (name -> value) that are not None, and the ranks."""
+def oldest_format(parallel: Parallel, layers: Sequence[Layer], **fields: Any) -> FormatVersion:
+    """Return the oldest format that has all of `fields` (name -> value) that are not None, ranks and layers."""
     used = [_ADDED_IN.get(name, 1) for name, value in fields.items() if value is not None]
-    return typing.cast(FormatVersion, max([1, *used, _RANKS_IN if parallel.world_size > 1 else 1]))
+    used += [_RANKS_IN] if parallel.world_size > 1 else []
+    used += [_LATENT_IN] if any(layer.v_head_dim == 0 for layer in layers) else []
+    return typing.cast(FormatVersion, max([1, *used]))
 
 
 def _later_fields(version: int) -> list[str]:
@@ -483,7 +486,8 @@ def _check_consistent(manifest: Manifest) -> None:
     needs_gpu = {"cpu": False, "tensorrt": True, "tensorrt-rtx": True}.get(manifest.target.name)
     if needs_gpu is not None and needs_gpu != (manifest.gpu is not None):
         _bad("gpu", f"{'missing' if manifest.gpu is None else 'given'} for the target {manifest.target.name}")
-    oldest = oldest_format(manifest.parallel, **{name: getattr(manifest, name) for name in _ADDED_IN})
+    added = {name: getattr(manifest, name) for name in _ADDED_IN}
+    oldest = oldest_format(manifest.parallel, geometry.layers, **added)
     if manifest.format_version != oldest:
         _bad("format_version", f"{manifest.format_version} does not fit: the fields in use need {oldest}")
     kv_dtype, engine = manifest.precision.kv_dtype, manifest.target.engine

@@ -5,6 +5,7 @@
     python tests/golden/make.py tests/golden/format-3                    # with sampling defaults
     python tests/golden/make.py tests/golden/format-4 cpu "" 2           # for two ranks
     python tests/golden/make.py tests/golden/format-5 tensorrt-rtx 89 1 2    # for two stages on GPUs
+    python tests/golden/make.py tests/golden/format-6 cpu "" 1 1 deepseek_v3     # with latent attention
 
 Writes DIR.llmc and DIR.json: the tokens that transformers generates greedily from a prompt. The sampling
 defaults came with format 3. The repetition penalty among them changes these tokens.
@@ -18,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmc.compiler import zoo
 from llmc.compiler.driver import compile_model
@@ -28,9 +29,28 @@ PROMPT = [65, 32, 104, 101, 110]
 NEW_TOKENS = 40
 SAMPLING = {"do_sample": False, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.2}
 
+DEEPSEEK = {
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+    "architectures": ["DeepseekV3ForCausalLM"],
+}
 
-def main(name: Path, target: str = "cpu", sms: str = "", tp: str = "1", pp: str = "1") -> None:
-    config = LlamaConfig(
+
+def main(
+    name: Path, target: str = "cpu", sms: str = "", tp: str = "1", pp: str = "1", family: str = "llama"
+) -> None:
+    sizes = dict(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -46,6 +66,7 @@ def main(name: Path, target: str = "cpu", sms: str = "", tp: str = "1", pp: str 
         architectures=["LlamaForCausalLM"],
         dtype="float32",
     )
+    config = AutoConfig.for_model(family, **sizes | (DEEPSEEK if family == "deepseek_v3" else {}))
     with TemporaryDirectory() as directory:
         source = Path(directory) / "golden"
         config.save_pretrained(source)

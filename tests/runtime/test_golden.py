@@ -29,17 +29,18 @@ def test_a_frozen_bundle_opens_and_is_whole(version: int) -> None:
     assert bundle.manifest.format_version == version
     assert (bundle.manifest.gpu is not None) == (version in (2, 5))
     assert (bundle.manifest.sampling is not None) == (version >= 3)
+    assert (bundle.manifest.geometry.v_head_dim == 0) == (version == 6)
     assert bundle.manifest.parallel.tp == (2 if version == 4 else 1)
     assert bundle.manifest.parallel.pp == (2 if version == 5 else 1)
     assert (bundle.manifest.ranks is not None) == (version == 5)
 
 
-@pytest.mark.parametrize("version", [1, 3, 4])  # formats 2 and 5 are for GPUs
+@pytest.mark.parametrize("version", [1, 3, 4, 6])  # formats 2 and 5 are for GPUs
 def test_a_frozen_bundle_generates_what_transformers_did(version: int) -> None:
     path = GOLDEN / f"format-{version}.llmc"
     expected = json.loads(path.with_suffix(".json").read_text())
     engine = load_engine(path)
-    # Formats 3 and 4 have a repetition penalty, which greedy decoding applies too.
+    # Formats from 3 on have a repetition penalty, which greedy decoding applies too.
     assert (engine.default_params.repetition_penalty != 1) == (version >= 3)
     params = replace(engine.default_params, max_tokens=len(expected["tokens"]), ignore_eos=True)
     assert list(engine.generate([expected["prompt"]], params)[0].token_ids) == expected["tokens"]
