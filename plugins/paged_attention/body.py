@@ -161,8 +161,10 @@ def _take_values_from_keys(function: ir.Function) -> None:
     assert cast is not None
     assert flat_keys is not None
     keys = flat_keys.inputs[0].producer().inputs[0]  # type: ignore[union-attr]
-    name, last = "value_width", ir.Value(name="last_axis")
-    width, width_1, zero = ir.Value(name="width"), ir.Value(name="width_1"), ir.Value(name="zero_1")
+    name, last = "value_width", ir.Value(name="latent_axis")
+    width, width_1, zero = (
+        ir.Value(name=f"latent_{part}") for part in ("width", "end", "begin")
+    )
     function.attributes.add(ir.Attr(name, ir.AttributeType.INT, None))
     nodes = [
         ir.node("Constant", [], {"value_ints": [0]}, outputs=[zero]),

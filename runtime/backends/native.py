@@ -48,6 +48,8 @@ class NativeBackend:
         program = Program.from_json(engine.path.read_bytes())
         if program.ranks != ranks:
             raise BundleError(f"{engine.path.name} is the program of one of {program.ranks} ranks", DAMAGED)
+        if engine.kv_dtype == "int8" and any(not cache.v_head_dim for cache in program.caches):
+            raise BundleError("the program has latent keys, which have no cache of int8", DAMAGED)
         if engine.bundle is not None:
             _check_manifest(program, engine.bundle.manifest)
         weights, self._memory = file.arrays(program)

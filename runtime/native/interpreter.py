@@ -134,8 +134,10 @@ class Interpreter:
         if instruction.op == "copy":
             return x
         if instruction.op == "join":
-            parts = [each.reshape(len(each), instruction.integers["groups"], -1) for each in inputs]
-            return np.concatenate(parts, axis=2).reshape(len(x), -1)
+            groups = instruction.integers["groups"]
+            parts = [each.reshape(len(each), groups, each.shape[1] // groups) for each in inputs]
+            joined = np.concatenate(parts, axis=2)
+            return joined.reshape(len(x), groups * joined.shape[2])
         if instruction.op == "all_reduce":
             return np.sum(np.stack(self._exchange(x)), axis=0)
         if instruction.op == "all_gather":

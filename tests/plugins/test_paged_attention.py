@@ -44,6 +44,12 @@ SHAPES = {  # num_heads, num_kv_heads, D, Dv, window, softcap
 }
 
 
+LATENT = {  # num_heads, num_kv_heads, D, value_width, window, softcap
+    "latent": (16, 1, 48, 32, 0, 0.0),
+    "latent, two kv heads and a window": (4, 2, 40, 40, 24, 0.0),
+}
+
+
 def make_step(shape: tuple[Any, ...], past: list[int], new: list[int]) -> dict[str, np.ndarray]:
     heads, kv_heads, width, value_width, *_ = shape
     rng = np.random.default_rng(sum(past) + sum(new) + width)
@@ -81,7 +87,10 @@ def attributes(shape: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def make_model(
-    shape: tuple[Any, ...], largest: tuple[float, float] | None = None, sinks: bool = False
+    shape: tuple[Any, ...],
+    largest: tuple[float, float] | None = None,
+    sinks: bool = False,
+    latent: bool = False,
 ) -> bytes:
     """A graph of one PagedAttention node, with its function body; `largest` keys and values: FP8 caches."""
     heads, kv_heads, width, value_width, *_ = shape
@@ -111,10 +120,15 @@ def make_model(
             ("value_cache_out", sizes["value_cache"]),
         )
     ]
-    node = ir.node(spec.NAME, inputs, attributes(shape), domain=spec.DOMAIN, outputs=outputs)
+    settings, given = attributes(shape), inputs
+    if latent:
+        settings["value_width"] = value_width
+        inputs, outputs = [each for each in inputs if "value" not in str(each.name)], outputs[:2]
+        given = [each if each in inputs else None for each in given]  # type: ignore[misc]
+    node = ir.node(spec.NAME, given, settings, domain=spec.DOMAIN, outputs=outputs)
     opsets = {"": 23, spec.DOMAIN: spec.ABI_VERSION}
     graph = ir.Graph(inputs, outputs, nodes=[node], opset_imports=opsets, name="one")
-    model = ir.Model(graph, ir_version=10, functions=[body.function(sinks)])
+    model = ir.Model(graph, ir_version=10, functions=[body.function(sinks, latent=latent)])
     if largest:
         for cache in inputs[3:5]:
             cache.name = f"{cache.name}.0"
@@ -136,6 +150,28 @@ def test_the_function_body_is_the_reference(shape: tuple[Any, ...]) -> None:
         assert np.abs(output - expected).max() < TOLERANCE
         assert np.array_equal(keys, step["key_cache"])
         assert np.array_equal(values, step["value_cache"])
+
+
+@pytest.mark.parametrize("shape", LATENT.values(), ids=LATENT.keys())
+def test_the_function_body_of_latent_attention_is_the_reference(shape: tuple[Any, ...]) -> None:
+    """And the reference is attention whose values are stored, too."""
+    model = make_model(shape, latent=True)
+    onnx.checker.check_model(onnx.load_from_string(model))
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    for past, new in STEPS.values():
+        step = make_step(shape, past, new)
+        heads, kv_heads, width, value_width, *_ = shape
+        key_cache = step["key_cache"].copy()
+        step["value"] = step["key"].reshape(-1, kv_heads, width)[..., :value_width].reshape(sum(new), -1)
+        step["value_cache"] = step["key_cache"][..., :value_width].copy()
+        expected = reference.paged_attention(**step, **attributes(shape))
+        step |= {"value": None, "value_cache": None, "key_cache": key_cache}
+        again = reference.paged_attention(**step, **attributes(shape), value_width=value_width)
+        assert np.array_equal(again, expected)
+        given = {name: array for name, array in step.items() if array is not None}
+        output, keys = session.run(None, given)
+        assert np.abs(output - expected).max() < TOLERANCE
+        assert np.array_equal(keys, step["key_cache"])
 
 
 @pytest.mark.parametrize("name", ["grouped", "softcap and window"])

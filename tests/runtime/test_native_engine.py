@@ -31,7 +31,17 @@ from llmc.runtime.errors import BundleError
 from llmc.runtime.native import weights as weights_module
 from llmc.runtime.native.executor import Executor
 from llmc.runtime.native.interpreter import Interpreter
-from llmc.runtime.native.program import BINARY, MAX_INSTRUCTIONS, UNARY, Cache, Matrix, Program, View, check
+from llmc.runtime.native.program import (
+    BINARY,
+    MAX_INSTRUCTIONS,
+    UNARY,
+    Cache,
+    Instruction,
+    Matrix,
+    Program,
+    View,
+    check,
+)
 from llmc.runtime.native.weights import WeightsFile, start_reading
 from support.native_fuzz import random_program, random_steps
 from support.native_programs import POSITIONS, VOCABULARY, Builder, Built, constant, steps
@@ -192,6 +202,35 @@ def attention(
     return build.finish(y)
 
 
+def latent_attention(heads: int, width: int, value_width: int, window: int = 0, kv_heads: int = 1) -> Built:
+    build = Builder((heads + kv_heads) * width)
+    build.caches.append(Cache(kv_heads, width, 0))
+    first, keys = heads * width, kv_heads * width
+    build.instructions.append(Instruction("write_keys", None, 0, (View(0, first, keys),), (), "", {"layer": 0}, {}))
+    sizes = {"heads": heads, "layer": 0, "window": window, "value_width": value_width}
+    query = View(0, 0, first)
+    y = build.emit("attention", heads * value_width, query, **sizes, scale=width**-0.5, softcap=0.0)
+    return build.finish(y)
+
+
+def linear_of_heads(element: str) -> Built:
+    build = Builder(5 * 40)
+    w = build.matrix("w", 5 * 64, 40, element)
+    return build.finish(build.emit("linear", 5 * 64, View(0, 0, 200), weights=(w,), heads=5))
+
+
+def joined() -> Built:
+    build = Builder(90)
+    return build.finish(build.emit("join", 66, View(0, 5, 36), View(0, 47, 30), groups=6))
+
+
+def grouped_top_k(kept: int, scored: int) -> Built:
+    """Whole numbers, so that groups and columns are often equal."""
+    build = Builder(24, table=np.random.default_rng(3).integers(0, 4, (50, 24)))
+    chosen = build.emit("grouped_top_k", 8, View(0, 12, 12), View(0, 0, 12), groups=4, kept=kept, scored=scored, k=4)
+    return build.finish(chosen)
+
+
 def linear(element: str, block: int = 0, scales: str = "", rows: int = 50, columns: int = 256) -> Built:
     build = Builder(columns)
     return build.finish(
@@ -235,6 +274,16 @@ PROGRAMS: dict[str, Callable[[], Built]] = {
     "chunks": lambda: attention(4, 2, 32, 32, 0, 0.0, chunk=12),
     "sinks": lambda: attention(6, 2, 16, 16, 20, 0.0, sinks=True),
     "latent heads": lambda: attention(16, 1, 576, 512, 0, 0.0),
+    "more heads than rows": lambda: attention(74, 2, 16, 16, 0, 0.0),
+    "latent": lambda: latent_attention(16, 576, 512),
+    "latent, many heads": lambda: latent_attention(128, 48, 32),
+    "latent, 40 heads and a window": lambda: latent_attention(40, 32, 24, window=20),
+    "latent, all numbers are values": lambda: latent_attention(6, 32, 32, kv_heads=2),
+    "linear of heads": lambda: linear_of_heads("fp32"),
+    "linear of heads, bf16": lambda: linear_of_heads("bf16"),
+    "join": joined,
+    "grouped top k": lambda: grouped_top_k(2, 2),
+    "grouped top k of best": lambda: grouped_top_k(3, 1),
     "fp32": lambda: linear("fp32"),
     "fp16": lambda: linear("fp16"),
     "bf16": lambda: linear("bf16", columns=100),
@@ -273,7 +322,10 @@ def test_a_linear_layer_is_exact_to_a_millionth(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["gelu", "norms", "attention", "softcap", "bf16", "int4 block 32", "fp4 block 16", "int8 per row"],
+    [
+        *("gelu", "norms", "attention", "softcap", "latent", "latent, many heads", "linear of heads", "bf16"),
+        *("int4 block 32", "fp4 block 16", "int8 per row"),
+    ],
 )
 def test_threads_and_instruction_sets_give_the_same_bits(name: str) -> None:
     built = PROGRAMS[name]()
@@ -324,7 +376,7 @@ ATTENTION = (
 )
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", [*ATTENTION, "latent", "latent, 40 heads and a window"])
 def test_a_cache_of_fp16_rounds_keys_and_values(name: str) -> None:
     built = PROGRAMS[name]()
     program, _, weights = built
@@ -350,13 +402,22 @@ def test_numbers_beyond_fp16_become_its_largest_in_the_cache() -> None:
 
 
 @pytest.mark.parametrize("digits", [1, 3])
-@pytest.mark.parametrize("sizes", [(4, 2, 32, 32), (3, 1, 80, 40), (8, 8, 64, 16), (2, 2, 24, 24)])
-@pytest.mark.parametrize("kv_dtype", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("sizes", "kv_dtype"),
+    [
+        *[
+            (sizes, kv_dtype)
+            for sizes in ((4, 2, 32, 32), (3, 1, 80, 40), (8, 8, 64, 16), (2, 2, 24, 24))
+            for kv_dtype in ("fp32", "int8")
+        ],
+        ((40, 48, 32), "fp32"),
+    ],
+)
 def test_many_queries_give_the_bits_of_each_alone(
-    sizes: tuple[int, int, int, int], digits: int, kv_dtype: str
+    sizes: tuple[int, ...], digits: int, kv_dtype: str
 ) -> None:
     """Tiles of queries that are full, half empty, or at the border of a part. AMX takes those of int8."""
-    program, weights, _ = attention(*sizes, 0, 0.0)
+    program, weights, _ = latent_attention(*sizes) if len(sizes) == 3 else attention(*sizes, 0, 0.0)
     program = dataclasses.replace(program, max_positions=0)
     ids, table = np.random.default_rng(2).integers(0, VOCABULARY, 300).tolist(), range(10)
 
@@ -385,7 +446,13 @@ def test_many_queries_give_the_bits_of_each_alone(
         assert run_steps(isa, [0, 7, 250, 261, 300]) == want, isa
 
 
+def test_latent_keys_have_no_cache_of_int8() -> None:
+    with pytest.raises(ValueError, match="latent keys have no cache of int8"):
+        run(PROGRAMS["latent"](), kv_dtype="int8")
+
+
 LONG = {
+    "long latent": lambda: latent_attention(40, 48, 32),
     "long": lambda: attention(4, 2, 32, 32, 0, 0.0),
     "long, one head": lambda: attention(3, 1, 16, 40, 0, 0.0, sinks=True),
     "long window": lambda: attention(4, 4, 32, 32, 300, 3.0),
@@ -393,8 +460,14 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize(
+    ("name", "kv_dtype"),
+    [
+        (name, kv_dtype)
+        for name in LONG
+        for kv_dtype in ("fp32", "fp16", *([] if "latent" in name else ["int8"]))
+    ],
+)
 def test_a_context_of_many_parts_is_split_without_changing_a_bit(name: str, kv_dtype: str) -> None:
     """A part has 256 keys. One thread takes all parts of a head; more threads share them."""
     program, weights, exact = LONG[name]()
@@ -721,6 +794,8 @@ def test_an_emulated_cpu_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     for label, built, batches in cases:
         files, want = [], b""
         for digits, kv_dtype in ((3, "fp32"), (3, "fp16"), (1, "int8")):
+            if kv_dtype == "int8" and any(not cache.v_head_dim for cache in built[0].caches):
+                continue
             for image, logits in recorded_steps(built, batches, digits=digits, kv_dtype=kv_dtype):
                 files.append(tmp_path / f"step{len(files)}")
                 files[-1].write_bytes(image)

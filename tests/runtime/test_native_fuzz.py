@@ -41,6 +41,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 def guarded_executor(program: Program, weights: dict[str, np.ndarray], rng: random.Random) -> Executor:
     """Return an executor whose arrays end, or begin, at pages that cannot be touched."""
     at_end = rng.random() < 0.7
+    latent = any(not cache.v_head_dim for cache in program.caches)
     with guarded_executors(MAX_TOKENS, at_end):
         return Executor(
             program,
@@ -49,7 +50,7 @@ def guarded_executor(program: Program, weights: dict[str, np.ndarray], rng: rand
             num_blocks=BLOCKS,
             threads=rng.choice((1, 1, 2)),
             digits=rng.choice((1, 3)),
-            kv_dtype=rng.choice(("fp32", "fp16", "int8")),
+            kv_dtype=rng.choice(("fp32", "fp16") if latent else ("fp32", "fp16", "int8")),
             isa=rng.choice(library.candidates()),
         )
 

@@ -62,7 +62,12 @@ def random_program(seed: int) -> Built:
         k = rng.randint(1, count)
         table = build.rng.integers(0, 4, (VOCABULARY, count))
         table_name = build.matrix(next(names), VOCABULARY, count, "fp32", values=table)
-        chosen = build.emit("top_k", 2 * k, build.emit("embed", count, weights=(table_name,)), k=k)
+        scores = build.emit("embed", count, weights=(table_name,))
+        if count % 2 == 0 and rng.random() < 0.5:
+            groups = {"groups": count // 2, "kept": -(-k // 2), "scored": rng.randint(1, 2)}
+            chosen = build.emit("grouped_top_k", 2 * k, scores, scores, k=k, **groups)
+        else:
+            chosen = build.emit("top_k", 2 * k, scores, k=k)
         values, ids = View(chosen.buffer, 0, k), View(chosen.buffer, k, k)
         weights = build.emit("softmax", k, values)
         if rng.random() < 0.5:
@@ -99,7 +104,11 @@ def random_program(seed: int) -> Built:
     for layer in range(rng.randint(1, 2)):
         kv_heads, shared = rng.randint(1, 3), rng.choice((1, 1, 2, 3, 5, 17))
         width, value_width = 2 * rng.randint(1, 20), rng.randint(1, 40)
-        build.caches.append(Cache(kv_heads, width, value_width))
+        latent = rng.random() < 0.3
+        if latent:
+            width = 16 * rng.randint(1, 3)
+            value_width = rng.randint(1, width)
+        build.caches.append(Cache(kv_heads, width, 0 if latent else value_width))
         heads = kv_heads * shared
         sizes = (heads * width, kv_heads * width, kv_heads * value_width)
         both = linear(norm(x), sum(sizes))
@@ -117,9 +126,8 @@ def random_program(seed: int) -> Built:
                 rope(query, heads, rotated, interleaved, tables),
                 rope(key, kv_heads, rotated, interleaved, tables),
             )
-        build.instructions.append(
-            Instruction("write_kv", None, 0, (key, value), (), "", {"layer": layer}, {})
-        )
+        write, new = ("write_keys", (key,)) if latent else ("write_kv", (key, value))
+        build.instructions.append(Instruction(write, None, 0, new, (), "", {"layer": layer}, {}))
         attended = build.emit(
             "attention",
             heads * value_width,
@@ -129,9 +137,16 @@ def random_program(seed: int) -> Built:
             weights=(build.vector(next(names), heads),) if rng.random() < 0.3 else (),
             window=rng.choice((0, 0, 1, 20, 40)),
             chunk=rng.choice((0, 0, 7, 32, 50)),
+            **({"value_width": value_width} if latent else {}),
             scale=0.5 / width,
             softcap=rng.choice((0.0, 3.0)),
         )
+        if latent:
+            element = rng.choice(("fp32", "fp16", "bf16"))
+            matrices = build.matrix(next(names), 32 * heads, value_width, element)
+            attended = build.emit("linear", 32 * heads, attended, weights=(matrices,), heads=heads)
+            of_head = query.width // heads
+            attended = build.emit("join", heads * (32 + of_head), attended, query, groups=heads)
         x = build.emit("binary", x.width, x, linear(attended, x.width), function="add")
         inner = rng.randint(1, 100)
         hidden = norm(x)
