@@ -67,9 +67,7 @@ OPERATORS: Mapping[str, Operator] = {
 }
 
 
-def bodies_for(
-    names: Iterable[str], optional: Container[str] = (), latent: Container[str] = ()
-) -> list[Any]:
+def bodies_for(names: Iterable[str], optional: Container[str] = (), latent: Container[str] = ()) -> list[Any]:
     """Return the bodies, `onnx_ir.Function`, of the custom operators among `names`.
 
     optional: the operators whose nodes have their optional inputs

@@ -17,7 +17,7 @@ from llmc.compiler.calibrate.steps import steps
 from llmc.compiler.calibrate.subgraph import Piece
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.passes import edit
-from llmc.passes.geometry import attention_nodes
+from llmc.passes.geometry import attention_nodes, value_width
 from llmc.passes.quantize.survey import linear
 from llmc.passes.spec import module_of
 from llmc.runtime.batch import Batch
@@ -36,7 +36,7 @@ class LayerInputs:
     inputs: dict[tuple[str, ...], np.ndarray]
     #: The keys that are written to the cache, [tokens, kv_heads x head_dim].
     keys: np.ndarray
-    #: The values that are written to the cache, [tokens, kv_heads x head_dim].
+    #: The values that are written to the cache, [tokens, kv_heads x head_dim]; the keys if it holds these alone.
     values: np.ndarray
 
 
@@ -59,7 +59,9 @@ def layers(
     layer_of = _layers(model, attention)
     piece_of = _pieces(model, layer_of)
     groups = [_groups(node for node in model.graph if layer_of[node] == n) for n in range(len(attention))]
-    caches = [(edit.operand(node, 1), edit.operand(node, 2)) for node in attention]
+    caches = [
+        (edit.operand(node, 1), edit.operand(node, 1 if value_width(node) else 2)) for node in attention
+    ]
     layer_values = [{*linears.values(), *kv} for linears, kv in zip(groups, caches, strict=True)]
     needed = _ancestors(model, {value for values in layer_values for value in values})
     batches = steps(sequences)

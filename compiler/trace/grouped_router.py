@@ -72,7 +72,10 @@ def _form(module: Any) -> RouterForm | None:
     if set(module._parameters) != set(probe._parameters) or set(probe._buffers) - {_BIAS}:
         return None
     x = _random(1, 64, width)
-    with torch.no_grad(), contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+    with (
+        torch.no_grad(),
+        contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError, AttributeError),
+    ):
         _, weights, ids = type(module).forward(probe, x)
         wanted = torch.zeros(64, experts).scatter(1, ids, weights)
         for choices in itertools.product((False, True), (1, 2), (False, True)):

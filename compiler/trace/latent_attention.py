@@ -137,7 +137,9 @@ def _small(module: Any) -> Any:
         small = type(module)(config, module.layer_idx).float().eval()
     for parameter in small.parameters():
         parameter.requires_grad_(False)
-        parameter.copy_(_random(*parameter.shape) * parameter.shape[-1] ** (-0.5 if parameter.dim() > 1 else 0))
+        parameter.copy_(
+            _random(*parameter.shape) * parameter.shape[-1] ** (-0.5 if parameter.dim() > 1 else 0)
+        )
     return small
 
 

@@ -54,7 +54,10 @@ def _register_schemas() -> None:
             1,
             inputs=[formal(i, _TYPES.get(i, "T")) for i in inputs]
             + [formal(i, "T", param_option=option.Optional) for i in optional],
-            outputs=[formal("y", "T"), *([formal("ids", "tensor(int64)")] if operator == "GroupedTopK" else [])],
+            outputs=[
+                formal("y", "T"),
+                *([formal("ids", "tensor(int64)")] if operator == "GroupedTopK" else []),
+            ],
             type_constraints=[(name, _FLOATS, "") for name in ("T", "W")[: 1 + ("weights" in inputs)]],
             attributes=[
                 onnx.defs.OpSchema.Attribute(key, getattr(onnx.defs.OpSchema.AttrType, kind))
@@ -91,9 +94,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         )  # fmt: skip
 
     def head_linear(x, weight, heads: int, begin: int, rows: int, transposed: bool):  # type: ignore[no-untyped-def]
-        return op.TracedHeadLinear(
-            x, weight, heads=heads, begin=begin, rows=rows, transposed=int(transposed)
-        )
+        return op.TracedHeadLinear(x, weight, heads=heads, begin=begin, rows=rows, transposed=int(transposed))
 
     def grouped_top_k(x, choice, groups: int, kept: int, scored: int, k: int):  # type: ignore[no-untyped-def]
         return op.GroupedTopK(x, choice, groups=groups, kept=kept, scored=scored, k=k)

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from llmc.passes.contract import Matches
-from llmc.passes.geometry import attention_nodes
+from llmc.passes.geometry import attention_nodes, value_width
 from llmc.passes.spec import Stage, module_of
 from llmc.plugins.paged_attention.spec import QUANTIZED_CACHES, QuantizedCache
-from llmc.runtime.errors import BuildError
+from llmc.runtime.errors import BuildError, UnsupportedError
 
 _SMALLEST_NORMAL = 2.0**-126  # of fp32: below it a division would overflow
 _CACHES = {3: 1, 4: 2}  # input of the operator -> the output that is the same memory
@@ -26,7 +26,10 @@ _BY_ELEMENT = {ir.DataType[cache.onnx]: cache for cache in QUANTIZED_CACHES.valu
 
 
 class QuantizeKVCache:
-    """Quantize KV caches. Counts one match per layer. Scales are 1.0 until `fill_kv_scales` runs."""
+    """Quantize KV caches. Counts one match per layer. Scales are 1.0 until `fill_kv_scales` runs.
+
+    Raises UnsupportedError for latent attention.
+    """
 
     name = "quantize-kv-cache"
     requires = Stage.QUANTIZED  # a canonical graph also passes these checks
@@ -38,6 +41,12 @@ class QuantizeKVCache:
     def __call__(self, model: ir.Model) -> Matches:
         nodes = [node for node in attention_nodes(model) if cache_of(node) is None]
         for node in nodes:
+            if value_width(node):
+                raise UnsupportedError(
+                    f"{module_of(node)} is multi-head latent attention, whose KV cache llmc does not quantize",
+                    "leave --kv-dtype out",
+                    "kv_dtype",
+                )
             for name in _SCALES:
                 node.attributes[name] = ir.AttrFloat32(name, 1.0)
             for index, output in _CACHES.items():

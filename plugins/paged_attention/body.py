@@ -162,16 +162,12 @@ def _take_values_from_keys(function: ir.Function) -> None:
     assert flat_keys is not None
     keys = flat_keys.inputs[0].producer().inputs[0]  # type: ignore[union-attr]
     name, last = "value_width", ir.Value(name="latent_axis")
-    width, width_1, zero = (
-        ir.Value(name=f"latent_{part}") for part in ("width", "end", "begin")
-    )
+    width, width_1, zero = (ir.Value(name=f"latent_{part}") for part in ("width", "end", "begin"))
     function.attributes.add(ir.Attr(name, ir.AttributeType.INT, None))
     nodes = [
         ir.node("Constant", [], {"value_ints": [0]}, outputs=[zero]),
         ir.node("Constant", [], {"value_ints": [-1]}, outputs=[last]),
-        ir.Node(
-            "", "Constant", [], [ir.RefAttr("value_int", name, ir.AttributeType.INT)], outputs=[width]
-        ),
+        ir.Node("", "Constant", [], [ir.RefAttr("value_int", name, ir.AttributeType.INT)], outputs=[width]),
         ir.node("Unsqueeze", [width, zero], outputs=[width_1]),
         ir.node("Slice", [keys, zero, width_1, last]),
     ]

@@ -20,7 +20,10 @@ PROGRAM_VERSION = 1
 MAX_PROGRAM_BYTES = 64 << 20
 MAX_INSTRUCTIONS = 1 << 14  # and buffers; a model of 126 layers has some 2,000
 MAX_RANKS = 1 << 10
-MAX_GROUPS, MAX_SCORED = 256, 16  # of grouped_top_k, as plugins/grouped_top_k/cpu/grouped_top_k.c has room for
+MAX_GROUPS, MAX_SCORED = (
+    256,
+    16,
+)  # of grouped_top_k, as plugins/grouped_top_k/cpu/grouped_top_k.c has room for
 TILE = 32  # rows of a packed matrix that lie together
 VECTOR = 16  # numbers of a vector, which the size of latent keys is a multiple of
 _MAX = 1 << 27  # of sizes and indices
@@ -396,9 +399,15 @@ def _shape_complaints(program: Program, instruction: Instruction) -> Iterator[st
             yield "must go from tokens to rows of logits"
     elif out is not None and rows - {out.rows}:
         yield "mixes rows of tokens and of logits"
-    if instruction.op in ("embed", "embed_positions", "rope", "write_kv", "write_keys", "attention", "experts") and (
-        rows | ({out.rows} if out else set())
-    ) != {"tokens"}:
+    if instruction.op in (
+        "embed",
+        "embed_positions",
+        "rope",
+        "write_kv",
+        "write_keys",
+        "attention",
+        "experts",
+    ) and (rows | ({out.rows} if out else set())) != {"tokens"}:
         yield "works on tokens only"
     if instruction.offset and instruction.op != "copy":
         yield "cannot write at an offset"

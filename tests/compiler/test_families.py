@@ -20,7 +20,7 @@ from llmc.compiler.checkpoint.recipe import known_families
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.request import BuildRequest
 from llmc.compiler.verify.load import load as load_ranks
-from llmc.compiler.zoo import list_zoo
+from llmc.compiler.zoo import list_zoo, zoo_config
 from llmc.runtime.backends import load_backend
 from llmc.runtime.backends.base import Backend, EngineFile, LoadOptions
 from llmc.runtime.batch import Batch
@@ -141,8 +141,43 @@ def test_experts_elsewhere_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tp": 2}, "which --tp does not divide"),
+        ({"kv_dtype": "int8"}, "whose cache cannot be int8"),
+        pytest.param(
+            {"target": "tensorrt-rtx", "dtype": "fp16"},
+            "which llmc cannot build for GPUs yet",
+            marks=pytest.mark.slow,  # another trace
+        ),
+        pytest.param(
+            {"target": "tensorrt-rtx", "dtype": "fp16", "kv_dtype": "fp8"},
+            "whose KV cache llmc does not quantize",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_latent_attention_elsewhere_is_refused(
+    options: dict[str, Any],
+    message: str,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    share_traces(monkeypatch)
+    request = BuildRequest(str(checkpoint("deepseek-v3-tiny")), tmp_path / "x.llmc", **options)
+    wanted = rf"model\.layers\.0\.self_attn is multi-head latent attention, {message}"
+    with pytest.raises(UnsupportedError, match=wanted):
+        plan_build(request)
+
+
+@pytest.mark.parametrize(
     ("name", "lacks"),
-    [(SOFTCAP, "has an attention softcap"), ("mixtral-tiny", "is a mixture of experts")],
+    [
+        (SOFTCAP, "has an attention softcap"),
+        ("mixtral-tiny", "is a mixture of experts"),
+        ("deepseek-v2-tiny", "is multi-head latent attention"),
+    ],
 )
 def test_openvino_names_what_it_lacks(
     name: str, lacks: str, checkpoint: Callable[[str], Path], tmp_path: Path
@@ -233,6 +268,62 @@ def test_stages_together_equal_transformers(
     assert (bundle.manifest.parallel.pp, len(bundle.manifest.engines)) == (2, 2 * tp)
     backend = load_ranks(EngineFile("native", bundle.engine_path()), 64, 2 * tp, 2)
     check(reference(source), backend, 256)
+
+
+def test_sequences_share_prefixes_and_are_preempted(
+    checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
+) -> None:
+    """Three prompts of 40 equal tokens and one of its own, in a cache that is too small for all of them."""
+    expected = reference(checkpoint("deepseek-v3-tiny"))
+    prompt = expected.prompts[2]
+    assert len(prompt) == 40
+    engine = Engine(backend_for(bundle("deepseek-v3-tiny"), "native", 7), None, (), 256, max_sequences=8)
+    prompts = [prompt, expected.prompts[1], prompt, prompt]
+    wanted = [expected.continuations[number] for number in (2, 1, 2, 2)]
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=64, ignore_eos=True))
+    assert [list(output.token_ids) for output in outputs] == wanted
+    assert engine.stats.cached_tokens and engine.stats.preemptions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes", "options"),
+    [
+        # DeepSeek-V2-Lite: no groups, no compressed queries, no YaRN.
+        ("deepseek_v2", {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None}, {}),
+        (
+            "deepseek_v2",
+            {"num_attention_heads": 40, "hidden_size": 80, "qk_rope_head_dim": 32},
+            {"quant": "int8"},
+        ),
+        ("deepseek_v3", {"rope_interleave": False, "attention_bias": True, "qk_nope_head_dim": 32}, {}),
+        (
+            "deepseek_v3",
+            {"q_lora_rank": None, "norm_topk_prob": False, "n_group": 1, "topk_group": 1},
+            {"pp": 2},
+        ),
+    ],
+)
+def test_other_forms_equal_transformers(
+    family: str,
+    changes: dict[str, Any],
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    share_traces(monkeypatch)
+    settings = {
+        key: value
+        for key, value in zoo_config("deepseek-v3-tiny").items()
+        if key not in ("model_type", "architectures", "dtype")
+    }
+    settings |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    path = write_random(family, tmp_path, **settings | changes)
+    record = compile_model(BuildRequest(str(path), tmp_path / "x.llmc", **options)).manifest.verification
+    assert record.status == "passed"
+    if not options:
+        assert Bundle.open(tmp_path / "x.llmc").manifest.target.engine == "native"
+        check(reference(path), backend_for(tmp_path / "x.llmc", "native"), 256)
 
 
 def build(checkpoint: Path, output: Path, engine: str | None = None, tp: int = 1, pp: int = 1) -> Path:

@@ -23,14 +23,19 @@ from llmc.plugins.head_linear.reference import head_linear
 HEADS = {"heads": 5, "rows": 12}
 
 
-def run(spec: ModuleType, body: ModuleType, inputs: dict[str, np.ndarray], **attributes: int) -> list[np.ndarray]:
+def run(
+    spec: ModuleType, body: ModuleType, inputs: dict[str, np.ndarray], **attributes: int
+) -> list[np.ndarray]:
     """Run one node with its function body in ONNX Runtime."""
     values = [
         ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
         for name, array in inputs.items()
     ]
     kinds = [ir.DataType.FLOAT, ir.DataType.INT64][: 2 if spec is grouped_spec else 1]
-    outputs = [ir.Value(name=f"y{n}", type=ir.TensorType(kind), shape=ir.Shape(["T", "N"])) for n, kind in enumerate(kinds)]
+    outputs = [
+        ir.Value(name=f"y{n}", type=ir.TensorType(kind), shape=ir.Shape(["T", "N"]))
+        for n, kind in enumerate(kinds)
+    ]
     node = ir.node(spec.NAME, values, attributes, domain=spec.DOMAIN, outputs=outputs)
     opsets = {"": 23, spec.DOMAIN: spec.ABI_VERSION}
     graph = ir.Graph(values, outputs, nodes=[node], opset_imports=opsets, name="one")

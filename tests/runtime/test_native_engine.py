@@ -206,7 +206,9 @@ def latent_attention(heads: int, width: int, value_width: int, window: int = 0, 
     build = Builder((heads + kv_heads) * width)
     build.caches.append(Cache(kv_heads, width, 0))
     first, keys = heads * width, kv_heads * width
-    build.instructions.append(Instruction("write_keys", None, 0, (View(0, first, keys),), (), "", {"layer": 0}, {}))
+    build.instructions.append(
+        Instruction("write_keys", None, 0, (View(0, first, keys),), (), "", {"layer": 0}, {})
+    )
     sizes = {"heads": heads, "layer": 0, "window": window, "value_width": value_width}
     query = View(0, 0, first)
     y = build.emit("attention", heads * value_width, query, **sizes, scale=width**-0.5, softcap=0.0)
@@ -227,7 +229,9 @@ def joined() -> Built:
 def grouped_top_k(kept: int, scored: int) -> Built:
     """Whole numbers, so that groups and columns are often equal."""
     build = Builder(24, table=np.random.default_rng(3).integers(0, 4, (50, 24)))
-    chosen = build.emit("grouped_top_k", 8, View(0, 12, 12), View(0, 0, 12), groups=4, kept=kept, scored=scored, k=4)
+    chosen = build.emit(
+        "grouped_top_k", 8, View(0, 12, 12), View(0, 0, 12), groups=4, kept=kept, scored=scored, k=4
+    )
     return build.finish(chosen)
 
 
@@ -413,9 +417,7 @@ def test_numbers_beyond_fp16_become_its_largest_in_the_cache() -> None:
         ((40, 48, 32), "fp32"),
     ],
 )
-def test_many_queries_give_the_bits_of_each_alone(
-    sizes: tuple[int, ...], digits: int, kv_dtype: str
-) -> None:
+def test_many_queries_give_the_bits_of_each_alone(sizes: tuple[int, ...], digits: int, kv_dtype: str) -> None:
     """Tiles of queries that are full, half empty, or at the border of a part. AMX takes those of int8."""
     program, weights, _ = latent_attention(*sizes) if len(sizes) == 3 else attention(*sizes, 0, 0.0)
     program = dataclasses.replace(program, max_positions=0)

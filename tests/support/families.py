@@ -69,7 +69,14 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 #: Families of OTHERS, and zoo models, with experts. OpenVINO, TensorRT and ranks with --tp lack them.
 WITH_EXPERTS = ("granitemoe", "olmoe")
-MIXTURES = ("deepseek-v2-tiny", "deepseek-v3-tiny", "gpt-oss-tiny", "mixtral-tiny", "qwen2-moe-tiny", "qwen3-moe-tiny")
+MIXTURES = (
+    "deepseek-v2-tiny",
+    "deepseek-v3-tiny",
+    "gpt-oss-tiny",
+    "mixtral-tiny",
+    "qwen2-moe-tiny",
+    "qwen3-moe-tiny",
+)
 #: The zoo's small models without experts.
 _TINY = [entry.name for entry in list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 DENSE = [name for name in _TINY if name not in MIXTURES]

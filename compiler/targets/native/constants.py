@@ -39,7 +39,9 @@ class HeadRows:
         """Return the rows of all heads, [heads * N, K]."""
         columns = matrix.shape[1]
         part = matrix.reshape(self.heads, -1, columns)[:, self.begin : self.begin + self.rows]
-        return part.transpose(0, 2, 1).reshape(-1, self.rows) if self.transposed else part.reshape(-1, columns)
+        return (
+            part.transpose(0, 2, 1).reshape(-1, self.rows) if self.transposed else part.reshape(-1, columns)
+        )
 
 
 @dataclass(frozen=True)

@@ -617,8 +617,9 @@ class _Lowering:
             self._emit(node, "vector", (out,), function="add", weights=(self._constant(bias),))
 
     def _head_linear(self, node: ir.Node) -> None:
-        weight, (heads, begin, rows, transposed) = edit.operand(node, 1), (
-            int(edit.attribute(node, name)) for name in ("heads", "begin", "rows", "transposed")
+        weight, (heads, begin, rows, transposed) = (
+            edit.operand(node, 1),
+            (int(edit.attribute(node, name)) for name in ("heads", "begin", "rows", "transposed")),
         )
         source = weight
         while (producer := source.producer()) is not None and producer.op_type == "Cast":
