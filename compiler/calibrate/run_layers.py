@@ -36,7 +36,7 @@ class LayerInputs:
     inputs: dict[tuple[str, ...], np.ndarray]
     #: The keys that are written to the cache, [tokens, kv_heads x head_dim].
     keys: np.ndarray
-    #: The values that are written to the cache, [tokens, kv_heads x head_dim]; the keys if it holds these alone.
+    #: The values that are written to the cache, [tokens, kv_heads x head_dim]; for latent attention the keys.
     values: np.ndarray
 
 

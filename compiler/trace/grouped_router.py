@@ -1,4 +1,4 @@
-"""Routers that choose experts of a few groups: DeepSeek-V2 (arXiv:2405.04434), DeepSeek-V3 (arXiv:2412.19437).
+"""Routers that choose experts of a few groups: DeepSeek-V2 (arXiv:2405.04434) and V3 (arXiv:2412.19437).
 
 Such a router gives each expert a score, keeps the groups with the best experts, and chooses among theirs.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from llmc.compiler.trace import ops as ops  # registers torch.ops.llmc
-from llmc.compiler.trace.probes import _close, _random
+from llmc.compiler.trace.probes import close, draw
 
 _BIAS = "e_score_correction_bias"
 
@@ -67,11 +67,11 @@ def replacement(module: nn.Module) -> Callable[..., Any] | None:
 def _form(module: Any) -> RouterForm | None:
     experts, width = module.weight.shape
     probe = copy.copy(module)
-    probe._parameters = {"weight": nn.Parameter(_random(experts, width) * width**-0.5, requires_grad=False)}
-    probe._buffers = {name: _random(*buffer.shape) * 0.1 for name, buffer in module._buffers.items()}
+    probe._parameters = {"weight": nn.Parameter(draw(experts, width) * width**-0.5, requires_grad=False)}
+    probe._buffers = {name: draw(*buffer.shape) * 0.1 for name, buffer in module._buffers.items()}
     if set(module._parameters) != set(probe._parameters) or set(probe._buffers) - {_BIAS}:
         return None
-    x = _random(1, 64, width)
+    x = draw(1, 64, width)
     with (
         torch.no_grad(),
         contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError, AttributeError),
@@ -82,6 +82,6 @@ def _form(module: Any) -> RouterForm | None:
             form = RouterForm(*choices)
             with contextlib.suppress(RuntimeError):  # a group of one expert has no two
                 _, weights, ids = form.compute(probe, x)
-                if _close(torch.zeros(64, experts).scatter(1, ids, weights), wanted):
+                if close(torch.zeros(64, experts).scatter(1, ids, weights), wanted):
                     return form
     return None

@@ -145,8 +145,7 @@ def _intercept_module(
         forward = _experts(module, probes.experts(name, module))
         interception.set_forward(module, forward, "experts")
     elif latent_attention.is_latent(module):
-        forward = latent_attention.replacement(name, module)
-        interception.set_forward(module, forward, "latent_attention")
+        interception.set_forward(module, latent_attention.replacement(name, module), "latent_attention")
     elif grouped_router.is_grouped(module) and (router := grouped_router.replacement(module)) is not None:
         interception.set_forward(module, router, "router")
     elif hasattr(type(module), "_attn"):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from llmc.compiler.trace import ops as ops  # registers torch.ops.llmc
-from llmc.compiler.trace.probes import _causal_mask, _close, _halves, _pairs, _random
+from llmc.compiler.trace.probes import causal_mask, close, draw, halves, pairs
 from llmc.runtime.errors import UnsupportedError
 
 #: The layers of a module that llmc knows. One with another layer computes something else, if only sometimes.
@@ -112,15 +112,15 @@ def _interleaved(name: str, module: Any) -> bool:
     if known and parameters <= _PARAMETERS and getattr(module.kv_b_proj, "bias", None) is None:
         with contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             small = _small(module)
-            hidden, angle = _random(1, 9, _SIZES["hidden_size"]), _random(1, 9, 2)
+            hidden, angle = draw(1, 9, _SIZES["hidden_size"]), draw(1, 9, 2)
             cos, sin = angle.cos() * 1.1, angle.sin() * 1.1  # some families scale them
-            angles: list[Any] = [(repeat(cos), repeat(sin)) for repeat in (_halves, _pairs)]
+            angles: list[Any] = [(repeat(cos), repeat(sin)) for repeat in (halves, pairs)]
             for given, interleaved in itertools.product([torch.complex(cos, sin), *angles], (True, False)):
-                if _close(absorbed(small, hidden, cos, sin, interleaved, 0), _expanded(small, hidden, given)):
+                if close(absorbed(small, hidden, cos, sin, interleaved, 0), _expanded(small, hidden, given)):
                     return interleaved
     raise UnsupportedError(
-        f"module {name} ({type(module).__name__}) is multi-head latent attention that computes something else "
-        "than llmc's",
+        f"module {name} ({type(module).__name__}) is multi-head latent attention that computes "
+        "something else than llmc's",
         "llmc supports the attention of DeepSeek-V2 and DeepSeek-V3; `llmc zoo list` shows the families that "
         "are known to work",
     )
@@ -137,15 +137,13 @@ def _small(module: Any) -> Any:
         small = type(module)(config, module.layer_idx).float().eval()
     for parameter in small.parameters():
         parameter.requires_grad_(False)
-        parameter.copy_(
-            _random(*parameter.shape) * parameter.shape[-1] ** (-0.5 if parameter.dim() > 1 else 0)
-        )
+        parameter.copy_(draw(*parameter.shape) * parameter.shape[-1] ** (-0.5 if parameter.dim() > 1 else 0))
     return small
 
 
 def _expanded(small: Any, hidden: torch.Tensor, angles: Any) -> torch.Tensor:
     """Return what the model's own code computes; an empty tensor if it takes other angles."""
-    mask = _causal_mask(hidden.shape[1], 0)
+    mask = causal_mask(hidden.shape[1], 0)
     try:
         with torch.no_grad():
             output, _ = small(hidden, attention_mask=mask, position_embeddings=angles)

@@ -153,7 +153,8 @@ def head_linear(x: Tensor, weight: Tensor, heads: int, begin: int, rows: int, tr
     """Multiply each head by a matrix of its own: y[..., h, :] = W_h @ x[..., h, :].
 
     x: [1, T, H, K]
-    weight: [H*each, columns], a matrix [each, columns] for each head. W_h is its rows begin .. begin + rows - 1.
+    weight: [H*each, columns], a matrix [each, columns] for each head
+    begin, rows: W_h is the rows begin to begin + rows - 1 of the matrix of head h
     transposed: multiply by W_h^T, so that K is `rows`; else K is `columns`
 
     Returns [1, T, H, columns] if transposed, else [1, T, H, rows].

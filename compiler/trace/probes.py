@@ -22,11 +22,13 @@ from llmc.runtime.errors import UnsupportedError
 TOLERANCE = 1e-5  # fp32, values of order 1
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether the shapes are equal, and the numbers within TOLERANCE."""
     return a.shape == b.shape and a.numel() > 0 and bool((a.float() - b.float()).abs().max() <= TOLERANCE)
 
 
-def _random(*shape: int) -> torch.Tensor:
+def draw(*shape: int) -> torch.Tensor:
+    """Return normally distributed numbers, fp32, the same for the same shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
@@ -35,13 +37,13 @@ def linear(module: nn.Linear) -> bool:
     probe = copy.copy(module)
     probe.in_features, probe.out_features = 8, 6
     probe._parameters = {
-        "weight": nn.Parameter(_random(6, 8), requires_grad=False),
-        "bias": None if module.bias is None else nn.Parameter(_random(6), requires_grad=False),
+        "weight": nn.Parameter(draw(6, 8), requires_grad=False),
+        "bias": None if module.bias is None else nn.Parameter(draw(6), requires_grad=False),
     }
-    x = _random(3, 8)
+    x = draw(3, 8)
     with torch.no_grad():
         computed = type(module).forward(probe, x)
-    return isinstance(computed, torch.Tensor) and _close(
+    return isinstance(computed, torch.Tensor) and close(
         torch.ops.llmc.linear(x, probe.weight, probe.bias), computed
     )
 
@@ -55,8 +57,8 @@ def rms_norm(name: str, module: nn.Module) -> tuple[float, float, bool]:
     """
     width = module.weight.shape[0]  # type: ignore[index]
     probe = copy.copy(module)
-    probe._parameters = {"weight": nn.Parameter(_random(int(width)), requires_grad=False)}
-    x = _random(3, int(width))
+    probe._parameters = {"weight": nn.Parameter(draw(int(width)), requires_grad=False)}
+    x = draw(3, int(width))
     with torch.no_grad():
         expected = type(module).forward(probe, x)
         for attribute in ("variance_epsilon", "eps", "epsilon"):
@@ -64,7 +66,7 @@ def rms_norm(name: str, module: nn.Module) -> tuple[float, float, bool]:
             if not isinstance(epsilon, float):
                 continue
             for offset in (0.0, 1.0):
-                if _close(torch.ops.llmc.rms_norm(x, probe.weight, epsilon, offset, True), expected):
+                if close(torch.ops.llmc.rms_norm(x, probe.weight, epsilon, offset, True), expected):
                     return epsilon, offset, _rounds_once(probe, epsilon, offset)
     raise UnsupportedError(
         f"module {name} ({type(module).__name__}) is named like an RMSNorm but computes something else",
@@ -78,7 +80,7 @@ def _rounds_once(module: nn.Module, epsilon: float, offset: float) -> bool:
     Replaces the module's weight.
     """
     width = int(module.weight.shape[0])  # type: ignore[index]
-    x, weight = _random(3, width).bfloat16(), _random(width).bfloat16()
+    x, weight = draw(3, width).bfloat16(), draw(width).bfloat16()
     module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     expected = type(module).forward(module, x)
     once, twice = (
@@ -95,13 +97,13 @@ def layer_norm(module: nn.Module) -> float | None:
     """
     shape = tuple(module.weight.shape)  # type: ignore[arg-type]
     probe = copy.copy(module)
-    random = {name: _random(*shape) + index for index, name in enumerate(("weight", "bias"))}
+    random = {name: draw(*shape) + index for index, name in enumerate(("weight", "bias"))}
     probe._parameters = {
         name: nn.Parameter(random[name], requires_grad=False) if parameter is not None else None
         for name, parameter in module._parameters.items()
         if name in random
     }
-    x = _random(3, *shape)
+    x = draw(3, *shape)
     with torch.no_grad():
         expected = type(module).forward(probe, x)
         for attribute in ("variance_epsilon", "eps", "epsilon"):
@@ -110,7 +112,7 @@ def layer_norm(module: nn.Module) -> float | None:
                 weight, bias = probe._parameters["weight"], probe._parameters.get("bias")
                 assert weight is not None
                 normal = nn.functional.layer_norm(x, shape[-1:], None, None, epsilon) * weight
-                if _close(normal if bias is None else normal + bias, expected):
+                if close(normal if bias is None else normal + bias, expected):
                     return epsilon
     return None
 
@@ -136,7 +138,7 @@ def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, R
                 for length in (min(8, max_seq_len), max_seq_len)
             )
         if not (
-            _close(cos[:, : short[0].shape[1]], short[0]) and _close(sin[:, : short[1].shape[1]], short[1])
+            close(cos[:, : short[0].shape[1]], short[0]) and close(sin[:, : short[1].shape[1]], short[1])
         ):
             rope = getattr(module, "rope_type", "this")
             config = getattr(module, "config", None)
@@ -148,16 +150,16 @@ def rotary_tables(name: str, module: nn.Module, max_seq_len: int) -> dict[str, R
                 f"which a KV cache does not allow at {max_seq_len} positions",
                 f"build with --max-seq-len {original or 'the original context length'} or less",
             )
-        for repeat in (_halves, _pairs, _once):  # `apply_rotary` tells whether the last one is right
+        for repeat in (halves, pairs, _once):  # `apply_rotary` tells whether the last one is right
             once = [
                 angle
                 if repeat is _once
                 else angle[..., ::2]
-                if repeat is _pairs
+                if repeat is pairs
                 else angle[..., : angle.shape[-1] // 2]
                 for angle in (cos, sin)
             ]
-            if all(_close(repeat(half), angle) for half, angle in zip(once, (cos, sin), strict=True)):
+            if all(close(repeat(half), angle) for half, angle in zip(once, (cos, sin), strict=True)):
                 break
         tables[f"_{kind}" if kind else ""] = RotaryTable(
             once[0][0].contiguous(), once[1][0].contiguous(), repeat
@@ -170,12 +172,12 @@ def _angles(made: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> tuple[tor
     return (made.real, made.imag) if isinstance(made, torch.Tensor) else made
 
 
-def _halves(angle: torch.Tensor) -> torch.Tensor:
+def halves(angle: torch.Tensor) -> torch.Tensor:
     """Repeat the sequence of angles: a b -> a b a b."""
     return torch.cat((angle, angle), -1)
 
 
-def _pairs(angle: torch.Tensor) -> torch.Tensor:
+def pairs(angle: torch.Tensor) -> torch.Tensor:
     """Repeat each angle: a b -> a a b b."""
     return angle.repeat_interleave(2, -1)
 
@@ -206,8 +208,8 @@ def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tenso
     Raises UnsupportedError if it does neither.
     """
     tokens, half = 5, 4
-    angle = _random(1, tokens, half)
-    q, k = _random(1, 3, tokens, 2 * half), _random(1, 2, tokens, 2 * half)
+    angle = draw(1, tokens, half)
+    q, k = draw(1, 3, tokens, 2 * half), draw(1, 2, tokens, 2 * half)
     try:
         rotated = owner.apply_rotary_pos_emb(q, k, repeat(angle.cos()), repeat(angle.sin()))
     except Exception as error:  # a function of another signature raises whatever its code does
@@ -217,7 +219,7 @@ def apply_rotary(owner: ModuleType, repeat: Callable[[torch.Tensor], torch.Tenso
         ) from error
     for interleaved in (False, True):
         ours = (torch.ops.llmc.rope(x, angle.cos(), angle.sin(), interleaved) for x in (q, k))
-        if all(_close(x, y) for x, y in zip(ours, rotated, strict=True)):
+        if all(close(x, y) for x, y in zip(ours, rotated, strict=True)):
             return interleaved
     raise UnsupportedError(
         f"{owner.__name__}.apply_rotary_pos_emb is neither of the two known rotations",
@@ -233,11 +235,11 @@ def apply_rotary_by_token(owner: ModuleType) -> bool:
     Raises UnsupportedError if it does neither.
     """
     tokens, half = 5, 4
-    angle, x = _random(1, tokens, half), _random(1, tokens, 3, 2 * half)
+    angle, x = draw(1, tokens, half), draw(1, tokens, 3, 2 * half)
     rotated = owner.apply_rotary_pos_emb(x, angle.sin(), angle.cos())
     for interleaved in (False, True):
         ours = torch.ops.llmc.rope(x.transpose(1, 2), angle.cos(), angle.sin(), interleaved)
-        if _close(ours.transpose(1, 2), rotated):
+        if close(ours.transpose(1, 2), rotated):
             return interleaved
     raise UnsupportedError(
         f"{owner.__name__}.apply_rotary_pos_emb is neither of the two known rotations",
@@ -257,15 +259,15 @@ def inline_attention(name: str, module: nn.Module) -> tuple[float, int]:
     longest = max((buffer.shape[-1] for buffer in module._buffers.values() if buffer is not None), default=16)
     with torch.no_grad(), contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):
         same = torch.zeros(1, 1, longest, 1)
-        _, weights = module._attn(same, same, same, _causal_mask(longest, 0))  # type: ignore[operator]
+        _, weights = module._attn(same, same, same, causal_mask(longest, 0))  # type: ignore[operator]
         visible = int((weights[0, 0, -1] > 0).sum())
         window = visible if visible < longest else 0
         length = min(longest, max(9, window + 4))
-        q, k, v = (_random(1, 2, length, width + index)[..., :width] for index in range(3))
-        attended, _ = module._attn(q, k, v, _causal_mask(length, 0))  # type: ignore[operator]
+        q, k, v = (draw(1, 2, length, width + index)[..., :width] for index in range(3))
+        attended, _ = module._attn(q, k, v, causal_mask(length, 0))  # type: ignore[operator]
         for scale in (1.0, width**-0.5):
             ours = torch.ops.llmc.attention(q, k, v, None, scale, 0.0, window, 0)
-            if _close(ours.transpose(1, 2), attended):
+            if close(ours.transpose(1, 2), attended):
                 return scale, window
     raise UnsupportedError(
         f"module {name}: the attention of {type(module).__name__} computes something else than llmc's",
@@ -273,7 +275,7 @@ def inline_attention(name: str, module: nn.Module) -> tuple[float, int]:
     )
 
 
-def _causal_mask(length: int, window: int) -> torch.Tensor:
+def causal_mask(length: int, window: int) -> torch.Tensor:
     """Return an additive mask [1, 1, length, length].
 
     window: if positive, the number of tokens that a token attends to
@@ -328,7 +330,7 @@ def experts(name: str, module: nn.Module) -> ExpertsForm:
             break
         probe = copy.copy(module)
         probe._parameters = {
-            key: nn.Parameter(_random(*shape) * max(1.0, limit), requires_grad=False)  # some are clamped
+            key: nn.Parameter(draw(*shape) * max(1.0, limit), requires_grad=False)  # some are clamped
             for key, shape in shapes.items()
         }
         for attribute in ("num_experts", "num_local_experts"):
@@ -338,7 +340,7 @@ def experts(name: str, module: nn.Module) -> ExpertsForm:
             own = copy.copy(config)
             own._experts_implementation = "eager"  # the model's own code
             probe.config = own
-        x, weights = _random(tokens, width), _random(tokens, 2)
+        x, weights = draw(tokens, width), draw(tokens, 2)
         ids = torch.tensor([[0, 1], [2, 0], [0, 2], [1, 2], [0, 1]])
         with torch.no_grad(), contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):
             expected = type(module).forward(probe, x, ids, weights)
@@ -346,7 +348,7 @@ def experts(name: str, module: nn.Module) -> ExpertsForm:
             for activation in ops.ACTIVATIONS:
                 parameters = (limit, alpha) if activation == "clamped_swiglu" else ()
                 form = ExpertsForm(activation, transposed, *parameters)
-                if _close(form.compute(probe, x, ids, weights) / size, expected / size):
+                if close(form.compute(probe, x, ids, weights) / size, expected / size):
                     return form
     raise UnsupportedError(
         f"module {name} ({type(module).__name__}) is a mixture of experts that computes something else than "
@@ -387,17 +389,17 @@ def attention(calls: list[AttentionCall]) -> None:
             )
         groups = int(getattr(call.module, "num_key_value_groups", 1))
         length = call.window + 4 if 0 < call.window <= 64 else 9
-        q, k, v = _random(1, 2 * groups, length, 8), _random(1, 2, length, 8), _random(1, 2, length, 8) * 2
-        mask, module, sinks = _causal_mask(length, call.window), call.module, None
+        q, k, v = draw(1, 2 * groups, length, 8), draw(1, 2, length, 8), draw(1, 2, length, 8) * 2
+        mask, module, sinks = causal_mask(length, call.window), call.module, None
         if call.sinks:
-            sinks = nn.Parameter(_random(2 * groups), requires_grad=False)
+            sinks = nn.Parameter(draw(2 * groups), requires_grad=False)
             module = copy.copy(module)
             module._parameters = {**module._parameters, call.sinks: sinks}
         expected, _ = eager(
             module, q, k, v, mask, scaling=call.scale, dropout=0.0, softcap=call.softcap or None
         )
         attended = torch.ops.llmc.attention(q, k, v, sinks, call.scale, call.softcap, call.window, 0)
-        if not _close(attended, expected):
+        if not close(attended, expected):
             raise UnsupportedError(
                 f"the attention of {type(call.module).__name__} computes something else than llmc's",
                 "llmc does not support the attention of this architecture",

@@ -76,7 +76,7 @@ class Keep16BitWeights:
 
 
 def read_as_matrix(weight: ir.Value) -> bool:
-    """Return whether only linear layers and Experts, as their matrix, and Gathers, as their table, read it."""
+    """Return whether only linear layers and Experts read it as their matrix, and Gathers as their table."""
     places = {"Gemm": (1,), "Gather": (0,), EXPERTS: EXPERT_MATRICES, HEAD_LINEAR: (HEAD_MATRICES,)}
     return all(index in places.get(node.op_type, ()) for node, index in weight.uses())
 

@@ -43,7 +43,8 @@ class QuantizeKVCache:
         for node in nodes:
             if value_width(node):
                 raise UnsupportedError(
-                    f"{module_of(node)} is multi-head latent attention, whose KV cache llmc does not quantize",
+                    f"{module_of(node)} is multi-head latent attention, whose KV cache llmc does not "
+                    "quantize",
                     "leave --kv-dtype out",
                     "kv_dtype",
                 )

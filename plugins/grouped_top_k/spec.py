@@ -9,8 +9,8 @@
                 kept: so many groups, those with the largest scores, are chosen from; kept * E / groups >= k
                 k
 
-Of equal scores, the one of the lowest group comes first; of equal numbers, the one of the lowest column.
-Routers of DeepSeek-V2 (scored = 1, arXiv:2405.04434) and DeepSeek-V3 (scored = 2, arXiv:2412.19437) choose so.
+Of equal scores, that of the lowest group comes first; of equal numbers, that of the lowest column.
+Routers of DeepSeek-V2 (arXiv:2405.04434, scored = 1) and V3 (arXiv:2412.19437, scored = 2) choose so.
 """
 
 from __future__ import annotations

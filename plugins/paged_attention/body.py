@@ -157,7 +157,8 @@ def _take_values_from_keys(function: ir.Function) -> None:
     """Make values of the first `value_width` numbers of keys. The nodes leave out values and their cache."""
     mixed = [node for node in function if node.op_type == "MatMul"][-1]
     cast = mixed.inputs[1].producer()  # type: ignore[union-attr]
-    flat_keys = [node for node in function if node.op_type == "MatMul"][0].inputs[1].producer()  # type: ignore[union-attr]
+    scores = next(node for node in function if node.op_type == "MatMul")
+    flat_keys = scores.inputs[1].producer()  # type: ignore[union-attr]
     assert cast is not None
     assert flat_keys is not None
     keys = flat_keys.inputs[0].producer().inputs[0]  # type: ignore[union-attr]

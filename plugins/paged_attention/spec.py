@@ -23,10 +23,10 @@ Query head h reads key/value head h // (num_heads // num_kv_heads). With softcap
 c*tanh(s/c) before the mask. D and Dv may differ. A sink is a score of its head without a key and a value: the
 weights of a token's keys are their shares of a softmax over their scores and the sink.
 
-Latent attention (value_width > 0) has keys alone: the value of a token is the first value_width numbers of its
-key, and Dv = value_width. The inputs value and value_cache and the output value_cache_out are left out. This is
-multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) in the absorbed form: one key head, whose key is a
-latent vector and a rotated part (D = 576, Dv = 512 in DeepSeek-V3). Its caches are not quantized.
+Latent attention (value_width > 0) has keys alone: the value of a token is the first value_width numbers of
+its key, and Dv = value_width. The inputs value and value_cache and the output value_cache_out are left out.
+This is multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) in the absorbed form: one key head, whose
+key is a latent vector and a rotated part (D = 576, Dv = 512 in DeepSeek-V3). Its caches are not quantized.
 
 A quantized cache (QUANTIZED_CACHES) holds codes: x / key_scale (for values x / value_scale), divided in fp32,
 rounded to nearest even and saturated at the largest code. A token attends to code x scale, also for tokens of

@@ -109,7 +109,7 @@ class Layer:
     num_kv_heads: Positive
     #: The width of a query or key head.
     head_dim: Positive
-    #: The width of a value head. 0: values are numbers of the keys, which alone are cached (latent attention).
+    #: The width of a value head. 0: values are numbers of the keys, which alone are cached.
     v_head_dim: Count
 
 
@@ -413,7 +413,7 @@ def _json(tree: dict[str, Any]) -> bytes:
 
 
 def oldest_format(parallel: Parallel, layers: Sequence[Layer], **fields: Any) -> FormatVersion:
-    """Return the oldest format that has all of `fields` (name -> value) that are not None, ranks and layers."""
+    """Return the oldest format that has the ranks, the layers and the `fields` that are not None."""
     used = [_ADDED_IN.get(name, 1) for name, value in fields.items() if value is not None]
     used += [_RANKS_IN] if parallel.world_size > 1 else []
     used += [_LATENT_IN] if any(layer.v_head_dim == 0 for layer in layers) else []

@@ -134,10 +134,10 @@ class Interpreter:
         if instruction.op == "copy":
             return x
         if instruction.op == "join":
-            groups = instruction.integers["groups"]
-            parts = [each.reshape(len(each), groups, each.shape[1] // groups) for each in inputs]
+            number = instruction.integers["groups"]
+            parts = [each.reshape(len(each), number, each.shape[1] // number) for each in inputs]
             joined = np.concatenate(parts, axis=2)
-            return joined.reshape(len(x), groups * joined.shape[2])
+            return joined.reshape(len(x), number * joined.shape[2])
         if instruction.op == "all_reduce":
             return np.sum(np.stack(self._exchange(x)), axis=0)
         if instruction.op == "all_gather":
@@ -162,7 +162,7 @@ class Interpreter:
         if instruction.op == "top_k":
             return np.concatenate(top_k(x, instruction.integers["k"]), axis=1)
         if instruction.op == "grouped_top_k":
-            return np.concatenate(grouped_top_k(*inputs, **instruction.integers), axis=1)
+            return np.concatenate(grouped_top_k(x, inputs[1], **instruction.integers), axis=1)
         if instruction.op == "experts":
             count = instruction.integers["experts"]
             ids = np.where((inputs[1] >= 0) & (inputs[1] < count), inputs[1], 0).astype(np.int64)
@@ -170,8 +170,8 @@ class Interpreter:
             return experts(x, ids, inputs[2], *weights, num_experts=count, gated=gate)
         if instruction.op == "linear":
             heads = instruction.integers.get("heads", 1)
-            rows = len(weights[0]) // heads
-            return head_linear(x, weights[0], heads=heads, begin=0, rows=rows, transposed=False)
+            each = len(weights[0]) // heads
+            return head_linear(x, weights[0], heads=heads, begin=0, rows=each, transposed=False)
         if instruction.op == "rms_norm":
             groups = x.reshape(len(x), instruction.integers["groups"], -1)
             square = np.mean(groups**2, axis=-1, keepdims=True)

@@ -49,7 +49,7 @@ def test_latent_attention_that_computes_something_else_is_refused(monkeypatch: p
 
 
 def test_latent_attention_with_another_layer_is_refused() -> None:
-    """Its indexer chooses among many tokens, and all of few: a comparison of few tokens finds no difference."""
+    """Its indexer chooses all of few tokens, so that a comparison of few finds no difference."""
     sizes = {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 32}
     with pytest.raises(UnsupportedError, match=r"Attention\) is multi-head latent attention that computes"):
         trace(config(model_type="deepseek_v32", **sizes), "fp32", 64)

@@ -50,22 +50,22 @@ DEEPSEEK = {
 def main(
     name: Path, target: str = "cpu", sms: str = "", tp: str = "1", pp: str = "1", family: str = "llama"
 ) -> None:
-    sizes = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=320,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=256,
-        eos_token_id=258,
-        pad_token_id=259,
-        architectures=["LlamaForCausalLM"],
-        dtype="float32",
-    )
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": 320,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "bos_token_id": 256,
+        "eos_token_id": 258,
+        "pad_token_id": 259,
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": "float32",
+    }
     config = AutoConfig.for_model(family, **sizes | (DEEPSEEK if family == "deepseek_v3" else {}))
     with TemporaryDirectory() as directory:
         source = Path(directory) / "golden"

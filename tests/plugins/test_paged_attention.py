@@ -160,7 +160,7 @@ def test_the_function_body_of_latent_attention_is_the_reference(shape: tuple[Any
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     for past, new in STEPS.values():
         step = make_step(shape, past, new)
-        heads, kv_heads, width, value_width, *_ = shape
+        _, kv_heads, width, value_width, *_ = shape
         key_cache = step["key_cache"].copy()
         step["value"] = step["key"].reshape(-1, kv_heads, width)[..., :value_width].reshape(sum(new), -1)
         step["value_cache"] = step["key_cache"][..., :value_width].copy()
