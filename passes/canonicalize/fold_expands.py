@@ -37,7 +37,7 @@ class FoldExpands:
         for node in list(model.graph):
             if node.op_type in ELEMENTWISE:
                 matches.count += _read_unexpanded(node)
-            elif node.op_type == "TracedAttention" and not edit.attribute(node, "value_width"):
+            elif node.op_type == "TracedAttention" and not node.attributes.get_int("value_width", 0):
                 matches.count += _read_fewer_heads(node)
         edit.remove_unused(model)
         for node in model.graph:

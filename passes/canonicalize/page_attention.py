@@ -50,7 +50,7 @@ def _input(
 def _page(graph: ir.Graph, node: ir.Node, step: list[ir.Value]) -> None:
     module, layer = module_of(node), int(edit.attribute(node, "layer"))
     flat = []
-    latent = int(edit.attribute(node, "value_width"))  # numbers of a key that are its value
+    latent = node.attributes.get_int("value_width", 0)  # numbers of a key that are its value
     for index, role in enumerate(("query", "key") if latent else ("query", "key", "value")):
         x = edit.operand(node, index)
         _, heads, _, width = edit.dims(x)

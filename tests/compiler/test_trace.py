@@ -208,10 +208,6 @@ def test_differing_experts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model_type": "bloom"}, "adds position biases to the attention scores"),
         ({"model_type": "falcon", "alibi": True}, "adds position biases to the attention scores"),
         (
-            {"model_type": "minicpm3", "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
-            r"module model\.layers\.0\.self_attn \(MiniCPM3Attention\) is multi-head latent attention",
-        ),
-        (
             {"model_type": "gemma4_text", "head_dim": 16, "vocab_size_per_layer_input": 96},
             r"module model\.layers\.0\.self_attn \(Gemma4TextAttention\) rotates queries and keys separately",
         ),

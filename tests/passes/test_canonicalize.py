@@ -50,6 +50,7 @@ def test_the_pipeline_makes_a_canonical_graph_with_one_node_a_module() -> None:
         "sink-transposes": 1,
         "page-attention": 1,
         "pack-tokens": 1,
+        "lower-head-linears": 0,
         "fold-reshapes": 7,
         "lower-linear": 5,
         "lower-rms-norm": 3,

@@ -134,6 +134,6 @@ def test_dumps_are_numbered_texts(
         "03-fold-expands.txt",
         "04-lower-rope.txt",
     ]
-    assert names[-1] == "18-finalize.txt"
+    assert names[-1] == "19-finalize.txt"
     assert "PagedAttention" not in (tmp_path / names[4]).read_text()
     assert "PagedAttention" in (tmp_path / names[5]).read_text()

@@ -13,13 +13,23 @@ from llmc.compiler.zoo import list_zoo
 # fmt: off
 OTHERS = (
     "arcee", "biogpt", "codegen", "cohere", "cohere2", "ctrl", "cwm", "ernie4_5", "exaone4", "falcon",
-    "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj",
-    "granite", "granitemoe", "helium", "hunyuan_v1_dense", "ministral", "ministral3", "nemotron", "olmo",
-    "olmo3", "olmoe", "opt", "persimmon", "phi", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "gemma", "glm", "glm4", "glm4_moe_lite", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox",
+    "gpt_neox_japanese", "gptj", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "minicpm3",
+    "ministral", "ministral3", "nemotron", "olmo", "olmo3", "olmoe", "opt", "persimmon", "phi", "seed_oss",
+    "smollm3", "stablelm", "starcoder2", "youtu",
 )
 # fmt: on
 _SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _COMMON = _SIZES | {"intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 2}
+_LATENT = _SIZES | {
+    "intermediate_size": 128,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+}
 _GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2}
 #: The settings of families with other names for their sizes, or with something to switch on.
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -29,6 +39,15 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "ctrl": _GPT | {"dff": 128},
     "exaone4": _COMMON | {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
     "falcon": _SIZES | {"num_kv_heads": 2, "new_decoder_architecture": True},
+    "glm4_moe_lite": _LATENT
+    | {
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
     "gpt2": _GPT,
     "gpt_bigcode": _GPT,
     "gpt_neo": {
@@ -49,6 +68,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "logits_scaling": 3.0,
     },
     "granitemoe": _COMMON | {"num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32},
+    "minicpm3": _LATENT,
     "ministral3": _COMMON
     | {
         "rope_parameters": {
@@ -66,9 +86,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "phi": _COMMON | {"qk_layernorm": True},
     "smollm3": _COMMON | {"no_rope_layers": [1, 0]},
     "stablelm": _COMMON | {"qk_layernorm": True, "use_parallel_residual": True},
+    "youtu": _LATENT,
 }
-#: Families of OTHERS, and zoo models, with experts. OpenVINO, TensorRT and ranks with --tp lack them.
-WITH_EXPERTS = ("granitemoe", "olmoe")
+#: Families of OTHERS, and zoo models, with experts or latent attention. OpenVINO, TensorRT and --tp lack them.
+WITH_EXPERTS = ("glm4_moe_lite", "granitemoe", "minicpm3", "olmoe", "youtu")
 MIXTURES = (
     "deepseek-v2-tiny",
     "deepseek-v3-tiny",
@@ -77,7 +98,7 @@ MIXTURES = (
     "qwen2-moe-tiny",
     "qwen3-moe-tiny",
 )
-#: The zoo's small models without experts.
+#: The zoo's small models without either.
 _TINY = [entry.name for entry in list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 DENSE = [name for name in _TINY if name not in MIXTURES]
 #: One family for each way to a graph: rope of a part by token and attention without the interface, attention
