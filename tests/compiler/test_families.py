@@ -294,7 +294,7 @@ def test_sequences_share_prefixes_and_are_preempted(
         ("deepseek_v2", {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None}, {}),
         (
             "deepseek_v2",
-            {"num_attention_heads": 40, "hidden_size": 80, "qk_rope_head_dim": 32},
+            {"num_attention_heads": 40, "num_key_value_heads": 40, "hidden_size": 80, "qk_rope_head_dim": 32},
             {"quant": "int8"},
         ),
         ("deepseek_v3", {"rope_interleave": False, "attention_bias": True, "qk_nope_head_dim": 32}, {}),

@@ -88,7 +88,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "stablelm": _COMMON | {"qk_layernorm": True, "use_parallel_residual": True},
     "youtu": _LATENT,
 }
-#: Families of OTHERS, and zoo models, with experts or latent attention. OpenVINO, TensorRT and --tp lack them.
+#: Families with experts or latent attention, of OTHERS and of the zoo. OpenVINO, TensorRT and --tp lack them.
 WITH_EXPERTS = ("glm4_moe_lite", "granitemoe", "minicpm3", "olmoe", "youtu")
 MIXTURES = (
     "deepseek-v2-tiny",
