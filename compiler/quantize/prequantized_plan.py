@@ -157,7 +157,8 @@ def make_prequantized_plan(
     """
     if extra := [name for name in stored.modules if name not in matrices]:
         raise UnsupportedError(
-            f"module {extra[0]} is quantized, but it is an embedding, a tied lm_head, or not in the model",
+            f"module {extra[0]} is quantized, but it is an embedding, a tied lm_head, a matrix of latent "
+            "attention, or not in the model",
             "exclude this module when quantizing: llmc reads quantized weights of linear layers only",
         )
     modules = {name: _unquantized_module(stored.checkpoint, name, shape) for name, shape in matrices.items()}

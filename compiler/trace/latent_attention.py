@@ -109,7 +109,10 @@ def _interleaved(name: str, module: Any) -> bool:
     """Return with which `interleaved` the absorbed form equals `module`, whose sizes do not matter."""
     known = {child for child, layer in module.named_children() if layer is not None} <= _LAYERS
     parameters = set(inspect.signature(type(module).forward).parameters)
-    if known and parameters <= _PARAMETERS and getattr(module.kv_b_proj, "bias", None) is None:
+    kinds = set(getattr(module.config, "layer_types", None) or ()) - {"full_attention"}
+    windows = kinds or getattr(module, "sliding_window", None)  # masks that the comparison does not have
+    plain = not windows and getattr(module.kv_b_proj, "bias", None) is None
+    if known and plain and parameters <= _PARAMETERS:
         with contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             small = _small(module)
             hidden, angle = draw(1, 9, _SIZES["hidden_size"]), draw(1, 9, 2)
