@@ -14,9 +14,9 @@ enum { TILE = 32, FLOAT_BLOCK = 64 };
 #define READ_AHEAD(p) (PREFETCH((p) + 3072), __builtin_prefetch((p) + 1024, 0, 3))
 // Rows at once, as many as the registers can hold.
 #if defined(__AVX512F__)
-enum { MOST = 6, MOST_SUMS = 6, MOST_FLOAT = 12 };
+enum { MOST = 6, MOST_SUMS = 6, MOST_FLOAT = 12, BLOCK_ROWS = 12, BLOCK_VECTORS = 2 };
 #else
-enum { MOST = 2, MOST_SUMS = 6, MOST_FLOAT = 2 };
+enum { MOST = 2, MOST_SUMS = 6, MOST_FLOAT = 2, BLOCK_ROWS = 6, BLOCK_VECTORS = 1 };
 #endif
 
 typedef struct {
@@ -122,6 +122,38 @@ INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int column
     storef(out + m * out_stride, loadf(f[m]) * scale0), storef(out + m * out_stride + 16, loadf(f[m] + 16) * scale1);
 }
 
+// Adds the products of `columns` columns, already fp32, to out[m][0..16 * V - 1].
+INLINE void block_tile(const int M, const int V, const float *w, int columns, const float *x, int64_t x_stride, float *out,
+                       int64_t out_stride) {
+  vf c[BLOCK_ROWS][BLOCK_VECTORS];
+  UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < V; v++) c[m][v] = allf(0);
+  for (int column = 0; column < columns; column++, w += TILE) {
+    vf of_w[BLOCK_VECTORS];
+    UNROLL for (int v = 0; v < V; v++) of_w[v] = loadf(w + LANES * v);
+    UNROLL for (int m = 0; m < M; m++) {
+      const vf a = allf(x[m * x_stride + column]);
+      UNROLL for (int v = 0; v < V; v++) c[m][v] = fma(of_w[v], a, c[m][v]);
+    }
+  }
+  UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < V; v++) {
+    float *to = out + m * out_stride + LANES * v;
+    storef(to, loadf(to) + c[m][v]);
+  }
+}
+typedef void (*block_kernel)(const float *, int, const float *, int64_t, float *, int64_t);
+#define BLOCK(M)                                                                                              \
+  static __attribute__((noinline)) void block_##M(const float *w, int columns, const float *x, int64_t x_stride, \
+                                                  float *out, int64_t out_stride) {                           \
+    block_tile(M, BLOCK_VECTORS, w, columns, x, x_stride, out, out_stride);                                   \
+  }
+BLOCK(1) BLOCK(2) BLOCK(3) BLOCK(4) BLOCK(5) BLOCK(6)
+#if defined(__AVX512F__)
+BLOCK(7) BLOCK(8) BLOCK(9) BLOCK(10) BLOCK(11) BLOCK(12)
+static const block_kernel of_rows[] = {0, block_1, block_2, block_3, block_4, block_5, block_6, block_7, block_8, block_9, block_10, block_11, block_12};
+#else
+static const block_kernel of_rows[] = {0, block_1, block_2, block_3, block_4, block_5, block_6};
+#endif
+
 // The kernels below compute one tile for M rows; run_integer and run_float compute tiles first .. last - 1 for all rows.
 // out has room for whole tiles: its stride is at least 32 * tiles.
 #define INTEGER(M, D, C, H)                                                                                        \
@@ -190,8 +222,47 @@ static void linear_int(const instruction *i, int first, int last, int rows) {
 INLINE int64_t float_tile_bytes(const int KIND, int columns) {
   return KIND == E4M3 ? 128 + (int64_t)columns * 32 : (int64_t)columns * (KIND == F32 ? 128 : 64);
 }
+// The tiles that read the same columns of the rows: a head's, or all.
+INLINE int tiles_of_a_head(const instruction *i) { return i->n[3] > 1 ? linear_tiles(i) / i->n[3] : linear_tiles(i); }
+
+// More rows than float_tile takes at once. The weights of a block become fp32 once for all rows. The sums are those of
+// float_tile, in the same order.
+INLINE void run_float_blocks(const int KIND, const instruction *i, int first, int last, int rows) {
+  const int columns = i->n[1], tiles_of_head = tiles_of_a_head(i), SIZE = KIND == F32 ? 64 : KIND == E4M3 ? 16 : 32;
+  const int64_t tile = float_tile_bytes(KIND, columns);
+  _Alignas(64) float unpacked[FLOAT_BLOCK * TILE];
+  for (int t = first; t < last; t++) {
+    const uint8_t *w = i->w + t * tile;
+    const vf scale0 = KIND == E4M3 ? loadf((const float *)w) : allf(1), scale1 = KIND == E4M3 ? loadf((const float *)w + 16) : allf(1);
+    if (KIND == E4M3) w += 128;
+    const float *x = i->a + t / tiles_of_head * columns;
+    float *out = i->out + t * TILE;
+    for (int r = 0; r < rows; r++) storef(out + r * i->out_stride, allf(0)), storef(out + r * i->out_stride + 16, allf(0));
+    for (int column = 0; column < columns; column += FLOAT_BLOCK) {
+      const int count = columns - column < FLOAT_BLOCK ? columns - column : FLOAT_BLOCK;
+      for (int k = 0; k < count; k++, w += 2 * SIZE) {
+        READ_AHEAD(w);
+        if (KIND == F32) READ_AHEAD(w + 64);
+        storef(unpacked + k * TILE, load_kind(KIND, w)), storef(unpacked + k * TILE + 16, load_kind(KIND, w + SIZE));
+      }
+      for (int r = 0, parts = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; r < rows; parts--) {
+        const int m = (rows - r + parts - 1) / parts; // as equal as possible
+        for (int lane = 0; lane < TILE; lane += LANES * BLOCK_VECTORS)
+          of_rows[m](unpacked + lane, count, x + r * i->a_stride + column, i->a_stride, out + r * i->out_stride + lane, i->out_stride);
+        r += m;
+      }
+    }
+    if (KIND == E4M3)
+      for (int r = 0; r < rows; r++) {
+        float *to = out + r * i->out_stride;
+        storef(to, loadf(to) * scale0), storef(to + 16, loadf(to + 16) * scale1);
+      }
+  }
+}
+
 INLINE void run_float(const int KIND, const instruction *i, int first, int last, int rows) {
-  const int columns = i->n[1], tiles_of_head = i->n[3] > 1 ? linear_tiles(i) / i->n[3] : linear_tiles(i);
+  if (rows > MOST_FLOAT) return run_float_blocks(KIND, i, first, last, rows);
+  const int columns = i->n[1], tiles_of_head = tiles_of_a_head(i);
   const int64_t tile = float_tile_bytes(KIND, columns);
   for (int t = first; t < last; t++) {
     const uint8_t *w = i->w + t * tile;
