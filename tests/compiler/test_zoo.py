@@ -138,8 +138,8 @@ def test_family_settings_are_effective(
 
 def test_geometries_distinguish_dimensions() -> None:
     configs = {name: zoo_config(name) for name in TINY}
-    for config in configs.values():
-        assert config["num_key_value_heads"] < config["num_attention_heads"]
+    for config in configs.values():  # latent attention has one latent vector, and no heads that share keys
+        assert "kv_lora_rank" in config or config["num_key_value_heads"] < config["num_attention_heads"]
     wide = {n for n, c in configs.items() if 4 * c.get("head_dim", c["hidden_size"] // 4) != c["hidden_size"]}
     assert wide == {"qwen3-tiny", "qwen3-moe-tiny", "gemma2-tiny", "gemma3-tiny"}
     assert {c["tie_word_embeddings"] for c in configs.values()} == {True, False}
