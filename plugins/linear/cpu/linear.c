@@ -149,10 +149,13 @@ typedef void (*block_kernel)(const float *, int, const float *, int64_t, float *
 BLOCK(1) BLOCK(2) BLOCK(3) BLOCK(4) BLOCK(5) BLOCK(6)
 #if defined(__AVX512F__)
 BLOCK(7) BLOCK(8) BLOCK(9) BLOCK(10) BLOCK(11) BLOCK(12)
-static const block_kernel of_rows[] = {0, block_1, block_2, block_3, block_4, block_5, block_6, block_7, block_8, block_9, block_10, block_11, block_12};
-#else
-static const block_kernel of_rows[] = {0, block_1, block_2, block_3, block_4, block_5, block_6};
 #endif
+static const block_kernel block_kernels[BLOCK_ROWS + 1] = {
+    0, block_1, block_2, block_3, block_4, block_5, block_6,
+#if defined(__AVX512F__)
+    block_7, block_8, block_9, block_10, block_11, block_12,
+#endif
+};
 
 // The kernels below compute one tile for M rows; run_integer and run_float compute tiles first .. last - 1 for all rows.
 // out has room for whole tiles: its stride is at least 32 * tiles.
@@ -248,7 +251,7 @@ INLINE void run_float_blocks(const int KIND, const instruction *i, int first, in
       for (int r = 0, parts = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; r < rows; parts--) {
         const int m = (rows - r + parts - 1) / parts; // as equal as possible
         for (int lane = 0; lane < TILE; lane += LANES * BLOCK_VECTORS)
-          of_rows[m](unpacked + lane, count, x + r * i->a_stride + column, i->a_stride, out + r * i->out_stride + lane, i->out_stride);
+          block_kernels[m](unpacked + lane, count, x + r * i->a_stride + column, i->a_stride, out + r * i->out_stride + lane, i->out_stride);
         r += m;
       }
     }
