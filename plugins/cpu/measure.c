@@ -13,11 +13,16 @@ static int32_t read_all(const uint8_t *p, int64_t bytes) {
   return sumi(s[0] + s[1] + s[2] + s[3]);
 }
 
-enum { CHAINS = 10 }; // independent sums, which hide the latency of an operation
+// Independent sums, which hide the latency of an operation. The registers hold them all.
+#if defined(__AVX512F__)
+enum { CHAINS = 10 };
+#else
+enum { CHAINS = 6 };
+#endif
 
 #define KEEP(x) __asm__ volatile("" : "+m"(x))
 
-// Computes multiply-adds of floats, 10 x 16 in each turn. Returns their number.
+// Computes multiply-adds of floats, CHAINS x 16 in each turn. Returns their number.
 static int64_t float_products(int64_t turns) {
   vf s[CHAINS], a = allf(0.5f), b = allf(0.25f);
   UNROLL for (int k = 0; k < CHAINS; k++) s[k] = allf((float)k);
@@ -28,7 +33,7 @@ static int64_t float_products(int64_t turns) {
   return turns * CHAINS * LANES;
 }
 
-// Computes 10 dot products of int8 vectors in each turn, or of tiles with AMX. Returns the number of multiply-adds.
+// Computes dot products of int8 vectors, CHAINS in each turn, or of tiles with AMX. Returns the number of multiply-adds.
 static int64_t integer_products(int64_t turns) {
 #if defined(__AMX_INT8__)
   configure(1, DIGIT_ROWS, 64);
@@ -37,6 +42,15 @@ static int64_t integer_products(int64_t turns) {
     _tile_dpbssd(0, 6, 7), _tile_dpbssd(1, 6, 7), _tile_dpbssd(2, 6, 7), _tile_dpbssd(3, 6, 7), _tile_dpbssd(4, 6, 7);
   _tile_release();
   return turns * CHAINS * 16 * 16 * 64;
+#elif SHORT_SUMS
+  __m256i s[2 * CHAINS], u = _mm256_set1_epi8(1), x = _mm256_set1_epi8(2);
+  UNROLL for (int k = 0; k < 2 * CHAINS; k++) s[k] = _mm256_set1_epi16(0);
+  for (int64_t t = 0; t < turns; t++) UNROLL for (int k = 0; k < 2 * CHAINS; k++) {
+    __asm__ volatile("" : "+x"(x)); // or the products would be computed once
+    s[k] = _mm256_add_epi16(s[k], _mm256_maddubs_epi16(u, x));
+  }
+  UNROLL for (int k = 0; k < 2 * CHAINS; k++) KEEP(s[k]);
+  return turns * CHAINS * LANES * 4;
 #else
   vi s[CHAINS], u = alli(0x01010101), x = alli(0x02020202);
   UNROLL for (int k = 0; k < CHAINS; k++) s[k] = alli(k);

@@ -9,15 +9,16 @@
 #include "../../cpu/program.h"
 #include "../../cpu/vec.h"
 
-enum { TILE = 32, FLOAT_BLOCK = 64 };
+enum { TILE = 32, FLOAT_BLOCK = 64, FLOAT_PANEL = 192 };
 // Weights are read once, in order: 3 KiB ahead into the second-level cache, and 1 KiB ahead into the first.
 #define READ_AHEAD(p) (PREFETCH((p) + 3072), __builtin_prefetch((p) + 1024, 0, 3))
 // Rows at once, as many as the registers can hold.
 #if defined(__AVX512F__)
-enum { MOST = 6, MOST_SUMS = 6, MOST_FLOAT = 12, BLOCK_ROWS = 12, BLOCK_VECTORS = 2 };
+enum { MOST_FLOAT = 12, BLOCK_ROWS = 12, BLOCK_VECTORS = 2 };
 #else
-enum { MOST = 2, MOST_SUMS = 6, MOST_FLOAT = 2, BLOCK_ROWS = 6, BLOCK_VECTORS = 1 };
+enum { MOST_FLOAT = 2, BLOCK_ROWS = 6, BLOCK_VECTORS = 1 };
 #endif
+enum { MOST = 6, MOST_SUMS = 12 }; // of any kernel for integers
 
 typedef struct {
   const int8_t *q;
@@ -29,6 +30,18 @@ typedef struct {
 // Twice the value of each E2M1 code, plus 12.
 static const uint8_t twice_fp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
+// Loads the scales of a block. Returns where its codes begin.
+INLINE const uint8_t *load_scales(const int HALF, const uint8_t *w, vf scale[2]) {
+  READ_AHEAD(w);
+  if (HALF) {
+    scale[0] = load_fp16((const uint16_t *)w), scale[1] = load_fp16((const uint16_t *)w + 16);
+    return w + 64;
+  }
+  READ_AHEAD(w + 64);
+  scale[0] = loadf((const float *)w), scale[1] = loadf((const float *)w + 16);
+  return w + 128;
+}
+
 // Computes out[m][0..31] for M rows whose numbers have DIGITS int8 digits each. HALF: the scales are fp16.
 INLINE void integer_tile(const int M, const int DIGITS, const int CODES, const int HALF, const uint8_t *w, int columns,
                          int block, int group, digits_of_rows x, float *out, int64_t out_stride) {
@@ -37,15 +50,7 @@ INLINE void integer_tile(const int M, const int DIGITS, const int CODES, const i
   UNROLL for (int m = 0; m < M; m++) f[m][0] = f[m][1] = allf(0);
   for (int column = 0, g = 0; column < columns;) {
     vf scale[2];
-    if (HALF) {
-      scale[0] = load_fp16((const uint16_t *)w), scale[1] = load_fp16((const uint16_t *)w + 16);
-      READ_AHEAD(w);
-      w += 64;
-    } else {
-      scale[0] = loadf((const float *)w), scale[1] = loadf((const float *)w + 16);
-      READ_AHEAD(w), READ_AHEAD(w + 64);
-      w += 128;
-    }
+    w = load_scales(HALF, w, scale);
     vf of_block[MOST][2];
     UNROLL for (int m = 0; m < M; m++) of_block[m][0] = of_block[m][1] = allf(0);
     for (const int end = column + block; column < end; column += group, g++) {
@@ -122,9 +127,8 @@ INLINE void float_tile(const int M, const int KIND, const uint8_t *w, int column
     storef(out + m * out_stride, loadf(f[m]) * scale0), storef(out + m * out_stride + 16, loadf(f[m] + 16) * scale1);
 }
 
-// Adds the products of `columns` columns, already fp32, to out[m][0..16 * V - 1].
-INLINE void block_tile(const int M, const int V, const float *w, int columns, const float *x, int64_t x_stride, float *out,
-                       int64_t out_stride) {
+// Adds the products of `columns` columns, already fp32, to sums[m][0..16 * V - 1].
+INLINE void block_tile(const int M, const int V, const float *w, int columns, const float *x, int64_t x_stride, float *sums) {
   vf c[BLOCK_ROWS][BLOCK_VECTORS];
   UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < V; v++) c[m][v] = allf(0);
   for (int column = 0; column < columns; column++, w += TILE) {
@@ -136,15 +140,15 @@ INLINE void block_tile(const int M, const int V, const float *w, int columns, co
     }
   }
   UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < V; v++) {
-    float *to = out + m * out_stride + LANES * v;
+    float *to = sums + m * TILE + LANES * v;
     storef(to, loadf(to) + c[m][v]);
   }
 }
-typedef void (*block_kernel)(const float *, int, const float *, int64_t, float *, int64_t);
-#define BLOCK(M)                                                                                              \
-  static __attribute__((noinline)) void block_##M(const float *w, int columns, const float *x, int64_t x_stride, \
-                                                  float *out, int64_t out_stride) {                           \
-    block_tile(M, BLOCK_VECTORS, w, columns, x, x_stride, out, out_stride);                                   \
+typedef void (*block_kernel)(const float *, int, const float *, int64_t, float *);
+#define BLOCK(M)                                                                                                  \
+  static __attribute__((noinline)) void block_##M(const float *w, int columns, const float *x, int64_t x_stride,  \
+                                                  float *sums) {                                                  \
+    block_tile(M, BLOCK_VECTORS, w, columns, x, x_stride, sums);                                                  \
   }
 BLOCK(1) BLOCK(2) BLOCK(3) BLOCK(4) BLOCK(5) BLOCK(6)
 #if defined(__AVX512F__)
@@ -157,21 +161,30 @@ static const block_kernel block_kernels[BLOCK_ROWS + 1] = {
 #endif
 };
 
+#include "avx2.c"
+
 // The kernels below compute one tile for M rows; run_integer and run_float compute tiles first .. last - 1 for all rows.
 // out has room for whole tiles: its stride is at least 32 * tiles.
+#if SHORT_SUMS
+#define INTEGER_TILE(M, D, C, H, ...) (C == I4 ? short_tile(M, D, H, __VA_ARGS__) : integer_tile(M, D, C, H, __VA_ARGS__))
+#else
+#define INTEGER_TILE integer_tile
+#endif
 #define INTEGER(M, D, C, H)                                                                                        \
   static __attribute__((noinline)) void integer_##M##_##D##_##C##_##H(const uint8_t *w, int columns, int block,   \
       int group, const digits_of_rows *x, float *out, int64_t out_stride) {                                       \
-    integer_tile(M, D, C, H, w, columns, block, group, *x, out, out_stride);                                      \
+    INTEGER_TILE(M, D, C, H, w, columns, block, group, *x, out, out_stride);                                      \
   }
+// Kernels for four and six rows, or null where the registers do not hold their sums.
 #if defined(__AVX512F__)
-#define WIDE(C, H) INTEGER(4, 1, C, H) INTEGER(6, 1, C, H)
-#define MANY(C, H) integer_4_1_##C##_##H, integer_6_1_##C##_##H
+#define FOUR(D, C, H) (D == 1 ? integer_4_##D##_##C##_##H : 0)
+#define SIX(D, C, H) (D == 1 ? integer_6_1_##C##_##H : 0)
 #else
-#define WIDE(C, H)
-#define MANY(C, H) 0, 0
+#define FOUR(D, C, H) (SHORT_SUMS && C == I4 ? integer_4_##D##_##C##_##H : 0)
+#define SIX(D, C, H) 0
 #endif
-#define INTEGERS(C, H) INTEGER(1, 1, C, H) INTEGER(2, 1, C, H) INTEGER(1, 3, C, H) INTEGER(2, 3, C, H) WIDE(C, H)
+#define INTEGERS(C, H) \
+  INTEGER(1, 1, C, H) INTEGER(2, 1, C, H) INTEGER(4, 1, C, H) INTEGER(6, 1, C, H) INTEGER(1, 3, C, H) INTEGER(2, 3, C, H) INTEGER(4, 3, C, H)
 INTEGERS(I8, 0) INTEGERS(I8, 1) INTEGERS(I4, 0) INTEGERS(I4, 1) INTEGERS(E2M1, 0) INTEGERS(E2M1, 1)
 typedef void (*integer_kernel)(const uint8_t *, int, int, int, const digits_of_rows *, float *, int64_t);
 
@@ -207,10 +220,10 @@ INLINE void run_integer(const instruction *i, int first, int last, int rows, int
 // The digits are not in tiles.
 static void linear_rows(const instruction *i, int first, int last, int rows) {
   const int codes = i->n[2], digits = i->n[5], half = i->n[6];
-#define CASE(D, C, H, ...)                         \
+#define CASE(D, C, H)                              \
   if (digits == D && codes == C && half == H)      \
-    return run_integer(i, first, last, rows, integer_1_##D##_##C##_##H, integer_2_##D##_##C##_##H, __VA_ARGS__);
-#define CASES(C, H) CASE(1, C, H, MANY(C, H)) CASE(3, C, H, 0, 0)
+    return run_integer(i, first, last, rows, integer_1_##D##_##C##_##H, integer_2_##D##_##C##_##H, FOUR(D, C, H), SIX(D, C, H));
+#define CASES(C, H) CASE(1, C, H) CASE(3, C, H)
   CASES(I8, 0) CASES(I8, 1) CASES(I4, 0) CASES(I4, 1) CASES(E2M1, 0) CASES(E2M1, 1)
 #undef CASES
 #undef CASE
@@ -228,38 +241,37 @@ INLINE int64_t float_tile_bytes(const int KIND, int columns) {
 // The tiles that read the same columns of the rows: a head's, or all.
 INLINE int tiles_of_a_head(const instruction *i) { return i->n[3] > 1 ? linear_tiles(i) / i->n[3] : linear_tiles(i); }
 
-// More rows than float_tile takes at once. The weights of a block become fp32 once for all rows. The sums are those of
-// float_tile, in the same order.
+// More rows than float_tile takes at once, in panels that stay in the cache. The weights of a block become fp32 once for
+// all rows of a panel, and those of the next block are read ahead meanwhile. The sums are those of float_tile, in the same
+// order.
 INLINE void run_float_blocks(const int KIND, const instruction *i, int first, int last, int rows) {
   const int columns = i->n[1], tiles_of_head = tiles_of_a_head(i), SIZE = KIND == F32 ? 64 : KIND == E4M3 ? 16 : 32;
   const int64_t tile = float_tile_bytes(KIND, columns);
-  _Alignas(64) float unpacked[FLOAT_BLOCK * TILE];
-  for (int t = first; t < last; t++) {
-    const uint8_t *w = i->w + t * tile;
-    const vf scale0 = KIND == E4M3 ? loadf((const float *)w) : allf(1), scale1 = KIND == E4M3 ? loadf((const float *)w + 16) : allf(1);
-    if (KIND == E4M3) w += 128;
-    const float *x = i->a + t / tiles_of_head * columns;
-    float *out = i->out + t * TILE;
-    for (int r = 0; r < rows; r++) storef(out + r * i->out_stride, allf(0)), storef(out + r * i->out_stride + 16, allf(0));
-    for (int column = 0; column < columns; column += FLOAT_BLOCK) {
-      const int count = columns - column < FLOAT_BLOCK ? columns - column : FLOAT_BLOCK;
-      for (int k = 0; k < count; k++, w += 2 * SIZE) {
-        READ_AHEAD(w);
-        if (KIND == F32) READ_AHEAD(w + 64);
-        storef(unpacked + k * TILE, load_kind(KIND, w)), storef(unpacked + k * TILE + 16, load_kind(KIND, w + SIZE));
+  _Alignas(64) float unpacked[FLOAT_BLOCK * TILE], sums[FLOAT_PANEL][TILE];
+  for (int panel = 0; panel < rows; panel += FLOAT_PANEL) {
+    const int count = rows - panel < FLOAT_PANEL ? rows - panel : FLOAT_PANEL, parts = (count + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    for (int t = first; t < last; t++) {
+      const uint8_t *w = i->w + t * tile, *ahead = w;
+      vf scale[2] = {allf(1), allf(1)};
+      if (KIND == E4M3) w = load_scales(0, w, scale);
+      const float *x = i->a + panel * i->a_stride + t / tiles_of_head * columns;
+      for (int r = 0; r < count; r++) storef(sums[r], allf(0)), storef(sums[r] + 16, allf(0));
+      for (int column = 0; column < columns; column += FLOAT_BLOCK) {
+        const int width = columns - column < FLOAT_BLOCK ? columns - column : FLOAT_BLOCK;
+        for (int k = 0; k < width; k++, w += 2 * SIZE)
+          storef(unpacked + k * TILE, load_kind(KIND, w)), storef(unpacked + k * TILE + 16, load_kind(KIND, w + SIZE));
+        for (int r = 0, part = 1; part <= parts; part++) {
+          const int m = count * part / parts - r; // as equal as possible
+          for (const uint8_t *end = w + FLOAT_BLOCK * 2 * SIZE * part / parts; ahead < end; ahead += 64) PREFETCH(ahead);
+          for (int lane = 0; lane < TILE; lane += LANES * BLOCK_VECTORS)
+            block_kernels[m](unpacked + lane, width, x + r * i->a_stride + column, i->a_stride, sums[r] + lane);
+          r += m;
+        }
       }
-      for (int r = 0, parts = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; r < rows; parts--) {
-        const int m = (rows - r + parts - 1) / parts; // as equal as possible
-        for (int lane = 0; lane < TILE; lane += LANES * BLOCK_VECTORS)
-          block_kernels[m](unpacked + lane, count, x + r * i->a_stride + column, i->a_stride, out + r * i->out_stride + lane, i->out_stride);
-        r += m;
-      }
+      float *out = i->out + panel * i->out_stride + t * TILE;
+      for (int r = 0; r < count; r++, out += i->out_stride)
+        storef(out, loadf(sums[r]) * scale[0]), storef(out + 16, loadf(sums[r] + 16) * scale[1]);
     }
-    if (KIND == E4M3)
-      for (int r = 0; r < rows; r++) {
-        float *to = out + r * i->out_stride;
-        storef(to, loadf(to) * scale0), storef(to + 16, loadf(to + 16) * scale1);
-      }
   }
 }
 
