@@ -12,10 +12,11 @@
 #include "../paged_attention/cpu/cache.c"
 #include "../paged_attention/cpu/attention.c"
 #include "../collectives/cpu/collective.c"
+#include "check.c"
 #include "measure.c"
 
 #define EXPORT __attribute__((visibility("default")))
-enum { VERSION = 11, PER_THREAD = 6 };
+enum { VERSION = 12, PER_THREAD = 6 };
 
 // Asks the system for what this library needs. Returns 0, or the number of a system's error.
 EXPORT int32_t llmc_prepare(void) {
@@ -155,6 +156,10 @@ static int run(const step *s, position *at) {
   return FINISHED;
 }
 
+// Checks a step and fills its slots: see check_step. Steps that run have passed this.
+EXPORT int32_t llmc_check(const step *s, int32_t vocabulary, int32_t positions, int32_t blocks, int32_t tables) {
+  return check_step(s, vocabulary, positions, blocks, tables);
+}
 // Runs a step. Returns an outcome; it is FINISHED without other ranks.
 EXPORT int32_t llmc_run(const step *s) { return run(s, 0); }
 // Runs a step from `at` on. Returns PAUSED from time to time while it waits, with the place in `at`.

@@ -8,7 +8,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-VERSION = 11
+VERSION = 12
 LIBRARIES = Path(__file__).parent / "lib"
 COUNTER = 16  # int32 elements per counter: each group's counter has a cache line
 
@@ -35,6 +35,8 @@ CACHES = {"fp32": 0, "fp16": 1, "int8": 2}
 # What a step ends with, as program.h has it.
 FINISHED, PAUSED, STOPPED, DISAGREED = range(4)
 NO_ITEM = -1
+# What is wrong with a step, as check.c has it.
+NO_FAULT, TOKEN_IDS, POSITIONS, BLOCKS, LOGIT_ROWS, CONTRADICTION = range(6)
 
 _pointer = ctypes.c_void_p
 
@@ -174,6 +176,7 @@ def load(name: str | None = None) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     if error := library.llmc_prepare():
         raise OSError(error, f"the system does not allow what {path.name} needs: {os.strerror(error)}")
+    library.llmc_check.argtypes = [ctypes.POINTER(Step), *[ctypes.c_int32] * 4]
     library.llmc_run.argtypes = [ctypes.POINTER(Step)]
     library.llmc_resume.argtypes = [ctypes.POINTER(Step), ctypes.POINTER(Position)]
     for measurement in (library.llmc_ticks, library.llmc_float_products, library.llmc_integer_products):

@@ -129,20 +129,12 @@ class Executor:
 
     def begin(self, batch: Batch, times: np.ndarray | None = None) -> None:
         """Run a step, but do not wait for logits that another rank computes. See `run`."""
-        self._check(batch)
-        turn = self._turn = (self._turn + 1) % _SETS
-        for worker in self._workers:
-            worker.wait_for(_SETS - 1)  # until the slowest has left the step that used these counters
+        arrays = self._arrays(batch)
         tokens = len(batch.input_ids)
-        counts = np.diff(batch.query_start)
-        sequence = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        blocks = batch.block_begins[sequence] + batch.position_ids // BLOCK_SIZE
-        slot = (batch.block_indices[blocks] * BLOCK_SIZE + batch.position_ids % BLOCK_SIZE).astype(np.int32)
-        self._next[turn] = self._done[turn] = 0
-        arrays = [np.ascontiguousarray(getattr(batch, name)) for name in STEP_INPUTS]
+        slot = np.empty(tokens, np.int32)
         step = library.Step(
             tokens,
-            len(counts),
+            len(batch.past_lengths),
             len(batch.logits_index),
             self._threads,
             len(self._groups),
@@ -150,13 +142,17 @@ class Executor:
             code=ctypes.addressof(self._code),
             groups=ctypes.addressof(self._groups),
             slot=slot.ctypes.data,
-            next=self._next[turn].ctypes.data,
-            done=self._done[turn].ctypes.data,
             merged=self._merged.ctypes.data,
             parts=_address(self._parts),
             part_floats=_PART_BYTES // 4,
             times=None if times is None else times.ctypes.data,
         )
+        self._check(step, len(batch.block_indices))
+        turn = self._turn = (self._turn + 1) % _SETS
+        for worker in self._workers:
+            worker.wait_for(_SETS - 1)  # until the slowest has left the step that used these counters
+        self._next[turn] = self._done[turn] = 0
+        step.next, step.done = self._next[turn].ctypes.data, self._done[turn].ctypes.data
         kept_alive = (
             arrays,
             slot,
@@ -296,38 +292,36 @@ class Executor:
         products = matrix.rows * matrix.columns * digits
         return Group(name, head.per_logit, matrix.nbytes, products, head.digits is not None)
 
-    def _check(self, batch: Batch) -> None:
+    def _arrays(self, batch: Batch) -> list[np.ndarray]:
+        """Return the arrays of a step in memory without gaps, after a check of their lengths."""
+        arrays = []
         for name in STEP_INPUTS:
             array = getattr(batch, name)
             if array.ndim != 1 or array.dtype != np.int32:
                 raise ValueError(f"{name} of the step is not a vector of int32")
-        tokens = len(batch.input_ids)
+            arrays.append(np.ascontiguousarray(array))
+        tokens, sequences = len(batch.input_ids), len(batch.past_lengths)
         if not 0 < tokens <= self._max_tokens or len(batch.logits_index) > self._max_tokens:
             raise ValueError(f"a step of {tokens} tokens; the engine takes 1 to {self._max_tokens}")
-        limits = (
-            ("token ids", batch.input_ids, self._program.vocab_size),
-            ("positions", batch.position_ids, self._program.max_positions or np.iinfo(np.int32).max),
-            ("blocks", batch.block_indices, self._num_blocks),
-            ("rows of logits", batch.logits_index, tokens),
-        )
-        for name, values, limit in limits:
-            if len(values) and not 0 <= int(values.min()) <= int(values.max()) < limit:
-                raise ValueError(f"{name} of the step are outside 0 to {limit - 1}")
-        ends = {"query_start": tokens, "block_begins": len(batch.block_indices)}
-        for name, end in ends.items():
-            starts = getattr(batch, name)
-            if len(starts) != len(batch.past_lengths) + 1 or starts[0] != 0 or starts[-1] != end:
-                raise ValueError("the arrays of the step contradict each other")
-            if (starts[1:] < starts[:-1]).any():  # their differences may wrap
-                raise ValueError("the arrays of the step contradict each other")
-        counts = np.diff(batch.query_start)
-        lengths = batch.past_lengths + counts
-        tables = np.diff(batch.block_begins)
-        if (
-            (tables * BLOCK_SIZE < np.where(counts > 0, lengths, 0)).any()
-            or (batch.past_lengths < 0).any()
-            or not np.array_equal(_positions(batch, counts), batch.position_ids)
-        ):
+        starts = len(batch.query_start), len(batch.block_begins)
+        if len(batch.position_ids) != tokens or starts != (sequences + 1, sequences + 1):
+            raise ValueError("the arrays of the step contradict each other")
+        return arrays
+
+    def _check(self, step: library.Step, tables: int) -> None:
+        """Check the numbers of a step, and fill its slots. tables: the length of `block_indices`"""
+        limits = {
+            library.TOKEN_IDS: ("token ids", self._program.vocab_size),
+            library.POSITIONS: ("positions", self._program.max_positions or np.iinfo(np.int32).max),
+            library.BLOCKS: ("blocks", self._num_blocks),
+            library.LOGIT_ROWS: ("rows of logits", step.tokens),
+        }
+        most = [limits[fault][1] for fault in (library.TOKEN_IDS, library.POSITIONS, library.BLOCKS)]
+        fault = self.library.llmc_check(ctypes.byref(step), *most, tables)
+        if fault in limits:
+            name, limit = limits[fault]
+            raise ValueError(f"{name} of the step are outside 0 to {limit - 1}")
+        if fault:
             raise ValueError("the arrays of the step contradict each other")
 
     def _offset(self, place: Place) -> int:
@@ -470,11 +464,6 @@ def _block_bytes(cache: Cache, kv_dtype: str) -> tuple[int, int]:
         return per_number * (-(-cache.head_dim // 4) * 4 + 4), per_number * (value_width + 4)
     size = 2 if kv_dtype == "fp16" else 4
     return per_number * cache.head_dim * size, per_number * value_width * size
-
-
-def _positions(batch: Batch, counts: np.ndarray) -> np.ndarray:
-    """Return the position of every token, int [T], computed from its sequence's cached tokens."""
-    return np.arange(len(batch.input_ids)) - np.repeat(batch.query_start[:-1] - batch.past_lengths, counts)
 
 
 def _address(memory: mmap.mmap) -> int:
