@@ -1,5 +1,5 @@
 // The input of the engine: instructions over rows of float buffers, and the arrays of a step. library.py declares the
-// same structures. Python validates every pointer and size before C uses it.
+// same structures. Python validates every pointer and size before C uses it, and check.c the numbers of a step.
 #pragma once
 #include <stdint.h>
 

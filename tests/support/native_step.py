@@ -37,6 +37,7 @@ class _Recorder:
 
     def __init__(self, executor: Executor) -> None:
         self._executor, self._library = executor, executor.library
+        self.llmc_check = self._library.llmc_check
         self.images: list[bytes] = []
 
     def llmc_run(self, step: Any) -> None:
