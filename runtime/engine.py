@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from llmc.runtime.arguments import Prompt, as_params, as_prompt, as_prompts
-from llmc.runtime.backends.base import Backend, PipelineBackend, SamplingBackend
+from llmc.runtime.backends.base import Backend, PipelineBackend, SamplingBackend, SamplingPipelineBackend
 from llmc.runtime.batch import Batch, build_batch
 from llmc.runtime.block_pool import BlockPool
 from llmc.runtime.detokenizer import TextStream
@@ -84,6 +84,8 @@ class _Step(NamedTuple):
     chunks: list[ScheduledChunk]
     batch: Batch
     sampled: list[TokenSequence]
+    #: The candidates that the backend returns of each row; 0: whole rows.
+    k: int
 
 
 class Engine:
@@ -169,7 +171,7 @@ class Engine:
         started = time.perf_counter()
         try:
             while len(self._in_flight) < self.scheduler.depth and (chunks := self.scheduler.schedule()):
-                self._submit(_Step(chunks, *build_batch(chunks)))
+                self._submit(self._plan(chunks))
             if not self._in_flight:
                 return []
             step = self._in_flight.popleft()
@@ -333,20 +335,34 @@ class Engine:
             self._requests[request_id] = request
         return request_id
 
+    def _plan(self, chunks: list[ScheduledChunk]) -> _Step:
+        batch, sampled = build_batch(chunks)
+        limit = getattr(self.backend, "max_candidates", 0)
+        return _Step(chunks, batch, sampled, candidates_needed((s.params for s in sampled), limit))
+
     def _submit(self, step: _Step) -> None:
         """Begin a step, if the backend has pipeline stages."""
         self._in_flight.append(step)
         if self._pipeline is not None:
             started = time.perf_counter()
-            self._pipeline.submit(step.batch)
+            if step.k:
+                cast(SamplingPipelineBackend, self._pipeline).submit_sampled(step.batch, step.k)
+            else:
+                self._pipeline.submit(step.batch)
             self.stats.backend_seconds += time.perf_counter() - started
 
     def _collect(self, step: _Step) -> Iterable[_Row]:
-        """Run the step, or wait for it. Return what `_forward` returns."""
-        if self._pipeline is None:
-            return self._forward(step.batch, step.sampled)
+        """Run the step, or wait for it. Return (token ids, logits) of each row; ids None: all tokens."""
+        rows: Iterable[_Row]
         started = time.perf_counter()
-        rows = zip(repeat(None), self._pipeline.collect())
+        if self._pipeline is not None and step.k:
+            rows = cast(SamplingPipelineBackend, self._pipeline).collect_sampled()
+        elif self._pipeline is not None:
+            rows = zip(repeat(None), self._pipeline.collect())
+        elif step.k:
+            rows = cast(SamplingBackend, self.backend).forward_sampled(step.batch, step.k)
+        else:
+            rows = zip(repeat(None), self.backend.forward(step.batch))
         self.stats.backend_seconds += time.perf_counter() - started
         return rows
 
@@ -358,18 +374,6 @@ class Engine:
                 self._pipeline.discard()
         finally:
             self.scheduler.rollback()
-
-    def _forward(self, batch: Batch, sampled: list[TokenSequence]) -> Iterable[_Row]:
-        """Run the step. Return (token ids, logits) for each row; ids None: the whole vocabulary."""
-        rows: Iterable[_Row]
-        started = time.perf_counter()
-        limit = getattr(self.backend, "max_candidates", 0)
-        if limit and (k := candidates_needed((s.params for s in sampled), limit)):
-            rows = cast(SamplingBackend, self.backend).forward_sampled(batch, k)
-        else:
-            rows = zip(repeat(None), self.backend.forward(batch))
-        self.stats.backend_seconds += time.perf_counter() - started
-        return rows
 
     def _append(self, sequence: TokenSequence, token: int) -> RequestOutput:
         """Append a token to a sequence. Finish the request if a stop condition is met."""

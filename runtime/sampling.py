@@ -135,7 +135,7 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray |
     """
     ids: np.ndarray | None = None
     if 0 < params.top_k < len(logits):
-        ids = _largest(logits, params.top_k)
+        ids = largest(logits, params.top_k)
         logits = logits[ids]
     top = logits.max()
     _check_finite(top)
@@ -159,8 +159,11 @@ def penalize_repetition(logits: np.ndarray, penalty: float, token_ids: Sequence[
     return penalized
 
 
-def _largest(logits: np.ndarray, count: int) -> np.ndarray:
-    """Return the indices, ascending, of the `count` largest and of all that tie with the last of them."""
+def largest(logits: np.ndarray, count: int) -> np.ndarray:
+    """Return the indices, ascending, of the `count` largest and of all that tie with the last of them.
+
+    Raises BackendError if the maximum of the logits is NaN or infinite.
+    """
     # The logits are laid out in 64 rows. The column maxima bound the last of the largest from below, and only
     # columns that reach the bound matter: 0.05 ms for 150,000 logits. A partition of them all takes 2 ms.
     columns = len(logits) // 64

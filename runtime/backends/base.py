@@ -60,6 +60,15 @@ class LoadOptions:
     communicator: Communicator | None = None
 
 
+class Candidates(NamedTuple):
+    """The candidates for a row's next token."""
+
+    #: Token ids, int32 [C], ascending. None: the whole vocabulary.
+    ids: np.ndarray | None
+    #: Logits of these tokens, float32 [C].
+    logits: np.ndarray
+
+
 class Backend(Protocol):
     """A loaded engine and the KV cache that it writes."""
 
@@ -105,6 +114,25 @@ class StageBackend(RankBackend, Protocol):
         ...
 
 
+class ExchangingBackend(StageBackend, Protocol):
+    """A rank that can exchange candidates with the others in place of whole rows of logits."""
+
+    #: The largest k. 0: the ranks exchange whole rows only, or nothing.
+    max_exchanged: int
+
+    def begin_sampled(self, batch: Batch, k: int) -> None:
+        """Compute this rank's part of a step with logits. All ranks get the same k, rank 0's at most."""
+        ...
+
+    def finish_sampled(self, rows: int, k: int) -> list[Candidates]:
+        """Return the candidates of the first step that is not finished. See `SamplingBackend`.
+
+        rows: the number of its rows of logits
+        k: that of the step
+        """
+        ...
+
+
 class PipelineBackend(Backend, Protocol):
     """A backend with stages that compute different steps at the same time. The engine checks `depth`."""
 
@@ -119,7 +147,7 @@ class PipelineBackend(Backend, Protocol):
         ...
 
     def collect(self) -> np.ndarray:
-        """Wait for the oldest step in flight. Return its logits as `forward` does.
+        """Wait for the oldest step in flight, which `submit` began. Return its logits as `forward` does.
 
         A step without rows of logits may still be computed when this returns float32 [0, 0]. Later steps may
         read what it writes into the cache. Raises BackendError. No step is in flight after an error.
@@ -131,15 +159,6 @@ class PipelineBackend(Backend, Protocol):
         ...
 
 
-class Candidates(NamedTuple):
-    """The candidates for a row's next token."""
-
-    #: Token ids, int32 [C], ascending. None: the whole vocabulary.
-    ids: np.ndarray | None
-    #: Logits of these tokens, float32 [C].
-    logits: np.ndarray
-
-
 class SamplingBackend(Backend, Protocol):
     """A backend that can reduce logits to candidates on the device. The engine checks `max_candidates`."""
 
@@ -149,7 +168,19 @@ class SamplingBackend(Backend, Protocol):
     def forward_sampled(self, batch: Batch, k: int) -> list[Candidates]:
         """Compute the batch like `forward`, but return each row's k largest logits, and ties with the last.
 
-        k = 1 is greedy decoding: only the first of tokens that tie is returned, with 0 in place of its logit.
-        The whole row is returned if too many logits tie, or if k = 1 and the maximum is NaN or infinite.
+        k = 1 is greedy decoding: only the first of tokens that tie is returned, maybe with 0 for its logit.
+        The whole row is returned if too many logits tie, or if the maximum is NaN or infinite.
         """
+        ...
+
+
+class SamplingPipelineBackend(PipelineBackend, SamplingBackend, Protocol):
+    """A backend with stages that can reduce logits to candidates. The engine checks `max_candidates`."""
+
+    def submit_sampled(self, batch: Batch, k: int) -> None:
+        """Begin a step like `submit`. `collect_sampled` returns its candidates."""
+        ...
+
+    def collect_sampled(self) -> list[Candidates]:
+        """Wait for the oldest step in flight, which `submit_sampled` began. See `forward_sampled`."""
         ...

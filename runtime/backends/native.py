@@ -8,7 +8,7 @@ import numpy as np
 
 from llmc.plugins.cpu.library import CACHES
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
-from llmc.runtime.backends.base import EngineFile, LoadOptions
+from llmc.runtime.backends.base import Candidates, EngineFile, LoadOptions
 from llmc.runtime.backends.kv_cache import cpu_blocks
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.manifest import Manifest
@@ -79,14 +79,27 @@ class NativeBackend:
 
     def begin(self, batch: Batch) -> None:
         """See `StageBackend`."""
+        self.begin_sampled(batch, 0)
+
+    def begin_sampled(self, batch: Batch, k: int) -> None:
+        """See `ExchangingBackend`."""
         try:
-            self.executor.begin(batch)
+            self.executor.begin(batch, k=k)
         except ValueError as error:
             raise BackendError(str(error)) from error
 
     def finish(self, first: int, rows: int) -> np.ndarray:
         """See `StageBackend`."""
         return self.executor.finish(first, rows)
+
+    @property
+    def max_exchanged(self) -> int:
+        """See `ExchangingBackend`."""
+        return self.executor.max_exchanged
+
+    def finish_sampled(self, rows: int, k: int) -> list[Candidates]:
+        """See `ExchangingBackend`."""
+        return [Candidates(*row) for row in self.executor.finish_sampled(rows, k)]
 
     def close(self) -> None:
         """End the engine's threads."""

@@ -7,7 +7,7 @@ import mmap
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 import numpy as np
@@ -30,6 +30,7 @@ from llmc.runtime.native.plan import (
     round_to_lines,
 )
 from llmc.runtime.native.program import TRANSFERS, Cache, Program, View
+from llmc.runtime.parallel import candidates
 from llmc.runtime.parallel.communicator import Communicator
 from llmc.runtime.parallel.processes import ProcessCommunicator
 
@@ -103,9 +104,15 @@ class Executor:
             *(library.Group(*pair) for pair in self._plan.groups)
         )
         pauses = (TRANSFER,) if self._shared is not None else (*COLLECTIVES, TRANSFER)
-        self._segments = [(*span, self._exchanges(span[0], pauses)) for span in _segments(self._plan, pauses)]
+        begin = _begin_of_tail(self._plan, program)
+        spans = _segments(self._plan, pauses, begin)
+        segments = [(*span, self._exchanges(span[0], pauses)) for span in spans]
+        self._segments = [segment for segment in segments if segment[0] < begin]
+        #: What brings whole rows of logits to rank 0, or their candidates.
+        self._tail = segments[len(self._segments) :]
         #: Fills the logits in a rank that another one computes them for.
         self._received = self._pop_received()
+        self._candidates: np.ndarray | None = None
         counters = len(self._plan.groups) * library.COUNTER
         self._next = np.zeros((_SETS, counters), np.int32)
         self._done = np.zeros((_SETS, counters), np.int32)
@@ -127,8 +134,19 @@ class Executor:
         self.begin(batch, times)
         return self.finish(0, len(batch.logits_index))
 
-    def begin(self, batch: Batch, times: np.ndarray | None = None) -> None:
-        """Run a step, but do not wait for logits that another rank computes. See `run`."""
+    @property
+    def max_exchanged(self) -> int:
+        """The largest k of `begin` in rank 0; 0 if the ranks exchange no logits."""
+        if not self._tail and self._received is None:
+            return 0
+        return candidates.most_of(self._program.vocab_size // self._program.ranks)
+
+    def begin(self, batch: Batch, times: np.ndarray | None = None, k: int = 0) -> None:
+        """Run a step, but do not wait for logits that another rank computes. See `run`.
+
+        k: exchange the k largest logits of each row; 0: whole rows. All ranks get the same number, up to
+            the `max_exchanged` of rank 0.
+        """
         arrays = self._arrays(batch)
         tokens = len(batch.input_ids)
         slot = np.empty(tokens, np.int32)
@@ -167,18 +185,42 @@ class Executor:
             self._weights,
             self._shared and (self._shared.exchange, self._shared.memory),
         )
-        for first, last, exchange in self._segments:
-            if exchange is not None:
-                rows = len(batch.logits_index) if exchange.per_logit else tokens
-                if isinstance(exchange, _Exchange):
-                    self._combine(exchange, rows)
-                else:
-                    self._move(exchange, 0, rows)
-                if times is not None:
-                    times[first] = self.library.llmc_ticks()
-                continue
-            part = self._part(step, first, last, times)
-            self._start(part, kept_alive)
+
+        def run(segments: Sequence[_Segment]) -> None:
+            for first, last, exchange in segments:
+                if exchange is not None:
+                    rows = len(batch.logits_index) if exchange.per_logit else tokens
+                    if isinstance(exchange, _Exchange):
+                        self._combine(exchange, rows)
+                    else:
+                        self._move(exchange, 0, rows)
+                    if times is not None:
+                        times[first] = self.library.llmc_ticks()
+                    continue
+                part = self._part(step, first, last, times)
+                self._start(part, kept_alive)
+
+        run(self._segments)
+        if self._tail and not (k and self._exchange_candidates(len(batch.logits_index), k)):
+            run(self._tail)
+
+    def finish_sampled(self, rows: int, k: int) -> list[tuple[np.ndarray | None, np.ndarray]]:
+        """Return the token ids and logits of each row of a step that `begin` has run with `k`.
+
+        Token ids None: the logits of the whole vocabulary. See `SamplingBackend`.
+        """
+        found = self._candidates
+        if self._received is not None:
+            found = np.empty((rows, candidates.width(k)), np.float32)
+            self._move(replace(self._received, array=found), 0, rows)
+            if not candidates.complete(found):
+                self._move(self._received, 0, rows)
+        assert found is not None
+        assert self._program.logits is not None
+        if candidates.complete(found):
+            return candidates.rows_of(found)
+        whole = self._rows(View(self._program.logits, 0, self._program.vocab_size), rows)
+        return [(None, row) for row in whole.copy()]
 
     def finish(self, first: int, rows: int) -> np.ndarray:
         """Return the logits of steps that `begin` has run. See `StageBackend.finish`."""
@@ -187,6 +229,23 @@ class Executor:
         if self._received is not None:
             self._move(self._received, first, rows)
         return self._rows(View(self._program.logits, 0, self._program.vocab_size), first + rows)
+
+    def _exchange_candidates(self, rows: int, k: int) -> bool:
+        """Give the k largest logits of each row to rank 0. Return False if it needs whole rows."""
+        assert self._communicator is not None
+        last = self._plan.instructions[-1].source
+        head = self._plan.instructions[self._plan.groups[self._tail[0][0]][0]].source
+        gathers, (view,) = head.op == "all_gather", head.inputs
+        first = self._communicator.rank * view.width if gathers else 0
+        found = candidates.select(self._rows(view, rows), k, first)
+        if gathers:
+            parts = np.empty((rows, self._communicator.size * candidates.width(k)), np.float32)
+            self._communicator.all_gather(found, parts)
+            found = candidates.merge(parts, k)
+        if last.op == "send":
+            self._communicator.send(found, last.integers["peer"], last.integers["sequence"])
+        self._candidates = found
+        return candidates.complete(found)
 
     def _start(self, part: library.Step, reads: object) -> None:
         """Run the groups of a step on all threads. reads: see `_Worker.start`"""
@@ -439,16 +498,39 @@ class _Transfer:
     array: np.ndarray
 
 
-def _segments(planned: Plan, pauses: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the groups (first, last) that run in one go: an operation of `pauses`, or all between two."""
+_Segment = tuple[int, int, _Exchange | _Transfer | None]
+
+
+def _segments(planned: Plan, pauses: Sequence[int], tail: int) -> list[tuple[int, int]]:
+    """Return the groups (first, last) that run in one go: an operation of `pauses`, or all between two.
+
+    tail: a group that begins a segment
+    """
     segments: list[tuple[int, int]] = []
     first = 0
     for number, (begin, _) in enumerate(planned.groups):
-        if planned.instructions[begin].op in pauses:
+        pause = planned.instructions[begin].op in pauses
+        if pause or number == tail:
             segments += [(first, number)] if number > first else []
-            segments.append((number, number + 1))
-            first = number + 1
+            segments += [(number, number + 1)] if pause else []
+            first = number + pause
     return segments + ([(first, len(planned.groups))] if first < len(planned.groups) else [])
+
+
+def _begin_of_tail(planned: Plan, program: Program) -> int:
+    """Return the first of the last groups that gather whole rows of logits and send them to rank 0."""
+    begin = len(planned.groups)
+    for op in ("send", "all_gather"):
+        if not begin:
+            break
+        first, _ = planned.groups[begin - 1]
+        instruction = planned.instructions[first].source
+        width = instruction.inputs[0].width if instruction.inputs else 0
+        if op == "all_gather":
+            width *= program.ranks
+        if (instruction.op, width) == (op, program.vocab_size) and planned.instructions[first].per_logit:
+            begin -= 1
+    return begin
 
 
 def _block_bytes(cache: Cache, kv_dtype: str) -> tuple[int, int]:

@@ -14,7 +14,14 @@ from typing import NamedTuple, TypeVar, cast
 import numpy as np
 
 from llmc.runtime.backends import load_backend
-from llmc.runtime.backends.base import EngineFile, LoadOptions, RankBackend, StageBackend
+from llmc.runtime.backends.base import (
+    Candidates,
+    EngineFile,
+    ExchangingBackend,
+    LoadOptions,
+    RankBackend,
+    StageBackend,
+)
 from llmc.runtime.backends.kv_cache import cpu_blocks
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.reader import Bundle
@@ -119,6 +126,8 @@ class _Part(NamedTuple):
     step: int
     #: The rows of logits.
     rows: int
+    #: The candidates of each row; 0: whole rows.
+    k: int
 
 
 class ParallelBackend:
@@ -137,6 +146,8 @@ class ParallelBackend:
     ) -> None:
         #: See `PipelineBackend`: each stage has a step to compute.
         self.depth = stages
+        #: See `SamplingBackend`.
+        self.max_candidates: int = getattr(own, "max_exchanged", 0)
         self._in_flight: deque[list[_Part]] = deque()
         self._ahead: deque[_Part] = deque()  # parts of collected steps that the last stage may still compute
         self.name, self.num_blocks, self.block_size = own.name, own.num_blocks, own.block_size
@@ -159,13 +170,28 @@ class ParallelBackend:
         self.submit(batch)
         return self._together(lambda: self._collect(wait=True))
 
+    def forward_sampled(self, batch: Batch, k: int) -> list[Candidates]:
+        """See `SamplingBackend`. No other step may be in flight."""
+        if self.depth == 1:
+            return self._together(lambda: self._forward_sampled(batch, k))
+        self.submit_sampled(batch, k)
+        return self.collect_sampled()
+
     def submit(self, batch: Batch) -> None:
         """See `PipelineBackend`."""
-        self._together(lambda: self._submit(batch))
+        self._together(lambda: self._submit(batch, 0))
+
+    def submit_sampled(self, batch: Batch, k: int) -> None:
+        """See `SamplingPipelineBackend`."""
+        self._together(lambda: self._submit(batch, k))
 
     def collect(self) -> np.ndarray:
         """See `PipelineBackend`."""
         return self._together(lambda: self._collect(wait=False))
+
+    def collect_sampled(self) -> list[Candidates]:
+        """See `SamplingPipelineBackend`."""
+        return self._together(self._collect_sampled)
 
     def discard(self) -> None:
         """See `PipelineBackend`."""
@@ -199,12 +225,22 @@ class ParallelBackend:
         self._begin_step(batch)
         return self._own.forward(batch)
 
-    def _submit(self, batch: Batch) -> None:
-        own, parts = cast(StageBackend, self._own), []
+    def _forward_sampled(self, batch: Batch, k: int) -> list[Candidates]:
+        own = cast(ExchangingBackend, self._own)
+        self._begin_step(batch, k)
+        own.begin_sampled(batch, k)
+        return own.finish_sampled(len(batch.logits_index), k)
+
+    def _submit(self, batch: Batch, k: int) -> None:
+        own, parts = cast(ExchangingBackend, self._own), []
         for part in self._parts(batch):
-            self._begin_step(part)
-            own.begin(part)
-            parts.append(_Part(self._steps, len(part.logits_index)))
+            asked = k if len(part.logits_index) else 0
+            self._begin_step(part, asked)
+            if asked:
+                own.begin_sampled(part, asked)
+            else:
+                own.begin(part)
+            parts.append(_Part(self._steps, len(part.logits_index), asked))
         self._in_flight.append(parts)
 
     def _collect(self, wait: bool) -> np.ndarray:
@@ -212,18 +248,36 @@ class ParallelBackend:
         if not wait and not any(part.rows for part in parts):
             self._ahead.extend(parts)
             parts = []
-        while self._ahead and (parts or len(self._ahead) > _AHEAD):
-            self._finish(self._ahead.popleft(), 0)
+        self._finish_ahead(0 if parts else _AHEAD)
         logits = np.empty((0, 0), np.float32)
         for part in parts:
             logits = self._finish(part, len(logits))
         return logits
 
+    def _collect_sampled(self) -> list[Candidates]:
+        parts, own = self._in_flight.popleft(), cast(ExchangingBackend, self._own)
+        self._finish_ahead(0)
+        found: list[Candidates] = []
+        for part in parts:
+            if part.k:
+                self._communicator.begin_step(part.step)
+                found += own.finish_sampled(part.rows, part.k)
+            else:
+                self._finish(part, 0)
+        return found
+
+    def _finish_ahead(self, most: int) -> None:
+        """Wait for parts without logits, until at most `most` are computed."""
+        while len(self._ahead) > most:
+            self._finish(self._ahead.popleft(), 0)
+
     def _discard(self) -> None:
         while self._in_flight:
-            self._collect(wait=True)
-        while self._ahead:
-            self._finish(self._ahead.popleft(), 0)
+            if any(part.k for part in self._in_flight[0]):
+                self._collect_sampled()
+            else:
+                self._collect(wait=True)
+        self._finish_ahead(0)
 
     def _finish(self, part: _Part, first: int) -> np.ndarray:
         """Wait until the last stage has computed a part. Return the logits of all parts of its step so far.
@@ -233,9 +287,9 @@ class ParallelBackend:
         self._communicator.begin_step(part.step)
         return cast(StageBackend, self._own).finish(first, part.rows)
 
-    def _begin_step(self, batch: Batch) -> None:
+    def _begin_step(self, batch: Batch, k: int = 0) -> None:
         self._steps += 1
-        self._followers.send(self._steps, batch)
+        self._followers.send(self._steps, batch, k)
         self._communicator.begin_step(self._steps)
 
     def _parts(self, batch: Batch) -> list[Batch]:

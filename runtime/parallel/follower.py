@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import cast
 
 from llmc.runtime.backends import load_backend
-from llmc.runtime.backends.base import EngineFile, RankBackend
+from llmc.runtime.backends.base import EngineFile, ExchangingBackend, RankBackend
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.bundle.strict_json import plain
 from llmc.runtime.errors import BundleError, LlmcError, RankError
@@ -95,12 +95,15 @@ def follow(
         backend, communicator = load(Job.of_line(line))
         send_report(channel, loaded=True)
         while (step := receive_step(channel)) is not None:
-            number, batch = step
+            number, batch, k = step
             if not number:
                 backend.close()
                 return True
             communicator.begin_step(number)
-            backend.forward(batch)
+            if k:
+                cast(ExchangingBackend, backend).begin_sampled(batch, k)
+            else:
+                backend.forward(batch)
     except Exception as error:
         if not is_out_of_memory(error):
             if not isinstance(error, LlmcError):

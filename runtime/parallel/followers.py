@@ -84,9 +84,12 @@ class Followers:
                 poll.unregister(number)
                 del loading[number]
 
-    def send(self, number: int, batch: Batch) -> None:
-        """Send a step to all. Raises RankError if a process is gone or does not take it."""
-        data = pack_step(number, batch)
+    def send(self, number: int, batch: Batch, k: int = 0) -> None:
+        """Send a step to all. Raises RankError if a process is gone or does not take it.
+
+        k: the number of candidates of each row of logits; 0: whole rows
+        """
+        data = pack_step(number, batch, k)
         for follower in self._followers:
             try:
                 follower.channel.sendall(data, socket.MSG_NOSIGNAL)

@@ -3,7 +3,8 @@
     rank 0 -> follower   one JSON line: the fields of `Job` and the version of llmc; then steps
     follower -> rank 0   JSON lines: {"loaded": true}, or {"error": {"kind", "message", "hint", "ended"}}
 
-A step is its number, the lengths of the arrays of the batch, and these arrays, in the order of STEP_INPUTS.
+A step is its number, the number of candidates of each row of logits (0: whole rows), the lengths of the
+arrays of the batch, and these arrays, in the order of STEP_INPUTS.
 Step 0 tells a follower that a launcher started that there are no more.
 """
 
@@ -23,7 +24,7 @@ from llmc.runtime.batch import STEP_INPUTS, Batch
 from llmc.runtime.errors import RankError
 from llmc.runtime.parallel.communicator import Communicator
 
-_STEP = struct.Struct(f"<Q{len(STEP_INPUTS)}I")
+_STEP = struct.Struct(f"<QI{len(STEP_INPUTS)}I")
 _LONGEST_LINE, _LONGEST_STEP = 1 << 16, 1 << 28  # bytes
 #: The message after the last step.
 END = bytes(_STEP.size)
@@ -75,28 +76,28 @@ class Job:
         return cls(**fields)
 
 
-def pack_step(number: int, batch: Batch) -> bytes:
-    """Return the bytes of a step."""
+def pack_step(number: int, batch: Batch, k: int = 0) -> bytes:
+    """Return the bytes of a step. k: the number of candidates"""
     arrays = [np.ascontiguousarray(getattr(batch, name), np.int32) for name in STEP_INPUTS]
-    return _STEP.pack(number, *map(len, arrays)) + np.concatenate(arrays).tobytes()
+    return _STEP.pack(number, k, *map(len, arrays)) + np.concatenate(arrays).tobytes()
 
 
-def receive_step(channel: socket.socket) -> tuple[int, Batch] | None:
-    """Wait for a step. Return its number and its batch, or None if rank 0 has closed the channel.
+def receive_step(channel: socket.socket) -> tuple[int, Batch, int] | None:
+    """Wait for a step. Return its number, batch and candidates, or None if rank 0 has closed the channel.
 
     Raises RankError for more data than a step has.
     """
     header = _receive(channel, _STEP.size)
     if header is None:
         return None
-    number, *lengths = _STEP.unpack(header)
+    number, k, *lengths = _STEP.unpack(header)
     if 4 * sum(lengths) > _LONGEST_STEP:
         raise RankError(f"rank 0 sent a step of {4 * sum(lengths)} bytes", "please report this")
     data = _receive(channel, 4 * sum(lengths))
     if data is None:
         return None
     arrays = np.split(np.frombuffer(data, np.int32), np.cumsum(lengths[:-1]))
-    return number, Batch(**dict(zip(STEP_INPUTS, arrays, strict=True)))
+    return number, Batch(**dict(zip(STEP_INPUTS, arrays, strict=True))), k
 
 
 def send_report(channel: socket.socket, **report: Any) -> None:

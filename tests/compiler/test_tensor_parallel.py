@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -40,12 +40,16 @@ def quantized(checkpoint: Callable[[str], Path]) -> ir.Model:
 def test_real_processes_generate_what_one_rank_does(
     checkpoint: Callable[[str], Path], bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """One rank is compared with transformers in test_families.py."""
+    """test_families.py compares one rank with transformers. Steps exchange candidates or whole rows."""
+    sampled = replace(GREEDY, temperature=0.8, top_k=20, top_p=0.9, seed=3)
+    whole = replace(GREEDY, temperature=0.8, seed=3)
     request = BuildRequest(str(checkpoint("llama-tiny")), tmp_path / "x.llmc", tp=2, verify=False)
     texts = []
     for path in (bundle("llama-tiny"), compile_model(request).path):
         engine = load_engine(path, max_batch_tokens=16, threads=1)
-        texts.append([output.token_ids for output in engine.generate(PROMPTS, GREEDY)])
+        asked = [GREEDY, [GREEDY, sampled], [sampled, whole]]
+        outputs = [engine.generate(PROMPTS, params) for params in asked]
+        texts.append([output.token_ids for each in outputs for output in each])
         engine.close()
     assert texts[0] == texts[1]
 
@@ -139,5 +143,5 @@ def test_quantized_ranks_are_verified(
     first = compile_model(request).manifest
     assert first.verification.status == "passed"
     if quant == "int4":
-        second = compile_model(dataclasses.replace(request, output=tmp_path / "y.llmc")).manifest
+        second = compile_model(replace(request, output=tmp_path / "y.llmc")).manifest
         assert first.files == second.files  # and the hashes in it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -330,6 +331,69 @@ def test_the_engine_of_two_stages_computes_the_whole_model(threads: int) -> None
         want = reference(batch)
         assert none.shape == (0, VOCABULARY)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6 * np.abs(want).max(initial=1))
+
+
+Ranks = Callable[[int], Built]
+both = pytest.mark.parametrize(("program", "stages"), [(rank_program, 1), (stage_program, 2)])
+
+
+def stepped(program: Ranks, stages: int, step: Callable[[Executor, int], list[Any]]) -> list[list[Any]]:
+    """Return the results of `step` for both ranks."""
+    group = thread_group(2, timeout=60, stages=stages)
+
+    def run(rank: int) -> list[Any]:
+        executor = _executor(program(rank), group[rank], threads=2)
+        results = step(executor, rank)
+        executor.close()
+        return results
+
+    return in_threads(run)
+
+
+@pytest.mark.skipif(not ISAS, reason="the native engine does not run on this CPU")
+@both
+def test_the_engine_gives_the_candidates_of_its_logits(program: Ranks, stages: int) -> None:
+    """Whole rows before and after, so that a step leaves nothing behind."""
+
+    def step(executor: Executor, rank: int) -> list[Any]:
+        results = []
+        for batch in batches():
+            rows = len(batch.logits_index)
+            whole = executor.run(batch).copy()
+            for k in (1, 2, 3) if rows else ():
+                executor.begin(batch, k=k)
+                if rank == 0:
+                    results.append((k, whole, executor.finish_sampled(rows, k)))
+            np.testing.assert_array_equal(executor.run(batch), whole)
+        assert rank or executor.max_exchanged == (3 if stages == 1 else 16)
+        return results
+
+    first, second = stepped(program, stages, step)
+    assert not second
+    assert len(first) >= 6
+    for k, whole, found in first:
+        for row, (ids, kept) in zip(whole, found, strict=True):
+            np.testing.assert_array_equal(ids, np.sort(np.argsort(-row)[:k]))
+            np.testing.assert_array_equal(kept, row[ids])
+
+
+@pytest.mark.skipif(not ISAS, reason="the native engine does not run on this CPU")
+@both
+def test_rows_whose_candidates_tie_too_often_arrive_whole(
+    program: Ranks, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "HEAD", np.zeros_like(HEAD))
+    batch = batches()[0]
+
+    def step(executor: Executor, rank: int) -> list[Any]:
+        executor.begin(batch, k=3)
+        return [] if rank else executor.finish_sampled(len(batch.logits_index), 3)
+
+    found, _ = stepped(program, stages, step)
+    assert len(found) == len(batch.logits_index)
+    for ids, row in found:
+        assert ids is None
+        assert row.tolist() == [0.0] * VOCABULARY
 
 
 def no_send(tree: Tree) -> None:
