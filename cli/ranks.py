@@ -50,6 +50,10 @@ def describe_ranks(ranks: Sequence[RankPlan], tp: int, max_seq_len: int) -> list
                 f"{size(logits.logits_bytes)} for a row of logits to rank 0",
             )
         )
+    if (greedy := ranks[-tp].greedy_bytes) is not None:
+        rows.append(
+            ("logits", f"{size(greedy)} in place of a row if all requests of a step are greedy")
+        )
     return rows
 
 

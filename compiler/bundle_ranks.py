@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
-from llmc.compiler.rank_plan import Exchange, RankPlan
+from llmc.compiler.rank_plan import Exchange, RankPlan, with_candidates
 from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, DOMAIN, SEND
 from llmc.runtime.backends.base import LoadOptions
 from llmc.runtime.backends.kv_cache import block_bytes
@@ -45,7 +45,7 @@ def _of_program(manifest: Manifest, rank: int, program: Program, first: int) -> 
         replace(layer, num_kv_heads=cache.num_kv_heads)
         for layer, cache in zip(manifest.geometry.layers[first:stop], program.caches, strict=True)
     )
-    return RankPlan(
+    made = RankPlan(
         rank,
         first,
         stop,
@@ -56,6 +56,7 @@ def _of_program(manifest: Manifest, rank: int, program: Program, first: int) -> 
         plan(program, EXACT_DIGITS).row_bytes * LoadOptions.max_tokens,
         _exchanges(program),
     )
+    return with_candidates(made, program.vocab_size, manifest.parallel.tp)
 
 
 def _exchanges(program: Program) -> tuple[Exchange, ...]:

@@ -6,12 +6,13 @@ The numbers of a graph's part are read by `targets/part.py`, those of a bundle b
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmc.compiler.request import AUTO, MAX_RANKS, MAX_TP, BuildRequest
 from llmc.plugins.paged_attention.spec import BLOCK_SIZE
 from llmc.runtime.backends.tensorrt.sizes import reserve
 from llmc.runtime.bundle.manifest import Geometry
+from llmc.runtime.parallel.candidates import most_of, width
 
 _PROCESS_BYTES = 128 << 20  # of a rank on a CPU beside its model: 59 MiB were measured
 _CUDA_BYTES = 1 << 30  # of a rank on a GPU: CUDA, NCCL, and what the driver keeps. An estimate
@@ -49,6 +50,9 @@ class RankPlan:
     #: The bytes of activations in the largest step. None: unknown.
     activation_bytes: int | None
     exchanges: tuple[Exchange, ...] = ()
+    #: The bytes for each row of logits in a step that needs only the largest one of every row. None: those of
+    #: whole rows, or none.
+    greedy_bytes: int | None = None
 
     def kv_bytes(self, tokens: int) -> int:
         """Return the bytes of KV cache for a sequence of `tokens` tokens."""
@@ -57,6 +61,14 @@ class RankPlan:
     def needed(self, tokens: int) -> int:
         """Return the bytes that the rank needs for a sequence of `tokens` tokens."""
         return self.weight_bytes + self.kv_bytes(tokens) + (self.activation_bytes or 0)
+
+
+def with_candidates(rank: RankPlan, vocabulary: int, tp: int) -> RankPlan:
+    """Return a rank of the native engine with its `greedy_bytes`. tp: the number of ranks in a stage"""
+    exchanges = sum(1 for each in rank.exchanges if each.logits_bytes)
+    if not exchanges or not most_of(vocabulary // tp):
+        return rank
+    return replace(rank, greedy_bytes=4 * width(1) * exchanges)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from llmc.compiler.bundle_writer import BundleWriter
 from llmc.compiler.checkpoint.safetensors import TensorRef
 from llmc.compiler.progress import Clock
-from llmc.compiler.rank_plan import RankPlan
+from llmc.compiler.rank_plan import RankPlan, with_candidates
 from llmc.compiler.request import AUTO, ENGINES, BuildRequest, cache_dtype, compute_dtype
 from llmc.compiler.targets import capability
 from llmc.compiler.targets.base import (
@@ -143,7 +143,8 @@ class CpuTarget:
             weights += 4 * sum(program.constants.values())
             buffers = plan(program, EXACT_DIGITS).row_bytes * LoadOptions.max_tokens
             stage = stages[rank // resolved.tp] if stages else None
-            yield rank_plan(rank, part, stage, geometry, resolved.kv_dtype, weights, buffers), reports
+            made = rank_plan(rank, part, stage, geometry, resolved.kv_dtype, weights, buffers)
+            yield with_candidates(made, geometry.vocab_size, resolved.tp), reports
 
     def gpus(self, resolved: Resolved) -> tuple[int, ...]:
         del resolved

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,14 @@ def test_a_bundle_has_the_ranks_of_its_plan(
                 sum(calls[operation]),
             )
     backend.close()  # type: ignore[attr-defined]
+    given.clear()
+    greedy = load(EngineFile.of(bundle), blocks, 4, 2)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda rank: rank.begin_sampled(STEP, 1), greedy._ranks))  # type: ignore[attr-defined]
+    greedy.close()  # type: ignore[attr-defined]
+    sent = [sum(given.get((rank, name), [0])[-1] for name in (ALL_GATHER, SEND)) for rank in range(4)]
+    assert [rank.greedy_bytes for rank in plan.ranks] == [None, None, 24, 12]
+    assert sent[2:] == [2 * 24, 2 * 12]
 
 
 @pytest.mark.parametrize(
