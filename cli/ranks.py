@@ -51,9 +51,7 @@ def describe_ranks(ranks: Sequence[RankPlan], tp: int, max_seq_len: int) -> list
             )
         )
     if (greedy := ranks[-tp].greedy_bytes) is not None:
-        rows.append(
-            ("logits", f"{size(greedy)} in place of a row if all requests of a step are greedy")
-        )
+        rows.append(("logits", f"{size(greedy)} in place of a row if all requests of a step are greedy"))
     return rows
 
 

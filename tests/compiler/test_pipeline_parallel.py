@@ -115,6 +115,15 @@ def test_the_parts_of_a_long_step_give_the_same_bits(
         results.append(got)
         if pp == 2:
             assert backend._steps == 6 + 1 + 2 + 1  # type: ignore[attr-defined]  # 200 and 80 tokens in parts
+            for k in (1, 20):
+                found = backend.forward_sampled(first, k)  # type: ignore[attr-defined]
+                for (tokens, kept), row in zip(found, got[0], strict=True):
+                    np.testing.assert_array_equal(tokens, np.sort(np.argsort(-row)[:k]))
+                    np.testing.assert_array_equal(kept, row[tokens])
+            backend.submit_sampled(first, 1)  # type: ignore[attr-defined]
+            backend.submit(first)  # type: ignore[attr-defined]
+            backend.discard()  # type: ignore[attr-defined]
+            np.testing.assert_array_equal(backend.forward(second), got[1])
         engine.close()
     for one, staged in zip(*results, strict=True):
         np.testing.assert_array_equal(one, staged)

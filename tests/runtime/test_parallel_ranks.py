@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import random
 import re
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -43,12 +42,7 @@ Plan = Callable[..., Path]
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     """What goes wrong -> the "bundle" of ranks that do it."""
-
-    def write(**what: Any) -> Path:
-        (tmp_path / "plan").write_text(json.dumps(what))
-        return tmp_path / "plan"
-
-    return write
+    return partial(fake_ranks.write_plan, tmp_path)
 
 
 def failure(path: Path, size: int = 2, timeout: float = 600) -> LlmcError:
@@ -213,23 +207,7 @@ def test_a_second_ctrl_c_ends_the_ranks(plan: Plan) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_no_follower_survives_its_parent(plan: Plan, number: signal.Signals) -> None:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([fake_ranks.TESTS, os.environ.get("PYTHONPATH", "")])
-    }
-    parent = subprocess.Popen(
-        [sys.executable, "-m", "support.fake_ranks", str(plan())],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-    )
-    assert parent.stdout
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 2
-    assert all(map(alive, pids))
-    parent.send_signal(number)
-    parent.wait()
-    parent.stdout.close()
-    wait_until(lambda: not any(map(alive, pids)))
+    fake_ranks.ends_with_its_parent("support.fake_ranks", plan(), number)
 
 
 def test_a_fork_of_the_process_leaves_the_ranks_alone(plan: Plan) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from llmc.runtime.engine import Engine
 from llmc.runtime.errors import LlmcError, RankError
 from llmc.runtime.sampling import SamplingParams
 from support import fake_stages
+from support.fake_ranks import ends_with_its_parent, write_plan
 from support.fake_stages import VOCAB, expected
-from support.waiting import LONG, alive, wait_until
+from support.waiting import LONG, alive
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks in processes run on Linux only")
 
@@ -33,12 +34,7 @@ GREEDY = SamplingParams(max_tokens=8)
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     """What goes wrong -> the "bundle" of ranks that do it."""
-
-    def write(**what: Any) -> Path:
-        (tmp_path / "plan").write_text(json.dumps(what))
-        return tmp_path / "plan"
-
-    return write
+    return partial(write_plan, tmp_path)
 
 
 def batch(number: int, tokens: int = 3, wanted: Any = True) -> Batch:
@@ -193,21 +189,5 @@ def test_ctrl_c_leaves_no_step_in_flight(plan: Plan) -> None:
 
 
 def test_no_stage_survives_rank_0(plan: Plan) -> None:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([fake_stages.TESTS, os.environ.get("PYTHONPATH", "")])
-    }
-    parent = subprocess.Popen(
-        [sys.executable, "-m", "support.fake_stages", str(plan())],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-    )
-    assert parent.stdout
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 2
-    time.sleep(0.2)  # steps are in flight
-    assert all(map(alive, pids))
-    parent.send_signal(signal.SIGTERM)
-    parent.wait()
-    parent.stdout.close()
-    wait_until(lambda: not any(map(alive, pids)))
+    """Steps are in flight."""
+    ends_with_its_parent("support.fake_stages", plan(), signal.SIGTERM, seconds=0.2)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from llmc.runtime.parallel.backend import ParallelBackend, start_ranks
 from llmc.runtime.parallel.communicator import Communicator
 from llmc.runtime.parallel.follower import serve
 from llmc.runtime.parallel.messages import Job
+from support.waiting import alive, wait_until
 
 WIDTH = 24
 STEP = Batch.pack([([3, 5, 7], 0, [0], True), ([11], 40, [2, 1], True), ([2, 2], 0, [3], [0, 1])])
@@ -114,6 +117,32 @@ def start(
 def main() -> None:
     """The main function of a follower."""
     serve(load)
+
+
+def write_plan(directory: Path, **what: object) -> Path:
+    """Write the "bundle" of ranks that do what the fields say, or nothing wrong."""
+    (directory / "plan").write_text(json.dumps(what))
+    return directory / "plan"
+
+
+def ends_with_its_parent(module: str, path: Path, number: signal.Signals, seconds: float = 0) -> None:
+    """Check that no follower survives when the process that runs `module` gets a signal after `seconds`."""
+    directories = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
+    parent = subprocess.Popen(
+        [sys.executable, "-m", module, str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": directories},
+    )
+    assert parent.stdout
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    time.sleep(seconds)
+    assert all(map(alive, pids))
+    parent.send_signal(number)
+    parent.wait()
+    parent.stdout.close()
+    wait_until(lambda: not any(map(alive, pids)))
 
 
 def run_forever(path: str) -> None:
