@@ -74,8 +74,9 @@ def places(mask: np.ndarray, value: ir.Value) -> list[np.ndarray]:
 
     Raises UnsupportedError if the features are no product of indices.
     """
-    coordinates = np.nonzero(mask.reshape(features(value)))
-    found = [np.unique(each) for each in coordinates]
+    kept = mask.reshape(features(value))
+    axes = range(kept.ndim)
+    found = [np.flatnonzero(kept.any(axis=tuple(other for other in axes if other != axis))) for axis in axes]
     if math.prod(map(len, found)) != int(mask.sum()):
         raise UnsupportedError(
             f"the features of {value.name} cannot be divided among the ranks", "build without --tp"
@@ -160,9 +161,7 @@ def _before(node: ir.Node, index: int, wanted: Mapping[ir.Value, np.ndarray]) ->
         ((output, kept),) = wanted.items()
         axis = int(edit.attribute(node, "axis")) % len(edit.dims(output)) - 1
         begin = sum(features(edit.operand(node, before))[axis] for before in range(index))
-        return np.take(kept.reshape(features(output)), range(begin, begin + shape[axis]), axis=axis).reshape(
-            -1
-        )
+        return _range(kept.reshape(features(output)), axis, begin, begin + shape[axis])
     for output, kept in wanted.items():
         mask[moved(node, output, numbers)[kept]] = True
     group = {"RMSNormalization": shape[-1], "LayerNormalization": shape[-1], "RotaryEmbedding": shape[-1]}
@@ -178,15 +177,20 @@ def moved(node: ir.Node, output: ir.Value, numbers: np.ndarray) -> np.ndarray:
         for other in node.outputs:
             count = features(other)[axis]
             if other is output:
-                return np.take(numbers, range(begin, begin + count), axis=axis).reshape(-1)
+                return _range(numbers, axis, begin, begin + count)
             begin += count
     if node.op_type == "Gather":
         axis = node.attributes.get_int("axis", 0) % (numbers.ndim + 1) - 1
         return np.take(numbers, edit.numbers(node.inputs[1]) or [], axis=axis).reshape(-1)
     if node.op_type == "Slice":
         axis, begin, end = slice_of(node)
-        return np.take(numbers, range(begin, end), axis=axis).reshape(-1)
+        return _range(numbers, axis, begin, end)
     return numbers.reshape(-1)
+
+
+def _range(numbers: np.ndarray, axis: int, begin: int, end: int) -> np.ndarray:
+    """Return the elements with the indices begin .. end - 1 along an axis, in order."""
+    return numbers[(slice(None),) * axis + (slice(begin, end),)].reshape(-1)
 
 
 def slice_of(node: ir.Node) -> tuple[int, int, int]:
