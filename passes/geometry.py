@@ -22,6 +22,11 @@ def value_width(attention: ir.Node) -> int:
     return attention.attributes.get_int("value_width", 0)
 
 
+def chunk_size(attention: ir.Node) -> int:
+    """Return the number of positions of a chunk, in which tokens attend to each other; 0 without chunks."""
+    return attention.attributes.get_int("chunk", 0)
+
+
 def cached_layers(model: ir.Model) -> tuple[Layer, ...]:
     """Return the attention layers of a canonical graph, or of a rank's part of one, from their KV caches."""
     layers = []

@@ -16,6 +16,7 @@ from llmc.passes.canonicalize.lower_experts import LowerExperts
 from llmc.passes.canonicalize.lower_head_linears import LowerHeadLinears
 from llmc.passes.canonicalize.lower_layers import LowerLinear, LowerRMSNorm
 from llmc.passes.canonicalize.lower_rope import LowerRope
+from llmc.passes.canonicalize.number_tokens import NumberTokens
 from llmc.passes.canonicalize.pack_tokens import PackTokens
 from llmc.passes.canonicalize.page_attention import PageAttention
 from llmc.passes.canonicalize.sink_transposes import SinkTransposes
@@ -56,7 +57,8 @@ def canonicalize(fusion: FusionPlan = FusionPlan()) -> list[Pass]:  # noqa: B008
     """
     return [
         # 1. Attention: from one sequence without a cache to packed sequences with a paged cache.
-        GatherRows(),  # first: later passes only handle Gather
+        NumberTokens(),  # first: later passes only know position_ids
+        GatherRows(),  # later passes only handle Gather
         FusePartialRope(),  # before LowerRope, which lowers what it fuses
         FoldExpands(),  # before LowerRope: it finds repeated heads behind a TracedRope
         LowerRope(),  # it leaves transposes

@@ -67,7 +67,8 @@ _LAYERS = frozenset((
 ))
 # fmt: on
 _CANONICAL = ELEMENTWISE | STRUCTURAL | _LAYERS
-TRACED_ONLY = frozenset(("GatherElements", "GatherND", "Shape", "Tile"))  # for GatherRows and FoldExpands
+# For NumberTokens, GatherRows and FoldExpands.
+TRACED_ONLY = frozenset(("GatherElements", "GatherND", "Range", "Shape", "Tile"))
 _QUANTIZED = _CANONICAL | {"QuantizeLinear", "DequantizeLinear"}
 _UNPACKED = _QUANTIZED | {"BitwiseAnd", "BitShift"}  # to unpack 4-bit codes from bytes
 _ONNX_OPERATORS = {

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from llmc.compiler.trace import grouped_router, latent_attention, probes
+from llmc.compiler.trace import grouped_router, latent_attention, probes, scaled_experts
 from llmc.compiler.trace import ops as ops  # registers torch.ops.llmc
 from llmc.compiler.trace.refusal import unlike
 from llmc.runtime.errors import LlmcError, UnsupportedError
@@ -35,6 +35,8 @@ class Interception:
     replaced: Counter[str] = field(default_factory=Counter)
     #: The calls of the attention interface during the trace.
     attention_calls: list[probes.AttentionCall] = field(default_factory=list)
+    #: Modules that the operator of a module around them computes.
+    covered: set[nn.Module] = field(default_factory=set)
     _restore: list[Callable[[], None]] = field(default_factory=list)
 
     def set_forward(self, module: nn.Module, forward: Callable[..., Any], name: str) -> None:
@@ -50,7 +52,7 @@ class Interception:
 
         def attend(query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
             _refuse_mask(type(module).__name__, attention_mask)
-            return attention(query, key, value, None, scale, 0.0, window, layer).transpose(1, 2), None
+            return attention(query, key, value, None, scale, 0.0, window, 0, layer).transpose(1, 2), None
 
         module.__dict__["_attn"] = attend
         self._restore.append(lambda: module.__dict__.pop("_attn"))
@@ -101,7 +103,9 @@ def intercept(model: PreTrainedModel, max_seq_len: int) -> Iterator[Interception
         repeats: set[Callable[[torch.Tensor], torch.Tensor]] = set()
         for owner in _python_modules(model):
             interception.set_attribute(owner, "set", _OrderedSet)
-        for name, module in model.named_modules():
+        for name, module in model.named_modules():  # a module comes before those inside it
+            if module in interception.covered:
+                continue
             try:
                 repeats |= _intercept_module(name, module, model, interception, max_seq_len)
             except LlmcError:
@@ -135,12 +139,17 @@ def _intercept_module(
         interception.set_forward(module, _linear(module), "linear")
     elif kind.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
         interception.set_forward(module, _rms_norm(module, *probes.rms_norm(name, module)), "rms_norm")
+    elif kind.endswith("Norm") and (of_width := probes.plain_norm(module)) is not None:
+        interception.set_forward(module, _plain_norm(of_width), "rms_norm")
     elif kind.endswith("RotaryEmbedding"):
         tables = probes.rotary_tables(name, module, max_seq_len)
         interception.set_forward(module, _rotary(module, tables), "rotary")
         return {table.repeat for table in tables.values()}
     elif _is_custom_layer_norm(module) and (epsilon := probes.layer_norm(module)) is not None:
         interception.set_forward(module, _layer_norm(module, epsilon), "layer_norm")
+    elif scaled_experts.is_scaled(module):
+        interception.set_forward(module, scaled_experts.replacement(name, module), "experts")
+        interception.covered.add(module.get_submodule("experts"))
     elif kind.endswith("Experts"):
         forward = _experts(module, probes.experts(name, module))
         interception.set_forward(module, forward, "experts")
@@ -185,6 +194,10 @@ def _rms_norm(
     return lambda x: torch.ops.llmc.rms_norm(x, module.weight, epsilon, offset, rounds_once)
 
 
+def _plain_norm(epsilon: float) -> Callable[..., torch.Tensor]:
+    return lambda x: torch.ops.llmc.rms_norm(x, x.new_ones(x.shape[-1]), epsilon, 0.0, True)
+
+
 def _is_custom_layer_norm(module: nn.Module) -> bool:
     """Return whether `module` is a LayerNorm that the model's code defines. torch's own needs no help."""
     named = type(module).__name__.endswith("LayerNorm")
@@ -206,17 +219,25 @@ def _layer_norm(module: nn.Module, epsilon: float) -> Callable[..., torch.Tensor
     return forward
 
 
+class _Angles(tuple[torch.Tensor, torch.Tensor]):
+    """Cosines and sines, where a model may expect them as complex numbers in one tensor."""
+
+    def to(self, device: object) -> _Angles:
+        """Return the same: a trace has one device."""
+        return self
+
+
 def _rotary(module: nn.Module, tables: dict[str, probes.RotaryTable]) -> Callable[..., Any]:
     for kind, table in tables.items():
         module.register_buffer(f"cos_table{kind}", table.cos, persistent=False)
         module.register_buffer(f"sin_table{kind}", table.sin, persistent=False)
 
-    def forward(x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
+    def forward(x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> _Angles:
         suffix = f"_{layer_type}" if layer_type else ""
         rows = nn.functional.embedding  # row p of a table holds the angles of position p
         cos = rows(position_ids, getattr(module, f"cos_table{suffix}"))
         sin = rows(position_ids, getattr(module, f"sin_table{suffix}"))
-        return cos.to(x.dtype), sin.to(x.dtype)
+        return _Angles((cos.to(x.dtype), sin.to(x.dtype)))
 
     return forward
 
@@ -235,6 +256,8 @@ def _intercept_apply_rotary(
 ) -> None:
     """Replace `apply_rotary_pos_emb` in the Python modules that define the model's layers."""
     owners = [owner for owner in _python_modules(model) if hasattr(owner, "apply_rotary_pos_emb")]
+    if not owners and _intercept_complex_rotary(model, interception):
+        return
     if not owners:
         raise UnsupportedError(
             f"{type(model).__name__} has rotary embeddings but no function `apply_rotary_pos_emb`",
@@ -265,6 +288,29 @@ def _intercept_apply_rotary(
             return rope(q, cos, sin, interleaved), rope(k, cos, sin, interleaved)
 
         interception.set_attribute(owner, "apply_rotary_pos_emb", apply)
+
+
+def _intercept_complex_rotary(model: PreTrainedModel, interception: Interception) -> bool:
+    """Replace `apply_rotary_emb(xq [1, T, H, D], xk, freqs_cis)`, as in Llama 4.
+
+    Returns whether the model has it.
+    """
+    found = False
+    for owner in _python_modules(model):
+        function = getattr(owner, "apply_rotary_emb", None)
+        if function is None or list(inspect.signature(function).parameters) != ["xq", "xk", "freqs_cis"]:
+            continue
+        interleaved = probes.complex_rotary(owner)
+
+        def apply(
+            xq: torch.Tensor, xk: torch.Tensor, freqs_cis: _Angles, interleaved: bool = interleaved
+        ) -> tuple[torch.Tensor, ...]:
+            rope = torch.ops.llmc.rope
+            return tuple(rope(x.transpose(1, 2), *freqs_cis, interleaved).transpose(1, 2) for x in (xq, xk))
+
+        interception.set_attribute(owner, "apply_rotary_emb", apply)
+        found = True
+    return found
 
 
 def _user_of(owner: ModuleType, model: PreTrainedModel) -> str:
@@ -324,7 +370,7 @@ def _intercept_masks(model: PreTrainedModel, interception: Interception) -> None
                 "llmc does not support this attention yet",
             )
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        attended = torch.ops.llmc.attention(query, key, value, None, scale, 0.0, 0, next(layers))
+        attended = torch.ops.llmc.attention(query, key, value, None, scale, 0.0, 0, 0, next(layers))
         return attended.transpose(1, 2)
 
     for owner in _python_modules(model):
@@ -372,7 +418,6 @@ def _attention(
     refusals = {
         "a custom attention mask": attention_mask is not None,
         "attention that is not causal": not kwargs.get("is_causal", getattr(module, "is_causal", True)),
-        "attention in chunks": "chunked" in str(getattr(module, "layer_type", "")),
     }
     for what, refused in refusals.items():
         if refused:
@@ -384,13 +429,27 @@ def _attention(
         raise UnsupportedError(
             f"{where} computes its attention sinks", "llmc supports sinks that are a parameter of the module"
         )
-    call = probes.AttentionCall(module, scale, float(softcap or 0.0), int(sliding_window or 0), of_sinks)
-    _active[-1].attention_calls.append(call)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    window, chunk = int(sliding_window or 0), _chunk(module, layer)
+    call = probes.AttentionCall(module, scale, float(softcap or 0.0), window, chunk, of_sinks)
+    _active[-1].attention_calls.append(call)
     attended = torch.ops.llmc.attention(
-        query, key, value, sinks, call.scale, call.softcap, call.window, layer
+        query, key, value, sinks, call.scale, call.softcap, window, chunk, layer
     )
     return attended, None
+
+
+def _chunk(module: nn.Module, layer: int) -> int:
+    """Return the positions of a chunk for attention in chunks; 0 for other attention.
+
+    Models pass chunks to their layers in the mask, which llmc's attention does not get. So the configuration
+    tells which layers have them.
+    """
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    if layer >= len(kinds) or kinds[layer] != "chunked_attention":
+        return 0
+    return int(getattr(config, "attention_chunk_size", None) or 0)
 
 
 # The name is not in transformers' mask registry too, so that transformers makes no masks for it.

@@ -19,7 +19,14 @@ SIGNATURES: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
     "TracedAttention": (
         ["query", "key"],
         ["value", "sinks"],
-        {"scale": "FLOAT", "softcap": "FLOAT", "window": "INT", "layer": "INT", "value_width": "INT"},
+        {
+            "scale": "FLOAT",
+            "softcap": "FLOAT",
+            "window": "INT",
+            "chunk": "INT",
+            "layer": "INT",
+            "value_width": "INT",
+        },
     ),
     "TracedHeadLinear": (
         ["x", "weight"],
@@ -81,16 +88,18 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     def rope(x, cos, sin, interleaved: bool):  # type: ignore[no-untyped-def]
         return op.TracedRope(x, cos, sin, interleaved=int(interleaved))
 
-    def attention(query, key, value, sinks, scale: float, softcap: float, window: int, layer: int):  # type: ignore[no-untyped-def]
+    def attention(  # type: ignore[no-untyped-def]
+        query, key, value, sinks, scale: float, softcap: float, window: int, chunk: int, layer: int,
+    ):  # fmt: skip
         return op.TracedAttention(
             query, key, value, sinks,
-            scale=scale, softcap=softcap, window=window, layer=layer, value_width=0,
+            scale=scale, softcap=softcap, window=window, chunk=chunk, layer=layer, value_width=0,
         )  # fmt: skip
 
     def latent_attention(query, key, scale: float, value_width: int, layer: int):  # type: ignore[no-untyped-def]
         return op.TracedAttention(
             query, key, None, None,
-            scale=scale, softcap=0.0, window=0, layer=layer, value_width=value_width,
+            scale=scale, softcap=0.0, window=0, chunk=0, layer=layer, value_width=value_width,
         )  # fmt: skip
 
     def head_linear(x, weight, heads: int, begin: int, rows: int, transposed: bool):  # type: ignore[no-untyped-def]

@@ -82,6 +82,7 @@ def attention(
     scale: float,
     softcap: float,
     window: int,
+    chunk: int,
     layer: int,
 ) -> Tensor:
     """Compute causal grouped-query self-attention of one sequence.
@@ -95,6 +96,8 @@ def attention(
     softcap: if positive, scores become softcap * tanh(scores / softcap) before the mask (Gemma 2,
         arXiv:2408.00118)
     window: if positive, a token attends to itself and the window - 1 tokens before it
+    chunk: if positive, a token attends to itself and the tokens before it in its chunk: the positions are cut
+        into chunks of so many (Llama 4)
     layer: the index of the layer, which the exported node keeps
 
     Returns [1, T, Hq, Dv].
@@ -107,6 +110,9 @@ def attention(
     length = query.shape[2]
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     visible = (distance >= 0) & (distance < window) if window > 0 else distance >= 0
+    if chunk > 0:
+        chunks = torch.arange(length) // chunk
+        visible &= chunks[:, None] == chunks[None, :]
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
         scores = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
@@ -123,6 +129,7 @@ def _(
     scale: float,
     softcap: float,
     window: int,
+    chunk: int,
     layer: int,
 ) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
@@ -140,7 +147,7 @@ def latent_attention(query: Tensor, key: Tensor, scale: float, value_width: int,
 
     Returns [1, T, Hq, value_width]. DeepSeek-AI 2024, arXiv:2405.04434, in the absorbed form.
     """
-    return attention(query, key, key[..., :value_width].contiguous(), None, scale, 0.0, 0, layer)
+    return attention(query, key, key[..., :value_width].contiguous(), None, scale, 0.0, 0, 0, layer)
 
 
 @latent_attention.register_fake

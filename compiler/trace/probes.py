@@ -74,6 +74,25 @@ def rms_norm(name: str, module: nn.Module) -> tuple[float, float, bool]:
     )
 
 
+def plain_norm(module: nn.Module) -> float | None:
+    """Return the epsilon with which `ops.rms_norm` with weights of 1 equals `module`; None if it never does.
+
+    The module has no parameters, buffers or modules.
+    """
+    if module._parameters or module._buffers or module._modules:
+        return None
+    x = draw(3, 16)
+    with torch.no_grad(), contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):
+        expected = type(module).forward(module, x)
+        for attribute in ("variance_epsilon", "eps", "epsilon"):
+            epsilon = getattr(module, attribute, None)
+            if not isinstance(epsilon, float):
+                continue
+            if close(torch.ops.llmc.rms_norm(x, torch.ones(16), epsilon, 0.0, True), expected):
+                return epsilon
+    return None
+
+
 def _rounds_once(module: nn.Module, epsilon: float, offset: float) -> bool:
     """Return whether an RMSNorm in bf16 is closer to `ops.rms_norm` with `rounds_once` than without.
 
@@ -247,6 +266,26 @@ def apply_rotary_by_token(owner: ModuleType) -> bool:
     )
 
 
+def complex_rotary(owner: ModuleType) -> bool:
+    """Return whether `owner.apply_rotary_emb(xq, xk, freqs_cis)` rotates interleaved pairs, as in Llama 4.
+
+    xq and xk are [1, T, H, D], freqs_cis is complex, [1, T, D/2].
+
+    Raises UnsupportedError if it does not rotate each of the two known pairs.
+    """
+    tokens, half = 5, 4
+    angle, xq, xk = draw(1, tokens, half), draw(1, tokens, 3, 2 * half), draw(1, tokens, 2, 2 * half)
+    rotated = owner.apply_rotary_emb(xq, xk, torch.polar(torch.ones_like(angle), angle))
+    for interleaved in (False, True):
+        ours = (torch.ops.llmc.rope(x.transpose(1, 2), angle.cos(), angle.sin(), interleaved) for x in (xq, xk))
+        if all(close(x.transpose(1, 2), y) for x, y in zip(ours, rotated, strict=True)):
+            return interleaved
+    raise UnsupportedError(
+        f"{owner.__name__}.apply_rotary_emb is neither of the two known rotations",
+        "llmc does not support the rotary embedding of this architecture",
+    )
+
+
 def inline_attention(name: str, module: nn.Module) -> tuple[float, int]:
     """Return the (scale, window) with which `ops.attention` equals `module._attn`.
 
@@ -266,7 +305,7 @@ def inline_attention(name: str, module: nn.Module) -> tuple[float, int]:
         q, k, v = (draw(1, 2, length, width + index)[..., :width] for index in range(3))
         attended, _ = module._attn(q, k, v, causal_mask(length, 0))  # type: ignore[operator]
         for scale in (1.0, width**-0.5):
-            ours = torch.ops.llmc.attention(q, k, v, None, scale, 0.0, window, 0)
+            ours = torch.ops.llmc.attention(q, k, v, None, scale, 0.0, window, 0, 0)
             if close(ours.transpose(1, 2), attended):
                 return scale, window
     raise UnsupportedError(
@@ -275,13 +314,17 @@ def inline_attention(name: str, module: nn.Module) -> tuple[float, int]:
     )
 
 
-def causal_mask(length: int, window: int) -> torch.Tensor:
+def causal_mask(length: int, window: int, chunk: int = 0) -> torch.Tensor:
     """Return an additive mask [1, 1, length, length].
 
     window: if positive, the number of tokens that a token attends to
+    chunk: if positive, the number of positions of a chunk, in which the tokens attend to each other
     """
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     hidden = (distance < 0) | (distance >= window) if window else distance < 0
+    if chunk:
+        chunks = torch.arange(length) // chunk
+        hidden |= chunks[:, None] != chunks[None, :]
     return torch.zeros(1, 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
 
 
@@ -366,6 +409,7 @@ class AttentionCall:
     scale: float
     softcap: float
     window: int
+    chunk: int = 0
     #: The name of the module's parameter that holds the sinks; "" without sinks.
     sinks: str = ""
 
@@ -377,7 +421,7 @@ def attention(calls: list[AttentionCall]) -> None:
     """
     seen = set()
     for call in calls:
-        kind = (type(call.module), call.scale, call.softcap, call.window, call.sinks)
+        kind = (type(call.module), call.scale, call.softcap, call.window, call.chunk, call.sinks)
         if kind in seen:
             continue
         seen.add(kind)
@@ -388,9 +432,10 @@ def attention(calls: list[AttentionCall]) -> None:
                 "llmc does not support the attention of this architecture",
             )
         groups = int(getattr(call.module, "num_key_value_groups", 1))
-        length = call.window + 4 if 0 < call.window <= 64 else 9
+        span = call.window or call.chunk
+        length = span + 4 if 0 < span <= 64 else 9
         q, k, v = draw(1, 2 * groups, length, 8), draw(1, 2, length, 8), draw(1, 2, length, 8) * 2
-        mask, module, sinks = causal_mask(length, call.window), call.module, None
+        mask, module, sinks = causal_mask(length, call.window, call.chunk), call.module, None
         if call.sinks:
             sinks = nn.Parameter(draw(2 * groups), requires_grad=False)
             module = copy.copy(module)
@@ -398,7 +443,7 @@ def attention(calls: list[AttentionCall]) -> None:
         expected, _ = eager(
             module, q, k, v, mask, scaling=call.scale, dropout=0.0, softcap=call.softcap or None
         )
-        attended = torch.ops.llmc.attention(q, k, v, sinks, call.scale, call.softcap, call.window, 0)
+        attended = torch.ops.llmc.attention(q, k, v, sinks, call.scale, call.softcap, call.window, call.chunk, 0)
         if not close(attended, expected):
             raise UnsupportedError(
                 f"the attention of {type(call.module).__name__} computes something else than llmc's",

@@ -51,6 +51,7 @@ def _page(graph: ir.Graph, node: ir.Node, step: list[ir.Value]) -> None:
     module, layer = module_of(node), int(edit.attribute(node, "layer"))
     flat = []
     latent = node.attributes.get_int("value_width", 0)  # numbers of a key that are its value
+    chunk = node.attributes.get_int("chunk", 0)
     for index, role in enumerate(("query", "key") if latent else ("query", "key", "value")):
         x = edit.operand(node, index)
         _, heads, _, width = edit.dims(x)
@@ -85,6 +86,7 @@ def _page(graph: ir.Graph, node: ir.Node, step: list[ir.Value]) -> None:
             "window": int(edit.attribute(node, "window")),
             "softcap": float(edit.attribute(node, "softcap")),
             **({"value_width": latent} if latent else {}),
+            **({"chunk": chunk} if chunk else {}),
         },
         domain=operator.DOMAIN,
         outputs=outputs,

@@ -25,7 +25,7 @@ from llmc.compiler.targets.native.constants import (
 )
 from llmc.compiler.targets.native.fuse import fuse
 from llmc.passes import edit
-from llmc.passes.geometry import attention_nodes, value_width
+from llmc.passes.geometry import attention_nodes, chunk_size, value_width
 from llmc.passes.shard.stages import VOCABULARY, rows_are_logits
 from llmc.plugins.collectives.spec import ALL_GATHER, ALL_REDUCE, PARTIAL_EMBEDDING, RECV, SEND
 from llmc.plugins.experts.spec import ACTIVATIONS, MATRICES, REQUIRED
@@ -387,8 +387,10 @@ class _Lowering:
             return
         if node.outputs[0] in self.of_position:
             return
-        if right in self.of_position and function == "mul":
-            self._scale_rotation(node)
+        if function == "mul" and left in self.of_position:
+            left, right = right, left
+        if function == "mul" and right in self.of_position:
+            self._scale_by_position(node, left, right)
             return
         if self._is_constant(left):
             if function not in _COMMUTATIVE:
@@ -529,32 +531,48 @@ class _Lowering:
             },
         )
 
-    def _scale_rotation(self, node: ir.Node) -> None:
-        """Lower the product of rotated heads and a number that depends on the position: scale the tables."""
-        left, right = edit.operand(node, 0), edit.operand(node, 1)
-        chain = [left]  # from the rotated heads
-        while (producer := chain[-1].producer()) is not None and producer.op_type == "Reshape":
-            chain.append(edit.operand(producer, 0))
-        view = self.views.get(left)
-        instruction = next((each for each in self.instructions if view and each.out == view.buffer), None)
-        if (
-            view is None
-            or instruction is None
-            or instruction.op != "rope"
-            or instruction.integers["rotated"] * instruction.integers["heads"] != view.width
-            or edit.dims(right) != [-1] + [1] * (len(edit.dims(left)) - 1)
-            or any(len(list(value.uses())) != 1 for value in chain)
-        ):
-            raise refusal(node, "its factor depends on the position, and it scales something else than heads")
-        positions = np.arange(self.positions, dtype=np.int32)
-        known = {value: positions for value in self.of_position if value.is_graph_input()}
-        factors = evaluate(right, known).reshape(-1, 1)
+    def _scale_by_position(self, node: ir.Node, left: ir.Value, right: ir.Value) -> None:
+        """Lower left x right, where `right` is a number that the position of a token gives.
+
+        If all of `left` was rotated, the tables of the rotation are scaled.
+        """
+        view, rows = self._view(node, list(node.inputs).index(left)), self.positions
+        rows = rows or next((edit.dims(table.value)[0] for table in self.tables.values()), 0)
+        if edit.dims(right) != [-1] + [1] * (len(edit.dims(left)) - 1) or not rows:
+            raise refusal(node, "its factor depends on the position in a way that the engine has no table for")
+        known = {value: np.arange(rows, dtype=np.int32) for value in self.of_position if value.is_graph_input()}
+        factors = evaluate(right, known).reshape(-1, 1).astype(np.float32)
+        rotation = self._rotation(left)
+        if rotation is None:
+            name = f"{right.name}:factors"
+            self._limit_positions(node, rows)
+            self.matrices[name] = Matrix(rows, 1, "fp32")
+            self.sources[name] = MatrixSource(ir.Value(name=name, const_value=ir.tensor(factors, name=name)))
+            self._emit(node, "embed_positions", weights=(name,), width=1)
+            self._emit(node, "binary", (view, self.views[node.outputs[0]]), function="mul")
+            return
         tables = []
-        for name in instruction.weights:
+        for name in rotation.weights:
             source = replace(self.constants[name], factors=factors)
             tables.append(self._record(f"{name}:{right.name}", source))
-        self.instructions[self.instructions.index(instruction)] = replace(instruction, weights=tuple(tables))
+        self.instructions[self.instructions.index(rotation)] = replace(rotation, weights=tuple(tables))
         self.views[node.outputs[0]] = view
+
+    def _rotation(self, value: ir.Value) -> Instruction | None:
+        """Return the instruction that rotated all numbers of `value`, if nothing else reads them."""
+        chain = [value]  # from the rotated heads
+        while (producer := chain[-1].producer()) is not None and producer.op_type == "Reshape":
+            chain.append(edit.operand(producer, 0))
+        view = self.views[value]
+        instruction = next((each for each in self.instructions if each.out == view.buffer), None)
+        if (
+            instruction is None
+            or instruction.op != "rope"
+            or instruction.integers["rotated"] * instruction.integers["heads"] != view.width
+            or any(len(list(each.uses())) != 1 for each in chain)
+        ):
+            return None
+        return instruction
 
     def _attention(self, node: ir.Node) -> None:
         cache_input, layer = edit.operand(node, 3), self.layers[_layer(node)]
@@ -576,7 +594,8 @@ class _Lowering:
             weights=tuple(self._constant(value) for value in node.inputs[SINKS:] if value is not None),
             width=heads * (latent or self.caches[layer].v_head_dim),
             integers={"heads": heads, "layer": layer, "window": window}
-            | ({"value_width": latent} if latent else {}),
+            | ({"value_width": latent} if latent else {})
+            | ({"chunk": chunk} if (chunk := chunk_size(node)) else {}),
             floats={name: float(edit.attribute(node, name)) for name in ("scale", "softcap")},
         )
 
