@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmc.compiler.plan import BuildPlan
     from llmc.compiler.request import BuildRequest
     from llmc.passes.quantize.plan import QuantPlan
-    from llmc.runtime.bundle.manifest import Geometry, Manifest, Target, Verification
+    from llmc.runtime.bundle.manifest import Geometry, Layer, Manifest, Target, Verification
 
 # Import names of the libraries that the extra `build` installs.
 LIBRARIES = (
@@ -264,18 +264,25 @@ def describe_target(target: Target) -> str:
 def describe_geometry(geometry: Geometry) -> str:
     """Describe the shape of a model in one line."""
     latent = any(layer.v_head_dim == 0 for layer in geometry.layers)
-    kind = "latent KV heads" if latent else "KV heads"
-    heads = f"{geometry.num_heads} heads, {geometry.num_kv_heads} {kind} of {geometry.head_dim}"
+    cached = "latent KV heads" if latent else "KV heads"
+    heads = f"{geometry.num_heads} heads, {geometry.num_kv_heads} {cached} of {geometry.head_dim}"
     if geometry.v_head_dim != geometry.head_dim and not latent:
         heads += f" (values {geometry.v_head_dim})"
-    windows = sorted({layer.window for layer in geometry.layers if layer.window})
-    sliding = sum(layer.kind == "sliding" for layer in geometry.layers)
-    if sliding:
-        heads += f", {sliding} layers with a window of {' or '.join(map(str, windows))}"
+    for kind, what in (("sliding", "with a window of"), ("chunked", "with attention in chunks of")):
+        windows = [layer.window for layer in geometry.layers if layer.kind == kind]
+        if windows:
+            heads += f", {len(windows)} layers {what} {' or '.join(map(str, sorted(set(windows))))}"
     return (
         f"{geometry.num_layers} layers, hidden size {geometry.hidden_size}, {heads}, "
         f"vocabulary {geometry.vocab_size}"
     )
+
+
+def describe_layer(layer: Layer) -> str:
+    """Describe what the attention of a layer sees."""
+    if layer.kind == "chunked":
+        return f"in chunks of {layer.window}"
+    return f"sliding with a window of {layer.window}" if layer.window else "full"
 
 
 def describe_verification(record: Verification) -> str:

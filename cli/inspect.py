@@ -11,6 +11,7 @@ import typer
 
 from llmc.cli.build import (
     describe_geometry,
+    describe_layer,
     describe_kv_cache_loss,
     describe_target,
     describe_verification,
@@ -83,9 +84,7 @@ def inspect(
         return
     requires = ", ".join(f"{name} {version}" for name, version in manifest.target.requires.items())
     libraries = [f"{name} {version}" for name, version in manifest.producer.libraries.items()]
-    kinds = Counter(
-        f"sliding with a window of {layer.window}" if layer.window else "full" for layer in geometry.layers
-    )
+    kinds = Counter(map(describe_layer, geometry.layers))
     facts = [
         ("name", opened.name),
         ("format", str(manifest.format_version)),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llmc import __version__
-from llmc.cli.build import describe_geometry, describe_kv_cache_loss, describe_target
+from llmc.cli.build import describe_geometry, describe_kv_cache_loss, describe_layer, describe_target
 from llmc.cli.html_elements import (
     Html,
     bars,
@@ -69,10 +69,7 @@ def _head(bundle: Bundle) -> Html:
 
 
 def _inside(manifest: Manifest) -> Html:
-    kinds = Counter(
-        f"sliding with a window of {layer.window}" if layer.window else "full"
-        for layer in manifest.geometry.layers
-    )
+    kinds = Counter(map(describe_layer, manifest.geometry.layers))
     ends = ", ".join(map(str, manifest.tokens.eos)) or "none"
     libraries = [f"{name} {version}" for name, version in manifest.producer.libraries.items()]
     facts = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 from llmc.plugins.collectives import spec as collectives
@@ -36,16 +37,14 @@ class Operator:
         """The name in a manifest, such as "llmc.PagedAttention"."""
         return f"{DOMAIN}.{self.name}"
 
-    def body(self, *, optional: bool = False, latent: bool = False) -> Any:
+    def body(self, form: Mapping[str, bool] = MappingProxyType({}), *, optional: bool = False) -> Any:
         """Return the operator as a function of standard ONNX operators, an `onnx_ir.Function`.
 
+        form: arguments of `function`, of attention only
         optional: whether the nodes have the optional inputs
-        latent: whether the values of attention are numbers of its keys
         """
         function = import_module(self.module).function
-        if latent:
-            return function(optional, latent=True)
-        return function(optional) if self.required else function()
+        return function(optional, **form) if self.required else function()
 
 
 # The order is that of the bodies in an ONNX file.
@@ -67,16 +66,20 @@ OPERATORS: Mapping[str, Operator] = {
 }
 
 
-def bodies_for(names: Iterable[str], optional: Container[str] = (), latent: Container[str] = ()) -> list[Any]:
+def bodies_for(
+    names: Iterable[str],
+    optional: Container[str] = (),
+    forms: Mapping[str, Mapping[str, bool]] = MappingProxyType({}),
+) -> list[Any]:
     """Return the bodies, `onnx_ir.Function`, of the custom operators among `names`.
 
     optional: the operators whose nodes have their optional inputs
-    latent: the operators of attention whose values are numbers of its keys
+    forms: operator -> `form` of `Operator.body`
     """
     used = set(names)
     operators = (operator for operator in OPERATORS.values() if operator.name in used and operator.module)
     return [
-        operator.body(optional=operator.name in optional, latent=operator.name in latent)
+        operator.body(forms.get(operator.name, {}), optional=operator.name in optional)
         for operator in operators
     ]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -321,10 +322,19 @@ def make_model(auto: Any, config: PreTrainedConfig) -> PreTrainedModel:
         ) from error
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Return the module with the layers of a language model, or of a multimodal model around one.
+
+    transformers' `get_decoder` returns all of Llama4ForCausalLM.
+    """
+    decoder: Any = model.get_decoder()
+    return decoder.model if decoder.get_output_embeddings() is not None else decoder
+
+
 def _shared_modules(wrapper: PreTrainedModel, model: PreTrainedModel) -> dict[str, str]:
     """Map the names of the decoder and lm_head in `wrapper` to their names in the language model."""
     pairs = (
-        (wrapper.get_decoder(), model.get_decoder()),
+        (decoder_of(wrapper), decoder_of(model)),
         (wrapper.get_output_embeddings(), model.get_output_embeddings()),
     )
     shared = {}

@@ -43,7 +43,7 @@ from llmc.compiler.weights.narrow import narrow_plan
 from llmc.compiler.weights.write import WEIGHTS_FILE, attach_weights, weight_bytes
 from llmc.passes import contract, pipeline
 from llmc.passes.contract import Pass, PassReport
-from llmc.passes.geometry import attention_nodes, value_width
+from llmc.passes.geometry import attention_nodes, chunk_size, value_width
 from llmc.passes.legalize.drop_activation_quantization import rounded_to
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.spec import module_of
@@ -240,6 +240,8 @@ def engine_fault(engine: str, resolved: Resolved, model: ir.Model) -> str:
                 return f"{module_of(node)} has attention sinks"
             if value_width(node):
                 return f"{module_of(node)} is multi-head latent attention"
+            if chunk_size(node):
+                return f"{module_of(node)} is attention in chunks"
         for node in model.graph:
             if node.op_type == EXPERTS:
                 return f"{module_of(node)} is a mixture of experts"

@@ -39,7 +39,7 @@ class Job:
     #: The context length: tokens of prompt and answer together.
     max_seq_len: int
     vocab_size: int
-    #: Sizes of the model's sliding attention windows, in tokens.
+    #: Sizes of the model's sliding attention windows and of its chunks, in tokens.
     windows: list[int]
     #: The largest logit error accepted in fp32 (`recipe.Recipe`). The bound of a 16-bit engine follows from
     #: the error of transformers in the same dtype.

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from llmc.compiler.checkpoint.checkpoint import Checkpoint
 from llmc.compiler.checkpoint.config import load_config, load_wrapper
 from llmc.compiler.checkpoint.context import choose_context
-from llmc.compiler.checkpoint.model_keys import read_model
+from llmc.compiler.checkpoint.model_keys import decoder_of, read_model
 from llmc.compiler.checkpoint.prequantized.dequantize import dequantize, iter_rows
 from llmc.compiler.checkpoint.prequantized.layout import QuantizedCheckpoint, read_quantized
 from llmc.compiler.checkpoint.prequantized.module import QuantizedModule
@@ -62,7 +62,7 @@ class Reference:
                 checkpoint, getattr(torch, BY_NAME[dtype].numpy), weights, max_seq_len
             )
         self.model.eval()
-        decoder = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         self._decoder = next(name for name, module in self.model.named_modules() if module is decoder)
 
     @torch.no_grad()

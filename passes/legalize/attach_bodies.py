@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from llmc.passes.contract import Matches
-from llmc.passes.geometry import value_width
+from llmc.passes.geometry import attention_nodes, chunk_size, value_width
 from llmc.passes.spec import Stage, module_of
 from llmc.plugins.operator import OPERATORS, bodies_for
 from llmc.plugins.paged_attention.spec import NAME as ATTENTION
@@ -21,15 +21,26 @@ class AttachBodies:
 
     def __call__(self, model: ir.Model) -> Matches:
         names = (node.op_type for node in model.graph)
-        functions = bodies_for(names, _with_optional_inputs(model), _latent(model))
+        form = {"latent": _latent(model), "chunks": _set_chunks(model)}
+        functions = bodies_for(names, _with_optional_inputs(model), {ATTENTION: form})
         added = [function for function in functions if function.identifier() not in model.functions]
         for function in added:
             model.functions[function.identifier()] = function
         return Matches(len(added))
 
 
-def _latent(model: ir.Model) -> set[str]:
-    """Return the operators of attention whose values are numbers of its keys.
+def _set_chunks(model: ir.Model) -> bool:
+    """Return whether attention has chunks, and let all nodes say their size: an operator has one body."""
+    nodes = attention_nodes(model)
+    chunks = any(map(chunk_size, nodes))
+    if chunks:
+        for node in nodes:
+            node.attributes["chunk"] = ir.AttrInt64("chunk", chunk_size(node))
+    return chunks
+
+
+def _latent(model: ir.Model) -> bool:
+    """Return whether the values of attention are numbers of its keys.
 
     Raises UnsupportedError if that is so for only some of the nodes: an operator has one body.
     """
@@ -40,7 +51,7 @@ def _latent(model: ir.Model) -> set[str]:
             f"{module_of(latent[0])} is multi-head latent attention, and attention of other layers is not",
             "only the native engine runs such a model: --engine native",
         )
-    return {ATTENTION} if latent else set()
+    return bool(latent)
 
 
 def _with_optional_inputs(model: ir.Model) -> set[str]:

@@ -129,11 +129,12 @@ def PagedAttention(
     return output, key_cache_out, value_cache_out
 
 
-def function(sinks: bool = False, *, latent: bool = False) -> ir.Function:
+def function(sinks: bool = False, *, latent: bool = False, chunks: bool = False) -> ir.Function:
     """Return the function body as an `onnx_ir.Function`, to be stored in a model that uses the operator.
 
     sinks: whether the nodes have the optional input
     latent: whether they have the attribute value_width, and no values
+    chunks: whether they have the attribute chunk
     """
     body: Any = PagedAttention
     made = ir.serde.deserialize_function(body.to_function_proto())
@@ -150,6 +151,8 @@ def function(sinks: bool = False, *, latent: bool = False) -> ir.Function:
         del made.inputs[SINKS:]
     if latent:
         _take_values_from_keys(made)
+    if chunks:
+        _hide_other_chunks(made)
     return made
 
 
@@ -176,6 +179,37 @@ def _take_values_from_keys(function: ir.Function) -> None:
     cast.replace_input_with(0, nodes[-1].outputs[0])
     function.outputs.pop()  # the cache of the values
     _remove_unused(function)
+
+
+def _hide_other_chunks(function: ir.Function) -> None:
+    """Hide keys of other chunks than the query's, unless the attribute `chunk` is 0."""
+    name = "chunk"
+    where = next(node for node in function if node.op_type == "Where")
+    not_later = next(node for node in function if node.op_type == "GreaterOrEqual")
+    distance = not_later.inputs[0].producer()  # type: ignore[union-attr]
+    assert distance is not None
+    size, zero, one, divisor, any_chunk, same, near, visible = (
+        ir.Value(name=f"chunk_{part}")
+        for part in ("size", "zero", "one", "divisor", "any", "same", "near", "visible")
+    )
+    numbers = [ir.Value(name=f"chunk_of_{part}") for part in ("query", "key")]
+    function.attributes.add(ir.Attr(name, ir.AttributeType.INT, None))
+    nodes = [
+        ir.Node("", "Constant", [], [ir.RefAttr("value_int", name, ir.AttributeType.INT)], outputs=[size]),
+        ir.node("Constant", [], {"value_int": 0}, outputs=[zero]),
+        ir.node("Constant", [], {"value_int": 1}, outputs=[one]),
+        ir.node("Max", [size, one], outputs=[divisor]),
+        *(
+            ir.node("Div", [position, divisor], outputs=[number])
+            for position, number in zip(distance.inputs, numbers, strict=True)
+        ),
+        ir.node("Equal", numbers, outputs=[same]),
+        ir.node("LessOrEqual", [size, zero], outputs=[any_chunk]),
+        ir.node("Or", [any_chunk, same], outputs=[near]),
+        ir.node("And", [where.inputs[0], near], outputs=[visible]),
+    ]
+    function.insert_before(where, nodes)
+    where.replace_input_with(0, visible)
 
 
 def _remove_unused(function: ir.Function) -> None:

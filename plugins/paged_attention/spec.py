@@ -4,7 +4,8 @@ A step holds T tokens of S sequences, packed end to end. The tokens of sequence 
 query_start[s] .. query_start[s+1]-1. The cache already holds past_lengths[s] tokens of it. Its cache blocks,
 in the order of positions, are block_indices[block_begins[s] : block_begins[s+1]] (CSR). They cover the past
 and the new tokens. The operator first writes the keys and values of the new tokens into the cache. Then a
-token at position p attends to positions 0..p, or p-window+1..p if window > 0.
+token at position p attends to positions 0..p, or p-window+1..p if window > 0, or floor(p/chunk)*chunk..p if
+chunk > 0.
 
     inputs      query        [T, num_heads*D]          model dtype
                 key          [T, num_kv_heads*D]
@@ -17,7 +18,7 @@ token at position p attends to positions 0..p, or p-window+1..p if window > 0.
                 An engine writes in place: output cache and input cache are the same memory.
     attributes  num_heads, num_kv_heads, scale, window (0: none), softcap (0: none);
                 key_scale, value_scale (default 1.0), of quantized caches;
-                value_width (default 0), of latent attention
+                value_width (default 0), of latent attention; chunk (default 0: none)
 
 Query head h reads key/value head h // (num_heads // num_kv_heads). With softcap c, a score s becomes
 c*tanh(s/c) before the mask. D and Dv may differ. A sink is a score of its head without a key and a value: the

@@ -1,4 +1,4 @@
-"""The manifest of a bundle, formats 1 to 6: frozen dataclasses, a strict reader and a deterministic writer.
+"""The manifest of a bundle, formats 1 to 7: frozen dataclasses, a strict reader and a deterministic writer.
 
 The dataclasses are the schema: `strict_json.decode` reads their type hints, so each field is declared once.
 FORMAT.md documents each field. Every rule holds in both directions: `to_json` does not write a manifest that
@@ -20,11 +20,12 @@ from llmc.runtime.bundle.strict_json import DAMAGED, decode, no_constants, plain
 from llmc.runtime.errors import BundleError
 from llmc.runtime.installation import upgrade_hint
 
-FormatVersion = Literal[1, 2, 3, 4, 5, 6]
-FORMAT_VERSION: Final = 6
+FormatVersion = Literal[1, 2, 3, 4, 5, 6, 7]
+FORMAT_VERSION: Final = 7
 _ADDED_IN: Final = {"gpu": 2, "sampling": 3, "ranks": 5}  # field -> the first format that has it
 _RANKS_IN: Final = 4  # the first format of bundles with several ranks
 _LATENT_IN: Final = 6  # the first format of bundles whose layers cache keys alone
+_CHUNKS_IN: Final = 7  # the first format of bundles with attention in chunks
 MANIFEST_NAME = "manifest.json"
 SEAL = "manifest_sha256"  # the one field that is not in the dataclasses
 MAX_MANIFEST_BYTES = 16 * 2**20
@@ -103,8 +104,8 @@ class Source:
 class Layer:
     """One attention layer."""
 
-    kind: Literal["full", "sliding"]
-    #: The size of the sliding window in tokens; 0 for a full layer.
+    kind: Literal["full", "sliding", "chunked"]
+    #: The size of the sliding window or of a chunk in tokens; 0 for a full layer.
     window: Count
     num_kv_heads: Positive
     #: The width of a query or key head.
@@ -417,6 +418,7 @@ def oldest_format(parallel: Parallel, layers: Sequence[Layer], **fields: Any) ->
     used = [_ADDED_IN.get(name, 1) for name, value in fields.items() if value is not None]
     used += [_RANKS_IN] if parallel.world_size > 1 else []
     used += [_LATENT_IN] if any(layer.v_head_dim == 0 for layer in layers) else []
+    used += [_CHUNKS_IN] if any(layer.kind == "chunked" for layer in layers) else []
     return typing.cast(FormatVersion, max([1, *used]))
 
 
@@ -481,7 +483,7 @@ def _check_consistent(manifest: Manifest) -> None:
     if len(geometry.layers) != geometry.num_layers:
         _bad("geometry.layers", f"has {len(geometry.layers)} layers, num_layers is {geometry.num_layers}")
     for i, layer in enumerate(geometry.layers):
-        if (layer.kind == "sliding") != (layer.window > 0):
+        if (layer.kind == "full") != (layer.window == 0):
             _bad(f"geometry.layers[{i}].window", f"{layer.window} does not fit a {layer.kind} layer")
     needs_gpu = {"cpu": False, "tensorrt": True, "tensorrt-rtx": True}.get(manifest.target.name)
     if needs_gpu is not None and needs_gpu != (manifest.gpu is not None):

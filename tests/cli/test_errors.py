@@ -391,11 +391,11 @@ def test_changed_byte_of_the_manifest(fails, tiny):
 
 def test_newer_format(fails, tiny):
     manifest = json.loads((tiny / "manifest.json").read_bytes())
-    manifest["format_version"] = 7
+    manifest["format_version"] = 8
     manifest["producer"]["llmc"] = "9.1"
     (tiny / "manifest.json").write_text(json.dumps(manifest))
     error, hint = fails("run", tiny, "Once")
-    assert error == "bundle format 7 needs llmc >= 9.1; this llmc reads formats 1 to 6"
+    assert error == "bundle format 8 needs llmc >= 9.1; this llmc reads formats 1 to 7"
     assert hint == upgrade_hint("9.1")
 
 

@@ -35,6 +35,7 @@ TOLERANCE = 1e-4  # fp32 logits
 FAMILIES = [entry.name for entry in list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 ENGINES = ("native", "openvino", "onnxruntime")
 SOFTCAP = "gemma2-tiny"
+CHUNKS = "llama4-text-tiny"
 NOT_OPENVINO = (SOFTCAP, *MIXTURES)  # OpenVINO's attention has no softcap, and it has no mixture of experts
 NEW_TOKENS = 64
 # The number of tokens of each of three sequences, step by step: prefill, mixed, decode.
@@ -177,6 +178,7 @@ def test_latent_attention_elsewhere_is_refused(
         (SOFTCAP, "has an attention softcap"),
         ("mixtral-tiny", "is a mixture of experts"),
         ("deepseek-v2-tiny", "is multi-head latent attention"),
+        (CHUNKS, "is attention in chunks"),
     ],
 )
 def test_openvino_names_what_it_lacks(
@@ -270,14 +272,39 @@ def test_stages_together_equal_transformers(
     check(reference(source), backend, 256)
 
 
-def test_sequences_share_prefixes_and_are_preempted(
+def test_the_family_with_chunks_has_all_that_is_special_about_it() -> None:
+    settings, longest = zoo_config(CHUNKS), sum(step[0] for step in STEPS)
+    assert longest > 3 * settings["attention_chunk_size"]
+    assert settings["attention_chunk_size"] % 32  # chunks begin within blocks of the cache
+    assert longest > 2 * settings["floor_scale"]
+    assert set(settings["no_rope_layers"]) == {0, 1}
+    assert 0 < len(settings["moe_layers"]) < settings["num_hidden_layers"]
+
+
+def test_logits_have_the_same_bits_in_any_batch_and_with_any_threads(
     checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
+    sequences, path = reference(checkpoint(CHUNKS)).sequences, Bundle.open(bundle(CHUNKS)).engine_path()
+    results = []
+    for threads in (1, 2):
+        backend = load_backend(EngineFile("native", path), LoadOptions(kv_blocks=64, threads=threads))
+        results.append(run_steps(backend, sequences, STEPS))
+        whole = [run_steps(backend, [ids], [(len(ids),)])[0] for ids in sequences]
+        results.append(whole)
+    for other in results[1:]:
+        for logits, got in zip(results[0], other, strict=True):
+            assert np.array_equal(logits, got)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3-tiny", CHUNKS])
+def test_sequences_share_prefixes_and_are_preempted(
+    name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
+) -> None:
     """Three prompts of 40 equal tokens and one of its own, in a cache that is too small for all of them."""
-    expected = reference(checkpoint("deepseek-v3-tiny"))
+    expected = reference(checkpoint(name))
     prompt = expected.prompts[2]
     assert len(prompt) == 40
-    engine = Engine(backend_for(bundle("deepseek-v3-tiny"), "native", 7), None, (), 256, max_sequences=8)
+    engine = Engine(backend_for(bundle(name), "native", 7), None, (), 256, max_sequences=8)
     prompts = [prompt, expected.prompts[1], prompt, prompt]
     wanted = [expected.continuations[number] for number in (2, 1, 2, 2)]
     outputs = engine.generate(prompts, SamplingParams(max_tokens=64, ignore_eos=True))

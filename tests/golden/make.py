@@ -6,6 +6,7 @@
     python tests/golden/make.py tests/golden/format-4 cpu "" 2           # for two ranks
     python tests/golden/make.py tests/golden/format-5 tensorrt-rtx 89 1 2    # for two stages on GPUs
     python tests/golden/make.py tests/golden/format-6 cpu "" 1 1 deepseek_v3     # with latent attention
+    python tests/golden/make.py tests/golden/format-7 cpu "" 1 1 llama4_text     # with attention in chunks
 
 Writes DIR.llmc and DIR.json: the tokens that transformers generates greedily from a prompt. The sampling
 defaults came with format 3. The repetition penalty among them changes these tokens.
@@ -46,6 +47,17 @@ DEEPSEEK = {
     "architectures": ["DeepseekV3ForCausalLM"],
 }
 
+LLAMA4 = {
+    "intermediate_size_mlp": 48,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 12,
+    "floor_scale": 8,
+    "no_rope_layers": [1, 0],
+    "architectures": ["Llama4ForCausalLM"],
+}
+FAMILIES = {"llama": {}, "deepseek_v3": DEEPSEEK, "llama4_text": LLAMA4}
+
 
 def main(
     name: Path, target: str = "cpu", sms: str = "", tp: str = "1", pp: str = "1", family: str = "llama"
@@ -66,7 +78,7 @@ def main(
         "architectures": ["LlamaForCausalLM"],
         "dtype": "float32",
     }
-    config = AutoConfig.for_model(family, **sizes | (DEEPSEEK if family == "deepseek_v3" else {}))
+    config = AutoConfig.for_model(family, **sizes | FAMILIES[family])
     with TemporaryDirectory() as directory:
         source = Path(directory) / "golden"
         config.save_pretrained(source)

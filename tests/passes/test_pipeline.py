@@ -129,11 +129,11 @@ def test_dumps_are_numbered_texts(
     contract.run(model, pipeline.legalize_onnxruntime(), dump=None if from_environment else tmp_path)
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names[:4] == [
-        "01-gather-rows.txt",
-        "02-fuse-partial-rope.txt",
-        "03-fold-expands.txt",
-        "04-lower-rope.txt",
+        "01-number-tokens.txt",
+        "02-gather-rows.txt",
+        "03-fuse-partial-rope.txt",
+        "04-fold-expands.txt",
     ]
-    assert names[-1] == "19-finalize.txt"
-    assert "PagedAttention" not in (tmp_path / names[4]).read_text()
-    assert "PagedAttention" in (tmp_path / names[5]).read_text()
+    assert names[-1] == "20-finalize.txt"
+    assert "PagedAttention" not in (tmp_path / names[5]).read_text()
+    assert "PagedAttention" in (tmp_path / names[6]).read_text()

@@ -30,12 +30,13 @@ def test_a_frozen_bundle_opens_and_is_whole(version: int) -> None:
     assert (bundle.manifest.gpu is not None) == (version in (2, 5))
     assert (bundle.manifest.sampling is not None) == (version >= 3)
     assert (bundle.manifest.geometry.v_head_dim == 0) == (version == 6)
+    assert any(layer.kind == "chunked" for layer in bundle.manifest.geometry.layers) == (version == 7)
     assert bundle.manifest.parallel.tp == (2 if version == 4 else 1)
     assert bundle.manifest.parallel.pp == (2 if version == 5 else 1)
     assert (bundle.manifest.ranks is not None) == (version == 5)
 
 
-@pytest.mark.parametrize("version", [1, 3, 4, 6])  # formats 2 and 5 are for GPUs
+@pytest.mark.parametrize("version", [1, 3, 4, 6, 7])  # formats 2 and 5 are for GPUs
 def test_a_frozen_bundle_generates_what_transformers_did(version: int) -> None:
     path = GOLDEN / f"format-{version}.llmc"
     expected = json.loads(path.with_suffix(".json").read_text())

@@ -380,8 +380,8 @@ def test_an_integer_where_a_number_belongs_is_written_as_a_number():
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        (("format_version",), 0, "format_version: must be 1 or 2 or 3 or 4 or 5 or 6, got 0"),
-        (("format_version",), True, "format_version: must be 1 or 2 or 3 or 4 or 5 or 6, got True"),
+        (("format_version",), 0, "format_version: must be 1 or 2 or 3 or 4 or 5 or 6 or 7, got 0"),
+        (("format_version",), True, "format_version: must be 1 or 2 or 3 or 4 or 5 or 6 or 7, got True"),
         (("producer",), [], "producer: must be an object, got a list"),
         (("source", "config_sha256"), "ABC", "source.config_sha256: must be 64 lowercase hexadecimal digits"),
         (
@@ -498,17 +498,17 @@ def test_another_spelling_is_refused(spelling):
 
 
 def test_a_newer_format_names_the_llmc_it_needs():
-    newer = {"format_version": 7, "producer": {"llmc": "9.1.0", "new": 1}, "anything": [1]}
+    newer = {"format_version": 8, "producer": {"llmc": "9.1.0", "new": 1}, "anything": [1]}
     with pytest.raises(BundleError) as caught:
         Manifest.from_json(json.dumps(newer).encode())
-    assert caught.value.message == "bundle format 7 needs llmc >= 9.1.0; this llmc reads formats 1 to 6"
+    assert caught.value.message == "bundle format 8 needs llmc >= 9.1.0; this llmc reads formats 1 to 7"
     assert caught.value.hint == upgrade_hint("9.1.0")
 
 
 @pytest.mark.parametrize("producer", [None, {}, {"llmc": 3}, {"llmc": "1; rm -rf /"}])
 def test_a_newer_format_with_an_odd_producer(producer):
-    message = fault(json.dumps({"format_version": 7, "producer": producer}).encode())
-    assert message.startswith("bundle format 7 needs a newer llmc")
+    message = fault(json.dumps({"format_version": 8, "producer": producer}).encode())
+    assert message.startswith("bundle format 8 needs a newer llmc")
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ MIXTURES = (
     "deepseek-v2-tiny",
     "deepseek-v3-tiny",
     "gpt-oss-tiny",
+    "llama4-text-tiny",
     "mixtral-tiny",
     "qwen2-moe-tiny",
     "qwen3-moe-tiny",

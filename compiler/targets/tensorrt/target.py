@@ -47,7 +47,7 @@ from llmc.compiler.targets.tensorrt.ranks import (
 from llmc.compiler.weights.write import WEIGHTS_FILE, weight_bytes
 from llmc.passes import contract, pipeline
 from llmc.passes.contract import Pass, PassReport
-from llmc.passes.geometry import attention_nodes, value_width
+from llmc.passes.geometry import attention_nodes, chunk_size, value_width
 from llmc.passes.legalize.finalize import serialize
 from llmc.passes.legalize.tensorrt_boundary import to_tensorrt
 from llmc.passes.spec import module_of
@@ -136,6 +136,12 @@ class TensorRTTarget:
             if node.op_type == ATTENTION and value_width(node):
                 raise UnsupportedError(
                     f"{module_of(node)} is multi-head latent attention, which llmc cannot build for GPUs yet",
+                    "build it for --target cpu",
+                    "target",
+                )
+            if node.op_type == ATTENTION and chunk_size(node):
+                raise UnsupportedError(
+                    f"{module_of(node)} is attention in chunks, which llmc cannot build for GPUs yet",
                     "build it for --target cpu",
                     "target",
                 )
