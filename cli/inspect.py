@@ -11,8 +11,8 @@ import typer
 
 from llmc.cli.build import (
     describe_geometry,
-    describe_layer,
     describe_kv_cache_loss,
+    describe_layer,
     describe_target,
     describe_verification,
 )

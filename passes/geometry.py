@@ -34,9 +34,7 @@ def cached_layers(model: ir.Model) -> tuple[Layer, ...]:
         _, kv_heads, _, width = edit.dims(edit.operand(node, 3))
         values = node.inputs[4]
         window, chunk = int(edit.attribute(node, "window")), chunk_size(node)
-        kind: Literal["sliding", "chunked", "full"] = (
-            "chunked" if chunk else "sliding" if window else "full"
-        )
+        kind: Literal["sliding", "chunked", "full"] = "chunked" if chunk else "sliding" if window else "full"
         layers.append(Layer(kind, chunk or window, kv_heads, width, edit.dims(values)[3] if values else 0))
     return tuple(layers)
 

@@ -277,7 +277,9 @@ def complex_rotary(owner: ModuleType) -> bool:
     angle, xq, xk = draw(1, tokens, half), draw(1, tokens, 3, 2 * half), draw(1, tokens, 2, 2 * half)
     rotated = owner.apply_rotary_emb(xq, xk, torch.polar(torch.ones_like(angle), angle))
     for interleaved in (False, True):
-        ours = (torch.ops.llmc.rope(x.transpose(1, 2), angle.cos(), angle.sin(), interleaved) for x in (xq, xk))
+        ours = (
+            torch.ops.llmc.rope(x.transpose(1, 2), angle.cos(), angle.sin(), interleaved) for x in (xq, xk)
+        )
         if all(close(x.transpose(1, 2), y) for x, y in zip(ours, rotated, strict=True)):
             return interleaved
     raise UnsupportedError(
@@ -443,7 +445,9 @@ def attention(calls: list[AttentionCall]) -> None:
         expected, _ = eager(
             module, q, k, v, mask, scaling=call.scale, dropout=0.0, softcap=call.softcap or None
         )
-        attended = torch.ops.llmc.attention(q, k, v, sinks, call.scale, call.softcap, call.window, call.chunk, 0)
+        attended = torch.ops.llmc.attention(
+            q, k, v, sinks, call.scale, call.softcap, call.window, call.chunk, 0
+        )
         if not close(attended, expected):
             raise UnsupportedError(
                 f"the attention of {type(call.module).__name__} computes something else than llmc's",

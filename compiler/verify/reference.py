@@ -192,9 +192,10 @@ class Reference:
                 setattr(decoder, name, nn.ModuleList())
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    """Return whether experts have their matrices as [experts, in, out]. transformers sets the attribute."""
-    return bool(getattr(module, "is_transposed", False))
+def _is_transposed(module: Any) -> bool:
+    """Return whether experts have their matrices as [experts, in, out]."""
+    # As many numbers go into the first matrix as come out of the second.
+    return bool(module.gate_up_proj.shape[1] == module.down_proj.shape[2])
 
 
 class Head:

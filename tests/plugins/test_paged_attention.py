@@ -91,6 +91,7 @@ def make_model(
     largest: tuple[float, float] | None = None,
     sinks: bool = False,
     latent: bool = False,
+    chunk: int | None = None,
 ) -> bytes:
     """A graph of one PagedAttention node, with its function body; `largest` keys and values: FP8 caches."""
     heads, kv_heads, width, value_width, *_ = shape
@@ -121,6 +122,8 @@ def make_model(
         )
     ]
     settings, given = attributes(shape), inputs
+    if chunk is not None:
+        settings["chunk"] = chunk
     if latent:
         settings["value_width"] = value_width
         inputs, outputs = [each for each in inputs if "value" not in str(each.name)], outputs[:2]
@@ -128,7 +131,9 @@ def make_model(
     node = ir.node(spec.NAME, given, settings, domain=spec.DOMAIN, outputs=outputs)
     opsets = {"": 23, spec.DOMAIN: spec.ABI_VERSION}
     graph = ir.Graph(inputs, outputs, nodes=[node], opset_imports=opsets, name="one")
-    model = ir.Model(graph, ir_version=10, functions=[body.function(sinks, latent=latent)])
+    model = ir.Model(
+        graph, ir_version=10, functions=[body.function(sinks, latent=latent, chunks=chunk is not None)]
+    )
     if largest:
         for cache in inputs[3:5]:
             cache.name = f"{cache.name}.0"
@@ -150,6 +155,19 @@ def test_the_function_body_is_the_reference(shape: tuple[Any, ...]) -> None:
         assert np.abs(output - expected).max() < TOLERANCE
         assert np.array_equal(keys, step["key_cache"])
         assert np.array_equal(values, step["value_cache"])
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 24, 64])
+def test_the_function_body_hides_other_chunks(chunk: int) -> None:
+    shape = SHAPES["grouped"]
+    model = make_model(shape, chunk=chunk)
+    onnx.checker.check_model(onnx.load_from_string(model))
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    for past, new in STEPS.values():
+        step = make_step(shape, past, new)
+        output, *_ = session.run(None, step)
+        expected = reference.paged_attention(**step, **attributes(shape), chunk=chunk)
+        assert np.abs(output - expected).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("shape", LATENT.values(), ids=LATENT.keys())

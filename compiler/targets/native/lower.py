@@ -539,8 +539,12 @@ class _Lowering:
         view, rows = self._view(node, list(node.inputs).index(left)), self.positions
         rows = rows or next((edit.dims(table.value)[0] for table in self.tables.values()), 0)
         if edit.dims(right) != [-1] + [1] * (len(edit.dims(left)) - 1) or not rows:
-            raise refusal(node, "its factor depends on the position in a way that the engine has no table for")
-        known = {value: np.arange(rows, dtype=np.int32) for value in self.of_position if value.is_graph_input()}
+            raise refusal(
+                node, "its factor depends on the position in a way that the engine has no table for"
+            )
+        known = {
+            value: np.arange(rows, dtype=np.int32) for value in self.of_position if value.is_graph_input()
+        }
         factors = evaluate(right, known).reshape(-1, 1).astype(np.float32)
         rotation = self._rotation(left)
         if rotation is None:
