@@ -26,8 +26,9 @@ def is_scaled(module: nn.Module) -> bool:
     """Return whether `module` looks like such a block: its experts do not get the router's choice."""
     if set(module._modules) != set(_PARTS):
         return False
-    taken = list(inspect.signature(type(module.experts).forward).parameters)
-    return len(taken) == 2 and set(module.experts._parameters) == set(_MATRICES)  # type: ignore[union-attr]
+    experts = module.get_submodule("experts")
+    taken = list(inspect.signature(type(experts).forward).parameters)
+    return len(taken) == 2 and set(experts._parameters) == set(_MATRICES)
 
 
 def replacement(name: str, module: nn.Module) -> Callable[..., Any]:
@@ -78,7 +79,7 @@ def _probe(module: nn.Module) -> nn.Module:
     """Return a small copy of the block with random parameters."""
     probe = copy.copy(module)
     probe._modules = dict(module._modules)
-    shapes = {
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "experts": {"gate_up_proj": (_EXPERTS, _WIDTH, 2 * _INNER), "down_proj": (_EXPERTS, _INNER, _WIDTH)},
         "router": {"weight": (_EXPERTS, _WIDTH)},
     }
