@@ -139,8 +139,8 @@ def _intercept_module(
         interception.set_forward(module, _linear(module), "linear")
     elif kind.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
         interception.set_forward(module, _rms_norm(module, *probes.rms_norm(name, module)), "rms_norm")
-    elif kind.endswith("Norm") and (of_width := probes.plain_norm(module)) is not None:
-        interception.set_forward(module, _plain_norm(of_width), "rms_norm")
+    elif kind.endswith("Norm") and (epsilon := probes.plain_norm(module)) is not None:
+        interception.set_forward(module, _plain_norm(epsilon), "rms_norm")
     elif kind.endswith("RotaryEmbedding"):
         tables = probes.rotary_tables(name, module, max_seq_len)
         interception.set_forward(module, _rotary(module, tables), "rotary")

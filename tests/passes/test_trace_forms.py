@@ -11,6 +11,7 @@ from llmc.passes import spec
 from llmc.passes.canonicalize.fold_expands import FoldExpands
 from llmc.passes.canonicalize.fuse_partial_rope import FusePartialRope
 from llmc.passes.canonicalize.gather_rows import GatherRows
+from llmc.passes.canonicalize.number_tokens import NumberTokens
 from llmc.passes.canonicalize.pack_tokens import PackTokens
 from llmc.passes.canonicalize.sink_transposes import SinkTransposes
 from llmc.passes.contract import Pass
@@ -89,6 +90,23 @@ def test_whole_rows_of_gather_elements_become_gather() -> None:
       j = Tile (i, repeats)
       y = GatherElements <axis = 1> (table, j) }"""
     assert rewritten(GatherRows(), text) == ["Gather table_rows ids"]
+
+
+def counted(start: int, step: int, tokens: str = "T") -> str:
+    return f"""g (int64[1,T] position_ids, int64 count) => (int64[{tokens}] y)
+      <int64 start = {{{start}}}, int64 step = {{{step}}}> {{ y = Range (start, count, step) }}"""
+
+
+def test_numbers_of_tokens_are_their_positions() -> None:
+    assert rewritten(NumberTokens(), counted(0, 1)) == ["Reshape position_ids shape_-1"]
+
+
+@pytest.mark.parametrize("text", [counted(1, 1), counted(0, 2), counted(0, 1, "S")])
+def test_other_ranges_are_refused_by_name(text: str) -> None:
+    model = graph(text)
+    assert NumberTokens()(model).count == 0
+    with pytest.raises(UnsupportedError, match="operator Range of module"):
+        FoldExpands()(model)
 
 
 def test_other_gathers_are_refused_by_name() -> None:
