@@ -77,6 +77,15 @@ def fast_builds() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def own_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each build trace its model: for tests that compare two builds."""
+    from llmc.compiler.trace import export
+    from support import traces
+
+    monkeypatch.setattr(export, "trace", traces.trace)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """zoo name -> directory of a random checkpoint."""

@@ -26,6 +26,7 @@ from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError, CheckpointError, VerificationError
 from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
+from support.fast_builds import verify_in_this_process
 from support.packed_weights import read_packed
 
 
@@ -69,13 +70,18 @@ def job(checkpoint: Path, bundle: Path) -> Job:
     )
 
 
-def test_two_verified_builds_are_byte_identical(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_two_verified_builds_are_byte_identical(
+    checkpoint: Callable[[str], Path], tmp_path: Path, own_traces: None
+) -> None:
+    """The first is verified in a child process, the second in this one."""
     source = checkpoint("gemma3-tiny")
     copy = tmp_path / "elsewhere" / source.name  # another place must make no difference
     shutil.copytree(source, copy)
     progress = Notes()
     first = compile_model(BuildRequest(str(source), tmp_path / "a.llmc"), progress)
-    second = compile_model(BuildRequest(str(copy), tmp_path / "b" / "a.llmc"))
+    with pytest.MonkeyPatch.context() as patch:
+        verify_in_this_process(patch)
+        second = compile_model(BuildRequest(str(copy), tmp_path / "b" / "a.llmc"))
     assert tree(first.path) == tree(second.path)
     record = first.manifest.verification
     assert record.status == "passed"
@@ -135,7 +141,7 @@ def test_the_context_is_a_limit_of_the_bundle(
 
 
 def test_an_engine_with_other_weights_fails_verification(
-    checkpoint: Callable[[str], Path], bundle: Callable[[str], Path], tmp_path: Path
+    bundle: Callable[[str], Path], tmp_path: Path, fast_builds: None
 ) -> None:
     other = make("llama-tiny", tmp_path / "other", seed=1)
     with pytest.raises(VerificationError, match="does not reproduce the checkpoint"):
@@ -143,7 +149,7 @@ def test_an_engine_with_other_weights_fails_verification(
 
 
 def test_a_failed_verification_leaves_no_bundle(
-    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[[str], Path], tmp_path: Path, fast_builds: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = Findings(1.0, 1e-4, 0.5, 100, False, 48)
     monkeypatch.setattr(verify_build, "compare_in_child", lambda *_: wrong)

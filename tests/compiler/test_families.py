@@ -29,7 +29,6 @@ from llmc.runtime.engine import Engine
 from llmc.runtime.errors import UnsupportedError
 from llmc.runtime.sampling import SamplingParams
 from support.families import FAST, MIXTURES, OTHERS, WITH_EXPERTS, write_random
-from support.traces import share_traces
 
 TOLERANCE = 1e-4  # fp32 logits
 FAMILIES = [entry.name for entry in list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
@@ -163,9 +162,7 @@ def test_latent_attention_elsewhere_is_refused(
     message: str,
     checkpoint: Callable[[str], Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    share_traces(monkeypatch)
     request = BuildRequest(str(checkpoint("deepseek-v3-tiny")), tmp_path / "x.llmc", **options)
     wanted = rf"model\.layers\.0\.self_attn is multi-head latent attention, {message}"
     with pytest.raises(UnsupportedError, match=wanted):
@@ -189,10 +186,7 @@ def test_openvino_names_what_it_lacks(
         plan_build(request)
 
 
-def test_trained_checkpoint_equals_transformers(
-    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    share_traces(monkeypatch)
+def test_trained_checkpoint_equals_transformers(stories: Path, tmp_path: Path) -> None:
     expected = reference(stories)
     native, openvino = (build(stories, tmp_path / f"{name}.llmc", name) for name in (None, "openvino"))
     for path, engine in ((native, "native"), (openvino, "openvino"), (openvino, "onnxruntime")):
@@ -202,11 +196,8 @@ def test_trained_checkpoint_equals_transformers(
 @pytest.mark.parametrize(
     "family", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 )
-def test_families_without_a_zoo_model_equal_transformers(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_families_without_a_zoo_model_equal_transformers(family: str, tmp_path: Path) -> None:
     """On the native engine, which has all operators of these families, and on OpenVINO or ONNX Runtime."""
-    share_traces(monkeypatch)
     checkpoint = write_random(family, tmp_path)
     built = build(checkpoint, tmp_path / "x.llmc")
     assert Bundle.open(built).manifest.target.engine == "native"
@@ -235,9 +226,7 @@ def test_ranks_together_equal_transformers(
     ranks: int,
     checkpoint: Callable[[str], Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    share_traces(monkeypatch)
     source = checkpoint(family) if family in FAMILIES else write_random(family, tmp_path)
     bundle = Bundle.open(build(source, tmp_path / "x.llmc", tp=ranks))
     assert bundle.manifest.parallel.tp == len(bundle.manifest.engines) == ranks
@@ -262,9 +251,7 @@ def test_stages_together_equal_transformers(
     tp: int,
     checkpoint: Callable[[str], Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    share_traces(monkeypatch)
     source = checkpoint(family) if family in FAMILIES else write_random(family, tmp_path)
     bundle = Bundle.open(build(source, tmp_path / "x.llmc", tp=tp, pp=2))
     assert (bundle.manifest.parallel.pp, len(bundle.manifest.engines)) == (2, 2 * tp)
@@ -337,9 +324,7 @@ def test_other_forms_equal_transformers(
     changes: dict[str, Any],
     options: dict[str, Any],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    share_traces(monkeypatch)
     settings = {
         key: value
         for key, value in zoo_config("deepseek-v3-tiny").items()

@@ -24,7 +24,6 @@ from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.batch import Batch
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import CheckpointError, UnsupportedError
-from support.traces import share_traces
 
 GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 
@@ -99,9 +98,8 @@ def test_the_codes_are_those_of_transformers(checkpoint: Callable[[str], Path], 
 
 
 def test_the_published_layout_builds_with_its_codes(
-    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    share_traces(monkeypatch)
     path = published(checkpoint("gpt-oss-tiny"), tmp_path / "x")
     bundle = Bundle.open(compile_model(BuildRequest(str(path), tmp_path / "x.llmc", verify=False)).path)
     assert bundle.manifest.quantization is not None
@@ -157,9 +155,7 @@ def test_damaged_experts_are_refused(
     message: str,
     checkpoint: Callable[[str], Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    share_traces(monkeypatch)
     path = published(checkpoint("gpt-oss-tiny"), tmp_path / "x", change)
     with pytest.raises(error, match=message):
         compile_model(BuildRequest(str(path), tmp_path / "x.llmc", verify=False))
@@ -182,9 +178,7 @@ def test_what_cannot_run_it_says_so(
     message: str,
     checkpoint: Callable[[str], Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    share_traces(monkeypatch)
     path = published(checkpoint("gpt-oss-tiny"), tmp_path / "x")
     with pytest.raises(UnsupportedError, match=message):
         plan_build(BuildRequest(str(path), tmp_path / "x.llmc", **options))

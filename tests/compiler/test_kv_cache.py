@@ -46,7 +46,6 @@ from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
 from support.fast_builds import fast_builds
 from support.passes import lower_for_tensorrt, oracle_graph, set_kv_scales
-from support.traces import share_traces
 
 needs_tensorrt = pytest.mark.skipif(
     not build.is_installed("tensorrt_rtx"), reason="the package tensorrt-rtx is not installed"
@@ -377,10 +376,8 @@ def test_the_dry_run_shows_the_cache(
     checkpoint: Callable[[str], Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """OpenVINO's cache of int8 is called u8."""
-    share_traces(monkeypatch)
     command = ["build", str(checkpoint("llama-tiny")), "-o", str(tmp_path / "x.llmc"), "--dry-run"]
     assert main.main([*command, "--kv-dtype", "int8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["precision"] == {"dtype": "fp32", "kv_dtype": "int8"}
@@ -446,10 +443,8 @@ def test_engines_that_cannot_run_a_model_with_a_small_cache(
     reason: str,
     checkpoint: Callable[[str], Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The native engine runs each of them."""
-    share_traces(monkeypatch)
     options = {"kv_dtype": "int8", **options}
     request = BuildRequest(str(checkpoint(name)), tmp_path / "x.llmc", **options)
     with pytest.raises(UnsupportedError, match=reason) as error:

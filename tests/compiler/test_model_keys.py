@@ -169,7 +169,9 @@ def test_the_language_model_of_a_multimodal_model(model_type: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("quant", [None, pytest.param("int8", marks=pytest.mark.slow)])
-def test_a_multimodal_model_is_verified_as_a_whole(quant: str | None, tmp_path: Path) -> None:
+def test_a_multimodal_model_is_verified_as_a_whole(
+    quant: str | None, tmp_path: Path, fast_builds: None
+) -> None:
     """The reference is the model with its vision tower, given text."""
     save_wrapper(tmp_path / "c", "mistral3", tie_word_embeddings=False)
     result = compile_model(BuildRequest(str(tmp_path / "c"), tmp_path / "x.llmc", quant=quant))
@@ -226,7 +228,7 @@ def test_a_name_twice_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "c")
 
 
-def test_a_bundle_of_an_own_head_and_extra_tensors_is_verified(tmp_path: Path) -> None:
+def test_a_bundle_of_an_own_head_and_extra_tensors_is_verified(tmp_path: Path, fast_builds: None) -> None:
     """tie_word_embeddings is wrong, the prefix of the base model is missing, and there is an MTP layer."""
     save(tmp_path / "c", "qwen2", TIED, lambda state: without("model.")(own_head(mtp(state))))
     result = compile_model(BuildRequest(str(tmp_path / "c"), tmp_path / "x.llmc"))

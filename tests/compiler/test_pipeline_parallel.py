@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.cli import main
 from llmc.compiler.driver import compile_model, plan_build
 from llmc.compiler.request import BuildRequest
 from llmc.runtime.backends.kv_cache import block_bytes
@@ -24,7 +24,6 @@ from llmc.runtime.native.program import Program
 from llmc.runtime.native.weights import start_reading
 from llmc.runtime.sampling import SamplingParams
 from support.sampled import every_nth
-from support.traces import share_traces
 
 GREEDY = SamplingParams(max_tokens=16, ignore_eos=True)
 PROMPTS = [[5, 6, 7], list(range(3, 50)), [9, 8], [100, 3]]
@@ -82,10 +81,8 @@ def test_real_processes_generate_what_one_rank_does(
     checkpoint: Checkpoint,
     bundle: Callable[..., Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Several requests, so that some are prefilled while others decode, and steps are in flight."""
-    share_traces(monkeypatch)
     built = build(checkpoint("llama-tiny"), tmp_path / "x.llmc", tp=tp, pp=pp)
     assert generated(built.path, PROMPTS) == generated(bundle("llama-tiny"), PROMPTS)
     ones = served(bundle("llama-tiny"))
@@ -95,11 +92,8 @@ def test_real_processes_generate_what_one_rank_does(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 @pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_parts_of_a_long_step_give_the_same_bits(
-    tp: int, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_parts_of_a_long_step_give_the_same_bits(tp: int, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Two steps of two sequences: of 200 tokens, which the stages compute in parts, and of two."""
-    share_traces(monkeypatch)
     random, ids = np.random.default_rng(4), np.random.default_rng(5).integers(0, 384, (2, 101)).tolist()
     tables = random.permutation(8).reshape(2, 4).tolist()
     first = Batch.pack((ids[s][:100], 0, tables[s], sorted({3, 40 + s, 99})) for s in (0, 1))
@@ -130,10 +124,7 @@ def test_the_parts_of_a_long_step_give_the_same_bits(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
-def test_a_stage_that_is_killed_ends_the_job(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    share_traces(monkeypatch)
+def test_a_stage_that_is_killed_ends_the_job(checkpoint: Checkpoint, tmp_path: Path) -> None:
     built = build(checkpoint("llama-tiny"), tmp_path / "x.llmc", pp=2)
     engine = load_engine(built, threads=1)
     (pid,) = engine.backend.pids  # type: ignore[attr-defined]
@@ -146,30 +137,29 @@ def test_a_stage_that_is_killed_ends_the_job(
         engine.step()
 
 
-def test_the_command_line_says_what_each_stage_has(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_the_command_line_says_what_each_stage_has(
+    checkpoint: Checkpoint, tmp_path: Path, fast_builds: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "x.llmc"
-    llmc = [sys.executable, "-m", "llmc"]
-    command = [*llmc, "build", str(checkpoint("llama-tiny")), "-o", str(path), "--pp", "2"]
-    subprocess.run(command, check=True, capture_output=True)
-    shown = subprocess.run([*llmc, "inspect", str(path)], check=True, capture_output=True, text=True).stdout
+    assert main.main(["build", str(checkpoint("llama-tiny")), "-o", str(path), "--pp", "2"]) == 0
+    capsys.readouterr()
+    assert main.main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
     assert "verified against transformers" in shown
     lines = {line.split("  ")[0]: line for line in shown.splitlines()}
     assert "2 stages of 1" in lines["ranks"]
     assert "layer 0," in lines["rank 0"]
     assert "layer 1," in lines["rank 1"]
     assert "256 bytes for a token to the next stage" in lines["transfers"]
-    program = [*llmc, "inspect", str(path), "--program", "--rank", "1"]
-    shown = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    assert main.main(["inspect", str(path), "--program", "--rank", "1"]) == 0
+    shown = capsys.readouterr().out
     assert "receive(peer=0, sequence=0)" in shown.splitlines()[0]
     assert "send(" in shown.splitlines()[-1]
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_tied_weights_are_stored_once(
-    tp: int, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tied_weights_are_stored_once(tp: int, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """The first and the last stage of three or four ranks read the same file, and the others do not."""
-    share_traces(monkeypatch)
     source = checkpoint("gemma3-tiny")
     one = build(source, tmp_path / "one.llmc", tp=tp)
     staged = build(source, tmp_path / "x.llmc", tp=tp, pp=3)
@@ -185,10 +175,7 @@ def test_tied_weights_are_stored_once(
 
 
 @pytest.mark.parametrize("quant", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
-def test_stages_have_the_codes_of_one_rank(
-    quant: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    share_traces(monkeypatch)
+def test_stages_have_the_codes_of_one_rank(quant: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = checkpoint("qwen3-tiny")
     options: dict[str, Any] = {"quant": quant, "rounding": "nearest"}
     one = build(source, tmp_path / "one.llmc", **options)
@@ -225,10 +212,7 @@ def test_quantized_stages_are_verified(
         assert first.manifest.files == second.manifest.files  # and the hashes in it
 
 
-def test_the_plan_has_the_stages(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    share_traces(monkeypatch)
+def test_the_plan_has_the_stages(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = str(checkpoint("llama-tiny"))
     plan, _ = plan_build(BuildRequest(source, tmp_path / "x.llmc", tp=2, pp=2))
     assert [(stage.first, stage.stop) for stage in plan.stages] == [(0, 1), (1, 2)]

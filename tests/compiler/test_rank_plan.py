@@ -29,7 +29,6 @@ from llmc.runtime.bundle.manifest import Geometry, Layer
 from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.errors import BuildError
 from llmc.runtime.parallel.threads import ThreadCommunicator
-from support.traces import share_traces
 
 Checkpoint = Callable[[str], Path]
 RANK = RankPlan(0, 0, 4, 8, 2, 10 * 10**9, 32 * 1000, 10**9)
@@ -46,7 +45,6 @@ def test_a_bundle_has_the_ranks_of_its_plan(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four ranks run a step of five tokens and two rows of logits."""
-    share_traces(monkeypatch)
     given: dict[tuple[int, str], list[int]] = {}
 
     def count(method: str, operation: str) -> None:
@@ -186,7 +184,6 @@ def test_auto_takes_the_fewest_ranks_that_fit(
     options: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With steps of one token, a rank of this tiny model needs less than the whole model."""
-    share_traces(monkeypatch)
     without_tensorrt(monkeypatch)
     monkeypatch.setattr(LoadOptions, "max_tokens", 1)
     monkeypatch.setattr(build.EngineLimits, "max_tokens", 1)
@@ -212,7 +209,6 @@ def test_tensorrt_ranks_are_planned(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bf16: 64 features of the hidden state, 192 logits of a rank, and 256 tokens of 2 x 16 numbers."""
-    share_traces(monkeypatch)
     without_tensorrt(monkeypatch)
     request = BuildRequest(str(checkpoint("llama-tiny")), tmp_path / "x.llmc", target="tensorrt-rtx", tp=2)
     plan, _ = plan_build(request)
@@ -244,7 +240,6 @@ def test_the_command_line_says_what_a_rank_needs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    share_traces(monkeypatch)
     without_tensorrt(monkeypatch)
     output = ["build", str(checkpoint("llama-tiny")), "-o", str(tmp_path / "x.llmc")]
     command = [*output, "--tp", "auto", "--rank-memory", "24GB", "--target", "tensorrt-rtx", "--dry-run"]

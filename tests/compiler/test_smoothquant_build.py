@@ -20,9 +20,9 @@ from llmc.runtime.backends.openvino import backend as openvino
 from llmc.runtime.backends.openvino import int8
 from llmc.runtime.errors import RequestError
 from llmc.runtime.load import load_engine
+from support.fast_builds import fast_builds
 from support.openvino_layers import layers_of
 from support.packed_weights import read_packed
-from support.traces import share_traces
 
 TALES = Path(__file__).parents[2] / "model_zoo/llama/tales"
 FORM = "int8-smoothquant"
@@ -33,9 +33,8 @@ def build(output: Path, **options: object) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_trace() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        share_traces(patch)
+def _fast() -> Iterator[None]:
+    with fast_builds():
         yield
 
 

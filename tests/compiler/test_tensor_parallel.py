@@ -22,7 +22,7 @@ from llmc.runtime.load import load_engine
 from llmc.runtime.sampling import SamplingParams
 from support.families import write_random
 from support.sampled import every_nth
-from support.traces import share_traces, trace_once
+from support.traces import trace_once
 
 GREEDY = SamplingParams(max_tokens=16, ignore_eos=True)
 PROMPTS = [[5, 6, 7], list(range(3, 50))]
@@ -92,10 +92,8 @@ def test_what_cannot_be_divided_is_refused(
     fact: str,
     checkpoint: Callable[[str], Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where ranks share a KV head, and a block has parts of two ranks' heads."""
-    share_traces(monkeypatch)
     source = checkpoint("qwen3-tiny")
     if heads := options.get("heads"):
         options = {name: value for name, value in options.items() if name != "heads"}

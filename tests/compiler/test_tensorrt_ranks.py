@@ -41,7 +41,7 @@ from llmc.runtime.backends.base import EngineFile, LoadOptions
 from llmc.runtime.errors import BuildError, UnsupportedError
 from support.families import DENSE, write_random
 from support.sampled import every_nth
-from support.traces import share_traces, trace_once
+from support.traces import trace_once
 
 needs_tensorrt = pytest.mark.skipif(
     not build.is_installed(target.RTX.library), reason="the package tensorrt-rtx is not installed"
@@ -282,7 +282,6 @@ def test_what_cannot_be_divided_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    share_traces(monkeypatch)
     monkeypatch.setattr(build, "is_installed", lambda library: True)
     monkeypatch.setattr(target, "version", lambda library: "1")
     with pytest.raises(error, match=fact) as caught:

@@ -45,13 +45,13 @@ def trace_once(config: Any, dtype: str, max_seq_len: int) -> Trace:
     """`trace` for builds that differ in what comes after it: the same model is traced once."""
     key = (config.to_json_string(use_diff=False), dtype, max_seq_len)
     if key not in _traced:
-        keep_translations()
         _traced[key] = trace(config, dtype, max_seq_len)
     return copy_of(_traced[key])
 
 
 def share_traces(patch: pytest.MonkeyPatch) -> None:
     """Let builds share traces, as long as `patch` lasts."""
+    keep_translations()
     patch.setattr(export, "trace", trace_once)
 
 
