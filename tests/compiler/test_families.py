@@ -28,7 +28,7 @@ from llmc.runtime.bundle.reader import Bundle
 from llmc.runtime.engine import Engine
 from llmc.runtime.errors import UnsupportedError
 from llmc.runtime.sampling import SamplingParams
-from support.families import FAST, MIXTURES, OTHERS, WITH_EXPERTS, write_random
+from support.families import FAST, LIKE_OTHERS, MIXTURES, OTHERS, WITH_EXPERTS, write_random
 
 TOLERANCE = 1e-4  # fp32 logits
 FAMILIES = [entry.name for entry in list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
@@ -112,7 +112,10 @@ def check(expected: Reference, backend: Backend, max_seq_len: int) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in FAMILIES],
+)
 def test_logits_and_greedy_text_equal_transformers(
     name: str, engine: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
@@ -131,11 +134,20 @@ def test_every_recipe_is_tested_here() -> None:
     assert set(known_families()) <= tested
 
 
-@pytest.mark.parametrize("options", [{"tp": 2}, {"target": "tensorrt-rtx", "dtype": "fp16"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tp": 2},
+        pytest.param(
+            {"target": "tensorrt-rtx", "dtype": "fp16"},
+            marks=pytest.mark.slow,  # another trace
+        ),
+    ],
+)
 def test_experts_elsewhere_are_refused(
     options: dict[str, Any], checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    request = BuildRequest(str(checkpoint("mixtral-tiny")), tmp_path / "x.llmc", **options)
+    request = BuildRequest(str(checkpoint("qwen2-moe-tiny")), tmp_path / "x.llmc", **options)
     with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.mlp\.experts is a mixture of experts"):
         plan_build(request)
 
@@ -173,8 +185,8 @@ def test_latent_attention_elsewhere_is_refused(
     ("name", "lacks"),
     [
         (SOFTCAP, "has an attention softcap"),
-        ("mixtral-tiny", "is a mixture of experts"),
-        ("deepseek-v2-tiny", "is multi-head latent attention"),
+        ("qwen2-moe-tiny", "is a mixture of experts"),
+        ("deepseek-v3-tiny", "is multi-head latent attention"),
         (CHUNKS, "is attention in chunks"),
     ],
 )

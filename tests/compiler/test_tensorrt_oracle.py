@@ -255,7 +255,7 @@ def test_numbers_that_overflow_fp16_fail(checkpoint: Callable[[str], Path], tmp_
     assert "--dtype bf16" in error.value.hint
 
 
-def test_the_build_records_what_was_compared(tmp_path: Path) -> None:
+def test_the_build_records_what_was_compared(tmp_path: Path, fast_builds: None) -> None:
     job = replace(prepare(TALES, "bf16", tmp_path), compared="the graph")
     record = verify_build.run(job, Silent())
     assert record.status == "passed"

@@ -241,7 +241,7 @@ def check(
         assert np.array_equal(got[name], caches[name], equal_nan=True), name
 
 
-@pytest.mark.parametrize(("shape", "dtypes"), sampled(SHAPES, DTYPES, every=3))
+@pytest.mark.parametrize(("shape", "dtypes"), sampled(SHAPES, DTYPES, every=5))
 def test_a_mixed_step_is_the_reference(interpret: Run, shape: str, dtypes: str) -> None:
     a, (dtype, kv_dtype) = SHAPES[shape], DTYPES[dtypes]
     check(interpret, a, dtype, kv_dtype, make_step(a, dtype, *MIXED), num_splits=2)
@@ -265,15 +265,21 @@ def test_prefills_with_the_tiles_of_sm90_are_the_reference(interpret: Run, shape
     check(interpret, a, dtype, kv_dtype, make_step(a, dtype, [200, 0, 63, 126], [20, 90, 2, 2]), sm=90)
 
 
-@pytest.mark.parametrize("step", [name for name in STEPS if name != "mixed"])
-@pytest.mark.parametrize("shape", ["grouped", "everything"])
+# Each step with one of two shapes is fast.
+@pytest.mark.parametrize(
+    ("shape", "step"),
+    [
+        pytest.param(shape, step, marks=pytest.mark.slow if (number + other) % 2 else ())
+        for number, step in enumerate(name for name in STEPS if name != "mixed")
+        for other, shape in enumerate(("grouped", "everything"))
+    ],
+)
 def test_other_steps_are_the_reference(interpret: Run, shape: str, step: str) -> None:
     a = SHAPES[shape]
     check(interpret, a, "fp16", None, make_step(a, "fp16", *STEPS[step]))
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 5, 17])
-@pytest.mark.parametrize("shape", ["grouped", "everything"])
+@pytest.mark.parametrize(("shape", "num_splits"), sampled(["grouped", "everything"], [1, 2, 5, 17], every=3))
 def test_any_number_of_splits_gives_the_reference(interpret: Run, shape: str, num_splits: int) -> None:
     a = SHAPES[shape]
     check(interpret, a, "fp16", None, make_step(a, "fp16", [300, 3, 64], [1, 1, 1]), num_splits)

@@ -99,6 +99,15 @@ MIXTURES = (
     "qwen2-moe-tiny",
     "qwen3-moe-tiny",
 )
+#: Families of the zoo whose graphs have nothing that no other one has; their own tests are slow.
+LIKE_OTHERS = (
+    "deepseek-v2-tiny",  # deepseek-v3-tiny
+    "llama-tiny-plain",  # llama-tiny, without scaled rope
+    "mistral-tiny",  # the windows of gemma3-tiny
+    "mixtral-tiny",  # the experts of qwen2-moe-tiny
+    "olmo2-tiny",  # the norms of gemma2-tiny and of qwen3-tiny
+    "qwen3-moe-tiny",
+)
 #: The zoo's small models without either.
 _TINY = [entry.name for entry in list_zoo() if entry.name.endswith(("-tiny", "-tiny-plain"))]
 DENSE = [name for name in _TINY if name not in MIXTURES]

@@ -45,13 +45,13 @@ def trace_once(config: Any, dtype: str, max_seq_len: int) -> Trace:
     """`trace` for builds that differ in what comes after it: the same model is traced once."""
     key = (config.to_json_string(use_diff=False), dtype, max_seq_len)
     if key not in _traced:
+        keep_translations()
         _traced[key] = trace(config, dtype, max_seq_len)
     return copy_of(_traced[key])
 
 
 def share_traces(patch: pytest.MonkeyPatch) -> None:
     """Let builds share traces, as long as `patch` lasts."""
-    keep_translations()
     patch.setattr(export, "trace", trace_once)
 
 
@@ -60,6 +60,6 @@ def canonical(path: Path) -> tuple[ir.Model, dict[str, TensorRef]]:
     """Return the canonical graph of a checkpoint in fp32, and the checkpoint's tensors."""
     checkpoint = Checkpoint.open(path)
     config = load_config(checkpoint)
-    model = trace(config, "fp32", choose_context(config, None).max_seq_len).model
+    model = trace_once(config, "fp32", choose_context(config, None).max_seq_len).model
     contract.run(model, canonicalize())
     return model, checkpoint.tensors
