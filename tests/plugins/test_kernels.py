@@ -331,8 +331,7 @@ def test_bfloat16_queries_of_any_size_meet_fp8_caches(interpret: Run, sm: int) -
     check(interpret, a, "bf16", FP8, step, sm=sm)
 
 
-@pytest.mark.parametrize("sm", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(("dtype", "sm"), sampled(["fp16", "bf16"], [80, 90], every=3))
 def test_fp8_caches_round_every_number_as_torch_does(interpret: Run, dtype: str, sm: int) -> None:
     """All numbers of the dtype but NaN, as E4M3 bits in the cache, and one token's values read back."""
     import torch
