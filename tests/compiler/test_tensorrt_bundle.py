@@ -67,7 +67,11 @@ def test_the_manifest_says_how_near_the_graph_is(built: Path) -> None:
 
 @pytest.mark.slow
 def test_two_builds_are_the_same_bytes(
-    built: Path, checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: Path,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    own_traces: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no kernel of the first build
     output = tmp_path / "again, somewhere else" / ("a" * 100) / "mistral.llmc"
