@@ -178,7 +178,7 @@ def test_recipe_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
 
 def test_recipes_of_the_zoo_exclude_routers_only() -> None:
     patterns = {one for name in recipe.known_families() for one in recipe.load(name).quantize_exclude}
-    assert patterns == {"*.mlp.gate", "*.router", "*.shared_expert_gate"}
+    assert patterns == {"*.mlp.gate", "*.router", "*.feed_forward.router", "*.shared_expert_gate"}
 
 
 def integer(element: str, block: int, activations: str = "") -> Format:

@@ -151,7 +151,8 @@ def test_an_odd_manifest(bundle, make):
 
 
 def test_a_newer_format(bundle):
-    (bundle / "manifest.json").write_text(json.dumps({"format_version": 7, "producer": {"llmc": "3.0"}}))
+    newer = {"format_version": schema.FORMAT_VERSION + 1, "producer": {"llmc": "3.0"}}
+    (bundle / "manifest.json").write_text(json.dumps(newer))
     assert "needs llmc >= 3.0" in refused(bundle).message
 
 
