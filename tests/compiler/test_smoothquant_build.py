@@ -40,7 +40,7 @@ def _fast() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("built") / "tales.llmc", verify=False)
+    return build(tmp_path_factory.mktemp("built") / "tales.llmc")
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,8 @@ def for_openvino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("built") / "tales.llmc", engine="openvino", verify=False)
 
 
-@pytest.mark.slow
-def test_build_is_verified_and_its_loss_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check_verified(build(tmp_path / "tales.llmc"), "native", capsys)
+def test_build_is_verified_and_its_loss_recorded(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_verified(built, "native", capsys)
 
 
 @pytest.mark.slow

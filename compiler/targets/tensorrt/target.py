@@ -89,6 +89,19 @@ ENTERPRISE = Flavor("tensorrt", "tensorrt", (75, 80, 86, 89, 90, 100, 103, 120, 
 FLAVORS = {flavor.name: flavor for flavor in (RTX, ENTERPRISE)}
 
 
+def _lacks(node: ir.Node) -> str:
+    """Return what the node has or is that no engine of this target can run; empty if nothing."""
+    if node.op_type == EXPERTS:
+        return "is a mixture of experts"
+    if node.op_type != ATTENTION:
+        return ""
+    if len(node.inputs) > SINKS:
+        return "has attention sinks"
+    if value_width(node):
+        return "is multi-head latent attention"
+    return "is attention in chunks" if chunk_size(node) else ""
+
+
 class TensorRTTarget:
     """Computes in bf16 or fp16 on NVIDIA GPUs."""
 
@@ -127,27 +140,9 @@ class TensorRTTarget:
 
     def choose_engine(self, resolved: Resolved, model: ir.Model) -> tuple[Resolved, EngineTarget]:
         for node in model.graph:
-            if node.op_type == ATTENTION and len(node.inputs) > SINKS:
+            if lacks := _lacks(node):
                 raise UnsupportedError(
-                    f"{module_of(node)} has attention sinks, which llmc cannot build for GPUs yet",
-                    "build it for --target cpu",
-                    "target",
-                )
-            if node.op_type == ATTENTION and value_width(node):
-                raise UnsupportedError(
-                    f"{module_of(node)} is multi-head latent attention, which llmc cannot build for GPUs yet",
-                    "build it for --target cpu",
-                    "target",
-                )
-            if node.op_type == ATTENTION and chunk_size(node):
-                raise UnsupportedError(
-                    f"{module_of(node)} is attention in chunks, which llmc cannot build for GPUs yet",
-                    "build it for --target cpu",
-                    "target",
-                )
-            if node.op_type == EXPERTS:
-                raise UnsupportedError(
-                    f"{module_of(node)} is a mixture of experts, which llmc cannot build for GPUs yet",
+                    f"{module_of(node)} {lacks}, which llmc cannot build for GPUs yet",
                     "build it for --target cpu",
                     "target",
                 )
